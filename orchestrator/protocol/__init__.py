@@ -1,0 +1,1 @@
+"""The vocabulary that everyone shares: ids, units, the run file, and every message on a wire."""

@@ -1,0 +1,217 @@
+"""What an agent and the ranks it started say to each other, over one inherited socket.
+
+The socket is a stream; each message is a 4-byte little-endian length and that many bytes of
+JSON. It is created by the agent and inherited by the rank, so holding it is the permission to
+speak on it: there is no address that anybody else could connect to.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+
+CONTROL_FD_VARIABLE = "HOLDFAST_CONTROL_FD"
+BEACON_VARIABLE = "HOLDFAST_BEACON"
+MEMORY_VARIABLE = "HOLDFAST_MEMORY"
+"""Folder in shared memory where the rank makes its staging slots; owned by its agent."""
+
+FRAME_MAX_BYTES = 8 << 20
+_LENGTH = struct.Struct("<I")
+
+
+class ProtocolError(Exception):
+    """A peer sent bytes that are not a message of this protocol."""
+
+    hint = "Both ends must run the same version of holdfast."
+
+
+class Restore(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a rank finds the state it has to continue from: a verified slot of its agent."""
+
+    step: Step
+    path: str
+    """The slot, a file in shared memory that holds one shard body (storage/FORMAT.md)."""
+    index: str
+    """The shard index as JSON text: byte ranges and digests of every chunk of the body."""
+
+
+class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
+    """To a rank: this is your place in generation `generation`."""
+
+    generation: Generation
+    rank: Rank
+    world_size: int
+    local_rank: int
+    node: NodeId
+    run_id: str
+    job: dict[str, Any]
+    """`spec.trainer`, `spec.parallelism` and `spec.checkpoint` of the run file, as written."""
+    restore: Restore | None = None
+    free_slots: tuple[int, ...] = ()
+    """Staging slots the rank may write to; others hold generations that may be needed."""
+    cache_dir: str = ""
+    """A folder of this node that outlives the rank, for what is expensive to derive."""
+    abort_within_s: float = 1.0
+    """A rank that has not left its world this long after `Abort` is killed."""
+    collective_timeout_s: float = 600.0
+    """Back-stop of a collective; longer than every detector, so that it decides nothing."""
+
+
+class Rendezvous(msgspec.Struct, frozen=True, kw_only=True, tag="rendezvous"):
+    """To a rank: the store of this generation listens at `address` (host:port)."""
+
+    generation: Generation
+    address: str
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """To a rank: leave the world of every generation older than `before`, keep your process."""
+
+    before: Generation
+
+
+class SlotFreed(msgspec.Struct, frozen=True, kw_only=True, tag="slot-freed"):
+    """To a rank: this staging slot may be written again."""
+
+    slot: int
+
+
+class Persisted(msgspec.Struct, frozen=True, kw_only=True, tag="persisted"):
+    """To a rank: its staged shard of `step` is on the durable tier."""
+
+    step: Step
+
+
+class Misbehave(msgspec.Struct, frozen=True, kw_only=True, tag="misbehave"):
+    """To a rank: fail in this way at your next phase change. Only a fault plan sends this."""
+
+    how: str
+    """`exception`, `spin` or `spin-holding-gil`."""
+
+
+class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
+    """To a rank: there is no further seat for you; exit with code 0."""
+
+
+ToRank = Seat | Rendezvous | Abort | SlotFreed | Persisted | Misbehave | Retire
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    """From rank 0: my store for this generation listens at `address`."""
+
+    generation: Generation
+    address: str
+
+
+class Reached(msgspec.Struct, frozen=True, kw_only=True, tag="reached"):
+    """From a rank: a mark on the way into a generation, sent at once (the beacon is polled).
+
+    `left` (waits for a seat), `formed` (process group stands), `restored` (state is in place),
+    `stepped` (first step of this generation completed).
+    """
+
+    generation: Generation
+    mark: str
+
+
+class Staged(msgspec.Struct, frozen=True, kw_only=True, tag="staged"):
+    """From a rank: slot `slot` holds my whole shard of `step`, digested."""
+
+    generation: Generation
+    step: Step
+    slot: int
+    index: str
+    durable: bool
+    """Whether this step is due on the durable tier too."""
+
+
+class Troubled(msgspec.Struct, frozen=True, kw_only=True, tag="troubled"):
+    """From a rank: a collective failed under me; I wait to be told where to go."""
+
+    generation: Generation
+    message: str
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished"):
+    """From a rank: all steps are done. Lanes are this rank's part of the state digest."""
+
+    generation: Generation
+    step: Step
+    lanes: tuple[int, int]
+
+
+class Died(msgspec.Struct, frozen=True, kw_only=True, tag="died"):
+    """From a rank, on its way out: the exception that ends it. The exit itself is seen apart."""
+
+    generation: Generation
+    kind: str
+    """Qualified name of the exception class."""
+    message: str
+    traceback: str
+    misconfigured: bool = False
+    """The job as written can not run; starting it again can not help."""
+
+
+FromRank = Offer | Reached | Staged | Troubled | Finished | Died
+
+_to_rank: msgspec.json.Decoder[ToRank] = msgspec.json.Decoder(ToRank)
+_from_rank: msgspec.json.Decoder[FromRank] = msgspec.json.Decoder(FromRank)
+_encode = msgspec.json.Encoder().encode
+
+
+def frame(message: ToRank | FromRank) -> bytes:
+    """Return the bytes of one message, length first.
+
+    Raises:
+        ProtocolError: if the message is larger than `FRAME_MAX_BYTES`.
+    """
+    body = _encode(message)
+    if len(body) > FRAME_MAX_BYTES:
+        raise ProtocolError(f"message of {len(body)} bytes, limit {FRAME_MAX_BYTES}")
+    return _LENGTH.pack(len(body)) + body
+
+
+class Framer:
+    """Cuts a byte stream into message bodies; feed it whatever `recv` returned."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the bodies completed by `data`, in order.
+
+        Raises:
+            ProtocolError: if a length exceeds the cap; the stream can not be read on.
+        """
+        self._buffer += data
+        bodies: list[bytes] = []
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > FRAME_MAX_BYTES:
+                raise ProtocolError(f"frame announces {length} bytes, limit {FRAME_MAX_BYTES}")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[_LENGTH.size : end]))
+            del self._buffer[:end]
+        return bodies
+
+
+def read_to_rank(body: bytes) -> ToRank:
+    """Decode a message that an agent sent. Raises ProtocolError if it is not one."""
+    try:
+        return _to_rank.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"from agent: {error}") from error
+
+
+def read_from_rank(body: bytes) -> FromRank:
+    """Decode a message that a rank sent. Raises ProtocolError if it is not one."""
+    try:
+        return _from_rank.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"from rank: {error}") from error

@@ -1,0 +1,165 @@
+"""The run file: what a user asks for. `kubectl apply` will take the same text later.
+
+Field names on disk are camelCase; durations are text with a unit (`10s`, `1.5m`, `200ms`, `2h`).
+Reading YAML, naming the nearest field for a misspelt one, and checking what must fit together
+are the business of `orchestrator.compose`; here stand the shapes and the defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+API_VERSION = "holdfast.dev/v1alpha1"
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Duration = str
+
+
+def seconds(duration: str) -> float:
+    """Return the length of a duration in seconds.
+
+    Raises:
+        ValueError: if the text is not a number followed by ms, s, m or h.
+
+    >>> seconds("1.5m")
+    90.0
+    """
+    match = _DURATION.fullmatch(duration.strip())
+    if match is None:
+        raise ValueError(
+            f"duration is {duration!r}, expected a number and a unit: 10s, 500ms, 2m, 1h"
+        )
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+class _Section(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+):
+    """A section of a file: unknown fields are refused, since a misspelt one would do nothing."""
+
+
+class Metadata(_Section, frozen=True, kw_only=True):
+    """Who this run is."""
+
+    name: Name
+
+
+class Nodes(_Section, frozen=True, kw_only=True):
+    """How many machines, and how many stand by."""
+
+    count: Positive = 1
+    ranks_per_node: Positive = 1
+    spares: NonNegative = 0
+
+
+class Parallelism(_Section, frozen=True, kw_only=True):
+    """How the world is cut; the product must equal the number of ranks.
+
+    Rank order, slowest first: pp, dpReplicate, dpShard, cp, tp.
+    """
+
+    dp_replicate: Positive = 1
+    dp_shard: Positive | None = None
+    """Default: whatever ranks the other dimensions leave."""
+    tp: Positive = 1
+    pp: Positive = 1
+    cp: Positive = 1
+
+
+class Trainer(_Section, frozen=True, kw_only=True):
+    """What is trained. Without `data`: the demo's text, sources of the standard library."""
+
+    entrypoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = (
+        "trainer.train:main"
+    )
+    """`module:function`, called without arguments in a warm process; it calls `worker.serve`."""
+    model: str | dict[str, Any] = "debug"
+    """`debug`, `8B`, `70B`, `405B`, or the sizes themselves."""
+    steps: Positive = 100
+    seq_len: Positive = 128
+    global_batch: Positive = 8
+    """Samples per optimizer step over all ranks."""
+    micro_batch: Positive | None = None
+    """Samples per forward pass of one rank; default all of its share at once."""
+    seed: NonNegative = 0
+    data: tuple[str, ...] | str | None = None
+    """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too."""
+    tokenizer: str | None = None
+    """A file in tiktoken format; default the small one that comes with holdfast."""
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 3e-4
+    warmup_steps: NonNegative = 10
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
+    clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    options: dict[str, Any] = {}
+    """Passed to the entrypoint as written; for trainers that are not the embedded one."""
+
+
+class Checkpoint(_Section, frozen=True, kw_only=True):
+    """Where and how often state is saved."""
+
+    uri: str | None = None
+    """Folder or file:// address of the durable tier; default `checkpoints` in the run's folder."""
+    every_steps: Positive = 50
+    memory_every_steps: Positive = 5
+    keep_last: Annotated[int, msgspec.Meta(ge=2)] = 3
+
+
+class Detection(_Section, frozen=True, kw_only=True):
+    """One number from which every timeout of the system is derived (protocol.timeouts)."""
+
+    detect_within: Duration = "10s"
+    warmup_limit: Duration = "10m"
+    """How long a rank may compile, restore or start before that counts as hung."""
+
+
+class Recovery(_Section, frozen=True, kw_only=True):
+    """How often a run may be brought back, by whose fault it was, before it is given up."""
+
+    hardware_budget: NonNegative = 16
+    software_budget: NonNegative = 8
+    preemption_budget: NonNegative = 64
+    refill_every_steps: Positive = 200
+    """This many steps of new progress give back one restart to every budget."""
+    backoff: Duration = "1s"
+    """First pause before restarting after a software fault that has repeated; it doubles."""
+    backoff_max: Duration = "1m"
+    spare_wait: Duration = "1m"
+    """How long to wait for a node when none is free, before giving up."""
+
+
+class Spec(_Section, frozen=True, kw_only=True):
+    """Everything a run is."""
+
+    nodes: Nodes = Nodes()
+    parallelism: Parallelism = Parallelism()
+    trainer: Trainer = Trainer()
+    checkpoint: Checkpoint = Checkpoint()
+    detection: Detection = Detection()
+    recovery: Recovery = Recovery()
+
+
+class TrainingRun(_Section, frozen=True, kw_only=True):
+    """A run file."""
+
+    api_version: Literal["holdfast.dev/v1alpha1"]
+    kind: Literal["TrainingRun"]
+    metadata: Metadata
+    spec: Spec
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the world."""
+        return self.spec.nodes.count * self.spec.nodes.ranks_per_node
+
+    def job(self) -> dict[str, Any]:
+        """Return what a rank needs to know of this run, in the run file's own words."""
+        spec: dict[str, Any] = msgspec.to_builtins(self.spec)
+        return {key: spec[key] for key in ("trainer", "parallelism", "checkpoint")}

@@ -1,0 +1,398 @@
+"""What a trainer calls to be supervised. No torch: any program that can take steps can use it.
+
+    def train(worker: Worker, seat: Seat) -> None: ...   # one generation, from seat to last step
+
+    if __name__ == "__main__":
+        sys.exit(serve(train))
+
+`serve` gives `train` one seat after the other. When a peer dies or freezes, the agent sends an
+abort: callbacks registered with `on_abort` run at once on the control thread (break the sockets
+there), and the next `phase`, `check` or `step_done` raises `Aborted` on the main thread. Let it
+fly out of `train`; the process lives on and gets a seat in the next generation.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.rank import (
+    BEACON_VARIABLE,
+    CONTROL_FD_VARIABLE,
+    MEMORY_VARIABLE,
+    Abort,
+    Died,
+    Finished,
+    Framer,
+    FromRank,
+    Misbehave,
+    Offer,
+    Persisted,
+    Reached,
+    Rendezvous,
+    Restore,
+    Retire,
+    Seat,
+    SlotFreed,
+    Staged,
+    ToRank,
+    Troubled,
+    frame,
+    read_to_rank,
+)
+from orchestrator.worker.beacon import BeaconWriter, StepRecord
+from orchestrator.worker.misbehaviour import misbehave
+
+EXIT_MISCONFIGURED = 78
+"""EX_CONFIG of sysexits.h: the job as written can not run."""
+EXIT_ORPHANED = 75
+"""EX_TEMPFAIL: the agent is gone, and a rank that nobody watches must not run on."""
+
+
+class Aborted(Exception):  # noqa: N818 - not an error: an order to leave this generation
+    """This rank was told to leave the generation that it is in."""
+
+
+class PeerLostError(Exception):
+    """A collective failed because a peer went away; raise it instead of the backend's own error."""
+
+
+class MisconfiguredError(Exception):
+    """The job as written can not run: bad data, sizes that do not fit. Restarting can not help.
+
+    Attributes:
+        hint: what the person who wrote the job can do.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NotSupervisedError(Exception):
+    """The process was not started by an agent."""
+
+    hint = "Start it through a run file: `holdfast run RUN.yaml`."
+
+
+class Slot:
+    """A staging slot: shared memory that outlives this process, owned by the agent.
+
+    Attributes:
+        number: index of the slot.
+        buffer: writable, exactly the size that was asked for.
+    """
+
+    def __init__(self, number: int, path: Path, size: int) -> None:
+        self.number = number
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) < size:
+                # Allocated now, not at first touch: a full /dev/shm must be an error, not SIGBUS.
+                os.posix_fallocate(file.fileno(), 0, size)
+            self._map = mmap.mmap(file.fileno(), size)
+        self.buffer = memoryview(self._map)
+
+
+class Worker:
+    """One rank's connection to its agent. Methods are for the main thread, unless said."""
+
+    def __init__(self, control: socket.socket, beacon: BeaconWriter, memory: Path) -> None:
+        self._control = control
+        self._beacon = beacon
+        self._memory = memory
+        self._send_lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._seats: collections.deque[Seat] = collections.deque()
+        self._retired = False
+        self._abort_before = Generation(0)
+        self._on_abort: Callable[[], None] | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._persisted: set[Step] = set()
+        self._misbehave = ""
+        self._free_slots: list[int] = []
+        self._slots: dict[int, Slot] = {}
+        self._stepped = False
+        self.seat: Seat | None = None
+        threading.Thread(target=self._listen, name="holdfast-control", daemon=True).start()
+
+    @classmethod
+    def connect(cls) -> Worker:
+        """Return the connection that the agent prepared in this process's environment.
+
+        Raises:
+            NotSupervisedError: if there is none.
+        """
+        missing = [
+            name
+            for name in (CONTROL_FD_VARIABLE, BEACON_VARIABLE, MEMORY_VARIABLE)
+            if name not in os.environ
+        ]
+        if missing:
+            raise NotSupervisedError(f"no {', '.join(missing)} in the environment")
+        control = socket.socket(fileno=int(os.environ[CONTROL_FD_VARIABLE]))
+        beacon = BeaconWriter(Path(os.environ[BEACON_VARIABLE]))
+        return cls(control, beacon, Path(os.environ[MEMORY_VARIABLE]))
+
+    # Taking a seat ------------------------------------------------------------------------
+
+    def next_seat(self) -> Seat | None:
+        """Wait for the next seat; None when there is none to come and the process should end.
+
+        The wait ends with the agent at the latest: a rank whose agent is gone is ended.
+        """
+        self._on_abort = None
+        previous, self.seat = self.seat, None
+        self._beacon.update(phase=RankPhase.WAITING)
+        if previous is not None:
+            self.reached("left", previous.generation)
+        with self._changed:
+            self._changed.wait_for(lambda: self._retired or bool(self._seats))
+            if not self._seats:
+                return None
+            seat = self._seats[-1]
+            self._seats.clear()
+            self._free_slots = list(seat.free_slots)
+        self.seat = seat
+        self._stepped = False
+        self._beacon.update(
+            generation=seat.generation,
+            rank=Rank(seat.rank),
+            phase=RankPhase.RENDEZVOUS,
+            step=seat.restore.step if seat.restore else Step(0),
+            micro_batch=0,
+            collectives=0,
+        )
+        return seat
+
+    def offer(self, address: str) -> None:
+        """Rank 0: say where this generation's store listens (host:port)."""
+        self._send(Offer(generation=self._generation, address=address))
+
+    def rendezvous(self, timeout_s: float) -> str:
+        """Wait for the address of this generation's store.
+
+        Raises:
+            Aborted: if the generation ended meanwhile.
+            TimeoutError: after `timeout_s`.
+        """
+        generation = self._generation
+
+        def known() -> bool:
+            here = self._rendezvous
+            return self.aborted or (here is not None and here.generation == generation)
+
+        with self._changed:
+            if not self._changed.wait_for(known, timeout_s):
+                raise TimeoutError(f"no rendezvous for generation {generation} in {timeout_s} s")
+        self.check()
+        assert self._rendezvous is not None
+        return self._rendezvous.address
+
+    def reached(self, mark: str, generation: Generation | None = None) -> None:
+        """Announce a mark on the way into this generation (protocol.rank.Reached)."""
+        self._send(Reached(generation=generation or self._generation, mark=mark))
+
+    # Leaving ------------------------------------------------------------------------------
+
+    @property
+    def aborted(self) -> bool:
+        """Whether this rank was told to leave the generation that it is in. Any thread."""
+        return self.seat is not None and self.seat.generation < self._abort_before
+
+    def on_abort(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called, on the control thread, the moment an abort arrives.
+
+        It must not block: its job is to make the main thread's collective fail.
+        """
+        self._on_abort = callback
+        if self.aborted:
+            callback()
+
+    def check(self) -> None:
+        """Raise Aborted if this generation is over; carry out a planned fault."""
+        if self.aborted:
+            raise Aborted(f"generation {self._generation} is over")
+        if self._misbehave:
+            how, self._misbehave = self._misbehave, ""
+            misbehave(how)
+
+    # Reporting ----------------------------------------------------------------------------
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Announce what this rank does from now on. Raises Aborted if its generation is over."""
+        self._beacon.update(phase=phase, micro_batch=micro_batch)
+        self.check()
+
+    def entered_collective(self) -> None:
+        """Count one collective entered; names the rank that never joined when others hang."""
+        self._beacon.update(collectives=self._beacon.now.collectives + 1)
+
+    def step_done(
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        """Report optimizer step `step` (1-based) complete, with the loss of the global batch."""
+        self._beacon.update(step=Step(step), micro_batch=0)
+        self._beacon.record(
+            StepRecord(self._generation, Step(step), loss, grad_norm, tokens, seconds)
+        )
+        if not self._stepped:
+            self._stepped = True
+            self.reached("stepped")
+        self.check()
+
+    # State --------------------------------------------------------------------------------
+
+    def restore_view(self, restore: Restore) -> memoryview:
+        """Map the body of the shard to continue from, read-only."""
+        with Path(restore.path).open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+
+    def slot(self, size: int) -> Slot | None:
+        """Return a staging slot of `size` bytes, or None if all still hold what may be needed.
+
+        Without a slot a save is skipped, never awaited.
+        """
+        with self._changed:
+            if not self._free_slots:
+                return None
+            number = self._free_slots.pop(0)
+        known = self._slots.get(number)
+        if known is None or len(known.buffer) != size:
+            assert self.seat is not None
+            path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
+            known = self._slots[number] = Slot(number, path, size)
+        return known
+
+    def give_back(self, slot: Slot) -> None:
+        """Return a slot unused."""
+        with self._changed:
+            self._free_slots.append(slot.number)
+
+    def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
+        """Hand a filled and digested slot over to the agent. Any thread."""
+        self._send(
+            Staged(
+                generation=Generation(generation),
+                step=Step(step),
+                slot=slot.number,
+                index=index,
+                durable=durable,
+            )
+        )
+
+    def stalled(self, seconds: float) -> None:
+        """Add to the time for which saving kept training waiting."""
+        self._beacon.update(stall_s=self._beacon.now.stall_s + seconds)
+
+    def await_persisted(self, step: int, timeout_s: float) -> bool:
+        """Wait until this rank's shard of `step` is durable; False after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.aborted and (left := deadline - time.monotonic()) > 0:
+            with self._changed:
+                if self._changed.wait_for(lambda: step in self._persisted or self.aborted, left):
+                    break
+        self.check()
+        return step in self._persisted
+
+    def finished(self, step: int, lanes: tuple[int, int]) -> None:
+        """Report that all steps are done, with this rank's part of the state digest."""
+        self._beacon.update(phase=RankPhase.DONE)
+        self._send(Finished(generation=self._generation, step=Step(step), lanes=lanes))
+
+    def troubled(self, error: BaseException) -> None:
+        """Report that a collective failed under this rank, which stays and waits for a seat."""
+        self._send(Troubled(generation=self._generation, message=str(error)[:2000]))
+
+    def died(self, error: BaseException) -> None:
+        """Report the exception that ends this rank, before it ends."""
+        text = "".join(traceback.format_exception(error))
+        hint = getattr(error, "hint", "")
+        self._send(
+            Died(
+                generation=self.seat.generation if self.seat else Generation(0),
+                kind=type(error).__qualname__,
+                message=f"{error}" + (f"\nhint: {hint}" if hint else ""),
+                traceback=text[-32_000:],
+                misconfigured=isinstance(error, MisconfiguredError),
+            )
+        )
+
+    # The control thread -------------------------------------------------------------------
+
+    @property
+    def _generation(self) -> Generation:
+        assert self.seat is not None, "no seat taken"
+        return self.seat.generation
+
+    def _send(self, message: FromRank) -> None:
+        with self._send_lock:
+            self._control.sendall(frame(message))
+
+    def _listen(self) -> None:
+        framer = Framer()
+        while data := self._receive():
+            for body in framer.feed(data):
+                self._obey(read_to_rank(body))
+        os._exit(0 if self._retired else EXIT_ORPHANED)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(1 << 16)
+        except OSError:
+            return b""
+
+    def _obey(self, message: ToRank) -> None:
+        with self._changed:
+            match message:
+                case Seat():
+                    self._seats.append(message)
+                    self._abort_before = max(self._abort_before, message.generation)
+                case Abort(before=before):
+                    self._abort_before = max(self._abort_before, before)
+                case Rendezvous():
+                    self._rendezvous = message
+                case SlotFreed(slot=slot):
+                    if slot not in self._free_slots:
+                        self._free_slots.append(slot)
+                case Persisted(step=step):
+                    self._persisted.add(step)
+                case Misbehave(how=how):
+                    self._misbehave = how
+                case Retire():
+                    self._retired = True
+                    self._abort_before = Generation(1 << 62)
+            self._changed.notify_all()
+        callback = self._on_abort
+        if callback is not None and self.aborted:
+            callback()
+
+
+def serve(train: Callable[[Worker, Seat], None]) -> int:
+    """Run `train` for one seat after the other until the agent has no more; return the exit code.
+
+    `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
+    reported with its traceback and ends the process with code 1 (78 if misconfigured).
+    """
+    worker = Worker.connect()
+    try:
+        while (seat := worker.next_seat()) is not None:
+            try:
+                train(worker, seat)
+            except Aborted:
+                continue
+            except PeerLostError as error:
+                worker.troubled(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
+        traceback.print_exception(error)
+        worker.died(error)
+        return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
+    return 0

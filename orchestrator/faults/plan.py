@@ -1,0 +1,146 @@
+"""A fault plan: what is broken, where and when, as data with a seed.
+
+The plan is the ground truth of an experiment. The controller's detectors and policies never see
+it; they see what the broken thing does.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from orchestrator.faults.catalogue import CATALOGUE, FaultKind
+from orchestrator.protocol.ids import NodeId
+from orchestrator.protocol.runfile import Duration, NonNegative, seconds
+
+Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+
+
+class PlanError(ValueError):
+    """The plan can not be carried out on this run.
+
+    Attributes:
+        hint: what to change.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class _Section(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
+):
+    """A section of a plan: unknown fields are refused."""
+
+
+class When(_Section, frozen=True, kw_only=True):
+    """The moment: when the target completes `step`, or `after` since the run's first step.
+
+    With `probability`, the plan's seed decides whether it happens at all.
+    """
+
+    step: NonNegative | None = None
+    after: Duration | None = None
+    probability: Probability = 1.0
+
+
+class Fault(_Section, frozen=True, kw_only=True):
+    """One fault."""
+
+    when: When
+    fault: FaultKind
+    rank: NonNegative | None = None
+    node: str | None = None
+    for_: Duration | None = msgspec.field(default=None, name="for")
+    """How long it lasts; without it, until something is done about it."""
+    hold_gil: bool = False
+    share: Share = 0.5
+    delay: Duration = "200ms"
+
+    @property
+    def lasts_s(self) -> float | None:
+        """Seconds until it ends by itself; None if it does not."""
+        return None if self.for_ is None else seconds(self.for_)
+
+    def describe(self) -> str:
+        """Return it in words: `freeze-rank rank 2 at step 40`."""
+        target = f" rank {self.rank}" if self.rank is not None else ""
+        target += f" {self.node}" if self.node is not None else ""
+        moment = f"step {self.when.step}" if self.when.step is not None else f"{self.when.after}"
+        return f"{self.fault}{target} at {moment}"
+
+
+class ArmedFault(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault with its index in the plan, as an agent is told to watch for it."""
+
+    index: int
+    fault: Fault
+
+
+class FaultPlan(_Section, frozen=True, kw_only=True):
+    """A plan file."""
+
+    kind: Literal["FaultPlan"]
+    api_version: Literal["holdfast.dev/v1alpha1"] = "holdfast.dev/v1alpha1"
+    seed: NonNegative = 0
+    faults: tuple[Fault, ...] = ()
+
+    def drawn(self) -> tuple[ArmedFault, ...]:
+        """Return the faults that happen: those with a probability are drawn by the seed."""
+        chance = np.random.Generator(np.random.Philox(self.seed))
+        draws = chance.random(len(self.faults))
+        return tuple(
+            ArmedFault(index=index, fault=fault)
+            for index, (fault, draw) in enumerate(zip(self.faults, draws, strict=True))
+            if draw < fault.when.probability
+        )
+
+
+def check(plan: FaultPlan, *, world_size: int, nodes: tuple[NodeId, ...], steps: int) -> None:
+    """Refuse a plan that names what the run does not have.
+
+    Raises:
+        PlanError: naming the fault, what was found and what is there.
+    """
+    for index, fault in enumerate(plan.faults):
+        where = f"faults[{index}] ({fault.fault})"
+        _check_moment(fault, where, steps)
+        traits = CATALOGUE[fault.fault]
+        if traits.target == "rank" and fault.rank is None:
+            raise PlanError(f"{where}: no rank is named", f"add `rank:` 0 to {world_size - 1}")
+        if fault.rank is not None and fault.rank >= world_size:
+            raise PlanError(
+                f"{where}: rank is {fault.rank}, expected 0 to {world_size - 1}",
+                "ranks count from 0 to nodes.count x nodes.ranksPerNode - 1",
+            )
+        if traits.target == "node" and fault.node is None and fault.rank is None:
+            raise PlanError(f"{where}: no node is named", f"add `node:`, one of {', '.join(nodes)}")
+        if fault.node is not None and fault.node not in nodes:
+            near = difflib.get_close_matches(fault.node, nodes, 1, 0.0)
+            raise PlanError(
+                f"{where}: node is {fault.node!r}, expected one of {', '.join(nodes)}",
+                f"did you mean {near[0]!r}?" if near else "the run has no nodes",
+            )
+        if fault.for_ is not None and not traits.lasting:
+            raise PlanError(f"{where}: `for` does not apply", "it happens once; remove `for`")
+
+
+def _check_moment(fault: Fault, where: str, steps: int) -> None:
+    when = fault.when
+    if (when.step is None) == (when.after is None):
+        raise PlanError(f"{where}: `when` needs exactly one of step, after", "when: {step: 12}")
+    if when.step is not None and when.step > steps:
+        raise PlanError(
+            f"{where}: step is {when.step}, the run ends at {steps}", "choose an earlier step"
+        )
+    for name, text in (("when.after", when.after), ("for", fault.for_), ("delay", fault.delay)):
+        if text is not None:
+            try:
+                seconds(text)
+            except ValueError as error:
+                raise PlanError(f"{where}: {name}: {error}", "write for example `5s`") from error

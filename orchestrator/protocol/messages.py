@@ -1,0 +1,333 @@
+"""What an agent and the controller say to each other, one JSON text per WebSocket message.
+
+Up come *facts*, in the past tense; down go *orders*. A fact names the generation that it is
+about, an order carries an id under which it is carried out at most once. Per-rank numbers
+travel as columns over the node's ranks, never as a message per rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.timeouts import Timeouts
+
+PROTOCOL_VERSION = 1
+MESSAGE_MAX_BYTES = 8 << 20
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A message; its tag is the name of its class."""
+
+
+# Facts, from agents -------------------------------------------------------------------------
+
+MARKS = ("ordered", "cleared", "seated", "formed", "restored", "stepped", "finished")
+"""How far a node's ranks have come in a generation: the least advanced of them counts.
+
+cleared: nothing of an older generation holds on any more; seated: every rank is a live process
+that was given its seat; formed: process groups stand; restored: state is in place; stepped: the
+first step of the generation is complete; finished: all steps are.
+"""
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True):
+    """This node's memory holds the verified shard that `rank` staged after `step` steps."""
+
+    rank: Rank
+    step: Step
+
+
+class Joined(_Message, frozen=True, kw_only=True):
+    """First message of every connection: who I am, and everything I know (level, not edge)."""
+
+    node: NodeId
+    version: int
+    incarnation: int
+    """Grows by one with each start of this node's agent."""
+    pid: int
+    peer_address: str
+    """Where other agents fetch shards from this one, host:port."""
+    generation: Generation
+    """Newest generation that this node was part of; 0 for none."""
+    mark: int
+    """Index into MARKS for that generation."""
+    ranks: tuple[Rank, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    offered: str = ""
+    """Store address that a rank of this node offered for that generation."""
+    lanes: tuple[tuple[int, int], ...] = ()
+    """Per rank of `ranks`: its part of the state digest, once finished."""
+
+
+class StepReport(msgspec.Struct, frozen=True, array_like=True):
+    """One completed step, as one rank of the node saw it. None stands for not finite."""
+
+    step: Step
+    loss: float | None
+    grad_norm: float | None
+    tokens: int
+    seconds: float
+
+
+class Beat(_Message, frozen=True, kw_only=True):
+    """Periodic telemetry of one node. Columns are ordered like `ranks`."""
+
+    generation: Generation
+    ranks: tuple[Rank, ...]
+    phases: tuple[int, ...]
+    steps: tuple[int, ...]
+    progress: tuple[int, ...]
+    """Signs of life since the process began."""
+    states: str
+    """One letter per rank, the kernel's process state: R S D T Z, X for gone."""
+    cpu_s: tuple[float, ...]
+    """Processor seconds used so far."""
+    stall_s: tuple[float, ...]
+    """Seconds for which saving kept training waiting so far."""
+    reports: tuple[StepReport, ...] = ()
+
+
+class Reached(_Message, frozen=True, kw_only=True):
+    """All ranks of this node have come at least as far as `mark` in this generation."""
+
+    generation: Generation
+    mark: int
+
+
+class Prepared(_Message, frozen=True, kw_only=True):
+    """The state of every rank of this node lies in its memory, ready to be restored."""
+
+    generation: Generation
+    step: Step
+    own: int
+    """Ranks whose shard was already here."""
+    fetched: int
+    """Ranks whose shard came from another node's memory."""
+    durable: int
+    """Ranks whose shard was read from the durable tier."""
+    seconds: float
+
+
+class PreparationFailed(_Message, frozen=True, kw_only=True):
+    """The state could not be brought here; the generation can not start from it."""
+
+    generation: Generation
+    step: Step
+    tier: str
+    reason: str
+
+
+class RendezvousOffered(_Message, frozen=True, kw_only=True):
+    """Rank 0 of this generation runs the store at this address."""
+
+    generation: Generation
+    address: str
+
+
+class RankExited(_Message, frozen=True, kw_only=True):
+    """A rank's process ended without having been told to."""
+
+    generation: Generation
+    rank: Rank
+    pid: int
+    code: int
+    """Exit code; minus the signal's number if a signal ended it."""
+    phase: int
+    step: Step
+    kind: str = ""
+    """Class of the exception that ended it, if it could still say."""
+    message: str = ""
+    traceback: str = ""
+    misconfigured: bool = False
+
+
+class RanksTroubled(_Message, frozen=True, kw_only=True):
+    """Collectives failed under these ranks: a symptom, whose cause lies elsewhere."""
+
+    generation: Generation
+    ranks: tuple[Rank, ...]
+    message: str
+
+
+class ShardsHeld(_Message, frozen=True, kw_only=True):
+    """This node's memory now also holds these shards (its own ranks', or copies for others)."""
+
+    generation: Generation
+    holdings: tuple[Holding, ...]
+
+
+class Receipt(msgspec.Struct, frozen=True, array_like=True):
+    """One shard on the durable tier."""
+
+    shard: int
+    size: int
+    index_digest: str
+
+
+class ShardsWritten(_Message, frozen=True, kw_only=True):
+    """The shards that this node owes the durable tier for `step` are there."""
+
+    generation: Generation
+    step: Step
+    receipts: tuple[Receipt, ...]
+    model: str
+    """Fingerprint of the model that the shards belong to."""
+
+
+class WriteFailed(_Message, frozen=True, kw_only=True):
+    """This node could not write what it owes for `step`; that checkpoint will not be."""
+
+    generation: Generation
+    step: Step
+    reason: str
+
+
+class RanksFinished(_Message, frozen=True, kw_only=True):
+    """All ranks of this node are done. Lanes: per rank, its part of the state digest."""
+
+    generation: Generation
+    step: Step
+    ranks: tuple[Rank, ...]
+    lanes: tuple[tuple[int, int], ...]
+
+
+class NodeUnusable(_Message, frozen=True, kw_only=True):
+    """This node can not be used any more, for example a process survived SIGKILL."""
+
+    reason: str
+
+
+class FaultDue(_Message, frozen=True, kw_only=True):
+    """A planned fault is due here; it is carried out only when the controller has noted it."""
+
+    index: int
+
+
+class FaultCarriedOut(_Message, frozen=True, kw_only=True):
+    """A planned fault was carried out, or could not be (and why)."""
+
+    index: int
+    problem: str = ""
+
+
+Fact = (
+    Reached
+    | Prepared
+    | PreparationFailed
+    | RendezvousOffered
+    | RankExited
+    | RanksTroubled
+    | ShardsHeld
+    | ShardsWritten
+    | WriteFailed
+    | RanksFinished
+    | NodeUnusable
+    | FaultDue
+    | FaultCarriedOut
+    | Joined
+)
+FromAgent = Fact | Beat
+
+
+# Orders, to agents --------------------------------------------------------------------------
+
+
+class Welcome(_Message, frozen=True, kw_only=True):
+    """First answer to `Joined`: the terms of this run."""
+
+    run: str
+    run_id: str
+    version: int
+    timeouts: Timeouts
+    checkpoint_uri: str
+    entrypoint: str
+    job: dict[str, Any]
+    steps_known: Step
+    """Steps up to here need not be reported again."""
+
+
+class Begin(_Message, frozen=True, kw_only=True):
+    """Start (or take part in) generation `generation`; everything older is over."""
+
+    order: str
+    generation: Generation
+    seats: tuple[NodeId, ...]
+    """Node of each rank of the world, indexed by rank."""
+    dismiss: tuple[Rank, ...] = ()
+    """Ranks whose process may not go on, whatever it says: it is killed and started anew."""
+    buddies: dict[NodeId, NodeId] = {}
+    """Where each node copies what its ranks stage."""
+    peers: dict[NodeId, str] = {}
+    """Address of each node for fetching and copying shards."""
+    restore: Step | None = None
+    """Steps of the state to continue from; None starts from the seed."""
+    sources: tuple[str, ...] = ()
+    """Per rank: the node whose memory has its shard, or "" for the durable tier."""
+    commit: str = ""
+    """Key of the commit record when any shard comes from the durable tier."""
+    shard_of: tuple[int, ...] = ()
+    """Per rank: which durable shard is its own."""
+
+
+class Announce(_Message, frozen=True, kw_only=True):
+    """The store of this generation listens at `address`."""
+
+    order: str
+    generation: Generation
+    address: str
+
+
+class Fence(_Message, frozen=True, kw_only=True):
+    """You are not part of `generation`: stop every rank of an older one, keep your memory."""
+
+    order: str
+    generation: Generation
+
+
+class Retain(_Message, frozen=True, kw_only=True):
+    """State after `step` steps is safe in memory everywhere; older copies may go."""
+
+    order: str
+    generation: Generation
+    step: Step
+
+
+class Farewell(_Message, frozen=True, kw_only=True):
+    """The run is over: end the ranks, free the memory, exit."""
+
+    order: str
+    reason: str
+
+
+class CarryOut(_Message, frozen=True, kw_only=True):
+    """Carry out planned fault `index` now."""
+
+    order: str
+    index: int
+
+
+class Arm(_Message, frozen=True, kw_only=True):
+    """Watch for the moments at which these planned faults are due (faults.plan.Fault as data)."""
+
+    order: str
+    faults: tuple[dict[str, Any], ...]
+
+
+ToAgent = Welcome | Begin | Announce | Fence | Retain | Farewell | CarryOut | Arm
+
+encode = msgspec.json.Encoder().encode
+_from_agent: msgspec.json.Decoder[FromAgent] = msgspec.json.Decoder(FromAgent)
+_to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
+
+
+def read_from_agent(text: bytes | str) -> FromAgent:
+    """Decode a fact or beat. Raises msgspec.DecodeError if it is neither."""
+    return _from_agent.decode(text)
+
+
+def read_to_agent(text: bytes | str) -> ToAgent:
+    """Decode an order. Raises msgspec.DecodeError if it is none."""
+    return _to_agent.decode(text)

@@ -1,0 +1,105 @@
+"""Decisions: everything that the controller ever orders, each with its reason in words.
+
+A decision is idempotent: a world that carries it out twice, or resumes half way, gets the same
+result. Its order id is the sequence number of the event that caused it and its place among the
+decisions of that event, so that it is the same in every replay.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import Receipt
+
+
+class _Decision(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A decision; its tag in the journal is the name of its class."""
+
+    generation: Generation
+    reason: str
+    incident: IncidentId | None = None
+
+
+class RestoreFrom(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the state of a new generation comes from."""
+
+    step: Step
+    sources: tuple[str, ...]
+    """Per rank: the node whose memory has its shard; "" for the durable tier."""
+    commit: str = ""
+    """Key of the commit record; "" if memory has everything."""
+
+
+class StartGeneration(_Decision, frozen=True, kw_only=True):
+    """End whatever runs and start `generation` on these seats. Fences everybody else."""
+
+    seats: tuple[NodeId, ...]
+    """Node of each rank, indexed by rank."""
+    dismiss: tuple[Rank, ...]
+    """Ranks whose process must not live on."""
+    restore: RestoreFrom | None
+    """None: from the seed."""
+
+
+class AnnounceRendezvous(_Decision, frozen=True, kw_only=True):
+    """Tell every rank of the generation where its store listens."""
+
+    address: str
+
+
+class FenceNode(_Decision, frozen=True, kw_only=True):
+    """Tell a node that has no seat to stop every rank of an older generation."""
+
+    node: NodeId
+
+
+class SearchCheckpoints(_Decision, frozen=True, kw_only=True):
+    """Find the newest verified checkpoint of the durable tier; answered by CheckpointFound."""
+
+
+class CommitCheckpoint(_Decision, frozen=True, kw_only=True):
+    """Publish the commit record: all shards of `step` are written."""
+
+    step: Step
+    receipts: tuple[Receipt, ...]
+    model: str
+
+
+class RetainMemory(_Decision, frozen=True, kw_only=True):
+    """State after `step` steps is held everywhere: older copies in memory may go."""
+
+    step: Step
+
+
+class CarryOutFault(_Decision, frozen=True, kw_only=True):
+    """The planned fault is on record: let it happen."""
+
+    index: int
+    node: NodeId
+
+
+class EndRun(_Decision, frozen=True, kw_only=True):
+    """Stop everything, keep everything, and say how it ended."""
+
+    state: str
+    """Succeeded, Failed or Stopped."""
+
+
+class WakeAt(_Decision, frozen=True, kw_only=True):
+    """Send a Tick no later than `at`, whatever else happens."""
+
+    at: Seconds
+
+
+Decision = (
+    StartGeneration
+    | AnnounceRendezvous
+    | FenceNode
+    | SearchCheckpoints
+    | CommitCheckpoint
+    | RetainMemory
+    | CarryOutFault
+    | EndRun
+    | WakeAt
+)

@@ -1,0 +1,122 @@
+"""Events: everything that the controller is ever told, each a fact with the moment it was known.
+
+`at` is in seconds on the run's clock. What an agent reports arrives as `Reported`, the agent's
+own words (protocol.messages.Fact) stamped with the moment and the node that said them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.messages import Fact, StepReport
+
+
+class _Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """An event; its tag in the journal is the name of its class."""
+
+    at: Seconds
+
+
+class ControllerStarted(_Event, frozen=True, kw_only=True):
+    """A controller took over the run; the first one has incarnation 1."""
+
+    incarnation: int
+
+
+class Reported(_Event, frozen=True, kw_only=True):
+    """An agent reported a fact about its node."""
+
+    node: NodeId
+    fact: Fact
+
+
+class NodeDisconnected(_Event, frozen=True, kw_only=True):
+    """The connection to an agent closed. By itself no loss: it may be back at once."""
+
+    node: NodeId
+
+
+class NodeLost(_Event, frozen=True, kw_only=True):
+    """The world knows that a node's agent is gone (its process ended, its pod was deleted)."""
+
+    node: NodeId
+    evidence: str
+
+
+class Telemetry(_Event, frozen=True, kw_only=True):
+    """One tick of the whole world. Columns are indexed by rank, -1 or "?" where unknown."""
+
+    generation: Generation
+    heard: tuple[NodeId, ...]
+    """Nodes that were heard since the last tick, sorted."""
+    phases: tuple[int, ...]
+    steps: tuple[int, ...]
+    progress: tuple[int, ...]
+    states: str
+    cpu_s: tuple[float, ...]
+    stall_s: float
+    """Longest time, over the ranks, for which saving kept training waiting since the last tick."""
+    reports: tuple[StepReport, ...] = ()
+    """Steps completed in this generation and not reported before, ascending."""
+
+
+class CheckpointFound(_Event, frozen=True, kw_only=True):
+    """The durable tier was searched: its newest verified checkpoint, and what was passed over."""
+
+    step: Step | None
+    epoch: Generation | None
+    key: str
+    """Commit record, "" if there is none."""
+    rejected: tuple[str, ...] = ()
+    """For each newer one: which it was and why it can not be used."""
+
+
+class CheckpointCommitted(_Event, frozen=True, kw_only=True):
+    """The commit record of a checkpoint exists."""
+
+    step: Step
+    epoch: Generation
+    key: str
+
+
+class CommitFailed(_Event, frozen=True, kw_only=True):
+    """A checkpoint could not be committed."""
+
+    step: Step
+    epoch: Generation
+    reason: str
+
+
+class FaultInjected(_Event, frozen=True, kw_only=True):
+    """The harness is about to break something. Ground truth for reports; nobody decides on it."""
+
+    index: int
+    description: str
+    target: str
+    """Rank or node, in words; what an incident must name to have been right."""
+
+
+class StopRequested(_Event, frozen=True, kw_only=True):
+    """Somebody asked for the run to be stopped."""
+
+    by: str
+
+
+class Tick(_Event, frozen=True, kw_only=True):
+    """Time passed."""
+
+
+Event = (
+    ControllerStarted
+    | Reported
+    | NodeDisconnected
+    | NodeLost
+    | Telemetry
+    | CheckpointFound
+    | CheckpointCommitted
+    | CommitFailed
+    | FaultInjected
+    | StopRequested
+    | Tick
+)

@@ -1,0 +1,93 @@
+"""Findings and incidents: what a detector claims, and what the run makes of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+
+
+class Cause(StrEnum):
+    """Whose fault it is. Only HARDWARE and NETWORK may condemn a node."""
+
+    HARDWARE = "hardware"
+    NETWORK = "network"
+    STORAGE = "storage"
+    SOFTWARE = "software"
+    NUMERICS = "numerics"
+    PREEMPTION = "preemption"
+    UNKNOWN = "unknown"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """A detector's claim, with what it rests on."""
+
+    at: Seconds
+    since: Seconds
+    """When it began, as far as the evidence says; never after `at`."""
+    kind: str
+    """crash, exception, node-lost, node-silent, hang, start-failure, misconfigured, ..."""
+    cause: Cause
+    ranks: tuple[Rank, ...] = ()
+    nodes: tuple[NodeId, ...] = ()
+    evidence: str
+    step: Step = Step(0)
+    signature: str = ""
+    """What two occurrences of the same fault have in common; "" if it has no such mark."""
+    detail: str = ""
+    """Long evidence, such as a traceback."""
+
+
+class Note(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of an incident's time line."""
+
+    at: Seconds
+    text: str
+
+
+class Incident(msgspec.Struct, kw_only=True):
+    """Findings with one cause, and what was done about them. Changed by the controller only."""
+
+    id: IncidentId
+    kind: str
+    cause: Cause
+    generation: Generation
+    """The generation that it broke."""
+    since: Seconds
+    detected_at: Seconds
+    findings: list[Finding]
+    timeline: list[Note] = []
+    rung: str = ""
+    """The rung of the recovery ladder that was taken."""
+    reason: str = ""
+    """Why that one, in words."""
+    decided_at: Seconds | None = None
+    resumed_at: Seconds | None = None
+    """When the first step after it was complete."""
+    reached_step: Step = Step(0)
+    """The last step completed before it."""
+    restored_step: Step | None = None
+    restored_from: str = ""
+    lost_steps: int = 0
+
+    @property
+    def ranks(self) -> tuple[Rank, ...]:
+        """Suspected ranks, ascending."""
+        return tuple(sorted({rank for finding in self.findings for rank in finding.ranks}))
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Suspected nodes, sorted."""
+        return tuple(sorted({node for finding in self.findings for node in finding.nodes}))
+
+    @property
+    def open(self) -> bool:
+        """Whether training has not resumed yet."""
+        return self.resumed_at is None
+
+    def suspects(self) -> str:
+        """Return who is suspected, in words."""
+        ranks = [f"rank {rank}" for rank in self.ranks]
+        return ", ".join(ranks + list(self.nodes)) or "nobody in particular"

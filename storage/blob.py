@@ -1,0 +1,93 @@
+"""Says what every store must do: five operations on immutable blobs.
+
+There is no overwrite and no rename, because object stores have no rename and because a blob that
+never changes can be copied, cached and checked without asking anyone. Every store passes
+tests/contract/test_stores.py.
+"""
+
+import re
+from typing import Protocol
+
+from storage.digest import Buffer
+
+KEY_LENGTH_MAX = 512
+
+# A segment never starts with a dot: that rules out "." and "..", and leaves names that start with
+# a dot to the stores themselves for their temporary files.
+_KEY = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]*(/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*")
+_PREFIX = re.compile(r"([A-Za-z0-9_=-][A-Za-z0-9._=-]*/?)*")
+
+
+class BlobStore(Protocol):
+    """Immutable blobs under keys such as "gen/3f/100-2/s0.st"; safe to use from several threads."""
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Store a blob that was not there; when this returns, it survives a loss of power.
+
+        Readers see the whole blob or none of it.
+
+        Raises:
+            BlobExistsError: if the key is taken, by whatever content; the content stays.
+            StorageFullError: if there is no room; nothing of the blob stays.
+            StorageUnavailableError: if it is not known whether the blob was stored.
+            ValueError: if the key is malformed.
+        """
+        ...
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """Return up to `length` bytes from `start`, like a slice: fewer or none past the end.
+
+        Raises:
+            BlobNotFoundError: if nothing is stored under the key.
+            ValueError: if the key is malformed, or start or length is negative.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """Return the blob's size in bytes.
+
+        Raises:
+            BlobNotFoundError: if nothing is stored under the key.
+        """
+        ...
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the keys that start with the prefix, in ascending order of their bytes."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the blob; a key with nothing under it is no error, so that it can be repeated."""
+        ...
+
+
+def validate_key(key: str) -> str:
+    """Return the key, if every store can hold it.
+
+    Raises:
+        ValueError: if it is absolute, climbs out, is too long, or has characters outside
+            letters, digits and `. _ = - /`.
+    """
+    if len(key) > KEY_LENGTH_MAX or not _KEY.fullmatch(key):
+        raise ValueError(f"key must be a relative path of letters, digits and ._=-: {key[:80]!r}")
+    return key
+
+
+def validate_prefix(prefix: str) -> str:
+    """Return the prefix, if a key could start with it.
+
+    Raises:
+        ValueError: if no key can.
+    """
+    if len(prefix) > KEY_LENGTH_MAX or not _PREFIX.fullmatch(prefix):
+        raise ValueError(f"prefix must be the start of a key: {prefix[:80]!r}")
+    return prefix
+
+
+def validate_range(start: int, length: int | None) -> None:
+    """Check a range to read.
+
+    Raises:
+        ValueError: if start or length is negative.
+    """
+    if start < 0 or (length is not None and length < 0):
+        raise ValueError(f"start is {start} and length is {length}, must be 0 or more")

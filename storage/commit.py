@@ -1,0 +1,242 @@
+"""Writes shards, commits a generation, and reads a committed shard back.
+
+The order is the whole idea: every shard is durable before the commit record is put, and that one
+exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has the crash matrix.
+"""
+
+from collections.abc import Iterator
+
+from storage.blob import BlobStore
+from storage.digest import BLOCK_BYTES, Buffer, byte_view, sha256_hex
+from storage.errors import (
+    BlobExistsError,
+    BlobNotFoundError,
+    ForeignCheckpointError,
+    ShardCorruptError,
+    StaleEpochError,
+)
+from storage.manifest import (
+    COMMITS,
+    VERDICTS,
+    Manifest,
+    ShardReceipt,
+    body_key,
+    commit_key,
+    decode_manifest,
+    describe,
+    encode_manifest,
+    generation_prefix,
+    index_key,
+    parse_commit_key,
+    parse_verdict_key,
+    receipt_of,
+)
+from storage.shard import ShardIndex, decode_index, encode_index, verify, verify_blocks
+
+
+def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardReceipt:
+    """Make a staged shard durable and return what the manifest needs of it.
+
+    The body is verified first: what was damaged between staging and here is not written. Writing
+    the same shard again is fine, so that a caller that was stopped half-way starts over.
+
+    Args:
+        store: of the run.
+        index: from `seal`.
+        body: the sealed buffer; what lies beyond `index.size` is not looked at.
+
+    Raises:
+        ShardCorruptError: if the body does not match the index; nothing was written.
+        BlobExistsError: if another shard is stored under this number; it stays.
+        StorageFullError: if there is no room.
+    """
+    verify(index, body)
+    encoded = encode_index(index)
+    where = (index.step, index.epoch, index.shard)
+    # The body goes first: an index that is there promises that its body is.
+    try:
+        store.put(body_key(*where), byte_view(body)[: index.size])
+    except BlobExistsError:
+        _require_same_body(store, index)
+    try:
+        store.put(index_key(*where), encoded)
+    except BlobExistsError:
+        if store.get(index_key(*where)) != encoded:
+            raise BlobExistsError(f"another shard is stored: {index_key(*where)}") from None
+    return receipt_of(index, sha256_hex(encoded))
+
+
+def commit(store: BlobStore, manifest: Manifest, *, newest_epoch_known: int) -> None:
+    """Make a generation a checkpoint, if no later one was committed before it.
+
+    Committing the same manifest again is fine. A refused commit leaves nothing that a reader
+    would take for a checkpoint.
+
+    Args:
+        store: of the run.
+        manifest: from `make_manifest`, with the receipts of `write_shard`.
+        newest_epoch_known: the newest generation of the run that the caller has heard of.
+
+    Raises:
+        StaleEpochError: if a newer epoch is known or committed, or a later step of this epoch is
+            committed. Such a generation may have been collected already.
+        BlobExistsError: if a different manifest was committed for this step and epoch.
+        BlobNotFoundError: if a shard of the manifest is not in the store.
+        ManifestCorruptError: if the record that is there already is damaged.
+    """
+    if manifest.epoch < newest_epoch_known:
+        raise StaleEpochError(f"newest epoch known is {newest_epoch_known}: {describe(manifest)}")
+    key = commit_key(manifest.step, manifest.epoch)
+    later = _later_commit(store, manifest)
+    if later is not None and key not in store.keys(key):
+        raise _stale(manifest, later)
+    _require_shards(store, manifest)
+    try:
+        store.put(key, encode_manifest(manifest))
+    except BlobExistsError:
+        found = decode_manifest(store.get(key))
+        if found.root != manifest.root:
+            raise BlobExistsError(
+                f"root is {manifest.root}, committed is {found.root}: {describe(manifest)}"
+            ) from None
+        return
+    # A later commit may have come between the first look and the put. Its collector may then have
+    # taken our shards for garbage, so the older of the two gives way.
+    later = _later_commit(store, manifest)
+    if later is not None:
+        store.delete(key)
+        raise _stale(manifest, later)
+
+
+def latest_commit(store: BlobStore) -> tuple[int, int] | None:
+    """Return (epoch, step) of the latest commit that the store has ever seen, by epoch, then step.
+
+    Verdicts count too: they outlive the commits they are about. Whatever is not committed and
+    comes before this can never be committed.
+    """
+    commits = [parse_commit_key(key) for key in store.keys(COMMITS)]
+    verdicts = [parse_verdict_key(key) for key in store.keys(VERDICTS)]
+    return max(((found[1], found[0]) for found in (*commits, *verdicts) if found), default=None)
+
+
+def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
+    """Return the index of a committed shard, checked against the manifest.
+
+    Raises:
+        BlobNotFoundError: if it is not there.
+        ShardCorruptError: if it is not the index that was committed.
+        ForeignCheckpointError: if it is of another run, model or step than the manifest.
+        ValueError: if the manifest has no such shard.
+    """
+    if not 0 <= shard < manifest.shards:
+        raise ValueError(f"shard is {shard}, must be in 0..{manifest.shards - 1}")
+    entry = manifest.entries[shard]
+    key = index_key(manifest.step, manifest.epoch, shard)
+    data = store.get(key)
+    digest = sha256_hex(data)
+    if digest != entry.index_digest:
+        raise ShardCorruptError(f"sha-256 is {digest}, manifest says {entry.index_digest}: {key}")
+    index = decode_index(data)
+    found = (index.run_id, index.model, index.step, index.epoch, index.shard, index.shards)
+    expected = (
+        *(manifest.run_id, manifest.model, manifest.step, manifest.epoch),
+        *(shard, manifest.shards),
+    )
+    if found != expected:
+        raise ForeignCheckpointError(f"index is of {found}, manifest is of {expected}: {key}")
+    if index.size != entry.size:
+        raise ShardCorruptError(f"size is {index.size}, manifest says {entry.size}: {key}")
+    return index
+
+
+def fetch_shard(store: BlobStore, manifest: Manifest, shard: int) -> tuple[ShardIndex, bytearray]:
+    """Return a committed shard, verified down to its last byte.
+
+    Raises:
+        BlobNotFoundError, ShardCorruptError, ForeignCheckpointError, ValueError: as `fetch_index`;
+            the body's size is compared before memory is taken for it.
+    """
+    index = fetch_index(store, manifest, shard)
+    _require_size(store, index)
+    body = bytearray(index.size)
+    fetch_body(store, index, body)
+    return index, body
+
+
+def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryview) -> None:
+    """Read a shard's body into the caller's buffer (shared memory), block by block, and verify it.
+
+    Raises:
+        BlobNotFoundError: if it is not there.
+        ShardCorruptError: naming the first bad chunk; the buffer's content is then worthless.
+        ValueError: if the buffer is read-only or smaller than `index.size`.
+    """
+    target = byte_view(buffer)
+    if target.readonly or len(target) < index.size:
+        raise ValueError(f"buffer must be writable and have {index.size} bytes")
+    _require_size(store, index)
+
+    def copied() -> Iterator[memoryview]:
+        at = 0
+        for block in _read_blocks(store, index):
+            piece = target[at : at + len(block)]
+            piece[:] = block
+            # Digest what arrived in the buffer, not what came from the store.
+            yield piece
+            at += len(block)
+
+    verify_blocks(index, copied())
+
+
+def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:
+    """Verify a committed shard where it lies, holding one block of 16 MiB at a time.
+
+    Raises:
+        BlobNotFoundError, ShardCorruptError, ForeignCheckpointError, ValueError: as `fetch_shard`.
+    """
+    index = fetch_index(store, manifest, shard)
+    _require_size(store, index)
+    verify_blocks(index, _read_blocks(store, index))
+
+
+def _read_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
+    key = body_key(index.step, index.epoch, index.shard)
+    for start in range(0, index.size, BLOCK_BYTES):
+        yield store.get(key, start, min(BLOCK_BYTES, index.size - start))
+
+
+def _require_size(store: BlobStore, index: ShardIndex) -> None:
+    key = body_key(index.step, index.epoch, index.shard)
+    size = store.size(key)
+    if size != index.size:
+        raise ShardCorruptError(f"body has {size} bytes, index says {index.size}: {key}")
+
+
+def _require_same_body(store: BlobStore, index: ShardIndex) -> None:
+    try:
+        _require_size(store, index)
+        verify_blocks(index, _read_blocks(store, index))
+    except ShardCorruptError as error:
+        key = body_key(index.step, index.epoch, index.shard)
+        raise BlobExistsError(f"another body is stored ({error}): {key}") from error
+
+
+def _require_shards(store: BlobStore, manifest: Manifest) -> None:
+    """Check by one listing that every shard is there; their bytes were verified on the way in."""
+    there = set(store.keys(generation_prefix(manifest.step, manifest.epoch)))
+    for entry in manifest.entries:
+        for key_of in (body_key, index_key):
+            key = key_of(manifest.step, manifest.epoch, entry.shard)
+            if key not in there:
+                raise BlobNotFoundError(f"shard {entry.shard} is not in the store: {key}")
+
+
+def _later_commit(store: BlobStore, manifest: Manifest) -> tuple[int, int] | None:
+    latest = latest_commit(store)
+    return latest if latest and latest > (manifest.epoch, manifest.step) else None
+
+
+def _stale(manifest: Manifest, later: tuple[int, int]) -> StaleEpochError:
+    return StaleEpochError(
+        f"step {later[1]} of epoch {later[0]} was committed before: {describe(manifest)}"
+    )

@@ -1,0 +1,80 @@
+"""Says what can go wrong in storage, split by what the caller can do about it.
+
+`retryable` is for programs: the same call may succeed later, with nothing changed. `hint` is for
+people: the next thing to try, kept apart from the message so that a log line stays one line.
+"""
+
+
+class StorageError(Exception):
+    """Base of all storage errors; never raised itself."""
+
+    retryable: bool = False
+    hint: str = ""
+
+
+class BlobNotFoundError(StorageError):
+    """Nothing is stored under this key."""
+
+    hint = "The checkpoint may have been collected; choose another one from the catalog."
+
+
+class BlobExistsError(StorageError):
+    """Something else is stored under this key already, and blobs are never overwritten."""
+
+    hint = "Two writers share one generation; see that each restart advances the generation."
+
+
+class StorageFullError(StorageError):
+    """The store has no room for this blob; what was written of it is gone again."""
+
+    retryable = True
+    hint = "Free space or lower the number of checkpoints kept; training goes on meanwhile."
+
+
+class StorageUnavailableError(StorageError):
+    """The store did not answer, or gave up half-way; nothing is known about the blob's content."""
+
+    retryable = True
+    hint = "Look at the mount or the network of this node; the call is repeated by itself."
+
+
+class StorageRefusedError(StorageError):
+    """The store answered and will go on refusing: permissions, read-only mount, no hard links."""
+
+    hint = "Check that the process may write there and that the file system has hard links."
+
+
+class ShardCorruptError(StorageError):
+    """The bytes read are not the bytes that were staged."""
+
+    hint = "Resume from an older checkpoint: `holdfast get checkpoints --verified`."
+
+
+class ManifestCorruptError(StorageError):
+    """A commit record does not decode, or does not match its own checksum."""
+
+    hint = "Resume from an older checkpoint: `holdfast get checkpoints --verified`."
+
+
+class StaleEpochError(StorageError):
+    """The commit comes too late: a newer epoch, or a later step of this epoch, was committed."""
+
+    hint = "A writer of an earlier incarnation is still alive; stop it, its work is not needed."
+
+
+class ForeignCheckpointError(StorageError):
+    """The checkpoint is of another run or another model."""
+
+    hint = "Compare the store's address in the run file with the run that wrote it."
+
+
+class UnsupportedVersionError(StorageError):
+    """The file was written in a format version that this program does not know."""
+
+    hint = "Read it with the version of Holdfast that wrote it, or a newer one."
+
+
+class UnsupportedUriError(StorageError):
+    """No store can be opened for this address."""
+
+    hint = "Use a folder, as /path or file:///path."

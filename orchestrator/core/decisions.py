@@ -40,6 +40,8 @@ class StartGeneration(_Decision, frozen=True, kw_only=True):
     """Ranks whose process must not live on."""
     restore: RestoreFrom | None
     """None: from the seed."""
+    buddies: dict[NodeId, NodeId]
+    """Where each node of the world copies what its ranks stage."""
 
 
 class AnnounceRendezvous(_Decision, frozen=True, kw_only=True):

@@ -21,6 +21,18 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
+BUDGET_OF: dict[Cause, str] = {
+    Cause.HARDWARE: "hardware",
+    Cause.NETWORK: "hardware",
+    Cause.STORAGE: "hardware",
+    Cause.UNKNOWN: "hardware",
+    Cause.SOFTWARE: "software",
+    Cause.NUMERICS: "software",
+    Cause.PREEMPTION: "preemption",
+}
+"""Which budget pays for a restart after an incident of this cause."""
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """A detector's claim, with what it rests on."""
 

@@ -1,0 +1,458 @@
+"""The controller: the one pure object that decides.
+
+`handle(event)` is the only thing that changes the state, and it returns what is to be done. It
+never asks for the time, for chance or for I/O; the same events give the same decisions, byte for
+byte. It runs in five strokes: account for the time that passed, apply the fact, ask the
+detectors, ask the policies if a generation is wanted, and ask to be woken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from orchestrator.core import facts
+from orchestrator.core.decisions import (
+    AnnounceRendezvous,
+    CommitCheckpoint,
+    Decision,
+    EndRun,
+    FenceNode,
+    RetainMemory,
+    SearchCheckpoints,
+    StartGeneration,
+    WakeAt,
+)
+from orchestrator.core.events import ControllerStarted, Event, Reported, StopRequested
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.incident import BUDGET_OF, Cause, Finding, Incident, Note
+from orchestrator.core.phases import BUCKET_OF, PHASE_OF_MARK, Bucket, RunPhase, require
+from orchestrator.core.plans import (
+    Detector,
+    End,
+    Pause,
+    Plan,
+    Policy,
+    Restart,
+    Search,
+    WaitForNodes,
+)
+from orchestrator.core.state import Budget, Occurrence, RunState
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
+from orchestrator.protocol.messages import MARKS, Joined, RendezvousOffered
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+
+D = TypeVar("D", bound=Decision)
+
+BLIND_BEATS = 6
+"""A gap of this many beats between two events means that nobody was looking, not that all hung."""
+_MARK_STEPPED = MARKS.index("stepped")
+_MARK_FINISHED = MARKS.index("finished")
+
+
+class Controller:
+    """Decides for one run."""
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        timeouts: Timeouts,
+        detectors: Sequence[Detector],
+        policies: Sequence[Policy],
+    ) -> None:
+        recovery = run.spec.recovery
+        self.state = RunState(run=run, timeouts=timeouts)
+        self.state.budgets = {
+            "hardware": Budget(recovery.hardware_budget),
+            "software": Budget(recovery.software_budget),
+            "preemption": Budget(recovery.preemption_budget),
+        }
+        self._detectors = list(detectors)
+        self._policies = tuple(policies)
+        self._started: StartGeneration | None = None
+        self.disabled: dict[str, str] = {}
+        """Detectors that raised and were switched off, with what they raised."""
+
+    def handle(self, event: Event) -> list[Decision]:
+        """Take in one event; return what is to be done about it, in order."""
+        state = self.state
+        if state.phase.final:
+            return []
+        self._account(event)
+        decisions: list[Decision] = []
+        facts.apply(state, event)
+        facts.disconnect_silent_spares(state)
+        decisions += self._answer(event)
+        for finding in self._detect(event):
+            self._admit(finding)
+        decisions += self._save()
+        self._advance()
+        if isinstance(event, StopRequested):
+            decisions += self._end("Stopped", f"stopped by {event.by}")
+        elif state.wanting:
+            decisions += self._recover()
+        elif state.phase is RunPhase.FINISHING:
+            decisions += self._finish()
+        return decisions
+
+    # Time -----------------------------------------------------------------------------------
+
+    def _account(self, event: Event) -> None:
+        """Charge the time since the last event, and forgive the ranks for what nobody saw."""
+        state = self.state
+        # A world's clock does not run backwards, but two of its threads may stamp out of order.
+        at = Seconds(max(event.at, state.now))
+        bucket = BUCKET_OF[state.phase]
+        incident = state.incident.id if state.incident else None
+        if state.best_step == 0 and not state.incidents:
+            bucket = Bucket.STARTUP
+        state.ledger.charge(at, bucket, incident)
+        gap = at - state.now
+        state.now = at
+        if gap > BLIND_BEATS * state.timeouts.beat_s or isinstance(event, ControllerStarted):
+            state.fleet.forgive(at)
+            for node in state.nodes.values():
+                node.heard_at = at
+
+    # Facts that are answered at once ----------------------------------------------------------
+
+    def _answer(self, event: Event) -> list[Decision]:
+        """Bring a node that just (re)connected up to date; pass on a rendezvous; re-issue orders."""
+        state = self.state
+        decisions: list[Decision] = []
+        match event:
+            case Reported(node=node, fact=Joined() as joined):
+                decisions += self._catch_up(node, joined)
+            case Reported(fact=RendezvousOffered(generation=generation, address=address)):
+                if generation == state.generation and address != state.offered:
+                    state.offered = address
+                    decisions.append(self._announce())
+            case ControllerStarted(incarnation=incarnation) if incarnation > 1:
+                decisions += self._take_over(incarnation)
+            case _:
+                pass
+        return decisions
+
+    def _catch_up(self, node: NodeId, joined: Joined) -> list[Decision]:
+        state = self.state
+        decisions: list[Decision] = []
+        if joined.generation < state.generation and self._started is not None:
+            if node in state.seats and not state.wanting and not state.nodes[node].lost:
+                decisions.append(self._started)
+            else:
+                decisions.append(
+                    FenceNode(
+                        generation=state.generation,
+                        node=node,
+                        reason=f"{node} comes from generation {joined.generation} and has no seat "
+                        f"in {state.generation}",
+                    )
+                )
+        if joined.generation == state.generation and joined.offered and not state.offered:
+            state.offered = joined.offered
+        if node in state.seats and state.offered:
+            decisions.append(self._announce())
+        return decisions
+
+    def _announce(self) -> AnnounceRendezvous:
+        return AnnounceRendezvous(
+            generation=self.state.generation,
+            address=self.state.offered,
+            reason="rank 0 offers the store of this generation",
+        )
+
+    def _take_over(self, incarnation: int) -> list[Decision]:
+        """Record the predecessor's death and repeat what it may have ordered in vain."""
+        state = self.state
+        incident = self._open(
+            Finding(
+                at=state.now,
+                since=state.now,
+                kind="controller-restart",
+                cause=Cause.SOFTWARE,
+                evidence=f"controller {incarnation - 1} ended without ending the run",
+                step=state.reached_step,
+            )
+        )
+        incident.rung = "none"
+        incident.reason = "ranks trained on; the journal was replayed and agents send snapshots"
+        incident.decided_at = incident.resumed_at = state.now
+        decisions: list[Decision] = []
+        for step in sorted(state.committing):
+            decisions.append(self._commit_decision(step))
+        if state.phase is RunPhase.SEARCHING:
+            decisions.append(self._search("asked again by the next controller"))
+        return decisions
+
+    # Detecting --------------------------------------------------------------------------------
+
+    def _detect(self, event: Event) -> list[Finding]:
+        findings: list[Finding] = []
+        for detector in tuple(self._detectors):
+            try:
+                findings += detector.observe(self.state, event)
+            except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
+                self._detectors.remove(detector)
+                self.disabled[detector.name] = f"{type(error).__name__}: {error}"
+        return findings
+
+    def _admit(self, finding: Finding) -> None:
+        """Make a finding part of an incident, unless it repeats what is already known."""
+        state = self.state
+        incident = state.incident
+        if incident is not None and incident.generation == state.generation:
+            if any(_same(finding, known) for known in incident.findings):
+                return
+            incident.findings.append(finding)
+            incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
+            if _SEVERITY.get(finding.kind, 0) > _SEVERITY.get(incident.kind, 0):
+                incident.kind, incident.cause = finding.kind, finding.cause
+        else:
+            incident = self._open(finding)
+        if finding.kind == "node-silent":
+            for node in finding.nodes:
+                facts.give_up(state, node, finding.evidence)
+        if finding.signature:
+            state.occurrences.append(
+                Occurrence(finding.signature, finding.step, state.generation, finding.nodes)
+            )
+        if not state.wanting:
+            state.wanting, state.wanted_since = True, state.now
+        state.found = None
+        state.pause_until = None
+
+    def _open(self, finding: Finding) -> Incident:
+        state = self.state
+        incident = Incident(
+            id=IncidentId(f"inc-{len(state.incidents) + 1}"),
+            kind=finding.kind,
+            cause=finding.cause,
+            generation=state.generation,
+            since=finding.since,
+            detected_at=finding.at,
+            findings=[finding],
+            reached_step=state.reached_step,
+            timeline=[
+                Note(at=finding.since, text=f"began: {finding.evidence}"),
+                Note(at=finding.at, text=f"detected after {finding.at - finding.since:.2f} s"),
+            ],
+        )
+        state.incidents.append(incident)
+        state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
+        return incident
+
+    # Recovering -------------------------------------------------------------------------------
+
+    def _recover(self) -> list[Decision]:
+        for policy in self._policies:
+            plan = policy(self.state)
+            if plan is not None:
+                return self._follow(plan)
+        raise AssertionError("no policy answered; the last one must always")
+
+    def _follow(self, plan: Plan) -> list[Decision]:
+        state = self.state
+        match plan:
+            case End(state=end, reason=reason):
+                return self._end(end, reason)
+            case Pause(until=until, reason=reason):
+                state.pause_until = until
+                return self._wait(RunPhase.BACKING_OFF, until, reason)
+            case WaitForNodes(until=until, reason=reason):
+                return self._wait(RunPhase.GATHERING, until, reason)
+            case Search(reason=reason):
+                if state.phase is RunPhase.SEARCHING:
+                    return []
+                self._enter(RunPhase.SEARCHING)
+                return [self._search(reason)]
+            case Restart():
+                return self._restart(plan)
+
+    def _wait(self, phase: RunPhase, until: Seconds, reason: str) -> list[Decision]:
+        if self.state.phase is phase:
+            return []
+        self._enter(phase)
+        self._note(reason)
+        return [self._decision(WakeAt, reason, at=until)]
+
+    def _search(self, reason: str) -> SearchCheckpoints:
+        return self._decision(SearchCheckpoints, reason)
+
+    def _restart(self, plan: Restart) -> list[Decision]:
+        state = self.state
+        # Advanced now, not when the new world reports: what is left of the old one is fenced
+        # from this moment, however long it takes to die.
+        state.generation = Generation(state.generation + 1)
+        restored = plan.restore.step if plan.restore else Step(0)
+        self._write_off(plan, restored)
+        facts.reset_for_generation(state, plan.seats, restored)
+        state.fleet = Fleet(state.run.world_size, state.now)
+        state.wanting = False
+        state.found = None
+        state.pause_until = None
+        state.rungs[plan.rung] = state.rungs.get(plan.rung, 0) + 1
+        if state.incident is not None:
+            state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
+        self._enter(RunPhase.STOPPING)
+        self._started = self._decision(
+            StartGeneration,
+            plan.reason,
+            seats=plan.seats,
+            dismiss=plan.dismiss,
+            restore=plan.restore,
+            buddies=plan.buddies,
+        )
+        decisions: list[Decision] = [self._started]
+        decisions += [
+            self._decision(FenceNode, f"{node.id} has no seat", node=node.id)
+            for _, node in sorted(state.nodes.items())
+            if node.id not in plan.seats and node.generation > 0 and node.connected
+        ]
+        return decisions
+
+    def _write_off(self, plan: Restart, restored: Step) -> None:
+        """Enter what the restart costs: steps that will be computed again are lost work."""
+        state = self.state
+        for incident in (i for i in state.incidents if i.open):
+            if incident.decided_at is None:
+                incident.lost_steps = max(state.reached_step - restored, 0)
+                incident.decided_at = state.now
+            incident.rung, incident.reason = plan.rung, plan.reason
+            incident.restored_step = restored
+            incident.restored_from = _tiers(plan)
+            incident.timeline.append(Note(at=state.now, text=f"decided: {plan.reason}"))
+        while state.step_log and state.step_log[-1][0] > restored:
+            state.step_log.pop()
+        since = state.step_log[-1][1] if state.step_log else Seconds(0.0)
+        incident_id = state.incident.id if state.incident else None
+        if state.best_step > 0:
+            state.ledger.relabel(since, state.now, Bucket.LOST_WORK, incident_id)
+
+    # Saving and finishing -----------------------------------------------------------------------
+
+    def _save(self) -> list[Decision]:
+        """Commit what is wholly written; release what memory no longer needs."""
+        state = self.state
+        decisions: list[Decision] = []
+        for step in sorted(state.written):
+            if step not in state.committing and facts.written_whole(state, step):
+                state.committing[step] = state.generation
+                decisions.append(self._commit_decision(step))
+        safe = facts.newest_safe_step(state)
+        if safe is not None and safe > state.retained and not state.wanting:
+            state.retained = safe
+            for older in [step for step in state.holdings if step < safe]:
+                del state.holdings[older]
+            decisions.append(
+                self._decision(RetainMemory, f"step {safe} is held by every node", step=safe)
+            )
+        return decisions
+
+    def _commit_decision(self, step: Step) -> CommitCheckpoint:
+        reports = self.state.written[step]
+        receipts = sorted(
+            (receipt for report in reports.values() for receipt in report.receipts),
+            key=lambda receipt: receipt.shard,
+        )
+        return CommitCheckpoint(
+            # The epoch of a commit is the generation that wrote its shards.
+            generation=self.state.committing[step],
+            step=step,
+            receipts=tuple(receipts),
+            model=next(report.model for _, report in sorted(reports.items())),
+            reason=f"all {len(receipts)} shards of step {step} are written",
+        )
+
+    def _advance(self) -> None:
+        """Follow the marks: the least advanced node of the world says where the run is."""
+        state = self.state
+        if state.wanting or not state.seats:
+            return
+        mark = facts.world_mark(state)
+        phase = PHASE_OF_MARK[mark]
+        order = list(PHASE_OF_MARK)
+        if state.phase in order and order.index(phase) > order.index(state.phase):
+            for passed in order[order.index(state.phase) + 1 : order.index(phase) + 1]:
+                if not (passed is RunPhase.TRAINING and mark == _MARK_FINISHED):
+                    self._enter(passed)
+        if mark >= _MARK_STEPPED:
+            for incident in (i for i in state.incidents if i.open):
+                incident.resumed_at = state.now
+                cost = state.now - incident.since
+                incident.timeline.append(
+                    Note(at=state.now, text=f"training again, {cost:.2f} s after it began")
+                )
+
+    def _finish(self) -> list[Decision]:
+        state = self.state
+        last = Step(state.run.spec.trainer.steps)
+        if any(commit.step == last for commit in state.commits):
+            return self._end("Succeeded", f"all {last} steps are done and step {last} is committed")
+        if state.now - state.phase_since > state.timeouts.save_s:
+            why = state.save_failures[-1][2] if state.save_failures else "no node reported it"
+            return self._end(
+                "Failed",
+                f"all {last} steps are done, but their checkpoint is not durable after "
+                f"{state.timeouts.save_s:.0f} s: {why}",
+            )
+        return []
+
+    def _end(self, end: str, reason: str) -> list[Decision]:
+        state = self.state
+        state.end_state, state.end_reason = end, reason
+        final = {"Succeeded": RunPhase.SUCCEEDED, "Failed": RunPhase.FAILED}
+        for incident in (i for i in state.incidents if i.open):
+            if incident.decided_at is None:
+                incident.decided_at = state.now
+            incident.rung = incident.rung or "stop"
+            incident.reason = reason
+            incident.timeline.append(Note(at=state.now, text=f"stopped: {reason}"))
+        self._enter(final.get(end, RunPhase.STOPPED))
+        return [self._decision(EndRun, reason, state=end)]
+
+    # Small things -------------------------------------------------------------------------------
+
+    def _enter(self, phase: RunPhase) -> None:
+        state = self.state
+        spent = state.now - state.phase_since
+        if not state.wanting:
+            state.phase_times[state.phase] = max(state.phase_times.get(state.phase, 0.0), spent)
+        state.phase = require(state.phase, phase)
+        state.phase_since = state.now
+
+    def _note(self, text: str) -> None:
+        if self.state.incident is not None:
+            self.state.incident.timeline.append(Note(at=self.state.now, text=text))
+
+    def _decision(self, kind: type[D], reason: str, **fields: Any) -> D:  # noqa: ANN401
+        incident = self.state.incident
+        return kind(
+            generation=self.state.generation,
+            reason=reason,
+            incident=incident.id if incident else None,
+            **fields,
+        )
+
+
+_SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
+"""Which kind names an incident when several findings belong to it: the one that explains more."""
+
+
+def _same(one: Finding, other: Finding) -> bool:
+    return (one.kind, one.ranks, one.nodes, one.signature) == (
+        other.kind,
+        other.ranks,
+        other.nodes,
+        other.signature,
+    )
+
+
+def _tiers(plan: Restart) -> str:
+    if plan.restore is None:
+        return "seed"
+    own = sum(source == seat for source, seat in zip(plan.restore.sources, plan.seats, strict=True))
+    durable = sum(source == "" for source in plan.restore.sources)
+    buddies = len(plan.seats) - own - durable
+    tiers = (("own memory", own), ("buddy's memory", buddies), ("durable tier", durable))
+    return ", ".join(f"{name} ({count} ranks)" for name, count in tiers if count)

@@ -1,0 +1,292 @@
+"""What each fact changes in the state. News of an older generation is dropped here, only here."""
+
+from __future__ import annotations
+
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointFound,
+    CommitFailed,
+    ControllerStarted,
+    Event,
+    FaultInjected,
+    NodeDisconnected,
+    NodeLost,
+    Reported,
+    Telemetry,
+)
+from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.state import Committed, Node, RunState
+from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import (
+    MARKS,
+    Fact,
+    Holding,
+    Joined,
+    NodeUnusable,
+    PreparationFailed,
+    Prepared,
+    RankExited,
+    RanksFinished,
+    RanksTroubled,
+    Reached,
+    ShardsHeld,
+    ShardsWritten,
+    StepReport,
+    WriteFailed,
+)
+
+
+def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
+    """Change the state by what the event says, and by nothing else."""
+    match event:
+        case ControllerStarted():
+            # Every connection died with the predecessor; agents come back by themselves.
+            for known in state.nodes.values():
+                known.connected = False
+        case Reported(node=node, fact=Joined() as joined):
+            _join(state, node, joined)
+        case Reported(node=node, fact=fact):
+            if node in state.nodes:
+                state.nodes[node].heard_at = state.now
+                _take(state, state.nodes[node], fact)
+        case NodeDisconnected(node=node):
+            if node in state.nodes:
+                state.nodes[node].connected = False
+        case NodeLost(node=node, evidence=evidence):
+            if node in state.nodes:
+                state.nodes[node].lost = evidence
+                _forget_memory(state, node)
+        case Telemetry():
+            _observe(state, event)
+        case CheckpointFound():
+            state.found = event
+            _note_found(state, event)
+        case CheckpointCommitted(step=step, epoch=epoch, key=key):
+            state.committing.pop(step, None)
+            state.written.pop(step, None)
+            if all(known.key != key for known in state.commits):
+                state.commits.append(Committed(step, epoch, key, state.now))
+        case CommitFailed(step=step, reason=reason):
+            state.committing.pop(step, None)
+            state.written.pop(step, None)
+            state.save_failures.append((state.now, step, reason))
+        case FaultInjected(index=index, description=text, target=target):
+            state.injected[index] = (state.now, text, target)
+        case _:
+            pass
+
+
+def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
+    node = state.nodes.get(node_id)
+    if node is None:
+        node = Node(node_id, joined.incarnation, joined_at=state.now, heard_at=state.now)
+        state.nodes[node_id] = node
+    seated = node_id in state.seats and not state.wanting
+    if joined.incarnation > node.incarnation:
+        _forget_memory(state, node_id)
+        node.lost = node.unusable = ""
+        if seated and node.generation == state.generation:
+            node.lost = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
+        node.incarnation = joined.incarnation
+    elif node.lost and not seated:
+        # The very process that was given up for lost is back, for example after a partition.
+        node.lost = ""
+    node.connected = True
+    node.heard_at = state.now
+    node.generation, node.mark = joined.generation, joined.mark
+    node.finished = joined.mark == len(MARKS) - 1
+    _hold(state, node_id, joined.holdings)
+    if joined.generation == state.generation:
+        state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
+
+
+def _take(  # noqa: C901, PLR0912 - one line per fact
+    state: RunState, node: Node, fact: Fact
+) -> None:
+    """Apply a fact of the current generation; drop one of an older."""
+    if isinstance(fact, NodeUnusable):
+        node.unusable = fact.reason
+        return
+    generation = getattr(fact, "generation", state.generation)
+    if generation != state.generation:
+        return
+    match fact:
+        case Reached(mark=mark):
+            node.mark = max(node.mark, mark) if node.generation == generation else mark
+            node.generation = generation
+        case Prepared(step=step):
+            _hold(state, node.id, tuple(Holding(r, step) for r in state.ranks_of(node.id)))
+        case PreparationFailed(step=step, tier=tier, reason=reason):
+            state.failed_preparation = f"{node.id}: {reason}"
+            if tier == "durable":
+                _pass_over(state, step, reason)
+            else:
+                state.condemned_memory.add(step)
+        case RankExited():
+            if node.id in state.seats:
+                state.exits.append(fact)
+                state.exited_at.append(state.now)
+        case RanksTroubled(message=message):
+            state.troubled.setdefault(node.id, (state.now, message))
+        case ShardsHeld(holdings=holdings):
+            _hold(state, node.id, holdings)
+        case ShardsWritten(step=step):
+            if step not in state.committing and all(c.step != step for c in state.commits):
+                state.written.setdefault(step, {})[node.id] = fact
+        case WriteFailed(step=step, reason=reason):
+            state.written.pop(step, None)
+            state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
+        case RanksFinished(ranks=ranks, lanes=lanes):
+            state.lanes.update(zip(ranks, lanes, strict=True))
+            node.finished = True
+            node.mark = len(MARKS) - 1
+        case _:
+            pass
+
+
+def _observe(state: RunState, event: Telemetry) -> None:
+    for node in event.heard:
+        if node in state.nodes:
+            state.nodes[node].heard_at = state.now
+    if event.generation != state.generation or not state.seats:
+        return
+    state.fleet.observe(
+        state.now,
+        phases=event.phases,
+        steps=event.steps,
+        progress=event.progress,
+        states=event.states,
+        cpu_s=event.cpu_s,
+    )
+    if event.stall_s > 0:
+        state.ledger.move(event.stall_s, Bucket.EFFECTIVE, Bucket.CHECKPOINT_STALL)
+    for report in event.reports:
+        _complete(state, report)
+
+
+def _complete(state: RunState, report: StepReport) -> None:
+    """Enter one completed step into the current lineage."""
+    step = report.step
+    if step <= state.reached_step:
+        return
+    if step in state.losses and _bits(state.losses[step]) != _bits(report.loss):
+        state.divergences.append(step)
+    state.losses[step] = report.loss
+    state.grad_norms[step] = report.grad_norm
+    state.reached_step = step
+    state.step_log.append((step, state.now))
+    if step > state.start_step + 1:
+        # The first step of a generation warms up; it says nothing about the others.
+        state.step_times.learn(report.seconds)
+    state.tokens_per_s = report.tokens / report.seconds if report.seconds > 0 else 0.0
+    if step > state.best_step:
+        state.best_step = step
+        _refill(state)
+
+
+def _bits(value: float | None) -> str:
+    return "none" if value is None else float(value).hex()
+
+
+def _refill(state: RunState) -> None:
+    every = state.run.spec.recovery.refill_every_steps
+    while state.best_step - state.refilled_at >= every:
+        state.refilled_at = Step(state.refilled_at + every)
+        for budget in state.budgets.values():
+            budget.spent = max(budget.spent - 1, 0)
+
+
+def _hold(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
+    for holding in holdings:
+        if holding.step >= state.retained and holding.step not in state.condemned_memory:
+            ranks = state.holdings.setdefault(holding.step, {})
+            ranks.setdefault(holding.rank, set()).add(node)
+
+
+def _forget_memory(state: RunState, node: NodeId) -> None:
+    for ranks in state.holdings.values():
+        for holders in ranks.values():
+            holders.discard(node)
+
+
+def _note_found(state: RunState, found: CheckpointFound) -> None:
+    """Take over what the durable tier has and the journal does not know, and what it rejected."""
+    for text in found.rejected:
+        state.save_failures.append((state.now, Step(0), f"passed over: {text}"))
+    if found.step is not None and all(known.key != found.key for known in state.commits):
+        assert found.epoch is not None
+        state.commits.append(Committed(found.step, found.epoch, found.key, state.now))
+    for known in state.commits:
+        if found.step is None or known.step > found.step:
+            known.rejected = known.rejected or "unreadable when it was needed"
+
+
+def _pass_over(state: RunState, step: Step, reason: str) -> None:
+    for known in state.commits:
+        if known.step == step:
+            known.rejected = reason
+
+
+def give_up(state: RunState, node: NodeId, evidence: str) -> None:
+    """Take a node for lost until it joins again: what it ran and what it held."""
+    state.nodes[node].lost = evidence
+    _forget_memory(state, node)
+
+
+def disconnect_silent_spares(state: RunState) -> None:
+    """Do not count on a spare that has not been heard, however open its connection looks."""
+    for node in state.nodes.values():
+        if node.id not in state.seats and state.now - node.heard_at > state.timeouts.silence_s:
+            node.connected = False
+
+
+def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: Step) -> None:
+    """Forget what was known of the ranks of the old generation; keep what outlives it."""
+    state.seats = seats
+    state.exits, state.exited_at, state.troubled = [], [], {}
+    state.failed_preparation = ""
+    state.offered = ""
+    state.lanes = {}
+    state.written = {}
+    state.start_step = state.reached_step = restored
+    for node in state.nodes.values():
+        node.finished = False
+        node.mark = 0
+    for newer in [step for step in state.holdings if step > restored]:
+        del state.holdings[newer]
+    state.retained = Step(min(state.retained, restored))
+
+
+def world_mark(state: RunState) -> int:
+    """Return how far the least advanced node of the world has come in this generation."""
+    nodes = [state.nodes[node] for node in state.world]
+    return min(n.mark if n.generation == state.generation else 0 for n in nodes)
+
+
+def written_whole(state: RunState, step: Step) -> bool:
+    """Whether every shard of a step has been written in the current generation."""
+    reports = state.written.get(step, {})
+    shards = {receipt.shard for report in reports.values() for receipt in report.receipts}
+    return len(shards) == state.shard_count()
+
+
+def newest_safe_step(state: RunState) -> Step | None:
+    """Return the newest step that memory can restore after the loss of any one node.
+
+    With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
+    """
+    wanted = 2 if len([n for n in state.nodes.values() if n.usable]) > 1 else 1
+    for step in sorted(state.holdings, reverse=True):
+        ranks = state.holdings[step]
+        if len(ranks) == state.run.world_size and all(
+            len(state.holders(step, Rank(rank))) >= wanted for rank in ranks
+        ):
+            return step
+    return None
+
+
+def since_last_progress(state: RunState) -> Seconds:
+    """Return the moment of the last completed step, or of the generation's start."""
+    newest = state.step_log[-1][1] if state.step_log else Seconds(0.0)
+    training = state.phase in (RunPhase.TRAINING, RunPhase.FINISHING)
+    return Seconds(max(newest, state.phase_since)) if training else state.phase_since

@@ -1,0 +1,214 @@
+"""Everything the controller knows. Plain data; only `Controller.handle` changes it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from orchestrator.core.events import CheckpointFound
+from orchestrator.core.fleet import Fleet, StepTimes
+from orchestrator.core.incident import Incident
+from orchestrator.core.ledger import Ledger
+from orchestrator.core.phases import RunPhase
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import RankExited, ShardsWritten
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+
+STEP_LOG_LENGTH = 200_000
+
+
+@dataclass(slots=True)
+class Node:
+    """What is known of one node."""
+
+    id: NodeId
+    incarnation: int
+    joined_at: Seconds
+    heard_at: Seconds
+    connected: bool = True
+    generation: Generation = Generation(0)
+    mark: int = 0
+    """How far its ranks have come in `generation` (index into MARKS)."""
+    lost: str = ""
+    """Evidence that what it ran is gone; "" while it is not."""
+    unusable: str = ""
+    """Why it must not be used any more; "" while it may."""
+    finished: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether a generation may be started on it."""
+        return self.connected and not self.lost and not self.unusable
+
+    def condition(self, seats: tuple[NodeId, ...]) -> str:
+        """Return its condition in one word."""
+        if self.unusable:
+            return "Unusable"
+        if self.lost:
+            return "Lost"
+        if not self.connected:
+            return "Disconnected"
+        return "Training" if self.id in seats else "Spare"
+
+
+@dataclass(slots=True)
+class Committed:
+    """A checkpoint that exists on the durable tier."""
+
+    step: Step
+    epoch: Generation
+    key: str
+    at: Seconds
+    rejected: str = ""
+    """Why a search passed it over; "" if none has."""
+
+
+@dataclass(slots=True)
+class Occurrence:
+    """One fault with a signature: where and when it struck."""
+
+    signature: str
+    step: Step
+    generation: Generation
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Restarts left for faults of one origin."""
+
+    limit: int
+    spent: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many restarts are left."""
+        return self.limit - self.spent
+
+
+@dataclass(slots=True)
+class RunState:
+    """One run, as its controller knows it."""
+
+    run: TrainingRun
+    timeouts: Timeouts
+    now: Seconds = Seconds(0.0)
+    phase: RunPhase = RunPhase.GATHERING
+    phase_since: Seconds = Seconds(0.0)
+    incarnation: int = 0
+    """Controllers that this run has had."""
+    generation: Generation = Generation(0)
+    seats: tuple[NodeId, ...] = ()
+    nodes: dict[NodeId, Node] = field(default_factory=dict)
+    fleet: Fleet = field(default_factory=lambda: Fleet(0, Seconds(0.0)))
+    step_times: StepTimes = field(default_factory=StepTimes)
+    ledger: Ledger = field(default_factory=Ledger)
+    incidents: list[Incident] = field(default_factory=list)
+    wanting: bool = True
+    """Whether a new generation is needed and has not been ordered yet."""
+    wanted_since: Seconds = Seconds(0.0)
+    pause_until: Seconds | None = None
+    """End of the back-off that was decided for the present need; None if none was."""
+    found: CheckpointFound | None = None
+    """Answer of the search for the present need, if it was asked."""
+    exits: list[RankExited] = field(default_factory=list)
+    """Unexpected exits in the current generation."""
+    exited_at: list[Seconds] = field(default_factory=list)
+    troubled: dict[NodeId, tuple[Seconds, str]] = field(default_factory=dict)
+    """Nodes whose collectives failed in this generation: since when, and the first message."""
+    failed_preparation: str = ""
+    """Why the state of the current generation could not be brought to its nodes."""
+    condemned_memory: set[Step] = field(default_factory=set)
+    """Steps whose copies in memory turned out to be unreadable."""
+    holdings: dict[Step, dict[Rank, set[NodeId]]] = field(default_factory=dict)
+    retained: Step = Step(-1)
+    written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)
+    committing: dict[Step, Generation] = field(default_factory=dict)
+    commits: list[Committed] = field(default_factory=list)
+    save_failures: list[tuple[Seconds, Step, str]] = field(default_factory=list)
+    offered: str = ""
+    lanes: dict[Rank, tuple[int, int]] = field(default_factory=dict)
+    best_step: Step = Step(0)
+    """Furthest step ever completed."""
+    reached_step: Step = Step(0)
+    """Last step completed in the current lineage."""
+    start_step: Step = Step(0)
+    """Step from which the current generation continued."""
+    step_log: deque[tuple[Step, Seconds]] = field(
+        default_factory=lambda: deque(maxlen=STEP_LOG_LENGTH)
+    )
+    losses: dict[Step, float | None] = field(default_factory=dict)
+    grad_norms: dict[Step, float | None] = field(default_factory=dict)
+    tokens_per_s: float = 0.0
+    divergences: list[Step] = field(default_factory=list)
+    """Steps whose loss came out differently when they were computed again."""
+    occurrences: list[Occurrence] = field(default_factory=list)
+    budgets: dict[str, Budget] = field(default_factory=dict)
+    refilled_at: Step = Step(0)
+    phase_times: dict[RunPhase, float] = field(default_factory=dict)
+    """Longest time each phase has taken so far, seconds; later limits are learned from it."""
+    end_state: str = ""
+    end_reason: str = ""
+    stop_by: str = ""
+    injected: dict[int, tuple[Seconds, str, str]] = field(default_factory=dict)
+    """Faults of the harness that are on record: ground truth for reports, not for deciding."""
+    rungs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def incident(self) -> Incident | None:
+        """The newest incident that training has not recovered from."""
+        newest = self.incidents[-1] if self.incidents else None
+        return newest if newest is not None and newest.open else None
+
+    @property
+    def world(self) -> tuple[NodeId, ...]:
+        """The nodes of the current world, each once, in rank order."""
+        return tuple(dict.fromkeys(self.seats))
+
+    def ranks_of(self, node: NodeId) -> tuple[Rank, ...]:
+        """Return the ranks that have their seat on `node`."""
+        return tuple(Rank(rank) for rank, seat in enumerate(self.seats) if seat == node)
+
+    def spares(self) -> tuple[NodeId, ...]:
+        """Return the usable nodes without a seat, sorted."""
+        seated = set(self.seats)
+        return tuple(sorted(n.id for n in self.nodes.values() if n.usable and n.id not in seated))
+
+    def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
+        """Return the usable nodes whose memory holds this shard, sorted."""
+        held = self.holdings.get(step, {}).get(rank, set())
+        return tuple(sorted(node for node in held if self.nodes[node].usable))
+
+    def shard_count(self) -> int:
+        """Return how many different shards the state of the world has: replicas share theirs."""
+        return self.run.world_size // self.run.spec.parallelism.dp_replicate
+
+    def shard_of(self, rank: Rank) -> int:
+        """Return the durable shard of a rank.
+
+        Ranks are ordered pp, dpReplicate, dpShard, cp, tp, and pp = 1 until pipelines exist, so
+        replicas repeat the same shards in the same order.
+        """
+        return rank % self.shard_count()
+
+
+def violations(state: RunState) -> list[str]:
+    """Return every invariant that the state breaks; empty for a sound one. For tests and replay."""
+    broken = []
+    if state.seats and len(state.seats) != state.run.world_size:
+        broken.append(f"world has {len(state.seats)} seats, run has {state.run.world_size} ranks")
+    per_node = state.run.spec.nodes.ranks_per_node
+    crowded = [n for n in state.world if len(state.ranks_of(n)) != per_node]
+    if crowded:
+        broken.append(f"not {per_node} ranks each: {', '.join(crowded)}")
+    if sum(state.ledger.totals().values()) != state.ledger.end_us:
+        broken.append("ledger buckets do not sum to the wall clock")
+    if any(budget.spent < 0 for budget in state.budgets.values()):
+        broken.append("a budget has more than its limit left")
+    if state.phase.final and not state.end_state:
+        broken.append(f"phase is {state.phase} without an end")
+    newest = max((c.epoch for c in state.commits), default=Generation(0))
+    if newest > state.generation:
+        broken.append(f"a commit has epoch {newest}, the run is at {state.generation}")
+    return broken

@@ -1,0 +1,88 @@
+"""Finds ranks whose process ended: what ended it, whose fault that is, and what it said last."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+
+from orchestrator.core.events import Event
+from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import Seconds
+from orchestrator.protocol.messages import RankExited
+from orchestrator.protocol.phases import RankPhase
+
+_FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
+
+
+class Exits:
+    """Every unexpected exit of the current generation is a finding."""
+
+    name = "exits"
+
+    def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
+        """Return one finding per rank that ended."""
+        del event  # the state has it all
+        return [
+            self._finding(state, exit_, at)
+            for exit_, at in zip(state.exits, state.exited_at, strict=True)
+        ]
+
+    def _finding(self, state: RunState, exit_: RankExited, at: Seconds) -> Finding:
+        kind, cause, words = classify(exit_)
+        node = state.seats[exit_.rank]
+        phase = RankPhase(exit_.phase).name.lower()
+        return Finding(
+            at=at,
+            since=at,
+            kind=kind,
+            cause=cause,
+            ranks=(exit_.rank,),
+            nodes=(node,),
+            step=exit_.step,
+            evidence=f"rank {exit_.rank} on {node} {words} in {phase} after step {exit_.step}",
+            signature=signature(exit_),
+            detail=exit_.traceback,
+        )
+
+
+def classify(exit_: RankExited) -> tuple[str, Cause, str]:
+    """Return (kind, cause, what happened in words) of an exit.
+
+    A signal alone does not say whose fault it is: SIGKILL is the kernel's out-of-memory killer as
+    well as an operator, SIGSEGV a bug as well as bad memory.
+    """
+    if exit_.misconfigured:
+        return "misconfigured", Cause.SOFTWARE, f"refused its job: {exit_.message}"
+    if exit_.kind:
+        return "exception", Cause.SOFTWARE, f"raised {exit_.kind}: {_first_line(exit_.message)}"
+    if exit_.code < 0:
+        name = _signal_name(-exit_.code)
+        cause = Cause.PREEMPTION if name == "SIGTERM" else Cause.UNKNOWN
+        return "crash", cause, f"was ended by signal {-exit_.code} ({name})"
+    return "crash", Cause.SOFTWARE, f"exited with code {exit_.code}"
+
+
+def signature(exit_: RankExited) -> str:
+    """Return what another occurrence of the same fault would share, "" if it would share nothing.
+
+    SIGKILL and SIGTERM come from outside and carry no mark of the program.
+    """
+    if exit_.code in (-signal.SIGKILL, -signal.SIGTERM):
+        return ""
+    frames = _FRAME.findall(exit_.traceback)
+    where = ":".join(frames[-1]) if frames else ""
+    what = exit_.kind or f"exit {exit_.code}"
+    return f"{what} at {where}" if where else what
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:200] if text else "no message"

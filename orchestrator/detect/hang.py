@@ -1,0 +1,186 @@
+"""Finds ranks that stand still, and tells the one that does from those that wait for it.
+
+Three levels, each with its own limit: a process that the kernel shows as stopped; a world in
+which nobody has moved for longer than two p99 steps plus `hang_s`; a phase of a recovery that
+takes far longer than it ever took. Announced phases (compiling, restoring, saving) may stand
+still for as long as their own limit allows.
+
+Letters in array names: R ranks of the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from orchestrator.core.events import Event, Telemetry, Tick
+from orchestrator.core.facts import since_last_progress, world_mark
+from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.phases import RunPhase
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.messages import MARKS
+from orchestrator.protocol.phases import RankPhase
+
+LEARNED_FACTOR = 5.0
+"""A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
+STEPS_KNOWN_MIN = 3
+SPINNING_SHARE = 0.5
+"""Of the time since it last moved, the part for which a rank used a processor."""
+_RECOVERING = (
+    RunPhase.STOPPING,
+    RunPhase.STARTING,
+    RunPhase.FORMING,
+    RunPhase.RESTORING,
+    RunPhase.WARMING,
+)
+
+
+class Hang:
+    """Progress is what counts, not the time in a phase."""
+
+    name = "hang"
+
+    def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
+        """Return at most one finding: the ranks that hold up the rest."""
+        if state.wanting or not state.seats or not isinstance(event, Telemetry | Tick):
+            return []
+        return stopped(state) or standing_still(state) or stuck_recovery(state) or broken(state)
+
+
+def stopped(state: RunState) -> list[Finding]:
+    """Find processes that the kernel shows as stopped (SIGSTOP, a debugger), in any phase."""
+    frozen_R = state.now - state.fleet.stopped_since_R > state.timeouts.stopped_s
+    ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(frozen_R))
+    if not ranks:
+        return []
+    since = Seconds(float(state.fleet.moved_at_R[list(ranks)].min()))
+    words = f"process stopped (state T), no progress for {state.now - since:.1f} s"
+    return [_finding(state, ranks, since, words)]
+
+
+def standing_still(state: RunState) -> list[Finding]:
+    """Find the culprit when no rank of a training world has moved for too long."""
+    fleet = state.fleet
+    limit_s = step_limit_s(state)
+    if state.phase is not RunPhase.TRAINING or limit_s is None:
+        return []
+    idle_R = state.now - fleet.moved_at_R
+    patient_R = fleet.patient_R()
+    # One rank that saves or compiles explains why all others wait for it.
+    if bool((idle_R <= limit_s).any()) or bool((patient_R & (idle_R <= patience_s(state))).any()):
+        return []
+    ranks = culprits(state)
+    since = Seconds(float(fleet.moved_at_R.max()))
+    words = (
+        f"no rank moved for {state.now - since:.1f} s, limit {limit_s:.1f} s "
+        f"({state.timeouts.hang_s:g} s + 2 x p99 step {state.step_times.quantile(0.99):.2f} s)"
+    )
+    return [_finding(state, ranks, since, words)]
+
+
+def step_limit_s(state: RunState) -> float | None:
+    """Return how long a training world may stand still, seconds; None while nothing is learned."""
+    if state.step_times.known < STEPS_KNOWN_MIN:
+        return state.timeouts.warmup_s
+    return state.timeouts.hang_s + 2 * state.step_times.quantile(0.99)
+
+
+def patience_s(state: RunState) -> float:
+    """Return how long an announced phase may stand still, seconds."""
+    return state.timeouts.warmup_s
+
+
+def culprits(state: RunState) -> tuple[Rank, ...]:
+    """Return the ranks that the others wait for; all of them empty-handed if none stands out.
+
+    Ranks blocked in a collective sleep; one that burns its processor is not waiting. Failing
+    that, the rank that is behind the others never joined what they wait in.
+    """
+    fleet = state.fleet
+    world = len(fleet.phase_R)
+    idle_R = np.maximum(state.now - fleet.moved_at_R, 1e-6)
+    spinning_R = (fleet.cpu_s_R - fleet.cpu_at_move_s_R) / idle_R > SPINNING_SHARE
+    place_R = fleet.step_R * len(RankPhase) + fleet.phase_R
+    behind_R = place_R == place_R.min()
+    earliest_R = fleet.moved_at_R <= fleet.moved_at_R.min() + state.timeouts.beat_s
+    for suspect_R in (spinning_R, behind_R, earliest_R):
+        count = int(suspect_R.sum())
+        if 0 < count <= world // 2:
+            return tuple(Rank(int(rank)) for rank in np.flatnonzero(suspect_R))
+    return ()
+
+
+def stuck_recovery(state: RunState) -> list[Finding]:
+    """Find what holds up a recovery that takes far longer than any before it."""
+    if state.phase not in _RECOVERING:
+        return []
+    limit_s = recovery_limit_s(state)
+    spent_s = state.now - state.phase_since
+    if spent_s <= limit_s:
+        return []
+    mark = world_mark(state)
+    slow = tuple(n for n in state.world if state.nodes[n].mark <= mark)
+    everyone = len(slow) == len(state.world)
+    ranks = () if everyone else tuple(r for n in slow for r in state.ranks_of(NodeId(n)))
+    words = (
+        f"{state.phase} for {spent_s:.1f} s, limit {limit_s:.1f} s; "
+        f"{'every node' if everyone else ', '.join(slow)} only {MARKS[mark]}"
+    )
+    return [_finding(state, ranks, state.phase_since, words)]
+
+
+def recovery_limit_s(state: RunState) -> float:
+    """Return how long the present phase of a recovery may take, seconds."""
+    t = state.timeouts
+    if state.phase is RunPhase.STOPPING:
+        return t.abort_s + t.terminate_s + t.kill_s + t.form_s
+    if state.phase is RunPhase.FORMING:
+        return t.form_s
+    longest = state.phase_times.get(state.phase)
+    if longest is None:
+        return t.warmup_s
+    return min(max(LEARNED_FACTOR * longest, t.form_s), t.warmup_s)
+
+
+def broken(state: RunState) -> list[Finding]:
+    """Find a world whose collectives failed although nobody died: a network that lost them."""
+    if not state.troubled:
+        return []
+    since = Seconds(min(at for at, _ in state.troubled.values()))
+    # Longer than silence: whoever died or vanished is found first, and is the better explanation.
+    if state.now - since <= state.timeouts.silence_s + 2 * state.timeouts.beat_s:
+        return []
+    node, (_, message) = min(state.troubled.items(), key=lambda item: (item[1][0], item[0]))
+    return [
+        Finding(
+            at=state.now,
+            since=since,
+            kind="broken-collective",
+            cause=Cause.NETWORK,
+            step=state.reached_step,
+            evidence=f"collectives failed, first on {node}, and nobody died: {message[:200]}",
+        )
+    ]
+
+
+def _finding(state: RunState, ranks: tuple[Rank, ...], since: Seconds, words: str) -> Finding:
+    fleet = state.fleet
+    places = [
+        f"rank {rank} on {state.seats[rank]}: {RankPhase(int(fleet.phase_R[rank])).name.lower()} "
+        f"after step {fleet.step_of(rank)}, state {fleet.states[rank]}"
+        for rank in ranks[:8]
+    ]
+    who = "; ".join(places) if places else "no rank stands out"
+    return Finding(
+        at=state.now,
+        since=min(since, state.now),
+        kind="hang",
+        cause=Cause.UNKNOWN,
+        ranks=ranks,
+        nodes=tuple(sorted({state.seats[rank] for rank in ranks})),
+        step=state.reached_step,
+        evidence=f"{words}; {who}",
+        detail=f"last progress of the world at {since_last_progress(state):.2f} s",
+    )

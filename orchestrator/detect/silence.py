@@ -1,0 +1,52 @@
+"""Finds nodes of the world that are gone: known to be lost, unusable, or not heard for too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.core.events import Event
+from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.state import Node, RunState
+from orchestrator.protocol.ids import Seconds
+
+
+class Silence:
+    """A node that nobody hears is lost, whatever its ranks may still be doing."""
+
+    name = "silence"
+
+    def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
+        """Return one finding per node of the world that is gone."""
+        del event  # the state has it all
+        findings = []
+        for name in state.world:
+            node = state.nodes[name]
+            quiet_s = state.now - node.heard_at
+            if node.unusable:
+                findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.unusable))
+            elif node.lost:
+                # Found silent before: the finding that said so is the one that counts.
+                if not node.lost.endswith(_SILENT):
+                    findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.lost))
+            elif quiet_s > state.timeouts.silence_s:
+                text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
+                findings.append(
+                    _gone(state, node, "node-silent", Cause.NETWORK, f"{text}{_SILENT}")
+                )
+        return findings
+
+
+_SILENT = "; taken for lost"
+
+
+def _gone(state: RunState, node: Node, kind: str, cause: Cause, evidence: str) -> Finding:
+    return Finding(
+        at=state.now,
+        since=Seconds(min(node.heard_at, state.now)),
+        kind=kind,
+        cause=cause,
+        ranks=state.ranks_of(node.id),
+        nodes=(node.id,),
+        step=state.reached_step,
+        evidence=evidence,
+    )

@@ -1,0 +1,129 @@
+"""How to go on: which state to continue from, and on which rung of the ladder that is."""
+
+from __future__ import annotations
+
+from orchestrator.core.decisions import RestoreFrom
+from orchestrator.core.plans import Plan, Policy, Restart, Search
+from orchestrator.core.state import RunState
+from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
+from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
+from orchestrator.protocol.ids import NodeId, Rank, Step
+
+
+def restart(state: RunState) -> Plan | None:
+    """Start a generation from the newest state there is: memory first, then the durable tier."""
+    placement = place(state)
+    if placement is None:
+        return None
+    step = newest_in_memory(state)
+    newest_commit = max((c.step for c in state.commits if not c.rejected), default=Step(-1))
+    if step is not None and step >= newest_commit:
+        return _restart(state, placement, _from_memory(state, placement, step))
+    if state.found is None:
+        if not state.seats:
+            return Search(reason="looking for a checkpoint of an earlier life of this run")
+        return Search(
+            reason=f"memory has {_words(step)}, the newest commit is step {newest_commit}; "
+            "searching the durable tier"
+        )
+    if state.found.step is not None and (step is None or state.found.step > step):
+        restore = RestoreFrom(
+            step=state.found.step,
+            sources=("",) * state.run.world_size,
+            commit=state.found.key,
+        )
+        return _restart(state, placement, restore)
+    if step is not None:
+        return _restart(state, placement, _from_memory(state, placement, step))
+    return _restart(state, placement, None)
+
+
+def newest_in_memory(state: RunState) -> Step | None:
+    """Return the newest step of which every shard is in the memory of some usable node."""
+    for step in sorted(state.holdings, reverse=True):
+        ranks = range(state.run.world_size)
+        if step not in state.condemned_memory and all(
+            state.holders(step, Rank(rank)) for rank in ranks
+        ):
+            return step
+    return None
+
+
+def _from_memory(state: RunState, placement: Placement, step: Step) -> RestoreFrom:
+    """Take each shard from the rank's own node if that has it, else from the first that does."""
+    sources: list[NodeId] = []
+    for rank, seat in enumerate(placement.seats):
+        holders = state.holders(step, Rank(rank))
+        sources.append(seat if seat in holders else holders[0])
+    return RestoreFrom(step=step, sources=tuple(sources))
+
+
+def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None) -> Restart:
+    rung = _rung(state, placement, restore)
+    where = f"from step {restore.step}" if restore else "from the seed"
+    swaps = "".join(f", {new} in place of {old}" for old, new in placement.replaced)
+    incident = state.incident
+    if incident is None:
+        reason = f"starting {where} on {', '.join(dict.fromkeys(placement.seats))}"
+    else:
+        lost = state.reached_step - (restore.step if restore else 0)
+        reason = (
+            f"{incident.suspects()}: {incident.findings[0].evidence}; {rung}{swaps} {where}, "
+            f"{max(lost, 0)} steps to do again"
+        )
+        if restore is None or restore.commit:
+            reason += "".join(f"; passed over {text}" for text in _rejections(state))
+    return Restart(
+        seats=placement.seats,
+        dismiss=_dismissed(state),
+        restore=restore,
+        buddies=buddies(state, placement.seats),
+        rung=rung,
+        reason=reason,
+    )
+
+
+def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) -> str:
+    if state.incident is None:
+        return "start"
+    if restore is None:
+        return "start over from the seed"
+    if restore.commit:
+        return "resume from the durable tier"
+    return "swap for a spare" if placement.replaced else "restart in place"
+
+
+def _dismissed(state: RunState) -> tuple[Rank, ...]:
+    """Return the ranks whose process may not live on: suspects, or everybody if nobody stands out.
+
+    A process that hung once is not asked to leave politely; it may not be able to.
+    """
+    incident = state.incident
+    if incident is None or incident.generation != state.generation:
+        return ()
+    if any(f.kind in _NOBODY_NAMED and not f.ranks for f in incident.findings):
+        return tuple(Rank(rank) for rank in range(state.run.world_size))
+    return incident.ranks
+
+
+_NOBODY_NAMED = ("hang",)
+
+
+def _rejections(state: RunState) -> tuple[str, ...]:
+    return state.found.rejected if state.found else ()
+
+
+def _words(step: Step | None) -> str:
+    return "nothing whole" if step is None else f"step {step}"
+
+
+def ladder() -> tuple[Policy, ...]:
+    """Return the rules in the order in which they are asked."""
+    return (
+        stop_misconfigured,
+        stop_poison,
+        stop_budget,
+        back_off,
+        wait_for_nodes,
+        restart,
+    )

@@ -118,7 +118,7 @@ class Controller:
     # Facts that are answered at once ----------------------------------------------------------
 
     def _answer(self, event: Event) -> list[Decision]:
-        """Bring a node that just (re)connected up to date; pass on a rendezvous; re-issue orders."""
+        """Bring a (re)connected node up to date; pass on a rendezvous; repeat orders."""
         state = self.state
         decisions: list[Decision] = []
         match event:
@@ -178,9 +178,9 @@ class Controller:
         incident.rung = "none"
         incident.reason = "ranks trained on; the journal was replayed and agents send snapshots"
         incident.decided_at = incident.resumed_at = state.now
-        decisions: list[Decision] = []
-        for step in sorted(state.committing):
-            decisions.append(self._commit_decision(step))
+        decisions: list[Decision] = [
+            self._commit_decision(step) for step in sorted(state.committing)
+        ]
         if state.phase is RunPhase.SEARCHING:
             decisions.append(self._search("asked again by the next controller"))
         return decisions

@@ -10,7 +10,7 @@ from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigur
 from orchestrator.protocol.ids import NodeId, Rank, Step
 
 
-def restart(state: RunState) -> Plan | None:
+def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per rung
     """Start a generation from the newest state there is: memory first, then the durable tier."""
     placement = place(state)
     if placement is None:

@@ -28,7 +28,7 @@ def stop_poison(state: RunState) -> Plan | None:
         same = _same(state, first)
         generations = {o.generation for o in same}
         nodes = {node for o in same for node in o.nodes}
-        if len(generations) < 2:  # noqa: PLR2004 - "twice" is the rule
+        if len(generations) < 2:
             continue
         if len(nodes) > 1 or len(generations) >= SAME_NODE_REPEATS_MAX:
             return End(
@@ -64,7 +64,7 @@ def back_off(state: RunState) -> Plan | None:
     if not any(finding.signature for finding in incident.findings):
         return None
     repeats = len({o.generation for o in _same(state, state.occurrences[-1])})
-    if repeats < 2:  # noqa: PLR2004 - the first time is free
+    if repeats < 2:
         return None
     recovery = state.run.spec.recovery
     first, longest = seconds(recovery.backoff), seconds(recovery.backoff_max)

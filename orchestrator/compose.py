@@ -1,0 +1,174 @@
+"""Reads what users write, and puts a controller together from it.
+
+A file that can not be read as what it should be is refused with what was expected, what was
+found, where, and the nearest name for a misspelt one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from orchestrator.core.controller import Controller
+from orchestrator.detect.exits import Exits
+from orchestrator.detect.hang import Hang
+from orchestrator.detect.silence import Silence
+from orchestrator.faults.plan import FaultPlan
+from orchestrator.policy.recovery import ladder
+from orchestrator.protocol.runfile import TrainingRun, seconds
+from orchestrator.protocol.timeouts import Timeouts, derive
+
+FILE_MAX_BYTES = 1 << 20
+T = TypeVar("T", TrainingRun, FaultPlan)
+_UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
+
+
+class BadFileError(Exception):
+    """A file that a user wrote can not be used.
+
+    Attributes:
+        hint: what to change.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def read_run(path: Path) -> TrainingRun:
+    """Read and check a run file.
+
+    Raises:
+        BadFileError: if it is not a run file, or its parts do not fit together.
+    """
+    run = parse(_read(path), TrainingRun, str(path))
+    check(run, str(path))
+    return run
+
+
+def read_plan(path: Path) -> FaultPlan:
+    """Read a fault plan. Raises BadFileError if it is none."""
+    return parse(_read(path), FaultPlan, str(path))
+
+
+def parse(text: str, kind: type[T], where: str) -> T:
+    """Read YAML text as a run file or fault plan. Raises BadFileError if it is neither."""
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = str(error).replace("\n", " ")
+        raise BadFileError(f"not YAML: {line}: {where}", "check indentation and quotes") from error
+    if not isinstance(data, dict):
+        raise BadFileError(
+            f"found {type(data).__name__}, expected fields `kind:`, ...: {where}",
+            f"a {kind.__name__} file starts with `kind: {kind.__name__}`",
+        )
+    try:
+        return msgspec.convert(data, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise BadFileError(
+            f"{_plain(str(error))}: {where}", _hint(str(error), data, kind)
+        ) from error
+
+
+def check(run: TrainingRun, where: str) -> Timeouts:
+    """Check that the parts of a run fit together; return the timeouts that follow from it.
+
+    Raises:
+        BadFileError: naming the first two that do not.
+    """
+    p = run.spec.parallelism
+    fixed = p.dp_replicate * p.tp * p.pp * p.cp
+    shard = p.dp_shard if p.dp_shard is not None else max(run.world_size // fixed, 1)
+    if fixed * shard != run.world_size:
+        nodes = run.spec.nodes
+        raise BadFileError(
+            f"spec.parallelism multiplies to {fixed * shard}, expected {run.world_size} "
+            f"(nodes.count {nodes.count} x nodes.ranksPerNode {nodes.ranks_per_node}): {where}",
+            "leave out dpShard to have it fill what the other dimensions leave",
+        )
+    spec = run.spec
+    for name, text in (
+        ("detection.detectWithin", spec.detection.detect_within),
+        ("detection.warmupLimit", spec.detection.warmup_limit),
+        ("recovery.backoff", spec.recovery.backoff),
+        ("recovery.backoffMax", spec.recovery.backoff_max),
+        ("recovery.spareWait", spec.recovery.spare_wait),
+    ):
+        try:
+            seconds(text)
+        except ValueError as error:
+            raise BadFileError(
+                f"spec.{name}: {error}: {where}", "write for example `10s`"
+            ) from error
+    try:
+        return derive(seconds(spec.detection.detect_within), seconds(spec.detection.warmup_limit))
+    except ValueError as error:
+        raise BadFileError(f"spec.detection: {error}: {where}", "10s suits most runs") from error
+
+
+def controller(run: TrainingRun) -> Controller:
+    """Return a controller for a checked run, with every detector and the whole ladder."""
+    return Controller(run, check(run, run.metadata.name), (Exits(), Silence(), Hang()), ladder())
+
+
+def _read(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        if size > FILE_MAX_BYTES:
+            raise BadFileError(
+                f"{size} bytes, expected at most {FILE_MAX_BYTES}: {path}", "is it the right file?"
+            )
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFileError(f"not UTF-8 text: {path}", "is it the right file?") from error
+    except OSError as error:
+        raise BadFileError(
+            f"{error.strerror}: {path}", "check the path and its permissions"
+        ) from error
+
+
+def _plain(message: str) -> str:
+    """Say it in the words of the file instead of those of the library."""
+    message = message.replace("Object contains unknown", "unknown").replace(" - at `$.", " at `")
+    return message[:1].lower() + message[1:]
+
+
+def _hint(message: str, data: dict[Any, Any], kind: type) -> str:
+    unknown = _UNKNOWN_FIELD.search(message)
+    if unknown is None:
+        return "see the fields and units in docs/glossary.md"
+    known = _fields(kind, (unknown["path"] or "").split("."))
+    near = difflib.get_close_matches(unknown["field"], known, 1, 0.5)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"known fields here: {', '.join(known)}" if known else f"remove it; {len(data)} fields"
+
+
+def _fields(kind: type, path: list[str]) -> list[str]:
+    """Return the names that a section of the file may have, as written there."""
+    for name in path:
+        name, _, _ = name.partition("[")  # noqa: PLW2901 - `faults[...]` is the list's name
+        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+        if name not in fields:
+            continue
+        inner = _struct_in(fields[name].type)
+        if inner is None:
+            return []
+        kind = inner
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def _struct_in(annotation: Any) -> type | None:  # noqa: ANN401 - a type expression
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _struct_in(argument)
+        if found is not None:
+            return found
+    return None

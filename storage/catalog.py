@@ -149,7 +149,8 @@ class Catalog:
         """Delete all but the newest checkpoints, and the shards that can never be committed.
 
         Never deleted: the `keep_last` newest that could be resumed from, the newest verified one,
-        whatever is newer than it, and what is leased. Safe to repeat after a crash at any point.
+        the latest of the newest epoch, whatever has a later step than any of these, and what is
+        leased. Safe to repeat after a crash at any point.
 
         Args:
             keep_last: how many checkpoints to keep, at least 1.
@@ -174,8 +175,11 @@ class Catalog:
             return []
         records = self.commits()
         sound = [(record.step, record.epoch) for record in records if record.manifest]
-        kept = [where for where in sound if where not in barred][:keep_last]
-        oldest_kept = min([*kept, (anchor.step, anchor.epoch)])
+        sound = [where for where in sound if where not in barred]
+        # The running epoch may have gone back to an early step. Its latest commit is where the
+        # run is now, however far an earlier epoch had come.
+        current = sorted(sound, key=lambda where: where[::-1])[-1:]
+        oldest_kept = min([*sound[:keep_last], *current, (anchor.step, anchor.epoch)])
         older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < oldest_kept)
         victims = [where for where in older if where not in leased]
         for step, epoch in victims:

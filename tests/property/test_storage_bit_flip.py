@@ -1,0 +1,98 @@
+"""One bit flipped anywhere in a checkpoint makes the older one win, and the reason is told."""
+
+from functools import cache
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import commit, write_shard
+from storage.manifest import commit_key, generation_prefix, make_manifest
+from storage.memory import MemoryStore
+from storage.shard import Chunk, ShardMeta, plan, seal
+from storage.wrappers import FaultyStore
+
+LAYOUT = plan(
+    [
+        Chunk(fqn=name, state="param", dtype=dtype, shape=(9,), global_shape=(18,), offset=(9,))
+        for name, dtype in (("a", "F32"), ("b", "BF16"), ("c", "U8"))
+    ]
+)
+SHARDS = 2
+
+
+def save(store: BlobStore, step: int) -> None:
+    receipts = []
+    for shard in range(SHARDS):
+        body = bytearray(LAYOUT.size)
+        meta = ShardMeta(
+            run_id="run",
+            model="m",
+            step=step,
+            epoch=1,
+            shard=shard,
+            shards=SHARDS,
+            extra={"cursor": 12345, "lr": 3e-4, "source": "c4"},
+        )
+        receipts.append(write_shard(store, seal(LAYOUT, body, meta), body))
+    manifest = make_manifest(
+        receipts, run_id="run", model="m", step=step, epoch=1, layout={"mesh": [2, 1]}
+    )
+    commit(store, manifest, newest_epoch_known=1)
+
+
+@cache
+def two_checkpoints() -> MemoryStore:
+    store = MemoryStore()
+    save(store, 10)
+    save(store, 20)
+    return store
+
+
+def files_of_the_newer() -> list[str]:
+    return [commit_key(20, 1), *two_checkpoints().keys(generation_prefix(20, 1))]
+
+
+@given(st.sampled_from(files_of_the_newer()), st.data())
+def test_a_bit_flipped_in_any_file_makes_the_older_checkpoint_win(
+    key: str, data: st.DataObject
+) -> None:
+    inner = two_checkpoints()
+    bit = data.draw(st.integers(0, inner.size(key) * 8 - 1))
+    store = FaultyStore(inner, flips={key: bit})
+
+    found, rejections = Catalog(store).newest_verified(run_id="run", model="m")
+
+    assert found is not None
+    assert found.step == 10
+    assert [(r.step, r.epoch) for r in rejections] == [(20, 1)]
+    assert rejections[0].reason
+
+
+def test_one_bit_in_every_byte_of_every_file_is_noticed() -> None:
+    inner = two_checkpoints()
+    store = FaultyStore(inner)
+    for key in files_of_the_newer():
+        # Padding is a third of a small body; every 7th byte of it stands for the rest.
+        for byte in range(0, inner.size(key), 7 if key.endswith(".st") else 1):
+            store.flips = {key: byte * 8 + byte % 8}
+            found, _ = Catalog(store).newest_verified()
+            assert found is not None
+            assert found.step == 10, f"byte {byte} of {key}"
+
+
+def test_a_file_cut_short_or_grown_makes_the_older_checkpoint_win() -> None:
+    for key in files_of_the_newer():
+        for change in (lambda data: data[:-1], lambda data: data + b" ", lambda _: b""):
+            store = MemoryStore()
+            everything = two_checkpoints().keys()
+            for other in everything:
+                data = two_checkpoints().get(other)
+                store.put(other, change(data) if other == key else data)
+
+            found, rejections = Catalog(store).newest_verified()
+
+            assert found is not None
+            assert found.step == 10, key
+            assert len(rejections) == 1

@@ -1,0 +1,290 @@
+"""Which checkpoint to resume from, and which to delete."""
+
+import pytest
+
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import commit, write_shard
+from storage.errors import StaleEpochError, StorageUnavailableError
+from storage.manifest import (
+    Manifest,
+    body_key,
+    commit_key,
+    generation_prefix,
+    index_key,
+    make_manifest,
+)
+from storage.memory import MemoryStore
+from storage.shard import Chunk, ShardMeta, plan, seal
+from storage.wrappers import CountingStore, FaultyStore
+
+LAYOUT = plan(
+    [Chunk(fqn="w", state="param", dtype="U8", shape=(64,), global_shape=(64,), offset=(0,))]
+)
+
+
+def written(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
+    receipts = []
+    for shard in (0, 1):
+        body = bytearray(LAYOUT.size)
+        meta = ShardMeta(run_id=run_id, model="m", step=step, epoch=epoch, shard=shard, shards=2)
+        receipts.append(write_shard(store, seal(LAYOUT, body, meta), body))
+    return make_manifest(receipts, run_id=run_id, model="m", step=step, epoch=epoch)
+
+
+def committed(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
+    manifest = written(store, step, epoch, run_id)
+    commit(store, manifest, newest_epoch_known=epoch)
+    return manifest
+
+
+def steps_of(store: BlobStore) -> list[tuple[int, int]]:
+    return [(record.step, record.epoch) for record in Catalog(store).commits()]
+
+
+def test_an_empty_store_has_nothing_and_rejects_nothing() -> None:
+    assert Catalog(MemoryStore()).newest_verified() == (None, [])
+    assert Catalog(MemoryStore()).retain(1) == []
+
+
+def test_the_newest_step_is_chosen() -> None:
+    store = MemoryStore()
+    manifests = [committed(store, step) for step in (9, 10, 100)]
+
+    assert Catalog(store).newest_verified() == (manifests[-1], [])
+    assert steps_of(store) == [(100, 1), (10, 1), (9, 1)]
+
+
+def test_the_newest_before_the_onset_of_a_corruption_is_chosen() -> None:
+    store = MemoryStore()
+    manifests = [committed(store, step) for step in (80, 90, 100)]
+
+    assert Catalog(store).newest_verified(before_step=100) == (manifests[1], [])
+    assert Catalog(store).newest_verified(before_step=80) == (None, [])
+
+
+def test_an_uncommitted_generation_is_not_seen() -> None:
+    store = MemoryStore()
+    manifest = committed(store, 10)
+    written(store, 20)
+
+    assert Catalog(store).newest_verified() == (manifest, [])
+
+
+@pytest.mark.parametrize("key_of", [body_key, index_key])
+def test_a_lost_shard_makes_the_older_checkpoint_win_and_says_why(key_of: object) -> None:
+    store = MemoryStore()
+    older = committed(store, 10)
+    committed(store, 20)
+    key = key_of(20, 1, 1)  # type: ignore[operator]
+    store.delete(key)
+
+    found, rejections = Catalog(store).newest_verified()
+
+    assert found == older
+    assert [(r.step, r.epoch, r.reason) for r in rejections] == [(20, 1, f"no blob: {key}")]
+
+
+def test_a_foreign_checkpoint_is_passed_over_and_named() -> None:
+    store = MemoryStore()
+    ours = committed(store, 10)
+    committed(store, 20, run_id="other")
+
+    found, rejections = Catalog(store).newest_verified(run_id="run", model="m")
+
+    assert found == ours
+    assert rejections[0].reason.startswith("run is other, expected run")
+    assert Catalog(store).newest_verified(model="bigger")[0] is None
+
+
+def test_a_damaged_record_is_reported_and_the_others_are_still_listed() -> None:
+    store = FaultyStore(MemoryStore())
+    older = committed(store, 10)
+    committed(store, 20)
+    store.flips[commit_key(20, 1)] = 8 * 200
+
+    bad, good = Catalog(store).commits()
+
+    assert bad.manifest is None
+    assert bad.fault
+    assert good.manifest == older
+
+
+def test_a_record_under_the_wrong_name_is_no_checkpoint() -> None:
+    store = MemoryStore()
+    committed(store, 10)
+    store.put(commit_key(30, 1), store.get(commit_key(10, 1)))
+
+    found, rejections = Catalog(store).newest_verified()
+
+    assert found is not None
+    assert found.step == 10
+    assert rejections[0].reason == "record is of another checkpoint of step 10, epoch 1"
+
+
+def test_two_epochs_left_a_commit_of_one_step_and_the_newer_stands() -> None:
+    """A writer killed between its put and its second look leaves this."""
+    store = MemoryStore()
+    zombie = written(store, 10, 1)
+    newer = committed(store, 10, 2)
+    other = MemoryStore()
+    committed(other, 10, 1)
+    store.put(commit_key(10, 1), other.get(commit_key(10, 1)))
+    assert zombie.root != newer.root
+
+    assert Catalog(store).newest_verified() == (newer, [])
+    assert [record.fault for record in Catalog(store).commits()] == ["", "superseded by epoch 2"]
+
+
+def test_a_store_that_does_not_answer_is_not_taken_for_bad_checkpoints() -> None:
+    store = FaultyStore(MemoryStore())
+    committed(store, 10)
+
+    def cut(operation: str, key: str) -> None:
+        store.down = operation == "get" and key.endswith(".st")
+
+    store.before = cut
+
+    with pytest.raises(StorageUnavailableError):
+        Catalog(store).newest_verified()
+
+
+def test_a_quarantined_checkpoint_is_passed_over_with_its_reason() -> None:
+    store = MemoryStore()
+    older = committed(store, 10)
+    committed(store, 20)
+    catalog = Catalog(store)
+
+    first = catalog.quarantine(20, 1, "gradient norm jumped on gpu-17")
+    second = catalog.quarantine(20, 1, "replica vote 3 to 1")
+
+    assert first == "verdicts/20-1/000000-quarantined.json"
+    assert second == "verdicts/20-1/000001-quarantined.json"
+    found, rejections = catalog.newest_verified()
+    assert found == older
+    assert rejections[0].reason == "quarantined: replica vote 3 to 1"
+
+
+def test_a_damaged_verdict_still_counts() -> None:
+    store = FaultyStore(MemoryStore())
+    committed(store, 10)
+    key = Catalog(store).quarantine(10, 1, "suspect")
+    store.flips[key] = 7
+
+    found, rejections = Catalog(store).newest_verified()
+
+    assert found is None
+    assert "unreadable" in rejections[0].reason
+
+
+def test_the_last_n_are_kept_and_nothing_remains_of_the_others() -> None:
+    store = MemoryStore()
+    for step in (10, 20, 30, 40):
+        committed(store, step)
+
+    assert Catalog(store).retain(2) == [(10, 1), (20, 1)]
+
+    assert steps_of(store) == [(40, 1), (30, 1)]
+    assert not store.keys(generation_prefix(10, 1))
+    assert not store.keys(generation_prefix(20, 1))
+    assert Catalog(store).retain(2) == []
+
+
+def test_the_newest_verified_is_kept_with_all_that_is_newer() -> None:
+    store = MemoryStore()
+    for step in (10, 20, 30, 40):
+        committed(store, step)
+    for step in (30, 40):
+        store.delete(body_key(step, 1, 0))
+
+    assert Catalog(store).retain(1) == [(10, 1)]
+
+    assert steps_of(store) == [(40, 1), (30, 1), (20, 1)]
+
+
+def test_quarantined_checkpoints_do_not_count_as_kept_and_go_when_older() -> None:
+    store = MemoryStore()
+    for step in (10, 20, 30, 40):
+        committed(store, step)
+    catalog = Catalog(store)
+    catalog.quarantine(40, 1, "suspect")
+    catalog.quarantine(20, 1, "suspect")
+
+    assert catalog.retain(1) == [(10, 1), (20, 1)]
+
+    assert steps_of(store) == [(40, 1), (30, 1)]
+
+
+def test_nothing_is_deleted_while_nothing_can_be_verified() -> None:
+    store = MemoryStore()
+    for step in (10, 20):
+        committed(store, step)
+        store.delete(body_key(step, 1, 0))
+
+    assert Catalog(store).retain(1) == []
+    assert steps_of(store) == [(20, 1), (10, 1)]
+
+
+def test_a_leased_checkpoint_is_kept_until_the_lease_ends() -> None:
+    store = MemoryStore()
+    for step in (10, 20):
+        committed(store, step)
+
+    assert Catalog(store).retain(1, leased=[(10, 1)]) == []
+    assert Catalog(store).retain(1) == [(10, 1)]
+
+
+def test_what_was_verified_lately_is_not_read_again() -> None:
+    store = CountingStore(MemoryStore())
+    committed(store, 10)
+    newest = committed(store, 20)
+    store.bytes_got = 0
+
+    assert Catalog(store).retain(1, verified=newest) == [(10, 1)]
+
+    assert store.bytes_got < LAYOUT.size
+
+
+def test_shards_that_cannot_be_committed_any_more_are_collected_and_others_stay() -> None:
+    store = MemoryStore()
+    written(store, 15, 1)
+    written(store, 99, 1)
+    committed(store, 20, 2)
+    written(store, 19, 2)
+    written(store, 30, 2)
+    written(store, 5, 3)
+
+    Catalog(store).retain(1)
+
+    assert [bool(store.keys(generation_prefix(*g))) for g in ((15, 1), (99, 1), (19, 2))] == [
+        False
+    ] * 3
+    assert all(store.keys(generation_prefix(*g)) for g in ((20, 2), (30, 2), (5, 3)))
+
+
+def test_the_latest_of_the_running_epoch_is_kept_however_far_an_earlier_epoch_had_come() -> None:
+    store = MemoryStore()
+    committed(store, 40, 3)
+    committed(store, 200, 3)
+    committed(store, 60, 4)
+
+    assert Catalog(store).retain(1) == [(40, 3)]
+
+    assert steps_of(store) == [(200, 3), (60, 4)]
+
+
+def test_a_deleted_checkpoint_still_fences_off_its_older_epochs() -> None:
+    store = MemoryStore()
+    committed(store, 200, 3)
+    committed(store, 60, 4)
+    catalog = Catalog(store)
+    catalog.quarantine(60, 4, "suspect")
+    assert catalog.retain(1) == [(60, 4)]
+
+    with pytest.raises(StaleEpochError, match="of epoch 4"):
+        committed(store, 210, 3)
+
+
+def test_keeping_none_is_a_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Catalog(MemoryStore()).retain(0)

@@ -1,0 +1,168 @@
+"""What the contract cannot see of the local store: durability, left-overs, refusals."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.errors import (
+    StorageFullError,
+    StorageRefusedError,
+    StorageUnavailableError,
+    UnsupportedUriError,
+)
+from storage.local import LocalStore, open_store
+
+
+def temporaries(root: Path) -> list[str]:
+    return [path.name for path in root.rglob(".tmp-*")]
+
+
+def test_the_file_is_synced_before_its_name_appears_and_the_folder_after(tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    LocalStore(tmp_path / "run", before=steps.append).put("a/k", b"x")
+
+    assert steps == [
+        *("make folder", "sync folder", "make folder", "sync folder"),
+        *("create temporary", "write", "sync file", "link", "unlink temporary", "sync folder"),
+    ]
+
+
+@pytest.mark.parametrize("step", ["write", "sync file", "link"])
+def test_a_disk_that_fills_up_leaves_nothing_and_says_so(tmp_path: Path, step: str) -> None:
+    def fill_up(name: str) -> None:
+        if name == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = LocalStore(tmp_path, before=fill_up)
+
+    with pytest.raises(StorageFullError, match="no space left") as caught:
+        store.put("a/k", b"x")
+
+    assert caught.value.retryable
+    assert "Free space" in caught.value.hint
+    assert temporaries(tmp_path) == []
+    assert store.keys() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.EDQUOT, StorageFullError),
+        (errno.EROFS, StorageRefusedError),
+        (errno.EPERM, StorageRefusedError),
+        (errno.EIO, StorageUnavailableError),
+        (errno.ESTALE, StorageUnavailableError),
+    ],
+)
+def test_an_error_of_the_file_system_says_what_the_caller_can_do(
+    tmp_path: Path, number: int, error: type[Exception]
+) -> None:
+    def refuse(name: str) -> None:
+        if name == "link":
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(error, match="k"):
+        LocalStore(tmp_path, before=refuse).put("k", b"x")
+
+
+def test_a_temporary_file_that_was_swept_under_a_writer_can_be_tried_again(tmp_path: Path) -> None:
+    def sweep(name: str) -> None:
+        if name == "link":
+            for path in tmp_path.rglob(".tmp-*"):
+                path.unlink()
+
+    with pytest.raises(StorageUnavailableError, match="swept"):
+        LocalStore(tmp_path, before=sweep).put("k", b"x")
+
+
+def test_left_overs_of_a_killed_process_are_invisible_and_swept(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from pathlib import Path
+from storage.local import LocalStore
+def die(step):
+    if step == "link":
+        os._exit(9)
+LocalStore(Path(sys.argv[1]), before=die).put("a/k", b"x" * 1000)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        check=False,
+        timeout=60,
+    )
+    assert killed.returncode == 9
+    store = LocalStore(tmp_path)
+
+    assert store.keys() == []
+    assert len(temporaries(tmp_path)) == 1
+    assert len(store.sweep()) == 1
+    assert temporaries(tmp_path) == []
+    store.put("a/k", b"new")
+    assert store.get("a/k") == b"new"
+
+
+def test_a_sweep_spares_the_living_and_other_hosts(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    ours, parent, other = (
+        tmp_path / name
+        for name in (f".tmp-{host}-{os.getpid()}-999999", f".tmp-{host}-1-0", ".tmp-node-b-7-0")
+    )
+    for path in (ours, parent, other):
+        path.touch()
+    (tmp_path / ".tmp-notes").touch()
+    store = LocalStore(tmp_path)
+
+    assert store.sweep() == [ours]  # An earlier process had our number; process 1 always lives.
+    assert store.sweep(gone_hosts=["node-b"]) == [other]
+
+
+def test_a_sweep_during_a_put_of_the_same_process_does_not_take_its_file(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    writer = LocalStore(tmp_path, before=lambda _: store.sweep() and None)
+
+    writer.put("a/k", b"x")
+
+    assert store.get("a/k") == b"x"
+
+
+def test_the_folders_of_deleted_blobs_go_too_but_not_the_root(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    store.put("a/b/c", b"")
+    store.put("a/d", b"")
+
+    store.delete("a/b/c")
+    assert sorted(p.name for p in (tmp_path / "run" / "a").iterdir()) == ["d"]
+    store.delete("a/d")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_read_does_not_look_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    with pytest.raises(StorageUnavailableError):
+        LocalStore(tmp_path).keys()
+
+
+def test_addresses_of_folders_open_the_local_store(tmp_path: Path) -> None:
+    for address in (str(tmp_path), f"file://{tmp_path}", f"file://localhost{tmp_path}"):
+        store = open_store(address)
+        assert isinstance(store, LocalStore)
+        assert store.root == tmp_path
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "file://other-host/run", "http://x"])
+def test_an_address_of_another_kind_is_refused_and_says_what_is_supported(address: str) -> None:
+    with pytest.raises(UnsupportedUriError, match="supported are a folder"):
+        open_store(address)

@@ -21,10 +21,6 @@ Lanes: TypeAlias = tuple[int, int]
 
 BLOCK_BYTES = 16 * 1024 * 1024
 
-# google_crc32c keeps the interpreter's lock while it works; 1 MiB is about 0.1 ms of it, so a
-# digest in a background thread does not delay the training thread beside it.
-_CRC_SLICE_BYTES = 1024 * 1024
-
 _LANES = 2
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -67,13 +63,13 @@ def sha256_hex(data: Buffer) -> str:
 def crc32c(data: Buffer) -> int:
     """Return the CRC-32C (Castagnoli) of the data, unsigned.
 
+    The library keeps the interpreter's lock meanwhile, about 3 ms for a block of 16 MiB.
+
     >>> hex(crc32c(b"123456789"))
     '0xe3069283'
     """
-    crc = 0
-    for piece in blocks_of(data, _CRC_SLICE_BYTES):
-        # The library takes numpy arrays and refuses memoryviews.
-        crc = google_crc32c.extend(crc, np.frombuffer(piece, np.uint8))
+    # The library takes numpy arrays and refuses memoryviews.
+    crc: int = google_crc32c.value(np.frombuffer(byte_view(data), np.uint8))
     return crc
 
 

@@ -77,6 +77,12 @@ class LocalStore:
                 os.link(temporary, path)
             except FileNotFoundError:
                 raise StorageUnavailableError(f"temporary file was swept: {key}") from None
+            except FileExistsError:
+                temporary.unlink(missing_ok=True)
+                # Whoever linked it may have been killed before the sync, and our caller may take
+                # the blob that is there for its own.
+                self._sync_folders(path.parent)
+                raise
             except OSError:
                 # Only the file system's refusals are tidied up here. Whatever else stops the
                 # writer, a kill above all, leaves the file to `sweep`.
@@ -87,7 +93,7 @@ class LocalStore:
             self._before("unlink temporary")
             # A sweep by another process may have been here first.
             temporary.unlink(missing_ok=True)
-            self._sync_folder(path.parent)
+            self._sync_folders(path.parent)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
@@ -180,6 +186,13 @@ class LocalStore:
             parent.mkdir(exist_ok=True)
             # A new name is durable once the folder that holds it is synced.
             self._sync_folder(parent.parent)
+
+    def _sync_folders(self, folder: Path) -> None:
+        """Sync a folder and those above it: another writer may have made one and not synced yet."""
+        for parent in (folder, *folder.parents):
+            self._sync_folder(parent)
+            if parent == self.root:
+                return
 
     def _sync_folder(self, folder: Path) -> None:
         self._before("sync folder")

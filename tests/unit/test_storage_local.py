@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.errors import (
+    BlobExistsError,
     StorageFullError,
     StorageRefusedError,
     StorageUnavailableError,
@@ -29,8 +30,21 @@ def test_the_file_is_synced_before_its_name_appears_and_the_folder_after(tmp_pat
 
     assert steps == [
         *("make folder", "sync folder", "make folder", "sync folder"),
-        *("create temporary", "write", "sync file", "link", "unlink temporary", "sync folder"),
+        *("create temporary", "write", "sync file", "link", "unlink temporary"),
+        *("sync folder", "sync folder"),
     ]
+
+
+def test_a_name_that_is_taken_is_made_durable_before_the_caller_relies_on_it(
+    tmp_path: Path,
+) -> None:
+    LocalStore(tmp_path).put("a/k", b"x")
+    steps: list[str] = []
+
+    with pytest.raises(BlobExistsError):
+        LocalStore(tmp_path, before=steps.append).put("a/k", b"x")
+
+    assert steps[-3:] == ["link", "sync folder", "sync folder"]
 
 
 @pytest.mark.parametrize("step", ["write", "sync file", "link"])

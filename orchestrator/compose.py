@@ -17,6 +17,7 @@ import yaml
 from orchestrator.core.controller import Controller
 from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
+from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.policy.recovery import ladder
@@ -114,7 +115,8 @@ def check(run: TrainingRun, where: str) -> Timeouts:
 
 def controller(run: TrainingRun) -> Controller:
     """Return a controller for a checked run, with every detector and the whole ladder."""
-    return Controller(run, check(run, run.metadata.name), (Exits(), Silence(), Hang()), ladder())
+    detectors = (Exits(), Silence(), Preparation(), Hang())
+    return Controller(run, check(run, run.metadata.name), detectors, ladder())
 
 
 def _read(path: Path) -> str:

@@ -1,0 +1,147 @@
+"""The journal: every event and what was decided about it, one checksummed line each.
+
+Text only, no I/O: whoever holds the file appends what `line` returns and reads back with
+`read`. A line is `<xxh3-64 of the rest> <JSON>`; the JSON carries its sequence number. The first
+line is the header. A line that a crash tore off at the end is tolerated and named; a bad line
+anywhere else is corruption and refused, since what follows it can not be trusted to follow.
+
+Feeding the events to a fresh controller gives the same decisions byte for byte (`replay`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from orchestrator.core.controller import Controller
+from orchestrator.core.decisions import Decision
+from orchestrator.core.events import Event
+from orchestrator.protocol.runfile import TrainingRun
+
+VERSION = 1
+
+
+class JournalError(Exception):
+    """The journal can not be trusted from some line on.
+
+    Attributes:
+        hint: what can be done.
+    """
+
+    hint = "Copy the file, cut it before the named line, and resume: what came after is lost."
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First line: whose journal this is."""
+
+    version: int = VERSION
+    run_id: str
+    run: TrainingRun
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One event and the decisions it led to."""
+
+    seq: int
+    event: Event
+    decisions: tuple[Decision, ...] = ()
+
+
+class Journal(NamedTuple):
+    """What could be read."""
+
+    header: Header
+    entries: list[Entry]
+    good_bytes: int
+    """Length of the sound part; a writer that goes on cuts the file here first."""
+    torn: str
+    """What was wrong with the end; "" if nothing was."""
+
+
+class Mismatch(NamedTuple):
+    """An event whose decisions came out differently when it was replayed."""
+
+    seq: int
+    recorded: bytes
+    replayed: bytes
+
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+_decoder: msgspec.json.Decoder[Header | Entry] = msgspec.json.Decoder(Header | Entry)
+
+
+def line(record: Header | Entry) -> bytes:
+    """Return a record as one line, newline included."""
+    body = _encode(record)
+    return b"%s %s\n" % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+
+def read(data: bytes) -> Journal:
+    """Read a journal.
+
+    Raises:
+        JournalError: if it has no header, is of another version, or a line other than the last
+            is damaged or missing.
+    """
+    header: Header | None = None
+    entries: list[Entry] = []
+    good = 0
+    for number, raw in enumerate(_lines(data), start=1):
+        record, problem = _record(raw)
+        if record is None:
+            if good + len(raw) < len(data):
+                raise JournalError(f"line {number} is damaged: {problem}, and others follow it")
+            if header is None:
+                break
+            return Journal(header, entries, good, f"line {number} is torn: {problem}")
+        if isinstance(record, Header):
+            if number != 1 or record.version != VERSION:
+                raise JournalError(f"line {number}: version {record.version}, expected {VERSION}")
+            header = record
+        elif record.seq != len(entries) + 1:
+            raise JournalError(f"line {number}: event {record.seq}, expected {len(entries) + 1}")
+        else:
+            entries.append(record)
+        good += len(raw)
+    if header is None:
+        raise JournalError("no header in the first line; this is not a journal")
+    return Journal(header, entries, good, "")
+
+
+def replay(controller: Controller, entries: list[Entry]) -> list[Mismatch]:
+    """Feed the events to a controller, in order; return where it decides differently.
+
+    Afterwards the controller stands where the one stood that wrote the journal.
+    """
+    mismatches = []
+    for entry in entries:
+        recorded = _encode(entry.decisions)
+        replayed = _encode(tuple(controller.handle(entry.event)))
+        if recorded != replayed:
+            mismatches.append(Mismatch(entry.seq, recorded, replayed))
+    return mismatches
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    # Not bytes.splitlines: that also cuts at a carriage return, which torn bytes may contain.
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start) + 1 or len(data)
+        yield data[start:end]
+        start = end
+
+
+def _record(raw: bytes) -> tuple[Header | Entry | None, str]:
+    if not raw.endswith(b"\n"):
+        return None, "it has no end"
+    checksum, _, body = raw[:-1].partition(b" ")
+    actual = xxhash.xxh3_64_hexdigest(body).encode()
+    if checksum != actual:
+        return None, f"checksum is {actual.decode()}, the line says {checksum[:16]!r}"
+    try:
+        return _decoder.decode(body), ""
+    except msgspec.DecodeError as error:
+        return None, str(error)

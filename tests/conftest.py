@@ -1,0 +1,202 @@
+"""What tests share: a hypothesis profile, and scripted nodes around a real controller."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from hypothesis import settings
+
+from orchestrator import compose
+from orchestrator.core import journal
+from orchestrator.core.decisions import Decision, StartGeneration
+from orchestrator.core.events import (
+    CheckpointFound,
+    ControllerStarted,
+    Event,
+    NodeLost,
+    Reported,
+    Telemetry,
+    Tick,
+)
+from orchestrator.core.state import RunState, violations
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import (
+    MARKS,
+    PROTOCOL_VERSION,
+    Fact,
+    Holding,
+    Joined,
+    RankExited,
+    Reached,
+    ShardsHeld,
+    StepReport,
+)
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.runfile import TrainingRun
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("dev", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+RUN = """
+apiVersion: holdfast.dev/v1alpha1
+kind: TrainingRun
+metadata: {name: demo}
+spec:
+  nodes: {count: 2, ranksPerNode: 2, spares: 1}
+  parallelism: {dpReplicate: 2, dpShard: 2}
+  trainer: {steps: 1000}
+"""
+
+
+class Cluster:
+    """Nodes that say what they are told to say, to a controller that is the real one."""
+
+    def __init__(self, text: str = RUN) -> None:
+        self.run = compose.parse(text, TrainingRun, "run.yaml")
+        self.controller = compose.controller(self.run)
+        self.now = 0.0
+        self.entries: list[journal.Entry] = []
+        self.progress = 0
+        self.decisions: list[Decision] = []
+
+    @property
+    def state(self) -> RunState:
+        return self.controller.state
+
+    def tell(self, event: Event) -> list[Decision]:
+        decisions = self.controller.handle(event)
+        self.entries.append(
+            journal.Entry(seq=len(self.entries) + 1, event=event, decisions=tuple(decisions))
+        )
+        self.decisions += decisions
+        assert violations(self.state) == []
+        return decisions
+
+    def at(self) -> Seconds:
+        return Seconds(self.now)
+
+    def after(self, seconds: float) -> "Cluster":
+        self.now = round(self.now + seconds, 6)
+        return self
+
+    def say(self, node: str, fact: Fact) -> list[Decision]:
+        return self.tell(Reported(at=self.at(), node=NodeId(node), fact=fact))
+
+    def join(self, node: str, *, incarnation: int = 1, generation: int = 0, mark: int = 0) -> list:
+        return self.say(
+            node,
+            Joined(
+                node=NodeId(node),
+                version=PROTOCOL_VERSION,
+                incarnation=incarnation,
+                pid=1,
+                peer_address="127.0.0.1:1",
+                generation=Generation(generation),
+                mark=mark,
+            ),
+        )
+
+    def lose(self, node: str) -> list[Decision]:
+        return self.tell(NodeLost(at=self.at(), node=NodeId(node), evidence=f"{node} ended"))
+
+    def tick(self) -> list[Decision]:
+        return self.tell(Tick(at=self.at()))
+
+    def exit(self, rank: int, code: int = -9, *, step: int = 0, kind: str = "") -> list[Decision]:
+        return self.say(
+            self.state.seats[rank],
+            RankExited(
+                generation=self.state.generation,
+                rank=Rank(rank),
+                pid=1,
+                code=code,
+                phase=int(RankPhase.FORWARD),
+                step=Step(step),
+                kind=kind,
+                message="x",
+                traceback='  File "a.py", line 1, in f' if kind else "",
+            ),
+        )
+
+    def found(self, step: int | None = None, rejected: tuple[str, ...] = ()) -> list[Decision]:
+        return self.tell(
+            CheckpointFound(
+                at=self.at(),
+                step=None if step is None else Step(step),
+                epoch=None if step is None else self.state.generation,
+                key="" if step is None else f"commits/{step}",
+                rejected=rejected,
+            )
+        )
+
+    def reach(self, mark: str) -> None:
+        for node in self.state.world:
+            self.say(node, Reached(generation=self.state.generation, mark=MARKS.index(mark)))
+
+    def hold(self, step: int) -> None:
+        """Every node of the world holds its own shards and its neighbour's."""
+        world = self.state.world
+        for node in world:
+            ranks = [Holding(Rank(r), Step(step)) for r in range(self.run.world_size)]
+            self.say(node, ShardsHeld(generation=self.state.generation, holdings=tuple(ranks)))
+
+    def beat(
+        self,
+        *,
+        step: int,
+        moving: Callable[[int], bool] = lambda _: True,
+        phases: dict[int, RankPhase] | None = None,
+        states: str | None = None,
+        steps: dict[int, int] | None = None,
+        report: bool = False,
+        heard: tuple[str, ...] | None = None,
+        loss: float = 2.0,
+    ) -> list[Decision]:
+        """Telemetry of all ranks; those not `moving` show no sign of life."""
+        world = self.run.world_size
+        self.progress += 1
+        known = self.state.fleet.progress_R
+        return self.tell(
+            Telemetry(
+                at=self.at(),
+                generation=self.state.generation,
+                heard=tuple(map(NodeId, heard)) if heard else tuple(sorted(self.state.nodes)),
+                phases=tuple(int((phases or {}).get(r, RankPhase.FORWARD)) for r in range(world)),
+                steps=tuple((steps or {}).get(r, step) for r in range(world)),
+                progress=tuple(self.progress if moving(r) else int(known[r]) for r in range(world)),
+                states=states or "S" * world,
+                cpu_s=(0.0,) * world,
+                stall_s=0.0,
+                reports=(StepReport(Step(step), loss, 1.0, 100, 0.1),) if report else (),
+            )
+        )
+
+    def train(self, steps: int, *, seconds: float = 0.1) -> None:
+        first = self.state.reached_step + 1
+        for step in range(first, first + steps):
+            self.after(seconds).beat(step=step, report=True)
+
+    def start(self) -> StartGeneration:
+        """Bring the cluster up to training in generation 1, with the initial state in memory."""
+        self.tell(ControllerStarted(at=self.at(), incarnation=1))
+        for node in ("node-0", "node-1", "node-2"):
+            self.join(node)
+        (order,) = [d for d in self.found() if isinstance(d, StartGeneration)]
+        self.resume()
+        self.hold(0)
+        return order
+
+    def resume(self) -> None:
+        for mark in ("cleared", "seated", "formed", "restored", "stepped"):
+            self.after(0.05).reach(mark)
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+@pytest.fixture
+def cluster_of() -> Callable[[str], Cluster]:
+    return Cluster

@@ -1,0 +1,216 @@
+"""Whatever happens in whatever order: the state stays sound, and the journal replays."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.core import journal
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CommitFailed,
+    ControllerStarted,
+    NodeDisconnected,
+    StopRequested,
+)
+from orchestrator.core.ledger import Bucket, Ledger
+from orchestrator.core.phases import RunPhase
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import (
+    NodeUnusable,
+    PreparationFailed,
+    RanksTroubled,
+    RendezvousOffered,
+)
+from tests.conftest import Cluster
+
+NODES = st.sampled_from(["node-0", "node-1", "node-2"])
+MARKS = st.sampled_from(["cleared", "seated", "formed", "restored", "stepped"])
+ACTIONS = st.one_of(
+    st.tuples(st.just("wait"), st.floats(0.01, 30)),
+    st.tuples(st.just("exit"), st.integers(0, 3), st.sampled_from([-9, -11, -15, 1, 0, 78])),
+    st.tuples(st.just("raise"), st.integers(0, 3)),
+    st.tuples(st.just("lose"), NODES),
+    st.tuples(st.just("disconnect"), NODES),
+    st.tuples(st.just("join"), NODES, st.integers(1, 3), st.integers(0, 6)),
+    st.tuples(st.just("reach"), MARKS),
+    st.tuples(st.just("hold"), st.integers(0, 30)),
+    st.tuples(st.just("train"), st.integers(1, 5)),
+    st.tuples(st.just("freeze"), st.integers(0, 3)),
+    st.tuples(st.just("found"), st.none() | st.integers(0, 30)),
+    st.tuples(st.just("trouble"), NODES),
+    st.tuples(st.just("unreadable"), NODES),
+    st.tuples(st.just("unusable"), NODES),
+    st.tuples(st.just("offer"), NODES),
+    st.tuples(st.just("commit"), st.integers(0, 30)),
+    st.tuples(st.just("commit-failed"), st.integers(0, 30)),
+    st.tuples(st.just("successor"), st.integers(2, 5)),
+)
+
+
+def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912 - a table
+    state = cluster.state
+    generation = state.generation
+    if state.phase.final:
+        return
+    match action:
+        case ("wait", seconds):
+            cluster.after(seconds).tick()
+        case ("exit", rank, code) if state.seats:
+            cluster.exit(rank, code, step=state.reached_step)
+        case ("raise", rank) if state.seats:
+            cluster.exit(rank, 1, step=state.reached_step, kind="ValueError")
+        case ("lose", node):
+            cluster.lose(node)
+        case ("disconnect", node):
+            cluster.tell(NodeDisconnected(at=cluster.at(), node=NodeId(node)))
+        case ("join", node, incarnation, mark):
+            cluster.join(node, incarnation=incarnation, generation=generation, mark=mark)
+        case ("reach", mark) if state.seats:
+            cluster.reach(mark)
+        case ("hold", step) if state.seats:
+            cluster.hold(step)
+        case ("train", steps) if state.seats:
+            cluster.train(steps)
+        case ("freeze", rank) if state.seats:
+            states = "".join("T" if r == rank else "S" for r in range(4))
+            for _ in range(8):
+                cluster.after(1).beat(
+                    step=state.reached_step, moving=lambda _: False, states=states
+                )
+        case ("found", step) if state.phase is RunPhase.SEARCHING:
+            cluster.found(step)
+        case ("trouble", node) if node in state.nodes:
+            fact = RanksTroubled(generation=generation, ranks=(Rank(0),), message="reset")
+            cluster.say(node, fact)
+        case ("unreadable", node) if node in state.nodes:
+            cluster.say(
+                node,
+                PreparationFailed(
+                    generation=generation, step=state.start_step, tier="memory", reason="torn"
+                ),
+            )
+        case ("unusable", node) if node in state.nodes:
+            cluster.say(node, NodeUnusable(reason=f"{node}: pid 1 survived SIGKILL"))
+        case ("offer", node) if node in state.nodes:
+            cluster.say(node, RendezvousOffered(generation=generation, address="127.0.0.1:9"))
+        case ("commit", step):
+            key = f"commits/{step}"
+            cluster.tell(
+                CheckpointCommitted(at=cluster.at(), step=Step(step), epoch=generation, key=key)
+            )
+        case ("commit-failed", step):
+            cluster.tell(
+                CommitFailed(at=cluster.at(), step=Step(step), epoch=generation, reason="full")
+            )
+        case ("successor", incarnation):
+            cluster.tell(ControllerStarted(at=cluster.at(), incarnation=incarnation))
+        case _:
+            pass
+
+
+@given(st.lists(ACTIONS, max_size=40), st.booleans())
+def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
+    actions: list[Any],
+    begin: bool,  # noqa: FBT001 - drawn, not passed by a reader
+) -> None:
+    cluster = Cluster()
+    if begin:
+        cluster.start()
+    generations = [cluster.state.generation]
+    for action in actions:
+        act(cluster, action)
+        generations.append(cluster.state.generation)
+        lost = [n for n in cluster.state.world if cluster.state.nodes[n].unusable]
+        assert not lost or cluster.state.wanting or cluster.state.phase.final
+
+    assert generations == sorted(generations)
+    assert cluster.controller.disabled == {}
+    fresh = Cluster()
+    data = journal.line(journal.Header(run_id="r", run=cluster.run))
+    data += b"".join(journal.line(entry) for entry in cluster.entries)
+    assert journal.replay(fresh.controller, journal.read(data).entries) == []
+    assert fresh.state.ledger.spans() == cluster.state.ledger.spans()
+
+
+@given(st.lists(ACTIONS, max_size=25))
+def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended(
+    actions: list[Any],
+) -> None:
+    cluster = Cluster()
+    cluster.start()
+    for action in actions:
+        act(cluster, action)
+
+    for round_ in range(12):
+        for node in ("node-0", "node-1", "node-2"):
+            if not cluster.state.phase.final:
+                cluster.after(0.1).join(node, incarnation=10 + round_)
+        if cluster.state.phase is RunPhase.SEARCHING:
+            cluster.found()
+        if cluster.state.phase is RunPhase.BACKING_OFF:
+            cluster.after(60).tick()
+        if cluster.state.seats and not cluster.state.wanting and not cluster.state.phase.final:
+            for node in cluster.state.world:
+                cluster.join(
+                    node, incarnation=10 + round_, generation=cluster.state.generation, mark=5
+                )
+        if cluster.state.phase is RunPhase.TRAINING or cluster.state.phase.final:
+            break
+
+    assert cluster.state.phase is RunPhase.TRAINING or cluster.state.phase.final
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 100, allow_nan=False),
+            st.sampled_from(list(Bucket)),
+            st.floats(0, 200),
+            st.floats(0, 200),
+            st.sampled_from(list(Bucket)),
+        ),
+        max_size=30,
+    )
+)
+def test_ledger_buckets_sum_to_the_wall_clock_exactly(entries: list[Any]) -> None:
+    ledger = Ledger()
+    now = 0.0
+    for seconds, bucket, start, end, target in entries:
+        now += seconds
+        ledger.charge(Seconds(now), bucket, None)
+        before = ledger.totals()
+        moved = ledger.relabel(Seconds(start), Seconds(end), target, IncidentId("inc-1"))
+        if target is not Bucket.EFFECTIVE:
+            assert before[Bucket.EFFECTIVE] - ledger.totals()[Bucket.EFFECTIVE] == moved
+
+    assert sum(ledger.totals().values()) == ledger.end_us == round(now * 1e6)
+    starts = [span.start_us for span in ledger.spans()]
+    assert starts == sorted(set(starts))
+
+
+@given(st.binary(max_size=200), st.integers(0, 5000))
+def test_a_torn_journal_loses_its_last_line_only(garbage: bytes, cut: int) -> None:
+    cluster = Cluster()
+    cluster.start()
+    lines = [journal.line(journal.Header(run_id="r", run=cluster.run))]
+    lines += [journal.line(entry) for entry in cluster.entries]
+    whole = b"".join(lines[:-1])
+    torn = lines[-1][: cut % len(lines[-1])]
+
+    read = journal.read(whole + torn)
+
+    assert len(read.entries) == len(cluster.entries) - 1
+    assert read.good_bytes == len(whole)
+    assert bool(read.torn) == bool(torn)
+    if garbage and not garbage.endswith(b"\n") and b"\n" not in garbage:
+        assert len(journal.read(whole + garbage).entries) == len(cluster.entries) - 1
+
+
+def test_a_stop_is_final_whatever_comes_after() -> None:
+    cluster = Cluster()
+    cluster.start()
+    cluster.tell(StopRequested(at=cluster.at(), by="test"))
+
+    assert cluster.exit(1) == []
+    assert cluster.state.generation == Generation(1)

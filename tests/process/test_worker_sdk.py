@@ -1,0 +1,264 @@
+"""A real process that uses the SDK, with this test on the agent's end of its socket."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.rank import (
+    BEACON_VARIABLE,
+    CONTROL_FD_VARIABLE,
+    MEMORY_VARIABLE,
+    Abort,
+    Died,
+    Finished,
+    Framer,
+    FromRank,
+    Misbehave,
+    Reached,
+    Retire,
+    Seat,
+    Staged,
+    ToRank,
+    Troubled,
+    frame,
+    read_from_rank,
+)
+from orchestrator.worker.beacon import BeaconReader, create
+
+pytestmark = pytest.mark.process
+
+PROGRAM = """
+import sys, time
+from orchestrator.worker import MisconfiguredError, PeerLostError, RankPhase, serve
+
+def train(worker, seat):
+    options = seat.job
+    if options.get("misconfigured"):
+        raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
+    worker.reached("formed")
+    for step in range(1, options["steps"] + 1):
+        worker.phase(RankPhase.FORWARD)
+        time.sleep(0.005)
+        if step == options.get("lose_peer_at"):
+            raise PeerLostError("connection reset by peer")
+        worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
+        slot = worker.slot(4096) if step % 10 == 0 else None
+        if slot is not None:
+            slot.buffer[:4] = step.to_bytes(4, "little")
+            worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
+    worker.finished(options["steps"], (1, 2))
+
+sys.exit(serve(train))
+"""
+
+
+class Agent:
+    """The agent's end of one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        create(folder / "beacon")
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(20)
+        environment = dict(
+            os.environ,
+            **{
+                CONTROL_FD_VARIABLE: str(theirs.fileno()),
+                BEACON_VARIABLE: str(folder / "beacon"),
+                MEMORY_VARIABLE: str(folder),
+            },
+        )
+        self.rank = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], env=environment, pass_fds=(theirs.fileno(),)
+        )
+        theirs.close()
+        self.beacon = BeaconReader(folder / "beacon")
+        self.framer = Framer()
+        self.heard: list[FromRank] = []
+
+    def send(self, message: ToRank) -> None:
+        self.control.sendall(frame(message))
+
+    def seat(self, generation: int = 1, **job: object) -> None:
+        self.send(
+            Seat(
+                generation=Generation(generation),
+                rank=Rank(0),
+                world_size=1,
+                local_rank=0,
+                node=NodeId("node-0"),
+                run_id="r",
+                job={"steps": 1_000_000, **job},
+                free_slots=(0, 1),
+            )
+        )
+
+    def hear(self, kind: type[FromRank]) -> FromRank:
+        """Wait for the next message of a kind, at most the socket's timeout each."""
+        while True:
+            for index, message in enumerate(self.heard):
+                if isinstance(message, kind):
+                    del self.heard[: index + 1]
+                    return message
+            data = self.control.recv(1 << 16)
+            assert data, f"the rank left before it said {kind.__name__}"
+            self.heard += [read_from_rank(body) for body in self.framer.feed(data)]
+
+    def close(self) -> None:
+        self.rank.kill()
+        self.rank.wait(10)
+        self.control.close()
+        self.beacon.close()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    agent = Agent(tmp_path)
+    yield agent
+    agent.close()
+
+
+def test_a_rank_takes_its_seat_trains_and_says_farewell(agent: Agent) -> None:
+    agent.seat(steps=20)
+
+    finished = agent.hear(Finished)
+    agent.send(Retire())
+
+    assert isinstance(finished, Finished)
+    assert (finished.step, finished.lanes) == (20, (1, 2))
+    assert agent.rank.wait(10) == 0
+    assert [r.step for r in agent.beacon.new_steps()] == list(range(1, 21))
+
+
+def test_a_staged_shard_outlives_the_rank_that_wrote_it(agent: Agent) -> None:
+    agent.seat()
+    staged = agent.hear(Staged)
+    assert isinstance(staged, Staged)
+
+    agent.rank.kill()
+    agent.rank.wait(10)
+
+    slot = agent.folder / f"rank-00000.slot-{staged.slot}"
+    assert slot.read_bytes()[:4] == staged.step.to_bytes(4, "little")
+
+
+def test_saving_is_skipped_and_training_goes_on_while_no_slot_is_free(agent: Agent) -> None:
+    agent.seat(steps=100)
+
+    agent.hear(Finished)
+
+    assert sorted(path.name for path in agent.folder.glob("*slot*")) == [
+        "rank-00000.slot-0",
+        "rank-00000.slot-1",
+    ]
+
+
+def test_an_aborted_rank_leaves_keeps_its_process_and_takes_the_next_seat(agent: Agent) -> None:
+    agent.seat(1)
+    agent.hear(Reached)
+
+    told = time.monotonic()
+    agent.send(Abort(before=Generation(2)))
+    left = agent.hear(Reached)
+    while isinstance(left, Reached) and left.mark != "left":
+        left = agent.hear(Reached)
+
+    assert time.monotonic() - told < 1.0
+    assert isinstance(left, Reached)
+    assert left.generation == 1
+    agent.seat(2, steps=3)
+    finished = agent.hear(Finished)
+    assert isinstance(finished, Finished)
+    assert finished.generation == 2
+    assert agent.rank.poll() is None
+
+
+def test_a_newer_seat_is_an_abort_of_the_older(agent: Agent) -> None:
+    agent.seat(1)
+    agent.hear(Reached)
+
+    agent.seat(2, steps=3)
+
+    finished = agent.hear(Finished)
+    assert isinstance(finished, Finished)
+    assert finished.generation == 2
+
+
+def test_a_lost_peer_is_reported_and_the_process_waits_for_a_seat(agent: Agent) -> None:
+    agent.seat(1, lose_peer_at=5)
+
+    troubled = agent.hear(Troubled)
+
+    assert isinstance(troubled, Troubled)
+    assert "reset by peer" in troubled.message
+    assert agent.rank.poll() is None
+
+
+def test_the_beacon_of_a_frozen_rank_can_be_read(agent: Agent) -> None:
+    agent.seat()
+    agent.hear(Staged)
+
+    os.kill(agent.rank.pid, signal.SIGSTOP)
+    time.sleep(0.05)
+    first = agent.beacon.read()
+    time.sleep(0.1)
+
+    assert agent.beacon.read() == first
+    assert first.phase is RankPhase.FORWARD
+    assert first.step >= Step(10)
+
+
+def test_an_exception_is_told_with_its_traceback_before_the_exit(agent: Agent) -> None:
+    agent.seat()
+    agent.hear(Reached)
+    agent.send(Misbehave(how="exception"))
+
+    died = agent.hear(Died)
+
+    assert isinstance(died, Died)
+    assert died.kind == "InjectedFaultError"
+    assert "misbehaviour.py" in died.traceback
+    assert agent.rank.wait(10) == 1
+
+
+def test_a_job_that_can_not_run_exits_with_its_own_code_and_a_hint(agent: Agent) -> None:
+    agent.seat(misconfigured=True)
+
+    died = agent.hear(Died)
+
+    assert isinstance(died, Died)
+    assert died.misconfigured
+    assert "hint: choose another tokenizer" in died.message
+    assert agent.rank.wait(10) == 78
+
+
+def test_a_rank_that_holds_the_interpreter_lock_answers_nobody(agent: Agent) -> None:
+    agent.seat()
+    agent.hear(Staged)
+    agent.send(Misbehave(how="spin-holding-gil"))
+    time.sleep(0.3)
+    still = agent.beacon.read().progress
+
+    agent.send(Abort(before=Generation(2)))
+    time.sleep(0.3)
+
+    assert agent.beacon.read().progress == still
+    assert agent.rank.poll() is None
+
+
+def test_a_rank_whose_agent_is_gone_does_not_run_on(agent: Agent) -> None:
+    agent.seat()
+    agent.hear(Reached)
+
+    agent.control.close()
+
+    assert agent.rank.wait(10) == 75

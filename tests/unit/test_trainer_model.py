@@ -1,0 +1,138 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.worker import MisconfiguredError
+from trainer.config import PRESETS, ModelConfig, model_config
+from trainer.model import Llama, document_mask, next_token_loss, per_document, rope_table, rotate
+
+TINY = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab=64)
+
+
+def tiny(seed: int = 0) -> Llama:
+    model = Llama(TINY)
+    model.init_weights(seed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("8B", 8_030_261_248), ("70B", 70_553_706_496), ("405B", 405_853_388_800)],
+)
+def test_presets_have_exactly_the_published_number_of_parameters(
+    name: str, parameters: int
+) -> None:
+    with torch.device("meta"):
+        model = Llama(PRESETS[name])
+
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert PRESETS[name].parameters == parameters
+
+
+def test_the_closed_form_counts_what_the_debug_model_has() -> None:
+    debug = PRESETS["debug"]
+    assert sum(p.numel() for p in Llama(debug).parameters()) == debug.parameters
+
+
+@given(st.sets(st.integers(1, 23), max_size=5), st.integers(0, 5))
+@settings(max_examples=25)
+def test_packed_documents_give_what_each_gives_alone_up_to_its_position(
+    borders: set[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, h, 24, 8, generator=generator) for h in (4, 2, 2))
+    cuts = [[0, *sorted(borders), 24]]
+
+    apart = per_document(q, k, v, cuts)
+
+    mask = document_mask(cuts, 24, torch.device("cpu"))
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(apart, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_of_one_document_does_not_move_the_logits_of_another() -> None:
+    model = tiny()
+    tokens = torch.arange(16)[None] % TINY.vocab
+    changed = tokens.clone()
+    changed[0, 3] = 50
+
+    with torch.no_grad():
+        before = model(tokens, [[0, 8, 16]])
+        after = model(changed, [[0, 8, 16]])
+
+    assert torch.equal(before[0, 8:], after[0, 8:])
+    assert not torch.equal(before[0, 3:8], after[0, 3:8])
+    assert torch.equal(before[0, :3], after[0, :3])
+
+
+def test_rope_depends_on_distance_only() -> None:
+    cos, sin = rope_table(32, 8, 500_000.0)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(1))
+
+    def score(at: int, distance: int) -> torch.Tensor:
+        here = rotate(q, cos[at + distance : at + distance + 1], sin[at + distance :][:1])
+        there = rotate(k, cos[at : at + 1], sin[at : at + 1])
+        return (here * there).sum()
+
+    torch.testing.assert_close(score(2, 5), score(20, 5), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_a_function_of_the_seed_alone() -> None:
+    one, same, other = tiny(1), tiny(1), tiny(2)
+
+    for (name, a), b, c in zip(
+        one.named_parameters(), same.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert "norm" in name or not torch.equal(a, c)
+
+
+def test_an_untrained_model_is_as_unsure_as_it_should_be() -> None:
+    model = tiny()
+    tokens = torch.randint(0, TINY.vocab, (4, 33), generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / (4 * 32)
+
+    assert abs(loss.item() - torch.tensor(float(TINY.vocab)).log().item()) < 0.7
+
+
+def test_the_model_learns_a_sequence_by_heart() -> None:
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = torch.randint(0, TINY.vocab, (1, 17), generator=torch.Generator().manual_seed(0))
+
+    for _ in range(80):
+        loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:]) / 16
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("9B", "expected one of debug, 8B, 70B, 405B"),
+        ({"dim": 30, "layers": 1, "heads": 4, "kvHeads": 2, "ffnDim": 8}, "multiple of 2 x heads"),
+        ({"dim": 32, "layers": 1, "heads": 4, "kvHeads": 3, "ffnDim": 8}, "multiple of kvHeads"),
+        ({"dim": 32, "layers": 0, "heads": 4, "kvHeads": 2, "ffnDim": 8}, "a size is 0"),
+        ({"dim": 32, "layer": 1}, "unknown field"),
+        ({"dim": "wide"}, "Expected `int`"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_a_hint(model: object, says: str) -> None:
+    with pytest.raises(MisconfiguredError) as caught:
+        model_config(model)  # type: ignore[arg-type]
+
+    assert says in str(caught.value)
+    assert caught.value.hint
+
+
+def test_fingerprints_differ_whenever_a_size_does() -> None:
+    prints = {config.fingerprint for config in PRESETS.values()} | {TINY.fingerprint}
+    assert len(prints) == len(PRESETS) + 1

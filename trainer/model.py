@@ -1,0 +1,212 @@
+"""The Llama 3 decoder, top to bottom: norm, rope, attention, mlp, block, model.
+
+Letters in array names: B batch, L sequence length, D model width, H query heads, K key-value
+heads, E head width, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Scales each vector to unit root mean square, then by a learned gain per component."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return the normed vectors, same shape and type; computed in float32."""
+        x = x_BLD.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x.type_as(x_BLD) * self.weight
+
+
+def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of every position and frequency, each of shape [L, E / 2]."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    """Turn neighbouring components (0, 1), (2, 3), ... of each head by their position's angle."""
+    pairs = x_BLHE.float().reshape(*x_BLHE.shape[:-1], -1, 2)
+    even, odd = pairs.unbind(-1)
+    cos, sin = cos_LE[:, None, :], sin_LE[:, None, :]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x_BLHE)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention that does not look across document borders."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
+
+    def forward(
+        self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], cuts: list[list[int]] | None
+    ) -> Tensor:
+        """Return the mixed vectors, shape [B, L, D]; `cuts` as in `Llama.forward`."""
+        q_BLHE = rotate(self.wq(x_BLD).unflatten(-1, (self.heads, self.head_dim)), *rope)
+        k_BLKE = rotate(self.wk(x_BLD).unflatten(-1, (self.kv_heads, self.head_dim)), *rope)
+        v_BLKE = self.wv(x_BLD).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k, v = (t.transpose(1, 2) for t in (q_BLHE, k_BLKE, v_BLKE))
+        if cuts is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        elif q.is_cuda:
+            mask = document_mask(cuts, q.shape[2], q.device)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            mixed = per_document(q, k, v, cuts)
+        return self.wo(mixed.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def per_document(q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, cuts: list[list[int]]) -> Tensor:
+    """Attend within each document by itself: on a CPU three times as fast as a dense mask.
+
+    Source: shared measurement, 3.4 ms against 10.3 ms at B1 H4/KV2 T512 D32, four documents.
+    """
+    rows = []
+    for row, borders in enumerate(cuts):
+        spans = itertools.pairwise(borders)
+        parts = [
+            F.scaled_dot_product_attention(
+                q_BHLE[row : row + 1, :, a:b],
+                k_BKLE[row : row + 1, :, a:b],
+                v_BKLE[row : row + 1, :, a:b],
+                is_causal=True,
+                enable_gqa=True,
+            )
+            for a, b in spans
+        ]
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
+def document_mask(cuts: list[list[int]], length: int, device: torch.device) -> Tensor:
+    """Return who may look at whom, bool, shape [B, 1, L, L]: earlier, and the same document."""
+    document_BL = torch.zeros(len(cuts), length, dtype=torch.int64)
+    for row, borders in enumerate(cuts):
+        document_BL[row, borders[1:-1]] = 1
+    document_BL = document_BL.cumsum(1).to(device)
+    same = document_BL[:, None, :, None] == document_BL[:, None, None, :]
+    return same & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return shape [B, L, D]."""
+        return self.w2(F.silu(self.w1(x_BLD)) * self.w3(x_BLD))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normed before and added after."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = MLP(config)
+
+    def forward(
+        self, x_BLD: Tensor, rope: tuple[Tensor, Tensor], cuts: list[list[int]] | None
+    ) -> Tensor:
+        """Return shape [B, L, D]."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope, cuts)
+        return x_BLD + self.ffn(self.ffn_norm(x_BLD))  # type: ignore[no-any-return]
+
+
+class Llama(nn.Module):
+    """Tokens in, logits out. The head is not tied to the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab, bias=False)
+
+    def forward(self, tokens_BL: Tensor, cuts: list[list[int]] | None = None) -> Tensor:
+        """Return logits of the next token, shape [B, L, V].
+
+        Args:
+            tokens_BL: int64 token ids.
+            cuts: per sequence, the borders of its documents, ascending from 0 to L. Attention
+                stays within a document; positions run on through the sequence, as in Llama 3.
+                None: every sequence is one document.
+        """
+        rope = self._rope(tokens_BL)
+        x_BLD = self.embedding(tokens_BL)
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, rope, cuts)
+        return self.head(self.norm(x_BLD))  # type: ignore[no-any-return]
+
+    def _rope(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        # Made anew each time, a few thousand numbers: a buffer would have to be saved or rebuilt
+        # wherever a model is made on the meta device.
+        cos, sin = rope_table(tokens_BL.shape[1], self.config.head_dim, self.config.rope_theta)
+        return cos.to(tokens_BL.device), sin.to(tokens_BL.device)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights, tensor by tensor in the order of their names, from `seed`.
+
+        | weights | distribution |
+        | --- | --- |
+        | norms | 1 |
+        | embedding | normal(0, 1) |
+        | head | truncated normal(0, dim ** -0.5), at 3 sigma |
+        | wq, wk, wv, w1 | truncated normal(0, 0.02), at 2 |
+        | wo, w2, w3 | truncated normal(0, 0.02 / sqrt(2 (layer + 1))), at 2 |
+
+        Source: torchtitan's Llama 3 initialisation. The result does not depend on how the model
+        will be sharded, since it is drawn before.
+        """
+        chance = torch.Generator().manual_seed(seed)
+        for name, weight in sorted(self.named_parameters()):
+            part = name.split(".")
+            if "norm" in name:
+                weight.fill_(1.0)
+            elif name.startswith("embedding"):
+                weight.normal_(0.0, 1.0, generator=chance)
+            elif name.startswith("head"):
+                std = self.config.dim**-0.5
+                nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std, generator=chance)
+            else:
+                deep = part[-2] in ("wo", "w2", "w3")
+                std = 0.02 / math.sqrt(2 * (int(part[1]) + 1)) if deep else 0.02
+                nn.init.trunc_normal_(weight, 0.0, std, generator=chance)
+
+
+def next_token_loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+    """Return the sum over all tokens of the cross entropy, float32, scalar.
+
+    A sum, not a mean: sums of parts add up to the sum of the whole, however it is cut.
+    """
+    return F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="sum")

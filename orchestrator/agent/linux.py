@@ -1,0 +1,75 @@
+"""What only the Linux kernel can do for us: adopting orphans, dying with a parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class UnsupportedSystemError(Exception):
+    """This system lacks what an agent relies on."""
+
+    hint = "Run agents on Linux 5.3 or newer; the CLI works anywhere."
+
+
+class Vitals(NamedTuple):
+    """What the kernel says of a process."""
+
+    state: str
+    """R running, S sleeping, D in an uninterruptible wait, T stopped, Z dead and not reaped."""
+    cpu_s: float
+
+
+def require() -> None:
+    """Check that this is a Linux with process descriptors. Raises UnsupportedSystemError."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        raise UnsupportedSystemError(f"system is {sys.platform}, expected linux with pidfd_open")
+
+
+def adopt_orphans(*, on: bool = True) -> None:
+    """Make this process the parent of every descendant whose own parent ends."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(on))
+
+
+def die_with(parent: int, within_s: float = 5.0) -> None:
+    """Have the kernel kill this process when `parent` ends; wait until that is its parent.
+
+    Raises:
+        ProcessLookupError: if `parent` is not the parent after `within_s`; it may be gone, and
+            then nothing would ever end this process.
+    """
+    deadline = time.monotonic() + within_s
+    while os.getppid() != parent:
+        if time.monotonic() > deadline:
+            raise ProcessLookupError(f"parent is {os.getppid()}, expected {parent}")
+        time.sleep(0.0005)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended between the two lines above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def vitals(pid: int) -> Vitals | None:
+    """Return what the kernel says of `pid`, or None if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name in parentheses may itself contain spaces and parentheses: cut behind the last one.
+    fields = text.rpartition(")")[2].split()
+    return Vitals(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}, {value}): {os.strerror(error)}")

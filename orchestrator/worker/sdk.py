@@ -119,7 +119,7 @@ class Worker:
         self._persisted: set[Step] = set()
         self._misbehave = ""
         self._free_slots: list[int] = []
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[Path, Slot] = {}
         self._stepped = False
         self.seat: Seat | None = None
         threading.Thread(target=self._listen, name="holdfast-control", daemon=True).start()
@@ -265,11 +265,12 @@ class Worker:
             if not self._free_slots:
                 return None
             number = self._free_slots.pop(0)
-        known = self._slots.get(number)
+        assert self.seat is not None
+        # By file, not by number: a process that is seated at another rank has other slots.
+        path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
+        known = self._slots.get(path)
         if known is None or len(known.buffer) != size:
-            assert self.seat is not None
-            path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
-            known = self._slots[number] = Slot(number, path, size)
+            known = self._slots[path] = Slot(number, path, size)
         return known
 
     def give_back(self, slot: Slot) -> None:

@@ -55,6 +55,8 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     """Staging slots the rank may write to; others hold generations that may be needed."""
     cache_dir: str = ""
     """A folder of this node that outlives the rank, for what is expensive to derive."""
+    log: str = ""
+    """File to which this rank's output is appended from now on; "" leaves it where it goes."""
     abort_within_s: float = 1.0
     """A rank that has not left its world this long after `Abort` is killed."""
     collective_timeout_s: float = 600.0

@@ -1,0 +1,59 @@
+"""The folder of a run: where everything that outlives its processes lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HOME_VARIABLE = "HOLDFAST_HOME"
+
+
+class RunFolder:
+    """Names of the files of one run. Touches nothing by itself."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.journal = self.root / "journal"
+        """Every event and decision (core.journal)."""
+        self.run_file = self.root / "run.json"
+        """The run as it was read, `TrainingRun` as JSON."""
+        self.plan_file = self.root / "plan.json"
+        """The fault plan, if there is one, `FaultPlan` as JSON."""
+        self.token = self.root / "token"
+        """Secret of every channel of this run; readable by its owner only."""
+        self.address = self.root / "controller.json"
+        """`ControllerAddress` of the controller that lives, or was the last to."""
+        self.controller_lock = self.root / "controller.lock"
+        """Held (flock) by the one controller of this run for as long as it lives."""
+        self.supervisor_lock = self.root / "supervisor.lock"
+        """Held (flock) by `holdfast run`."""
+        self.stop_request = self.root / "stop-requested"
+        """Appears when somebody asks for the run to be stopped; says who."""
+        self.report = self.root / "report.json"
+        self.logs = self.root / "logs"
+        self.nodes = self.root / "nodes"
+        self.checkpoints = self.root / "checkpoints"
+
+    def rank_log(self, rank: int) -> Path:
+        """Return the file with what the holders of a rank printed, oldest first."""
+        return self.logs / f"rank-{rank:05d}.log"
+
+
+def home() -> Path:
+    """Return the folder that holds the runs of this user: $HOLDFAST_HOME, or ~/.holdfast."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".holdfast").absolute()
+
+
+def find(name: str) -> RunFolder:
+    """Return the folder of a run, given its name or the path of its folder.
+
+    Runs that were started elsewhere (`--out`) have a link in `home()`.
+
+    Raises:
+        FileNotFoundError: if there is no such run.
+    """
+    for root in (home() / name, Path(name)):
+        folder = RunFolder(root.resolve())
+        if folder.journal.exists():
+            return folder
+    raise FileNotFoundError(f"no run {name!r} in {home()}, and no folder of a run at {name}")

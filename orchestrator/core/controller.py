@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from orchestrator.core import facts
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
+    CarryOutFault,
     CommitCheckpoint,
     Decision,
     EndRun,
@@ -23,7 +24,13 @@ from orchestrator.core.decisions import (
     StartGeneration,
     WakeAt,
 )
-from orchestrator.core.events import ControllerStarted, Event, Reported, StopRequested
+from orchestrator.core.events import (
+    ControllerStarted,
+    Event,
+    FaultInjected,
+    Reported,
+    StopRequested,
+)
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.incident import BUDGET_OF, Cause, Finding, Incident, Note
 from orchestrator.core.phases import BUCKET_OF, PHASE_OF_MARK, Bucket, RunPhase, require
@@ -128,6 +135,10 @@ class Controller:
                 if generation == state.generation and address != state.offered:
                     state.offered = address
                     decisions.append(self._announce())
+            case FaultInjected(index=index, description=text, node=node):
+                decisions.append(
+                    self._decision(CarryOutFault, f"planned: {text}", index=index, node=node)
+                )
             case ControllerStarted(incarnation=incarnation) if incarnation > 1:
                 decisions += self._take_over(incarnation)
             case _:
@@ -220,6 +231,7 @@ class Controller:
         if not state.wanting:
             state.wanting, state.wanted_since = True, state.now
         state.found = None
+        state.search_failure = ""
         state.pause_until = None
 
     def _open(self, finding: Finding) -> Incident:
@@ -283,7 +295,9 @@ class Controller:
         state = self.state
         # Advanced now, not when the new world reports: what is left of the old one is fenced
         # from this moment, however long it takes to die.
-        state.generation = Generation(state.generation + 1)
+        # Above every epoch in the store: an earlier life of this run may have written there.
+        newest = max((c.epoch for c in state.commits), default=Generation(0))
+        state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)
         self._write_off(plan, restored)
         facts.reset_for_generation(state, plan.seats, restored)

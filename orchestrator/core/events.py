@@ -70,6 +70,14 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """Commit record, "" if there is none."""
     rejected: tuple[str, ...] = ()
     """For each newer one: which it was and why it can not be used."""
+    foreign: str = ""
+    """What is there of another run; "" if nothing is."""
+
+
+class SearchFailed(_Event, frozen=True, kw_only=True):
+    """The durable tier did not answer, which says nothing about what it holds."""
+
+    reason: str
 
 
 class CheckpointCommitted(_Event, frozen=True, kw_only=True):
@@ -95,6 +103,8 @@ class FaultInjected(_Event, frozen=True, kw_only=True):
     description: str
     target: str
     """Rank or node, in words; what an incident must name to have been right."""
+    node: NodeId
+    """Who carries it out; "" for the controller itself."""
 
 
 class StopRequested(_Event, frozen=True, kw_only=True):
@@ -114,6 +124,7 @@ Event = (
     | NodeLost
     | Telemetry
     | CheckpointFound
+    | SearchFailed
     | CheckpointCommitted
     | CommitFailed
     | FaultInjected

@@ -12,6 +12,7 @@ from orchestrator.core.events import (
     NodeDisconnected,
     NodeLost,
     Reported,
+    SearchFailed,
     Telemetry,
 )
 from orchestrator.core.phases import Bucket, RunPhase
@@ -70,8 +71,10 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             state.committing.pop(step, None)
             state.written.pop(step, None)
             state.save_failures.append((state.now, step, reason))
+        case SearchFailed(reason=reason):
+            state.search_failure = reason
         case FaultInjected(index=index, description=text, target=target):
-            state.injected[index] = (state.now, text, target)
+            state.injected.setdefault(index, (state.now, text, target))
         case _:
             pass
 
@@ -123,7 +126,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             else:
                 state.condemned_memory.add(step)
         case RankExited():
-            if node.id in state.seats:
+            known = any((e.rank, e.pid) == (fact.rank, fact.pid) for e in state.exits)
+            if node.id in state.seats and not known:  # agents say it again when they reconnect
                 state.exits.append(fact)
                 state.exited_at.append(state.now)
         case RanksTroubled(message=message):

@@ -112,6 +112,8 @@ class RunState:
     """End of the back-off that was decided for the present need; None if none was."""
     found: CheckpointFound | None = None
     """Answer of the search for the present need, if it was asked."""
+    search_failure: str = ""
+    """Why the search for the present need got no answer; "" if it did or was not asked."""
     exits: list[RankExited] = field(default_factory=list)
     """Unexpected exits in the current generation."""
     exited_at: list[Seconds] = field(default_factory=list)

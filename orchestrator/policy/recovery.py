@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.core.decisions import RestoreFrom
-from orchestrator.core.plans import Plan, Policy, Restart, Search
+from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
@@ -19,12 +19,24 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     newest_commit = max((c.step for c in state.commits if not c.rejected), default=Step(-1))
     if step is not None and step >= newest_commit:
         return _restart(state, placement, _from_memory(state, placement, step))
+    if state.search_failure:
+        return End(
+            state="Failed",
+            reason=f"the durable tier does not answer, and memory has {_words(step)}: "
+            f"{state.search_failure}; nothing was deleted, run it again when the store is back",
+        )
     if state.found is None:
         if not state.seats:
             return Search(reason="looking for a checkpoint of an earlier life of this run")
         return Search(
             reason=f"memory has {_words(step)}, the newest commit is step {newest_commit}; "
             "searching the durable tier"
+        )
+    if state.found.foreign and state.found.step is None and step is None:
+        return End(
+            state="Failed",
+            reason=f"spec.checkpoint.uri has {state.found.foreign}, expected checkpoints of run "
+            f"{state.run.metadata.name} or none; choose another folder",
         )
     if state.found.step is not None and (step is None or state.found.step > step):
         restore = RestoreFrom(

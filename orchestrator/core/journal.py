@@ -90,7 +90,7 @@ def read(data: bytes) -> Journal:
     entries: list[Entry] = []
     good = 0
     for number, raw in enumerate(_lines(data), start=1):
-        record, problem = _record(raw)
+        record, problem = read_line(raw)
         if record is None:
             if good + len(raw) < len(data):
                 raise JournalError(f"line {number} is damaged: {problem}, and others follow it")
@@ -134,7 +134,8 @@ def _lines(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _record(raw: bytes) -> tuple[Header | Entry | None, str]:
+def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
+    """Return the record of one line, newline included; or None and what is wrong with it."""
     if not raw.endswith(b"\n"):
         return None, "it has no end"
     checksum, _, body = raw[:-1].partition(b" ")

@@ -1,0 +1,90 @@
+"""What a user is told when something can not be done, and with which exit code.
+
+One message, `what: expected, found: where`, and a hint. A traceback is for our own mistakes only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class Exit(IntEnum):
+    """Exit codes, the same for every command."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    """Bad usage or a bad file."""
+    RUN_FAILED = 3
+    TIMED_OUT = 4
+    INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """A command can not do what it was asked.
+
+    Attributes:
+        hint: what to do about it.
+        code: exit code.
+    """
+
+    def __init__(self, message: str, hint: str, code: Exit = Exit.ERROR) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.code = code
+
+
+def unknown(what: str, found: str, known: Iterable[str], where: str) -> CliError:
+    """Return the error for a name that is not there, with the nearest one that is."""
+    names = sorted(known)
+    near = difflib.get_close_matches(found, names, 1, 0.4)
+    if near:
+        hint = f"did you mean `{near[0]}`?"
+    elif names:
+        hint = f"there are: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+    else:
+        hint = f"there are no {what}s"
+    return CliError(f"no {what} {found!r}: {where}", hint, Exit.USAGE)
+
+
+class Commands(TyperGroup):
+    """A group of commands that tells its users what is wrong instead of how it failed."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - the library's own signature
+        """Run a command; turn what a user can do something about into a message and a code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(Exit.INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the library ends quietly when the reader of a pipe is gone
+        except Exception as error:
+            told = explanation(error)
+            if told is None:
+                raise
+            message, hint, code = told
+            typer.echo(message, err=True)
+            typer.echo(f"hint: {hint}", err=True)
+            raise typer.Exit(code) from None
+
+
+def explanation(error: Exception) -> tuple[str, str, Exit] | None:
+    """Return message, hint and exit code of an error that is not our own mistake; else None."""
+    hint = getattr(error, "hint", "")
+    if isinstance(error, CliError):
+        return str(error), hint, error.code
+    # By name: importing what raises them would load the whole core for `--help`.
+    if type(error).__name__ in ("BadFileError", "PlanError"):
+        return str(error), hint, Exit.USAGE
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}", hint or "check the path and its permissions", Exit.ERROR
+    if hint:
+        return str(error), hint, Exit.ERROR
+    return None

@@ -1,0 +1,77 @@
+"""Reads what a user hands in: run file, fault plan, durations; and says it back in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator import compose
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.faults import plan as plans
+from orchestrator.faults.plan import FaultPlan, PlanError
+from orchestrator.protocol.ids import NodeId
+from orchestrator.protocol.runfile import TrainingRun, seconds
+
+
+def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan | None]:
+    """Read a run file and, if there is one, the fault plan for it.
+
+    Raises:
+        BadFileError: if one of them is not what it should be.
+        PlanError: if the plan names what the run does not have.
+    """
+    run = compose.read_run(run_file)
+    if plan_file is None:
+        return run, None
+    plan = compose.read_plan(plan_file)
+    try:
+        plans.check(
+            plan,
+            world_size=run.world_size,
+            nodes=node_names(run),
+            steps=run.spec.trainer.steps,
+        )
+    except PlanError as error:
+        raise PlanError(f"{error}: {plan_file}", error.hint) from error
+    return run, plan
+
+
+def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
+    """Return the names of all nodes of a run on this machine, spares last."""
+    nodes = run.spec.nodes
+    return tuple(NodeId(f"node-{number}") for number in range(nodes.count + nodes.spares))
+
+
+def timeout_s(text: str | None) -> float | None:
+    """Return a duration in seconds; None for None.
+
+    Raises:
+        CliError: if it is no duration, or is zero.
+    """
+    if text is None:
+        return None
+    try:
+        span = seconds(text)
+    except ValueError as error:
+        raise CliError(f"--timeout: {error}", "write for example `10m`", Exit.USAGE) from error
+    if span <= 0:
+        raise CliError(
+            f"--timeout is {text}, expected more than 0 s", "write for example `10m`", Exit.USAGE
+        )
+    return span
+
+
+def words(run: TrainingRun, plan: FaultPlan | None) -> str:
+    """Return what a run file and plan ask for, in a few lines."""
+    nodes, trainer = run.spec.nodes, run.spec.trainer
+    model = trainer.model if isinstance(trainer.model, str) else "model of its own sizes"
+    lines = [
+        f"{run.metadata.name}: {model}, {trainer.steps} steps",
+        f"{trainer.global_batch} samples of {trainer.seq_len} tokens per step",
+        f"{nodes.count} nodes of {nodes.ranks_per_node} ranks, {nodes.spares} spares",
+        f"faults are detected within {run.spec.detection.detect_within}",
+    ]
+    if plan is not None:
+        drawn = plan.drawn()
+        lines.append(f"{len(drawn)} of {len(plan.faults)} faults happen (seed {plan.seed}):")
+        lines += [f"  {armed.index}  {armed.fault.describe()}" for armed in drawn]
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Finds runs: by name, by folder, or the newest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.cli.errors import CliError, unknown
+from orchestrator.cli.follow import Follower
+from orchestrator.core.state import RunState
+from orchestrator.worlds.folder import RunFolder, find, home
+
+
+def folders() -> list[RunFolder]:
+    """Return the folders of all runs in the home folder, the one written to last first."""
+    root = home()
+    if not root.exists():
+        return []
+    found: list[tuple[float, str, RunFolder]] = []
+    for entry in root.iterdir():
+        folder = RunFolder(entry.resolve())
+        try:
+            found.append((folder.journal.stat().st_mtime, entry.name, folder))
+        except OSError:
+            continue  # no run, or the link of one whose folder was moved away
+    return [folder for _, _, folder in sorted(found, key=lambda f: (-f[0], f[1]))]
+
+
+def folder_of(name: str | None) -> RunFolder:
+    """Return the folder of a run, given its name or folder; the newest run for None.
+
+    Raises:
+        CliError: if there is no such run.
+    """
+    if name is None:
+        newest = folders()
+        if not newest:
+            raise CliError(
+                f"no runs: {home()}", "start one with `holdfast run RUN.yaml`, or give --run FOLDER"
+            )
+        return newest[0]
+    try:
+        return find(name)
+    except FileNotFoundError:
+        if Path(name).is_dir():
+            raise CliError(
+                f"no journal in this folder: {name}", "give the folder that `--out` named"
+            ) from None
+        known = [entry.name for entry in home().iterdir()] if home().exists() else []
+        raise unknown("run", name, known, str(home())) from None
+
+
+def follow(name: str | None) -> tuple[Follower, RunState]:
+    """Return a follower of a run that has read all there is, and the run's state.
+
+    Raises:
+        CliError: if there is no such run, or its journal is empty.
+        JournalError: if the journal is damaged.
+    """
+    follower = Follower(folder_of(name))
+    return follower, state_of(follower)
+
+
+def state_of(follower: Follower) -> RunState:
+    """Return the state after reading all there is. Raises CliError if there is none."""
+    state = follower.poll()
+    if state is None:
+        why = follower.torn or "it is empty"
+        raise CliError(
+            f"no header in the journal, {why}: {follower.folder.journal}",
+            "the run ended before it began; start it again",
+        )
+    return state

@@ -2,19 +2,21 @@
 
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import Restore, Seat
-from orchestrator.worker.sdk import (
+from orchestrator.worker.errors import (
     EXIT_MISCONFIGURED,
+    EXIT_STUCK,
     Aborted,
     MisconfiguredError,
     NotSupervisedError,
     PeerLostError,
-    Slot,
-    Worker,
-    serve,
 )
+from orchestrator.worker.sdk import LEAVE_WITHIN_S, Worker, serve
+from orchestrator.worker.slot import Slot
 
 __all__ = [
     "EXIT_MISCONFIGURED",
+    "EXIT_STUCK",
+    "LEAVE_WITHIN_S",
     "Aborted",
     "MisconfiguredError",
     "NotSupervisedError",

@@ -8,15 +8,19 @@
 `serve` gives `train` one seat after the other. When a peer dies or freezes, the agent sends an
 abort: callbacks registered with `on_abort` run at once on the control thread (break the sockets
 there), and the next `phase`, `check` or `step_done` raises `Aborted` on the main thread. Let it
-fly out of `train`; the process lives on and gets a seat in the next generation.
+fly out of `train`; the process lives on and gets a seat in the next generation. A main thread that
+does not come back in time is not waited for: the process ends itself, and a parked one is seated.
 """
 
 from __future__ import annotations
 
 import collections
+import faulthandler
 import mmap
 import os
+import select
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -50,56 +54,20 @@ from orchestrator.protocol.rank import (
     read_to_rank,
 )
 from orchestrator.worker.beacon import BeaconWriter, StepRecord
+from orchestrator.worker.errors import (
+    EXIT_MISCONFIGURED,
+    EXIT_ORPHANED,
+    EXIT_STUCK,
+    Aborted,
+    MisconfiguredError,
+    NotSupervisedError,
+    PeerLostError,
+)
 from orchestrator.worker.misbehaviour import misbehave
+from orchestrator.worker.slot import Slot
 
-EXIT_MISCONFIGURED = 78
-"""EX_CONFIG of sysexits.h: the job as written can not run."""
-EXIT_ORPHANED = 75
-"""EX_TEMPFAIL: the agent is gone, and a rank that nobody watches must not run on."""
-
-
-class Aborted(Exception):  # noqa: N818 - not an error: an order to leave this generation
-    """This rank was told to leave the generation that it is in."""
-
-
-class PeerLostError(Exception):
-    """A collective failed because a peer went away; raise it instead of the backend's own error."""
-
-
-class MisconfiguredError(Exception):
-    """The job as written can not run: bad data, sizes that do not fit. Restarting can not help.
-
-    Attributes:
-        hint: what the person who wrote the job can do.
-    """
-
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class NotSupervisedError(Exception):
-    """The process was not started by an agent."""
-
-    hint = "Start it through a run file: `holdfast run RUN.yaml`."
-
-
-class Slot:
-    """A staging slot: shared memory that outlives this process, owned by the agent.
-
-    Attributes:
-        number: index of the slot.
-        buffer: writable, exactly the size that was asked for.
-    """
-
-    def __init__(self, number: int, path: Path, size: int) -> None:
-        self.number = number
-        with path.open("a+b") as file:
-            if file.seek(0, os.SEEK_END) < size:
-                # Allocated now, not at first touch: a full /dev/shm must be an error, not SIGBUS.
-                os.posix_fallocate(file.fileno(), 0, size)
-            self._map = mmap.mmap(file.fileno(), size)
-        self.buffer = memoryview(self._map)
+LEAVE_WITHIN_S = 0.4
+"""From an abort until a process that has not left ends itself, well before it would be killed."""
 
 
 class Worker:
@@ -121,7 +89,12 @@ class Worker:
         self._free_slots: list[int] = []
         self._slots: dict[Path, Slot] = {}
         self._stepped = False
+        self._leaving: tuple[Generation, float] | None = None
         self.seat: Seat | None = None
+        self._framer = Framer()
+        # What lies there already is obeyed first, so that `expected` is not a matter of luck.
+        while select.select([control], [], [], 0)[0]:
+            self._hear()
         threading.Thread(target=self._listen, name="holdfast-control", daemon=True).start()
 
     @classmethod
@@ -154,14 +127,9 @@ class Worker:
         self._beacon.update(phase=RankPhase.WAITING)
         if previous is not None:
             self.reached("left", previous.generation)
-        with self._changed:
-            self._changed.wait_for(lambda: self._retired or bool(self._seats))
-            if not self._seats:
-                return None
-            seat = self._seats[-1]
-            self._seats.clear()
-            self._free_slots = list(seat.free_slots)
-        self.seat = seat
+        seat = self._take_seat()
+        if seat is None:
+            return None
         self._stepped = False
         self._beacon.update(
             generation=seat.generation,
@@ -172,6 +140,29 @@ class Worker:
             collectives=0,
         )
         return seat
+
+    @property
+    def expected(self) -> bool:
+        """Whether `next_seat` would return at once: a seat is there, or none will ever be."""
+        return self._retired or bool(self._seats)
+
+    def _take_seat(self) -> Seat | None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.expected)
+                if not self._seats:
+                    return None
+                seat = self._seats[-1]
+                self._seats.clear()
+                over = seat.generation < self._abort_before
+                if not over:
+                    self._free_slots = list(seat.free_slots)
+                    # Under the lock: an abort finds the seat either not taken or here.
+                    self.seat = seat
+            if not over:
+                _redirect_output(seat.log)
+                return seat
+            self.reached("left", seat.generation)
 
     def offer(self, address: str) -> None:
         """Rank 0: say where this generation's store listens (host:port)."""
@@ -339,17 +330,39 @@ class Worker:
             self._control.sendall(frame(message))
 
     def _listen(self) -> None:
-        framer = Framer()
-        while data := self._receive():
-            for body in framer.feed(data):
-                self._obey(read_to_rank(body))
-        os._exit(0 if self._retired else EXIT_ORPHANED)
+        while True:
+            if select.select([self._control], [], [], self._patience_s())[0]:
+                self._hear()
+            else:
+                self._end_if_stuck()
 
-    def _receive(self) -> bytes:
+    def _hear(self) -> None:
         try:
-            return self._control.recv(1 << 16)
+            data = self._control.recv(1 << 16)
         except OSError:
-            return b""
+            data = b""
+        if not data:
+            os._exit(0 if self._retired else EXIT_ORPHANED)
+        for body in self._framer.feed(data):
+            self._obey(read_to_rank(body))
+
+    def _patience_s(self) -> float | None:
+        """Return how long the main thread still has to leave; None if it need not."""
+        if self._leaving is None:
+            return None
+        return max(self._leaving[1] - time.monotonic(), 0.0)
+
+    def _end_if_stuck(self) -> None:
+        assert self._leaving is not None
+        generation, _ = self._leaving
+        self._leaving = None
+        seat = self.seat
+        if self.aborted and seat is not None and seat.generation == generation:
+            # Whatever holds the main thread, waiting longer helps nobody: a parked process is
+            # there to take the seat. Without destructors, which wait for peers that have left.
+            os.write(2, f"told to leave generation {generation} and still in it\n".encode())
+            faulthandler.dump_traceback(2, all_threads=True)
+            os._exit(EXIT_STUCK)
 
     def _obey(self, message: ToRank) -> None:
         with self._changed:
@@ -372,19 +385,35 @@ class Worker:
                     self._retired = True
                     self._abort_before = Generation(1 << 62)
             self._changed.notify_all()
+        if self.aborted:
+            self._begin_to_leave()
+
+    def _begin_to_leave(self) -> None:
+        seat = self.seat
+        if seat is None:
+            return
+        if self._leaving is None or self._leaving[0] != seat.generation:
+            self._leaving = (seat.generation, time.monotonic() + LEAVE_WITHIN_S)
         callback = self._on_abort
-        if callback is not None and self.aborted:
+        if callback is not None:
             callback()
 
 
-def serve(train: Callable[[Worker, Seat], None]) -> int:
+def serve(train: Callable[[Worker, Seat], None], rehearse: Callable[[], None] | None = None) -> int:
     """Run `train` for one seat after the other until the agent has no more; return the exit code.
 
     `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
     reported with its traceback and ends the process with code 1 (78 if misconfigured).
+
+    Args:
+        train: one generation, from its seat to the last step.
+        rehearse: run once before the first wait, unless a seat is there already: whatever a first
+            step pays for only once should be paid for here, by a process that nobody waits for.
     """
     worker = Worker.connect()
     try:
+        if rehearse is not None and not worker.expected:
+            rehearse()
         while (seat := worker.next_seat()) is not None:
             try:
                 train(worker, seat)
@@ -397,3 +426,19 @@ def serve(train: Callable[[Worker, Seat], None]) -> int:
         worker.died(error)
         return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
     return 0
+
+
+def _redirect_output(log: str) -> None:
+    """Append what this process prints to `log` from now on; "" leaves it where it goes."""
+    if not log:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError as error:
+        print(f"output stays here: {error}", file=sys.stderr)  # noqa: T201 - it is the output
+        return
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -32,12 +32,14 @@ from orchestrator.protocol.rank import (
     frame,
     read_from_rank,
 )
+from orchestrator.worker import EXIT_STUCK, LEAVE_WITHIN_S
 from orchestrator.worker.beacon import BeaconReader, create
 
 pytestmark = pytest.mark.process
 
 PROGRAM = """
 import sys, time
+from pathlib import Path
 from orchestrator.worker import MisconfiguredError, PeerLostError, RankPhase, serve
 
 def train(worker, seat):
@@ -48,6 +50,8 @@ def train(worker, seat):
     for step in range(1, options["steps"] + 1):
         worker.phase(RankPhase.FORWARD)
         time.sleep(0.005)
+        if step == options.get("stuck_at"):
+            time.sleep(60)
         if step == options.get("lose_peer_at"):
             raise PeerLostError("connection reset by peer")
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
@@ -55,20 +59,28 @@ def train(worker, seat):
         if slot is not None:
             slot.buffer[:4] = step.to_bytes(4, "little")
             worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
+    for line in filter(None, [options.get("say"), f"step {step}"]):
+        print(line)
     worker.finished(options["steps"], (1, 2))
 
-sys.exit(serve(train))
+def rehearse():
+    print("rehearsed", flush=True)
+    Path("rehearsed").touch()
+
+sys.exit(serve(train, rehearse))
 """
 
 
 class Agent:
     """The agent's end of one rank."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, seated: bool = False) -> None:
         self.folder = folder
         create(folder / "beacon")
         self.control, theirs = socket.socketpair()
         self.control.settimeout(20)
+        if seated:
+            self.seat(steps=3)
         environment = dict(
             os.environ,
             **{
@@ -78,7 +90,10 @@ class Agent:
             },
         )
         self.rank = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], env=environment, pass_fds=(theirs.fileno(),)
+            [sys.executable, "-c", PROGRAM],
+            env=environment,
+            pass_fds=(theirs.fileno(),),
+            cwd=folder,
         )
         theirs.close()
         self.beacon = BeaconReader(folder / "beacon")
@@ -88,7 +103,7 @@ class Agent:
     def send(self, message: ToRank) -> None:
         self.control.sendall(frame(message))
 
-    def seat(self, generation: int = 1, **job: object) -> None:
+    def seat(self, generation: int = 1, *, log: str = "", **job: object) -> None:
         self.send(
             Seat(
                 generation=Generation(generation),
@@ -99,6 +114,7 @@ class Agent:
                 run_id="r",
                 job={"steps": 1_000_000, **job},
                 free_slots=(0, 1),
+                log=log,
             )
         )
 
@@ -201,6 +217,78 @@ def test_a_lost_peer_is_reported_and_the_process_waits_for_a_seat(agent: Agent) 
     assert isinstance(troubled, Troubled)
     assert "reset by peer" in troubled.message
     assert agent.rank.poll() is None
+
+
+def test_a_rank_that_can_not_leave_ends_itself_before_it_would_be_killed(agent: Agent) -> None:
+    agent.seat(stuck_at=3)
+    while agent.beacon.read().step < 2:
+        time.sleep(0.01)
+    time.sleep(0.05)
+
+    told = time.monotonic()
+    agent.send(Abort(before=Generation(2)))
+
+    assert agent.rank.wait(10) == EXIT_STUCK
+    assert LEAVE_WITHIN_S <= time.monotonic() - told < LEAVE_WITHIN_S + 1.0
+
+
+def test_a_rank_that_left_in_time_lives_on_past_the_limit(agent: Agent) -> None:
+    agent.seat(1)
+    agent.hear(Reached)
+    agent.send(Abort(before=Generation(2)))
+    time.sleep(LEAVE_WITHIN_S + 0.2)
+
+    agent.seat(2, steps=3)
+
+    assert isinstance(agent.hear(Finished), Finished)
+
+
+def test_a_seat_that_is_over_before_it_is_taken_is_left_at_once(agent: Agent) -> None:
+    agent.control.sendall(frame(Abort(before=Generation(2))))
+    agent.seat(1)
+
+    left = agent.hear(Reached)
+
+    assert isinstance(left, Reached)
+    assert (left.mark, left.generation) == ("left", 1)
+
+
+def test_a_process_rehearses_before_it_waits_for_its_first_seat(agent: Agent) -> None:
+    deadline = time.monotonic() + 10
+    while agent.beacon.read().phase is not RankPhase.WAITING:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    assert (agent.folder / "rehearsed").exists()
+    assert agent.rank.poll() is None
+
+
+def test_a_process_whose_seat_is_there_already_does_not_rehearse(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, seated=True)
+    try:
+        agent.hear(Finished)
+    finally:
+        agent.close()
+
+    assert not (tmp_path / "rehearsed").exists()
+
+
+def test_output_goes_to_the_log_of_the_seat_from_then_on(agent: Agent) -> None:
+    agent.seat(1, log=str(agent.folder / "rank-00000.log"), steps=3)
+    agent.hear(Finished)
+    agent.seat(2, log=str(agent.folder / "rank-00001.log"), say="hello", steps=3)
+    agent.hear(Finished)
+
+    agent.send(Retire())
+    assert agent.rank.wait(10) == 0
+    assert (agent.folder / "rank-00000.log").read_text() == "step 3\n"
+    assert (agent.folder / "rank-00001.log").read_text() == "hello\nstep 3\n"
+
+
+def test_a_log_that_can_not_be_opened_costs_the_output_and_not_the_rank(agent: Agent) -> None:
+    agent.seat(log=str(agent.folder / "missing" / "rank.log"), steps=3)
+
+    assert isinstance(agent.hear(Finished), Finished)
 
 
 def test_the_beacon_of_a_frozen_rank_can_be_read(agent: Agent) -> None:

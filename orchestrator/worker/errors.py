@@ -1,0 +1,34 @@
+"""How a generation, or a rank, can end other than well; and with what exit code."""
+
+EXIT_MISCONFIGURED = 78
+"""EX_CONFIG of sysexits.h: the job as written can not run."""
+EXIT_ORPHANED = 75
+"""EX_TEMPFAIL: the agent is gone, and a rank that nobody watches must not run on."""
+EXIT_STUCK = 76
+"""EX_PROTOCOL: told to leave its generation, the main thread did not come back in time."""
+
+
+class Aborted(Exception):  # noqa: N818 - not an error: an order to leave this generation
+    """This rank was told to leave the generation that it is in."""
+
+
+class PeerLostError(Exception):
+    """A collective failed because a peer went away; raise it instead of the backend's own error."""
+
+
+class MisconfiguredError(Exception):
+    """The job as written can not run: bad data, sizes that do not fit. Restarting can not help.
+
+    Attributes:
+        hint: what the person who wrote the job can do.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NotSupervisedError(Exception):
+    """The process was not started by an agent."""
+
+    hint = "Start it through a run file: `holdfast run RUN.yaml`."

@@ -40,7 +40,8 @@ from orchestrator.protocol.messages import (
 def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
     """Change the state by what the event says, and by nothing else."""
     match event:
-        case ControllerStarted():
+        case ControllerStarted(incarnation=incarnation):
+            state.incarnation = incarnation
             # Every connection died with the predecessor; agents come back by themselves.
             for known in state.nodes.values():
                 known.connected = False

@@ -19,6 +19,8 @@ class RunFolder:
         """The run as it was read, `TrainingRun` as JSON."""
         self.plan_file = self.root / "plan.json"
         """The fault plan, if there is one, `FaultPlan` as JSON."""
+        self.clock = self.root / "clock.json"
+        """When the run's clock began (worlds.clock)."""
         self.token = self.root / "token"
         """Secret of every channel of this run; readable by its owner only."""
         self.address = self.root / "controller.json"

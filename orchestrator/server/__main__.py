@@ -1,0 +1,145 @@
+"""The controller of one run: `python -m orchestrator.server RUN_FOLDER`.
+
+Takes over wherever the last one left off: replays the journal, listens, and goes on deciding.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from orchestrator import compose
+from orchestrator.core import journal
+from orchestrator.core.controller import Controller
+from orchestrator.core.decisions import EndRun
+from orchestrator.core.events import ControllerStarted, Event
+from orchestrator.faults.plan import ArmedFault, FaultPlan
+from orchestrator.protocol.agent import ControllerAddress
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.server.app import Server
+from orchestrator.server.journal import AlreadyRunningError, JournalFile, lock, replay
+from orchestrator.worlds.agents import AgentWorld
+from orchestrator.worlds.clock import RunClock
+from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.local import LocalWorld
+from orchestrator.worlds.vault import Vault
+
+log = logging.getLogger("holdfast.controller")
+EXIT_ALREADY_RUNNING = 4
+EXIT_UNTRUSTED = 5
+STOP_LOOK_S = 0.2
+
+
+def main(folder: RunFolder) -> int:
+    """Run the controller until the run has ended; return the exit code."""
+    try:
+        held = lock(folder.controller_lock)
+    except AlreadyRunningError as error:
+        log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
+        return EXIT_ALREADY_RUNNING
+    run = msgspec.json.decode(folder.run_file.read_bytes(), type=TrainingRun)
+    try:
+        file = JournalFile(folder.journal, run)
+        controller = compose.controller(run)
+        replay(controller, file, folder.journal)
+    except journal.JournalError as error:
+        log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
+        return EXIT_UNTRUSTED
+    if file.torn:
+        log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
+    clock = RunClock(folder.clock, reached=controller.state.now)
+    world = _world(run, folder, clock, controller)
+    server = Server(world, folder.token.read_text(encoding="ascii").strip())
+    try:
+        server.start()
+        _drive(controller, world, file, server.url, folder, clock)
+    finally:
+        server.stop()
+        file.close()
+        os.close(held)
+    return 0
+
+
+def _world(
+    run: TrainingRun, folder: RunFolder, clock: RunClock, controller: Controller
+) -> AgentWorld:
+    faults: tuple[ArmedFault, ...] = ()
+    if folder.plan_file.exists():
+        plan = msgspec.json.decode(folder.plan_file.read_bytes(), type=FaultPlan)
+        faults = plan.drawn()
+    uri = run.spec.checkpoint.uri or str(folder.checkpoints)
+    world = LocalWorld(
+        run,
+        controller.state.timeouts,
+        clock=clock,
+        vault=Vault(run, uri, clock),
+        schedule=Schedule(faults),
+    )
+    world.resume(controller.state)
+    return world
+
+
+def _drive(
+    controller: Controller,
+    world: AgentWorld,
+    file: JournalFile,
+    url: str,
+    folder: RunFolder,
+    clock: RunClock,
+) -> None:
+    """Decide, put on record, carry out: in this order, for every event."""
+    incarnation = controller.state.incarnation + 1
+    ended = controller.state.phase.final
+    address = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
+    _publish(folder.address, msgspec.json.encode(address))
+    threading.Thread(target=_watch_for_stop, args=(folder, world), daemon=True).start()
+    if ended:
+        # The predecessor decided to end the run and died before every agent knew.
+        state = controller.state
+        world.carry_out(
+            EndRun(generation=state.generation, reason=state.end_reason, state=state.end_state)
+        )
+        expected = [node.id for node in state.nodes.values() if not node.lost]
+    else:
+        expected = []
+        started = ControllerStarted(at=clock(), incarnation=incarnation)
+        _handle(controller, world, file, started)
+        for event in world.events():
+            _handle(controller, world, file, event)
+    t = controller.state.timeouts
+    left = world.see_off(t.abort_s + t.terminate_s + t.kill_s, expected)
+    if left:
+        log.warning("did not leave in time: %s", ", ".join(left))
+
+
+def _handle(controller: Controller, world: AgentWorld, file: JournalFile, event: Event) -> None:
+    decisions = controller.handle(event)
+    file.append(event, decisions)
+    for decision in decisions:
+        world.carry_out(decision)
+
+
+def _watch_for_stop(folder: RunFolder, world: AgentWorld) -> None:
+    while not folder.stop_request.exists():
+        time.sleep(STOP_LOOK_S)
+    by = folder.stop_request.read_text(encoding="utf-8", errors="replace").strip()
+    world.stop(by or "request")
+
+
+def _publish(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    sys.exit(main(RunFolder(Path(sys.argv[1]))))

@@ -1,0 +1,167 @@
+"""The one HTTP server of a run: agents connect here; liveness is asked here.
+
+Runs on a thread of its own with its own event loop. What arrives is handed to the world at once;
+what goes out is queued per connection, bounded, so that one slow agent holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from orchestrator.protocol.agent import AGENT_PATH
+from orchestrator.protocol.messages import MESSAGE_MAX_BYTES, read_from_agent
+from orchestrator.worlds.agents import AgentWorld
+
+log = logging.getLogger(__name__)
+OUTGOING_MAX = 1024
+"""Messages that may wait for one agent."""
+START_WITHIN_S = 20.0
+
+
+class PortInUseError(Exception):
+    """The address to listen at is taken."""
+
+    hint = "Choose another port, or leave it out to have the system choose a free one."
+
+
+class Server:
+    """Serves one world. Started with `start`, ended with `stop`.
+
+    Args:
+        world: takes what arrives.
+        token: asked of every agent.
+        host: address to listen at; loopback unless the cluster is not this machine.
+        port: 0 has the system choose.
+    """
+
+    def __init__(
+        self, world: AgentWorld, token: str, *, host: str = "127.0.0.1", port: int = 0
+    ) -> None:
+        self._world, self._token = world, token
+        self._socket = _listen(host, port)
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        app = Starlette(
+            routes=[WebSocketRoute(AGENT_PATH, self._agent), Route("/healthz", _healthz)]
+        )
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                lifespan="off",
+                ws_max_size=MESSAGE_MAX_BYTES,
+                # Agents are heard several times a second; a ping would add nothing.
+                ws_ping_interval=None,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="holdfast-server", daemon=True)
+
+    def start(self) -> None:
+        """Listen; returns when connections are accepted. Raises TimeoutError if that never is."""
+        self._thread.start()
+        waited = threading.Event()
+        for _ in range(int(START_WITHIN_S / 0.01)):
+            if self._server.started:
+                return
+            waited.wait(0.01)
+        raise TimeoutError(f"server is not listening after {START_WITHIN_S:g} s")
+
+    def stop(self) -> None:
+        """Close all connections and end the thread, bounded."""
+        self._server.should_exit = True
+        self._thread.join(5)
+
+    def _serve(self) -> None:
+        self._server.run(sockets=[self._socket])
+
+    async def _agent(self, websocket: WebSocket) -> None:
+        if not _authorised(websocket, self._token):
+            await websocket.send_denial_response(PlainTextResponse("wrong token", 401))
+            return
+        await websocket.accept()
+        link = _AgentLink(websocket)
+        sender = asyncio.create_task(link.send_all())
+        try:
+            while True:
+                text = await websocket.receive_text()
+                self._world.take(link, read_from_agent(text))
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # closed by either side; the world is told below
+        except (msgspec.DecodeError, KeyError) as error:
+            log.warning("an agent sent what is no message: %s", error)
+        finally:
+            self._world.take(link, None)
+            link.closed = True
+            sender.cancel()
+            with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+                await websocket.close()
+
+
+class _AgentLink:
+    """One agent's connection, for the world (`worlds.agents.Link`)."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self._loop = asyncio.get_running_loop()
+        self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(OUTGOING_MAX)
+        self.closed = False
+
+    def send(self, data: bytes) -> None:
+        """See `Link.send`."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and every link with it
+            self._loop.call_soon_threadsafe(self._put, data)
+
+    def close(self, reason: str) -> None:
+        """See `Link.close`."""
+        log.warning("closing an agent's connection: %s", reason)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._put, None)
+
+    def _put(self, data: bytes | None) -> None:
+        if self._outgoing.full():
+            log.warning("an agent has not taken %d messages; cut off", OUTGOING_MAX)
+            while not self._outgoing.empty():
+                self._outgoing.get_nowait()
+            data = None
+        self._outgoing.put_nowait(data)
+
+    async def send_all(self) -> None:
+        """Send what is queued, in order, until the connection closes."""
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            while (data := await self._outgoing.get()) is not None:
+                await self._websocket.send_text(data.decode())
+            await self._websocket.close()
+
+
+def _authorised(connection: HTTPConnection, token: str) -> bool:
+    shown = connection.headers.get("authorization", "")
+    return hmac.compare_digest(shown.encode(), f"Bearer {token}".encode())
+
+
+async def _healthz(_request: Request) -> JSONResponse:
+    return JSONResponse({"ok": True})
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise PortInUseError(f"{error.strerror}: {host}:{port}") from error
+    return listener

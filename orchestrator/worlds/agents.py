@@ -1,0 +1,354 @@
+"""The world of a run whose nodes are agents: messages become events, decisions become orders.
+
+How agents come to be (processes, pods, actors) is another file's business. The server hands in
+connections and messages from its own thread; everything else happens on the one thread that
+iterates over `events`, so nothing here needs a lock but the queue between the two.
+"""
+
+from __future__ import annotations
+
+import heapq
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from orchestrator.core.decisions import (
+    AnnounceRendezvous,
+    CarryOutFault,
+    CommitCheckpoint,
+    Decision,
+    EndRun,
+    FenceNode,
+    RetainMemory,
+    SearchCheckpoints,
+    StartGeneration,
+    WakeAt,
+)
+from orchestrator.core.events import (
+    Event,
+    FaultInjected,
+    NodeDisconnected,
+    NodeLost,
+    Reported,
+    StopRequested,
+    Tick,
+)
+from orchestrator.core.state import RunState
+from orchestrator.faults.plan import ArmedFault
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    Arm,
+    Beat,
+    Begin,
+    CarryOut,
+    Farewell,
+    FaultDue,
+    Fence,
+    FromAgent,
+    Joined,
+    Retain,
+    ToAgent,
+    Welcome,
+    encode,
+)
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.telemetry import Columns
+from orchestrator.worlds.vault import Vault
+
+QUEUE_MAX = 65_536
+"""Messages that may wait to be looked at; beyond that a sender is cut off, and comes back."""
+
+
+class Link(Protocol):
+    """A connection to an agent, as the server gives it. Calls return at once, from any thread."""
+
+    def send(self, data: bytes) -> None:
+        """Queue a message; one that the agent does not take in time closes the connection."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """Close the connection."""
+        ...
+
+
+class _Arrived(NamedTuple):
+    at: Seconds
+    link: Link
+    message: FromAgent | None
+    """None: the connection is closed."""
+
+
+class _Known(NamedTuple):
+    at: Seconds
+    event: Event
+
+
+class AgentWorld:
+    """Agents of one run.
+
+    Args:
+        run: what is to be run.
+        timeouts: derived from it.
+        clock: the run's clock, seconds; safe from any thread.
+        vault: the durable tier.
+        schedule: planned faults.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        timeouts: Timeouts,
+        *,
+        clock: Callable[[], Seconds],
+        vault: Vault,
+        schedule: Schedule,
+    ) -> None:
+        self.run, self.timeouts, self.clock = run, timeouts, clock
+        self._vault = vault
+        self._schedule = schedule
+        self._queue: queue.Queue[_Arrived | _Known] = queue.Queue(QUEUE_MAX)
+        self._links: dict[NodeId, Link] = {}
+        self._names: dict[Link, NodeId] = {}
+        self._peers: dict[NodeId, str] = {}
+        self._begun: dict[NodeId, Begin] = {}
+        self._columns = Columns(run.world_size)
+        self._seats: tuple[NodeId, ...] = ()
+        self._generation = Generation(0)
+        self._wakes: list[Seconds] = []
+        self._over = False
+        self._farewell: Farewell | None = None
+        self._orders = 0
+
+    # From the server's thread ---------------------------------------------------------------
+
+    def take(self, link: Link, message: FromAgent | None) -> None:
+        """Take in what arrived on a connection; None when it is closed."""
+        try:
+            self._queue.put_nowait(_Arrived(self.clock(), link, message))
+        except queue.Full:
+            link.close(f"{QUEUE_MAX} messages are waiting")
+
+    def know(self, event: Event) -> None:
+        """Take in an event that this side found out by itself. From any thread; may wait 1 s."""
+        self._queue.put(_Known(event.at, event), timeout=1.0)
+
+    def stop(self, by: str) -> None:
+        """Ask for the run to be stopped. From any thread."""
+        self.know(StopRequested(at=self.clock(), by=by))
+
+    # The world ------------------------------------------------------------------------------
+
+    def resume(self, state: RunState) -> None:
+        """Continue from what a replayed journal left behind."""
+        self._seats, self._generation = state.seats, state.generation
+        self._columns.begin(state.generation, state.reached_step)
+        self._schedule.resume(set(state.injected))
+
+    def events(self) -> Iterator[Event]:
+        """Yield what happens, until the run has ended and its agents have been told."""
+        next_tick = self.clock()
+        while not self._over:
+            due = min([next_tick, *self._wakes[:1]])
+            arrived = self._wait(due - self.clock())
+            if arrived is not None:
+                yield from self._translate(arrived)
+            now = self.clock()
+            if now < min([next_tick, *self._wakes[:1]]):
+                continue
+            while self._wakes and self._wakes[0] <= now:
+                heapq.heappop(self._wakes)
+            # Counted from now: after a pause of this process there is no crowd of late ticks.
+            next_tick = Seconds(now + self.timeouts.tick_s)
+            yield self._columns.telemetry(now) or Tick(at=now)
+            yield from self._due_faults(now)
+
+    def carry_out(self, decision: Decision) -> None:  # noqa: C901, PLR0912 - one case per decision
+        """Carry out a decision; never blocks, what comes of it comes back as an event."""
+        self._orders += 1
+        order = f"{decision.generation}.{self._orders}"
+        match decision:
+            case StartGeneration():
+                self._start(order, decision)
+            case AnnounceRendezvous(generation=generation, address=address):
+                for node in dict.fromkeys(self._seats):
+                    self._send(node, Announce(order=order, generation=generation, address=address))
+            case FenceNode(generation=generation, node=node):
+                self._send(node, Fence(order=order, generation=generation))
+            case RetainMemory(generation=generation, step=step):
+                for node in sorted(self._links):
+                    self._send(node, Retain(order=order, generation=generation, step=step))
+            case SearchCheckpoints():
+                self._vault.search(self.know)
+            case CommitCheckpoint():
+                self._vault.commit(decision, self._generation, self.know)
+            case CarryOutFault(index=index, node=node):
+                if node:
+                    self._send(node, CarryOut(order=order, index=index))
+                else:
+                    self._schedule.end_this_process()
+            case EndRun(reason=reason):
+                self._farewell = Farewell(order=order, reason=reason)
+                for node in sorted(self._links):
+                    self._send(node, self._farewell)
+                self._over = True
+            case WakeAt(at=at):
+                heapq.heappush(self._wakes, at)
+
+    def see_off(self, within_s: float, expected: Iterable[NodeId] = ()) -> list[NodeId]:
+        """Wait until agents have closed their connections; return those that have not.
+
+        Args:
+            within_s: seconds to wait at most.
+            expected: nodes that are not connected yet and still have to be told.
+        """
+        assert self._farewell is not None, "the run has not ended"
+        awaited = set(expected) | set(self._links)
+        deadline = time.monotonic() + within_s
+        while awaited and (left := deadline - time.monotonic()) > 0:
+            arrived = self._wait(left)
+            if not isinstance(arrived, _Arrived):
+                continue
+            if isinstance(arrived.message, Joined):
+                for _ in self._join(arrived.at, arrived.link, arrived.message):
+                    self._send(arrived.message.node, self._farewell)
+            elif arrived.message is None and arrived.link in self._names:
+                awaited.discard(self._names[arrived.link])
+                self._forget(arrived.link)
+        return sorted(awaited)
+
+    # Coming in ------------------------------------------------------------------------------
+
+    def _wait(self, timeout_s: float) -> _Arrived | _Known | None:
+        try:
+            return self._queue.get(timeout=max(timeout_s, 0.0))
+        except queue.Empty:
+            return None
+
+    def _translate(self, arrived: _Arrived | _Known) -> Iterator[Event]:
+        if isinstance(arrived, _Known):
+            yield arrived.event
+            return
+        at, link, message = arrived
+        node = self._names.get(link)
+        match message:
+            case Joined():
+                yield from self._join(at, link, message)
+            case _ if node is None or self._links.get(node) is not link:
+                pass  # from a connection that a newer one of the same node has replaced
+            case None:
+                self._forget(link)
+                yield NodeDisconnected(at=at, node=node)
+            case Beat():
+                self._columns.take(node, message)
+            case FaultDue(index=index):
+                yield from self._inject(at, self._schedule.fault(index), node)
+            case _:
+                # Steps first: a shard is never known before the steps that led to it.
+                yield from self._columns.flush(at)
+                yield Reported(at=at, node=node, fact=message)
+
+    def _join(self, at: Seconds, link: Link, joined: Joined) -> Iterator[Event]:
+        if joined.version != PROTOCOL_VERSION:
+            link.close(f"protocol version is {joined.version}, expected {PROTOCOL_VERSION}")
+            return
+        old = self._links.get(joined.node)
+        if old is not None and old is not link:
+            old.close("the same node connected again")
+            self._names.pop(old, None)
+        self._links[joined.node], self._names[link] = link, joined.node
+        self._peers[joined.node] = joined.peer_address
+        self._begun.pop(joined.node, None)
+        spec = self.run.spec
+        name = self.run.metadata.name
+        self._send(
+            joined.node,
+            Welcome(
+                run=name,
+                run_id=name,
+                version=PROTOCOL_VERSION,
+                timeouts=self.timeouts,
+                checkpoint_uri=self._vault.uri,
+                entrypoint=spec.trainer.entrypoint,
+                job=self.run.job(),
+                steps_known=self._columns.reported,
+            ),
+        )
+        armed = tuple(msgspec.to_builtins(fault) for fault in self._schedule.left())
+        if armed:
+            self._send(joined.node, Arm(order=f"arm-{joined.node}", faults=armed))
+        self._watch(joined)
+        yield Reported(at=at, node=joined.node, fact=joined)
+
+    def _watch(self, joined: Joined) -> None:
+        """Do what this kind of world can to notice early that a node's agent is gone."""
+
+    def _forget(self, link: Link) -> None:
+        node = self._names.pop(link, None)
+        if node is not None and self._links.get(node) is link:
+            del self._links[node]
+
+    def lose(self, node: NodeId, evidence: str) -> None:
+        """Report that a node's agent is gone for certain. From any thread."""
+        self.know(NodeLost(at=self.clock(), node=node, evidence=evidence))
+
+    # Planned faults --------------------------------------------------------------------------
+
+    def _due_faults(self, now: Seconds) -> Iterator[Event]:
+        for armed in self._schedule.due(now, self._columns.reported, set(self._seats)):
+            target = armed.fault
+            node = target.node
+            if target.rank is not None and self._seats:
+                node = self._seats[target.rank]
+            yield from self._inject(now, armed, NodeId(node or ""))
+
+    def _inject(self, at: Seconds, armed: ArmedFault | None, node: NodeId) -> Iterator[Event]:
+        if armed is None:
+            return
+        self._schedule.injected(armed.index)
+        fault = armed.fault
+        target = f"rank {fault.rank}" if fault.rank is not None else node or "controller"
+        yield FaultInjected(
+            at=at, index=armed.index, description=fault.describe(), target=target, node=node
+        )
+
+    # Going out --------------------------------------------------------------------------------
+
+    def _start(self, order: str, decision: StartGeneration) -> None:
+        restore = decision.restore
+        restored = restore.step if restore else Step(0)
+        if decision.generation > self._generation:
+            self._columns.begin(decision.generation, restored)
+        self._generation, self._seats = decision.generation, decision.seats
+        peers = {node: address for node, address in self._peers.items() if node in self._links}
+        shards = self.run.world_size // self.run.spec.parallelism.dp_replicate
+        begin = Begin(
+            order=order,
+            generation=decision.generation,
+            seats=decision.seats,
+            dismiss=decision.dismiss,
+            buddies=decision.buddies,
+            peers=peers,
+            restore=restore.step if restore else None,
+            sources=restore.sources if restore else (),
+            commit=restore.commit if restore else "",
+            shard_of=tuple(rank % shards for rank in range(self.run.world_size)),
+        )
+        for node in dict.fromkeys(decision.seats):
+            before = self._begun.get(node)
+            known = before is not None and before.generation == begin.generation
+            # Repeated for a node that came back: the others only need to hear of new addresses.
+            if node in self._links and not (known and before and before.peers == peers):
+                self._begun[node] = begin
+                self._send(node, begin)
+
+    def _send(self, node: NodeId, message: ToAgent) -> None:
+        link = self._links.get(node)
+        if link is not None:
+            link.send(encode(message))

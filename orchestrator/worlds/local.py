@@ -1,0 +1,195 @@
+"""One machine as a cluster: every node is an agent, a process with memory of its own.
+
+`LocalWorld` is what the controller sees of it. `Machine` is what a data centre does by itself:
+it starts agents, starts them again when they end, and leaves lost nodes lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
+from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.messages import Joined
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.agents import AgentWorld
+from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.vault import Vault
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is kept there is what must not touch a disk
+RESTARTS_MAX = 20
+"""Starts of one agent, after which its node counts as broken and is left alone."""
+
+
+def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
+    """Return the names of all nodes of a local run, spares last."""
+    nodes = run.spec.nodes
+    return tuple(NodeId(f"node-{index}") for index in range(nodes.count + nodes.spares))
+
+
+class LocalWorld(AgentWorld):
+    """Agents on this machine: the kernel says at once when one of them ends."""
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        timeouts: Timeouts,
+        *,
+        clock: Callable[[], Seconds],
+        vault: Vault,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(run, timeouts, clock=clock, vault=vault, schedule=schedule)
+        self._pids: dict[NodeId, int] = {}
+
+    def _watch(self, joined: Joined) -> None:
+        """Watch the agent's process; a closed connection alone says nothing about it."""
+        if self._pids.get(joined.node) == joined.pid:
+            return  # it only connected again
+        self._pids[joined.node] = joined.pid
+        try:
+            descriptor = os.pidfd_open(joined.pid)
+        except ProcessLookupError:
+            self.lose(joined.node, f"agent of {joined.node} (process {joined.pid}) is gone")
+            return
+
+        def wait() -> None:
+            with open(descriptor, closefd=True, mode="rb"):  # noqa: PTH123 - no path: a descriptor
+                select.select([descriptor], [], [])
+            if self._pids.get(joined.node) == joined.pid:
+                self.lose(joined.node, f"agent of {joined.node} (process {joined.pid}) ended")
+
+        threading.Thread(target=wait, name=f"watch-{joined.node}", daemon=True).start()
+
+
+@dataclass(slots=True)
+class _Agent:
+    node: NodeId
+    incarnation: int
+    child: subprocess.Popen[bytes]
+    started_at: float
+    lost: bool = False
+
+
+class Machine:
+    """The nodes of one local run. Every process it starts it also reaps.
+
+    Args:
+        run: whose nodes.
+        folder: of the run.
+        token: of the run's channels.
+        timeouts: bounds of every wait.
+    """
+
+    def __init__(self, run: TrainingRun, folder: RunFolder, token: str, timeouts: Timeouts) -> None:
+        self._run, self._folder, self._token, self._timeouts = run, folder, token, timeouts
+        self._agents: dict[NodeId, _Agent] = {}
+        self.memory = memory_of(folder)
+
+    def start(self) -> None:
+        """Start every node."""
+        self.memory.mkdir(mode=0o700, exist_ok=True)
+        for node in node_names(self._run):
+            self._start(node, _last_incarnation(self._folder, node) + 1)
+
+    def look(self) -> list[str]:
+        """Reap agents that ended and start them again; return what happened, in words."""
+        news = []
+        for node, agent in sorted(self._agents.items()):
+            code = agent.child.poll()
+            if code is None or agent.lost:
+                continue
+            if code == NODE_LOST_EXIT:
+                agent.lost = True
+                news.append(f"{node} is lost for good")
+            elif agent.incarnation >= RESTARTS_MAX:
+                agent.lost = True
+                news.append(f"agent of {node} ended {RESTARTS_MAX} times (last: {code}); left")
+            else:
+                news.append(f"agent of {node} ended with {code}; started again")
+                self._start(node, agent.incarnation + 1)
+        return news
+
+    def alive(self) -> list[NodeId]:
+        """Return the nodes whose agent is running."""
+        return [node for node, agent in sorted(self._agents.items()) if agent.child.poll() is None]
+
+    def await_end(self, within_s: float) -> list[NodeId]:
+        """Wait for agents to end by themselves; return those that have not."""
+        deadline = time.monotonic() + within_s
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.alive()
+
+    def close(self) -> None:
+        """End every agent, whatever it does, and remove the memory of all nodes."""
+        t = self._timeouts
+        for number, within_s in (
+            (signal.SIGTERM, t.terminate_s + t.kill_s + 1.0),
+            (signal.SIGKILL, t.kill_s),
+        ):
+            for node in self.alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._agents[node].child.pid, number)
+            if not self.await_end(within_s):
+                break
+        shutil.rmtree(self.memory, ignore_errors=True)
+
+    def _start(self, node: NodeId, incarnation: int) -> None:
+        work = self._folder.nodes / node
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "incarnation").write_text(f"{incarnation}\n", encoding="ascii")
+        config = AgentConfig(
+            node=node,
+            incarnation=incarnation,
+            run=self._run.metadata.name,
+            token=self._token,
+            controller_file=str(self._folder.address),
+            entrypoint=self._run.spec.trainer.entrypoint,
+            ranks=self._run.spec.nodes.ranks_per_node,
+            memory=str(self.memory / node),
+            work=str(work),
+            logs=str(self._folder.logs),
+        )
+        with (work / "agent.log").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.agent"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                # A Ctrl-C in the terminal is for `holdfast run`, which then ends agents in order.
+                start_new_session=True,
+            )
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(msgspec.json.encode(config))
+        self._agents[node] = _Agent(node, incarnation, child, time.monotonic())
+
+
+def memory_of(folder: RunFolder) -> Path:
+    """Return the folder in shared memory of a run's nodes: one name per run folder and user."""
+    return SHARED_MEMORY / f"holdfast-{os.getuid()}-{xxhash.xxh3_64_hexdigest(bytes(folder.root))}"
+
+
+def _last_incarnation(folder: RunFolder, node: NodeId) -> int:
+    try:
+        text = (folder.nodes / node / "incarnation").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return 0
+    return int(text) if text.strip().isdigit() else 0

@@ -1,0 +1,119 @@
+"""The durable tier as a world sees it: searches and commits in a thread, answers as events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from orchestrator.core.decisions import CommitCheckpoint
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointFound,
+    CommitFailed,
+    Event,
+    SearchFailed,
+)
+from orchestrator.protocol.ids import Generation, Seconds, Step
+from orchestrator.protocol.runfile import TrainingRun
+from storage.catalog import Catalog
+from storage.commit import commit
+from storage.errors import StorageError
+from storage.local import open_store
+from storage.manifest import ShardReceipt, commit_key, make_manifest
+from storage.wrappers import RetryingStore
+
+log = logging.getLogger(__name__)
+Tell = Callable[[Event], None]
+
+
+class Vault:
+    """Commits and finds checkpoints of one run. Methods return at once; one thread does the work.
+
+    Args:
+        run: whose checkpoints.
+        uri: address of the store.
+        clock: the run's clock, for stamping answers.
+    """
+
+    def __init__(self, run: TrainingRun, uri: str, clock: Callable[[], Seconds]) -> None:
+        self.uri = uri
+        self._run = run
+        self._clock = clock
+        self._store = RetryingStore(open_store(uri))
+        self._thread = ThreadPoolExecutor(1, "holdfast-vault")
+
+    def search(self, tell: Tell) -> None:
+        """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed."""
+        self._thread.submit(self._search, tell)
+
+    def commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
+        """Publish a commit record; answered by CheckpointCommitted or CommitFailed.
+
+        Args:
+            order: what to commit.
+            newest: the newest generation known; an older one's commit is refused.
+            tell: takes the answer.
+        """
+        self._thread.submit(self._commit, order, newest, tell)
+
+    def close(self) -> None:
+        """Finish what was asked for and end the thread."""
+        self._thread.shutdown()
+
+    def _search(self, tell: Tell) -> None:
+        name = self._run.metadata.name
+        catalog = Catalog(self._store)
+        try:
+            found, rejections = catalog.newest_verified(run_id=name)
+            strangers = sorted(
+                {
+                    record.manifest.run_id
+                    for record in catalog.commits()
+                    if record.manifest is not None and record.manifest.run_id != name
+                }
+            )
+        except Exception as error:  # noqa: BLE001 - a run must not wait for an answer for ever
+            hint = getattr(error, "hint", type(error).__name__)
+            tell(SearchFailed(at=self._clock(), reason=f"{error} ({hint})"))
+            return
+        tell(
+            CheckpointFound(
+                at=self._clock(),
+                step=Step(found.step) if found else None,
+                epoch=Generation(found.epoch) if found else None,
+                key=commit_key(found.step, found.epoch) if found else "",
+                rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
+                foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
+            )
+        )
+
+    def _commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
+        step, epoch = order.step, order.generation
+        parallelism = self._run.spec.parallelism
+        try:
+            manifest = make_manifest(
+                (
+                    ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
+                    for r in order.receipts
+                ),
+                run_id=self._run.metadata.name,
+                model=order.model,
+                step=step,
+                epoch=epoch,
+                layout={
+                    "dpReplicate": parallelism.dp_replicate,
+                    "dpShard": len(order.receipts),
+                },
+            )
+            commit(self._store, manifest, newest_epoch_known=newest)
+        except Exception as error:  # noqa: BLE001 - the same
+            tell(CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=str(error)))
+            return
+        key = commit_key(step, epoch)
+        tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
+        try:
+            Catalog(self._store).retain(self._run.spec.checkpoint.keep_last, verified=manifest)
+        except StorageError as error:
+            # What could not be deleted now is deleted after the next commit.
+            log.warning("old checkpoints stay for now: %s", error)

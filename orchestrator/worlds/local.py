@@ -83,7 +83,6 @@ class _Agent:
     node: NodeId
     incarnation: int
     child: subprocess.Popen[bytes]
-    started_at: float
     lost: bool = False
 
 
@@ -106,7 +105,10 @@ class Machine:
         """Start every node."""
         self.memory.mkdir(mode=0o700, exist_ok=True)
         for node in node_names(self._run):
-            self._start(node, _last_incarnation(self._folder, node) + 1)
+            last = _Born.read(self._folder, node)
+            # An agent can outlive the command that started it; two on one node can not both be.
+            last.end(self._timeouts.terminate_s + self._timeouts.kill_s, self._timeouts.kill_s)
+            self._start(node, last.incarnation + 1)
 
     def look(self) -> list[str]:
         """Reap agents that ended and start them again; return what happened, in words."""
@@ -154,7 +156,6 @@ class Machine:
     def _start(self, node: NodeId, incarnation: int) -> None:
         work = self._folder.nodes / node
         work.mkdir(parents=True, exist_ok=True)
-        (work / "incarnation").write_text(f"{incarnation}\n", encoding="ascii")
         config = AgentConfig(
             node=node,
             incarnation=incarnation,
@@ -179,7 +180,8 @@ class Machine:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(msgspec.json.encode(config))
-        self._agents[node] = _Agent(node, incarnation, child, time.monotonic())
+        _Born.write(self._folder, node, incarnation, child.pid)
+        self._agents[node] = _Agent(node, incarnation, child)
 
 
 def memory_of(folder: RunFolder) -> Path:
@@ -187,9 +189,44 @@ def memory_of(folder: RunFolder) -> Path:
     return SHARED_MEMORY / f"holdfast-{os.getuid()}-{xxhash.xxh3_64_hexdigest(bytes(folder.root))}"
 
 
-def _last_incarnation(folder: RunFolder, node: NodeId) -> int:
+class _Born(msgspec.Struct, frozen=True):
+    """On disk: the last agent that was started for a node."""
+
+    incarnation: int
+    pid: int
+    ticks: int
+    """Start of the process since boot: together with the number it names one process for good."""
+
+    @classmethod
+    def read(cls, folder: RunFolder, node: NodeId) -> _Born:
+        try:
+            return msgspec.json.decode((folder.nodes / node / "born.json").read_bytes(), type=cls)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return cls(0, 0, -1)
+
+    @classmethod
+    def write(cls, folder: RunFolder, node: NodeId, incarnation: int, pid: int) -> None:
+        path = folder.nodes / node / "born.json"
+        temporary = path.with_name(".born.json")
+        temporary.write_bytes(msgspec.json.encode(cls(incarnation, pid, _start_ticks(pid))))
+        temporary.replace(path)
+
+    def end(self, terminate_s: float, kill_s: float) -> None:
+        """End it if it is still there."""
+        for number, within_s in ((signal.SIGTERM, terminate_s), (signal.SIGKILL, kill_s)):
+            deadline = time.monotonic() + within_s
+            while self.ticks >= 0 and _start_ticks(self.pid) == self.ticks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, number)
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+
+
+def _start_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; -1 if there is none."""
     try:
-        text = (folder.nodes / node / "incarnation").read_text(encoding="ascii")
-    except FileNotFoundError:
-        return 0
-    return int(text) if text.strip().isdigit() else 0
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    return int(text.rpartition(")")[2].split()[19])

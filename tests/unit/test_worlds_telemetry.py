@@ -1,0 +1,104 @@
+"""Beats of nodes become columns of the whole world."""
+
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import Beat, StepReport
+from orchestrator.worlds.telemetry import Columns
+
+
+def beat(ranks: tuple[int, ...], generation: int = 1, **changes: object) -> Beat:
+    columns = {
+        "phases": (6,) * len(ranks),
+        "steps": (3,) * len(ranks),
+        "progress": (10,) * len(ranks),
+        "states": "S" * len(ranks),
+        "cpu_s": (1.0,) * len(ranks),
+        "stall_s": (0.0,) * len(ranks),
+    }
+    return Beat(
+        generation=Generation(generation),
+        ranks=tuple(Rank(rank) for rank in ranks),
+        **columns | changes,  # type: ignore[arg-type]
+    )
+
+
+def report(step: int) -> StepReport:
+    return StepReport(Step(step), 2.5, 1.0, 1024, 0.1)
+
+
+def started(restored: int = 0) -> Columns:
+    columns = Columns(4)
+    columns.begin(Generation(1), Step(restored))
+    return columns
+
+
+def test_two_nodes_fill_their_own_ranks_and_the_rest_stays_unknown() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((0, 1), steps=(7, 8)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert event.steps == (7, 8, -1, -1)
+    assert event.states == "SS??"
+    assert event.heard == ("n0",)
+
+
+def test_a_tick_in_which_nobody_was_heard_is_no_telemetry() -> None:
+    columns = started()
+    columns.take(NodeId("n0"), beat((0, 1)))
+    columns.telemetry(Seconds(1.0))
+
+    assert columns.telemetry(Seconds(2.0)) is None
+
+
+def test_a_beat_of_an_older_generation_only_says_that_the_node_lives() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((0, 1), generation=0, reports=(report(9),)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert (event.heard, event.steps, event.reports) == (("n0",), (-1,) * 4, ())
+
+
+def test_a_step_that_several_nodes_report_is_passed_on_once_and_in_order() -> None:
+    columns = started(restored=4)
+
+    columns.take(NodeId("n0"), beat((0, 1), reports=(report(4), report(5), report(6))))
+    columns.take(NodeId("n1"), beat((2, 3), reports=(report(5), report(6), report(7))))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert [r.step for r in event.reports] == [5, 6, 7]
+
+
+def test_steps_go_ahead_of_the_tick_when_a_fact_follows_them() -> None:
+    columns = started()
+    columns.take(NodeId("n0"), beat((0, 1)))
+    assert list(columns.flush(Seconds(1.0))) == []
+
+    columns.take(NodeId("n0"), beat((0, 1), reports=(report(1),)))
+
+    assert [r.step for e in columns.flush(Seconds(1.0)) for r in e.reports] == [1]
+
+
+def test_the_longest_new_stall_counts_and_what_was_stalled_before_does_not() -> None:
+    columns = started()
+    columns.take(NodeId("n0"), beat((0, 1), stall_s=(5.0, 5.0)))
+    columns.telemetry(Seconds(1.0))
+
+    columns.take(NodeId("n0"), beat((0, 1), stall_s=(5.25, 5.5)))
+    event = columns.telemetry(Seconds(2.0))
+
+    assert event is not None
+    assert event.stall_s == 0.5
+
+
+def test_a_rank_that_the_world_does_not_have_is_left_out() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((3, 4)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert event.steps == (-1, -1, -1, 3)

@@ -28,6 +28,7 @@ from orchestrator.core.report import report as report_of
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.server.app import check_port
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.local import Machine
 
@@ -46,19 +47,32 @@ def supervise(
     report: Path | None,
     timeout_s: float | None,
     progress: Progress,
+    port: int = 0,
 ) -> int:
     """Run a job on this machine until it has ended; return the exit code.
 
+    Args:
+        run: the job, checked.
+        plan: what to let loose on it, checked.
+        out: folder of the run; None for its place in `home()`.
+        report: file for a copy of the report.
+        timeout_s: seconds after which the run is stopped; None for never.
+        progress: where to show how it gets on.
+        port: where the controller listens, on loopback; 0 has the system choose.
+
     Raises:
+        PortInUseError: if something listens there.
         CliError: if it can not be started, or its controller can not be kept alive.
     """
     if report is not None and not report.absolute().parent.is_dir():
         raise CliError(f"no such folder: {report.absolute().parent}", "make it first", Exit.USAGE)
+    if port:
+        check_port(port)
     folder, held = prepare(run, plan, out)
     timeouts = compose.check(run, run.metadata.name)
     token = folder.token.read_text(encoding="ascii").strip()
     machine = Machine(run, folder, token, timeouts)
-    controller = _Controller(folder)
+    controller = _Controller(folder, port)
     follower = Follower(folder)
     with _interrupts() as interrupts, _log_to(folder):
         try:
@@ -127,8 +141,8 @@ class _Watch:
 class _Controller:
     """The controller's process, kept alive."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, port: int) -> None:
+        self._folder, self._port = folder, port
         self._child: subprocess.Popen[bytes] | None = None
         self._size = -1
         self._dead_starts = 0
@@ -155,7 +169,13 @@ class _Controller:
         self._size = _size(self._folder.journal)
         with self._log.open("ab") as output:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.server", str(self._folder.root)],
+                [
+                    sys.executable,
+                    "-m",
+                    "orchestrator.server",
+                    str(self._folder.root),
+                    str(self._port),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

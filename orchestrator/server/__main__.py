@@ -1,4 +1,4 @@
-"""The controller of one run: `python -m orchestrator.server RUN_FOLDER`.
+"""The controller of one run: `python -m orchestrator.server RUN_FOLDER PORT`.
 
 Takes over wherever the last one left off: replays the journal, listens, and goes on deciding.
 """
@@ -37,7 +37,7 @@ EXIT_UNTRUSTED = 5
 STOP_LOOK_S = 0.2
 
 
-def main(folder: RunFolder) -> int:
+def main(folder: RunFolder, port: int) -> int:
     """Run the controller until the run has ended; return the exit code."""
     try:
         held = lock(folder.controller_lock)
@@ -56,7 +56,7 @@ def main(folder: RunFolder) -> int:
         log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
     clock = RunClock(folder.clock, reached=controller.state.now)
     world = _world(run, folder, clock, controller)
-    server = Server(world, folder.token.read_text(encoding="ascii").strip())
+    server = Server(world, folder.token.read_text(encoding="ascii").strip(), port=port)
     try:
         server.start()
         _drive(controller, world, file, server.url, folder, clock)
@@ -142,4 +142,4 @@ def _publish(path: Path, data: bytes) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    sys.exit(main(RunFolder(Path(sys.argv[1]))))
+    sys.exit(main(RunFolder(Path(sys.argv[1])), int(sys.argv[2])))

@@ -146,6 +146,11 @@ class _AgentLink:
             await self._websocket.close()
 
 
+def check_port(port: int) -> None:
+    """Raise PortInUseError if something listens at a port of this machine already."""
+    _listen("127.0.0.1", port).close()
+
+
 def _authorised(connection: HTTPConnection, token: str) -> bool:
     shown = connection.headers.get("authorization", "")
     return hmac.compare_digest(shown.encode(), f"Bearer {token}".encode())

@@ -122,8 +122,8 @@ def hear(connection: ClientConnection, kind: type) -> ToAgent:
 
 
 def expect_close(connection: ClientConnection) -> None:
-    """Fail unless the other side closes, whatever it says before."""
-    with pytest.raises(ConnectionClosed):
+    """Fail (TimeoutError) unless the other side closes, whatever it says before."""
+    with contextlib.suppress(ConnectionClosed):
         while True:
             connection.recv(WAIT_S)
 

@@ -43,6 +43,7 @@ class Follower:
         self.entries = 0
         self.torn = ""
         self._offset = 0
+        self._inode = 0
 
     @property
     def state(self) -> RunState | None:
@@ -61,9 +62,11 @@ class Follower:
         except FileNotFoundError:
             return self.state
         with file:
-            if os.fstat(file.fileno()).st_size < self._offset:
-                # Another run took over the folder: what we know is of the one before.
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                # The run began another life: what we know is of the one before.
                 self._forget()
+                self._inode = status.st_ino
             file.seek(self._offset)
             while self._take_line(file):
                 pass

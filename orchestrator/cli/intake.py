@@ -8,8 +8,8 @@ from orchestrator import compose
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.faults import plan as plans
 from orchestrator.faults.plan import FaultPlan, PlanError
-from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun, seconds
+from orchestrator.worlds.local import node_names
 
 
 def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan | None]:
@@ -35,27 +35,19 @@ def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan
     return run, plan
 
 
-def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
-    """Return the names of all nodes of a run on this machine, spares last."""
-    nodes = run.spec.nodes
-    return tuple(NodeId(f"node-{number}") for number in range(nodes.count + nodes.spares))
-
-
-def timeout_s(text: str | None) -> float | None:
-    """Return a duration in seconds; None for None.
+def span_s(option: str, text: str) -> float:
+    """Return the duration that an option was given, in seconds.
 
     Raises:
         CliError: if it is no duration, or is zero.
     """
-    if text is None:
-        return None
     try:
         span = seconds(text)
     except ValueError as error:
-        raise CliError(f"--timeout: {error}", "write for example `10m`", Exit.USAGE) from error
+        raise CliError(f"{option}: {error}", "write for example `10m`", Exit.USAGE) from error
     if span <= 0:
         raise CliError(
-            f"--timeout is {text}, expected more than 0 s", "write for example `10m`", Exit.USAGE
+            f"{option} is {text}, expected more than 0 s", "write for example `10m`", Exit.USAGE
         )
     return span
 

@@ -157,15 +157,10 @@ def incident_line(incident: Incident) -> str:
         again = f", {incident.lost_steps} steps again" if incident.lost_steps else ""
         return f"{text}  {incident.rung}: training again after {units.seconds(cost_s)}{again}"
     if incident.decided_at is not None:
-        return f"{text}  {incident.rung}: {first_line(incident.reason)}"
+        return f"{text}  {incident.rung}: {units.first_line(incident.reason)}"
     detected_s = incident.detected_at - incident.since
-    evidence = first_line(incident.findings[0].evidence)
+    evidence = units.first_line(incident.findings[0].evidence)
     return f"{text}  detected after {units.seconds(detected_s)}: {evidence}"
-
-
-def first_line(text: str) -> str:
-    """Return the first line of a text; the whole one is for `describe`."""
-    return text.splitlines()[0] if text else ""
 
 
 def ending(state: RunState) -> str:

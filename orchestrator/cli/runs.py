@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from orchestrator.cli.errors import CliError, unknown
 from orchestrator.cli.follow import Follower
 from orchestrator.core.state import RunState
+from orchestrator.protocol.agent import ControllerAddress
 from orchestrator.worlds.folder import RunFolder, find, home
 
 
@@ -70,3 +73,17 @@ def state_of(follower: Follower) -> RunState:
             "the run ended before it began; start it again",
         )
     return state
+
+
+def controller_pid(folder: RunFolder) -> int | None:
+    """Return the process of the run's controller, None if none lives.
+
+    A number alone may have been given to another process since; its command line tells. The
+    controller's lock is not tried: holding it for a moment could turn a new controller away.
+    """
+    try:
+        address = msgspec.json.decode(folder.address.read_bytes(), type=ControllerAddress)
+        command = Path(f"/proc/{address.pid}/cmdline").read_bytes()
+    except (OSError, msgspec.DecodeError):
+        return None
+    return address.pid if b"orchestrator.server" in command.split(b"\0") else None

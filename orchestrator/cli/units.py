@@ -60,3 +60,32 @@ def percent(ratio: float) -> str:
     '98.8 %'
     """
     return f"{ratio * 100:.1f} %"
+
+
+def size(value: int) -> str:
+    """Return a number of bytes with its binary unit.
+
+    >>> [size(n) for n in (17, 1536, 5 << 30)]
+    ['17 B', '1.5 KiB', '5.0 GiB']
+    """
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{amount:.1f} {unit}" if unit != "B" else f"{value} B"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text; the whole one is for `describe`."""
+    return text.splitlines()[0] if text else ""
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters other than line ends and tabs.
+
+    What ranks say is shown on terminals, which must not take it for commands.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

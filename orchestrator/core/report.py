@@ -110,6 +110,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Succeeded, Failed or Stopped; the phase of a run that is not over."""
     reason: str
     final_step: Step
+    steps: Step
+    """That the run has in all."""
     final_state_digest: str | None
     """Of the whole training state, however it is sharded; None until every rank is done."""
     losses_digest: str
@@ -142,13 +144,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def report(state: RunState) -> Report:
     """Return the report of a run as it stands."""
     losses = final_losses(state)
-    explained = explain(state)
-    incidents = [_incident(state, incident, explained) for incident in state.incidents]
+    incidents = incident_reports(state)
     return Report(
         run=state.run.metadata.name,
         state=state.end_state or str(state.phase),
         reason=state.end_reason,
         final_step=state.reached_step,
+        steps=Step(state.run.spec.trainer.steps),
         final_state_digest=state_digest(state),
         losses_digest=losses_digest(losses),
         losses=losses,
@@ -163,7 +165,7 @@ def report(state: RunState) -> Report:
         rungs=dict(sorted(state.rungs.items())),
         incidents=incidents,
         false_alarms=sum(incident.false_alarm for incident in incidents),
-        faults=_faults(state, explained),
+        faults=fault_reports(state),
         checkpoints=[
             CheckpointReport(step=c.step, epoch=c.epoch, key=c.key, at_s=c.at, rejected=c.rejected)
             for c in state.commits
@@ -266,6 +268,12 @@ def is_false_alarm(incident: Incident, explained: dict[int, tuple[IncidentId, Se
 # Parts ----------------------------------------------------------------------------------------
 
 
+def incident_reports(state: RunState) -> list[IncidentReport]:
+    """Return what there is to say about each incident, oldest first."""
+    explained = explain(state)
+    return [_incident(state, incident, explained) for incident in state.incidents]
+
+
 def _incident(
     state: RunState, incident: Incident, explained: dict[int, tuple[IncidentId, Seconds]]
 ) -> IncidentReport:
@@ -305,7 +313,9 @@ def cost(state: RunState, incident: Incident) -> dict[str, float]:
     }
 
 
-def _faults(state: RunState, explained: dict[int, tuple[IncidentId, Seconds]]) -> list[FaultReport]:
+def fault_reports(state: RunState) -> list[FaultReport]:
+    """Return the planned faults that were let loose so far, by index, with what found them."""
+    explained = explain(state)
     reports = []
     for index, (at, text, target) in sorted(state.injected.items()):
         incident, found_at = explained.get(index, (None, None))

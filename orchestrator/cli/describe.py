@@ -1,0 +1,275 @@
+"""`holdfast describe`: everything about one thing, for somebody who was just woken up."""
+
+from __future__ import annotations
+
+from orchestrator.cli import listing, runs, units
+from orchestrator.cli.blocks import facts, ledger_lines, section
+from orchestrator.cli.errors import CliError, Exit, unknown
+from orchestrator.cli.follow import Follower
+from orchestrator.cli.history import History
+from orchestrator.cli.incident import incident_lines
+from orchestrator.cli.reporting import fault_line
+from orchestrator.cli.tables import grid
+from orchestrator.core.report import fault_reports
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import NodeId, Step
+from orchestrator.protocol.messages import MARKS
+
+SHOWN_MAX = 10
+"""Rows of a section; the lists of `holdfast get` are complete."""
+
+
+def describe(what: str, name: str | None, run: str | None) -> str:
+    """Return everything about one thing, in words.
+
+    Raises:
+        CliError: if there is no such kind, run or thing.
+        JournalError: if the journal is damaged.
+    """
+    kinds = ("run", "incident", "node", "checkpoint")
+    if what.removesuffix("s") not in kinds:
+        raise unknown("kind", what, kinds, "holdfast describe")
+    what = what.removesuffix("s")
+    if what == "run" and name is not None and run is not None and name != run:
+        raise CliError(f"two runs are named, {name!r} and {run!r}", "name the run once", Exit.USAGE)
+    folder = runs.folder_of(name if what == "run" and name is not None else run)
+    history = History()
+    follower = Follower(folder, lambda entry: history.take(entry, follower.state))
+    state = runs.state_of(follower)
+    name = name.partition("/")[2] or name if name else None  # `get -o name` prints kind/name
+    match what:
+        case "run":
+            lines = run_lines(follower, state)
+        case "incident":
+            lines = incident_lines(_incident_named(state, name, folder.root.name), state, history)
+        case "node":
+            lines = node_lines(_node_named(state, name, folder.root.name), state, history)
+        case _:
+            lines = checkpoint_lines(_step_named(state, name, folder.root.name), state, history)
+    return units.printable("\n".join(lines))
+
+
+# A run ----------------------------------------------------------------------------------------
+
+
+def run_lines(follower: Follower, state: RunState) -> list[str]:
+    """Describe a run: where it stands, what it spent, and every timeout with its rule."""
+    spent = {str(bucket): us / 1e6 for bucket, us in state.ledger.totals().items()}
+    return [
+        *facts(_where(follower, state)),
+        *section("Spent", ledger_lines(spent)),
+        *section("World", _world(state)),
+        *section("Incidents", _table("incidents", state, follower)),
+        *section("Checkpoints", _table("checkpoints", state, follower)),
+        *section("Saves that failed", _save_failures(state)),
+        *section("Restart budgets", _budgets(state)),
+        *section("Timeouts, all from detectWithin", _timeouts(state)),
+        *section("Faults injected", [fault_line(fault) for fault in fault_reports(state)]),
+        *section("Not to be trusted", _doubts(follower, state)),
+    ]
+
+
+def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
+    spec = state.run.spec
+    pid = runs.controller_pid(follower.folder)
+    rungs = ", ".join(f"{rung} {count}" for rung, count in sorted(state.rungs.items()))
+    loss = state.losses.get(state.reached_step)
+    return [
+        ("Name", state.run.metadata.name),
+        ("State", state.end_state or f"{state.phase} since {units.clock(state.phase_since)}"),
+        ("Reason", state.end_reason),
+        ("Step", f"{state.reached_step} of {spec.trainer.steps}"),
+        ("Loss", units.loss(loss) if state.reached_step in state.losses else ""),
+        ("Speed", f"{units.rate(state.tokens_per_s)} tokens/s" if state.tokens_per_s else ""),
+        ("Wall clock", units.seconds(state.now)),
+        ("ETTR", units.percent(state.ledger.effective_ratio)),
+        ("Generation", f"{state.generation} ({rungs or 'none was started'})"),
+        ("Controller", _controller_words(state, pid)),
+        ("Parallelism", _parallelism(state)),
+        ("Folder", str(follower.folder.root)),
+        ("Journal", f"{follower.entries} events{_torn(follower)}"),
+    ]
+
+
+def _controller_words(state: RunState, pid: int | None) -> str:
+    if state.phase.final:
+        return f"ended; the run had {state.incarnation}"
+    if pid is None:
+        return (
+            f"gone (was number {state.incarnation}); nobody has written since "
+            f"{units.clock(state.now)}"
+        )
+    return f"number {state.incarnation}, process {pid}"
+
+
+def _parallelism(state: RunState) -> str:
+    p = state.run.spec.parallelism
+    shard = p.dp_shard or state.shard_count() // (p.tp * p.pp * p.cp)
+    return f"dpReplicate {p.dp_replicate} x dpShard {shard} x tp {p.tp} x pp {p.pp} x cp {p.cp}"
+
+
+def _torn(follower: Follower) -> str:
+    return f"; {follower.torn}" if follower.torn else ""
+
+
+def _world(state: RunState) -> list[str]:
+    rows = [
+        [
+            node.id,
+            node.condition(state.seats),
+            ", ".join(map(str, state.ranks_of(node.id))) or "-",
+            units.first_line(node.unusable or node.lost) or "-",
+        ]
+        for _, node in sorted(state.nodes.items())
+    ]
+    return grid(["NODE", "CONDITION", "RANKS", "WHY"], rows).splitlines() if rows else []
+
+
+def _table(kind: str, state: RunState, follower: Follower) -> list[str]:
+    _, columns, rows = listing.KINDS[kind]
+    all_rows = rows(state, follower.folder)
+    # Incidents come oldest first, checkpoints newest first; the newest are what matters.
+    shown = all_rows[-SHOWN_MAX:] if kind == "incidents" else all_rows[:SHOWN_MAX]
+    if not shown:
+        return []
+    kept = [column for column in columns if not column.wide]
+    cells = [[units.first_line(c.show(row[c.key])) for c in kept] for row in shown]
+    lines = grid([column.title for column in kept], cells).splitlines()
+    more = len(all_rows) - len(shown)
+    return lines + ([f"and {more} more: holdfast get {kind}"] if more else [])
+
+
+def _save_failures(state: RunState) -> list[str]:
+    return [
+        f"{units.clock(at)}  {f'step {step}: ' if step else ''}{units.first_line(reason)}"
+        for at, step, reason in state.save_failures[-SHOWN_MAX:]
+    ]
+
+
+def _budgets(state: RunState) -> list[str]:
+    rows = [
+        [origin, str(budget.left), str(budget.limit)] for origin, budget in state.budgets.items()
+    ]
+    return grid(["ORIGIN", "LEFT (restarts)", "LIMIT (restarts)"], rows).splitlines()
+
+
+def _timeouts(state: RunState) -> list[str]:
+    rows = [[name, f"{value:g}", rule] for name, value, rule in state.timeouts.table()]
+    detect = f"{state.timeouts.detect_within_s:g}"
+    rows.insert(0, ["detect_within_s", detect, "spec.detection.detectWithin"])
+    return grid(["TIMEOUT", "VALUE (s)", "RULE"], rows).splitlines()
+
+
+def _doubts(follower: Follower, state: RunState) -> list[str]:
+    doubts = [
+        f"step {step} gave another loss when it was computed again"
+        for step in sorted(set(state.divergences))[:SHOWN_MAX]
+    ]
+    assert follower.controller is not None
+    doubts += [
+        f"detector {name} raised and was switched off: {error}"
+        for name, error in sorted(follower.controller.disabled.items())
+    ]
+    return doubts
+
+
+# A node ---------------------------------------------------------------------------------------
+
+
+def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
+    """Describe a node: its condition, what it runs, what it holds, what happened to it."""
+    node = state.nodes[node_id]
+    mark = f"{MARKS[node.mark]} in generation {node.generation}" if node.generation else ""
+    held = listing.held_by(state, node_id)
+    incidents = [i for i in state.incidents if node_id in i.nodes]
+    return [
+        *facts(
+            [
+                ("Name", str(node_id)),
+                ("Run", state.run.metadata.name),
+                ("Condition", node.condition(state.seats)),
+                ("Why", node.unusable or node.lost),
+                ("Ranks", ", ".join(map(str, state.ranks_of(node_id)))),
+                ("Came as far as", mark),
+                ("Incarnation", f"{node.incarnation} (starts of its agent)"),
+                ("Joined", units.clock(node.joined_at)),
+                ("Heard", f"{units.seconds(state.now - node.heard_at)} ago"),
+            ]
+        ),
+        *section(
+            "In its memory",
+            [f"step {step}: shards of ranks {', '.join(map(str, r))}" for step, r in held.items()],
+        ),
+        *section(
+            "Incidents that name it",
+            [f"{i.id}  {units.clock(i.since)}  {i.findings[0].evidence}" for i in incidents],
+        ),
+        *section(
+            "What happened",
+            [f"{units.clock(at)}  {text}" for at, text in history.of_node(node_id)],
+        ),
+    ]
+
+
+# A checkpoint ---------------------------------------------------------------------------------
+
+
+def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]:
+    """Describe the state after a step: where copies of it are, and who holds what."""
+    lines = facts(
+        [("Step", str(step)), ("Run", state.run.metadata.name), ("Loss", _loss_at(state, step))]
+    )
+    for commit in (c for c in state.commits if c.step == step):
+        order = history.commits.get(step)
+        size = sum(receipt.size for receipt in order.receipts) if order else 0
+        told = [
+            ("State", "Rejected" if commit.rejected else "Committed"),
+            ("Why", commit.rejected),
+            ("Key", commit.key),
+            ("Epoch", f"{commit.epoch} (the generation that wrote it)"),
+            ("Committed", units.clock(commit.at)),
+            ("Model", order.model if order else ""),
+            ("Size", f"{units.size(size)} in {len(order.receipts)} shards" if order else ""),
+        ]
+        lines += section("Durable tier", facts(told))
+    ranks = state.holdings.get(step, {})
+    rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in sorted(ranks)]
+    if rows:
+        lines += section("Memory", grid(["SHARD OF RANK", "HELD BY"], rows).splitlines())
+    return lines
+
+
+def _loss_at(state: RunState, step: Step) -> str:
+    return units.loss(state.losses[step]) if step in state.losses else ""
+
+
+# Names ----------------------------------------------------------------------------------------
+
+
+def _incident_named(state: RunState, name: str | None, where: str) -> int:
+    ids = [str(incident.id) for incident in state.incidents]
+    if name is None and ids:
+        return len(ids) - 1
+    if name not in ids:
+        raise unknown("incident", name or "", ids, where)
+    return ids.index(name)
+
+
+def _node_named(state: RunState, name: str | None, where: str) -> NodeId:
+    if name is None:
+        names = ", ".join(sorted(state.nodes))
+        raise CliError("no node is named", f"one of {names or '(none has joined)'}", Exit.USAGE)
+    if name not in state.nodes:
+        raise unknown("node", name, state.nodes, where)
+    return NodeId(name)
+
+
+def _step_named(state: RunState, name: str | None, where: str) -> Step:
+    steps = {commit.step for commit in state.commits} | set(state.holdings)
+    if name is None and steps:
+        return max(steps)
+    names = [f"step-{step}" for step in sorted(steps, reverse=True)]
+    wanted = f"step-{name}" if name and name.isdigit() else name or ""
+    if wanted not in names:
+        raise unknown("checkpoint", wanted, names, where)
+    return Step(int(wanted.removeprefix("step-")))

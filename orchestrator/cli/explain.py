@@ -1,0 +1,126 @@
+"""`holdfast explain`: the fields of a run file or fault plan, read from the types that check it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from orchestrator.cli.errors import unknown
+from orchestrator.faults.plan import FaultPlan
+from orchestrator.protocol.runfile import TrainingRun
+
+ROOTS: dict[str, type[msgspec.Struct]] = {"run": TrainingRun, "plan": FaultPlan}
+
+
+def explain(path: str | None) -> str:
+    """Return the fields of a section, or the type, default and meaning of one field.
+
+    Args:
+        path: such as `spec.checkpoint.everySteps`; a fault plan's begin with `plan`.
+
+    Raises:
+        CliError: if there is no such field.
+    """
+    names = [name for name in (path or "").split(".") if name]
+    root = names.pop(0) if names and names[0] in ROOTS else "run"
+    section: type[msgspec.Struct] = ROOTS[root]
+    walked = [] if root == "run" else [root]
+    lines = [_doc(section)]
+    for name in names:
+        fields = {field.encode_name: field for field in msgspec.structs.fields(section)}
+        if name not in fields:
+            raise unknown("field", name, fields, ".".join(walked) or "run file")
+        walked.append(name)
+        field = fields[name]
+        inner = _section_in(field.type)
+        lines = [_line(section, field), *_doc_of(section, field.name)]
+        if inner is None:
+            if name is not names[-1]:
+                raise unknown("field", names[-1], (), ".".join(walked))
+            return "\n".join(lines)
+        section = inner
+        lines.append(_doc(section))
+    lines += ["", *(f"  {_line(section, field)}" for field in msgspec.structs.fields(section))]
+    return "\n".join(lines)
+
+
+def _line(section: type[msgspec.Struct], field: msgspec.structs.FieldInfo) -> str:
+    text = f"{field.encode_name}: {_type(field.type)}"
+    if field.required:
+        return f"{text}, required"
+    inner = _section_in(field.type)
+    default = field.default
+    if default is msgspec.NODEFAULT or (inner is not None and default not in ((), None)):
+        return text
+    del section
+    return f"{text}, default {_value(default)}"
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else msgspec.json.encode(value).decode()
+
+
+def _type(annotation: Any) -> str:  # noqa: ANN401 - a type expression
+    if typing.get_origin(annotation) is Annotated:
+        base, *metas = typing.get_args(annotation)
+        return _type(base) + "".join(_bounds(meta) for meta in metas)
+    if typing.get_origin(annotation) is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kinds = [_type(a) for a in typing.get_args(annotation) if a is not types.NoneType]
+        return " or ".join(kinds)
+    if typing.get_origin(annotation) is tuple:
+        return f"list of {_type(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is dict or annotation is dict:
+        return "object"
+    names = {int: "number", float: "number", str: "text", bool: "true or false"}
+    inner = _section_in(annotation)
+    return "section" if inner else names.get(annotation, str(annotation))
+
+
+def _bounds(meta: object) -> str:
+    if not isinstance(meta, msgspec.Meta):
+        return ""
+    bounds = (("ge", ">="), ("gt", ">"), ("lt", "<"))
+    told = [f"{sign} {getattr(meta, name):g}" for name, sign in bounds if _has(meta, name)]
+    if meta.pattern:
+        told.append(f"like {meta.pattern}")
+    return f" {' and '.join(told)}" if told else ""
+
+
+def _has(meta: msgspec.Meta, name: str) -> bool:
+    return getattr(meta, name) is not None
+
+
+def _section_in(annotation: Any) -> type[msgspec.Struct] | None:  # noqa: ANN401 - a type expression
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _doc(section: type) -> str:
+    return inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
+
+
+def _doc_of(section: type, name: str) -> list[str]:
+    """Return the text below a field in the source, which Python itself does not keep."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        match field, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=found)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ) if found == name:
+                return [f"  {line}" for line in inspect.cleandoc(text).splitlines()]
+    return []

@@ -1,0 +1,81 @@
+"""What a state has forgotten and a journal has not: collected while a follower reads it."""
+
+from __future__ import annotations
+
+from orchestrator.cli import story, units
+from orchestrator.core.decisions import CommitCheckpoint, FenceNode, StartGeneration
+from orchestrator.core.events import (
+    ControllerStarted,
+    FaultInjected,
+    NodeDisconnected,
+    NodeLost,
+    Reported,
+    StopRequested,
+)
+from orchestrator.core.journal import Entry
+from orchestrator.core.phases import RunPhase
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.messages import (
+    Joined,
+    NodeUnusable,
+    PreparationFailed,
+    Prepared,
+    RankExited,
+    RanksTroubled,
+    WriteFailed,
+)
+
+Line = tuple[Seconds, str]
+LINES_MAX = 100_000
+_TOLD = ControllerStarted | FaultInjected | NodeDisconnected | NodeLost | StopRequested
+_TOLD_FACTS = (
+    Joined | NodeUnusable | PreparationFailed | Prepared | RankExited | RanksTroubled | WriteFailed
+)
+
+
+class History:
+    """Milestones of a run, in the order in which they became known.
+
+    Attributes:
+        phases: (when, phase) of every change of phase.
+        commits: the order that published each checkpoint, by step.
+    """
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[Seconds, RunPhase]] = []
+        self.commits: dict[Step, CommitCheckpoint] = {}
+        self._lines: list[tuple[Seconds, NodeId | None, str]] = []
+
+    def take(self, entry: Entry, state: RunState | None) -> None:
+        """Take in an entry, after the follower's controller did."""
+        assert state is not None, "an entry comes after the header"
+        if not self.phases or self.phases[-1][1] is not state.phase:
+            self.phases.append((state.now, state.phase))
+        event = entry.event
+        if isinstance(event, _TOLD) or (
+            isinstance(event, Reported) and isinstance(event.fact, _TOLD_FACTS)
+        ):
+            self._add(state.now, story.node(event), units.first_line(story.words(event)))
+        for decision in entry.decisions:
+            if isinstance(decision, CommitCheckpoint):
+                self.commits[decision.step] = decision
+            if isinstance(decision, FenceNode):
+                self._add(state.now, decision.node, story.decision(decision))
+            if isinstance(decision, StartGeneration):
+                world = ", ".join(dict.fromkeys(decision.seats))
+                self._add(state.now, "", f"generation {decision.generation} ordered on {world}")
+
+    def _add(self, at: Seconds, node: str, text: str) -> None:
+        if len(self._lines) < LINES_MAX:
+            self._lines.append((at, NodeId(node) if node else None, text))
+
+    def of_node(self, node: NodeId) -> list[Line]:
+        """Return what happened to one node."""
+        return [(at, text) for at, name, text in self._lines if name == node]
+
+    def between(self, start: Seconds, end: Seconds) -> list[Line]:
+        """Return what happened from `start` to `end`, both included."""
+        lines = [(at, text) for at, _, text in self._lines if start <= at <= end]
+        lines += [(at, f"run is {phase}") for at, phase in self.phases if start <= at <= end]
+        return sorted(lines, key=lambda line: line[0])

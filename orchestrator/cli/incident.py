@@ -1,0 +1,150 @@
+"""One incident, for somebody who was just woken up: what broke, how we know, what it cost."""
+
+from __future__ import annotations
+
+from orchestrator.cli import units
+from orchestrator.cli.blocks import section
+from orchestrator.cli.history import History
+from orchestrator.core.incident import BUDGET_OF, Incident
+from orchestrator.core.phases import Bucket
+from orchestrator.core.report import IncidentReport, incident_reports
+from orchestrator.core.state import RunState
+
+RUNGS = {
+    "none": "ranks went on training by themselves; nothing had to be restarted",
+    "restart in place": "every node looks well, so ranks start again where they were, from warm "
+    "processes, with the state that is in memory",
+    "swap for a spare": "a node is gone or blamed, and a spare is free; its ranks' state comes "
+    "from the copy on another node",
+    "resume from the durable tier": "no whole copy is left in memory, so the newest verified "
+    "checkpoint is read",
+    "start over from the seed": "there is no state to continue from, neither in memory nor on "
+    "the durable tier",
+    "stop": "starting again could not help, or was tried too often",
+}
+"""When each rung of the ladder is taken."""
+RUNBOOK = "docs/runbook.md"
+LINES_MAX = 60
+"""Lines of a time line; of a longer one the middle is left out."""
+
+
+def incident_lines(index: int, state: RunState, history: History) -> list[str]:
+    """Describe an incident: what, evidence, suspects, what was done and why, cost, time line."""
+    incident = state.incidents[index]
+    told = incident_reports(state)[index]
+    return [
+        f"{incident.id}: {incident.kind}, {_outcome(incident, state)}",
+        *section("What broke", [finding.evidence for finding in incident.findings[:1]]),
+        *section("Suspects", [incident.suspects()]),
+        *section("Cause", [f"{incident.cause} (paid from the {_budget(incident, state)})"]),
+        *section("How we know", _evidence(incident, told)),
+        *section("What was done", _done(incident, state)),
+        *section("What it cost", _cost(incident, told)),
+        *section("Time line, from when it began", _timeline(incident, state, history)),
+        *section("Look next", _next(incident, state)),
+    ]
+
+
+def _outcome(incident: Incident, state: RunState) -> str:
+    if incident.resumed_at is not None:
+        if incident.rung == "none":
+            return "over; training was not interrupted"
+        return f"over; training again after {units.seconds(incident.resumed_at - incident.since)}"
+    if state.end_state:
+        return f"ended the run ({state.end_state})"
+    return f"OPEN for {units.seconds(state.now - incident.since)}; the run is {state.phase}"
+
+
+def _budget(incident: Incident, state: RunState) -> str:
+    origin = BUDGET_OF[incident.cause]
+    budget = state.budgets[origin]
+    return f"{origin} budget, {budget.left} of {budget.limit} restarts left"
+
+
+def _evidence(incident: Incident, told: IncidentReport) -> list[str]:
+    lines = []
+    for finding in incident.findings:
+        noticed = units.seconds(finding.at - finding.since)
+        lines.append(f"{finding.kind}, noticed after {noticed}: {finding.evidence}")
+        if finding.signature:
+            lines.append(f"  signature: {finding.signature} (after step {finding.step})")
+        lines += [f"  | {line}" for line in finding.detail.splitlines()]
+    lines += [f"it was planned: fault {index} of the fault plan" for index in told.faults]
+    if told.false_alarm:
+        lines.append("nothing was injected and no process died: this may be a false alarm")
+    return lines
+
+
+def _done(incident: Incident, state: RunState) -> list[str]:
+    if not incident.rung:
+        return [f"nothing yet; the run is {state.phase}"]
+    lines = [incident.rung + (f": {RUNGS[incident.rung]}" if incident.rung in RUNGS else "")]
+    if incident.reason:
+        lines.append(f"because {incident.reason}")
+    if incident.restored_step is not None:
+        lines.append(f"continued from step {incident.restored_step}: {incident.restored_from}")
+    return lines
+
+
+def _cost(incident: Incident, told: IncidentReport) -> list[str]:
+    lines = [
+        f"{told.lost_steps} steps done again"
+        + (
+            f" ({incident.restored_step + 1} to {incident.reached_step})"
+            if told.lost_steps and incident.restored_step is not None
+            else ""
+        )
+    ]
+    whole = sum(told.ledger.values())
+    lines.append(f"{units.seconds(whole)} in all" + (", of which" if whole else ""))
+    lines += [
+        f"  {MEANING[bucket]:<46} {units.seconds(spent):>12}"
+        for bucket, spent in told.ledger.items()
+    ]
+    return lines
+
+
+MEANING = {
+    str(Bucket.EFFECTIVE): "effective: steps of the final result",
+    str(Bucket.LOST_WORK): "lost_work: steps that are done again",
+    str(Bucket.CHECKPOINT_STALL): "checkpoint_stall: waiting for saves",
+    str(Bucket.STARTUP): "startup: before the first step of the run",
+    str(Bucket.DETECT): "detect: until it was noticed",
+    str(Bucket.DECIDE): "decide: searching checkpoints",
+    str(Bucket.BACKOFF): "backoff: pausing before a restart",
+    str(Bucket.WAIT_FOR_NODES): "wait_for_nodes: too few nodes",
+    str(Bucket.STOP): "stop: ending the old generation",
+    str(Bucket.START): "start: processes and state in place",
+    str(Bucket.RENDEZVOUS): "rendezvous: process groups form",
+    str(Bucket.RESTORE): "restore: ranks read their state",
+    str(Bucket.FIRST_STEP): "first_step: the first step again",
+    str(Bucket.SHUTDOWN): "shutdown: after the last step",
+}
+
+
+def _timeline(incident: Incident, state: RunState, history: History) -> list[str]:
+    end = incident.resumed_at if incident.resumed_at is not None else state.now
+    lines = [(note.at, units.first_line(note.text)) for note in incident.timeline]
+    known = {text for _, text in lines}
+    lines += [(at, text) for at, text in history.between(incident.since, end) if text not in known]
+    lines += [
+        (at, f"planned fault: {text}")
+        for at, text, _ in state.injected.values()
+        if incident.since - state.timeouts.detect_within_s <= at < incident.since
+    ]
+    lines.sort(key=lambda line: line[0])
+    left_out = len(lines) - LINES_MAX
+    told = [f"{at - incident.since:+10.3f} s  {units.clock(at)}  {text}" for at, text in lines]
+    if left_out > 0:
+        told[LINES_MAX // 2 : LINES_MAX // 2 + left_out] = [
+            f"{'...':>12}  {left_out} lines: holdfast get events --run {state.run.metadata.name}"
+        ]
+    return told
+
+
+def _next(incident: Incident, state: RunState) -> list[str]:
+    name = state.run.metadata.name
+    lines = [f"{RUNBOOK}#{incident.kind}"]
+    lines += [f"holdfast logs {name} --rank {rank} --tail 100" for rank in incident.ranks[:4]]
+    lines += [f"holdfast describe node {node} --run {name}" for node in incident.nodes[:4]]
+    return lines

@@ -1,0 +1,349 @@
+"""What `holdfast get` lists: for each kind its columns, and its rows as plain objects."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from orchestrator.cli import runs, story, units
+from orchestrator.cli.errors import CliError
+from orchestrator.cli.follow import Follower
+from orchestrator.cli.tables import Column, Row, percent, span, text
+from orchestrator.core.journal import Entry
+from orchestrator.core.report import incident_reports
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.messages import MARKS
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.worlds.folder import RunFolder
+
+
+class Kind(NamedTuple):
+    """A kind of thing in a run."""
+
+    name: str
+    """In the singular."""
+    columns: tuple[Column, ...]
+    rows: Callable[[RunState, RunFolder], list[Row]]
+
+
+def run_rows() -> list[Row]:
+    """Return all runs, the newest first; one whose journal can not be read says why."""
+    rows = []
+    for folder in runs.folders():
+        try:
+            follower = Follower(folder)
+            rows.append(run_row(runs.state_of(follower), folder))
+        except (CliError, OSError, ValueError) as error:
+            rows.append(_unreadable(folder, error))
+        except Exception as error:
+            if not getattr(error, "hint", ""):
+                raise
+            rows.append(_unreadable(folder, error))
+    return rows
+
+
+def run_row(state: RunState, folder: RunFolder) -> Row:
+    """Return a run as a plain object."""
+    return {
+        "name": state.run.metadata.name,
+        "state": state.end_state or str(state.phase),
+        "controller": _controller(state, folder),
+        "step": state.reached_step,
+        "steps": state.run.spec.trainer.steps,
+        "generation": state.generation,
+        "nodes": state.run.spec.nodes.count,
+        "ranks": state.run.world_size,
+        "incidents": len(state.incidents),
+        "ettr": round(state.ledger.effective_ratio, 6),
+        "wall_s": state.ledger.end_us / 1e6,
+        "tokens_per_s": round(state.tokens_per_s, 3),
+        "loss": state.losses.get(state.reached_step),
+        "reason": state.end_reason,
+        "folder": str(folder.root),
+    }
+
+
+def _controller(state: RunState, folder: RunFolder) -> str:
+    if state.phase.final:
+        return "ended"
+    return "running" if runs.controller_pid(folder) is not None else "gone"
+
+
+def _unreadable(folder: RunFolder, error: Exception) -> Row:
+    row: Row = dict.fromkeys(column.key for column in RUN.columns)
+    return row | {
+        "name": folder.root.name,
+        "state": "Unreadable",
+        "reason": str(error),
+        "folder": str(folder.root),
+    }
+
+
+def _number(show: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: "-" if value is None else show(value)
+
+
+RUN = Kind(
+    "run",
+    (
+        Column("NAME", "name"),
+        Column("STATE", "state"),
+        Column("CONTROLLER", "controller", text),
+        Column("STEP", "step", text),
+        Column("STEPS", "steps", text),
+        Column("INCIDENTS", "incidents", text),
+        Column("ETTR (%)", "ettr", _number(percent)),
+        Column("WALL (s)", "wall_s", span),
+        Column("LOSS", "loss", _number(lambda value: f"{value:.4f}"), wide=True),
+        Column("SPEED (tokens/s)", "tokens_per_s", _number(units.rate), wide=True),
+        Column("GENERATION", "generation", text, wide=True),
+        Column("NODES", "nodes", text, wide=True),
+        Column("RANKS", "ranks", text, wide=True),
+        Column("REASON", "reason", text, wide=True),
+        Column("FOLDER", "folder", wide=True),
+    ),
+    lambda state, folder: [run_row(state, folder)],
+)
+
+
+def node_rows(state: RunState, folder: RunFolder) -> list[Row]:
+    """Return all nodes that ever joined."""
+    del folder
+    return [
+        {
+            "name": node.id,
+            "condition": node.condition(state.seats),
+            "ranks": list(state.ranks_of(node.id)),
+            "generation": node.generation,
+            "mark": MARKS[node.mark] if node.generation else None,
+            "incarnation": node.incarnation,
+            "heard_s": round(state.now - node.heard_at, 6),
+            "memory_steps": sorted(held_by(state, node.id)),
+            "why": node.unusable or node.lost,
+        }
+        for _, node in sorted(state.nodes.items())
+    ]
+
+
+def held_by(state: RunState, node: str) -> dict[Step, list[Rank]]:
+    """Return the shards in a node's memory: for each step, whose."""
+    held: dict[Step, list[Rank]] = {}
+    for step, ranks in sorted(state.holdings.items()):
+        mine = sorted(rank for rank, holders in ranks.items() if node in holders)
+        if mine:
+            held[step] = mine
+    return held
+
+
+NODE = Kind(
+    "node",
+    (
+        Column("NAME", "name"),
+        Column("CONDITION", "condition"),
+        Column("RANKS", "ranks", text),
+        Column("GENERATION", "generation"),
+        Column("MARK", "mark", text),
+        Column("HEARD (s ago)", "heard_s", span),
+        Column("INCARNATION", "incarnation", wide=True),
+        Column("IN MEMORY (steps)", "memory_steps", text, wide=True),
+        Column("WHY", "why", text, wide=True),
+    ),
+    node_rows,
+)
+
+
+def rank_rows(state: RunState, folder: RunFolder) -> list[Row]:
+    """Return the ranks of the current world."""
+    fleet = state.fleet
+    return [
+        {
+            "name": str(rank),
+            "rank": rank,
+            "node": node,
+            "phase": RankPhase(int(fleet.phase_R[rank])).name.lower(),
+            "step": fleet.step_of(Rank(rank)),
+            "still_s": round(max(state.now - float(fleet.moved_at_R[rank]), 0.0), 6),
+            "process": fleet.states[rank],
+            "cpu_s": round(float(fleet.cpu_s_R[rank]), 3),
+            "log": str(folder.rank_log(rank)),
+        }
+        for rank, node in enumerate(state.seats)
+    ]
+
+
+RANK = Kind(
+    "rank",
+    (
+        Column("RANK", "rank"),
+        Column("NODE", "node"),
+        Column("PHASE", "phase"),
+        Column("STEP", "step"),
+        Column("STANDING STILL (s)", "still_s", span),
+        Column("PROCESS", "process"),
+        Column("CPU (s)", "cpu_s", span, wide=True),
+        Column("LOG", "log", wide=True),
+    ),
+    rank_rows,
+)
+
+
+def incident_rows(state: RunState, folder: RunFolder) -> list[Row]:
+    """Return all incidents, oldest first."""
+    del folder
+    rows = []
+    for incident in incident_reports(state):
+        over = incident.first_step_after_s is not None
+        rows.append(
+            {
+                "name": incident.id,
+                "kind": incident.kind,
+                "state": "Recovered" if over else state.end_state or "Open",
+                "cause": incident.cause,
+                "suspects": incident.suspects,
+                "began_s": incident.began_s,
+                "detected_after_s": incident.detected_after_s,
+                "decided_after_s": incident.decided_after_s,
+                "first_step_after_s": incident.first_step_after_s,
+                "rung": incident.rung,
+                "lost_steps": incident.lost_steps,
+                "false_alarm": incident.false_alarm,
+                "evidence": incident.evidence,
+                "reason": incident.reason,
+            }
+        )
+    return rows
+
+
+INCIDENT = Kind(
+    "incident",
+    (
+        Column("NAME", "name"),
+        Column("KIND", "kind"),
+        Column("STATE", "state"),
+        Column("SUSPECTS", "suspects", text),
+        Column("BEGAN (h:m:s)", "began_s", units.clock),
+        Column("DETECTED (s after)", "detected_after_s", span),
+        Column("FIRST STEP (s after)", "first_step_after_s", span),
+        Column("RUNG", "rung", text),
+        Column("LOST (steps)", "lost_steps"),
+        Column("CAUSE", "cause", wide=True),
+        Column("DECIDED (s after)", "decided_after_s", span, wide=True),
+        Column("REASON", "reason", text, wide=True),
+    ),
+    incident_rows,
+)
+
+
+def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
+    """Return what the run could be continued from, newest first: durable tier and memory."""
+    del folder
+    durable = [
+        {
+            "name": f"step-{commit.step}",
+            "step": commit.step,
+            "tier": "durable",
+            "state": "Rejected" if commit.rejected else "Committed",
+            "shards": state.shard_count(),
+            "copies": 1,
+            "epoch": commit.epoch,
+            "age_s": round(state.now - commit.at, 6),
+            "key": commit.key,
+            "why": commit.rejected,
+        }
+        for commit in state.commits
+    ]
+    memory = [
+        {
+            "name": f"step-{step}",
+            "step": step,
+            "tier": "memory",
+            "state": "Whole" if len(counts) == state.run.world_size else "Partial",
+            "shards": len(counts),
+            "copies": min(counts),
+            "epoch": None,
+            "age_s": None,
+            "key": "",
+            "why": "",
+        }
+        for step in state.holdings
+        if (counts := copies(state, step))
+    ]
+    return sorted(durable + memory, key=lambda row: (-int(str(row["step"])), str(row["tier"])))
+
+
+def copies(state: RunState, step: Step) -> list[int]:
+    """Return, for each rank whose shard of a step is in memory anywhere, on how many nodes."""
+    counts = [len(state.holders(step, rank)) for rank in sorted(state.holdings.get(step, {}))]
+    return [count for count in counts if count]
+
+
+CHECKPOINT = Kind(
+    "checkpoint",
+    (
+        Column("NAME", "name"),
+        Column("TIER", "tier"),
+        Column("STATE", "state"),
+        Column("SHARDS", "shards"),
+        Column("COPIES (min)", "copies"),
+        Column("AGE (s)", "age_s", span),
+        Column("EPOCH (generation)", "epoch", text, wide=True),
+        Column("KEY", "key", text, wide=True),
+        Column("WHY", "why", text, wide=True),
+    ),
+    checkpoint_rows,
+)
+
+
+class Events:
+    """Collects the newest events of a journal while a follower reads it.
+
+    Args:
+        tail: how many to keep; None keeps all.
+        periodic: whether telemetry and ticks that led to nothing count.
+    """
+
+    def __init__(self, tail: int | None, *, periodic: bool) -> None:
+        self._rows: deque[Row] = deque(maxlen=tail)
+        self._periodic = periodic
+
+    def take(self, entry: Entry) -> None:
+        """Take in one entry of the journal."""
+        event = entry.event
+        if story.periodic(event) and not entry.decisions and not self._periodic:
+            return
+        self._rows.append(
+            {
+                "name": str(entry.seq),
+                "at_s": event.at,
+                "kind": story.kind(event),
+                "node": story.node(event),
+                "text": story.words(event),
+                "decisions": [story.decision(decision) for decision in entry.decisions],
+            }
+        )
+
+    def rows(self, state: RunState, folder: RunFolder) -> list[Row]:
+        """Return what was kept, oldest first."""
+        del state, folder
+        return list(self._rows)
+
+
+EVENT_COLUMNS = (
+    Column("SEQ", "name"),
+    Column("AT (h:m:s)", "at_s", units.clock),
+    Column("KIND", "kind"),
+    Column("NODE", "node", text),
+    Column("WHAT", "text"),
+    Column("DECISIONS", "decisions", lambda value: "; ".join(value) or "-", wide=True),
+)
+
+KINDS = {
+    "runs": RUN,
+    "nodes": NODE,
+    "ranks": RANK,
+    "incidents": INCIDENT,
+    "checkpoints": CHECKPOINT,
+}
+"""What can be listed besides events, which need to be collected while the journal is read."""

@@ -1,0 +1,156 @@
+"""Events and decisions of a journal in words, one line each."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from orchestrator.cli import units
+from orchestrator.core.decisions import Decision, StartGeneration, WakeAt
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointFound,
+    CommitFailed,
+    ControllerStarted,
+    Event,
+    FaultInjected,
+    NodeDisconnected,
+    NodeLost,
+    Reported,
+    SearchFailed,
+    StopRequested,
+    Telemetry,
+    Tick,
+)
+from orchestrator.protocol.messages import (
+    MARKS,
+    Fact,
+    FaultCarriedOut,
+    FaultDue,
+    Holding,
+    Joined,
+    NodeUnusable,
+    PreparationFailed,
+    Prepared,
+    RankExited,
+    RanksFinished,
+    RanksTroubled,
+    Reached,
+    RendezvousOffered,
+    ShardsHeld,
+    ShardsWritten,
+    WriteFailed,
+)
+
+
+def kind(event: Event) -> str:
+    """Return the name of what happened; of a report, the fact that was reported."""
+    return type(event.fact if isinstance(event, Reported) else event).__name__
+
+
+def node(event: Event) -> str:
+    """Return the node that an event is about, "" for none."""
+    if isinstance(event, Reported | NodeLost | NodeDisconnected | FaultInjected):
+        return str(event.node)
+    return ""
+
+
+def periodic(event: Event) -> bool:
+    """Whether this kind of event comes again and again, whatever happens."""
+    return isinstance(event, Telemetry | Tick)
+
+
+def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per event
+    """Return an event in words."""
+    match event:
+        case ControllerStarted(incarnation=incarnation):
+            return f"controller {incarnation} took over"
+        case Reported(node=name, fact=fact):
+            return _fact(str(name), fact)
+        case NodeDisconnected(node=name):
+            return f"connection to {name} closed"
+        case NodeLost(evidence=evidence):
+            return evidence
+        case Telemetry(heard=heard, reports=reports):
+            steps = f", completed {_steps([r.step for r in reports])}" if reports else ""
+            return f"heard from {len(heard)} nodes{steps}"
+        case CheckpointFound(step=step, key=key, rejected=rejected):
+            found = "nothing to continue from" if step is None else f"step {step} ({key})"
+            return f"durable tier has {found}" + "".join(f"; passed over {r}" for r in rejected)
+        case SearchFailed(reason=reason):
+            return f"durable tier did not answer: {reason}"
+        case CheckpointCommitted(step=step, key=key):
+            return f"checkpoint of step {step} is committed ({key})"
+        case CommitFailed(step=step, reason=reason):
+            return f"checkpoint of step {step} was not committed: {reason}"
+        case FaultInjected(description=text):
+            return f"planned fault: {text}"
+        case StopRequested(by=by):
+            return f"stop requested by {by}"
+        case Tick():
+            return "time passed"
+        case _:
+            assert_never(event)
+
+
+def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per fact
+    match fact:
+        case Joined(incarnation=incarnation, generation=generation, mark=mark):
+            at = f", {MARKS[mark]} in generation {generation}" if generation else ""
+            return f"{name} joined as incarnation {incarnation}{at}"
+        case Reached(generation=generation, mark=mark):
+            return f"{name} {MARKS[mark]} in generation {generation}"
+        case Prepared(step=step, own=own, fetched=fetched, durable=durable, seconds=spent):
+            return (
+                f"{name} has the state of step {step} after {units.seconds(spent)}: {own} ranks "
+                f"from own memory, {fetched} from another node, {durable} from the durable tier"
+            )
+        case PreparationFailed(step=step, tier=tier, reason=reason):
+            return f"{name} can not read step {step} from {tier}: {reason}"
+        case RendezvousOffered(generation=generation, address=address):
+            return f"rank 0 offers the store of generation {generation} at {address}"
+        case RankExited(rank=rank, code=code, step=step, kind=error, message=message):
+            why = f": {error}: {message}" if error else ""
+            return f"rank {rank} on {name} ended with code {code} after step {step}{why}"
+        case RanksTroubled(ranks=ranks, message=message):
+            return f"collectives failed under {_ranks(ranks)} on {name}: {message}"
+        case ShardsHeld(holdings=holdings):
+            return f"{name} holds {_holdings(holdings)}"
+        case ShardsWritten(step=step, receipts=receipts):
+            size = sum(receipt.size for receipt in receipts)
+            return f"{name} wrote {len(receipts)} shards of step {step}, {units.size(size)}"
+        case WriteFailed(step=step, reason=reason):
+            return f"{name} could not write step {step}: {reason}"
+        case RanksFinished(ranks=ranks, step=step):
+            return f"{_ranks(ranks)} on {name} finished at step {step}"
+        case NodeUnusable(reason=reason):
+            return f"{name} is unusable: {reason}"
+        case FaultDue(index=index):
+            return f"planned fault {index} is due on {name}"
+        case FaultCarriedOut(index=index, problem=problem):
+            how = f"could not be carried out: {problem}" if problem else "was carried out"
+            return f"planned fault {index} {how} on {name}"
+        case _:
+            assert_never(fact)
+
+
+def decision(order: Decision) -> str:
+    """Return a decision in words, with its reason."""
+    text = type(order).__name__
+    if isinstance(order, StartGeneration):
+        text += f" {order.generation}"
+    if isinstance(order, WakeAt):
+        text += f" {units.clock(order.at)}"
+    return f"{text}: {order.reason}"
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks)) or 'none'}"
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
+
+def _holdings(holdings: tuple[Holding, ...]) -> str:
+    steps = sorted({holding.step for holding in holdings})
+    return f"{len(holdings)} shards of {_steps(list(steps))}" if steps else "no shards"

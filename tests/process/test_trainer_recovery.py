@@ -1,0 +1,295 @@
+"""A world of real ranks, forked, killed and seated again by a small agent that this file is."""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.agent import linux
+from orchestrator.agent.process import RankProcess
+from orchestrator.agent.warm import Warm
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.rank import (
+    BEACON_VARIABLE,
+    CONTROL_FD_VARIABLE,
+    MEMORY_VARIABLE,
+    Abort,
+    Died,
+    Finished,
+    Framer,
+    FromRank,
+    Offer,
+    Persisted,
+    Reached,
+    Rendezvous,
+    Restore,
+    Seat,
+    SlotFreed,
+    Staged,
+    ToRank,
+    Troubled,
+    frame,
+    read_from_rank,
+)
+from orchestrator.worker import EXIT_STUCK
+from orchestrator.worker.beacon import BeaconReader, create
+from storage.digest import combine
+
+pytestmark = pytest.mark.process
+SLOTS = (0, 1, 2)
+SIZES = {"dim": 32, "layers": 2, "heads": 2, "kvHeads": 1, "ffnDim": 48, "vocab": 1280}
+JOB: dict[str, Any] = {
+    "trainer": {"model": SIZES, "steps": 24, "seqLen": 32, "globalBatch": 4},
+    "parallelism": {"dpReplicate": 2, "dpShard": 2},
+    "checkpoint": {"everySteps": 10, "memoryEverySteps": 3},
+}
+
+
+class Member:
+    """One rank's process, seen from its agent."""
+
+    def __init__(self, warm: Warm, memory: Path, number: int) -> None:
+        beacon = memory / f"beacon-{number}"
+        create(beacon)
+        self.control, theirs = socket.socketpair()
+        environment = {BEACON_VARIABLE: str(beacon), MEMORY_VARIABLE: str(memory)}
+        with theirs:
+            pid = warm.fork(environment, theirs, CONTROL_FD_VARIABLE, memory / "ranks.log")
+        self.process = RankProcess(pid)
+        self.beacon = BeaconReader(beacon)
+        self.framer = Framer()
+        self.seat: Seat | None = None
+        self.marks: set[tuple[int, str]] = set()
+        self.finished: Finished | None = None
+
+    def send(self, message: ToRank) -> None:
+        with contextlib.suppress(OSError):  # it is gone; its process descriptor says so too
+            self.control.sendall(frame(message))
+
+    @property
+    def parked(self) -> bool:
+        return self.seat is None and self.beacon.read().phase is RankPhase.WAITING
+
+    def close(self) -> None:
+        if self.process.code is None:
+            self.process.stop(0.0, 10)
+        self.control.close()
+        self.beacon.close()
+
+
+class World:
+    """Ranks on one node, with one parked process more than ranks."""
+
+    def __init__(self, warm: Warm, memory: Path, job: dict[str, Any], size: int = 4) -> None:
+        self.warm, self.memory, self.job, self.size = warm, memory, job, size
+        self.members: list[Member] = []
+        self.ranks: dict[int, Member] = {}
+        self.generation = 0
+        self.address = ""
+        self.staged: dict[int, dict[int, Staged]] = {rank: {} for rank in range(size)}
+        self.losses: dict[int, float] = {}
+        self.troubled = 0
+        self.stuck = 0
+        self.restored_from: list[int] = []
+        self.began = 0.0
+
+    def park(self, count: int) -> None:
+        for _ in range(count):
+            self.members.append(Member(self.warm, self.memory, len(self.members)))
+        self.until(lambda: sum(m.parked for m in self.members) >= count)
+
+    def begin(self) -> None:
+        """Abort what is left of the old world, wait until it is gone, and seat a new one."""
+        self.generation += 1
+        self.address = ""
+        held = [m for m in self.ranks.values() if m.process.code is None]
+        for member in held:
+            member.send(Abort(before=Generation(self.generation)))
+        self.until(lambda: all(self._left(m) for m in held))
+        for rank in range(self.size):
+            member = self.ranks.get(rank)
+            if member is None or member.process.code is not None:
+                self.stuck += member is not None and member.process.code == EXIT_STUCK
+                self.ranks[rank] = self._standby()
+            self._seat(rank)
+
+    def kill(self, rank: int, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.ranks[rank].process.pid, number)
+        if number == signal.SIGKILL:
+            self.until(lambda: self.ranks[rank].process.wait(0) is not None)
+
+    def until(self, condition: Callable[[], bool], within_s: float = 30.0) -> None:
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, (self.memory / "ranks.log").read_text()[-4000:]
+            controls = {m.control: m for m in self.members if m.process.code is None}
+            for control in select.select(list(controls), [], [], 0.005)[0]:
+                self._hear(controls[control])
+
+    def step(self) -> int:
+        return max(m.beacon.read().step for m in self.ranks.values())
+
+    def reached(self, mark: str) -> bool:
+        return all((self.generation, mark) in m.marks for m in self.ranks.values())
+
+    def finished(self) -> bool:
+        return all(
+            m.finished is not None and m.finished.generation == self.generation
+            for m in self.ranks.values()
+        )
+
+    def result(self) -> tuple[tuple[int, int], list[tuple[int, float]]]:
+        """Return the digest of the final state, and the loss of every step."""
+        for member in self.ranks.values():
+            for record in member.beacon.new_steps():
+                self.losses[record.step] = record.loss
+        lanes = [m.finished.lanes for m in self.ranks.values() if m.finished is not None]
+        return combine(lanes), sorted(self.losses.items())
+
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
+    def _left(self, member: Member) -> bool:
+        assert member.seat is not None
+        left = (member.seat.generation, "left") in member.marks
+        return member.process.wait(0) is not None or left
+
+    def _standby(self) -> Member:
+        waiting = [m for m in self.members if m.seat is None and m.process.code is None]
+        if not waiting:
+            self.members.append(Member(self.warm, self.memory, len(self.members)))
+            return self.members[-1]
+        return waiting[0]
+
+    def _seat(self, rank: int) -> None:
+        common = set.intersection(*(set(steps) for steps in self.staged.values()))
+        restore = None
+        if common:
+            newest = self.staged[rank][max(common)]
+            path = self.memory / f"rank-{rank:05d}.slot-{newest.slot}"
+            restore = Restore(step=newest.step, path=str(path), index=newest.index)
+            self.staged[rank] = {newest.step: newest}
+        self.restored_from.append(max(common, default=0))
+        taken = {staged.slot for staged in self.staged[rank].values()}
+        member = self.ranks[rank]
+        member.seat = Seat(
+            generation=Generation(self.generation),
+            rank=Rank(rank),
+            world_size=self.size,
+            local_rank=rank,
+            node=NodeId("node-0"),
+            run_id="run",
+            job=self.job,
+            restore=restore,
+            free_slots=tuple(slot for slot in SLOTS if slot not in taken),
+            cache_dir=str(self.memory),
+        )
+        member.send(member.seat)
+
+    def _hear(self, member: Member) -> None:
+        try:
+            data = member.control.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            member.process.wait(10)
+            return
+        for body in member.framer.feed(data):
+            self._take(member, read_from_rank(body))
+
+    def _take(self, member: Member, message: FromRank) -> None:
+        match message:
+            case Offer(generation=generation, address=address):
+                for other in self.ranks.values():
+                    other.send(Rendezvous(generation=generation, address=address))
+            case Reached(generation=generation, mark=mark):
+                member.marks.add((generation, mark))
+            case Staged():
+                self._keep(member, message)
+            case Troubled():
+                self.troubled += 1
+            case Finished():
+                member.finished = message
+            case Died():
+                raise AssertionError(message.traceback)
+
+    def _keep(self, member: Member, message: Staged) -> None:
+        assert member.seat is not None
+        if message.generation != self.generation:
+            return
+        held = self.staged[member.seat.rank]
+        held[message.step] = message
+        if message.durable:
+            member.send(Persisted(step=message.step))
+        for rank, steps in self.staged.items():
+            safe = max(set.intersection(*(set(s) for s in self.staged.values())), default=Step(0))
+            for step in [s for s in steps if s < safe]:
+                self.ranks[rank].send(SlotFreed(slot=steps.pop(step).slot))
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    linux.adopt_orphans()
+    with tempfile.TemporaryFile() as log:
+        warm = Warm("trainer.train:main", log)
+        warm.wait_ready()
+        yield warm
+    warm.close()
+    linux.adopt_orphans(on=False)
+
+
+WorldOf = Callable[[dict[str, Any]], World]
+
+
+@pytest.fixture
+def world_of(warm: Warm) -> Iterator[WorldOf]:
+    made: list[World] = []
+
+    def make(job: dict[str, Any]) -> World:
+        memory = Path(tempfile.mkdtemp(prefix="holdfast-test-", dir="/dev/shm"))
+        made.append(World(warm, memory, job))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.close()
+        shutil.rmtree(world.memory)
+
+
+def undisturbed(world_of: WorldOf) -> tuple[tuple[int, int], list[tuple[int, float]]]:
+    world = world_of(JOB)
+    world.park(4)
+    world.begin()
+    world.until(world.finished)
+    return world.result()
+
+
+def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_left_alone(
+    world_of: WorldOf,
+) -> None:
+    expected = undisturbed(world_of)
+    world = world_of(JOB)
+    world.park(7)
+    world.begin()
+
+    for step, rank in ((2, 1), (7, 0), (16, 3)):
+        world.until(lambda step=step: world.step() >= step)
+        world.kill(rank)
+        world.begin()
+    world.until(world.finished)
+
+    assert world.result() == expected
+    assert [step for step, _ in expected[1]] == list(range(1, 25))
+    assert world.restored_from[4] == 0
+    assert world.restored_from[8] in (3, 6)

@@ -1,0 +1,204 @@
+"""Saves this rank's shard without holding training up, and continues from one.
+
+Saving has two halves: a copy of the state into a slot of shared memory, for which training waits,
+and its digests, made in a thread, after which the agent has it. No rank waits for another, and a
+save that finds no free slot is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from orchestrator.worker import MisconfiguredError, Slot
+from storage import shard
+from storage.digest import Lanes, combine, partial_digest
+from trainer.optim import STATES, ShardState
+from trainer.parallel import World
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Cursor(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run stands in its data, and what that number of samples is counted in."""
+
+    samples: int
+    """Samples consumed."""
+    seed: int
+    seq_len: int
+    global_batch: int
+    data: str
+    """Digest of all tokens."""
+
+
+class Stamp(NamedTuple):
+    """What a checkpoint of this generation belongs to."""
+
+    run_id: str
+    model: str
+    """Fingerprint of the sizes."""
+    generation: int
+    start: Cursor
+    """Of a run that has not begun."""
+
+    def cursor(self, step: int) -> Cursor:
+        """Return where the run stands in its data after `step` steps."""
+        return msgspec.structs.replace(self.start, samples=step * self.start.global_batch)
+
+
+class Keeper(Protocol):
+    """Who takes staged shards; `orchestrator.worker.Worker` does."""
+
+    def slot(self, size: int) -> Slot | None:
+        """Return a slot to write to, if one is free."""
+
+    def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
+        """Hand over a filled slot."""
+
+    def stalled(self, seconds: float) -> None:
+        """Count seconds for which training waited."""
+
+
+class Checkpointer:
+    """This rank's shard: every weight's part and what the optimizer remembers of it."""
+
+    def __init__(self, shards: list[ShardState], world: World, stamp: Stamp) -> None:
+        self._shards, self._world, self._stamp = shards, world, stamp
+        self._plan = shard.plan(_chunk(s, state, world) for s in shards for state in STATES)
+        self._thread: threading.Thread | None = None
+
+    def save(self, keeper: Keeper, step: int, *, durable: bool) -> bool:
+        """Copy the state after `step` steps, and have it digested and handed over in a thread.
+
+        Returns:
+            Whether it will be: not if no slot is free, or the save before is still under way.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        begun = time.monotonic()
+        slot = keeper.slot(self._plan.size)
+        if slot is None:
+            return False
+        views = self._plan.views(slot.buffer)
+        for name, tensor in self._tensors():
+            views[name][:] = _bytes(tensor)
+        self._thread = threading.Thread(
+            target=self._stage, args=(keeper, slot, step, durable), name="holdfast-stage"
+        )
+        self._thread.start()
+        keeper.stalled(time.monotonic() - begun)
+        return True
+
+    def settle(self) -> None:
+        """Wait until the save under way is handed over; its slot is this process's until then."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def restore(self, index_text: str, body: memoryview) -> int:
+        """Fill the state from a shard, after verifying it, and return its steps.
+
+        Raises:
+            MisconfiguredError: if it is of another run, model, sharding or data set.
+            ShardCorruptError: if a byte is not what was staged.
+        """
+        index = shard.decode_index(index_text.encode())
+        self._require_ours(index)
+        views = shard.open_views(index, body)
+        for name, tensor in self._tensors():
+            arrived = torch.empty_like(tensor, device="cpu")
+            _bytes(arrived)[:] = views[name]
+            tensor.copy_(arrived)
+        return index.step
+
+    def lanes(self, step: int) -> Lanes:
+        """Return this rank's part of the state digest; each element counts once over the world."""
+        if self._world.replica != 0:
+            return (0, 0)
+        parts = [
+            partial_digest(
+                f"{state}/{s.name}",
+                np.frombuffer(_bytes(tensor), _WORDS[tensor.element_size()]),
+                start=_first_row(s, self._world) * math.prod(s.weight.shape[1:]),
+            )
+            for s in self._shards
+            for state, tensor in zip(STATES, s[2:], strict=True)
+        ]
+        if self._world.rank == 0:
+            cursor = msgspec.json.encode(self._stamp.cursor(step), order="deterministic")
+            parts.append(partial_digest("cursor", np.frombuffer(cursor, np.uint8)))
+        return combine(parts)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for s in self._shards:
+            for state, tensor in zip(STATES, s[2:], strict=True):
+                yield f"{state}/{s.name}", tensor
+
+    def _stage(self, keeper: Keeper, slot: Slot, step: int, durable: bool) -> None:  # noqa: FBT001 - a thread's arguments
+        stamp = self._stamp
+        meta = shard.ShardMeta(
+            run_id=stamp.run_id,
+            model=stamp.model,
+            step=step,
+            epoch=stamp.generation,
+            shard=self._world.shard,
+            shards=self._world.shards,
+            extra=msgspec.to_builtins(stamp.cursor(step)),
+        )
+        index = shard.encode_index(shard.seal(self._plan, slot.buffer, meta)).decode()
+        keeper.staged(slot, generation=stamp.generation, step=step, index=index, durable=durable)
+
+    def _require_ours(self, index: shard.ShardIndex) -> None:
+        stamp, world = self._stamp, self._world
+        where = f"{shard.describe(index)} of run {index.run_id}"
+        for what, found, expected, hint in (
+            ("run", index.run_id, stamp.run_id, "choose another folder for this run's checkpoints"),
+            ("model", index.model, stamp.model, "sizes must not change within a run"),
+            ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
+            ("number of shards", index.shards, world.shards, "dpShard must not change"),
+        ):
+            if found != expected:
+                raise MisconfiguredError(
+                    f"checkpoint's {what} is {found}, expected {expected}: {where}", hint=hint
+                )
+        expected_cursor = msgspec.to_builtins(stamp.cursor(index.step))
+        for name, value in expected_cursor.items():
+            if index.extra.get(name) != value:
+                raise MisconfiguredError(
+                    f"checkpoint's {name} is {index.extra.get(name)}, expected {value}: {where}",
+                    hint="data, seed, seqLen and globalBatch must not change within a run",
+                )
+
+
+def _chunk(s: ShardState, state: str, world: World) -> shard.Chunk:
+    rest = (0,) * (s.weight.ndim - 1)
+    return shard.Chunk(
+        fqn=s.name,
+        state=state,
+        dtype=_DTYPES[s.param.dtype],
+        shape=tuple(s.param.shape),
+        global_shape=tuple(s.weight.shape),
+        offset=(_first_row(s, world), *rest),
+    )
+
+
+def _first_row(s: ShardState, world: World) -> int:
+    """Return where this rank's rows begin: fully_shard cuts the first dimension, rounding up."""
+    rows = s.weight.shape[0]
+    return min(-(-rows // world.shards) * world.shard, rows)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor; of one on the CPU, its own memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    words: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return words.data

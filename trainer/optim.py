@@ -1,0 +1,118 @@
+"""How weights move: AdamW over this rank's shards, warm-up and cosine, clipping by global norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from orchestrator.protocol import runfile
+
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+FINAL_SHARE = 0.01
+"""The last step's share of the highest learning rate. Source: Llama 3, 8e-5 to 8e-7."""
+STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What a weight's state consists of, as named in checkpoints."""
+
+
+class ShardState(NamedTuple):
+    """This rank's part of one weight, and of what the optimizer remembers of it."""
+
+    name: str
+    weight: nn.Parameter
+    """As the model has it, with its gradient."""
+    param: Tensor
+    """Its local part; the same memory."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def learning_rate(step: int, job: runfile.Trainer) -> float:
+    """Return the learning rate of `step` (1-based): up in a line, then down along a cosine."""
+    if step <= job.warmup_steps:
+        return job.learning_rate * step / job.warmup_steps
+    done = (step - job.warmup_steps) / max(job.steps - job.warmup_steps, 1)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    return job.learning_rate * (FINAL_SHARE + (1.0 - FINAL_SHARE) * cosine)
+
+
+class Optimizer:
+    """AdamW on the local shards, as plain tensors: no collective is hidden in it.
+
+    torch's own, always in its `foreach` form: its forms differ in their last bits, and torch
+    chooses between them by device and type. Vectors (gains of norms) do not decay.
+    """
+
+    def __init__(self, model: nn.Module, job: runfile.Trainer) -> None:
+        self._job = job
+        self.shards = [_shard_state(name, weight) for name, weight in model.named_parameters()]
+        matrices = [shard for shard in self.shards if shard.weight.ndim > 1]
+        vectors = [shard for shard in self.shards if shard.weight.ndim <= 1]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [s.param for s in matrices], "weight_decay": job.weight_decay},
+                {"params": [s.param for s in vectors], "weight_decay": 0.0},
+            ],
+            lr=job.learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            foreach=True,
+        )
+        self.set_steps(0)
+
+    def set_steps(self, steps: int) -> None:
+        """Let the optimizer know how many steps lie behind the state of its shards."""
+        for shard in self.shards:
+            self._adamw.state[shard.param] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": shard.exp_avg,
+                "exp_avg_sq": shard.exp_avg_sq,
+            }
+
+    @torch.no_grad()
+    def take_gradients(self) -> float:
+        """Move gradients from the model to the shards; return the sum of their squares."""
+        for shard in self.shards:
+            gradient = shard.weight.grad
+            assert gradient is not None, f"no gradient for {shard.name}"
+            shard.param.grad, shard.weight.grad = local(gradient), None
+        norm = nn.utils.get_total_norm(self._gradients(), foreach=True)
+        return float(norm) ** 2
+
+    @torch.no_grad()
+    def step(self, step: int, grad_norm: float) -> None:
+        """Move the weights, for the step of this number (1-based), given the global norm."""
+        norm = torch.tensor(grad_norm, dtype=torch.float32)
+        nn.utils.clip_grads_with_norm_(
+            [shard.param for shard in self.shards], self._job.clip_norm, norm, foreach=True
+        )
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate(step, self._job)
+        self._adamw.step()
+
+    def _gradients(self) -> list[Tensor]:
+        return [shard.param.grad for shard in self.shards if shard.param.grad is not None]
+
+
+def global_norm(squares: Iterable[float]) -> float:
+    """Return the norm of all gradients from the sums of squares of every shard.
+
+    `math.fsum` rounds once, so the order of the shards does not matter.
+    """
+    return math.sqrt(math.fsum(squares))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor; of one that is not sharded, all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _shard_state(name: str, weight: nn.Parameter) -> ShardState:
+    param = local(weight).detach()
+    return ShardState(name, weight, param, torch.zeros_like(param), torch.zeros_like(param))

@@ -1,0 +1,280 @@
+"""Forms the world of a generation, shards the model over it, and gets out when a peer is gone.
+
+Getting out is the hard part. With gloo, destroying a group whose peer died can wait for ever in
+the group's destructor, and a collective with a frozen peer only ends at its timeout. What works
+is to shut down the group's own sockets, which fails the collective at once, and then to keep a
+reference to the old groups so that their destructor never runs. That leaks a few threads and
+descriptors per failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from orchestrator.protocol import runfile
+from orchestrator.worker import MisconfiguredError, PeerLostError, Seat, Worker
+from trainer.model import Llama
+
+HOST_VARIABLE = "HOLDFAST_HOST"
+"""Address of this machine as other ranks reach it; loopback unless it is set."""
+BREAK_EVERY_S = 0.02
+SHARD_PARAMETERS_MIN = 4_000_000
+"""A layer below this is not worth collectives of its own: it is gathered with the others."""
+_abandoned: list[Any] = []
+"""Groups of past generations. Never emptied: see the head of this file."""
+
+
+class World:
+    """The process groups of one generation: a mesh of `replicas` x `shards` ranks.
+
+    Attributes:
+        replica: which copy of the model this rank works on.
+        shard: which part of that copy is its own.
+    """
+
+    def __init__(self, rank: int, shape: tuple[int, int], device: torch.device) -> None:
+        self.rank, (self.replicas, self.shards), self.device = rank, shape, device
+        self.size = self.replicas * self.shards
+        self.replica, self.shard = divmod(rank, self.shards)
+        self.mesh: DeviceMesh | None = None
+        self._store: Store | None = None
+        self._others = _sockets()
+        self._left = threading.Event()
+        self._breaker: threading.Thread | None = None
+
+    def join(self, store: Store, timeout_s: float) -> None:
+        """Meet the other ranks at `store`. Blocks until all are there."""
+        self._store = store
+        cuda = self.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=self.device if cuda else None,
+        )
+        self.mesh = init_device_mesh(
+            self.device.type, (self.replicas, self.shards), mesh_dim_names=("replicate", "shard")
+        )
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Return the values of every rank, by rank: the same bits everywhere."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own)
+        return [row.tolist() for row in rows]
+
+    def break_out(self) -> None:
+        """Make whatever the main thread waits for in this world fail. Any thread, does not block.
+
+        Sockets are shut down again and again until the main thread has left: one that is just
+        forming the world opens further ones after a first sweep.
+        """
+        if self._breaker is None:
+            self._breaker = threading.Thread(target=self._break, name="holdfast-break", daemon=True)
+            self._breaker.start()
+
+    def leave(self) -> None:
+        """Forget this world, so that another can be formed in this process."""
+        self._left.set()
+        if self._breaker is not None:
+            # A sweep that is still under way could hit the sockets of the next world.
+            self._breaker.join()
+        groups: list[Any] = [self._store, self.mesh]
+        _abandoned.append(groups)
+        if dist.is_initialized():
+            groups.append(dist.group.WORLD)
+            if self.mesh is not None:
+                groups += self.mesh.get_all_groups()
+            dist.destroy_process_group()
+        else:
+            _forget_half_formed()
+
+    def _break(self) -> None:
+        if self.device.type == "cuda":
+            self._abort_collectives()
+        while not self._left.is_set():
+            for inode, descriptor in _sockets().items():
+                if inode not in self._others:
+                    _shut_down(descriptor, inode)
+            self._left.wait(BREAK_EVERY_S)
+
+    def _abort_collectives(self) -> None:
+        groups = self.mesh.get_all_groups() if self.mesh is not None else []
+        for group in [*groups, dist.group.WORLD]:
+            if group is not None:
+                group.abort()
+
+
+@contextlib.contextmanager
+def form(
+    worker: Worker, seat: Seat, job: runfile.Trainer, shape: tuple[int, int]
+) -> Iterator[World]:
+    """Form the world of this seat's generation, and leave it however the block ends.
+
+    Raises:
+        PeerLostError: if a collective in the block, or forming the world, failed.
+        Aborted: if this rank was told to leave.
+        MisconfiguredError: if there is no such device.
+    """
+    world = World(seat.rank, shape, device_of(job.device, seat.local_rank))
+    worker.on_abort(world.break_out)
+    try:
+        store = _open_store(worker, seat)
+        world.join(PrefixStore(f"generation-{seat.generation}", store), seat.collective_timeout_s)
+        yield world
+    except BaseException as error:
+        # Whoever waits for this rank in a collective must hear of it, not wait for an order.
+        world.break_out()
+        worker.check()  # an order to leave explains the failure better than its symptom
+        if _is_peer_failure(error):
+            raise PeerLostError(str(error)) from error
+        raise
+    finally:
+        world.leave()
+
+
+@contextlib.contextmanager
+def alone(store: Store | None = None) -> Iterator[World]:
+    """Form a world of one, on the CPU, and leave it without a trace."""
+    world = World(0, (1, 1), torch.device("cpu"))
+    try:
+        world.join(store or HashStore(), 60.0)
+        yield world
+    finally:
+        world.mesh = None
+        dist.destroy_process_group()
+
+
+def device_of(wanted: str, local_rank: int) -> torch.device:
+    """Return the device that `spec.trainer.device` means for a rank, and make it the current one.
+
+    Raises:
+        MisconfiguredError: if it asks for a GPU where there is none.
+    """
+    there = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and there <= local_rank:
+        raise MisconfiguredError(
+            f"spec.trainer.device is cuda, expected at least {local_rank + 1} GPUs, found {there}",
+            hint="`auto` takes GPUs where there are some; ranksPerNode is the number per node",
+        )
+    if there <= local_rank:
+        # Ranks share the cores; threads of each that spin for work made a step ten times slower.
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def mesh_shape(parallelism: runfile.Parallelism, world_size: int) -> tuple[int, int]:
+    """Return (replicas, shards per replica) that `spec.parallelism` asks for.
+
+    Raises:
+        MisconfiguredError: for tensor, pipeline or context parallelism, or a wrong product.
+    """
+    for dimension in ("tp", "pp", "cp"):
+        if getattr(parallelism, dimension) != 1:
+            raise MisconfiguredError(
+                f"spec.parallelism.{dimension} is {getattr(parallelism, dimension)}, expected 1",
+                hint="this trainer has data parallelism only: dpReplicate x dpShard",
+            )
+    replicas = parallelism.dp_replicate
+    shards = parallelism.dp_shard or max(world_size // replicas, 1)
+    if replicas * shards != world_size:
+        raise MisconfiguredError(
+            f"dpReplicate x dpShard is {replicas} x {shards}, expected {world_size} ranks",
+            hint="leave out dpShard to have it fill what dpReplicate leaves",
+        )
+    return replicas, shards
+
+
+def shard(model: Llama, world: World) -> Llama:
+    """Shard the model over the world in place, so that gradients come out as sums over ranks."""
+    assert world.mesh is not None
+    modules = [layer for layer in model.layers if _parameters(layer) >= SHARD_PARAMETERS_MIN]
+    for module in [*modules, model]:
+        sharded = fully_shard(module, mesh=world.mesh)
+        # Each rank's loss is divided by the tokens of the global batch already.
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def reduce_gradients(model: Llama, *, now: bool) -> None:
+    """Say whether the next backward pass is the last of its step, after which ranks add up."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(now, recurse=False)
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _forget_half_formed() -> None:
+    """Reset what a world that never stood left behind in torch.
+
+    Torch counts groups and puts the count into the keys under which ranks meet. A rank that
+    failed half way would look for its peers under other keys than they do, for ever. Destroying
+    a world resets the count, and a world of one needs nobody.
+    """
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
+
+
+def _open_store(worker: Worker, seat: Seat) -> TCPStore:
+    timeout = timedelta(seconds=seat.collective_timeout_s)
+    if seat.rank == 0:
+        host = os.environ.get(HOST_VARIABLE, "127.0.0.1")
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        worker.offer(f"{host}:{store.port}")
+        return store
+    host, _, port = worker.rendezvous(seat.collective_timeout_s).rpartition(":")
+    return TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def _is_peer_failure(error: BaseException) -> bool:
+    if isinstance(error, (dist.DistError, TimeoutError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "gloo" in text or "Connection" in text or "Broken pipe" in text
+    )
+
+
+def _sockets() -> dict[int, int]:
+    """Return the open sockets of this process: inode to descriptor.
+
+    Inodes name sockets: the number of a closed descriptor is given out again.
+    """
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed since it was listed
+            status = os.fstat(int(entry.name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[status.st_ino] = int(entry.name)
+    return found
+
+
+def _shut_down(descriptor: int, inode: int) -> None:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as opened:
+        if os.fstat(opened.fileno()).st_ino != inode:
+            return
+        # A listening socket stays: gloo ends the process when it can not accept any more.
+        if not opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            opened.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,192 @@
+"""Finds the text that a run trains on, and reads it document by document.
+
+Sources are files, folders or globs, local or behind any fsspec address. A .txt, .py or .md file is
+one document, and so is each line of a .jsonl file and each row of a .parquet file (their `text`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import msgspec
+
+from orchestrator.worker import MisconfiguredError
+
+SUFFIXES = (".txt", ".py", ".md", ".jsonl", ".parquet")
+DEMO_CHARS = 1 << 21
+"""The demo's text ends here, so that it is tokenised in about a second."""
+DOCUMENT_BYTES_MAX = 1 << 30
+_WHERE = "spec.trainer.data"
+_HINT = f"name files, folders or globs of {', '.join(SUFFIXES)}; fsspec addresses work too"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file with text."""
+
+    address: str
+    """What the run file names; several sources may come from one address."""
+    files: Any
+    """The fsspec file system that it is on."""
+    path: str
+    fingerprint: str
+    """Changes when the file does, as far as its file system can tell without reading it."""
+
+
+class Text:
+    """What a run trains on. Finding it reads no document yet."""
+
+    def __init__(self, data: tuple[str, ...] | str | None) -> None:
+        """Find the sources.
+
+        Raises:
+            MisconfiguredError: if an address leads nowhere, or to nothing that can be read.
+        """
+        self.demo = data is None
+        addresses = (data,) if isinstance(data, str) else data
+        if addresses is None:
+            addresses = (f"{sysconfig.get_paths()['stdlib']}/*.py",)
+        if not addresses:
+            raise MisconfiguredError(f"{_WHERE} names nothing", hint=_HINT)
+        self.sources = [source for address in addresses for source in _find(address)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixty-four hex digits that change when any source does."""
+        parts = [[s.path, s.fingerprint] for s in self.sources]
+        return hashlib.sha256(msgspec.json.encode([self.demo, parts])).hexdigest()
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents in order of their addresses, files sorted by name.
+
+        Raises:
+            MisconfiguredError: if a source is not what its name says, or an address has no text.
+        """
+        left = DEMO_CHARS
+        for address, sources in itertools.groupby(self.sources, lambda source: source.address):
+            found = False
+            for document in filter(str.strip, itertools.chain.from_iterable(map(_read, sources))):
+                found = True
+                if self.demo:
+                    document = document[:left]  # noqa: PLW2901 - the demo's last one is cut
+                    left -= len(document)
+                yield document
+                if left == 0:
+                    return
+            if not found:
+                raise MisconfiguredError(
+                    f"{_WHERE}: no text, expected at least one document: {address}", hint=_HINT
+                )
+
+
+def _find(address: str) -> list[Source]:
+    try:
+        files, path = fsspec.core.url_to_fs(address)
+        if files.isfile(path):
+            paths = [path]
+        else:
+            found = _inside(files, path) if files.isdir(path) else files.glob(path)
+            paths = sorted(p for p in found if p.endswith(SUFFIXES))
+        sources = [Source(address, files, p, files.ukey(p)) for p in paths]
+    except (OSError, ValueError, ImportError) as error:
+        raise MisconfiguredError(f"{_WHERE}: {error}: {address}", hint=_HINT) from error
+    if not sources:
+        raise MisconfiguredError(
+            f"{_WHERE}: nothing there, expected text ({', '.join(SUFFIXES)}): {address}",
+            hint="the address is looked up on every node; a relative path may differ there",
+        )
+    for source in sources:
+        if not source.path.endswith(SUFFIXES):
+            raise MisconfiguredError(
+                f"{_WHERE}: ends in {Path(source.path).suffix or 'nothing'!r}, expected one of "
+                f"{', '.join(SUFFIXES)}: {source.path}",
+                hint=_HINT,
+            )
+    return sources
+
+
+def _inside(files: Any, folder: str) -> list[str]:  # noqa: ANN401 - a file system of fsspec
+    found: list[str] = files.find(folder)
+    # What begins with a dot is not meant to be seen: .git and the like.
+    return [path for path in found if "/." not in path[len(folder) :]]
+
+
+def _read(source: Source) -> Iterator[str]:
+    reader = {".jsonl": _lines, ".parquet": _rows}.get(Path(source.path).suffix, _whole)
+    try:
+        with source.files.open(source.path, "rb") as file:
+            yield from reader(file)
+    except MisconfiguredError as error:
+        raise MisconfiguredError(f"{_WHERE}: {error}: {source.path}", hint=error.hint) from None
+    except OSError as error:
+        raise MisconfiguredError(f"{_WHERE}: {error}: {source.path}", hint=_HINT) from error
+
+
+def _whole(file: Any) -> Iterator[str]:  # noqa: ANN401 - whatever fsspec opened
+    content = file.read(DOCUMENT_BYTES_MAX + 1)
+    if len(content) > DOCUMENT_BYTES_MAX:
+        raise MisconfiguredError(
+            f"one document of more than {DOCUMENT_BYTES_MAX >> 30} GiB",
+            hint="write it as .jsonl or .parquet, with a document per line or row",
+        )
+    yield _decoded(content)
+
+
+def _lines(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
+    for number, line in enumerate(file):
+        if not line.strip():
+            continue
+        try:
+            yield msgspec.json.decode(line, type=_Document).text
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MisconfiguredError(
+                f"line {number + 1}: {error}", hint='each line is an object: {"text": "..."}'
+            ) from None
+
+
+def _rows(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
+    # Imported only where it is needed: it is large, and starts threads.
+    import pyarrow as pa  # noqa: PLC0415
+    from pyarrow import parquet  # noqa: PLC0415
+
+    hint = "a Parquet source has a column `text` of strings"
+    try:
+        table = parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            columns = ", ".join(table.schema_arrow.names)
+            raise MisconfiguredError(f"columns are {columns}, expected `text`", hint=hint)
+        for batch in table.iter_batches(1024, columns=["text"]):
+            for value in batch.column(0).to_pylist():
+                if not isinstance(value, str | None):
+                    raise MisconfiguredError(
+                        f"`text` holds {type(value).__name__}, expected strings", hint=hint
+                    )
+                yield value or ""
+    except pa.ArrowException as error:
+        raise MisconfiguredError(f"not Parquet: {error}", hint=hint) from error
+
+
+class _Document(msgspec.Struct):
+    text: str
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise MisconfiguredError(
+            f"not UTF-8 text at byte {error.start}", hint="convert it, or name other files"
+        ) from None
+    if "\0" in text:
+        raise MisconfiguredError(
+            f"zero byte at character {text.index(chr(0))}, expected text",
+            hint="is it a binary file with the name of a text?",
+        )
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -66,6 +67,18 @@ def vitals(pid: int) -> Vitals | None:
     # The name in parentheses may itself contain spaces and parentheses: cut behind the last one.
     fields = text.rpartition(")")[2].split()
     return Vitals(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
+
+
+def children() -> list[int]:
+    """Return the process ids of all children of this process, adopted ones included, ascending.
+
+    Empty on a kernel that does not list them (no CONFIG_PROC_CHILDREN).
+    """
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.update(int(word) for word in path.read_text(encoding="ascii").split())
+    return sorted(found)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import time
 
 from orchestrator.agent import linux
+
+GROUP_WITHIN_S = 1.0
+"""What a dead rank left behind is killed, and reaped within this; the kernel needs milliseconds."""
 
 
 class RankProcess:
@@ -24,26 +28,43 @@ class RankProcess:
         self.descriptor = os.pidfd_open(pid)
         self.code: int | None = None
 
-    def wait(self, timeout_s: float) -> int | None:
-        """Reap it if it ends within `timeout_s`; return its exit code, None if it has not."""
-        if self.code is None and select.select([self.descriptor], [], [], timeout_s)[0]:
+    def reap(self) -> int | None:
+        """Reap it if it has ended; return its exit code, None while it lives. Does not block.
+
+        What it started and left behind in its group is killed; see `reap_group`.
+        """
+        if self.code is None and self._ended(0.0):
+            # Before it is reaped: until then its number is the group's and nobody else's.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             _, status = os.waitpid(self.pid, 0)
             self.code = os.waitstatus_to_exitcode(status)
             os.close(self.descriptor)
-            self._reap_group()
         return self.code
 
-    def _reap_group(self, within_s: float = 1.0) -> None:
-        """End what the rank started and left behind: orphans of its group are our children now."""
+    def reap_group(self, within_s: float = GROUP_WITHIN_S) -> bool:
+        """Reap the killed rest of its group, whose members are our children now.
+
+        Returns:
+            Whether nothing is left of it.
+        """
         deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
+        while True:
             try:
-                os.killpg(self.pid, signal.SIGKILL)
                 ended, _ = os.waitpid(-self.pid, os.WNOHANG)
-            except (ProcessLookupError, ChildProcessError):
-                return
+            except ChildProcessError:
+                return True
             if not ended:
+                if time.monotonic() > deadline:
+                    return False
                 time.sleep(0.001)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Reap it and its group if it ends within `timeout_s`; return its exit code, else None."""
+        if self.code is None and self._ended(timeout_s):
+            self.reap()
+            self.reap_group()
+        return self.code
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its whole process group; nothing happens once it is reaped."""
@@ -63,3 +84,8 @@ class RankProcess:
                 return self.code
         self.signal(signal.SIGKILL)
         return self.wait(kill_s)
+
+    def _ended(self, within_s: float) -> bool:
+        poll = select.poll()  # select() knows no descriptor above 1023
+        poll.register(self.descriptor, select.POLLIN)
+        return bool(poll.poll(within_s * 1000))

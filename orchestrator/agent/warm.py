@@ -67,12 +67,17 @@ class WarmUpError(Exception):
 
 
 class Warm:
-    """The agent's handle on its warm process. Calls block for milliseconds, at most `timeout_s`."""
+    """The agent's handle on its warm process.
 
-    def __init__(self, entrypoint: str, log: IO[bytes], *, timeout_s: float = 60.0) -> None:
+    Make it on the agent's main thread: the kernel ends the warm process with the *thread* that
+    started it. Call it from one thread at a time; a fork blocks for milliseconds, at most
+    `timeout_s`.
+    """
+
+    def __init__(self, entrypoint: str, log: IO[bytes], *, timeout_s: float = 20.0) -> None:
         linux.require()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(timeout_s)
+        self._timeout_s = timeout_s
         environment = dict.fromkeys(_ONE_THREAD, "1") | dict(os.environ)
         with theirs:
             self._process = subprocess.Popen(
@@ -93,14 +98,14 @@ class Warm:
             )
         self._ready = False
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, within_s: float = 60.0) -> None:
         """Wait until the trainer is imported.
 
         Raises:
-            WarmUpError: with the traceback if it can not be.
+            WarmUpError: with the traceback if it can not be; without one if it takes longer.
         """
         if not self._ready:
-            self._receive("importing the trainer")
+            self._receive("importing the trainer", within_s)
             self._ready = True
 
     def fork(
@@ -126,16 +131,22 @@ class Warm:
                 )
             except OSError as error:
                 raise WarmUpError(f"warm process is gone: {error}") from error
-        return self._receive("forking a rank").pid
+        return self._receive("forking a rank", self._timeout_s).pid
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def close(self) -> None:
-        """End the warm process and reap it; its ranks live on."""
-        self._socket.close()
+        """End the warm process and reap it; its ranks live on. A call in another thread raises."""
         self._process.kill()
         self._process.wait(10)
+        self._socket.close()
 
-    def _receive(self, doing: str) -> Answer:
+    def _receive(self, doing: str, within_s: float) -> Answer:
         try:
+            self._socket.settimeout(within_s)
             data = self._socket.recv(MESSAGE_MAX_BYTES)
         except OSError as error:
             raise WarmUpError(f"warm process did not answer while {doing}: {error}") from error
@@ -166,14 +177,33 @@ def serve(entrypoint: str, orders: socket.socket) -> None:
         if not data:
             return
         order = msgspec.json.decode(data, type=Fork)
-        middle = os.fork()
-        if middle == 0:
-            if os.fork() == 0:
-                _become_rank(main, order, descriptors, orders)
-            os._exit(0)
-        os.waitpid(middle, 0)
+        problem = _fork_twice(main, order, descriptors, orders)
+        if problem:
+            answer = Answer(pid=os.getpid(), kind="OSError", message=problem)
+            orders.send(msgspec.json.encode(answer))
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _fork_twice(
+    main: Callable[[], int | None], order: Fork, descriptors: list[int], orders: socket.socket
+) -> str:
+    """Start a rank; return why there is none, "" if there is. The rank answers by itself."""
+    try:
+        middle = os.fork()
+    except OSError as error:
+        return f"fork: {error}"
+    if middle == 0:
+        try:
+            rank = os.fork()
+        except OSError as error:
+            os._exit(error.errno or 1)
+        if rank == 0:
+            _become_rank(main, order, descriptors, orders)
+        os._exit(0)
+    _, status = os.waitpid(middle, 0)
+    number = os.waitstatus_to_exitcode(status)
+    return f"fork: {os.strerror(number)}" if number > 0 else ""
 
 
 def load(entrypoint: str) -> Callable[[], int | None]:

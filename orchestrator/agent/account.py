@@ -1,0 +1,175 @@
+"""What a node has to say of the generation it is in, kept until that is over. Pure.
+
+Whatever was said on a connection may have been lost with it, so facts are kept and said again on
+the next one; the controller takes repeats. Nothing here asks the time or touches a process.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+
+from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.messages import (
+    MARKS,
+    Fact,
+    FaultCarriedOut,
+    FaultDue,
+    Holding,
+    NodeUnusable,
+    RankExited,
+    RanksFinished,
+    Reached,
+    RendezvousOffered,
+    ShardsHeld,
+    StepReport,
+)
+
+FACTS_MAX = 256
+"""Facts of one generation that are kept; beyond that the oldest give way."""
+REPORTS_MAX = 16_384
+CLEARED, SEATED, FORMED = MARKS.index("cleared"), MARKS.index("seated"), MARKS.index("formed")
+STEPPED, FINISHED = MARKS.index("stepped"), MARKS.index("finished")
+_RANK_MARKS = frozenset(MARKS[FORMED : STEPPED + 1])
+
+
+class Account:
+    """One node's.
+
+    Attributes:
+        generation: the newest that this node was told of; 0 for none.
+        ranks: ranks seated here in that generation.
+        mark: index into MARKS; the least advanced rank counts.
+        offered: store address that a rank here offered.
+        lanes: per rank that has finished, its part of the state digest.
+    """
+
+    def __init__(self) -> None:
+        self._standing: dict[Hashable, Fact] = {}
+        self.begin(Generation(0), ())
+
+    def begin(self, generation: Generation, ranks: Iterable[Rank]) -> None:
+        """Start over: the older generation is no news any more."""
+        self.generation = generation
+        self.ranks = tuple(ranks)
+        self.mark = 0
+        self.offered = ""
+        self.lanes: dict[Rank, tuple[int, int]] = {}
+        self._marks: dict[Rank, int] = {}
+        self._facts: dict[Hashable, Fact] = {}
+        self._reports: deque[StepReport] = deque(maxlen=REPORTS_MAX)
+        self._known = Step(0)
+        self._unsent = 0
+        """How many of the newest reports have not been sent on this connection."""
+
+    # Marks --------------------------------------------------------------------------------------
+
+    def advance(self, mark: int) -> Reached | None:
+        """Return the fact that this node as a whole has come as far as `mark`, if that is new."""
+        if mark <= self.mark:
+            return None
+        self.mark = mark
+        return Reached(generation=self.generation, mark=mark)
+
+    def rank_reached(self, rank: Rank, mark: str) -> Reached | None:
+        """Take note of a rank's mark; return the fact that follows, if all ranks are that far."""
+        if mark in _RANK_MARKS and rank in self.ranks:
+            self._marks[rank] = max(self._marks.get(rank, 0), MARKS.index(mark))
+        return self.advance(self._least())
+
+    def rank_finished(self, rank: Rank, step: Step, lanes: tuple[int, int]) -> RanksFinished | None:
+        """Take note that a rank is done; return the fact that follows, if all are."""
+        if rank not in self.ranks:
+            return None
+        self._marks[rank] = FINISHED
+        self.lanes[rank] = lanes
+        if self.mark == FINISHED or self._least() < FINISHED:
+            return None
+        self.mark = FINISHED
+        return RanksFinished(
+            generation=self.generation,
+            step=step,
+            ranks=self.ranks,
+            lanes=tuple(self.lanes[rank] for rank in self.ranks),
+        )
+
+    def has_finished(self, rank: Rank) -> bool:
+        """Whether a rank said that it is done."""
+        return rank in self.lanes
+
+    def _least(self) -> int:
+        return min((self._marks.get(rank, 0) for rank in self.ranks), default=0)
+
+    # Facts --------------------------------------------------------------------------------------
+
+    def keep(self, fact: Fact) -> None:
+        """Keep a fact for repetition. What `Joined` carries anyway is not kept."""
+        if isinstance(fact, Reached | RendezvousOffered | ShardsHeld):
+            return
+        key, standing = _key(fact)
+        kept = self._standing if standing else self._facts
+        kept.pop(key, None)
+        kept[key] = fact
+        if len(kept) > FACTS_MAX:
+            del kept[next(iter(kept))]
+
+    def fault_answered(self, index: int) -> None:
+        """Forget that a fault is due: the controller has answered."""
+        self._standing.pop((FaultDue, index), None)
+
+    def facts(self) -> tuple[Fact, ...]:
+        """Return what is to be said again on a new connection, in the order it became known."""
+        return (*self._standing.values(), *self._facts.values())
+
+    # Steps --------------------------------------------------------------------------------------
+
+    def record(self, reports: Iterable[StepReport]) -> None:
+        """Take in completed steps, ascending; what is not beyond the last one is a repeat."""
+        for report in reports:
+            if not self._reports or report.step > self._reports[-1].step:
+                self._reports.append(report)
+                self._unsent = min(self._unsent + 1, len(self._reports))
+
+    def reconnected(self, known: Step) -> None:
+        """Take note that the controller has the steps up to `known`; all beyond are not sent."""
+        self.confirm(known)
+        self._unsent = sum(report.step > known for report in self._reports)
+
+    def confirm(self, known: Step) -> None:
+        """Take note that the controller has the steps up to `known`."""
+        self._known = max(self._known, known)
+
+    def vouched(self, holdings: Iterable[Holding]) -> tuple[Holding, ...]:
+        """Return those holdings that may be told before any further step is.
+
+        A state is of use to the controller only if it has every step that led to it: the loss of
+        a step that is never computed again would be missing for ever.
+        """
+        missing = (report.step for report in self._reports if report.step > self._known)
+        first = min(missing, default=None)
+        return tuple(h for h in holdings if first is None or h.step < first)
+
+    def unsent(self) -> tuple[StepReport, ...]:
+        """Return the reports that have not been sent on this connection; from now on they have."""
+        count, self._unsent = self._unsent, 0
+        first = len(self._reports) - count
+        return tuple(self._reports[index] for index in range(first, len(self._reports)))
+
+    @property
+    def owes_reports(self) -> bool:
+        """Whether there is a report that has not been sent."""
+        return self._unsent > 0
+
+
+def _key(fact: Fact) -> tuple[Hashable, bool]:
+    """Return under which key a newer fact replaces it, and whether it outlives its generation."""
+    kind = type(fact)
+    match fact:
+        case FaultDue(index=index) | FaultCarriedOut(index=index):
+            return (kind, index), True
+        case NodeUnusable():
+            return kind, True
+        case RankExited(pid=pid):
+            return (kind, pid), False
+        case _:
+            return (kind, getattr(fact, "step", None), getattr(fact, "ranks", None)), False

@@ -1,0 +1,412 @@
+"""The agent: takes orders and what ranks say, answers with facts.
+
+One event loop, one thread; what may wait is a task of its own and has a bound. Orders repeat and
+connections break, so each order leads to the same state however often it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from orchestrator.agent import pulse
+from orchestrator.agent.account import FINISHED, STEPPED, Account
+from orchestrator.agent.channel import Channel, RefusedError
+from orchestrator.agent.durable import DurableTier
+from orchestrator.agent.exits import exited
+from orchestrator.agent.injection import Injection
+from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.memory import Memory
+from orchestrator.agent.nursery import Nursery
+from orchestrator.agent.ranks import LiveRank, Ranks, end_strays
+from orchestrator.agent.saving import Saving
+from orchestrator.agent.seating import Seating
+from orchestrator.agent.shards import MalformedError
+from orchestrator.agent.warm import WarmUpError
+from orchestrator.protocol.agent import AgentConfig
+from orchestrator.protocol.ids import Generation, Rank
+from orchestrator.protocol.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    Arm,
+    Begin,
+    CarryOut,
+    Fact,
+    Farewell,
+    Fence,
+    Holding,
+    Joined,
+    RanksTroubled,
+    RendezvousOffered,
+    Retain,
+    ShardsHeld,
+    ToAgent,
+    Welcome,
+)
+from orchestrator.protocol.rank import (
+    Died,
+    Finished,
+    FromRank,
+    Offer,
+    Reached,
+    SlotFreed,
+    Staged,
+    Troubled,
+)
+from orchestrator.protocol.timeouts import Timeouts, derive
+from storage.errors import UnsupportedUriError
+
+log = logging.getLogger(__name__)
+
+EXIT_ABANDONED = 69
+"""EX_UNAVAILABLE: no controller for very long, and no rank moves either."""
+EXIT_REFUSED = 77
+"""EX_NOPERM: the controller does not take our token."""
+DEFAULTS = derive(10.0, 600.0)
+"""Bounds to go by before a controller has said which."""
+PARKED_RETRY_MAX_S = 60.0
+ADDRESS_MAX = 256
+
+
+class Node:
+    """One node's agent.
+
+    Args:
+        config: who it is.
+        memory: its claimed folder in shared memory.
+        nursery: forks its ranks.
+    """
+
+    def __init__(self, config: AgentConfig, memory: Memory, nursery: Nursery) -> None:
+        self._config, self._memory, self._nursery = config, memory, nursery
+        self._account = Account()
+        self._keeper = Keeper(memory.path, token=config.token, host=config.host)
+        self._keeper.on_held = self._held
+        self._keeper.on_freed = self._freed
+        self._ranks = Ranks(
+            nursery,
+            memory=memory.path,
+            idle_log=Path(config.work) / "parked.log",
+            heard=self._heard,
+            ended=self._ended,
+        )
+        self._channel = Channel(
+            config, joined=self._joined, welcomed=self._welcomed, obey=self._obey
+        )
+        self._seating = Seating(config, self._ranks, self._keeper, self._account, self._say)
+        self._saving = Saving(config.node, self._ranks, self._keeper, self._say)
+        self._injection = Injection(
+            config.node,
+            memory=memory,
+            ranks=self._ranks,
+            keeper=self._keeper,
+            channel=self._channel,
+            account=self._account,
+            tier=lambda: self._tier,
+            say=self._say,
+        )
+        self._terms: Welcome | None = None
+        self._tier: DurableTier | None = None
+        self._peer_address = ""
+        self._entering: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._parked_deaths = 0
+
+    # Life ---------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Live until farewell, or `end`; return the exit code. Leaves no process and no memory."""
+        self._peer_address = await self._keeper.open()
+        channel = self._start(self._call())
+        self._start(self._watch())
+        self._start(self._refill())
+        code = await self._exit
+        if self._entering is not None:
+            self._entering.cancel()
+        self._injection.close()
+        self._saving.close()
+        stuck = await self._ranks.end_all(self._limits)
+        for live in stuck:
+            log.error("process %d survived SIGKILL", live.pid)
+        self._nursery.close()
+        end_strays(spared=())
+        await self._keeper.close()
+        self._memory.remove()
+        # Last of all: to the controller an open connection is a node that has not gone.
+        channel.cancel()
+        await asyncio.wait([channel], timeout=1.0)
+        return code
+
+    def end(self, code: int, reason: str) -> None:
+        """End this agent and everything of it. A second call changes nothing."""
+        if not self._exit.done():
+            log.info("ending: %s", reason)
+            self._exit.set_result(code)
+
+    async def _call(self) -> None:
+        try:
+            await self._channel.run()
+        except RefusedError as error:
+            self.end(EXIT_REFUSED, f"{error}; hint: {error.hint}")
+
+    async def _watch(self) -> None:
+        """Look at beacons, beat, and notice when there is nobody left to work for."""
+        beat_at = time.monotonic()
+        while True:
+            if self._injection.watching:
+                self._injection.look()
+            pulse.collect(self._account, self._ranks)
+            now = time.monotonic()
+            if now >= beat_at:
+                beat_at = now + self._limits.beat_s
+                if self._channel.connected:
+                    self._channel.send(pulse.beat(self._account, self._ranks))
+                else:
+                    self._end_if_abandoned(now)
+            pause_s = beat_at - time.monotonic()
+            await asyncio.sleep(min(max(pause_s, 0.001), self._limits.scan_s))
+
+    def _end_if_abandoned(self, now: float) -> None:
+        limit_s = self._limits.collective_s
+        moved_at = pulse.newest_move_ns(self._ranks) / 1e9
+        if now - self._channel.heard_at > limit_s and now - moved_at > limit_s:
+            self.end(EXIT_ABANDONED, f"no controller and no progress for {limit_s:g} s")
+
+    @property
+    def _limits(self) -> Timeouts:
+        return self._terms.timeouts if self._terms is not None else DEFAULTS
+
+    # The controller -----------------------------------------------------------------------------
+
+    def _joined(self) -> Joined:
+        pulse.collect(self._account, self._ranks)
+        account = self._account
+        lanes = account.lanes if account.mark == FINISHED else {}
+        return Joined(
+            node=self._config.node,
+            version=PROTOCOL_VERSION,
+            incarnation=self._config.incarnation,
+            pid=os.getpid(),
+            peer_address=self._peer_address,
+            generation=account.generation,
+            mark=account.mark,
+            ranks=account.ranks,
+            holdings=account.vouched(self._keeper.holdings()),
+            offered=account.offered,
+            lanes=tuple(lanes[rank] for rank in account.ranks) if lanes else (),
+        )
+
+    def _welcomed(self, terms: Welcome) -> None:
+        """Take the terms of the run; say again what may have been lost with the last connection."""
+        if (
+            self._tier is None
+            or self._terms is None
+            or (self._terms.checkpoint_uri != terms.checkpoint_uri)
+        ):
+            self._open_tier(terms.checkpoint_uri)
+        self._terms = terms
+        self._account.reconnected(terms.steps_known)
+        self._channel.send(pulse.beat(self._account, self._ranks))
+        holdings = self._keeper.holdings()
+        if holdings:
+            self._channel.send(ShardsHeld(generation=self._account.generation, holdings=holdings))
+        for fact in self._account.facts():
+            self._channel.send(fact)
+
+    def _open_tier(self, uri: str) -> None:
+        if self._tier is not None:
+            self._tier.close()
+        try:
+            self._tier = DurableTier(uri)
+        except UnsupportedUriError as error:
+            self._tier = None
+            log.error("no durable tier: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
+        self._saving.tier = self._tier
+
+    def _say(self, fact: Fact) -> None:
+        """Send a fact and keep it. Steps go first: what follows from a step is of no use without.
+
+        A restart from a shard whose step was never reported would leave a hole in the history.
+        """
+        self._account.keep(fact)
+        pulse.collect(self._account, self._ranks)
+        if self._account.owes_reports and self._channel.connected:
+            self._channel.send(pulse.beat(self._account, self._ranks))
+        self._channel.send(fact)
+
+    def _obey(self, order: ToAgent) -> None:
+        """Carry out an order. One that fails is logged: the next may be the one that helps."""
+        try:
+            self._carry_out(order)
+        except Exception:
+            log.exception("order %s", type(order).__name__)
+
+    def _carry_out(self, order: ToAgent) -> None:  # noqa: C901 - one case per order
+        match order:
+            case Begin():
+                self._begin(order)
+            case Announce(generation=generation):
+                if generation >= self._account.generation:
+                    self._seating.announce(order)
+            case Fence(generation=generation):
+                if generation > self._account.generation:
+                    self._leave(generation)
+            case Retain(generation=generation, step=step):
+                if generation >= self._account.generation:
+                    self._account.confirm(step)
+                    self._keeper.retain(step)
+            case Farewell(reason=reason):
+                self.end(0, reason)
+            case Arm(faults=faults):
+                self._injection.arm(faults)
+            case CarryOut(index=index):
+                self._start(self._injection.carry_out(index))
+            case Welcome():
+                log.warning("a second welcome is ignored")
+
+    def _begin(self, order: Begin) -> None:
+        generation = order.generation
+        if generation < self._account.generation or self._terms is None:
+            return
+        if generation == self._account.generation:
+            self._keeper.begin(generation, order.peers, order.restore)
+            return
+        if self._config.node not in order.seats:
+            self._leave(generation)
+            return
+        log.info("generation %d begins, from step %s", generation, order.restore)
+        node = self._config.node
+        self._account.begin(
+            generation, (Rank(r) for r, seat in enumerate(order.seats) if seat == node)
+        )
+        # Before any old rank is gone: what it still stages is of a generation that is over.
+        self._keeper.begin(generation, order.peers, order.restore)
+        self._saving.begin(order)
+        self._enter(self._seating.enter(order, self._terms, self._tier))
+
+    def _leave(self, generation: Generation) -> None:
+        """Stop every rank of an older generation; memory stays."""
+        log.info("no seat in generation %d", generation)
+        self._account.begin(generation, ())
+        self._saving.leave()
+
+        async def clear() -> None:
+            await self._seating.clear(generation, None, self._limits)
+            await self._refill()
+
+        self._enter(clear())
+
+    def _enter(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._entering is not None:
+            self._entering.cancel()
+        self._entering = self._start(work)
+
+    # Ranks --------------------------------------------------------------------------------------
+
+    def _heard(self, live: LiveRank, message: FromRank) -> None:
+        """Take in what a process says; only news of the present generation counts."""
+        seat = live.seat
+        if isinstance(message, Died) or seat is None or live.aborted:
+            return
+        if not message.generation == seat.generation == self._account.generation:
+            return
+        match message:
+            case Offer(address=address):
+                if seat.rank == 0 and address[:ADDRESS_MAX] != self._account.offered:
+                    self._account.offered = address[:ADDRESS_MAX]
+                    self._say(
+                        RendezvousOffered(generation=seat.generation, address=address[:ADDRESS_MAX])
+                    )
+            case Reached(mark=mark):
+                self._reached(seat.rank, mark)
+            case Staged():
+                self._staged(live, seat.rank, message)
+            case Troubled(message=text):
+                self._say(
+                    RanksTroubled(
+                        generation=seat.generation, ranks=(seat.rank,), message=text[:2000]
+                    )
+                )
+            case Finished(step=step, lanes=lanes):
+                fact = self._account.rank_finished(seat.rank, step, lanes)
+                if fact is not None:
+                    self._say(fact)
+
+    def _reached(self, rank: Rank, mark: str) -> None:
+        fact = self._account.rank_reached(rank, mark)
+        if fact is None:
+            return
+        self._say(fact)
+        if fact.mark == STEPPED:
+            # Not earlier: a process that warms up takes its time from those that recover.
+            self._start(self._refill())
+
+    def _staged(self, live: LiveRank, rank: Rank, message: Staged) -> None:
+        try:
+            self._keeper.staged(rank, message)
+        except MalformedError as error:
+            self._ranks.break_off(live, f"staged what is no shard: {error}")
+            return
+        self._saving.save(rank, message)
+
+    def _ended(self, live: LiveRank, code: int) -> None:
+        seat = live.seat
+        if seat is None:
+            if not live.dismissed:
+                self._parked_died(live, code)
+            return
+        pulse.collect_from(self._account, live)
+        if live.dismissed or live.aborted or seat.generation != self._account.generation:
+            return
+        if live.left and self._account.has_finished(seat.rank):
+            log.info("rank %d ended with %d after it was done", seat.rank, code)
+            return
+        log.warning("rank %d (process %d) ended with %d", seat.rank, live.pid, code)
+        self._say(exited(live, code))
+
+    def _parked_died(self, live: LiveRank, code: int) -> None:
+        self._parked_deaths += 1
+        pause_s = min(2.0**self._parked_deaths / 2, PARKED_RETRY_MAX_S)
+        log.warning("parked process %d ended with %d; next in %.0f s", live.pid, code, pause_s)
+
+        async def replace() -> None:
+            await asyncio.sleep(pause_s)
+            await self._refill()
+
+        self._start(replace())
+
+    async def _refill(self) -> None:
+        """Have processes stand by: one beside those with seats, or one for every seat."""
+        try:
+            await self._ranks.refill(1 if self._account.ranks else self._config.ranks)
+        except WarmUpError as error:
+            log.error("nobody stands by: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
+
+    # Memory -------------------------------------------------------------------------------------
+
+    def _held(self, generation: Generation, holdings: tuple[Holding, ...]) -> None:
+        self._say(ShardsHeld(generation=generation, holdings=holdings))
+
+    def _freed(self, rank: Rank, slot: int) -> None:
+        live = self._ranks.seated().get(rank)
+        if live is not None and live.seat and live.seat.generation == self._account.generation:
+            live.control.send(SlotFreed(slot=slot))
+
+    # Tasks --------------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task failed", exc_info=error)

@@ -1,0 +1,74 @@
+"""Keeps a warm process at hand and has ranks forked from it, without blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from orchestrator.agent.warm import Warm, WarmUpError
+
+log = logging.getLogger(__name__)
+IMPORT_WITHIN_S = 600.0
+"""Importing a trainer from a slow file system may take minutes; more than this is a failure."""
+
+
+class Nursery:
+    """Forks ranks. A warm process that is gone is replaced; one that can not import is not kept.
+
+    Args:
+        entrypoint: `module:function` of the trainer.
+        log_file: what is printed while importing is appended here.
+    """
+
+    def __init__(self, entrypoint: str, log_file: Path) -> None:
+        self._entrypoint, self._log_file = entrypoint, log_file
+        self._warm: Warm | None = None
+        # One thread: the warm process answers one order at a time.
+        self._thread = ThreadPoolExecutor(1, "fork")
+
+    def warm_up(self) -> None:
+        """Start importing, unless that is done or under way. On the loop's thread only."""
+        if self._warm is None:
+            with self._log_file.open("ab") as output:
+                self._warm = Warm(self._entrypoint, output)
+
+    async def fork(
+        self, environment: dict[str, str], control: socket.socket, control_variable: str, out: Path
+    ) -> int:
+        """Start a rank as `Warm.fork` does, once the trainer is imported; return its process id.
+
+        Do not cancel it: the process would be there all the same, and nobody would know it.
+
+        Raises:
+            WarmUpError: if the trainer can not be imported, or forking fails twice.
+        """
+        loop = asyncio.get_running_loop()
+
+        def fork(warm: Warm) -> int:
+            warm.wait_ready(IMPORT_WITHIN_S)
+            return warm.fork(environment, control, control_variable, out)
+
+        for last in (False, True):
+            self.warm_up()
+            warm = self._warm
+            assert warm is not None
+            try:
+                return await loop.run_in_executor(self._thread, fork, warm)
+            except WarmUpError as error:
+                if self._warm is warm:
+                    self._warm = None
+                    warm.close()
+                if last or error.answer is not None:
+                    raise
+                log.warning("%s; a new warm process is started", error)
+        raise AssertionError("the loop returns or raises")
+
+    def close(self) -> None:
+        """End the warm process; ranks live on."""
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            warm.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)

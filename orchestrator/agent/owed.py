@@ -1,0 +1,61 @@
+"""Keeps track of which shards a node owes the durable tier for a step, and of those it has paid.
+
+Data-parallel replicas hold the same shards, so only the lowest rank with a shard writes it. Pure.
+"""
+
+from __future__ import annotations
+
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import Begin, Receipt, ShardsWritten
+
+STEPS_MAX = 16
+"""Steps that may be incomplete at a time; a rank that skips a save leaves one so for ever."""
+
+
+class Owed:
+    """One node's, in one generation. Made anew by `begin`."""
+
+    def __init__(self) -> None:
+        self._generation = Generation(0)
+        self._ranks: frozenset[Rank] = frozenset()
+        self._receipts: dict[Step, dict[Rank, Receipt]] = {}
+        self._failed: set[Step] = set()
+
+    def begin(self, order: Begin, node: NodeId) -> None:
+        """Start over with the seats of a generation."""
+        shard_of = order.shard_of or tuple(range(len(order.seats)))
+        self._generation = order.generation
+        self._ranks = frozenset(
+            Rank(rank)
+            for rank, seat in enumerate(order.seats)
+            if seat == node and shard_of.index(shard_of[rank]) == rank
+        )
+        self._receipts = {}
+        self._failed = set()
+
+    def owes(self, rank: Rank) -> bool:
+        """Whether what this rank stages for the durable tier is to be written from here."""
+        return rank in self._ranks
+
+    def written(self, rank: Rank, step: Step, receipt: Receipt, model: str) -> ShardsWritten | None:
+        """Take note of a shard that is durable; return the fact, if it was the last of its step."""
+        receipts = self._receipts.setdefault(step, {})
+        receipts[rank] = receipt
+        if frozenset(receipts) != self._ranks:
+            if len(self._receipts) > STEPS_MAX:
+                del self._receipts[next(iter(self._receipts))]
+            return None
+        del self._receipts[step]
+        return ShardsWritten(
+            generation=self._generation,
+            step=step,
+            receipts=tuple(receipts[rank] for rank in sorted(receipts)),
+            model=model,
+        )
+
+    def failed(self, step: Step) -> bool:
+        """Take note that a step will not be; return whether that is news."""
+        news = step not in self._failed
+        self._failed.add(step)
+        self._receipts.pop(step, None)
+        return news

@@ -1,0 +1,395 @@
+"""The processes of this node that are ranks, were, or stand by to be.
+
+A process is *parked* (waits for a seat), *seated*, or has ended. It leaves its seat by saying so
+when it is told to, by ending, or by being killed when it does neither in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+
+from orchestrator.agent import linux
+from orchestrator.agent.control import Control
+from orchestrator.agent.nursery import Nursery
+from orchestrator.agent.process import GROUP_WITHIN_S, RankProcess
+from orchestrator.protocol.ids import Generation, Rank
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.rank import (
+    BEACON_VARIABLE,
+    CONTROL_FD_VARIABLE,
+    MEMORY_VARIABLE,
+    Abort,
+    Died,
+    FromRank,
+    Reached,
+    Retire,
+    Seat,
+)
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worker.beacon import BeaconError, BeaconReader, Reading, create
+
+log = logging.getLogger(__name__)
+
+
+class LiveRank:
+    """One process.
+
+    Attributes:
+        seat: the seat it was given last; None while it is parked.
+        left: whether it has left that seat, and waits for the next.
+        dismissed: whether it was told to end, or killed, by us: its end is no news.
+        last_words: what it said of the exception that ends it.
+        log_from: size of its log when it got its seat.
+        out: set when it has left, or ended.
+        gone: set when it has ended, and what it left behind is reaped.
+    """
+
+    def __init__(self, process: RankProcess, page: Path) -> None:
+        self.process = process
+        self.control: Control
+        self.beacon = BeaconReader(page)
+        self.seat: Seat | None = None
+        self.left = False
+        self.aborted = False
+        self.dismissed = False
+        self.last_words: Died | None = None
+        self.log_from = 0
+        self.out = asyncio.Event()
+        self.gone = asyncio.Event()
+        self._page = page
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def read(self) -> Reading | None:
+        """Return what its beacon says; None if that is no beacon (any more)."""
+        try:
+            return self.beacon.read()
+        except (BeaconError, ValueError):
+            return None
+
+    def take(self, seat: Seat) -> None:
+        """Give it a seat."""
+        self.seat, self.left, self.aborted = seat, False, False
+        self.out.clear()
+        self.log_from = _size(seat.log)
+        self.control.send(seat)
+
+    def park(self) -> None:
+        """Count it among those without a seat."""
+        self.seat, self.left, self.aborted = None, False, False
+
+    def leave(self, before: Generation) -> None:
+        """Tell it to leave its seat; `out` says when it has."""
+        self.aborted = True
+        self.control.send(Abort(before=before))
+        reading = self.read()
+        if reading is not None and reading.phase is RankPhase.STARTING:
+            # It has not even come to its seat yet, so there is no world that it could leave.
+            self.left = True
+            self.out.set()
+
+    def kill(self) -> None:
+        """End it; its end is no news."""
+        self.dismissed = True
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to its process group, if it is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.signal(number)
+
+    def hear(self, message: FromRank) -> None:
+        """Take note of what concerns only this process."""
+        match message:
+            case Died():
+                self.last_words = message
+            case Reached(mark="left", generation=generation):
+                if self.seat is not None and generation == self.seat.generation:
+                    self.left = True
+                    self.out.set()
+            case _:
+                pass
+
+    def close(self) -> None:
+        """Release what it had of ours, once it has ended."""
+        self.control.close()
+        self.beacon.close()
+        self._page.unlink(missing_ok=True)
+
+
+class Ranks:
+    """All of them.
+
+    Args:
+        nursery: forks them.
+        memory: this node's folder in shared memory: beacons, and the ranks' staging slots.
+        idle_log: what a process prints before it has a seat is appended here.
+        heard: called with every message of a process.
+        ended: called when a process has ended, with its exit code, before it is closed.
+    """
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        *,
+        memory: Path,
+        idle_log: Path,
+        heard: Callable[[LiveRank, FromRank], None],
+        ended: Callable[[LiveRank, int], None],
+    ) -> None:
+        self._nursery = nursery
+        self._memory, self._idle_log = memory, idle_log
+        self._heard, self._on_end = heard, ended
+        self._all: dict[int, LiveRank] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._forking: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count(1)
+        self._takers = 0
+        self._closing = False
+        (memory / "beacons").mkdir(mode=0o700, exist_ok=True)
+
+    # Who is there -----------------------------------------------------------------------------
+
+    def seated(self) -> dict[Rank, LiveRank]:
+        """Return the processes that hold a seat, by rank, ascending."""
+        holders = [live for live in self._all.values() if live.seat is not None]
+        holders.sort(key=lambda live: live.seat.rank if live.seat else 0)
+        return {live.seat.rank: live for live in holders if live.seat is not None}
+
+    def parked(self) -> list[LiveRank]:
+        """Return those that wait for a seat, the readiest first."""
+        waiting = [live for live in self._all.values() if live.seat is None and not live.dismissed]
+        return sorted(waiting, key=_unreadiness)
+
+    def pids(self) -> list[int]:
+        """Return the process ids of all of them."""
+        return sorted(self._all)
+
+    # Seats --------------------------------------------------------------------------------------
+
+    async def clear(
+        self, before: Generation, dismiss: AbstractSet[Rank], limits: Timeouts
+    ) -> list[LiveRank]:
+        """Have every generation older than `before` end here; return what can not be ended.
+
+        Args:
+            before: the generation that begins.
+            dismiss: ranks whose process must not live on.
+            limits: `abort_s` to leave, then `kill_s` to die.
+        """
+        old = [
+            live
+            for live in self._all.values()
+            if live.seat is not None and live.seat.generation < before
+        ]
+        for live in old:
+            assert live.seat is not None
+            if live.seat.rank in dismiss:
+                live.kill()
+            elif not live.left:
+                live.leave(before)
+        stuck = await asyncio.gather(*(self._see_out(live, limits) for live in old))
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=limits.kill_s)
+        return [live for live in stuck if live is not None]
+
+    async def take(self) -> LiveRank:
+        """Return a process without a seat: a parked one, or one forked now.
+
+        Raises:
+            WarmUpError: if none can be forked.
+        """
+        self._takers += 1
+        try:
+            while not (parked := self.parked()):
+                if len(self._forking) < self._takers:
+                    self._fork()
+                done, _ = await asyncio.wait(self._forking, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            return parked[0]
+        finally:
+            self._takers -= 1
+
+    def park_rest(self, seats: Iterable[Rank], before: Generation) -> None:
+        """Park those who left an older generation and whose rank is none of `seats`."""
+        kept = set(seats)
+        for rank, live in self.seated().items():
+            if live.seat is not None and live.seat.generation < before and rank not in kept:
+                live.park()
+
+    async def refill(self, wanted: int) -> None:
+        """See that `wanted` processes are parked: fork what is missing, retire what is too much.
+
+        Raises:
+            WarmUpError: if none can be forked.
+        """
+        parked = self.parked()
+        for live in parked[wanted:]:
+            live.dismissed = True
+            live.control.send(Retire())
+        for _ in range(wanted - len(parked) - len(self._forking)):
+            self._fork()
+        if self._forking:
+            done, _ = await asyncio.wait(self._forking)
+            for task in done:
+                task.result()
+
+    # The end ------------------------------------------------------------------------------------
+
+    async def end_all(self, limits: Timeouts) -> list[LiveRank]:
+        """End every process: Retire, SIGTERM, SIGKILL; return what survived that."""
+        self._closing = True
+        for live in self._all.values():
+            live.dismissed = True
+            live.control.send(Retire())
+        for number, within_s in (
+            (signal.SIGTERM, limits.terminate_s / 2),
+            (signal.SIGKILL, limits.terminate_s / 2),
+            (None, limits.kill_s),
+        ):
+            await self._until_gone(within_s)
+            for live in self._all.values():
+                if number is not None:
+                    live.signal(number)
+        return list(self._all.values())
+
+    def kill_all(self) -> None:
+        """SIGKILL to all of them."""
+        self._closing = True
+        for live in self._all.values():
+            live.kill()
+
+    async def _until_gone(self, within_s: float) -> None:
+        waits = [asyncio.create_task(_until(live.gone)) for live in self._all.values()]
+        if waits or self._ending:
+            await asyncio.wait({*waits, *self._ending}, timeout=within_s)
+        for wait in waits:
+            wait.cancel()
+
+    async def _see_out(self, live: LiveRank, limits: Timeouts) -> LiveRank | None:
+        """Wait until it has left; kill it if it does not. Return it if it survives that."""
+        if not live.dismissed:
+            if await _within(live.out, limits.abort_s):
+                return None
+            rank = live.seat.rank if live.seat else -1
+            log.warning("rank %d did not leave in %.1f s; killed", rank, limits.abort_s)
+            live.kill()
+        return None if await _within(live.gone, limits.kill_s) else live
+
+    # Birth and death ----------------------------------------------------------------------------
+
+    def _fork(self) -> None:
+        """Start forking one more. A task of its own: whoever waits for it may be cancelled."""
+        task = asyncio.create_task(self._park_one())
+        self._forking.add(task)
+        task.add_done_callback(self._forking.discard)
+        task.add_done_callback(_retrieve)
+
+    async def _park_one(self) -> None:
+        page = self._memory / "beacons" / f"{os.getpid()}-{next(self._numbers)}"
+        create(page)
+        ours, theirs = socket.socketpair()
+        environment = {BEACON_VARIABLE: str(page), MEMORY_VARIABLE: str(self._memory)}
+        try:
+            with theirs:
+                pid = await self._nursery.fork(
+                    environment, theirs, CONTROL_FD_VARIABLE, self._idle_log
+                )
+        except BaseException:
+            ours.close()
+            page.unlink()
+            raise
+        live = LiveRank(RankProcess(pid), page)
+
+        def heard(message: FromRank) -> None:
+            live.hear(message)
+            self._heard(live, message)
+
+        live.control = Control(ours, heard, lambda reason: self.break_off(live, reason))
+        self._all[pid] = live
+        asyncio.get_running_loop().add_reader(live.process.descriptor, self._ended, live)
+        if self._closing:
+            live.kill()
+
+    def break_off(self, live: LiveRank, reason: str) -> None:
+        """Kill a process that does not keep to the protocol; its end is news."""
+        log.error("process %d: %s; killed", live.pid, reason)
+        live.last_words = Died(
+            generation=live.seat.generation if live.seat else Generation(0),
+            kind="ProtocolError",
+            message=reason,
+            traceback="",
+        )
+        live.signal(signal.SIGKILL)
+
+    def _ended(self, live: LiveRank) -> None:
+        asyncio.get_running_loop().remove_reader(live.process.descriptor)
+        live.control.drain()
+        code = live.process.reap()
+        assert code is not None, "a process descriptor is readable only once its process has ended"
+        del self._all[live.pid]
+        try:
+            self._on_end(live, code)
+        finally:
+            live.left = True
+            live.out.set()
+            live.close()
+            task = asyncio.create_task(self._bury(live))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _bury(self, live: LiveRank) -> None:
+        if not live.process.reap_group(0.0):
+            await asyncio.to_thread(live.process.reap_group, GROUP_WITHIN_S)
+        live.gone.set()
+
+
+def end_strays(spared: Iterable[int]) -> None:
+    """Kill every child that is none of `spared`: what ranks started in sessions of its own."""
+    for pid in set(linux.children()) - set(spared):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, os.WNOHANG)
+
+
+def _unreadiness(live: LiveRank) -> tuple[int, int]:
+    reading = live.read()
+    ready = reading is not None and reading.phase is RankPhase.WAITING
+    return (0 if ready else 1, live.pid)
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size if path else 0
+    except OSError:
+        return 0
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Look at a task's exception, so that one whose waiter is gone is not reported as unseen."""
+    if not task.cancelled():
+        task.exception()

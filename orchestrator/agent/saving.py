@@ -1,0 +1,124 @@
+"""Sees staged shards on: a copy to the buddy node, and what is due to the durable tier."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from orchestrator.agent.durable import DurableTier
+from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.owed import Owed
+from orchestrator.agent.ranks import Ranks
+from orchestrator.agent.shards import KeeperError
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import Begin, Fact, WriteFailed
+from orchestrator.protocol.rank import Persisted, Staged
+from storage.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+
+class _Head(msgspec.Struct):
+    model: str
+
+
+class Saving:
+    """One node's. Nothing here keeps training waiting, and a failed save ends nothing.
+
+    Args:
+        node: its name.
+        ranks: its processes, who are told what is durable.
+        keeper: holds what they stage.
+        say: sends a fact, and keeps it.
+
+    Attributes:
+        tier: where durable shards go; None if there is nowhere.
+    """
+
+    def __init__(
+        self, node: NodeId, ranks: Ranks, keeper: Keeper, say: Callable[[Fact], None]
+    ) -> None:
+        self.tier: DurableTier | None = None
+        self._node = node
+        self._ranks, self._keeper, self._say = ranks, keeper, say
+        self._owed = Owed()
+        self._generation = Generation(0)
+        self._buddy: NodeId | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, order: Begin) -> None:
+        """Save for the seats of a generation from now on; older saves are abandoned."""
+        self.close()
+        self._generation = order.generation
+        self._buddy = order.buddies.get(self._node)
+        self._owed.begin(order, self._node)
+
+    def leave(self) -> None:
+        """Save nothing any more."""
+        self.close()
+        self._generation = Generation(0)
+
+    def save(self, rank: Rank, staged: Staged) -> None:
+        """Send a shard that the keeper holds to where else it is needed."""
+        if staged.generation != self._generation:
+            return
+        if self._buddy is not None and self._buddy != self._node:
+            self._start(self._copy(self._buddy, rank, staged.step))
+        if not staged.durable:
+            return
+        if self._owed.owes(rank):
+            self._start(self._write(rank, staged))
+        else:
+            # Another replica writes the same shard; this rank has nothing to wait for.
+            self._tell(rank, staged.step)
+
+    def close(self) -> None:
+        """Abandon what is under way; a thread that writes already ends by itself."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _copy(self, buddy: NodeId, rank: Rank, step: Step) -> None:
+        try:
+            await self._keeper.copy_to(buddy, rank, step)
+        except KeeperError as error:
+            log.warning("rank %d, step %d has no copy on %s: %s", rank, step, buddy, error)
+
+    async def _write(self, rank: Rank, staged: Staged) -> None:
+        step, generation = staged.step, staged.generation
+        try:
+            if self.tier is None:
+                self._fail(step, "there is no durable tier")
+                return
+            receipt = await self._keeper.write(self.tier.store, rank, step, generation)
+        except (KeeperError, StorageError) as error:
+            self._fail(step, f"{type(error).__name__}: {error}")
+            return
+        self._tell(rank, step)
+        model = msgspec.json.decode(staged.index, type=_Head).model
+        fact = self._owed.written(rank, step, receipt, model)
+        if fact is not None:
+            self._say(fact)
+
+    def _fail(self, step: Step, reason: str) -> None:
+        log.warning("step %d is not durable: %s", step, reason)
+        if self._owed.failed(step):
+            self._say(WriteFailed(generation=self._generation, step=step, reason=reason[:2000]))
+
+    def _tell(self, rank: Rank, step: Step) -> None:
+        live = self._ranks.seated().get(rank)
+        if live is not None:
+            live.control.send(Persisted(step=step))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a save failed", exc_info=error)

@@ -1,0 +1,228 @@
+"""Takes a node into a generation: out of the old one, state into memory, processes onto seats.
+
+Leaving and preparing state go on side by side, and no step waits for another node. Entering may be
+cancelled at any point by a newer generation, which finds every process where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.agent.account import CLEARED, SEATED, Account
+from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.exits import not_importable
+from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.ranks import LiveRank, Ranks
+from orchestrator.agent.shards import CorruptError, KeeperError, StaleError
+from orchestrator.agent.warm import WarmUpError
+from orchestrator.protocol.agent import AgentConfig
+from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.messages import (
+    Announce,
+    Begin,
+    Fact,
+    NodeUnusable,
+    PreparationFailed,
+    Prepared,
+    Welcome,
+)
+from orchestrator.protocol.rank import Rendezvous, Restore, Seat
+from orchestrator.protocol.timeouts import Timeouts
+from storage.errors import StorageError
+
+log = logging.getLogger(__name__)
+Restores = dict[Rank, Restore | None]
+
+
+class Seating:
+    """One node's.
+
+    Args:
+        config: of the agent.
+        ranks: its processes.
+        keeper: its memory.
+        account: what it has to say.
+        say: sends a fact, and keeps it.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        ranks: Ranks,
+        keeper: Keeper,
+        account: Account,
+        say: Callable[[Fact], None],
+    ) -> None:
+        self._config = config
+        self._ranks, self._keeper, self._account, self._say = ranks, keeper, account, say
+        self._announced: Announce | None = None
+        self._cache = Path(config.work) / "cache"
+
+    async def enter(self, order: Begin, terms: Welcome, tier: DurableTier | None) -> None:
+        """Enter the generation of `order`, in which ranks of this node have seats."""
+        clearing = asyncio.create_task(self.clear(order.generation, order, terms.timeouts))
+        preparing = asyncio.create_task(self._prepare(order, tier, terms.timeouts))
+        try:
+            if not await clearing:
+                return
+            self._advance(CLEARED)
+            restores = await preparing
+            if restores is None:
+                return
+            self._ranks.park_rest(restores, order.generation)
+            if await self._seat_all(order, terms, restores):
+                self._advance(SEATED)
+        finally:
+            clearing.cancel()
+            preparing.cancel()
+
+    async def clear(self, generation: Generation, order: Begin | None, limits: Timeouts) -> bool:
+        """End every older generation here; return whether that is done.
+
+        What can not be ended makes the node unusable: it may hold a device, or write to memory.
+        """
+        dismiss = frozenset(order.dismiss) if order else frozenset()
+        stuck = await self._ranks.clear(generation, dismiss, limits)
+        if stuck:
+            self._say(NodeUnusable(reason=_survivors(stuck, limits)))
+        elif order is None:
+            self._ranks.park_rest((), generation)
+        return not stuck
+
+    def announce(self, order: Announce) -> None:
+        """Pass on where the store of a generation listens, also to those who are seated later."""
+        if self._announced is None or order.generation >= self._announced.generation:
+            self._announced = order
+            for live in self._ranks.seated().values():
+                self._introduce(live)
+
+    def _introduce(self, live: LiveRank) -> None:
+        known, seat = self._announced, live.seat
+        if known is not None and seat is not None and known.generation == seat.generation:
+            live.control.send(Rendezvous(generation=known.generation, address=known.address))
+
+    def _advance(self, mark: int) -> None:
+        fact = self._account.advance(mark)
+        if fact is not None:
+            self._say(fact)
+
+    # State ----------------------------------------------------------------------------------------
+
+    async def _prepare(
+        self, order: Begin, tier: DurableTier | None, limits: Timeouts
+    ) -> Restores | None:
+        """Bring the state of every rank here; None, and a fact, if that is not possible."""
+        ranks = self._account.ranks
+        if order.restore is None:
+            return dict.fromkeys(ranks)
+        begun = time.monotonic()
+        tasks = [
+            asyncio.create_task(self._prepare_one(order, order.restore, rank, tier, limits))
+            for rank in ranks
+        ]
+        try:
+            found = await asyncio.gather(*tasks)
+        except StaleError as error:
+            log.info("preparation is over: %s", error)
+            return None
+        except (KeeperError, StorageError) as error:
+            durable = isinstance(error, StorageError)
+            log.warning("state of step %d is not to be had: %s", order.restore, error)
+            self._say(
+                PreparationFailed(
+                    generation=order.generation,
+                    step=order.restore,
+                    tier="durable" if durable else "memory",
+                    reason=f"{type(error).__name__}: {error}"[:2000],
+                )
+            )
+            return None
+        finally:
+            for task in tasks:
+                task.cancel()
+        tiers = [where for _, where in found]
+        self._say(
+            Prepared(
+                generation=order.generation,
+                step=order.restore,
+                own=tiers.count("own"),
+                fetched=tiers.count("fetched"),
+                durable=tiers.count("durable"),
+                seconds=time.monotonic() - begun,
+            )
+        )
+        return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
+
+    async def _prepare_one(
+        self, order: Begin, step: Step, rank: Rank, tier: DurableTier | None, limits: Timeouts
+    ) -> tuple[Restore, str]:
+        source = order.sources[rank] if rank < len(order.sources) else ""
+        durable = None
+        if order.commit and tier is not None:
+            shard = order.shard_of[rank] if rank < len(order.shard_of) else rank
+            durable = DurableShard(store=tier.store, commit=order.commit, shard=shard)
+        within_s = limits.warmup_s
+        try:
+            return await self._keeper.prepare(rank, step, source, durable, timeout_s=within_s)
+        except CorruptError as error:
+            if source == self._config.node:
+                raise
+            # What lay here is dropped now, so this looks elsewhere.
+            log.warning("%s; trying %s", error, source or "the durable tier")
+            return await self._keeper.prepare(rank, step, source, durable, timeout_s=within_s)
+
+    # Seats ----------------------------------------------------------------------------------------
+
+    async def _seat_all(self, order: Begin, terms: Welcome, restores: Restores) -> bool:
+        self._cache.mkdir(parents=True, exist_ok=True)
+        seats = [self._seat_one(order, terms, rank, restore) for rank, restore in restores.items()]
+        outcomes = await asyncio.gather(*seats, return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for error in errors:
+            if not isinstance(error, WarmUpError):
+                raise error
+        if errors and isinstance(errors[0], WarmUpError):
+            step = order.restore or Step(0)
+            self._say(
+                not_importable(
+                    errors[0], self._config.entrypoint, order.generation, min(restores), step
+                )
+            )
+        return not errors
+
+    async def _seat_one(
+        self, order: Begin, terms: Welcome, rank: Rank, restore: Restore | None
+    ) -> None:
+        """Seat the process that had this rank before, or one that stands by."""
+        live = self._ranks.seated().get(rank)
+        if live is None or live.dismissed:
+            live = await self._ranks.take()
+        # Made now, not before: while this rank waited for a process, slots may have become free.
+        live.take(self._seat(order, terms, rank, restore))
+        self._introduce(live)
+
+    def _seat(self, order: Begin, terms: Welcome, rank: Rank, restore: Restore | None) -> Seat:
+        return Seat(
+            generation=order.generation,
+            rank=rank,
+            world_size=len(order.seats),
+            local_rank=self._account.ranks.index(rank),
+            node=self._config.node,
+            run_id=terms.run_id,
+            job=terms.job,
+            restore=restore,
+            free_slots=self._keeper.free_slots(rank),
+            cache_dir=str(self._cache),
+            log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),
+            abort_within_s=terms.timeouts.abort_s,
+            collective_timeout_s=terms.timeouts.collective_s,
+        )
+
+
+def _survivors(stuck: list[LiveRank], limits: Timeouts) -> str:
+    pids = ", ".join(str(live.pid) for live in stuck)
+    return f"process {pids} is still there {limits.kill_s:g} s after SIGKILL"

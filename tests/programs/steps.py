@@ -1,0 +1,97 @@
+"""A trainer without torch: its steps are naps, its state is one number, its collectives nothing.
+
+`options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave.
+"""
+
+import os
+import sys
+import time
+
+from orchestrator.worker import Aborted, MisconfiguredError, RankPhase, Seat, Worker, serve
+from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_views, plan, seal
+
+_PLAN = plan(
+    [Chunk(fqn="w", state="param", dtype="I64", shape=(64,), global_shape=(64,), offset=(0,))]
+)
+
+
+def main() -> int:
+    return serve(train, rehearse)
+
+
+def rehearse() -> None:
+    print(f"rehearsed by {os.getpid()}", flush=True)
+    if os.environ.get("STEPS_DIE_PARKED"):
+        sys.exit(9)
+
+
+def warm_up() -> None:
+    if text := os.environ.get("STEPS_CAN_NOT_IMPORT"):
+        raise ImportError(text)
+
+
+def train(worker: Worker, seat: Seat) -> None:
+    options = seat.job["trainer"]["options"]
+    print(f"pid {os.getpid()} generation {seat.generation} rank {seat.rank}", flush=True)
+    if options.get("refuse"):
+        raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
+    if seat.rank == 0:
+        worker.offer(f"127.0.0.1:{20_000 + seat.generation}")
+    worker.rendezvous(30)
+    worker.reached("formed")
+    step = _restored(worker, seat)
+    worker.reached("restored")
+    if options.get("garbage"):
+        os.write(int(os.environ["HOLDFAST_CONTROL_FD"]), b"\x05\x00\x00\x00hello")
+    while step < options["steps"]:
+        step += 1
+        worker.phase(RankPhase.FORWARD)
+        _nap(options.get("step_s", 0.005), stubborn=options.get("stubborn", False))
+        if step == options.get("raise_at"):
+            raise ArithmeticError(f"step {step} does not work out")
+        worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
+        durable = step % options.get("durable_every", 1 << 30) == 0
+        if durable or step % options.get("save_every", 1 << 30) == 0:
+            _save(worker, seat, step, durable=durable)
+    worker.finished(step, (step, seat.rank))
+
+
+def _nap(seconds: float, *, stubborn: bool) -> None:
+    """A stubborn one is like a collective that can not be interrupted."""
+    time.sleep(seconds)
+    if stubborn:
+        import signal  # noqa: PLC0415 - only this test needs it
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _restored(worker: Worker, seat: Seat) -> int:
+    if seat.restore is None:
+        return 0
+    index = decode_index(seat.restore.index.encode())
+    words = open_views(index, worker.restore_view(seat.restore))["param/w"].cast("q")
+    assert words[0] == seat.restore.step, (words[0], seat.restore.step)
+    assert words[1] == seat.rank
+    return seat.restore.step
+
+
+def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:
+    slot = worker.slot(_PLAN.size)
+    if slot is None:
+        return
+    words = _PLAN.views(slot.buffer)["param/w"].cast("q")
+    words[0], words[1] = step, seat.rank
+    meta = ShardMeta(
+        run_id=seat.run_id,
+        model="steps",
+        step=step,
+        epoch=seat.generation,
+        shard=seat.rank,
+        shards=seat.world_size,
+    )
+    index = encode_index(seal(_PLAN, slot.buffer, meta)).decode()
+    worker.staged(slot, generation=seat.generation, step=step, index=index, durable=durable)
+
+
+__all__ = ["Aborted", "main"]

@@ -1,0 +1,125 @@
+"""Journals of scripted runs in run folders, and the command line called in this process."""
+
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from orchestrator.cli.main import app
+from orchestrator.core import journal
+from orchestrator.core.events import CheckpointCommitted, FaultInjected
+from orchestrator.protocol.ids import NodeId, Step
+from orchestrator.protocol.messages import RanksFinished
+from orchestrator.worlds.folder import RunFolder
+from tests.conftest import Cluster
+
+SHORT = """
+apiVersion: holdfast.dev/v1alpha1
+kind: TrainingRun
+metadata: {name: short}
+spec:
+  nodes: {count: 2, ranksPerNode: 2, spares: 1}
+  parallelism: {dpReplicate: 2, dpShard: 2}
+  trainer: {steps: 20}
+"""
+
+
+def text(cluster: Cluster, run_id: str = "r") -> bytes:
+    """The journal of what a cluster went through."""
+    header = journal.Header(run_id=run_id, run=cluster.run)
+    return journal.line(header) + b"".join(map(journal.line, cluster.entries))
+
+
+def write(cluster: Cluster, root: Path) -> RunFolder:
+    """Put the journal of a cluster into the folder of a run."""
+    folder = RunFolder(root)
+    folder.logs.mkdir(parents=True)
+    folder.journal.write_bytes(text(cluster))
+    return folder
+
+
+def inject(cluster: Cluster, index: int, description: str, target: str, node: str = "") -> None:
+    cluster.tell(
+        FaultInjected(
+            at=cluster.at(),
+            index=index,
+            description=description,
+            target=target,
+            node=NodeId(node),
+        )
+    )
+
+
+def commit(cluster: Cluster, step: int) -> None:
+    cluster.tell(
+        CheckpointCommitted(
+            at=cluster.at(),
+            step=Step(step),
+            epoch=cluster.state.generation,
+            key=f"commits/{step}",
+        )
+    )
+
+
+def finish(cluster: Cluster, lanes: dict[int, tuple[int, int]]) -> None:
+    """All ranks are done, and their last step is committed."""
+    for node in cluster.state.world:
+        ranks = cluster.state.ranks_of(node)
+        cluster.say(
+            node,
+            RanksFinished(
+                generation=cluster.state.generation,
+                step=cluster.state.reached_step,
+                ranks=ranks,
+                lanes=tuple(lanes[rank] for rank in ranks),
+            ),
+        )
+    commit(cluster, cluster.run.spec.trainer.steps)
+
+
+def killed_rank() -> Cluster:
+    """Rank 1 was killed at step 13, as planned, and training went on from step 10."""
+    cluster = Cluster()
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    cluster.train(3)
+    inject(cluster, 0, "kill-rank rank 1 at step 13", "rank 1", "node-0")
+    cluster.after(0.02).exit(1, step=13)
+    cluster.resume()
+    cluster.train(20)
+    return cluster
+
+
+def raising() -> Cluster:
+    """An exception at one and the same step on two nodes ended the run."""
+    cluster = Cluster()
+    cluster.start()
+    cluster.train(5)
+    cluster.exit(0, 1, step=5, kind="ValueError")
+    cluster.resume()
+    cluster.exit(2, 1, step=5, kind="ValueError")
+    return cluster
+
+
+def succeeded(lanes: dict[int, tuple[int, int]] | None = None) -> Cluster:
+    """A short run that lost a node on the way and reached its last step."""
+    cluster = Cluster(SHORT)
+    cluster.start()
+    cluster.train(8)
+    cluster.hold(8)
+    cluster.train(2)
+    inject(cluster, 0, "lose-node node-1 at step 10", "node-1", "node-1")
+    cluster.after(0.1).lose("node-1")
+    cluster.resume()
+    cluster.train(12)
+    finish(cluster, lanes or {0: (1, 2), 1: (3, 4), 2: (1, 2), 3: (3, 4)})
+    return cluster
+
+
+def holdfast(*arguments: str) -> Any:
+    """Call the command line; a traceback is a failure of the test."""
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result

@@ -21,6 +21,7 @@ from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
     Fact,
+    FaultCarriedOut,
     Holding,
     Joined,
     NodeUnusable,
@@ -141,6 +142,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case WriteFailed(step=step, reason=reason):
             state.written.pop(step, None)
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
+        case FaultCarriedOut(index=index):
+            state.carried_out.add(index)
         case RanksFinished(ranks=ranks, lanes=lanes):
             state.lanes.update(zip(ranks, lanes, strict=True))
             node.finished = True

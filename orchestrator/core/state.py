@@ -155,6 +155,8 @@ class RunState:
     stop_by: str = ""
     injected: dict[int, tuple[Seconds, str, str]] = field(default_factory=dict)
     """Faults of the harness that are on record: ground truth for reports, not for deciding."""
+    carried_out: set[int] = field(default_factory=set)
+    """Those of them that their agent has confirmed."""
     rungs: dict[str, int] = field(default_factory=dict)
 
     @property

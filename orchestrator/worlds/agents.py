@@ -47,6 +47,7 @@ from orchestrator.protocol.messages import (
     Begin,
     CarryOut,
     Farewell,
+    FaultCarriedOut,
     FaultDue,
     Fence,
     FromAgent,
@@ -149,7 +150,7 @@ class AgentWorld:
         """Continue from what a replayed journal left behind."""
         self._seats, self._generation = state.seats, state.generation
         self._columns.begin(state.generation, state.reached_step)
-        self._schedule.resume(set(state.injected))
+        self._schedule.resume(set(state.injected), state.carried_out)
 
     def events(self) -> Iterator[Event]:
         """Yield what happens, until the run has ended and its agents have been told."""
@@ -248,8 +249,10 @@ class AgentWorld:
             case Beat():
                 self._columns.take(node, message)
             case FaultDue(index=index):
-                yield from self._inject(at, self._schedule.fault(index), node)
+                yield from self._inject(at, self._schedule.asked_for(index), node)
             case _:
+                if isinstance(message, FaultCarriedOut):
+                    self._schedule.confirm(message.index)
                 # Steps first: a shard is never known before the steps that led to it.
                 yield from self._columns.flush(at)
                 yield Reported(at=at, node=node, fact=message)

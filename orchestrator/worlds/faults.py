@@ -23,20 +23,29 @@ class Schedule:
     def __init__(self, faults: Sequence[ArmedFault]) -> None:
         self._left = {fault.index: fault for fault in faults}
         self._all = dict(self._left)
+        self._carried_out: set[int] = set()
         self._first_step_at: Seconds | None = None
 
-    def resume(self, injected: AbstractSet[int]) -> None:
+    def resume(self, injected: AbstractSet[int], carried_out: AbstractSet[int]) -> None:
         """Strike off what a journal says has been let loose already."""
         for index in injected:
             self._left.pop(index, None)
+        self._carried_out |= carried_out
 
     def left(self) -> list[ArmedFault]:
         """Return the faults that are still to come, by index."""
         return [fault for _, fault in sorted(self._left.items())]
 
-    def fault(self, index: int) -> ArmedFault | None:
-        """Return a fault of the plan, also one that was injected: its order may have been lost."""
-        return self._all.get(index)
+    def asked_for(self, index: int) -> ArmedFault | None:
+        """Return the fault that an agent says is due; None if it has been carried out before.
+
+        One that is on record but not confirmed is asked for again when its order was lost.
+        """
+        return None if index in self._carried_out else self._all.get(index)
+
+    def confirm(self, index: int) -> None:
+        """Note that an agent has carried out a fault: whoever holds the rank next must not."""
+        self._carried_out.add(index)
 
     def injected(self, index: int) -> None:
         """Note that a fault is on record."""

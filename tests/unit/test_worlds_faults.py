@@ -51,18 +51,23 @@ def test_what_is_on_record_is_not_due_again_not_even_for_the_next_controller() -
     assert due(s, 0.0, 7) == [2]
 
     successor = schedule()
-    successor.resume({2, 3})
+    successor.resume({2, 3}, set())
 
     assert due(successor, 0.0, 7) == []
     assert [armed.index for armed in successor.left()] == [0, 1]
 
 
-def test_a_fault_on_record_can_still_be_looked_up_since_its_order_may_be_lost() -> None:
+def test_a_fault_on_record_is_ordered_again_until_it_is_confirmed_and_never_after() -> None:
     s = schedule()
     s.injected(0)
-
-    armed = s.fault(0)
-
+    armed = s.asked_for(0)
     assert armed is not None
     assert armed.fault.rank == 1
-    assert s.fault(99) is None
+
+    s.confirm(0)
+
+    assert s.asked_for(0) is None
+    assert s.asked_for(99) is None
+    successor = schedule()
+    successor.resume({0}, {0})
+    assert successor.asked_for(0) is None

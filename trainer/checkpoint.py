@@ -115,7 +115,7 @@ class Checkpointer:
         self._require_ours(index)
         views = shard.open_views(index, body)
         for name, tensor in self._tensors():
-            arrived = torch.empty_like(tensor, device="cpu")
+            arrived = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
             _bytes(arrived)[:] = views[name]
             tensor.copy_(arrived)
         return index.step

@@ -53,8 +53,9 @@ class World:
         self.mesh: DeviceMesh | None = None
         self._store: Store | None = None
         self._others = _sockets()
-        self._left = threading.Event()
-        self._breaker: threading.Thread | None = None
+        self._broken, self._left = threading.Event(), threading.Event()
+        self._breaker = threading.Thread(target=self._break, name="holdfast-break", daemon=True)
+        self._breaker.start()
 
     def join(self, store: Store, timeout_s: float) -> None:
         """Meet the other ranks at `store`. Blocks until all are there."""
@@ -85,16 +86,11 @@ class World:
         Sockets are shut down again and again until the main thread has left: one that is just
         forming the world opens further ones after a first sweep.
         """
-        if self._breaker is None:
-            self._breaker = threading.Thread(target=self._break, name="holdfast-break", daemon=True)
-            self._breaker.start()
+        self._broken.set()
 
     def leave(self) -> None:
         """Forget this world, so that another can be formed in this process."""
-        self._left.set()
-        if self._breaker is not None:
-            # A sweep that is still under way could hit the sockets of the next world.
-            self._breaker.join()
+        self._end_breaker()
         groups: list[Any] = [self._store, self.mesh]
         _abandoned.append(groups)
         if dist.is_initialized():
@@ -105,8 +101,15 @@ class World:
         else:
             _forget_half_formed()
 
+    def _end_breaker(self) -> None:
+        self._left.set()
+        self._broken.set()
+        # A sweep that is still under way could hit the sockets of the next world.
+        self._breaker.join()
+
     def _break(self) -> None:
-        if self.device.type == "cuda":
+        self._broken.wait()
+        if self.device.type == "cuda" and not self._left.is_set():
             self._abort_collectives()
         while not self._left.is_set():
             for inode, descriptor in _sockets().items():
@@ -158,6 +161,7 @@ def alone(store: Store | None = None) -> Iterator[World]:
         yield world
     finally:
         world.mesh = None
+        world._end_breaker()  # noqa: SLF001 - the same class, but for its name
         dist.destroy_process_group()
 
 

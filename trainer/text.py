@@ -90,32 +90,37 @@ def _find(address: str) -> list[Source]:
     try:
         files, path = fsspec.core.url_to_fs(address)
         if files.isfile(path):
-            paths = [path]
+            infos = {path: files.info(path)}
+        elif files.isdir(path):
+            # What begins with a dot is not meant to be seen: .git and the like.
+            found = files.find(path, detail=True)
+            infos = {p: info for p, info in found.items() if "/." not in p[len(path) :]}
         else:
-            found = _inside(files, path) if files.isdir(path) else files.glob(path)
-            paths = sorted(p for p in found if p.endswith(SUFFIXES))
-        sources = [Source(address, files, p, files.ukey(p)) for p in paths]
+            infos = files.glob(path, detail=True)
     except (OSError, ValueError, ImportError) as error:
         raise MisconfiguredError(f"{_WHERE}: {error}: {address}", hint=_HINT) from error
+    if list(infos) == [path]:
+        _require_known_suffix(path)
+    sources = [
+        Source(address, files, p, str(sorted((str(k), str(v)) for k, v in infos[p].items())))
+        for p in sorted(infos)
+        if p.endswith(SUFFIXES)
+    ]
     if not sources:
         raise MisconfiguredError(
             f"{_WHERE}: nothing there, expected text ({', '.join(SUFFIXES)}): {address}",
             hint="the address is looked up on every node; a relative path may differ there",
         )
-    for source in sources:
-        if not source.path.endswith(SUFFIXES):
-            raise MisconfiguredError(
-                f"{_WHERE}: ends in {Path(source.path).suffix or 'nothing'!r}, expected one of "
-                f"{', '.join(SUFFIXES)}: {source.path}",
-                hint=_HINT,
-            )
     return sources
 
 
-def _inside(files: Any, folder: str) -> list[str]:  # noqa: ANN401 - a file system of fsspec
-    found: list[str] = files.find(folder)
-    # What begins with a dot is not meant to be seen: .git and the like.
-    return [path for path in found if "/." not in path[len(folder) :]]
+def _require_known_suffix(path: str) -> None:
+    if not path.endswith(SUFFIXES):
+        raise MisconfiguredError(
+            f"{_WHERE}: ends in {Path(path).suffix or 'nothing'!r}, expected one of "
+            f"{', '.join(SUFFIXES)}: {path}",
+            hint=_HINT,
+        )
 
 
 def _read(source: Source) -> Iterator[str]:

@@ -4,10 +4,12 @@
 """
 
 import os
+import signal
+import subprocess
 import sys
 import time
 
-from orchestrator.worker import Aborted, MisconfiguredError, RankPhase, Seat, Worker, serve
+from orchestrator.worker import MisconfiguredError, RankPhase, Seat, Worker, serve
 from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_views, plan, seal
 
 _PLAN = plan(
@@ -43,27 +45,26 @@ def train(worker: Worker, seat: Seat) -> None:
     worker.reached("restored")
     if options.get("garbage"):
         os.write(int(os.environ["HOLDFAST_CONTROL_FD"]), b"\x05\x00\x00\x00hello")
+    if options.get("spawn"):
+        nap = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print("child", nap.pid, flush=True)
+    if options.get("stubborn"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     while step < options["steps"]:
         step += 1
         worker.phase(RankPhase.FORWARD)
-        _nap(options.get("step_s", 0.005), stubborn=options.get("stubborn", False))
+        # Like a collective that can not be interrupted: nothing is heard meanwhile.
+        napping = step == options.get("nap_at")
+        time.sleep(options["nap_s"] if napping else options.get("step_s", 0.005))
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
         durable = step % options.get("durable_every", 1 << 30) == 0
         if durable or step % options.get("save_every", 1 << 30) == 0:
             _save(worker, seat, step, durable=durable)
+    if options.get("await_persisted"):
+        assert worker.await_persisted(step, 10)
     worker.finished(step, (step, seat.rank))
-
-
-def _nap(seconds: float, *, stubborn: bool) -> None:
-    """A stubborn one is like a collective that can not be interrupted."""
-    time.sleep(seconds)
-    if stubborn:
-        import signal  # noqa: PLC0415 - only this test needs it
-
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def _restored(worker: Worker, seat: Seat) -> int:
@@ -92,6 +93,3 @@ def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:
     )
     index = encode_index(seal(_PLAN, slot.buffer, meta)).decode()
     worker.staged(slot, generation=seat.generation, step=step, index=index, durable=durable)
-
-
-__all__ = ["Aborted", "main"]

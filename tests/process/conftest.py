@@ -1,0 +1,34 @@
+"""Real agents, and the controller that a test plays."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.programs.played import Agent, Controller, remove, shared_folder
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[Controller]:
+    controller = Controller(tmp_path)
+    controller.start()
+    yield controller
+    controller.stop()
+
+
+@pytest.fixture
+def start(controller: Controller) -> Iterator[Callable[..., Agent]]:
+    """Start agents that call the controller; they and their memory are gone afterwards."""
+    memory = shared_folder()
+    agents: list[Agent] = []
+
+    def make(node: str = "node-0", **more: object) -> Agent:
+        agents.append(Agent(controller.folder, memory, node, **more))
+        return agents[-1]
+
+    yield make
+    try:
+        for agent in agents:
+            agent.close()
+    finally:
+        remove(memory)

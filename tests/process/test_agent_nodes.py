@@ -1,0 +1,115 @@
+"""Real agents that keep copies for each other, write to the durable tier, and stand in."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from orchestrator.protocol.messages import (
+    Joined,
+    Prepared,
+    RankExited,
+    RanksFinished,
+    ShardsHeld,
+    ShardsWritten,
+)
+from storage.commit import commit
+from storage.local import LocalStore
+from storage.manifest import ShardReceipt, commit_key, make_manifest
+from tests.programs.played import Agent, Controller, holder, wait_for
+
+pytestmark = pytest.mark.process
+Start = Callable[..., Agent]
+BUDDIES = {"node-0": "node-1", "node-1": "node-0"}
+
+
+def pair(controller: Controller, start: Start, **job: object) -> dict[str, Agent]:
+    """Start two nodes with a rank each."""
+    controller.job.update(job)
+    agents = {node: start(node, ranks=1) for node in BUDDIES}
+    for node in agents:
+        controller.hear(Joined, node)
+    return agents
+
+
+def test_the_ranks_of_a_lost_node_resume_on_a_spare_from_their_copies(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, save_every=10)
+    start("node-2", ranks=1)
+    controller.hear(Joined, "node-2")
+    controller.begin(1, ["node-0", "node-1"], buddies=BUDDIES)
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 1, 10))
+    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
+
+    agents["node-1"].process.kill()
+    controller.begin(
+        2, ["node-0", "node-2"], dismiss=(1,), restore=10, sources=("node-0", "node-0")
+    )
+
+    controller.reached("stepped", 2)
+    controller.reached("stepped", 2, "node-2")
+    own, fetched = controller.hear(Prepared)[1], controller.hear(Prepared, "node-2")[1]
+    assert (own.own, own.fetched, own.durable) == (1, 0, 0)
+    assert (fetched.own, fetched.fetched, fetched.durable) == (0, 1, 0)
+    # The trainer checks that what it restores is of its rank and step.
+    assert not controller.messages(RankExited, "node-2")
+
+
+def test_each_shard_is_made_durable_once_and_a_world_without_memory_resumes_from_it(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, durable_every=20, steps=40)
+    controller.begin(1, ["node-0", "node-1"])
+    receipts = []
+    for node in agents:
+        _, fact = controller.hear(ShardsWritten, node, where=lambda f: f.step == 40)
+        assert (fact.model, len(fact.receipts)) == ("steps", 1)
+        receipts += [
+            ShardReceipt(shard=r[0], size=r[1], index_digest=r[2])
+            for r in map(msgspec.structs.astuple, fact.receipts)
+        ]
+        controller.hear(RanksFinished, node)
+    store = LocalStore(controller.folder / "checkpoints")
+    manifest = make_manifest(receipts, run_id="test", model="steps", step=40, epoch=1)
+    commit(store, manifest, newest_epoch_known=1)
+    for node, agent in agents.items():
+        assert agent.terminate() == 0
+        start(node, ranks=1, incarnation=2)
+        controller.hear(Joined, node, where=lambda joined: joined.incarnation == 2)
+
+    controller.begin(
+        2, ["node-0", "node-1"], restore=40, sources=("", ""), commit=commit_key(40, 1)
+    )
+
+    for node in agents:
+        assert controller.hear(Prepared, node)[1].durable == 1
+        _, finished = controller.hear(RanksFinished, node, where=lambda f: f.generation == 2)
+        assert finished.step == 40
+
+
+def test_of_two_replicas_only_the_first_writes(controller: Controller, start: Start) -> None:
+    controller.job.update(durable_every=20, steps=40, await_persisted=True)
+    start()
+    controller.hear(Joined)
+    controller.begin(1, ["node-0", "node-0"], shard_of=(0, 0))
+
+    _, fact = controller.hear(ShardsWritten, where=lambda f: f.step == 40)
+    controller.hear(RanksFinished)
+
+    assert [receipt.shard for receipt in fact.receipts] == [0]
+    bodies = sorted((controller.folder / "checkpoints").rglob("*.st"))
+    assert [body.name for body in bodies] == ["s0.st", "s0.st"]
+
+
+def test_a_shard_that_was_staged_just_before_the_rank_died_is_not_lost(
+    controller: Controller, start: Start
+) -> None:
+    start()
+    controller.job.update(save_every=7, raise_at=8)
+    controller.hear(Joined)
+    controller.begin(1, ["node-0", "node-0"])
+
+    for rank in (0, 1):
+        controller.hear(ShardsHeld, where=lambda fact, rank=rank: holder(fact, rank, 7))
+    wait_for(lambda: len(controller.messages(RankExited)) == 2)

@@ -90,7 +90,7 @@ class World:
 
     def leave(self) -> None:
         """Forget this world, so that another can be formed in this process."""
-        self._end_breaker()
+        self.close()
         groups: list[Any] = [self._store, self.mesh]
         _abandoned.append(groups)
         if dist.is_initialized():
@@ -101,7 +101,8 @@ class World:
         else:
             _forget_half_formed()
 
-    def _end_breaker(self) -> None:
+    def close(self) -> None:
+        """End the thread that stands by to break out."""
         self._left.set()
         self._broken.set()
         # A sweep that is still under way could hit the sockets of the next world.
@@ -161,7 +162,7 @@ def alone(store: Store | None = None) -> Iterator[World]:
         yield world
     finally:
         world.mesh = None
-        world._end_breaker()  # noqa: SLF001 - the same class, but for its name
+        world.close()
         dist.destroy_process_group()
 
 

@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from orchestrator.worker import MisconfiguredError
+from trainer.text import DEMO_CHARS, Text
+
+
+def documents(data: tuple[str, ...] | str | None) -> list[str]:
+    return list(Text(data).documents())
+
+
+def test_files_folders_and_globs_are_read_in_a_stable_order(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / ".git").mkdir()
+    for name in ("b.txt", "a.md", "inner/c.py", ".git/d.txt", "e.bin"):
+        (tmp_path / name).write_text(name)
+
+    assert documents(str(tmp_path)) == ["a.md", "b.txt", "inner/c.py"]
+    assert documents(f"{tmp_path}/*.txt") == ["b.txt"]
+    assert documents((str(tmp_path / "b.txt"), str(tmp_path / "a.md"))) == ["b.txt", "a.md"]
+
+
+def test_each_line_of_jsonl_and_each_row_of_parquet_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 1}\n\n{"text": "two"}\n')
+    parquet.write_table(pa.table({"text": ["three", None, "four"]}), tmp_path / "b.parquet")
+
+    assert documents(str(tmp_path)) == ["one", "two", "three", "four"]
+
+
+def test_text_can_lie_behind_any_fsspec_address() -> None:
+    with fsspec.open("memory://texts/a.txt", "w") as file:
+        file.write("in memory")
+
+    assert documents("memory://texts/a.txt") == ["in memory"]
+
+
+def test_without_data_the_standard_library_is_read_up_to_a_fixed_length() -> None:
+    found = documents(None)
+
+    assert sum(map(len, found)) == DEMO_CHARS
+    assert found == documents(None)
+
+
+def test_a_changed_source_changes_the_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = Text(str(path)).fingerprint
+
+    assert Text(str(path)).fingerprint == before
+    path.write_text("longer")
+    assert Text(str(path)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.txt", None, "nothing there"),
+        ("missing-*.txt", None, "nothing there"),
+        ("image.png", b"x", "ends in '.png', expected one of .txt"),
+        ("empty.txt", b"", "no text"),
+        ("blank.jsonl", b"\n\n", "no text"),
+        ("latin.txt", "naïve".encode("latin-1"), "not UTF-8 text at byte 2"),
+        ("binary.py", b"x\0y", "zero byte at character 1"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2"),
+        ("other.jsonl", b'{"body": "a"}\n', "missing required field `text`"),
+        ("number.jsonl", b'{"text": 1}\n', "Expected `str`"),
+        ("no.parquet", b"no parquet at all", "not Parquet"),
+    ],
+)
+def test_a_source_that_is_no_text_is_refused_with_its_place_and_a_hint(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(MisconfiguredError) as caught:
+        documents(str(tmp_path / name))
+
+    assert says in str(caught.value)
+    assert name in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_parquet_file_without_a_text_column_of_strings_is_refused(tmp_path: Path) -> None:
+    for table, says in (
+        (pa.table({"body": ["a"]}), "columns are body, expected `text`"),
+        (pa.table({"text": [1]}), "holds int, expected strings"),
+    ):
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(MisconfiguredError, match=says):
+            documents(str(tmp_path / "a.parquet"))
+
+
+def test_a_folder_without_text_and_an_unknown_scheme_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfiguredError, match="nothing there"):
+        Text(str(tmp_path))
+    with pytest.raises(MisconfiguredError, match="Protocol not known: nosuch"):
+        Text("nosuch://a.txt")
+    with pytest.raises(MisconfiguredError, match="names nothing"):
+        Text(())

@@ -1,0 +1,148 @@
+"""The steps that a world of one takes, against plain torch and against each other."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.protocol import runfile
+from orchestrator.worker import MisconfiguredError
+from trainer import parallel
+from trainer.config import ModelConfig
+from trainer.data import Samples, Tokens
+from trainer.model import Llama, next_token_loss
+from trainer.optim import BETAS, EPSILON, learning_rate
+from trainer.train import Training, Unheard, read_job, rehearse
+
+CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)
+IDS = np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint32)
+SAMPLES_OF = Tokens(IDS, "digest", 63)
+
+
+def job(**changes: object) -> runfile.Trainer:
+    settings = {"steps": 20, "seq_len": 16, "global_batch": 4, "warmup_steps": 2, **changes}
+    return runfile.Trainer(**settings)  # type: ignore[arg-type]
+
+
+class Recorder(Unheard):
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def step_done(
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        assert step == len(self.steps) + 1
+        assert tokens == 64
+        assert seconds > 0
+        self.steps.append((loss, grad_norm))
+
+
+@pytest.fixture
+def world() -> Iterator[parallel.World]:
+    with parallel.alone() as world:
+        yield world
+
+
+def train(world: parallel.World, trainer: runfile.Trainer, steps: int) -> list[tuple[float, float]]:
+    training = Training(trainer, CONFIG, Samples(SAMPLES_OF, trainer), world)
+    recorder = Recorder()
+    for step in range(1, steps + 1):
+        training.step(step, recorder)
+    return recorder.steps
+
+
+def test_steps_are_those_of_plain_torch(world: parallel.World) -> None:
+    trainer = job()
+    model = Llama(CONFIG)
+    model.init_weights(0)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=BETAS,
+        eps=EPSILON,
+    )
+    expected = []
+    for step in range(1, 6):
+        batch = Samples(SAMPLES_OF, trainer).batch(step, range(4))
+        inputs, targets = map(torch.tensor, (batch.inputs, batch.targets))
+        loss = next_token_loss(model(inputs, batch.cuts), targets) / 64
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, trainer)
+        adamw.step()
+        expected.append((loss.item(), norm.item()))
+
+    assert train(world, trainer, 5) == [
+        (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4)) for loss, norm in expected
+    ]
+
+
+def test_the_same_steps_give_the_same_bits(world: parallel.World) -> None:
+    assert train(world, job(), 4) == train(world, job(), 4)
+    assert train(world, job(), 4) != train(world, job(seed=1), 4)
+
+
+def test_micro_batches_and_layers_sharded_alone_change_the_last_bits_only(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [loss for loss, _ in train(world, job(), 4)]
+
+    apart = [loss for loss, _ in train(world, job(micro_batch=1), 4)]
+    monkeypatch.setattr(parallel, "SHARD_PARAMETERS_MIN", 0)
+    layered = [loss for loss, _ in train(world, job(), 4)]
+
+    assert apart == pytest.approx(whole, rel=1e-5)
+    assert layered == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth() -> None:
+    trainer = job(steps=100, warmup_steps=10, learning_rate=1.0)
+
+    rates = [learning_rate(step, trainer) for step in range(1, 101)]
+
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[54] == pytest.approx(0.505)
+    assert rates[-1] == pytest.approx(0.01)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert math.isfinite(learning_rate(1, job(steps=1, warmup_steps=0)))
+
+
+def test_a_rehearsal_leaves_no_process_group_behind() -> None:
+    rehearse()
+    rehearse()
+
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trainer": {"globalBatch": 6}}, "globalBatch is 6, expected a multiple of the 4 ranks"),
+        ({"trainer": {"globalBatch": 8, "microBatch": 3}}, "microBatch is 3"),
+        ({"trainer": {"model": "9B"}}, "expected one of debug"),
+        ({"trainer": {"tokenizer": "/no/such.tiktoken"}}, "expected a file in tiktoken format"),
+        ({"parallelism": {"tp": 2}}, "parallelism.tp is 2, expected 1"),
+        ({"parallelism": {"dpReplicate": 3}}, "dpReplicate x dpShard is 3 x 1, expected 4"),
+    ],
+)
+def test_a_job_that_can_not_run_is_refused_with_a_hint(
+    change: dict[str, object], says: str
+) -> None:
+    with pytest.raises(MisconfiguredError) as caught:
+        read_job(change, 4)
+
+    assert says in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(MisconfiguredError, match="expected at least 1 GPUs, found 0"):
+        parallel.device_of("cuda", 0)
+    assert parallel.device_of("auto", 0).type == "cpu"

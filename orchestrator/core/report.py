@@ -38,8 +38,11 @@ make saves fail, which is no incident."""
 WITNESSED = frozenset(
     {"crash", "exception", "misconfigured", "node-lost", "unrestorable", "controller-restart"}
 )
-"""Kinds that rest on something that happened. All others are concluded from silence or standing
-still, and are false alarms if nothing was broken."""
+"""Kinds of incident that rest on something that happened."""
+
+INFERRED = frozenset({"hang", "node-silent", "broken-collective"})
+"""Kinds that are concluded from silence or from standing still, hence false alarms if nothing was
+broken. A kind that is in neither set is treated like these."""
 
 NO_NUMBER = struct.pack("<d", float("nan"))
 """Stands for a loss that was not finite."""

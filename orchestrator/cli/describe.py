@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.cli import listing, runs, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
+from orchestrator.cli.checkpoints import condition
 from orchestrator.cli.errors import CliError, Exit, unknown
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.history import History
@@ -223,7 +224,7 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
         order = history.commits.get(step)
         size = sum(receipt.size for receipt in order.receipts) if order else 0
         told = [
-            ("State", "Rejected" if commit.rejected else "Committed"),
+            ("State", condition(state, commit)),
             ("Why", commit.rejected),
             ("Key", commit.key),
             ("Epoch", f"{commit.epoch} (the generation that wrote it)"),

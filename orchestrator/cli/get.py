@@ -12,8 +12,8 @@ from orchestrator.cli import runs
 from orchestrator.cli.choices import Output
 from orchestrator.cli.errors import unknown
 from orchestrator.cli.follow import Follower
-from orchestrator.cli.listing import EVENT_COLUMNS, KINDS, RUN, Events, Kind, run_rows
-from orchestrator.cli.tables import rendered
+from orchestrator.cli.listing import EVENT_COLUMNS, KINDS, RUN, Events, run_rows
+from orchestrator.cli.tables import Kind, rendered
 
 WATCH_EVERY_S = 1.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"

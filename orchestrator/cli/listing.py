@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from orchestrator.cli import runs, story, units
+from orchestrator.cli.checkpoints import CHECKPOINT
 from orchestrator.cli.errors import CliError
 from orchestrator.cli.follow import Follower
-from orchestrator.cli.tables import Column, Row, percent, span, text
+from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import RunState
@@ -17,15 +17,6 @@ from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.worlds.folder import RunFolder
-
-
-class Kind(NamedTuple):
-    """A kind of thing in a run."""
-
-    name: str
-    """In the singular."""
-    columns: tuple[Column, ...]
-    rows: Callable[[RunState, RunFolder], list[Row]]
 
 
 def run_rows() -> list[Row]:
@@ -233,66 +224,6 @@ INCIDENT = Kind(
         Column("REASON", "reason", text, wide=True),
     ),
     incident_rows,
-)
-
-
-def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
-    """Return what the run could be continued from, newest first: durable tier and memory."""
-    del folder
-    durable = [
-        {
-            "name": f"step-{commit.step}",
-            "step": commit.step,
-            "tier": "durable",
-            "state": "Rejected" if commit.rejected else "Committed",
-            "shards": state.shard_count(),
-            "copies": 1,
-            "epoch": commit.epoch,
-            "age_s": round(state.now - commit.at, 6),
-            "key": commit.key,
-            "why": commit.rejected,
-        }
-        for commit in state.commits
-    ]
-    memory = [
-        {
-            "name": f"step-{step}",
-            "step": step,
-            "tier": "memory",
-            "state": "Whole" if len(counts) == state.run.world_size else "Partial",
-            "shards": len(counts),
-            "copies": min(counts),
-            "epoch": None,
-            "age_s": None,
-            "key": "",
-            "why": "",
-        }
-        for step in state.holdings
-        if (counts := copies(state, step))
-    ]
-    return sorted(durable + memory, key=lambda row: (-int(str(row["step"])), str(row["tier"])))
-
-
-def copies(state: RunState, step: Step) -> list[int]:
-    """Return, for each rank whose shard of a step is in memory anywhere, on how many nodes."""
-    counts = [len(state.holders(step, rank)) for rank in sorted(state.holdings.get(step, {}))]
-    return [count for count in counts if count]
-
-
-CHECKPOINT = Kind(
-    "checkpoint",
-    (
-        Column("NAME", "name"),
-        Column("TIER", "tier"),
-        Column("STATE", "state"),
-        Column("SHARDS", "shards"),
-        Column("COPIES (min)", "copies"),
-        Column("AGE (s)", "age_s", span),
-        Column("EPOCH (generation)", "epoch", text, wide=True),
-        Column("KEY", "key", text, wide=True),
-        Column("WHY", "why", text, wide=True),
-    ),
-    checkpoint_rows,
 )
 
 

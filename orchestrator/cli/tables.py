@@ -10,6 +10,8 @@ import yaml
 
 from orchestrator.cli import units
 from orchestrator.cli.choices import Output
+from orchestrator.core.state import RunState
+from orchestrator.worlds.folder import RunFolder
 
 Row = dict[str, Any]
 """A thing as a plain object, just as it goes out as JSON; `name` is always there."""
@@ -23,6 +25,15 @@ class Column(NamedTuple):
     key: str
     show: Callable[[Any], str] = str
     wide: bool = False
+
+
+class Kind(NamedTuple):
+    """A kind of thing in a run."""
+
+    name: str
+    """In the singular."""
+    columns: tuple[Column, ...]
+    rows: Callable[[RunState, RunFolder], list[Row]]
 
 
 def text(value: object) -> str:

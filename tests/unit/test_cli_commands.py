@@ -157,6 +157,29 @@ def test_checkpoints_of_both_tiers_are_listed_newest_first(home: Path) -> None:
     assert rows[1]["copies"] == 2
 
 
+def test_checkpoints_that_were_not_kept_and_that_can_not_be_read_say_so(home: Path) -> None:
+    cluster = Cluster()
+    cluster.start()
+    for step in range(10, 60, 10):
+        cluster.train(10)
+        commit(cluster, step)
+    cluster.exit(0, step=50)
+    cluster.found(40, rejected=("step 50: shard 1 is corrupt",))
+    write(cluster, home / "demo")
+
+    rows = json.loads(told("get", "checkpoints", "-o", "json"))
+
+    assert {row["step"]: row["state"] for row in rows if row["tier"] == "durable"} == {
+        50: "Rejected",
+        40: "Committed",
+        30: "Committed",
+        20: "Committed",
+        10: "Expired",
+    }
+    assert "keepLast" in next(row["why"] for row in rows if row["state"] == "Expired")
+    assert "Rejected" in told("describe", "checkpoint", "50")
+
+
 def test_what_a_rank_said_is_no_command_to_the_terminal(home: Path) -> None:
     cluster = Cluster()
     cluster.start()

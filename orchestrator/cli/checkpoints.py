@@ -1,0 +1,83 @@
+"""What a run could be continued from: checkpoints of the durable tier, and copies in memory."""
+
+from __future__ import annotations
+
+from orchestrator.cli.tables import Column, Kind, Row, span, text
+from orchestrator.core.state import Committed, RunState
+from orchestrator.protocol.ids import Step
+from orchestrator.worlds.folder import RunFolder
+
+
+def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
+    """Return what the run could be continued from, newest first: durable tier and memory."""
+    del folder
+    durable = [
+        {
+            "name": f"step-{commit.step}",
+            "step": commit.step,
+            "tier": "durable",
+            "state": condition(state, commit),
+            "shards": state.shard_count(),
+            "copies": 1,
+            "epoch": commit.epoch,
+            "age_s": round(state.now - commit.at, 6),
+            "key": commit.key,
+            "why": commit.rejected or _why_expired(state, commit),
+        }
+        for commit in state.commits
+    ]
+    memory = [
+        {
+            "name": f"step-{step}",
+            "step": step,
+            "tier": "memory",
+            "state": "Whole" if len(counts) == state.run.world_size else "Partial",
+            "shards": len(counts),
+            "copies": min(counts),
+            "epoch": None,
+            "age_s": None,
+            "key": "",
+            "why": "",
+        }
+        for step in state.holdings
+        if (counts := copies(state, step))
+    ]
+    return sorted(durable + memory, key=lambda row: (-int(str(row["step"])), str(row["tier"])))
+
+
+def condition(state: RunState, commit: Committed) -> str:
+    """Return the condition of a checkpoint of the durable tier in one word."""
+    if commit.rejected:
+        return "Rejected"
+    return "Expired" if _why_expired(state, commit) else "Committed"
+
+
+def _why_expired(state: RunState, commit: Committed) -> str:
+    """Say that a checkpoint is too old to have been kept; the journal does not see deletions."""
+    keep = state.run.spec.checkpoint.keep_last
+    sound = sorted((c.step, c.epoch) for c in state.commits if not c.rejected)
+    older = (commit.step, commit.epoch) < min(sound[-keep:], default=(0, 0))
+    return f"older than the newest {keep} (spec.checkpoint.keepLast)" if older else ""
+
+
+def copies(state: RunState, step: Step) -> list[int]:
+    """Return, for each rank whose shard of a step is in memory anywhere, on how many nodes."""
+    counts = [len(state.holders(step, rank)) for rank in sorted(state.holdings.get(step, {}))]
+    return [count for count in counts if count]
+
+
+CHECKPOINT = Kind(
+    "checkpoint",
+    (
+        Column("NAME", "name"),
+        Column("TIER", "tier"),
+        Column("STATE", "state"),
+        Column("SHARDS", "shards"),
+        Column("COPIES (min)", "copies"),
+        Column("AGE (s)", "age_s", span),
+        Column("EPOCH (generation)", "epoch", text, wide=True),
+        Column("KEY", "key", text, wide=True),
+        Column("WHY", "why", text, wide=True),
+    ),
+    checkpoint_rows,
+)

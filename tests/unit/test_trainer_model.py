@@ -7,6 +7,7 @@ from orchestrator.worker import MisconfiguredError
 from trainer.config import PRESETS, ModelConfig, model_config
 from trainer.model import Llama, document_mask, next_token_loss, per_document, rope_table, rotate
 
+torch.set_num_threads(1)  # on a busy machine, two that spin took twenty seconds for one test
 TINY = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab=64)
 
 

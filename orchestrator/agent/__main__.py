@@ -33,6 +33,8 @@ def main() -> int:
         format="%(asctime)s.%(msecs)03d %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
     )
+    for chatty in ("httpx", "httpcore", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = read_config(sys.stdin.buffer.read(CONFIG_MAX_BYTES))
     except msgspec.MsgspecError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from orchestrator.agent.ranks import LiveRank
+from orchestrator.agent.live import LiveRank
 from orchestrator.agent.warm import WarmUpError
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import RankExited

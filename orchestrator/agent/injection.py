@@ -20,8 +20,9 @@ from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.live import LiveRank
 from orchestrator.agent.memory import Memory
-from orchestrator.agent.ranks import LiveRank, Ranks, end_strays
+from orchestrator.agent.ranks import Ranks, end_strays
 from orchestrator.faults.catalogue import CATALOGUE
 from orchestrator.faults.plan import ArmedFault, Fault
 from orchestrator.protocol.agent import NODE_LOST_EXIT
@@ -72,7 +73,8 @@ class Injection:
         self._node, self._memory = node, memory
         self._ranks, self._keeper, self._channel = ranks, keeper, channel
         self._account, self._tier, self._say = account, tier, say
-        self._armed: dict[int, Fault] = {}
+        self._known: dict[int, Fault] = {}
+        self._watched_for: frozenset[int] = frozenset()
         self._due: set[int] = set()
         self._done: set[int] = set()
         self._lasting: set[asyncio.Task[None]] = set()
@@ -80,17 +82,19 @@ class Injection:
     @property
     def watching(self) -> bool:
         """Whether the steps of ranks decide on anything."""
-        return any(index not in self._due for index in self._armed)
+        return not self._watched_for <= self._due
 
     def arm(self, faults: Iterable[dict[str, Any]]) -> None:
         """Watch for these from now on; raises msgspec.ValidationError if they are none."""
         found = [msgspec.convert(fault, ArmedFault) for fault in faults]
-        self._armed = {f.index: f.fault for f in found if f.index not in self._done}
+        # What is not named any more is remembered: the order to carry it out may be on its way.
+        self._known |= {f.index: f.fault for f in found}
+        self._watched_for = frozenset(f.index for f in found) - self._done
 
     def look(self) -> None:
         """Report what is due as of now, each once."""
-        for index, fault in self._armed.items():
-            if index not in self._due and self._is_due(fault):
+        for index in sorted(self._watched_for - self._due):
+            if self._is_due(self._known[index]):
                 self._due.add(index)
                 self._say(FaultDue(index=index))
 
@@ -100,7 +104,8 @@ class Injection:
             return
         self._done.add(index)
         self._account.fault_answered(index)
-        fault = self._armed.pop(index, None)
+        self._due.add(index)
+        fault = self._known.get(index)
         if fault is None:
             self._say(FaultCarriedOut(index=index, problem=f"{self._node} was not told of it"))
             return

@@ -8,43 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from orchestrator.agent import pulse
-from orchestrator.agent.account import FINISHED, STEPPED, Account
+from orchestrator.agent.account import STEPPED, Account
 from orchestrator.agent.channel import Channel, RefusedError
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.exits import exited
 from orchestrator.agent.injection import Injection
 from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.live import LiveRank
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
-from orchestrator.agent.ranks import LiveRank, Ranks, end_strays
+from orchestrator.agent.parking import Parking
+from orchestrator.agent.ranks import Ranks, end_strays
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
 from orchestrator.agent.shards import MalformedError
-from orchestrator.agent.warm import WarmUpError
+from orchestrator.agent.voice import Voice
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import (
-    PROTOCOL_VERSION,
     Announce,
     Arm,
     Begin,
     CarryOut,
-    Fact,
     Farewell,
     Fence,
-    Holding,
-    Joined,
     RanksTroubled,
     RendezvousOffered,
     Retain,
-    ShardsHeld,
     ToAgent,
     Welcome,
 )
@@ -69,7 +65,6 @@ EXIT_REFUSED = 77
 """EX_NOPERM: the controller does not take our token."""
 DEFAULTS = derive(10.0, 600.0)
 """Bounds to go by before a controller has said which."""
-PARKED_RETRY_MAX_S = 60.0
 ADDRESS_MAX = 256
 
 
@@ -86,7 +81,6 @@ class Node:
         self._config, self._memory, self._nursery = config, memory, nursery
         self._account = Account()
         self._keeper = Keeper(memory.path, token=config.token, host=config.host)
-        self._keeper.on_held = self._held
         self._keeper.on_freed = self._freed
         self._ranks = Ranks(
             nursery,
@@ -95,11 +89,18 @@ class Node:
             heard=self._heard,
             ended=self._ended,
         )
+        # One beside those with seats; on a node without, one for every seat there could be.
+        self._parking = Parking(self._ranks, lambda: 1 if self._account.ranks else config.ranks)
         self._channel = Channel(
-            config, joined=self._joined, welcomed=self._welcomed, obey=self._obey
+            config,
+            joined=lambda: self._voice.joined(self._peer_address),
+            welcomed=self._welcomed,
+            obey=self._obey,
         )
-        self._seating = Seating(config, self._ranks, self._keeper, self._account, self._say)
-        self._saving = Saving(config.node, self._ranks, self._keeper, self._say)
+        self._voice = Voice(config, self._account, self._ranks, self._keeper, self._channel)
+        self._keeper.on_held = self._voice.say_held
+        self._seating = Seating(config, self._ranks, self._keeper, self._account, self._voice.say)
+        self._saving = Saving(config.node, self._ranks, self._keeper, self._voice.say)
         self._injection = Injection(
             config.node,
             memory=memory,
@@ -108,7 +109,7 @@ class Node:
             channel=self._channel,
             account=self._account,
             tier=lambda: self._tier,
-            say=self._say,
+            say=self._voice.say,
         )
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
@@ -116,7 +117,6 @@ class Node:
         self._entering: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._parked_deaths = 0
 
     # Life ---------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Node:
         self._peer_address = await self._keeper.open()
         channel = self._start(self._call())
         self._start(self._watch())
-        self._start(self._refill())
+        self._start(self._parking.refill())
         code = await self._exit
         if self._entering is not None:
             self._entering.cancel()
@@ -159,18 +159,27 @@ class Node:
         """Look at beacons, beat, and notice when there is nobody left to work for."""
         beat_at = time.monotonic()
         while True:
-            if self._injection.watching:
-                self._injection.look()
-            pulse.collect(self._account, self._ranks)
             now = time.monotonic()
-            if now >= beat_at:
+            due = now >= beat_at
+            if due:
                 beat_at = now + self._limits.beat_s
-                if self._channel.connected:
-                    self._channel.send(pulse.beat(self._account, self._ranks))
-                else:
-                    self._end_if_abandoned(now)
+            try:
+                self._look(now, beat=due)
+            except Exception:
+                # Whatever a rank has done to its beacon: a node that does not beat is lost.
+                log.exception("looking at the ranks")
+                await asyncio.sleep(self._limits.beat_s)
             pause_s = beat_at - time.monotonic()
             await asyncio.sleep(min(max(pause_s, 0.001), self._limits.scan_s))
+
+    def _look(self, now: float, *, beat: bool) -> None:
+        if self._injection.watching:
+            self._injection.look()
+        pulse.collect(self._account, self._ranks)
+        if beat and self._channel.connected:
+            self._voice.beat()
+        elif beat:
+            self._end_if_abandoned(now)
 
     def _end_if_abandoned(self, now: float) -> None:
         limit_s = self._limits.collective_s
@@ -184,40 +193,12 @@ class Node:
 
     # The controller -----------------------------------------------------------------------------
 
-    def _joined(self) -> Joined:
-        pulse.collect(self._account, self._ranks)
-        account = self._account
-        lanes = account.lanes if account.mark == FINISHED else {}
-        return Joined(
-            node=self._config.node,
-            version=PROTOCOL_VERSION,
-            incarnation=self._config.incarnation,
-            pid=os.getpid(),
-            peer_address=self._peer_address,
-            generation=account.generation,
-            mark=account.mark,
-            ranks=account.ranks,
-            holdings=account.vouched(self._keeper.holdings()),
-            offered=account.offered,
-            lanes=tuple(lanes[rank] for rank in account.ranks) if lanes else (),
-        )
-
     def _welcomed(self, terms: Welcome) -> None:
         """Take the terms of the run; say again what may have been lost with the last connection."""
-        if (
-            self._tier is None
-            or self._terms is None
-            or (self._terms.checkpoint_uri != terms.checkpoint_uri)
-        ):
+        if self._terms is None or self._terms.checkpoint_uri != terms.checkpoint_uri:
             self._open_tier(terms.checkpoint_uri)
         self._terms = terms
-        self._account.reconnected(terms.steps_known)
-        self._channel.send(pulse.beat(self._account, self._ranks))
-        holdings = self._keeper.holdings()
-        if holdings:
-            self._channel.send(ShardsHeld(generation=self._account.generation, holdings=holdings))
-        for fact in self._account.facts():
-            self._channel.send(fact)
+        self._voice.repeat(terms.steps_known)
 
     def _open_tier(self, uri: str) -> None:
         if self._tier is not None:
@@ -228,17 +209,6 @@ class Node:
             self._tier = None
             log.error("no durable tier: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
         self._saving.tier = self._tier
-
-    def _say(self, fact: Fact) -> None:
-        """Send a fact and keep it. Steps go first: what follows from a step is of no use without.
-
-        A restart from a shard whose step was never reported would leave a hole in the history.
-        """
-        self._account.keep(fact)
-        pulse.collect(self._account, self._ranks)
-        if self._account.owes_reports and self._channel.connected:
-            self._channel.send(pulse.beat(self._account, self._ranks))
-        self._channel.send(fact)
 
     def _obey(self, order: ToAgent) -> None:
         """Carry out an order. One that fails is logged: the next may be the one that helps."""
@@ -298,7 +268,7 @@ class Node:
 
         async def clear() -> None:
             await self._seating.clear(generation, None, self._limits)
-            await self._refill()
+            await self._parking.refill()
 
         self._enter(clear())
 
@@ -320,7 +290,7 @@ class Node:
             case Offer(address=address):
                 if seat.rank == 0 and address[:ADDRESS_MAX] != self._account.offered:
                     self._account.offered = address[:ADDRESS_MAX]
-                    self._say(
+                    self._voice.say(
                         RendezvousOffered(generation=seat.generation, address=address[:ADDRESS_MAX])
                     )
             case Reached(mark=mark):
@@ -328,7 +298,7 @@ class Node:
             case Staged():
                 self._staged(live, seat.rank, message)
             case Troubled(message=text):
-                self._say(
+                self._voice.say(
                     RanksTroubled(
                         generation=seat.generation, ranks=(seat.rank,), message=text[:2000]
                     )
@@ -336,16 +306,16 @@ class Node:
             case Finished(step=step, lanes=lanes):
                 fact = self._account.rank_finished(seat.rank, step, lanes)
                 if fact is not None:
-                    self._say(fact)
+                    self._voice.say(fact)
 
     def _reached(self, rank: Rank, mark: str) -> None:
         fact = self._account.rank_reached(rank, mark)
         if fact is None:
             return
-        self._say(fact)
+        self._voice.say(fact)
         if fact.mark == STEPPED:
             # Not earlier: a process that warms up takes its time from those that recover.
-            self._start(self._refill())
+            self._start(self._parking.refill())
 
     def _staged(self, live: LiveRank, rank: Rank, message: Staged) -> None:
         try:
@@ -359,7 +329,7 @@ class Node:
         seat = live.seat
         if seat is None:
             if not live.dismissed:
-                self._parked_died(live, code)
+                self._start(self._parking.replace(live, code))
             return
         pulse.collect_from(self._account, live)
         if live.dismissed or live.aborted or seat.generation != self._account.generation:
@@ -368,30 +338,9 @@ class Node:
             log.info("rank %d ended with %d after it was done", seat.rank, code)
             return
         log.warning("rank %d (process %d) ended with %d", seat.rank, live.pid, code)
-        self._say(exited(live, code))
-
-    def _parked_died(self, live: LiveRank, code: int) -> None:
-        self._parked_deaths += 1
-        pause_s = min(2.0**self._parked_deaths / 2, PARKED_RETRY_MAX_S)
-        log.warning("parked process %d ended with %d; next in %.0f s", live.pid, code, pause_s)
-
-        async def replace() -> None:
-            await asyncio.sleep(pause_s)
-            await self._refill()
-
-        self._start(replace())
-
-    async def _refill(self) -> None:
-        """Have processes stand by: one beside those with seats, or one for every seat."""
-        try:
-            await self._ranks.refill(1 if self._account.ranks else self._config.ranks)
-        except WarmUpError as error:
-            log.error("nobody stands by: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
+        self._voice.say(exited(live, code))
 
     # Memory -------------------------------------------------------------------------------------
-
-    def _held(self, generation: Generation, holdings: tuple[Holding, ...]) -> None:
-        self._say(ShardsHeld(generation=generation, holdings=holdings))
 
     def _freed(self, rank: Rank, slot: int) -> None:
         live = self._ranks.seated().get(rank)

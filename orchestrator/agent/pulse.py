@@ -6,7 +6,8 @@ import math
 
 from orchestrator.agent import linux
 from orchestrator.agent.account import SEATED, Account
-from orchestrator.agent.ranks import LiveRank, Ranks
+from orchestrator.agent.live import LiveRank
+from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import Beat, StepReport
 from orchestrator.worker.beacon import StepRecord

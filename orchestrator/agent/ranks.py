@@ -19,6 +19,7 @@ from pathlib import Path
 
 from orchestrator.agent import linux
 from orchestrator.agent.control import Control
+from orchestrator.agent.live import LiveRank
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.process import GROUP_WITHIN_S, RankProcess
 from orchestrator.protocol.ids import Generation, Rank
@@ -27,106 +28,14 @@ from orchestrator.protocol.rank import (
     BEACON_VARIABLE,
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
-    Abort,
     Died,
     FromRank,
-    Reached,
     Retire,
-    Seat,
 )
 from orchestrator.protocol.timeouts import Timeouts
-from orchestrator.worker.beacon import BeaconError, BeaconReader, Reading, create
+from orchestrator.worker.beacon import create
 
 log = logging.getLogger(__name__)
-
-
-class LiveRank:
-    """One process.
-
-    Attributes:
-        seat: the seat it was given last; None while it is parked.
-        left: whether it has left that seat, and waits for the next.
-        dismissed: whether it was told to end, or killed, by us: its end is no news.
-        last_words: what it said of the exception that ends it.
-        log_from: size of its log when it got its seat.
-        out: set when it has left, or ended.
-        gone: set when it has ended, and what it left behind is reaped.
-    """
-
-    def __init__(self, process: RankProcess, page: Path) -> None:
-        self.process = process
-        self.control: Control
-        self.beacon = BeaconReader(page)
-        self.seat: Seat | None = None
-        self.left = False
-        self.aborted = False
-        self.dismissed = False
-        self.last_words: Died | None = None
-        self.log_from = 0
-        self.out = asyncio.Event()
-        self.gone = asyncio.Event()
-        self._page = page
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self.process.pid
-
-    def read(self) -> Reading | None:
-        """Return what its beacon says; None if that is no beacon (any more)."""
-        try:
-            return self.beacon.read()
-        except (BeaconError, ValueError):
-            return None
-
-    def take(self, seat: Seat) -> None:
-        """Give it a seat."""
-        self.seat, self.left, self.aborted = seat, False, False
-        self.out.clear()
-        self.log_from = _size(seat.log)
-        self.control.send(seat)
-
-    def park(self) -> None:
-        """Count it among those without a seat."""
-        self.seat, self.left, self.aborted = None, False, False
-
-    def leave(self, before: Generation) -> None:
-        """Tell it to leave its seat; `out` says when it has."""
-        self.aborted = True
-        self.control.send(Abort(before=before))
-        reading = self.read()
-        if reading is not None and reading.phase is RankPhase.STARTING:
-            # It has not even come to its seat yet, so there is no world that it could leave.
-            self.left = True
-            self.out.set()
-
-    def kill(self) -> None:
-        """End it; its end is no news."""
-        self.dismissed = True
-        self.signal(signal.SIGKILL)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to its process group, if it is still there."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.signal(number)
-
-    def hear(self, message: FromRank) -> None:
-        """Take note of what concerns only this process."""
-        match message:
-            case Died():
-                self.last_words = message
-            case Reached(mark="left", generation=generation):
-                if self.seat is not None and generation == self.seat.generation:
-                    self.left = True
-                    self.out.set()
-            case _:
-                pass
-
-    def close(self) -> None:
-        """Release what it had of ours, once it has ended."""
-        self.control.close()
-        self.beacon.close()
-        self._page.unlink(missing_ok=True)
 
 
 class Ranks:
@@ -231,15 +140,14 @@ class Ranks:
                 live.park()
 
     async def refill(self, wanted: int) -> None:
-        """See that `wanted` processes are parked: fork what is missing, retire what is too much.
+        """See that `wanted` processes are parked: fork what is missing, end what is too much.
 
         Raises:
             WarmUpError: if none can be forked.
         """
         parked = self.parked()
         for live in parked[wanted:]:
-            live.dismissed = True
-            live.control.send(Retire())
+            live.kill()
         for _ in range(wanted - len(parked) - len(self._forking)):
             self._fork()
         if self._forking:
@@ -380,13 +288,6 @@ async def _within(event: asyncio.Event, seconds: float) -> bool:
         async with asyncio.timeout(seconds):
             await event.wait()
     return event.is_set()
-
-
-def _size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size if path else 0
-    except OSError:
-        return 0
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -16,7 +16,8 @@ from orchestrator.agent.account import CLEARED, SEATED, Account
 from orchestrator.agent.durable import DurableShard, DurableTier
 from orchestrator.agent.exits import not_importable
 from orchestrator.agent.keeper import Keeper
-from orchestrator.agent.ranks import LiveRank, Ranks
+from orchestrator.agent.live import LiveRank
+from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.shards import CorruptError, KeeperError, StaleError
 from orchestrator.agent.warm import WarmUpError
 from orchestrator.protocol.agent import AgentConfig

@@ -300,7 +300,7 @@ class Agent:
         """How many processes wait for a seat, by their own account."""
         waiting = 0
         for page in (self.memory / "beacons").glob("*"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):  # just made, just removed
                 reader = BeaconReader(page)
                 waiting += reader.read().phase is RankPhase.WAITING
                 reader.close()

@@ -87,14 +87,10 @@ def _done(incident: Incident, state: RunState) -> list[str]:
 
 
 def _cost(incident: Incident, told: IncidentReport) -> list[str]:
-    lines = [
-        f"{told.lost_steps} steps done again"
-        + (
-            f" ({incident.restored_step + 1} to {incident.reached_step})"
-            if told.lost_steps and incident.restored_step is not None
-            else ""
-        )
-    ]
+    lines = [f"{units.count(told.lost_steps, 'step')} done again"]
+    if told.lost_steps and incident.restored_step is not None:
+        first, last = incident.restored_step + 1, incident.reached_step
+        lines[0] += f" ({first})" if first == last else f" ({first} to {last})"
     whole = sum(told.ledger.values())
     lines.append(f"{units.seconds(whole)} in all" + (", of which" if whole else ""))
     lines += [
@@ -124,7 +120,7 @@ MEANING = {
 
 def _timeline(incident: Incident, state: RunState, history: History) -> list[str]:
     end = incident.resumed_at if incident.resumed_at is not None else state.now
-    lines = [(note.at, units.first_line(note.text)) for note in incident.timeline]
+    lines = [(note.at, _short(note.text, incident)) for note in incident.timeline]
     known = {text for _, text in lines}
     lines += [(at, text) for at, text in history.between(incident.since, end) if text not in known]
     lines += [
@@ -140,6 +136,13 @@ def _timeline(incident: Incident, state: RunState, history: History) -> list[str
             f"{'...':>12}  {left_out} lines: holdfast get events --run {state.run.metadata.name}"
         ]
     return told
+
+
+def _short(text: str, incident: Incident) -> str:
+    """Return a note without the reason, which stands above in full."""
+    if incident.reason:
+        text = text.replace(incident.reason, incident.rung)
+    return units.first_line(text)
 
 
 def _next(incident: Incident, state: RunState) -> list[str]:

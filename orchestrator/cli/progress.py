@@ -153,16 +153,19 @@ def generation(state: RunState) -> str:
 
 def incident_line(incident: Incident) -> str:
     """Return an incident in one line: what, who, and what became of it."""
-    text = f"{incident.id}  {incident.kind}  {incident.suspects()}"
+    text = f"{incident.id}  {incident.kind}"
     if incident.resumed_at is not None:
+        text += f"  {incident.suspects()}"
+        if incident.rung == "none":
+            return f"{text}  training was not interrupted"
         cost_s = incident.resumed_at - incident.since
-        again = f", {incident.lost_steps} steps again" if incident.lost_steps else ""
+        again = f", {units.count(incident.lost_steps, 'step')} again" if incident.lost_steps else ""
         return f"{text}  {incident.rung}: training again after {units.seconds(cost_s)}{again}"
     if incident.decided_at is not None:
-        return f"{text}  {incident.rung}: {units.first_line(incident.reason)}"
+        return f"{text}  {units.first_line(incident.reason)}"  # names suspects, evidence and rung
     detected_s = incident.detected_at - incident.since
     evidence = units.first_line(incident.findings[0].evidence)
-    return f"{text}  detected after {units.seconds(detected_s)}: {evidence}"
+    return f"{text}  {evidence} (detected after {units.seconds(detected_s)})"
 
 
 def ending(state: RunState) -> str:
@@ -173,7 +176,8 @@ def ending(state: RunState) -> str:
     return (
         f"{state.end_state} after {wall}: {state.end_reason}\n"
         f"{position(state)}  ETTR {units.percent(state.ledger.effective_ratio)}  "
-        f"{sum(state.rungs.values())} generations  {len(state.incidents)} incidents"
+        f"{units.count(sum(state.rungs.values()), 'generation')}  "
+        f"{units.count(len(state.incidents), 'incident')}"
     )
 
 

@@ -90,11 +90,14 @@ def _counted(rungs: dict[str, int]) -> str:
 def incident_line(incident: IncidentReport) -> str:
     """Return an incident in one line: what, whom, how it was dealt with and how long that took."""
     text = f"{incident.id}  {incident.kind}  {', '.join(incident.suspects) or 'nobody named'}"
-    text += f"  {incident.rung or 'nothing done yet'}"
+    if incident.rung == "none":
+        text += "  training was not interrupted"
+    else:
+        text += f"  {incident.rung or 'nothing done yet'}"
     if incident.first_step_after_s:
         text += f"; training again after {units.seconds(incident.first_step_after_s)}"
     if incident.lost_steps:
-        text += f", {incident.lost_steps} steps again"
+        text += f", {units.count(incident.lost_steps, 'step')} again"
     return text + ("; FALSE ALARM" if incident.false_alarm else "")
 
 

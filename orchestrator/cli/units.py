@@ -76,6 +76,15 @@ def size(value: int) -> str:
     return f"{amount:.1f} TiB"
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> [count(n, "step") for n in (0, 1, 2)]
+    ['0 steps', '1 step', '2 steps']
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def first_line(text: str) -> str:
     """Return the first line of a text; the whole one is for `describe`."""
     return text.splitlines()[0] if text else ""

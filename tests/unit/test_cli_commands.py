@@ -284,6 +284,7 @@ def test_an_incident_that_is_open_says_so(home: Path) -> None:
 
     assert "inc-2: node-lost, OPEN for 2.00 s; the run is Gathering" in out
     assert "nothing yet; the run is Gathering" in out
+    assert "began: node-1 ended" in out
 
 
 def test_describe_incident_cuts_a_long_time_line_in_its_middle(home: Path) -> None:

@@ -56,7 +56,7 @@ def test_there_is_a_line_for_each_change_of_state_and_each_stage_of_an_incident(
         "inc-1",
         "Training",
     ]
-    assert "restart in place: rank 1, node-0" in told[2]
+    assert "inc-1  crash  rank 1, node-0: rank 1 on node-0 was ended by signal 9" in told[2]
     assert "training again after 250 ms, 2 steps again" in told[4]
     assert "step 5/1000" in told[5]
     assert "loss 2.0000  1k tokens/s  ETTR" in told[5]

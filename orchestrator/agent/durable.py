@@ -1,0 +1,111 @@
+"""A node's way to the durable tier, and the faults that a plan may let loose on it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storage.blob import BlobStore
+from storage.errors import BlobNotFoundError, UnsupportedUriError
+from storage.local import LocalStore, open_store
+from storage.manifest import COMMITS, body_key, parse_commit_key
+from storage.wrappers import CountingStore, FaultyStore, RetryingStore
+
+ATTEMPTS_MAX = 5
+CHANGED_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DurableShard:
+    """Where a shard lies on the durable tier: number `shard` of the checkpoint at key `commit`."""
+
+    store: BlobStore
+    commit: str
+    shard: int
+
+
+class DurableTier:
+    """One node's connection to the store of its run.
+
+    Attributes:
+        store: what everybody uses; repeats what may succeed later.
+        counts: the same, with what was asked of it so far.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Connect to the store at `uri`; nothing is read or written yet.
+
+        Raises:
+            UnsupportedUriError: if no store can be opened for it.
+        """
+        self._root = open_store(uri)
+        self._faulty = FaultyStore(self._root)
+        self.counts = CountingStore(RetryingStore(self._faulty, attempts_max=ATTEMPTS_MAX))
+        self.store: BlobStore = self.counts
+        self._ends: dict[str, asyncio.TimerHandle] = {}
+
+    @property
+    def reads(self) -> int:
+        """How often the store was asked for something so far; 0 if no recovery needed it."""
+        return self.counts.gets + self.counts.sizes + self.counts.lists
+
+    def fill(self, lasts_s: float | None) -> None:
+        """Have every put find the disk full from now on, for that many seconds (None: for good).
+
+        To be called on the event loop; so is `slow_down`. A second fault of a kind replaces the
+        first.
+        """
+        self._faulty.full = True
+        self._end_after("full", lasts_s, lambda: setattr(self._faulty, "full", False))
+
+    def slow_down(self, delay_s: float, lasts_s: float | None) -> None:
+        """Have every operation take `delay_s` more from now on, for `lasts_s` seconds."""
+        self._faulty.slow_s = delay_s
+        self._end_after("slow", lasts_s, lambda: setattr(self._faulty, "slow_s", 0.0))
+
+    def corrupt_newest(self) -> str:
+        """Change a few bytes in the middle of a shard of the newest checkpoint, on the disk itself.
+
+        Blocks for as long as the disk takes.
+
+        Returns:
+            Which bytes of which file, for people.
+
+        Raises:
+            BlobNotFoundError: if there is no checkpoint, or its shard is not there.
+            UnsupportedUriError: if the store has no files to reach behind.
+        """
+        if not isinstance(self._root, LocalStore):
+            raise UnsupportedUriError("only checkpoints in a folder can be corrupted by a plan")
+        found = [parse_commit_key(key) for key in self._root.keys(COMMITS)]
+        newest = max((where for where in found if where), default=None)
+        if newest is None:
+            raise BlobNotFoundError("there is no checkpoint that could be corrupted")
+        key = body_key(*newest, 0)
+        size = self._root.size(key)
+        at = max(size - CHANGED_BYTES, 0) // 2
+        descriptor = os.open(self._root.root / key, os.O_RDWR)
+        try:
+            # Counted up, not inverted: doing it twice must not heal it.
+            changed = bytes((byte + 1) & 0xFF for byte in os.pread(descriptor, CHANGED_BYTES, at))
+            os.pwrite(descriptor, changed, at)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return f"changed bytes {at} to {at + len(changed) - 1} of {self._root.root / key}"
+
+    def close(self) -> None:
+        """End every fault that is let loose."""
+        for handle in self._ends.values():
+            handle.cancel()
+        self._ends.clear()
+        self._faulty.full, self._faulty.slow_s = False, 0.0
+
+    def _end_after(self, kind: str, lasts_s: float | None, end: Callable[[], None]) -> None:
+        earlier = self._ends.pop(kind, None)
+        if earlier is not None:
+            earlier.cancel()
+        if lasts_s is not None:
+            self._ends[kind] = asyncio.get_running_loop().call_later(lasts_s, end)

@@ -1,0 +1,368 @@
+"""Keeps shards in this node's shared memory: its own ranks', and copies for other nodes.
+
+A rank that died resumes from its slot, in place; a node that was lost resumes from the copies that
+its buddy keeps. Nothing that crosses a process is used before its digests were checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from orchestrator.agent.durable import DurableShard
+from orchestrator.agent.peers import PeerClient, PeerServer
+from orchestrator.agent.shards import (
+    SLOTS,
+    KeeperError,
+    MalformedError,
+    NotHeldError,
+    Shard,
+    Shelf,
+    StaleError,
+    UnreachableError,
+)
+from orchestrator.agent.transfer import allocate, map_file, verify_file
+from orchestrator.protocol import rank as protocol
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import Holding, Receipt
+from storage.blob import BlobStore
+from storage.commit import fetch_body, fetch_index, write_shard
+from storage.errors import ForeignCheckpointError, StorageUnavailableError
+from storage.manifest import decode_manifest, describe
+from storage.shard import decode_index, encode_index
+
+Tier = Literal["own", "fetched", "durable"]
+"""Where a shard was found: in this node's memory, in another's, on the durable tier."""
+
+WRITES_AT_ONCE = 2
+T = TypeVar("T")
+
+
+class Keeper:
+    """The shards in a node's memory. Every method belongs on the event loop.
+
+    Attributes:
+        on_held: called for each own shard staged and each copy verified, with the generation under
+            which the controller is to be told.
+        on_freed: called when a staging slot may be written again: tell its rank, if it has a seat.
+        unreachable: True refuses peers, calls none, and breaks off what is under way.
+    """
+
+    def __init__(self, memory: Path, *, token: str, host: str = "127.0.0.1") -> None:
+        """Keep shards in `memory`, an existing folder on a memory file system.
+
+        Args:
+            memory: where the slots of ranks are; the keeper's own files lie beside them.
+            token: shown to other agents, and asked of them.
+            host: address on which other agents reach this one.
+        """
+        self.on_held: Callable[[Generation, tuple[Holding, ...]], None] = lambda _, __: None
+        self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
+        self._memory = memory
+        self._host = host
+        self._shelf = Shelf(memory, on_freed=self._freed, remove=self._remove_soon)
+        self._peers: dict[NodeId, str] = {}
+        self._peers_changed = asyncio.Event()
+        self._numbers = itertools.count()
+        cores = os.cpu_count() or 1
+        self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
+        self._writers = ThreadPoolExecutor(WRITES_AT_ONCE, "holdfast-write")
+        self._client = PeerClient(token)
+        self._server = PeerServer(
+            self._shelf,
+            token=token,
+            new_file=partial(self._new_file, "copy"),
+            threads=self._threads,
+            on_copy=self._copied,
+        )
+
+    async def open(self) -> str:
+        """Serve other agents; return the address for them, "host:port".
+
+        Raises:
+            OSError: if `host` is not an address of this machine.
+        """
+        self._remove_files()
+        return self._server.open(self._host)
+
+    async def close(self) -> None:
+        """Stop serving and remove every shard, within seconds; a thread may be ending still."""
+        await self._client.close()
+        await self._server.close()
+        for threads in (self._threads, self._writers):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self._remove_files()
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether this node is cut off from its peers."""
+        return self._server.unreachable
+
+    @unreachable.setter
+    def unreachable(self, value: bool) -> None:
+        self._server.unreachable = self._client.unreachable = value
+
+    # What is held -------------------------------------------------------------------------
+
+    def begin(self, generation: Generation, peers: dict[NodeId, str], restore: Step | None) -> None:
+        """Enter a generation that continues from step `restore`, or from the seed.
+
+        Shards of later steps are dropped (all, if None), unless this generation staged them.
+        Call it before any seat of the generation is given, and again when `peers` change. Slots
+        that become free are not announced, `free_slots` names them.
+        """
+        self._peers = dict(peers)
+        self._peers_changed.set()
+        self._peers_changed = asyncio.Event()
+        self._shelf.begin(generation, restore)
+
+    def free_slots(self, rank: Rank) -> tuple[int, ...]:
+        """Return the slots that a rank may write to, ascending; at most `SLOTS`."""
+        return self._shelf.free_slots(rank)
+
+    def staged(self, rank: Rank, message: protocol.Staged) -> None:
+        """Hold what a rank has staged, and say so. Its bytes are checked when they are used.
+
+        A message of an older generation is ignored: its slot may have been given away since.
+
+        Raises:
+            MalformedError: if the index is not one, or not of what the message says.
+        """
+        generation = self._shelf.lineage.generation
+        if message.generation < generation:
+            return
+        shard = Shard.of(
+            rank, message.index, self._shelf.slot_file(rank, message.slot), message.slot
+        )
+        found = (shard.step, shard.generation)
+        if found != (message.step, message.generation) or not 0 <= message.slot < SLOTS:
+            raise MalformedError(
+                f"rank {rank}: slot is {message.slot} of {SLOTS}, index is of (step, generation) "
+                f"{found}, message of {(message.step, message.generation)}"
+            )
+        try:
+            self._shelf.put(shard)
+        except StaleError:
+            self.on_freed(rank, message.slot)
+            return
+        self.on_held(message.generation, (Holding(rank, shard.step),))
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """Return everything that is held, by rank and step."""
+        return self._shelf.holdings()
+
+    def retain(self, step: Step) -> None:
+        """Let go of everything older than `step`; slots that become free are told to `on_freed`.
+
+        What is being written, copied or restored from goes when that is over.
+        """
+        self._shelf.retain(step)
+
+    # Where it goes ------------------------------------------------------------------------
+
+    async def copy_to(
+        self, buddy: NodeId, rank: Rank, step: Step, *, timeout_s: float = 60.0
+    ) -> None:
+        """Have another node hold a copy, too; it tells the controller itself.
+
+        Raises:
+            NotHeldError: if the shard is not held here.
+            StaleError: if the other node is at a newer generation, or needs the step no more.
+            CorruptError: if the other node received what does not match the index.
+            UnreachableError: if it did not answer, or is not done after `timeout_s`, which
+                includes the wait for its address.
+            KeeperError: of another class, for what else the other node said.
+        """
+        shard = self._shelf.require(rank, step)
+        with self._shelf.pinned(shard):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    address = await self._address(buddy)
+                    await self._client.send(address, shard, self._shelf.lineage)
+            except TimeoutError:
+                raise UnreachableError(f"{shard} is not on {buddy} after {timeout_s:g} s") from None
+
+    async def prepare(
+        self,
+        rank: Rank,
+        step: Step,
+        source: str,
+        durable: DurableShard | None = None,
+        *,
+        timeout_s: float = 60.0,
+    ) -> tuple[protocol.Restore, Tier]:
+        """Have the shard that a rank restores from in this node's memory, verified.
+
+        It is taken from here, if it is here; else from the node named by `source`; else, if that
+        is "", from the durable tier. It stays until the rank stages or a generation begins.
+
+        Raises:
+            CorruptError: if the bytes do not match the index; what was here is dropped.
+            StaleError: if another generation began meanwhile.
+            UnreachableError: if the other node did not answer, or not within `timeout_s`, which
+                includes the wait for its address.
+            KeeperError: of another class, for what else the other node said, or if memory is full.
+            StorageError: if it was to come from the durable tier, and could not.
+        """
+        began = self._shelf.lineage.generation
+        shard = self._shelf.find(rank, step)
+        tier: Tier
+        if shard is not None:
+            await self._verify(shard)
+            tier = "own"
+        else:
+            path = self._new_file("restore", rank, step)
+            if source:
+                shard = await self._fetch(NodeId(source), (rank, step), path, timeout_s)
+                tier = "fetched"
+            elif durable is not None:
+                shard = await self._read(durable, (rank, step), path, timeout_s)
+                tier = "durable"
+            else:
+                raise NotHeldError(f"no source is named for rank {rank}, step {step}")
+            self._shelf.put(shard)
+        if self._shelf.lineage.generation != began or shard.dropped:
+            raise StaleError(f"{shard}: this node is at {self._shelf.lineage} by now")
+        self._shelf.lend(shard)
+        return protocol.Restore(step=step, path=str(shard.path), index=shard.index), tier
+
+    async def write(
+        self,
+        store: BlobStore,
+        rank: Rank,
+        step: Step,
+        generation: Generation,
+        *,
+        timeout_s: float = 600.0,
+    ) -> Receipt:
+        """Make a shard durable. Its slot is not freed before the write is over, however it ends.
+
+        Raises:
+            NotHeldError: if the shard is not held, or was not staged by that generation.
+            StorageError: if it could not be written; StorageUnavailableError after `timeout_s`.
+        """
+        shard = self._shelf.require(rank, step)
+        if shard.generation != generation:
+            raise NotHeldError(
+                f"{shard} is of generation {shard.generation}, expected {generation}"
+            )
+
+        def work() -> Receipt:
+            index = decode_index(shard.index.encode())
+            receipt = write_shard(store, index, map_file(shard.path, shard.size))
+            return Receipt(receipt.shard, receipt.size, receipt.index_digest)
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._pinned_in(self._writers, shard, work)
+        except TimeoutError:
+            raise StorageUnavailableError(f"{shard} is not written after {timeout_s:g} s") from None
+
+    # Inside -------------------------------------------------------------------------------
+
+    async def _verify(self, shard: Shard) -> None:
+        try:
+            await self._pinned_in(
+                self._threads, shard, lambda: verify_file(shard.path, shard.index)
+            )
+        except KeeperError:
+            self._shelf.drop(shard)
+            raise
+
+    async def _fetch(
+        self, source: NodeId, wanted: tuple[Rank, Step], path: Path, timeout_s: float
+    ) -> Shard:
+        try:
+            async with asyncio.timeout(timeout_s):
+                address = await self._address(source)
+                return await self._client.fetch(address, wanted, path, self._threads)
+        except TimeoutError:
+            raise UnreachableError(
+                f"rank {wanted[0]}, step {wanted[1]} is not here from {source} "
+                f"after {timeout_s:g} s"
+            ) from None
+
+    async def _read(
+        self, durable: DurableShard, wanted: tuple[Rank, Step], path: Path, timeout_s: float
+    ) -> Shard:
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._threads, read_durable, durable, wanted, path
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(reading)
+        except BaseException as error:
+            # A thread can not be stopped; what it still brings is removed.
+            reading.add_done_callback(lambda _: _remove(path))
+            if isinstance(error, TimeoutError):
+                raise StorageUnavailableError(
+                    f"{durable.commit}: shard {durable.shard} is not read after {timeout_s:g} s"
+                ) from None
+            raise
+
+    async def _address(self, node: NodeId) -> str:
+        while node not in self._peers:
+            await self._peers_changed.wait()
+        return self._peers[node]
+
+    async def _pinned_in(self, threads: Executor, shard: Shard, work: Callable[[], T]) -> T:
+        """Run in a thread; the shard is pinned until the thread is done, not until we give up."""
+        self._shelf.pin(shard)
+        running = asyncio.get_running_loop().run_in_executor(threads, work)
+        running.add_done_callback(lambda _: self._shelf.unpin(shard))
+        return await asyncio.shield(running)
+
+    def _copied(self, generation: Generation, shard: Shard) -> None:
+        self.on_held(generation, (Holding(shard.rank, shard.step),))
+
+    def _freed(self, rank: Rank, slot: int) -> None:
+        self.on_freed(rank, slot)
+
+    def _new_file(self, kind: str, rank: Rank, step: Step) -> Path:
+        return self._memory / f"{kind}-{rank:05d}-{step}-{next(self._numbers)}"
+
+    def _remove_soon(self, path: Path) -> None:
+        # The kernel takes 0.1 s to take back a gigabyte, and the loop has other things to see to.
+        try:
+            self._threads.submit(_remove, path)
+        except RuntimeError:  # closed meanwhile
+            _remove(path)
+
+    def _remove_files(self) -> None:
+        for pattern in ("rank-*.slot-*", "copy-*", "restore-*"):
+            for path in self._memory.glob(pattern):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def read_durable(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> Shard:
+    """Read a committed shard into a new file of shared memory, verified. Blocks.
+
+    Raises:
+        StorageError: if it can not be read, or is not of the step wanted.
+        NoRoomError: if there is too little shared memory. There is no file then, either.
+    """
+    manifest = decode_manifest(durable.store.get(durable.commit))
+    if manifest.step != wanted[1]:
+        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
+    index = fetch_index(durable.store, manifest, durable.shard)
+    descriptor = allocate(path, index.size)
+    try:
+        # Not closed by hand: an error on its way out still holds views of it.
+        fetch_body(durable.store, index, memoryview(mmap.mmap(descriptor, index.size)))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    return Shard.of(wanted[0], encode_index(index).decode(), path)

@@ -1,0 +1,236 @@
+"""Shards between memory and the durable tier: written, and read back only if memory has none."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.keeper import WRITES_AT_ONCE
+from orchestrator.agent.shards import NoRoomError, NotHeldError
+from orchestrator.agent.transfer import allocate
+from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.messages import Receipt
+from storage.commit import commit, write_shard
+from storage.errors import (
+    BlobNotFoundError,
+    ForeignCheckpointError,
+    ShardCorruptError,
+    StorageFullError,
+    StorageUnavailableError,
+)
+from storage.manifest import commit_key, make_manifest
+from storage.memory import MemoryStore
+from storage.shard import index_digest, open_views
+from storage.wrappers import CountingStore, FaultyStore
+from tests.shards import GENERATION, RANK, STEP, THERE, sealed, two
+
+pytestmark = pytest.mark.process
+COMMIT = commit_key(7, 2)
+
+
+def committed(store: MemoryStore | CountingStore | FaultyStore) -> DurableShard:
+    """Put a checkpoint of step 7 into the store; return where shard 0 of it lies."""
+    receipts = [write_shard(store, *sealed(shard, 7, 2)) for shard in range(4)]
+    manifest = make_manifest(receipts, run_id="run-7", model="llama-test", step=7, epoch=2)
+    commit(store, manifest, newest_epoch_known=2)
+    return DurableShard(store=store, commit=COMMIT, shard=0)
+
+
+def test_a_committed_shard_is_restored_when_no_memory_has_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            durable = committed(MemoryStore())
+            here.begin(9, {THERE: there}, 7)
+
+            restore, tier = await here.keeper.prepare(RANK, STEP, "", durable)
+
+            assert tier == "durable"
+            (file,) = here.memory.iterdir()
+            assert restore.path == str(file)
+            index, body = sealed(0, 7, 2)
+            assert open_views(index, file.read_bytes()) == open_views(index, body)
+            # From now on memory has it: the next restart need not read it again.
+            here.begin(10, {THERE: there}, 7)
+            assert (await here.keeper.prepare(RANK, STEP, "", durable))[1] == "own"
+
+    asyncio.run(scenario())
+
+
+def test_the_durable_tier_is_not_read_while_any_memory_has_the_shard(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            tier = DurableTier(str(tmp_path / "store"))
+            durable = committed(tier.counts)
+            read = tier.reads
+            here.stage(0, 7, 2)
+            there.stage(1, 7, 2)
+            for node in (here, there):
+                node.begin(3, {THERE: there}, 7)
+
+            found = [
+                (await here.keeper.prepare(rank, STEP, THERE, durable))[1]
+                for rank in (RANK, Rank(1))
+            ]
+
+            assert found == ["own", "fetched"]
+            assert tier.reads == read
+
+    asyncio.run(scenario())
+
+
+def test_a_durable_shard_that_is_bad_absent_or_of_another_step_is_an_error_of_storage(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            store = FaultyStore(MemoryStore())
+            durable = committed(store)
+            (key,) = [key for key in store.keys("gen/") if key.endswith("/s0.st")]
+
+            store.flips[key] = 8 * 50_000
+            with pytest.raises(ShardCorruptError, match="param/layers"):
+                await here.keeper.prepare(RANK, STEP, "", durable)
+            store.flips.clear()
+            with pytest.raises(ForeignCheckpointError, match="expected step 8"):
+                await here.keeper.prepare(RANK, Step(8), "", durable)
+            store.delete(key)
+            with pytest.raises(BlobNotFoundError):
+                await here.keeper.prepare(RANK, STEP, "", durable)
+
+            assert (here.files(), here.keeper.holdings()) == ([], ())
+
+    asyncio.run(scenario())
+
+
+def test_a_durable_tier_that_does_not_answer_is_given_up_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            store = FaultyStore(MemoryStore())
+            durable = committed(store)
+            store.slow_s = 0.1
+            with pytest.raises(StorageUnavailableError, match=r"not read after 0.25 s"):
+                await here.keeper.prepare(RANK, STEP, "", durable, timeout_s=0.25)
+            await asyncio.sleep(0.4)
+            assert here.files() == []
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_that_was_written_can_be_committed_and_its_receipt_names_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            store = MemoryStore()
+            here.stage(0, 7, 2)
+
+            receipt = await here.keeper.write(store, RANK, STEP, GENERATION)
+
+            index, _ = sealed(0, 7, 2)
+            assert receipt == Receipt(0, index.size, index_digest(index))
+            assert len(store.keys("gen/")) == 2
+            with pytest.raises(NotHeldError, match="generation 2, expected 3"):
+                await here.keeper.write(store, RANK, STEP, Generation(3))
+
+    asyncio.run(scenario())
+
+
+def test_a_slot_that_is_being_written_is_freed_only_when_the_write_is_over(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            store = FaultyStore(MemoryStore(), slow_s=0.1)
+            here.stage(0, 7, 2)
+            writing = asyncio.create_task(here.keeper.write(store, RANK, STEP, GENERATION))
+            await asyncio.sleep(0.02)
+
+            here.keeper.retain(Step(8))
+            assert here.keeper.holdings() == ()
+            assert (here.freed, here.keeper.free_slots(RANK)) == ([], (1, 2))
+
+            await writing
+            await asyncio.sleep(0)
+            assert (here.freed, here.keeper.free_slots(RANK)) == ([(0, 0)], (0, 1, 2))
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_takes_too_long_is_given_up_but_keeps_its_slot_until_it_ends(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            released = threading.Event()
+            store = FaultyStore(MemoryStore(), before=lambda *_: released.wait(5) and None)
+            here.stage(0, 7, 2)
+            with pytest.raises(StorageUnavailableError, match=r"not written after 0.05 s"):
+                await here.keeper.write(store, RANK, STEP, GENERATION, timeout_s=0.05)
+
+            here.begin(3, {}, None)
+            assert here.keeper.free_slots(RANK) == (1, 2)
+            released.set()
+            deadline = time.monotonic() + 5
+            while here.keeper.free_slots(RANK) != (0, 1, 2):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.005)
+            # Later than the generation's seats were named, so it has to be said.
+            assert here.freed == [(0, 0)]
+
+    asyncio.run(scenario())
+
+
+def test_a_full_disk_and_a_damaged_shard_are_errors_of_storage(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            store = FaultyStore(MemoryStore(), full=True)
+            here.stage(0, 7, 2)
+            with pytest.raises(StorageFullError):
+                await here.keeper.write(store, RANK, STEP, GENERATION)
+            store.full = False
+            here.damage("rank-*")
+            with pytest.raises(ShardCorruptError, match="param/layers"):
+                await here.keeper.write(store, RANK, STEP, GENERATION)
+            assert store.keys() == []
+
+    asyncio.run(scenario())
+
+
+def test_few_shards_are_written_at_a_time(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            at_once, most = 0, 0
+            lock = threading.Lock()
+
+            def enter(operation: str, _: str) -> None:
+                nonlocal at_once, most
+                if operation != "put":
+                    return
+                with lock:
+                    at_once += 1
+                    most = max(most, at_once)
+                time.sleep(0.01)
+                with lock:
+                    at_once -= 1
+
+            store = FaultyStore(MemoryStore(), before=enter)
+            ranks = [Rank(rank) for rank in range(4)]
+            for rank in ranks:
+                here.stage(rank, 7, 2)
+            await asyncio.gather(
+                *(here.keeper.write(store, rank, STEP, GENERATION) for rank in ranks)
+            )
+            assert most == WRITES_AT_ONCE
+
+    asyncio.run(scenario())
+
+
+def test_more_than_there_is_room_for_is_refused_before_it_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(NoRoomError, match=r"copy needs \d+ bytes of shared memory, \d+ are free"):
+        allocate(tmp_path / "copy", 1 << 60)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,129 @@
+"""Shards as ranks stage them, and nodes that keep them."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.agent.keeper import Keeper
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.rank import Staged
+from storage.shard import Chunk, ShardIndex, ShardMeta, ShardPlan, encode_index, plan, seal
+
+CHUNKS = 8
+TOKEN = "shown by every agent"  # noqa: S105 - of tests
+HERE, THERE = NodeId("node-0"), NodeId("node-1")
+RANK, STEP, GENERATION = Rank(0), Step(7), Generation(2)
+
+
+def layout(size: int = 100_000) -> ShardPlan:
+    """Return the plan of a shard with about `size` bytes of data."""
+    items = size // 4 // CHUNKS
+    return plan(
+        Chunk(
+            fqn=f"layers.{i}.w",
+            state="param",
+            dtype="F32",
+            shape=(items,),
+            global_shape=(items,),
+            offset=(0,),
+        )
+        for i in range(CHUNKS)
+    )
+
+
+def sealed(
+    rank: int, step: int, generation: int, size: int = 100_000, shards: int = 4
+) -> tuple[ShardIndex, bytearray]:
+    """Return a shard whose bytes depend on rank, step and generation."""
+    shape = layout(size)
+    body = bytearray(shape.size)
+    noise = np.random.default_rng((rank, step, generation))
+    for view in shape.views(body).values():
+        view[:] = noise.bytes(len(view))
+    meta = ShardMeta(
+        run_id="run-7", model="llama-test", step=step, epoch=generation, shard=rank, shards=shards
+    )
+    return seal(shape, body, meta), body
+
+
+def stage(
+    memory: Path, rank: int, step: int, generation: int, slot: int = 0, size: int = 100_000
+) -> Staged:
+    """Write a shard to a staging slot, as a rank does; return what the rank says then."""
+    index, body = sealed(rank, step, generation, size)
+    path = memory / f"rank-{rank:05d}.slot-{slot}"
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.write(body)
+    return Staged(
+        generation=Generation(generation),
+        step=Step(step),
+        slot=slot,
+        index=encode_index(index).decode(),
+        durable=False,
+    )
+
+
+class Node:
+    """A keeper with its folder, its address and what it said."""
+
+    def __init__(self, memory: Path, token: str = TOKEN) -> None:
+        memory.mkdir()
+        self.memory = memory
+        self.keeper = Keeper(memory, token=token)
+        self.held: list[tuple[int, int, int]] = []
+        self.freed: list[tuple[int, int]] = []
+        self.keeper.on_held = lambda generation, holdings: self.held.extend(
+            (generation, h.rank, h.step) for h in holdings
+        )
+        self.keeper.on_freed = lambda rank, slot: self.freed.append((rank, slot))
+        self.address = ""
+
+    def begin(self, generation: int, peers: "dict[NodeId, Node]", restore: int | None) -> None:
+        self.keeper.begin(
+            Generation(generation),
+            {name: node.address for name, node in peers.items()},
+            None if restore is None else Step(restore),
+        )
+
+    def stage(self, rank: int, step: int, generation: int, slot: int = 0, **more: int) -> None:
+        self.keeper.staged(Rank(rank), stage(self.memory, rank, step, generation, slot, **more))
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.memory.iterdir())
+
+    def damage(self, pattern: str) -> None:
+        (path,) = self.memory.glob(pattern)
+        with path.open("r+b") as file:
+            file.seek(50_000)
+            byte = file.read(1)[0]
+            file.seek(50_000)
+            file.write(bytes([byte ^ 1]))
+
+
+@contextlib.asynccontextmanager
+async def two(tmp_path: Path) -> AsyncIterator[tuple[Node, Node]]:
+    """Two nodes in one generation that know each other."""
+    one, other = Node(tmp_path / "here"), Node(tmp_path / "there")
+    try:
+        for node in (one, other):
+            node.address = await node.keeper.open()
+        for node in (one, other):
+            node.begin(GENERATION, {HERE: one, THERE: other}, None)
+        yield one, other
+    finally:
+        for node in (one, other):
+            await node.keeper.close()
+            assert node.files() == []
+
+
+async def settled(
+    condition: Callable[[], bool], within_s: float = 5.0, pause_s: float = 0.005
+) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(pause_s)

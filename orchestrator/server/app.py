@@ -106,7 +106,7 @@ class Server:
             self._world.take(link, None)
             link.closed = True
             sender.cancel()
-            with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.CancelledError):
                 await websocket.close()
 
 
@@ -161,7 +161,9 @@ async def _healthz(_request: Request) -> JSONResponse:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # With the protocol named, asyncio switches Nagle's algorithm off for what is accepted. Without,
+    # an order right behind another waits up to 40 ms for the first one's acknowledgement.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

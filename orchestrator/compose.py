@@ -144,7 +144,7 @@ def _plain(message: str) -> str:
 def _hint(message: str, data: dict[Any, Any], kind: type) -> str:
     unknown = _UNKNOWN_FIELD.search(message)
     if unknown is None:
-        return "see the fields and units in docs/glossary.md"
+        return "`holdfast explain` has the fields, their types and units"
     known = _fields(kind, (unknown["path"] or "").split("."))
     near = difflib.get_close_matches(unknown["field"], known, 1, 0.5)
     if near:

@@ -6,6 +6,7 @@ One message, `what: expected, found: where`, and a hint. A traceback is for our 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
@@ -53,6 +54,14 @@ def unknown(what: str, found: str, known: Iterable[str], where: str) -> CliError
     return CliError(f"no {what} {found!r}: {where}", hint, Exit.USAGE)
 
 
+_ADVICE = {
+    errno.ENOSPC: "make room, or choose another folder with --out",
+    errno.EDQUOT: "make room, or choose another folder with --out",
+    errno.EROFS: "choose a folder that can be written, with --out",
+    errno.EMFILE: "raise the limit of open files: `ulimit -n`",
+}
+
+
 class Commands(TyperGroup):
     """A group of commands that tells its users what is wrong instead of how it failed."""
 
@@ -84,7 +93,8 @@ def explanation(error: Exception) -> tuple[str, str, Exit] | None:
         return str(error), hint, Exit.USAGE
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}", hint or "check the path and its permissions", Exit.ERROR
+        advice = _ADVICE.get(error.errno or 0, "check the path and its permissions")
+        return f"{error.strerror}{where}", hint or advice, Exit.ERROR
     if hint:
         return str(error), hint, Exit.ERROR
     return None

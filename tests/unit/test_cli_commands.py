@@ -1,5 +1,6 @@
 """The command line on journals of scripted runs: what it prints, and how it ends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -595,6 +596,24 @@ def test_a_journal_of_somebody_else_is_named(demo: RunFolder) -> None:
     demo.journal.chmod(0)
 
     assert refused("report", code=1)[0] == f"Permission denied: {demo.journal}"
+
+
+def test_a_full_disk_is_told_with_what_helps(
+    demo: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del demo
+
+    message, hint = refused("report", "--file", "/dev/full/report.json", code=1)
+    assert message.startswith("Not a directory: /dev/full/")
+    assert "path" in hint
+
+    def full(_: Path, __: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.json")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    message, hint = refused("report", "--file", "report.json", code=1)
+    assert message == "No space left on device: report.json"
+    assert "make room" in hint
 
 
 @pytest.mark.parametrize("arguments", READING)

@@ -53,10 +53,14 @@ class Fleet:
         self.cpu_s_R = np.where(known_R, cpu_R, self.cpu_s_R)
         self.moved_at_R = np.where(moved_R, at, self.moved_at_R)
         self.cpu_at_move_s_R = np.where(moved_R, cpu_R, self.cpu_at_move_s_R)
-        stopped_R = np.array([letter in "Tt" for letter in states]) & ~moved_R
+        # Not every tick hears of every rank: what is unknown is as it was.
+        self.states = "".join(
+            new if known else old
+            for new, old, known in zip(states, self.states, known_R, strict=True)
+        )
+        stopped_R = np.array([letter in "Tt" for letter in self.states]) & ~moved_R
         since_R = np.minimum(self.stopped_since_R, at)
         self.stopped_since_R = np.where(stopped_R, since_R, np.inf)
-        self.states = states
 
     def forgive(self, at: Seconds) -> None:
         """Count standing still from `at` on: until then nobody was looking."""

@@ -67,7 +67,11 @@ def standing_still(state: RunState) -> list[Finding]:
     if state.phase is not RunPhase.TRAINING or limit_s is None:
         return []
     idle_R = state.now - fleet.moved_at_R
-    patient_R = fleet.patient_R()
+    # A rank that is done waits for the others; it is no reason for them to stand still.
+    done_R = fleet.phase_R == RankPhase.DONE
+    if bool(done_R.all()):
+        return []
+    patient_R = fleet.patient_R() & ~done_R
     # One rank that saves or compiles explains why all others wait for it.
     if bool((idle_R <= limit_s).any()) or bool((patient_R & (idle_R <= patience_s(state))).any()):
         return []
@@ -102,6 +106,7 @@ def culprits(state: RunState) -> tuple[Rank, ...]:
     world = len(fleet.phase_R)
     idle_R = np.maximum(state.now - fleet.moved_at_R, 1e-6)
     spinning_R = (fleet.cpu_s_R - fleet.cpu_at_move_s_R) / idle_R > SPINNING_SHARE
+    spinning_R &= fleet.phase_R != RankPhase.DONE
     place_R = fleet.step_R * len(RankPhase) + fleet.phase_R
     behind_R = place_R == place_R.min()
     earliest_R = fleet.moved_at_R <= fleet.moved_at_R.min() + state.timeouts.beat_s

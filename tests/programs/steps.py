@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from orchestrator.worker import MisconfiguredError, RankPhase, Seat, Worker, serve
 from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_views, plan, seal
@@ -48,6 +49,9 @@ def train(worker: Worker, seat: Seat) -> None:
     if options.get("spawn"):
         nap = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         print("child", nap.pid, flush=True)
+        # An orphan in a session of its own: nobody waits for it but whoever adopts it.
+        script = "import os; os.fork() or (os.setsid(), print('stray', os.getpid(), flush=True))"
+        subprocess.run([sys.executable, "-c", script], check=True)
     if options.get("stubborn"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     while step < options["steps"]:
@@ -58,6 +62,8 @@ def train(worker: Worker, seat: Seat) -> None:
         time.sleep(options["nap_s"] if napping else options.get("step_s", 0.005))
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
+        if options.get("lockstep"):
+            _await_others(worker, seat, step, Path(options["lockstep"]))
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
         durable = step % options.get("durable_every", 1 << 30) == 0
         if durable or step % options.get("save_every", 1 << 30) == 0:
@@ -65,6 +71,20 @@ def train(worker: Worker, seat: Seat) -> None:
     if options.get("await_persisted"):
         assert worker.await_persisted(step, 10)
     worker.finished(step, (step, seat.rank))
+
+
+def _await_others(worker: Worker, seat: Seat, step: int, folder: Path) -> None:
+    """Be held up by the slowest rank, as by a collective; a rank that is told to leaves."""
+    mine = folder / f"{seat.generation}.{seat.rank}"
+    mine.write_text(str(step))
+    while True:
+        worker.check()
+        files = [folder / f"{seat.generation}.{rank}" for rank in range(seat.world_size)]
+        # A file that is being replaced reads as empty for a moment.
+        steps = [int(file.read_text() or 0) if file.exists() else 0 for file in files]
+        if min(steps) >= step:
+            return
+        time.sleep(0.001)
 
 
 def _restored(worker: Worker, seat: Seat) -> int:
@@ -79,8 +99,13 @@ def _restored(worker: Worker, seat: Seat) -> int:
 
 def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:
     slot = worker.slot(_PLAN.size)
-    if slot is None:
-        return
+    while slot is None:
+        if step < seat.job["trainer"]["options"]["steps"]:
+            return
+        # The last one is what the run is for.
+        worker.phase(RankPhase.FINISHING)
+        time.sleep(0.01)
+        slot = worker.slot(_PLAN.size)
     words = _PLAN.views(slot.buffer)["param/w"].cast("q")
     words[0], words[1] = step, seat.rank
     meta = ShardMeta(

@@ -1,0 +1,169 @@
+"""What every world must do, shown with whole runs of a trainer without torch.
+
+Worlds to come are added to `WORLDS`; a run file and a fault plan mean the same in each of them.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core.report import Report
+from tests.runs import Job, steps_job
+
+pytestmark = pytest.mark.process
+WORLDS = ("local",)
+Start = Callable[..., Job]
+
+
+@pytest.fixture(params=WORLDS)
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
+    made: list[Job] = []
+    assert request.param == "local"  # the command line runs jobs in the local world
+
+    def make(*faults: dict[str, Any], **changes: Any) -> Job:
+        run = steps_job(**changes)
+        one = Job(tmp_path / str(len(made)), run, list(faults))
+        (one.root / "lockstep").mkdir(parents=True)
+        run["spec"]["trainer"]["options"]["lockstep"] = str(one.root / "lockstep")
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def at(step: int, fault: str, **more: object) -> dict[str, Any]:
+    return {"when": {"step": step}, "fault": fault, **more}
+
+
+def assert_whole(report: Report, steps: int = 60) -> None:
+    """Every step is there once, with the loss that the trainer computes for it."""
+    assert report.state == "Succeeded", report.reason
+    assert report.losses == [(step, 1.0 / step) for step in range(1, steps + 1)]
+    assert report.divergences == []
+    assert sum(round(s * 1e6) for s in report.ledger.values()) == round(report.wall_s * 1e6)
+
+
+def test_an_undisturbed_run_takes_one_generation_and_leaves_nothing(job: Start) -> None:
+    one = job()
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert (report.generations, report.incidents, report.controllers) == (1, [], 1)
+    assert [c.step for c in report.checkpoints] == [20, 40, 60]
+    assert one.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (at(22, "kill-rank", rank=1), "crash"),
+        (at(22, "segfault-rank", rank=2), "crash"),
+        (at(22, "exit-rank", rank=3), "exception"),
+        (at(22, "freeze-rank", rank=0), "hang"),
+        (at(22, "spin-rank", rank=0), "hang"),
+        (at(22, "spin-rank", rank=3, holdGil=True), "hang"),
+        (at(22, "kill-agent", node="node-0"), "node-lost"),
+        (at(22, "lose-node", node="node-1"), "node-lost"),
+        (at(22, "partition-node", node="node-1", **{"for": "6s"}), "node-silent"),
+        (at(22, "kill-controller"), "controller-restart"),
+    ],
+    ids=lambda value: value["fault"] if isinstance(value, dict) else value,
+)
+def test_a_fault_is_found_for_what_it_is_and_no_step_is_lost(
+    job: Start, fault: dict[str, Any], kind: str
+) -> None:
+    one = job(fault)
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert [incident.kind for incident in report.incidents] == [kind]
+    assert report.false_alarms == 0
+    assert [f.found_by for f in report.faults] == ["inc-1"]
+    assert one.leftovers() == []
+
+
+def test_a_lost_node_is_replaced_by_the_spare_from_memory_alone(job: Start) -> None:
+    one = job(at(33, "lose-node", node="node-0"))
+
+    _, report = one.conduct()
+
+    assert report.rungs == {"start": 1, "swap for a spare": 1}
+    assert report.incidents[0].restored_from == "own memory (2 ranks), buddy's memory (2 ranks)"
+    assert report.incidents[0].restored_step >= 25
+
+
+def test_a_loss_of_all_memory_falls_back_to_the_durable_tier(job: Start) -> None:
+    one = job(
+        at(45, "kill-agent", node="node-0"),
+        at(45, "kill-agent", node="node-1"),
+        nodes__spares=0,
+    )
+
+    _, report = one.conduct()
+
+    assert_whole(report)
+    assert report.incidents[0].restored_from.startswith("durable tier")
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over_and_said_to_be(job: Start) -> None:
+    one = job(
+        at(45, "corrupt-shard", node="node-0"),
+        at(48, "kill-agent", node="node-0"),
+        at(48, "kill-agent", node="node-1"),
+        nodes__spares=0,
+    )
+
+    _, report = one.conduct()
+
+    assert_whole(report)
+    assert report.incidents[0].restored_step == 20
+    assert "passed over step 40" in report.incidents[-1].reason
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(job: Start) -> None:
+    one = job(at(15, "full-disk", node="node-0", **{"for": "1s"}))
+
+    _, report = one.conduct()
+
+    assert_whole(report)
+    assert any("no space" in failure.reason for failure in report.save_failures)
+    assert report.incidents == []
+
+
+def test_a_job_that_refuses_itself_fails_at_once_with_its_own_words(job: Start) -> None:
+    one = job(trainer__options={"steps": 60, "refuse": True})
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (3, "Failed")
+    assert "vocabulary is 10, expected 20" in report.reason
+    assert report.generations == 1
+
+
+def test_a_step_that_fails_wherever_it_runs_ends_the_run_with_its_traceback(job: Start) -> None:
+    one = job(trainer__options={"steps": 60, "step_s": 0.01, "raise_at": 12})
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (3, "Failed")
+    assert "ArithmeticError" in report.reason
+    assert "step 12 does not work out" in report.reason
+    assert "Traceback" in report.reason
+
+
+def test_a_run_without_spares_gives_up_when_it_needs_one_and_says_so(job: Start) -> None:
+    one = job(at(12, "lose-node", node="node-1"), nodes__spares=0, recovery={"spareWait": "1s"})
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (3, "Failed")
+    assert "needs 2 nodes and has 1, 0 of 0 spares free" in report.reason
+    assert one.leftovers() == []

@@ -1,0 +1,141 @@
+"""Runs whole jobs through the command line, with or without torch, and cleans up behind them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from orchestrator.core.report import Report
+from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.local import memory_of
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def steps_job(**changes: Any) -> dict[str, Any]:
+    """Return a run file of the torch-free trainer: 2 nodes of 2 ranks, 1 spare."""
+    spec: dict[str, Any] = {
+        "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
+        "parallelism": {"dpReplicate": 1, "dpShard": 4},
+        "trainer": {
+            "entrypoint": "tests.programs.steps:main",
+            "steps": 60,
+            "options": {"steps": 60, "step_s": 0.02, "save_every": 5, "durable_every": 20},
+        },
+        "checkpoint": {"everySteps": 20, "memoryEverySteps": 5},
+        "detection": {"detectWithin": "2s"},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = spec
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return {
+        "apiVersion": "holdfast.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": "steps"},
+        "spec": spec,
+    }
+
+
+@dataclass
+class Job:
+    """One `holdfast run`, started in a folder of its own."""
+
+    root: Path
+    run: dict[str, Any]
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    started: subprocess.Popen[str] | None = None
+
+    @property
+    def folder(self) -> RunFolder:
+        """Return the folder of the run."""
+        return RunFolder(self.root / "run")
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        """Start the command; its output is at `root`/out."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        run_file = self.root / "run.yaml"
+        run_file.write_text(yaml.safe_dump(self.run), encoding="utf-8")
+        command = [str(Path(sys.executable).with_name("holdfast")), "run", str(run_file)]
+        if self.faults:
+            plan = {"kind": "FaultPlan", "faults": self.faults}
+            plan_file = self.root / "faults.yaml"
+            plan_file.write_text(yaml.safe_dump(plan), encoding="utf-8")
+            command += ["--faults", str(plan_file)]
+        command += ["--out", str(self.folder.root), *options]
+        with (self.root / "out").open("a", encoding="utf-8") as out:
+            self.started = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                stdout=out,
+                stderr=out,
+                text=True,
+                env=dict(os.environ, HOLDFAST_HOME=str(self.root / "home")),
+            )
+        return self.started
+
+    def finish(self, timeout_s: float = 45.0) -> int:
+        """Wait for the command; return its exit code."""
+        assert self.started is not None
+        return self.started.wait(timeout_s)
+
+    def conduct(self, *options: str, timeout_s: float = 45.0) -> tuple[int, Report]:
+        """Run it to its end; return exit code and report."""
+        self.start(*options)
+        code = self.finish(timeout_s)
+        assert self.folder.report.exists(), self.output()
+        return code, self.report()
+
+    def report(self) -> Report:
+        """Return the report of the run that has ended."""
+        return msgspec.json.decode(self.folder.report.read_bytes(), type=Report)
+
+    def output(self) -> str:
+        """Return what the command has printed."""
+        return (self.root / "out").read_text(encoding="utf-8")
+
+    def leftovers(self) -> list[str]:
+        """Return processes and memory that are of this run and are still there."""
+        left = [f"{pid}: {command}" for pid, command in self.processes()]
+        memory = memory_of(self.folder)
+        return left + ([str(memory)] if memory.exists() else [])
+
+    def processes(self) -> list[tuple[int, str]]:
+        """Return the living processes that work for this run: they have a file of its folder."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                try:
+                    files = [str((entry / "fd" / n).readlink()) for n in ("1", "2")]
+                    command = (entry / "cmdline").read_text().replace("\0", " ")
+                except OSError:
+                    continue
+                if any(name.startswith(str(self.folder.root)) for name in files):
+                    found.append((int(entry.name), command))
+        return found
+
+    def close(self) -> None:
+        """End whatever a failed test left behind of this run."""
+        if self.started is not None and self.started.poll() is None:
+            self.started.send_signal(signal.SIGINT)
+            try:
+                self.started.wait(20)
+            except subprocess.TimeoutExpired:
+                self.started.kill()
+                self.started.wait(10)
+        deadline = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid, _ in left:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)

@@ -1,0 +1,41 @@
+"""Columns over all ranks, of which every tick hears only some."""
+
+import numpy as np
+
+from orchestrator.core.fleet import Fleet
+from orchestrator.protocol.ids import Seconds
+
+
+def observe(fleet: Fleet, at: float, progress: tuple[int, ...], states: str) -> None:
+    size = len(progress)
+    fleet.observe(
+        Seconds(at),
+        phases=(6,) * size,
+        steps=(1,) * size,
+        progress=progress,
+        states=states,
+        cpu_s=(0.0,) * size,
+    )
+
+
+def test_a_stopped_rank_stays_stopped_through_ticks_that_do_not_hear_of_it() -> None:
+    fleet = Fleet(2, Seconds(0.0))
+    observe(fleet, 0.9, (5, 5), "RS")
+
+    observe(fleet, 1.0, (5, 5), "TS")
+    observe(fleet, 1.1, (-1, 6), "?S")
+    observe(fleet, 1.2, (5, -1), "T?")
+
+    assert fleet.stopped_since_R[0] == 1.0
+    assert np.isinf(fleet.stopped_since_R[1])
+    assert fleet.states == "TS"
+
+
+def test_a_rank_that_was_continued_is_not_stopped_any_more() -> None:
+    fleet = Fleet(1, Seconds(0.0))
+    observe(fleet, 0.9, (5,), "S")
+    observe(fleet, 1.0, (5,), "T")
+
+    observe(fleet, 1.1, (5,), "S")
+
+    assert np.isinf(fleet.stopped_since_R[0])

@@ -66,6 +66,7 @@ EXIT_REFUSED = 77
 DEFAULTS = derive(10.0, 600.0)
 """Bounds to go by before a controller has said which."""
 ADDRESS_MAX = 256
+SWEEP_S = 2.0
 
 
 class Node:
@@ -114,6 +115,7 @@ class Node:
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
         self._peer_address = ""
+        self._swept_at = time.monotonic()
         self._entering: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -180,6 +182,9 @@ class Node:
             self._voice.beat()
         elif beat:
             self._end_if_abandoned(now)
+        if now - self._swept_at > SWEEP_S:
+            self._swept_at = now
+            self._ranks.reap_strays()
 
     def _end_if_abandoned(self, now: float) -> None:
         limit_s = self._limits.collective_s

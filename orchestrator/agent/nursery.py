@@ -35,6 +35,11 @@ class Nursery:
             with self._log_file.open("ab") as output:
                 self._warm = Warm(self._entrypoint, output)
 
+    @property
+    def pid(self) -> int | None:
+        """Process id of the warm process, if there is one."""
+        return self._warm.pid if self._warm is not None else None
+
     async def fork(
         self, environment: dict[str, str], control: socket.socket, control_variable: str, out: Path
     ) -> int:

@@ -180,6 +180,20 @@ class Ranks:
         for live in self._all.values():
             live.kill()
 
+    def reap_strays(self) -> None:
+        """Reap the dead that nobody waits for: orphans of ranks, and forks that were given up.
+
+        The living are let be; they may work for a rank that is well.
+        """
+        if self._forking or self._ending:
+            return  # their dead are about to be claimed
+        for pid in linux.children():
+            vitals = linux.vitals(pid)
+            stray = pid not in self._all and pid != self._nursery.pid
+            if stray and vitals is not None and vitals.state == "Z":
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
     async def _until_gone(self, within_s: float) -> None:
         waits = [asyncio.create_task(_until(live.gone)) for live in self._all.values()]
         if waits or self._ending:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from orchestrator.agent import linux
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import (
     Beat,
@@ -225,6 +226,8 @@ def test_what_ranks_started_ends_with_them(controller: Controller, start: Start)
     path = agent.logs / "rank-00001.log"
     (child,) = [int(w[1]) for w in map(str.split, path.read_text().splitlines()) if w[0] == "child"]
     assert alive(child)
+    (stray,) = [int(w[1]) for w in map(str.split, path.read_text().splitlines()) if w[0] == "stray"]
+    wait_for(lambda: linux.vitals(stray) is None, what="the dead orphan is reaped")
 
     os.kill(agent.rank_pid(1, 1), signal.SIGKILL)
     controller.hear(RankExited)

@@ -27,7 +27,7 @@ Start = Callable[..., Agent]
 
 
 @pytest.fixture
-def agent(controller: Controller, start: Start) -> Agent:
+def agent(start: Start) -> Agent:
     return start()
 
 

@@ -1,6 +1,7 @@
 """A trainer without torch: its steps are naps, its state is one number, its collectives nothing.
 
-`options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave.
+`options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
+garbage, spawn, stubborn, raise_at, nap_at and nap_s, await_persisted.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from orchestrator.worker import MisconfiguredError, RankPhase, Seat, Worker, serve
 from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_views, plan, seal
@@ -44,16 +46,7 @@ def train(worker: Worker, seat: Seat) -> None:
     worker.reached("formed")
     step = _restored(worker, seat)
     worker.reached("restored")
-    if options.get("garbage"):
-        os.write(int(os.environ["HOLDFAST_CONTROL_FD"]), b"\x05\x00\x00\x00hello")
-    if options.get("spawn"):
-        nap = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        print("child", nap.pid, flush=True)
-        # An orphan in a session of its own: nobody waits for it but whoever adopts it.
-        script = "import os; os.fork() or (os.setsid(), print('stray', os.getpid(), flush=True))"
-        subprocess.run([sys.executable, "-c", script], check=True)
-    if options.get("stubborn"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    _misbehave(options)
     while step < options["steps"]:
         step += 1
         worker.phase(RankPhase.FORWARD)
@@ -85,6 +78,19 @@ def _await_others(worker: Worker, seat: Seat, step: int, folder: Path) -> None:
         if min(steps) >= step:
             return
         time.sleep(0.001)
+
+
+def _misbehave(options: dict[str, Any]) -> None:
+    if options.get("garbage"):
+        os.write(int(os.environ["HOLDFAST_CONTROL_FD"]), b"\x05\x00\x00\x00hello")
+    if options.get("spawn"):
+        nap = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print("child", nap.pid, flush=True)
+        # An orphan in a session of its own: nobody waits for it but whoever adopts it.
+        script = "import os; os.fork() or (os.setsid(), print('stray', os.getpid(), flush=True))"
+        subprocess.run([sys.executable, "-c", script], check=True)
+    if options.get("stubborn"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
 
 def _restored(worker: Worker, seat: Seat) -> int:

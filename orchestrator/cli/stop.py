@@ -32,7 +32,7 @@ def stop(run: str | None, wait_s: float) -> str:
     name = state.run.metadata.name
     if state.phase.final:
         return f"{name} had already ended: {state.end_state}, {state.end_reason}"
-    _request(follower.folder)
+    ask(follower.folder, f"{_user()} with `holdfast stop`")
     end = _await_end(follower, wait_s)
     return f"{name}: {end.end_state}, {end.end_reason}"
 
@@ -64,10 +64,10 @@ def _await_end(follower: Follower, wait_s: float) -> RunState:
         time.sleep(LOOK_EVERY_S)
 
 
-def _request(folder: RunFolder) -> None:
-    """Let the request appear as a whole; an earlier one stands."""
+def ask(folder: RunFolder, by: str) -> None:
+    """Ask for a run to be stopped. The request appears as a whole; an earlier one stands."""
     temporary = folder.root / f".stop-requested.{os.getpid()}"
-    temporary.write_text(f"{_user()} with `holdfast stop`\n", encoding="utf-8")
+    temporary.write_text(f"{by}\n", encoding="utf-8")
     try:
         with contextlib.suppress(FileExistsError):
             os.link(temporary, folder.stop_request)

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import msgspec
-
 from orchestrator import compose
+from orchestrator.cli import reporting, stop
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.prepare import prepare
@@ -135,7 +134,7 @@ class _Watch:
         """Ask the controller to stop the run, and allow it a while to do so."""
         if self._give_up_at is None:
             self._give_up_at = now + 5.0
-            self._folder.stop_request.write_text(by, encoding="utf-8")
+            stop.ask(self._folder, by)
 
 
 class _Controller:
@@ -213,10 +212,9 @@ def _exit_code(state: RunState | None, watch: _Watch) -> int:
 def _write_report(state: RunState | None, *paths: Path | None) -> None:
     if state is None:
         return
-    data = msgspec.json.format(msgspec.json.encode(report_of(state)), indent=2)
     for path in paths:
         if path is not None:
-            path.write_bytes(data + b"\n")
+            reporting.write(report_of(state), path)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,8 @@ class Controller:
         self._detectors = list(detectors)
         self._policies = tuple(policies)
         self._started: StartGeneration | None = None
+        self._heard_before = Seconds(0.0)
+        """When the event before the present one was."""
         self.disabled: dict[str, str] = {}
         """Detectors that raised and were switched off, with what they raised."""
 
@@ -116,7 +118,7 @@ class Controller:
             bucket = Bucket.STARTUP
         state.ledger.charge(at, bucket, incident)
         gap = at - state.now
-        state.now = at
+        self._heard_before, state.now = state.now, at
         if gap > BLIND_BEATS * state.timeouts.beat_s or isinstance(event, ControllerStarted):
             state.fleet.forgive(at)
             for node in state.nodes.values():
@@ -179,7 +181,7 @@ class Controller:
         incident = self._open(
             Finding(
                 at=state.now,
-                since=state.now,
+                since=self._heard_before,
                 kind="controller-restart",
                 cause=Cause.SOFTWARE,
                 evidence=f"controller {incarnation - 1} ended without ending the run",
@@ -251,7 +253,9 @@ class Controller:
             ],
         )
         state.incidents.append(incident)
-        state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
+        # While no controller lived, ranks trained on: nothing was lost until it came back.
+        if finding.kind != "controller-restart":
+            state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
         return incident
 
     # Recovering -------------------------------------------------------------------------------

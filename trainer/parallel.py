@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from orchestrator.protocol import runfile
@@ -39,6 +39,16 @@ WORLDS_MAX = 32
 """A process that has left this many worlds does not leave another: it ends."""
 _abandoned: list[Any] = []
 """Groups of past generations. Never emptied: see the head of this file."""
+
+
+class _Mesh(DeviceMesh):
+    """A mesh that cuts each part once: fully_shard asks for the same one for every weight."""
+
+    def __getitem__(self, mesh_dim_names: str | tuple[str, ...]) -> DeviceMesh:
+        parts: dict[str | tuple[str, ...], DeviceMesh] = self.__dict__.setdefault("_parts", {})
+        if mesh_dim_names not in parts:
+            parts[mesh_dim_names] = super().__getitem__(mesh_dim_names)
+        return parts[mesh_dim_names]
 
 
 class World:
@@ -72,9 +82,8 @@ class World:
             timeout=timedelta(seconds=timeout_s),
             device_id=self.device if cuda else None,
         )
-        self.mesh = init_device_mesh(
-            self.device.type, (self.replicas, self.shards), mesh_dim_names=("replicate", "shard")
-        )
+        ranks = torch.arange(self.size).view(self.replicas, self.shards)
+        self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """Return the values of every rank, by rank: the same bits everywhere."""

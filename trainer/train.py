@@ -8,6 +8,7 @@ ends with the same bits as one that was not.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import sys
@@ -112,12 +113,12 @@ class Training:
         self.job, self.samples, self.world = job, samples, world
         with torch.device("meta"):
             model = Llama(config)
+        # Whole and on the CPU: weights then depend neither on sharding nor on the device. Memory
+        # that nobody has written to does not exist yet, so an empty model costs next to nothing.
+        model.to_empty(device="cpu")
         if not empty:
-            # Drawn whole and on the CPU, so that weights depend neither on sharding nor on device.
-            model.to_empty(device="cpu").init_weights(job.seed)
+            model.init_weights(job.seed)
         self.model = parallel.shard(model, world)
-        if empty:
-            self.model.to_empty(device=world.device)
         self.optimizer = Optimizer(self.model, job)
         self._warm = False
 
@@ -252,6 +253,7 @@ def warm_up() -> None:
     # No tensor is touched and no thread started here: neither survives a fork.
     for name in ("torch._dynamo", "torch.distributed._composable", "torch.distributed.tensor"):
         importlib.import_module(name)
+    _settle_heap()
 
 
 def rehearse() -> None:
@@ -259,9 +261,22 @@ def rehearse() -> None:
     job = runfile.Trainer(global_batch=1, seq_len=8)
     config = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
     tokens = Tokens(np.arange(32, dtype=np.uint32) % 16, "", 0)
-    with parallel.alone() as world:
-        training = Training(job, config, Samples(tokens, job), world)
-        training.step(1, Unheard())
+    # Twice: the second world still meets code that the first one only compiled.
+    for _ in range(2):
+        with parallel.alone() as world:
+            training = Training(job, config, Samples(tokens, job), world)
+            training.step(1, Unheard())
+    _settle_heap()
+
+
+def _settle_heap() -> None:
+    """Keep the collector away from the half million objects that torch is made of.
+
+    Looking through them takes a tenth of a second, in the middle of a step or of a recovery, and
+    in a forked process it copies every page that they lie on.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class Unheard:

@@ -139,6 +139,8 @@ class Channel:
                 self._refused(error, url)
             except (OSError, WebSocketException, _DropError, msgspec.MsgspecError) as error:
                 self._complain(f"no controller at {url or self._config.controller_file}: {error}")
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may be well
+                self._complain(f"{type(error).__name__}: {error}: {url}")
             finally:
                 self.connected = False
                 self._empty()

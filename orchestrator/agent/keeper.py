@@ -55,13 +55,17 @@ class Keeper:
         unreachable: True refuses peers, calls none, and breaks off what is under way.
     """
 
-    def __init__(self, memory: Path, *, token: str, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, memory: Path, *, token: str, host: str = "127.0.0.1", transfer_s: float = 120.0
+    ) -> None:
         """Keep shards in `memory`, an existing folder on a memory file system.
 
         Args:
             memory: where the slots of ranks are; the keeper's own files lie beside them.
             token: shown to other agents, and asked of them.
             host: address on which other agents reach this one.
+            transfer_s: another agent that has not sent or taken a whole shard after so many
+                seconds is given up.
         """
         self.on_held: Callable[[Generation, tuple[Holding, ...]], None] = lambda _, __: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
@@ -81,6 +85,7 @@ class Keeper:
             new_file=partial(self._new_file, "copy"),
             threads=self._threads,
             on_copy=self._copied,
+            transfer_s=transfer_s,
         )
 
     async def open(self) -> str:
@@ -90,7 +95,9 @@ class Keeper:
             OSError: if `host` is not an address of this machine.
         """
         self._remove_files()
-        return self._server.open(self._host)
+        address = self._server.open(self._host)
+        await self._client.rehearse(address)
+        return address
 
     async def close(self) -> None:
         """Stop serving and remove every shard, within seconds; a thread may be ending still."""
@@ -212,21 +219,24 @@ class Keeper:
             StorageError: if it was to come from the durable tier, and could not.
         """
         began = self._shelf.lineage.generation
-        shard = self._shelf.find(rank, step)
-        tier: Tier
-        if shard is not None:
-            await self._verify(shard)
-            tier = "own"
-        else:
-            path = self._new_file("restore", rank, step)
-            if source:
-                shard = await self._fetch(NodeId(source), (rank, step), path, timeout_s)
-                tier = "fetched"
-            elif durable is not None:
-                shard = await self._read(durable, (rank, step), path, timeout_s)
-                tier = "durable"
-            else:
-                raise NotHeldError(f"no source is named for rank {rank}, step {step}")
+        held = self._shelf.find(rank, step)
+        tier: Tier = "own" if held else "fetched" if source else "durable"
+        try:
+            async with asyncio.timeout(timeout_s):
+                if held is not None:
+                    shard = await self._verified(held)
+                elif source:
+                    shard = await self._fetched(NodeId(source), (rank, step))
+                elif durable is not None:
+                    shard = await self._read(durable, (rank, step))
+                else:
+                    raise NotHeldError(f"no source is named for rank {rank}, step {step}")
+        except TimeoutError:
+            late = f"rank {rank}, step {step} is not here from {source or tier} in {timeout_s:g} s"
+            raise (
+                StorageUnavailableError(late) if tier == "durable" else UnreachableError(late)
+            ) from None
+        if held is None:
             self._shelf.put(shard)
         if self._shelf.lineage.generation != began or shard.dropped:
             raise StaleError(f"{shard}: this node is at {self._shelf.lineage} by now")
@@ -267,7 +277,7 @@ class Keeper:
 
     # Inside -------------------------------------------------------------------------------
 
-    async def _verify(self, shard: Shard) -> None:
+    async def _verified(self, shard: Shard) -> Shard:
         try:
             await self._pinned_in(
                 self._threads, shard, lambda: verify_file(shard.path, shard.index)
@@ -275,36 +285,23 @@ class Keeper:
         except KeeperError:
             self._shelf.drop(shard)
             raise
+        return shard
 
-    async def _fetch(
-        self, source: NodeId, wanted: tuple[Rank, Step], path: Path, timeout_s: float
-    ) -> Shard:
-        try:
-            async with asyncio.timeout(timeout_s):
-                address = await self._address(source)
-                return await self._client.fetch(address, wanted, path, self._threads)
-        except TimeoutError:
-            raise UnreachableError(
-                f"rank {wanted[0]}, step {wanted[1]} is not here from {source} "
-                f"after {timeout_s:g} s"
-            ) from None
+    async def _fetched(self, source: NodeId, wanted: tuple[Rank, Step]) -> Shard:
+        address = await self._address(source)
+        path = self._new_file("restore", *wanted)
+        return await self._client.fetch(address, wanted, path, self._threads)
 
-    async def _read(
-        self, durable: DurableShard, wanted: tuple[Rank, Step], path: Path, timeout_s: float
-    ) -> Shard:
+    async def _read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
+        path = self._new_file("restore", *wanted)
         reading = asyncio.get_running_loop().run_in_executor(
             self._threads, read_durable, durable, wanted, path
         )
         try:
-            async with asyncio.timeout(timeout_s):
-                return await asyncio.shield(reading)
-        except BaseException as error:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
             # A thread can not be stopped; what it still brings is removed.
             reading.add_done_callback(lambda _: _remove(path))
-            if isinstance(error, TimeoutError):
-                raise StorageUnavailableError(
-                    f"{durable.commit}: shard {durable.shard} is not read after {timeout_s:g} s"
-                ) from None
             raise
 
     async def _address(self, node: NodeId) -> str:

@@ -65,6 +65,7 @@ class PeerServer:
         new_file: Callable[[Rank, Step], Path],
         threads: Executor,
         on_copy: Callable[[Generation, Shard], None],
+        transfer_s: float,
     ) -> None:
         """Serve nobody yet.
 
@@ -74,9 +75,10 @@ class PeerServer:
             new_file: names a file for a copy.
             threads: where copies are verified.
             on_copy: called with the sender's generation for each copy that is held.
+            transfer_s: see the class.
         """
         self.unreachable = False
-        self.transfer_s = 120.0
+        self.transfer_s = transfer_s
         self._shelf = shelf
         self._new_file = new_file
         self._credentials = f"Bearer {token}".encode()
@@ -199,6 +201,11 @@ class PeerClient:
     async def close(self) -> None:
         """Close every connection."""
         await self._http.aclose()
+
+    async def rehearse(self, address: str) -> None:
+        """Make a call for nothing: the first one of a process waits 0.1 s for imports."""
+        with contextlib.suppress(httpx.HTTPError):
+            await self._http.get(f"http://{address}/", timeout=5.0)
 
     async def send(self, address: str, shard: Shard, lineage: Lineage) -> None:
         """Have another agent hold a copy of a shard, which the caller has pinned.

@@ -76,6 +76,11 @@ class Samples:
                 hint="add text, or shorten the sequences",
             )
 
+    @property
+    def mark(self) -> float:
+        """The first 48 bits of the digest, which a float64 holds exactly."""
+        return float(int(self.tokens.digest[:12], 16))
+
     def batch(self, step: int, indices: range) -> Batch:
         """Return the samples at these indices of the global batch of `step` (1-based)."""
         L = self._job.seq_len
@@ -137,7 +142,8 @@ def open_tokens(
         with tempfile.TemporaryFile() as file:
             _write(file, text, tokenizer)
             return _map(file, tokenizer.bos)
-    key = hashlib.sha256(msgspec.json.encode([tokenizer.digest, text.fingerprint])).hexdigest()
+    parts = [_MAGIC.hex(), tokenizer.digest, text.fingerprint]
+    key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
     path = Path(cache_dir) / f"tokens-{key[:32]}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

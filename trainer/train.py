@@ -130,7 +130,8 @@ class Training:
         self._announce(reporter, RankPhase.OPTIMIZER)
         squares = self.optimizer.take_gradients()
         reporter.entered_collective()
-        rows = self.world.gather([loss_sum, squares])
+        rows = self.world.gather([loss_sum, squares, self.samples.mark])
+        self._require_same_data([row[2] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
         loss = math.fsum(row[0] for row in rows) / self.tokens
         grad_norm = global_norm(row[1] for row in rows[: self.world.shards])
@@ -143,6 +144,15 @@ class Training:
             tokens=self.tokens,
             seconds=time.monotonic() - begun,
         )
+
+    def _require_same_data(self, marks: list[float]) -> None:
+        others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        if others:
+            raise MisconfiguredError(
+                f"spec.trainer.data is not the same text on every node: rank 0 has other tokens "
+                f"than rank {', '.join(map(str, others))}",
+                hint="copy it from one node to the others; the demo reads this Python's library",
+            )
 
     @property
     def tokens(self) -> int:
@@ -260,7 +270,7 @@ def rehearse() -> None:
     """Take a step in a world of one, so that a parked process has its first time behind it."""
     job = runfile.Trainer(global_batch=1, seq_len=8)
     config = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
-    tokens = Tokens(np.arange(32, dtype=np.uint32) % 16, "", 0)
+    tokens = Tokens(np.arange(32, dtype=np.uint32) % 16, "0", 0)
     # Twice: the second world still meets code that the first one only compiled.
     for _ in range(2):
         with parallel.alone() as world:

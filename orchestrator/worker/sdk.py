@@ -248,7 +248,7 @@ class Worker:
             return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
     def slot(self, size: int) -> Slot | None:
-        """Return a staging slot of `size` bytes, or None if all still hold what may be needed.
+        """Return a staging slot of `size` bytes, or None if none is free or there is no room.
 
         Without a slot a save is skipped, never awaited.
         """
@@ -261,7 +261,13 @@ class Worker:
         path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
         known = self._slots.get(path)
         if known is None or len(known.buffer) != size:
-            known = self._slots[path] = Slot(number, path, size)
+            try:
+                known = self._slots[path] = Slot(number, path, size)
+            except OSError as error:  # no room: a failed save does not end training either
+                print(f"no slot of {size} bytes: {error}", file=sys.stderr)  # noqa: T201 - the log
+                with self._changed:
+                    self._free_slots.append(number)
+                return None
         return known
 
     def give_back(self, slot: Slot) -> None:

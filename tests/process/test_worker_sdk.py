@@ -55,7 +55,7 @@ def train(worker, seat):
         if step == options.get("lose_peer_at"):
             raise PeerLostError("connection reset by peer")
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
-        slot = worker.slot(4096) if step % 10 == 0 else None
+        slot = worker.slot(options.get("slot_bytes", 4096)) if step % 10 == 0 else None
         if slot is not None:
             slot.buffer[:4] = step.to_bytes(4, "little")
             worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
@@ -176,6 +176,14 @@ def test_saving_is_skipped_and_training_goes_on_while_no_slot_is_free(agent: Age
         "rank-00000.slot-0",
         "rank-00000.slot-1",
     ]
+
+
+def test_saving_is_skipped_and_training_goes_on_where_there_is_no_room(agent: Agent) -> None:
+    agent.seat(steps=30, slot_bytes=1 << 60)
+
+    agent.hear(Finished)
+
+    assert agent.rank.poll() is None
 
 
 def test_an_aborted_rank_leaves_keeps_its_process_and_takes_the_next_seat(agent: Agent) -> None:

@@ -24,8 +24,8 @@ from trainer.train import Training, Unheard
 
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=32)
 JOB = runfile.Trainer(steps=20, seq_len=8, global_batch=2)
-TOKENS = Tokens(np.arange(500, dtype=np.uint32) % 32, "digest", 31)
-CURSOR = Cursor(samples=0, seed=0, seq_len=8, global_batch=2, data="digest")
+TOKENS = Tokens(np.arange(500, dtype=np.uint32) % 32, "d16e57000000", 31)
+CURSOR = Cursor(samples=0, seed=0, seq_len=8, global_batch=2, data="d16e57000000")
 STAMP = Stamp("run", CONFIG.fingerprint, 1, CURSOR)
 
 
@@ -158,7 +158,7 @@ def _digest_over(weights: dict[str, torch.Tensor], shape: tuple[int, int]) -> tu
         (STAMP._replace(model="f" * 16), "model is"),
         (
             STAMP._replace(start=msgspec.structs.replace(CURSOR, data="new")),
-            "data is digest, expected new",
+            "data is d16e57000000, expected new",
         ),
         (STAMP._replace(start=msgspec.structs.replace(CURSOR, seed=7)), "seed is 0, expected 7"),
         (

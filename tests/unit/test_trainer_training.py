@@ -18,7 +18,7 @@ from trainer.train import Training, Unheard, read_job, rehearse
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)
 IDS = np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint32)
-SAMPLES_OF = Tokens(IDS, "digest", 63)
+SAMPLES_OF = Tokens(IDS, "d16e57000000", 63)
 
 
 def job(**changes: object) -> runfile.Trainer:
@@ -98,6 +98,19 @@ def test_micro_batches_and_layers_sharded_alone_change_the_last_bits_only(
 
     assert apart == pytest.approx(whole, rel=1e-5)
     assert layered == pytest.approx(whole, rel=1e-5)
+
+
+def test_ranks_that_read_different_text_are_refused_before_a_weight_moves(
+    world: parallel.World,
+) -> None:
+    training = Training(job(), CONFIG, Samples(SAMPLES_OF, job()), world)
+
+    training._require_same_data([1.0, 1.0])
+    with pytest.raises(
+        MisconfiguredError, match="rank 0 has other tokens than rank 1, 3"
+    ) as caught:
+        training._require_same_data([1.0, 2.0, 1.0, 2.0])
+    assert caught.value.hint
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth() -> None:

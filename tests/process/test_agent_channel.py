@@ -122,7 +122,7 @@ def test_every_shard_is_told_after_the_step_that_it_is_of(
     controller: Controller, start: Start
 ) -> None:
     start()
-    train(controller, save_every=1, steps=30)
+    train(controller, save_every=4, steps=30)
     controller.hear(RanksFinished)
 
     known = 0

@@ -70,10 +70,10 @@ def stage(
 class Node:
     """A keeper with its folder, its address and what it said."""
 
-    def __init__(self, memory: Path, token: str = TOKEN) -> None:
+    def __init__(self, memory: Path, *, transfer_s: float = 60.0) -> None:
         memory.mkdir()
         self.memory = memory
-        self.keeper = Keeper(memory, token=token)
+        self.keeper = Keeper(memory, token=TOKEN, transfer_s=transfer_s)
         self.held: list[tuple[int, int, int]] = []
         self.freed: list[tuple[int, int]] = []
         self.keeper.on_held = lambda generation, holdings: self.held.extend(
@@ -115,9 +115,8 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[Node, Node]]:
             node.begin(GENERATION, {HERE: one, THERE: other}, None)
         yield one, other
     finally:
-        for node in (one, other):
-            await node.keeper.close()
-            assert node.files() == []
+        await asyncio.gather(one.keeper.close(), other.keeper.close())
+        assert (one.files(), other.files()) == ([], [])
 
 
 async def settled(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from orchestrator.agent.shards import Shard
+from orchestrator.agent.transfer import allocate
+from orchestrator.protocol.ids import Rank, Step
 from storage.blob import BlobStore
-from storage.errors import BlobNotFoundError, UnsupportedUriError
+from storage.commit import fetch_body, fetch_index
+from storage.errors import BlobNotFoundError, ForeignCheckpointError, UnsupportedUriError
 from storage.local import LocalStore, open_store
-from storage.manifest import COMMITS, body_key, parse_commit_key
+from storage.manifest import COMMITS, body_key, decode_manifest, describe, parse_commit_key
+from storage.shard import encode_index
 from storage.wrappers import CountingStore, FaultyStore, RetryingStore
 
 ATTEMPTS_MAX = 5
@@ -24,6 +31,29 @@ class DurableShard:
     store: BlobStore
     commit: str
     shard: int
+
+
+def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> Shard:
+    """Read a committed shard into a new file of shared memory, verified. Blocks.
+
+    Raises:
+        StorageError: if it can not be read, or is not of the step wanted.
+        NoRoomError: if there is too little shared memory. There is no file then, either.
+    """
+    manifest = decode_manifest(durable.store.get(durable.commit))
+    if manifest.step != wanted[1]:
+        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
+    index = fetch_index(durable.store, manifest, durable.shard)
+    descriptor = allocate(path, index.size)
+    try:
+        # Not closed by hand: an error on its way out still holds views of it.
+        fetch_body(durable.store, index, memoryview(mmap.mmap(descriptor, index.size)))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    return Shard.of(wanted[0], encode_index(index).decode(), path)
 
 
 class DurableTier:

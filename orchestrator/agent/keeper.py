@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from orchestrator.agent.durable import DurableShard
+from orchestrator.agent.durable import DurableShard, read_shard
 from orchestrator.agent.peers import PeerClient, PeerServer
 from orchestrator.agent.shards import (
     SLOTS,
@@ -28,15 +27,14 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.agent.transfer import allocate, map_file, verify_file
+from orchestrator.agent.transfer import map_file, verify_file
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import Holding, Receipt
 from storage.blob import BlobStore
-from storage.commit import fetch_body, fetch_index, write_shard
-from storage.errors import ForeignCheckpointError, StorageUnavailableError
-from storage.manifest import decode_manifest, describe
-from storage.shard import decode_index, encode_index
+from storage.commit import write_shard
+from storage.errors import StorageUnavailableError
+from storage.shard import decode_index
 
 Tier = Literal["own", "fetched", "durable"]
 """Where a shard was found: in this node's memory, in another's, on the durable tier."""
@@ -295,7 +293,7 @@ class Keeper:
     async def _read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
         path = self._new_file("restore", *wanted)
         reading = asyncio.get_running_loop().run_in_executor(
-            self._threads, read_durable, durable, wanted, path
+            self._threads, read_shard, durable, wanted, path
         )
         try:
             return await asyncio.shield(reading)
@@ -340,26 +338,3 @@ class Keeper:
 
 def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
-
-
-def read_durable(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> Shard:
-    """Read a committed shard into a new file of shared memory, verified. Blocks.
-
-    Raises:
-        StorageError: if it can not be read, or is not of the step wanted.
-        NoRoomError: if there is too little shared memory. There is no file then, either.
-    """
-    manifest = decode_manifest(durable.store.get(durable.commit))
-    if manifest.step != wanted[1]:
-        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
-    index = fetch_index(durable.store, manifest, durable.shard)
-    descriptor = allocate(path, index.size)
-    try:
-        # Not closed by hand: an error on its way out still holds views of it.
-        fetch_body(durable.store, index, memoryview(mmap.mmap(descriptor, index.size)))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-    return Shard.of(wanted[0], encode_index(index).decode(), path)

@@ -97,8 +97,12 @@ class PeerServer:
         # waits 40 ms for an acknowledgement.
         family = socket.getaddrinfo(host, 0)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.bind((host, 0))
-        listener.listen()
+        try:
+            listener.bind((host, 0))
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
         where = "/shards/{rank:int}/{step:int}"
         routes = [
             Route(where, self._answered(self._get), methods=["GET"]),
@@ -120,7 +124,8 @@ class PeerServer:
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         # The socket listens already: whoever calls before the server is up waits a moment.
-        return f"{host}:{listener.getsockname()[1]}"
+        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        return f"{shown}:{listener.getsockname()[1]}"
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Stop serving; what is under way has a second to finish."""

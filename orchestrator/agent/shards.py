@@ -76,7 +76,12 @@ class NoRoomError(KeeperError):
 
 
 ERRORS: tuple[type[KeeperError], ...] = (
-    *(MalformedError, NotHeldError, StaleError, CorruptError, UnreachableError, NoRoomError),
+    MalformedError,
+    NotHeldError,
+    StaleError,
+    CorruptError,
+    UnreachableError,
+    NoRoomError,
 )
 
 

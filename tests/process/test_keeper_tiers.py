@@ -113,7 +113,7 @@ def test_a_durable_tier_that_does_not_answer_is_given_up_and_leaves_nothing(
             store = FaultyStore(MemoryStore())
             durable = committed(store)
             store.slow_s = 0.1
-            with pytest.raises(StorageUnavailableError, match=r"not read after 0.25 s"):
+            with pytest.raises(StorageUnavailableError, match=r"not here from durable in 0.25 s"):
                 await here.keeper.prepare(RANK, STEP, "", durable, timeout_s=0.25)
             await asyncio.sleep(0.4)
             assert here.files() == []

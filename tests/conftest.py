@@ -83,7 +83,15 @@ class Cluster:
     def say(self, node: str, fact: Fact) -> list[Decision]:
         return self.tell(Reported(at=self.at(), node=NodeId(node), fact=fact))
 
-    def join(self, node: str, *, incarnation: int = 1, generation: int = 0, mark: int = 0) -> list:
+    def join(
+        self,
+        node: str,
+        *,
+        incarnation: int = 1,
+        generation: int = 0,
+        mark: int = 0,
+        holdings: tuple[Holding, ...] = (),
+    ) -> list:
         return self.say(
             node,
             Joined(
@@ -94,6 +102,7 @@ class Cluster:
                 peer_address="127.0.0.1:1",
                 generation=Generation(generation),
                 mark=mark,
+                holdings=holdings,
             ),
         )
 

@@ -100,9 +100,15 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     node.heard_at = state.now
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
-    _hold(state, node_id, joined.holdings)
+    _hold(state, node_id, _of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
+
+
+def _of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
+    """Return what a node holds that still counts, if it comes back from an older generation."""
+    since = [step for g, step in state.restored.items() if g > joined.generation]
+    return tuple(h for h in joined.holdings if all(h.step <= step for step in since))
 
 
 def _take(  # noqa: C901, PLR0912 - one line per fact
@@ -257,6 +263,7 @@ def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: S
     state.lanes = {}
     state.written = {}
     state.start_step = state.reached_step = restored
+    state.restored[state.generation] = restored
     for node in state.nodes.values():
         node.finished = False
         node.mark = 0

@@ -137,6 +137,8 @@ class RunState:
     """Last step completed in the current lineage."""
     start_step: Step = Step(0)
     """Step from which the current generation continued."""
+    restored: dict[Generation, Step] = field(default_factory=dict)
+    """Step from which each generation continued: what an older one did after it does not count."""
     step_log: deque[tuple[Step, Seconds]] = field(
         default_factory=lambda: deque(maxlen=STEP_LOG_LENGTH)
     )

@@ -87,6 +87,8 @@ class Worker:
         self._persisted: set[Step] = set()
         self._misbehave = ""
         self._free_slots: list[int] = []
+        self._freed: list[int] = []
+        """Slots freed since the newest seat came."""
         self._slots: dict[Path, Slot] = {}
         self._stepped = False
         self._leaving: tuple[Generation, float] | None = None
@@ -156,7 +158,7 @@ class Worker:
                 self._seats.clear()
                 over = seat.generation < self._abort_before
                 if not over:
-                    self._free_slots = list(seat.free_slots)
+                    self._free_slots = sorted({*seat.free_slots, *self._freed})
                     # Under the lock: an abort finds the seat either not taken or here.
                     self.seat = seat
             if not over:
@@ -375,12 +377,15 @@ class Worker:
             match message:
                 case Seat():
                     self._seats.append(message)
+                    self._freed = []
                     self._abort_before = max(self._abort_before, message.generation)
                 case Abort(before=before):
                     self._abort_before = max(self._abort_before, before)
                 case Rendezvous():
                     self._rendezvous = message
                 case SlotFreed(slot=slot):
+                    # The seat that waits to be taken does not name it yet.
+                    self._freed.append(slot)
                     if slot not in self._free_slots:
                         self._free_slots.append(slot)
                 case Persisted(step=step):

@@ -17,6 +17,7 @@ from orchestrator.core.events import (
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
+    Holding,
     PreparationFailed,
     RankExited,
     RanksTroubled,
@@ -176,6 +177,23 @@ def test_a_silent_node_is_swapped_and_fenced_when_it_comes_back(cluster: Any) ->
     (fence,) = [d for d in cluster.join("node-1", generation=1) if isinstance(d, FenceNode)]
     assert fence.node == "node-1"
     assert cluster.state.spares() == ("node-1",)
+
+
+def test_what_a_node_holds_of_an_abandoned_lineage_does_not_count_when_it_comes_back(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(8)
+    cluster.hold(8)
+    cluster.train(4)
+    cluster.after(0.1).lose("node-1")
+    assert cluster.state.start_step == 8
+    held = tuple(Holding(Rank(rank), Step(step)) for rank in range(4) for step in (8, 12))
+
+    cluster.join("node-1", generation=1, holdings=held)
+
+    assert set(cluster.state.holders(Step(8), Rank(0))) >= {"node-1"}
+    assert Step(12) not in cluster.state.holdings
 
 
 def test_survivors_complaining_about_a_dead_peer_are_a_symptom_not_an_incident(

@@ -130,7 +130,7 @@ class Seating:
         except StaleError as error:
             log.info("preparation is over: %s", error)
             return None
-        except (KeeperError, StorageError) as error:
+        except (KeeperError, StorageError, OSError) as error:
             durable = isinstance(error, StorageError)
             log.warning("state of step %d is not to be had: %s", order.restore, error)
             self._say(

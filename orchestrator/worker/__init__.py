@@ -10,7 +10,8 @@ from orchestrator.worker.errors import (
     NotSupervisedError,
     PeerLostError,
 )
-from orchestrator.worker.sdk import LEAVE_WITHIN_S, Worker, serve
+from orchestrator.worker.sdk import LEAVE_WITHIN_S, Worker
+from orchestrator.worker.serving import serve
 from orchestrator.worker.slot import Slot
 
 __all__ = [

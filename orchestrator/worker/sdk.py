@@ -1,4 +1,4 @@
-"""What a trainer calls to be supervised. No torch: any program that can take steps can use it.
+"""One rank's connection to its agent. No torch: any program that can take steps can use it.
 
     def train(worker: Worker, seat: Seat) -> None: ...   # one generation, from seat to last step
 
@@ -55,15 +55,14 @@ from orchestrator.protocol.rank import (
 )
 from orchestrator.worker.beacon import BeaconWriter, StepRecord
 from orchestrator.worker.errors import (
-    EXIT_MISCONFIGURED,
     EXIT_ORPHANED,
     EXIT_STUCK,
     Aborted,
     MisconfiguredError,
     NotSupervisedError,
-    PeerLostError,
 )
 from orchestrator.worker.misbehaviour import misbehave
+from orchestrator.worker.output import redirect
 from orchestrator.worker.slot import Slot
 
 LEAVE_WITHIN_S = 0.4
@@ -162,7 +161,7 @@ class Worker:
                     # Under the lock: an abort finds the seat either not taken or here.
                     self.seat = seat
             if not over:
-                _redirect_output(seat.log)
+                redirect(seat.log)
                 return seat
             self.reached("left", seat.generation)
 
@@ -408,48 +407,3 @@ class Worker:
         callback = self._on_abort
         if callback is not None:
             callback()
-
-
-def serve(train: Callable[[Worker, Seat], None], rehearse: Callable[[], None] | None = None) -> int:
-    """Run `train` for one seat after the other until the agent has no more; return the exit code.
-
-    `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
-    reported with its traceback and ends the process with code 1 (78 if misconfigured).
-
-    Args:
-        train: one generation, from its seat to the last step.
-        rehearse: run once before the first wait, unless a seat is there already: whatever a first
-            step pays for only once should be paid for here, by a process that nobody waits for.
-    """
-    worker = Worker.connect()
-    try:
-        if rehearse is not None and not worker.expected:
-            rehearse()
-        while (seat := worker.next_seat()) is not None:
-            try:
-                train(worker, seat)
-            except Aborted:
-                continue
-            except PeerLostError as error:
-                worker.troubled(error)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
-        traceback.print_exception(error)
-        worker.died(error)
-        return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
-    return 0
-
-
-def _redirect_output(log: str) -> None:
-    """Append what this process prints to `log` from now on; "" leaves it where it goes."""
-    if not log:
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    except OSError as error:
-        print(f"output stays here: {error}", file=sys.stderr)  # noqa: T201 - it is the output
-        return
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Gives a trainer one seat after the other, for as long as its agent has some."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+from orchestrator.protocol.rank import Seat
+from orchestrator.worker.errors import (
+    EXIT_MISCONFIGURED,
+    Aborted,
+    MisconfiguredError,
+    PeerLostError,
+)
+from orchestrator.worker.sdk import Worker
+
+
+def serve(train: Callable[[Worker, Seat], None], rehearse: Callable[[], None] | None = None) -> int:
+    """Run `train` for one seat after the other until the agent has no more; return the exit code.
+
+    `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
+    reported with its traceback and ends the process with code 1 (78 if misconfigured).
+
+    Args:
+        train: one generation, from its seat to the last step.
+        rehearse: run once before the first wait, unless a seat is there already: whatever a first
+            step pays for only once should be paid for here, by a process that nobody waits for.
+    """
+    worker = Worker.connect()
+    try:
+        if rehearse is not None and not worker.expected:
+            rehearse()
+        while (seat := worker.next_seat()) is not None:
+            try:
+                train(worker, seat)
+            except Aborted:
+                continue
+            except PeerLostError as error:
+                worker.troubled(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
+        traceback.print_exception(error)
+        worker.died(error)
+        return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
+    return 0

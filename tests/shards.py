@@ -76,9 +76,7 @@ class Node:
         self.keeper = Keeper(memory, token=TOKEN, transfer_s=transfer_s)
         self.held: list[tuple[int, int, int]] = []
         self.freed: list[tuple[int, int]] = []
-        self.keeper.on_held = lambda generation, holdings: self.held.extend(
-            (generation, h.rank, h.step) for h in holdings
-        )
+        self.keeper.on_held = self._note
         self.keeper.on_freed = lambda rank, slot: self.freed.append((rank, slot))
         self.address = ""
 
@@ -91,6 +89,10 @@ class Node:
 
     def stage(self, rank: int, step: int, generation: int, slot: int = 0, **more: int) -> None:
         self.keeper.staged(Rank(rank), stage(self.memory, rank, step, generation, slot, **more))
+
+    def _note(self, generation: Generation) -> None:
+        """What is held, as the controller was last told."""
+        self.held = [(generation, h.rank, h.step) for h in self.keeper.holdings()]
 
     def files(self) -> list[str]:
         return sorted(path.name for path in self.memory.iterdir())

@@ -65,7 +65,7 @@ class Keeper:
             transfer_s: another agent that has not sent or taken a whole shard after so many
                 seconds is given up.
         """
-        self.on_held: Callable[[Generation, tuple[Holding, ...]], None] = lambda _, __: None
+        self.on_held: Callable[[Generation], None] = lambda _: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
         self._memory = memory
         self._host = host
@@ -157,7 +157,18 @@ class Keeper:
         except StaleError:
             self.on_freed(rank, message.slot)
             return
-        self.on_held(message.generation, (Holding(rank, shard.step),))
+        self.on_held(message.generation)
+
+    def make_room(self, rank: Rank) -> bool:
+        """Give up a step that has not become safe, for newer ones; return whether one was.
+
+        Ranks that skip saves by themselves can come to hold different steps, none of which is
+        whole anywhere; then nothing becomes safe, and nothing is freed, unless somebody gives way.
+        """
+        given_up = self._shelf.evict(rank)
+        if given_up:
+            self.on_held(self._shelf.lineage.generation)
+        return given_up
 
     def holdings(self) -> tuple[Holding, ...]:
         """Return everything that is held, by rank and step."""
@@ -315,7 +326,8 @@ class Keeper:
         return await asyncio.shield(running)
 
     def _copied(self, generation: Generation, shard: Shard) -> None:
-        self.on_held(generation, (Holding(shard.rank, shard.step),))
+        del shard
+        self.on_held(generation)
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)

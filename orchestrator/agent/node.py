@@ -181,6 +181,8 @@ class Node:
         if self._injection.watching:
             self._injection.look()
         pulse.collect(self._account, self._ranks)
+        if beat:
+            self._saving.relieve(self._limits.silence_s)
         if beat and self._channel.connected:
             self._voice.beat()
         elif beat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,13 +14,15 @@ from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.owed import Owed
 from orchestrator.agent.ranks import Ranks
-from orchestrator.agent.shards import KeeperError
+from orchestrator.agent.shards import KeeperError, NotHeldError, StaleError
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import Begin, Fact, WriteFailed
 from orchestrator.protocol.rank import Persisted, Staged
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
+COPY_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
+"""Pauses before a copy is tried again; a buddy may be starting, or out of reach for a moment."""
 
 
 class _Head(msgspec.Struct):
@@ -49,6 +52,7 @@ class Saving:
         self._generation = Generation(0)
         self._buddy: NodeId | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._full_since: dict[Rank, float] = {}
 
     def begin(self, order: Begin) -> None:
         """Save for the seats of a generation from now on; older saves are abandoned."""
@@ -76,16 +80,36 @@ class Saving:
             # Another replica writes the same shard; this rank has nothing to wait for.
             self._tell(rank, staged.step)
 
+    def relieve(self, after_s: float) -> None:
+        """Have each rank without a free slot for so long give up a step that does not get safe."""
+        now = time.monotonic()
+        for rank in self._ranks.seated():
+            if self._keeper.free_slots(rank):
+                self._full_since.pop(rank, None)
+            elif now - self._full_since.setdefault(rank, now) > after_s:
+                del self._full_since[rank]
+                if self._keeper.make_room(rank):
+                    log.warning("rank %d had no free slot for %g s; made room", rank, after_s)
+
     def close(self) -> None:
         """Abandon what is under way; a thread that writes already ends by itself."""
         for task in self._tasks:
             task.cancel()
 
     async def _copy(self, buddy: NodeId, rank: Rank, step: Step) -> None:
-        try:
-            await self._keeper.copy_to(buddy, rank, step)
-        except KeeperError as error:
-            log.warning("rank %d, step %d has no copy on %s: %s", rank, step, buddy, error)
+        for wait_s in (*COPY_AGAIN_S, None):
+            try:
+                await self._keeper.copy_to(buddy, rank, step)
+            except (NotHeldError, StaleError) as error:
+                # Nobody needs it any more, here or there.
+                log.info("rank %d, step %d is not copied to %s: %s", rank, step, buddy, error)
+                return
+            except KeeperError as error:
+                log.warning("rank %d, step %d has no copy on %s: %s", rank, step, buddy, error)
+                if wait_s is not None:
+                    await asyncio.sleep(wait_s)
+            else:
+                return
 
     async def _write(self, rank: Rank, staged: Staged) -> None:
         step, generation = staged.step, staged.generation

@@ -268,6 +268,24 @@ class Shelf:
         self.lineage = Lineage(lineage.generation, lineage.restore, max(step, lineage.retained))
         self._drop_outside()
 
+    def evict(self, rank: Rank) -> bool:
+        """Drop the oldest step of a rank without a free slot; return whether there was one.
+
+        Never the retained step, which is what a recovery would start from, nor the newest, nor
+        one that is being read.
+        """
+        if self.free_slots(rank):
+            return False
+        own = sorted(
+            (s for s in self._by_file.values() if s.rank == rank and s.slot is not None),
+            key=lambda shard: shard.step,
+        )
+        for shard in own[:-1]:
+            if shard.step > self.lineage.retained and not shard.pins and not shard.dropped:
+                self.drop(shard)
+                return True
+        return False
+
     @contextlib.contextmanager
     def pinned(self, shard: Shard) -> Iterator[Shard]:
         """Keep a shard's file as it is while the block runs."""

@@ -15,7 +15,7 @@ from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, Step
-from orchestrator.protocol.messages import PROTOCOL_VERSION, Fact, Holding, Joined, ShardsHeld
+from orchestrator.protocol.messages import PROTOCOL_VERSION, Fact, Joined, ShardsHeld
 
 
 class Voice:
@@ -59,9 +59,7 @@ class Voice:
         """Say again what may have been lost with the last connection."""
         self._account.reconnected(steps_known)
         self.beat()
-        holdings = self._keeper.holdings()
-        if holdings:
-            self._channel.send(ShardsHeld(generation=self._account.generation, holdings=holdings))
+        self.say_held(self._account.generation)
         for fact in self._account.facts():
             self._channel.send(fact)
 
@@ -73,9 +71,9 @@ class Voice:
             self.beat()
         self._channel.send(fact)
 
-    def say_held(self, generation: Generation, holdings: tuple[Holding, ...]) -> None:
-        """Say that this node's memory holds more."""
-        self.say(ShardsHeld(generation=generation, holdings=holdings))
+    def say_held(self, generation: Generation) -> None:
+        """Say what this node's memory holds, all of it: what is not named is not there."""
+        self.say(ShardsHeld(generation=generation, holdings=self._keeper.holdings()))
 
     def beat(self) -> None:
         """Say how the ranks are, with the steps that have not been said."""

@@ -141,6 +141,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case RanksTroubled(message=message):
             state.troubled.setdefault(node.id, (state.now, message))
         case ShardsHeld(holdings=holdings):
+            _forget_memory(state, node.id)
             _hold(state, node.id, holdings)
         case ShardsWritten(step=step):
             if step not in state.committing and all(c.step != step for c in state.commits):

@@ -153,7 +153,7 @@ class RanksTroubled(_Message, frozen=True, kw_only=True):
 
 
 class ShardsHeld(_Message, frozen=True, kw_only=True):
-    """This node's memory now also holds these shards (its own ranks', or copies for others)."""
+    """This node's memory holds these shards, its own ranks' and copies for others, and no more."""
 
     generation: Generation
     holdings: tuple[Holding, ...]

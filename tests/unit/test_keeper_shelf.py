@@ -86,6 +86,32 @@ def test_a_slot_that_is_read_is_freed_when_the_last_reader_is_done() -> None:
     assert bench.shelf.free_slots(Rank(0)) == (0, 1, 2)
 
 
+def test_without_a_free_slot_the_oldest_step_that_is_not_safe_gives_way() -> None:
+    bench = Bench()
+    for slot, step in enumerate((4, 8, 12)):
+        bench.stage(0, step, 0, slot=slot)
+    bench.shelf.retain(Step(4))
+
+    assert bench.shelf.evict(Rank(0))
+
+    assert bench.held() == [(0, 4), (0, 12)]
+    assert bench.freed == [(0, 1)]
+    assert not bench.shelf.evict(Rank(0))  # there is a free slot again
+
+
+def test_what_is_retained_newest_or_being_read_never_gives_way() -> None:
+    bench = Bench()
+    bench.stage(0, 4, 0, slot=0)
+    read = bench.stage(0, 8, 0, slot=1)
+    bench.stage(0, 12, 0, slot=2)
+    bench.shelf.retain(Step(4))
+
+    with bench.shelf.pinned(read):
+        assert not bench.shelf.evict(Rank(0))
+
+    assert bench.held() == [(0, 4), (0, 8), (0, 12)]
+
+
 def test_a_generation_drops_newer_steps_of_older_ones_and_keeps_its_own() -> None:
     bench = Bench()
     bench.stage(0, 1, 0, slot=0)

@@ -23,7 +23,7 @@ from orchestrator.protocol.messages import (
     Retain,
     ShardsHeld,
 )
-from tests.programs.played import Agent, Controller, alive, holder, wait_for
+from tests.programs.played import Agent, Controller, alive, holder, newest, wait_for
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Agent]
@@ -278,11 +278,11 @@ def test_memory_that_is_retained_frees_slots_so_that_saving_goes_on(
     start()
     train(controller, save_every=5)
 
-    newest = 0
-    while newest < 60:  # of three slots
-        _, fact = controller.hear(ShardsHeld, where=lambda f, n=newest: f.holdings[0].step > n)
-        newest = fact.holdings[0].step
-        controller.send("node-0", Retain(order="r", generation=Generation(1), step=Step(newest)))
+    step = 0
+    while step < 60:  # of three slots
+        _, fact = controller.hear(ShardsHeld, where=lambda f, known=step: newest(f) > known)
+        step = newest(fact)
+        controller.send("node-0", Retain(order="r", generation=Generation(1), step=Step(step)))
 
 
 def test_a_generation_whose_state_is_nowhere_is_not_started(

@@ -20,7 +20,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
     WriteFailed,
 )
-from tests.programs.played import Agent, Controller, alive, wait_for
+from tests.programs.played import Agent, Controller, alive, newest, wait_for
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Agent]
@@ -212,7 +212,7 @@ def test_a_slow_disk_delays_a_checkpoint_and_not_the_ranks(controller: Controlle
     )
     let_loose(controller)
 
-    held, _ = controller.hear(ShardsHeld, where=lambda f: f.holdings[0].step == 50)
+    held, _ = controller.hear(ShardsHeld, where=lambda f: newest(f) == 50)
     written, _ = controller.hear(ShardsWritten, where=lambda f: f.step == 50)
 
     assert written - held > 0.5

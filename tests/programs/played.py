@@ -332,5 +332,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def newest(fact: Any, rank: int | None = None) -> int:
+    """Return the last step that a fact says is held (of a rank, if one is named), 0 for none."""
+    return max((h.step for h in fact.holdings if rank in (None, h.rank)), default=0)
+
+
 def holder(fact: Any, rank: int, step: int) -> bool:
     return any((h.rank, h.step) == (Rank(rank), Step(step)) for h in fact.holdings)

@@ -49,6 +49,12 @@ spec:
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seeds", type=int, default=2, help="fault plans to draw for whole runs (default 2)"
+    )
+
+
 class Cluster:
     """Nodes that say what they are told to say, to a controller that is the real one."""
 

@@ -1,0 +1,53 @@
+"""Draws fault plans by seed: any kinds, any steps, at least three of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from orchestrator.faults.catalogue import CATALOGUE, KINDS
+
+LASTING: dict[str, str] = {
+    "slow-rank": "1s",
+    "partition-node": "4s",
+    "full-disk": "1s",
+    "slow-disk": "1s",
+}
+"""How long what lasts does; a frozen rank stays frozen until something is done about it."""
+
+
+def plan(seed: int, *, steps: int, nodes: int, ranks: int, spares: int) -> list[dict[str, Any]]:
+    """Return three to five faults that a run with so many spares can survive.
+
+    Args:
+        seed: of the plan.
+        steps: of the run.
+        nodes: with a seat at the start; the spares come on top.
+        ranks: of the world.
+        spares: nodes that may be lost for good.
+    """
+    chance = np.random.Generator(np.random.Philox(seed))
+    faults: list[dict[str, Any]] = []
+    lost = 0
+    for _ in range(int(chance.integers(3, 6))):
+        kind = KINDS[int(chance.integers(len(KINDS)))]
+        if kind == "lose-node":
+            if lost == spares:
+                kind = "kill-agent"  # one more loss and the run could only give up
+            lost += 1
+        fault: dict[str, Any] = {
+            "when": {"step": int(chance.integers(2, steps - 2))},
+            "fault": kind,
+        }
+        target = CATALOGUE[kind].target
+        if target == "rank":
+            fault["rank"] = int(chance.integers(ranks))
+        elif target == "node":
+            fault["node"] = f"node-{int(chance.integers(nodes))}"
+        if kind in LASTING:
+            fault["for"] = LASTING[kind]
+        if kind == "spin-rank":
+            fault["holdGil"] = bool(chance.integers(2))
+        faults.append(fault)
+    return faults

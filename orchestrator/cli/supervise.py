@@ -31,8 +31,9 @@ from orchestrator.server.app import check_port
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.local import Machine
 
-LOOK_S = 0.02
-POLL_S = 0.2
+LOOK_S = 0.1
+"""A controller that ended is started again within this; an agent at once."""
+POLL_S = 0.4
 DEAD_STARTS_MAX = 5
 """Controllers that may end without having put anything on record, before that is given up."""
 log = logging.getLogger("holdfast.supervisor")
@@ -81,7 +82,7 @@ def supervise(
                 for news in machine.look():
                     log.info(news)
                 controller.keep()
-                time.sleep(LOOK_S)
+                machine.await_news(LOOK_S)
             # The controller sees the agents off and ends; both are bounded.
             controller.await_end(timeouts.kill_s + timeouts.terminate_s + timeouts.abort_s + 2.0)
         finally:

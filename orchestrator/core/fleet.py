@@ -6,6 +6,7 @@ rank and heartbeat would be billions over a run. Letters in array names: R ranks
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import numpy as np
@@ -96,4 +97,8 @@ class StepTimes:
 
         With fewer than 100 steps the largest stands in for high quantiles.
         """
-        return float(np.quantile(self._recent, q, method="higher")) if self._recent else 0.0
+        if not self._recent:
+            return 0.0
+        # Asked for at every tick: for a few hundred numbers this beats numpy's by far.
+        ordered = sorted(self._recent)
+        return ordered[math.ceil(q * (len(ordered) - 1))]

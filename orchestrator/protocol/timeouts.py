@@ -54,7 +54,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 _RULES = (
     ("scan_s", "detectWithin / 200, within 10 and 50 ms"),
     ("beat_s", "detectWithin / 20, within 50 ms and 1 s"),
-    ("tick_s", "half a beat"),
+    ("tick_s", "one beat"),
     ("stopped_s", "detectWithin / 2"),
     ("silence_s", "0.6 detectWithin; at least 4 beats"),
     ("hang_s", "0.6 detectWithin, plus two p99 steps as they are learned"),
@@ -93,7 +93,7 @@ def derive(detect_within_s: float, warmup_s: float) -> Timeouts:
         detect_within_s=d,
         scan_s=_within(d / 200, 0.01, 0.05),
         beat_s=beat,
-        tick_s=beat / 2,
+        tick_s=beat,
         stopped_s=d / 2,
         silence_s=silence,
         hang_s=0.6 * d,

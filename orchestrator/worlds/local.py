@@ -83,6 +83,8 @@ class _Agent:
     node: NodeId
     incarnation: int
     child: subprocess.Popen[bytes]
+    ended: int
+    """Descriptor that becomes readable when it has ended."""
     lost: bool = False
 
 
@@ -127,6 +129,11 @@ class Machine:
                 news.append(f"agent of {node} ended with {code}; started again")
                 self._start(node, agent.incarnation + 1)
         return news
+
+    def await_news(self, within_s: float) -> None:
+        """Return when an agent ends, or after `within_s`: nobody spins while nothing happens."""
+        alive = [a.ended for a in self._agents.values() if a.child.poll() is None]
+        select.select(alive, [], [], within_s)
 
     def alive(self) -> list[NodeId]:
         """Return the nodes whose agent is running."""
@@ -180,8 +187,10 @@ class Machine:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(msgspec.json.encode(config))
+        if node in self._agents:
+            os.close(self._agents[node].ended)
         _Born.write(self._folder, node, incarnation, child.pid)
-        self._agents[node] = _Agent(node, incarnation, child)
+        self._agents[node] = _Agent(node, incarnation, child, os.pidfd_open(child.pid))
 
 
 def memory_of(folder: RunFolder) -> Path:

@@ -128,12 +128,26 @@ def test_a_corrupt_newest_checkpoint_is_passed_over_and_said_to_be(job: Start) -
     assert "passed over step 40" in report.incidents[-1].reason
 
 
-def test_a_full_disk_costs_checkpoints_and_not_the_run(job: Start) -> None:
-    one = job(at(15, "full-disk", node="node-0", **{"for": "1s"}))
+def test_a_short_full_disk_is_ridden_out_by_trying_again(job: Start) -> None:
+    one = job(at(15, "full-disk", node="node-0", **{"for": "500ms"}))
 
     _, report = one.conduct()
 
     assert_whole(report)
+    assert report.incidents == []
+
+
+def test_a_full_disk_that_lasts_costs_a_checkpoint_and_not_the_run(job: Start) -> None:
+    options = {"steps": 100, "step_s": 0.05, "save_every": 5, "durable_every": 20}
+    one = job(
+        at(15, "full-disk", node="node-0", **{"for": "2500ms"}),
+        trainer__steps=100,
+        trainer__options=options,
+    )
+
+    _, report = one.conduct()
+
+    assert_whole(report, 100)
     assert any("no space" in failure.reason for failure in report.save_failures)
     assert report.incidents == []
 

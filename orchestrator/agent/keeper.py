@@ -47,8 +47,8 @@ class Keeper:
     """The shards in a node's memory. Every method belongs on the event loop.
 
     Attributes:
-        on_held: called for each own shard staged and each copy verified, with the generation under
-            which the controller is to be told.
+        on_held: called when `holdings` is to be told: a shard was staged, a copy verified, a step
+            given up; with the generation under which the controller is to be told.
         on_freed: called when a staging slot may be written again: tell its rank, if it has a seat.
         unreachable: True refuses peers, calls none, and breaks off what is under way.
     """
@@ -82,7 +82,7 @@ class Keeper:
             token=token,
             new_file=partial(self._new_file, "copy"),
             threads=self._threads,
-            on_copy=self._copied,
+            on_copy=lambda generation, _: self.on_held(generation),
             transfer_s=transfer_s,
         )
 
@@ -324,10 +324,6 @@ class Keeper:
         running = asyncio.get_running_loop().run_in_executor(threads, work)
         running.add_done_callback(lambda _: self._shelf.unpin(shard))
         return await asyncio.shield(running)
-
-    def _copied(self, generation: Generation, shard: Shard) -> None:
-        del shard
-        self.on_held(generation)
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)

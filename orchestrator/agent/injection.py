@@ -16,13 +16,14 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.agent import linux
 from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.memory import Memory
-from orchestrator.agent.ranks import Ranks, end_strays
+from orchestrator.agent.ranks import Ranks
 from orchestrator.faults.catalogue import CATALOGUE
 from orchestrator.faults.plan import ArmedFault, Fault
 from orchestrator.protocol.agent import NODE_LOST_EXIT
@@ -210,7 +211,7 @@ class Injection:
 
     def _lose_node(self) -> None:
         self._ranks.kill_all()
-        end_strays(spared=())
+        linux.end_strays(spared=())
         self._memory.remove()
         os._exit(NODE_LOST_EXIT)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,20 @@ def children() -> list[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.update(int(word) for word in path.read_text(encoding="ascii").split())
     return sorted(found)
+
+
+def end_strays(spared: Iterable[int]) -> set[int]:
+    """Kill and reap every child that is none of `spared`; return those that are still there.
+
+    For whoever adopts orphans: what a dead process left behind in sessions of its own.
+    """
+    left = set(children()) - set(spared)
+    for pid in tuple(left):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                left.discard(pid)
+    return left
 
 
 def _prctl(option: int, value: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from orchestrator.agent import pulse
+from orchestrator.agent import linux, pulse
 from orchestrator.agent.account import STEPPED, Account
 from orchestrator.agent.channel import Channel, RefusedError
 from orchestrator.agent.durable import DurableTier
@@ -24,7 +24,7 @@ from orchestrator.agent.live import LiveRank
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.parking import Parking
-from orchestrator.agent.ranks import Ranks, end_strays
+from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
 from orchestrator.agent.shards import MalformedError
@@ -139,7 +139,7 @@ class Node:
         for live in stuck:
             log.error("process %d survived SIGKILL", live.pid)
         self._nursery.close()
-        end_strays(spared=())
+        linux.end_strays(spared=())
         await self._keeper.close()
         self._memory.remove()
         # Last of all: to the controller an open connection is a node that has not gone.

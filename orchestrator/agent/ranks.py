@@ -279,14 +279,6 @@ class Ranks:
         live.gone.set()
 
 
-def end_strays(spared: Iterable[int]) -> None:
-    """Kill every child that is none of `spared`: what ranks started in sessions of its own."""
-    for pid in set(linux.children()) - set(spared):
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, os.WNOHANG)
-
-
 def _unreadiness(live: LiveRank) -> tuple[int, int]:
     reading = live.read()
     ready = reading is not None and reading.phase is RankPhase.WAITING

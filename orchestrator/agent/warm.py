@@ -256,6 +256,7 @@ def _become_rank(
 
 
 if __name__ == "__main__":
-    linux.die_with(int(sys.argv[3]))
+    # No wait: the agent is the parent from the start, or it is gone and nobody needs this process.
+    linux.die_with(int(sys.argv[3]), within_s=0.0)
     with socket.socket(fileno=int(sys.argv[2])) as inherited:
         serve(sys.argv[1], inherited)

@@ -79,7 +79,7 @@ def supervise(
             machine.start()
             watch = _Watch(folder, follower, progress, interrupts, timeout_s)
             while not watch.over():
-                for news in machine.look():
+                for news in machine.look(controller.pids):
                     log.info(news)
                 controller.keep()
                 machine.await_news(LOOK_S)
@@ -181,6 +181,11 @@ class _Controller:
                 stderr=output,
                 start_new_session=True,
             )
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process id, once there is one."""
+        return [] if self._child is None else [self._child.pid]
 
     def await_end(self, within_s: float) -> None:
         """Wait for it to end by itself."""

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import xxhash
 
+from orchestrator.agent import linux
 from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import Joined
@@ -104,7 +105,8 @@ class Machine:
         self.memory = memory_of(folder)
 
     def start(self) -> None:
-        """Start every node."""
+        """Start every node; adopt what their agents leave behind when they are killed."""
+        linux.adopt_orphans()
         self.memory.mkdir(mode=0o700, exist_ok=True)
         for node in node_names(self._run):
             last = _Born.read(self._folder, node)
@@ -112,8 +114,14 @@ class Machine:
             last.end(self._timeouts.terminate_s + self._timeouts.kill_s, self._timeouts.kill_s)
             self._start(node, last.incarnation + 1)
 
-    def look(self) -> list[str]:
-        """Reap agents that ended and start them again; return what happened, in words."""
+    def look(self, others: Iterable[int] = ()) -> list[str]:
+        """Reap agents that ended and start them again; return what happened, in words.
+
+        Args:
+            others: children of this process that are no agents; every other one is an orphan of
+                an agent that was killed, and is ended.
+        """
+        linux.end_strays({*others, *self._pids()})
         news = []
         for node, agent in sorted(self._agents.items()):
             code = agent.child.poll()
@@ -147,7 +155,7 @@ class Machine:
         return self.alive()
 
     def close(self) -> None:
-        """End every agent, whatever it does, and remove the memory of all nodes."""
+        """End every agent and child, whatever it does, and remove the memory of all nodes."""
         t = self._timeouts
         for number, within_s in (
             (signal.SIGTERM, t.terminate_s + t.kill_s + 1.0),
@@ -158,7 +166,13 @@ class Machine:
                     os.kill(self._agents[node].child.pid, number)
             if not self.await_end(within_s):
                 break
+        deadline = time.monotonic() + t.kill_s
+        while linux.end_strays(self._pids()) and time.monotonic() < deadline:
+            time.sleep(0.01)
         shutil.rmtree(self.memory, ignore_errors=True)
+
+    def _pids(self) -> set[int]:
+        return {agent.child.pid for agent in self._agents.values()}
 
     def _start(self, node: NodeId, incarnation: int) -> None:
         work = self._folder.nodes / node

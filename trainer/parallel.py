@@ -185,9 +185,13 @@ def alone(store: Store | None = None) -> Iterator[World]:
         world.join(store or HashStore(), 60.0)
         yield world
     finally:
-        world.mesh = None
+        mesh, world.mesh = world.mesh, None
         world.close()
         dist.destroy_process_group()
+        if mesh is not None:
+            # torch's cache of shardings remembers meshes for ever. With their groups it would keep
+            # threads of gloo that wake a hundred times a second, in every process that stands by.
+            mesh._pg_registry.clear()  # noqa: SLF001 - nothing public lets go of them
 
 
 def device_of(wanted: str, local_rank: int) -> torch.device:

@@ -1,8 +1,9 @@
 """Saves this rank's shard without holding training up, and continues from one.
 
 Saving has two halves: a copy of the state into a slot of shared memory, for which training waits,
-and its digests, made in a thread, after which the agent has it. No rank waits for another, and a
-save that finds no free slot is skipped.
+and its digests, made in a thread, after which the agent has it. No rank waits for another. A rank
+claims its slot while the step before is still under way, so that all of them can say whether they
+have one together with what they exchange in that step anyway, and then all save, or none.
 """
 
 from __future__ import annotations
@@ -76,19 +77,38 @@ class Checkpointer:
         self._shards, self._world, self._stamp = shards, world, stamp
         self._plan = shard.plan(_chunk(s, state, world) for s in shards for state in STATES)
         self._thread: threading.Thread | None = None
+        self._slot: Slot | None = None
+        """Claimed, and not filled yet."""
+
+    def claim(self, keeper: Keeper) -> bool:
+        """Claim a slot for the next save, unless that is done; it stays claimed until then.
+
+        Returns:
+            Whether a save would succeed now: not if no slot is free, or the save before is still
+            under way.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        if self._slot is not None:
+            return True
+        begun = time.monotonic()
+        self._slot = keeper.slot(self._plan.size)
+        if self._slot is None:
+            return False
+        keeper.stalled(time.monotonic() - begun)
+        return True
 
     def save(self, keeper: Keeper, step: int, *, durable: bool) -> bool:
         """Copy the state after `step` steps, and have it digested and handed over in a thread.
 
         Returns:
-            Whether it will be: not if no slot is free, or the save before is still under way.
+            Whether it will be; see `claim`.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if not self.claim(keeper):
             return False
         begun = time.monotonic()
-        slot = keeper.slot(self._plan.size)
-        if slot is None:
-            return False
+        slot, self._slot = self._slot, None
+        assert slot is not None
         views = self._plan.views(slot.buffer)
         for name, tensor in self._tensors():
             views[name][:] = _bytes(tensor)

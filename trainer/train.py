@@ -13,6 +13,7 @@ import importlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -122,15 +123,27 @@ class Training:
         self.optimizer = Optimizer(self.model, job)
         self._warm = False
 
-    def step(self, step: int, reporter: Reporter) -> None:
-        """Take optimizer step `step` (1-based) together with the other ranks, and report it."""
+    def step(
+        self, step: int, reporter: Reporter, ready: Callable[[], bool] = lambda: True
+    ) -> list[int]:
+        """Take optimizer step `step` (1-based) together with the other ranks, and report it.
+
+        Args:
+            step: its number.
+            reporter: who hears of it.
+            ready: says whether this rank can save its state after this step.
+
+        Returns:
+            The ranks that can not; every rank gets the same answer.
+        """
         begun = time.monotonic()
         self._announce(reporter, RankPhase.DATA)
         loss_sum = self._accumulate(step, reporter)
+        can_save = float(ready())
         self._announce(reporter, RankPhase.OPTIMIZER)
         squares = self.optimizer.take_gradients()
         reporter.entered_collective()
-        rows = self.world.gather([loss_sum, squares, self.samples.mark])
+        rows = self.world.gather([loss_sum, squares, self.samples.mark, can_save])
         self._require_same_data([row[2] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
         loss = math.fsum(row[0] for row in rows) / self.tokens
@@ -144,6 +157,7 @@ class Training:
             tokens=self.tokens,
             seconds=time.monotonic() - begun,
         )
+        return [rank for rank, row in enumerate(rows) if not row[3]]
 
     def _require_same_data(self, marks: list[float]) -> None:
         others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
@@ -207,8 +221,7 @@ def train(worker: Worker, seat: Seat) -> None:
         worker.reached("restored")
         try:
             for step in range(done + 1, job.trainer.steps + 1):
-                training.step(step, worker)
-                _save_if_due(checkpointer, worker, step, job)
+                _step_and_save(training, checkpointer, worker, step, job)
             _finish(checkpointer, worker, job.trainer.steps, durable=world.replica == 0)
         finally:
             # Until the thread is done it writes to a slot that the next seat may name as free.
@@ -231,12 +244,33 @@ def _stamp(seat: Seat, job: Job, tokens: Tokens) -> Stamp:
     )
 
 
-def _save_if_due(checkpointer: Checkpointer, worker: Worker, step: int, job: Job) -> None:
+def _step_and_save(
+    training: Training, checkpointer: Checkpointer, worker: Worker, step: int, job: Job
+) -> None:
+    """Take a step and, if a save is due after it, save on every rank or on none.
+
+    Ranks that skipped saves one by one could end with no step in common to continue from.
+    """
     durable = step % job.checkpoint.every_steps == 0
     in_memory = step % job.checkpoint.memory_every_steps == 0
-    if step < job.trainer.steps and (durable or in_memory):  # the last one is saved by _finish
+    if not (durable or in_memory) or step == job.trainer.steps:  # the last is saved by _finish
+        training.step(step, worker)
+        return
+
+    def ready() -> bool:
+        worker.phase(RankPhase.CHECKPOINT)  # a slot that is used first is made first: be patient
+        return checkpointer.claim(worker)
+
+    unready = training.step(step, worker, ready)
+    if not unready:
         worker.phase(RankPhase.CHECKPOINT)
         checkpointer.save(worker, step, durable=durable)
+    elif training.world.rank == 0:
+        print(  # noqa: T201 - the rank's log
+            f"step {step} is not saved: {len(unready)} of {training.world.size} ranks have no free "
+            f"slot or are still busy with the save before, the first is rank {unready[0]}",
+            file=sys.stderr,
+        )
 
 
 def _finish(checkpointer: Checkpointer, worker: Worker, steps: int, *, durable: bool) -> None:
@@ -276,6 +310,7 @@ def rehearse() -> None:
         with parallel.alone() as world:
             training = Training(job, config, Samples(tokens, job), world)
             training.step(1, Unheard())
+        del training  # or it keeps its world's threads
     _settle_heap()
 
 

@@ -116,6 +116,10 @@ class World:
         self.generation = 0
         self.address = ""
         self.staged: dict[int, dict[int, Staged]] = {rank: {} for rank in range(self.size)}
+        self.saves: dict[int, set[int]] = {}
+        """Ranks that staged, by step."""
+        self.without_slots: set[int] = set()
+        """Ranks whose seats name no free slot."""
         self.losses: dict[int, float] = {}
         self.troubled = 0
         self.stuck = 0
@@ -219,7 +223,9 @@ class World:
             run_id="run",
             job=self.job,
             restore=restore,
-            free_slots=tuple(slot for slot in SLOTS if slot not in taken),
+            free_slots=()
+            if rank in self.without_slots
+            else tuple(s for s in SLOTS if s not in taken),
             cache_dir=str(self.memory),
         )
         member.send(member.seat)
@@ -257,6 +263,7 @@ class World:
             return
         held = self.staged[member.seat.rank]
         held[message.step] = message
+        self.saves.setdefault(message.step, set()).add(member.seat.rank)
         if message.durable:
             member.send(Persisted(step=message.step))
         for rank, steps in self.staged.items():
@@ -277,12 +284,15 @@ def warm() -> Iterator[Warm]:
 
 
 @contextlib.contextmanager
-def a_world(warm: Warm, *, parked: int, worlds_max: int = 32) -> Iterator[World]:
+def a_world(
+    warm: Warm, *, parked: int, worlds_max: int = 32, without_slots: tuple[int, ...] = ()
+) -> Iterator[World]:
     # In memory, as an agent's.
     with tempfile.TemporaryDirectory(prefix="holdfast-test-", dir="/dev/shm") as memory:
         world = World(warm, Path(memory), worlds_max)
         try:
             world.park(parked)
+            world.without_slots.update(without_slots)
             world.begin()
             yield world
         finally:
@@ -311,6 +321,28 @@ def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_left_al
         assert [step for step, _ in expected[1]] == list(range(1, 25))
         assert world.restored_from[4] == 0
         assert world.restored_from[8] in (3, 6)
+
+
+def test_nobody_saves_while_one_rank_has_no_free_slot_and_all_do_when_it_has(
+    warm: Warm, expected: Result
+) -> None:
+    with a_world(warm, parked=4, without_slots=(2,)) as world:
+        world.until(lambda: world.step() >= 8)
+        assert world.saves == {}
+
+        for slot in SLOTS:
+            world.ranks[2].send(SlotFreed(slot=slot))
+        world.until(world.finished)
+
+        steps = sorted(world.saves)
+        assert steps[0] >= 9
+        assert len(steps) > 1, "only the last step was saved"
+        assert steps[-1] == 24
+        assert all(ranks == {0, 1, 2, 3} for ranks in world.saves.values())
+        log = (world.memory / "ranks.log").read_text()
+        assert "step 3 is not saved: 1 of 4 ranks" in log
+        assert "the first is rank 2" in log
+        assert world.result() == expected
 
 
 def test_survivors_of_a_frozen_rank_leave_within_a_second_of_being_told(

@@ -116,6 +116,19 @@ def test_a_save_without_a_free_slot_is_skipped(world: parallel.World, agent: Age
     assert not trained.checkpointer.save(agent, 4, durable=True)
 
 
+def test_a_slot_stays_claimed_until_a_save_fills_it(world: parallel.World, agent: Agent) -> None:
+    trained = Trained(world)
+
+    assert trained.checkpointer.claim(agent)
+    assert trained.checkpointer.claim(agent)
+    assert agent.slots == 0
+    assert trained.checkpointer.save(agent, 1, durable=False)
+    trained.checkpointer.settle()
+
+    assert decode_index(agent.index.encode()).step == 1
+    assert not trained.checkpointer.claim(agent)
+
+
 def test_the_state_digest_changes_with_a_weight_with_the_step_and_with_the_data(
     world: parallel.World,
 ) -> None:
@@ -214,5 +227,6 @@ def test_a_save_while_the_one_before_is_digested_is_skipped(
         stack.callback(gate.set)
 
         assert trained.checkpointer.save(slow, 1, durable=False)
+        assert not trained.checkpointer.claim(slow)
         assert not trained.checkpointer.save(slow, 2, durable=False)
         assert slow.slots == 1

@@ -87,6 +87,32 @@ def test_the_same_steps_give_the_same_bits(world: parallel.World) -> None:
     assert train(world, job(), 4) != train(world, job(seed=1), 4)
 
 
+def test_a_step_says_which_ranks_can_not_save_with_the_exchange_that_it_makes_anyway(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[int] = []
+
+    def gather(rows: list[torch.Tensor], own: torch.Tensor) -> object:
+        exchanged.append(len(own))
+        return all_gather(rows, own)
+
+    all_gather = torch.distributed.all_gather
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    recorder = Recorder()
+    training = Training(job(), CONFIG, Samples(SAMPLES_OF, job()), world)
+
+    answers = [
+        training.step(1, recorder),
+        training.step(2, recorder, lambda: False),
+        training.step(3, recorder, lambda: True),
+    ]
+
+    assert answers == [[], [0], []]
+    assert len(exchanged) == 3
+    monkeypatch.undo()
+    assert recorder.steps == train(world, job(), 3)
+
+
 def test_micro_batches_and_layers_sharded_alone_change_the_last_bits_only(
     world: parallel.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,9 +31,8 @@ from orchestrator.server.app import check_port
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.local import Machine
 
-LOOK_S = 0.1
-"""A controller that ended is started again within this; an agent at once."""
 POLL_S = 0.4
+"""The journal, and Ctrl-C, are looked at this often; what ends is started again at once."""
 DEAD_STARTS_MAX = 5
 """Controllers that may end without having put anything on record, before that is given up."""
 log = logging.getLogger("holdfast.supervisor")
@@ -82,7 +81,7 @@ def supervise(
                 for news in machine.look(controller.pids):
                     log.info(news)
                 controller.keep()
-                machine.await_news(LOOK_S)
+                machine.await_news(POLL_S, controller.ended)
             # The controller sees the agents off and ends; both are bounded.
             controller.await_end(timeouts.kill_s + timeouts.terminate_s + timeouts.abort_s + 2.0)
         finally:
@@ -144,6 +143,7 @@ class _Controller:
     def __init__(self, folder: RunFolder, port: int) -> None:
         self._folder, self._port = folder, port
         self._child: subprocess.Popen[bytes] | None = None
+        self._ended = -1
         self._size = -1
         self._dead_starts = 0
 
@@ -181,11 +181,19 @@ class _Controller:
                 stderr=output,
                 start_new_session=True,
             )
+        if self._ended >= 0:
+            os.close(self._ended)
+        self._ended = os.pidfd_open(self._child.pid)
 
     @property
     def pids(self) -> list[int]:
         """Its process id, once there is one."""
         return [] if self._child is None else [self._child.pid]
+
+    @property
+    def ended(self) -> list[int]:
+        """A descriptor that becomes readable when it ends, while it lives."""
+        return [] if self._ended < 0 else [self._ended]
 
     def await_end(self, within_s: float) -> None:
         """Wait for it to end by itself."""
@@ -198,6 +206,9 @@ class _Controller:
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
             self._child.wait(10)
+        if self._ended >= 0:
+            os.close(self._ended)
+            self._ended = -1
 
     @property
     def _log(self) -> Path:

@@ -37,6 +37,9 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is kept there is what must
 RESTARTS_MAX = 20
 """Starts of one agent, after which its node counts as broken and is left alone."""
 
+STRAYS_S = 0.02
+"""While killed orphans are awaited, they are looked for this often."""
+
 
 def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
     """Return the names of all nodes of a local run, spares last."""
@@ -102,6 +105,8 @@ class Machine:
     def __init__(self, run: TrainingRun, folder: RunFolder, token: str, timeouts: Timeouts) -> None:
         self._run, self._folder, self._token, self._timeouts = run, folder, token, timeouts
         self._agents: dict[NodeId, _Agent] = {}
+        self._strays: set[int] = set()
+        """Orphans that were killed and are still there."""
         self.memory = memory_of(folder)
 
     def start(self) -> None:
@@ -121,7 +126,6 @@ class Machine:
             others: children of this process that are no agents; every other one is an orphan of
                 an agent that was killed, and is ended.
         """
-        linux.end_strays({*others, *self._pids()})
         news = []
         for node, agent in sorted(self._agents.items()):
             code = agent.child.poll()
@@ -136,12 +140,19 @@ class Machine:
             else:
                 news.append(f"agent of {node} ended with {code}; started again")
                 self._start(node, agent.incarnation + 1)
+        if news or self._strays:
+            self._strays = linux.end_strays({*others, *self._pids()})
         return news
 
-    def await_news(self, within_s: float) -> None:
-        """Return when an agent ends, or after `within_s`: nobody spins while nothing happens."""
+    def await_news(self, within_s: float, others: Iterable[int] = ()) -> None:
+        """Return when an agent ends, or after `within_s`: nobody spins while nothing happens.
+
+        Args:
+            within_s: seconds to wait at most.
+            others: descriptors that end the wait, too, when they become readable.
+        """
         alive = [a.ended for a in self._agents.values() if a.child.poll() is None]
-        select.select(alive, [], [], within_s)
+        select.select([*alive, *others], [], [], STRAYS_S if self._strays else within_s)
 
     def alive(self) -> list[NodeId]:
         """Return the nodes whose agent is running."""

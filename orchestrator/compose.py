@@ -12,33 +12,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
+from orchestrator import document
 from orchestrator.core.controller import Controller
 from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
 from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
+from orchestrator.document import BadFileError
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.protocol.timeouts import Timeouts, derive
 
-FILE_MAX_BYTES = 1 << 20
 T = TypeVar("T", TrainingRun, FaultPlan)
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
-
-
-class BadFileError(Exception):
-    """A file that a user wrote can not be used.
-
-    Attributes:
-        hint: what to change.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 def read_run(path: Path) -> TrainingRun:
@@ -47,31 +35,28 @@ def read_run(path: Path) -> TrainingRun:
     Raises:
         BadFileError: if it is not a run file, or its parts do not fit together.
     """
-    run = parse(_read(path), TrainingRun, str(path))
+    run = parse(document.read(path), TrainingRun, str(path))
     check(run, str(path))
     return run
 
 
 def read_plan(path: Path) -> FaultPlan:
     """Read a fault plan. Raises BadFileError if it is none."""
-    return parse(_read(path), FaultPlan, str(path))
+    return parse(document.read(path), FaultPlan, str(path))
 
 
 def parse(text: str, kind: type[T], where: str) -> T:
     """Read YAML text as a run file or fault plan. Raises BadFileError if it is neither."""
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = str(error).replace("\n", " ")
-        raise BadFileError(f"not YAML: {line}: {where}", "check indentation and quotes") from error
+    data = document.parse(text, where)
     if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
         raise BadFileError(
-            f"found {type(data).__name__}, expected fields `kind:`, ...: {where}",
+            f"found {found}, expected fields `kind:`, ...: {where}",
             f"a {kind.__name__} file starts with `kind: {kind.__name__}`",
         )
     try:
         return msgspec.convert(data, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except msgspec.ValidationError as error:
         raise BadFileError(
             f"{_plain(str(error))}: {where}", _hint(str(error), data, kind)
         ) from error
@@ -117,22 +102,6 @@ def controller(run: TrainingRun) -> Controller:
     """Return a controller for a checked run, with every detector and the whole ladder."""
     detectors = (Exits(), Silence(), Preparation(), Hang())
     return Controller(run, check(run, run.metadata.name), detectors, ladder())
-
-
-def _read(path: Path) -> str:
-    try:
-        size = path.stat().st_size
-        if size > FILE_MAX_BYTES:
-            raise BadFileError(
-                f"{size} bytes, expected at most {FILE_MAX_BYTES}: {path}", "is it the right file?"
-            )
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFileError(f"not UTF-8 text: {path}", "is it the right file?") from error
-    except OSError as error:
-        raise BadFileError(
-            f"{error.strerror}: {path}", "check the path and its permissions"
-        ) from error
 
 
 def _plain(message: str) -> str:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 from orchestrator import compose
 from orchestrator.cli.errors import CliError, Exit
+from orchestrator.document import BadFileError
 from orchestrator.faults import plan as plans
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.worlds.local import node_names
+
+PROCESSES_MAX = 4096
+"""Agents and ranks of a run on one machine; one that asks for more has a number wrong."""
 
 
 def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan | None]:
@@ -20,6 +24,7 @@ def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan
         PlanError: if the plan names what the run does not have.
     """
     run = compose.read_run(run_file)
+    _require_room(run, run_file)
     if plan_file is None:
         return run, None
     plan = compose.read_plan(plan_file)
@@ -33,6 +38,17 @@ def read(run_file: Path, plan_file: Path | None) -> tuple[TrainingRun, FaultPlan
     except PlanError as error:
         raise PlanError(f"{error}: {plan_file}", error.hint) from error
     return run, plan
+
+
+def _require_room(run: TrainingRun, run_file: Path) -> None:
+    nodes = run.spec.nodes
+    agents = nodes.count + nodes.spares
+    if agents + run.world_size > PROCESSES_MAX:
+        raise BadFileError(
+            f"spec.nodes asks for {agents} agents and {run.world_size} ranks, expected at most "
+            f"{PROCESSES_MAX} processes on one machine: {run_file}",
+            "fewer nodes.count, nodes.ranksPerNode or nodes.spares",
+        )
 
 
 def span_s(option: str, text: str) -> float:

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 API_VERSION = "holdfast.dev/v1alpha1"
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z", max_length=63)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 Duration = str
@@ -76,7 +76,7 @@ class Parallelism(_Section, frozen=True, kw_only=True):
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
 
-    entrypoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = (
+    entrypoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")] = (
         "trainer.train:main"
     )
     """`module:function`, called without arguments in a warm process; it calls `worker.serve`."""

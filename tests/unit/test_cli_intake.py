@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cli import intake
-from orchestrator.compose import BadFileError
+from orchestrator.document import BadFileError
 from orchestrator.faults.catalogue import KINDS
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.runfile import TrainingRun

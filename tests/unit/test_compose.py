@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import compose
+from orchestrator import compose, document
 from orchestrator.faults.plan import FaultPlan, PlanError, check
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
@@ -13,10 +13,10 @@ HEAD = "apiVersion: holdfast.dev/v1alpha1\nkind: TrainingRun\nmetadata: {name: d
 NODES = (NodeId("node-0"), NodeId("node-1"))
 
 
-def refused(text: str, tmp_path: Path) -> compose.BadFileError:
+def refused(text: str, tmp_path: Path) -> document.BadFileError:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(compose.BadFileError) as caught:
+    with pytest.raises(document.BadFileError) as caught:
         compose.read_run(path)
     assert str(path) in str(caught.value)
     assert caught.value.hint
@@ -69,13 +69,13 @@ def test_a_run_that_can_not_be_is_refused_with_what_was_expected(
 
 
 def test_a_file_that_is_not_there_not_text_or_huge_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(compose.BadFileError, match="No such file"):
+    with pytest.raises(document.BadFileError, match="No such file"):
         compose.read_run(tmp_path / "none.yaml")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(compose.BadFileError, match="not UTF-8"):
+    with pytest.raises(document.BadFileError, match="not UTF-8"):
         compose.read_run(tmp_path / "binary")
-    (tmp_path / "huge").write_bytes(b"#" * (compose.FILE_MAX_BYTES + 1))
-    with pytest.raises(compose.BadFileError, match="expected at most"):
+    (tmp_path / "huge").write_bytes(b"#" * (document.FILE_MAX_BYTES + 1))
+    with pytest.raises(document.BadFileError, match="expected at most"):
         compose.read_run(tmp_path / "huge")
 
 
@@ -99,9 +99,9 @@ def test_any_text_is_read_or_refused_and_nothing_else(text: str) -> None:
     for kind in kinds:
         try:
             read = compose.parse(text, kind, "file")
-        except compose.BadFileError as error:
+        except document.BadFileError as error:
             read = error
-        assert read.hint if isinstance(read, compose.BadFileError) else isinstance(read, kind)
+        assert read.hint if isinstance(read, document.BadFileError) else isinstance(read, kind)
 
 
 def plan(text: str) -> FaultPlan:
@@ -131,7 +131,7 @@ def test_a_plan_that_names_what_the_run_does_not_have_is_refused(fault: str, say
 
 
 def test_an_unknown_kind_of_fault_is_refused() -> None:
-    with pytest.raises(compose.BadFileError, match="'melt-rank'"):
+    with pytest.raises(document.BadFileError, match="'melt-rank'"):
         plan("{when: {step: 3}, fault: melt-rank, rank: 1}")
 
 

@@ -1,0 +1,199 @@
+"""Reads a file that a user wrote as plain data: YAML that can not surprise, or JSON.
+
+What is read becomes JSON in a run's folder and in its journal, so only what JSON can say is taken.
+Aliases, tags and doubled names are refused: the first can make a page of text fill the memory, and
+of two values under one name one would silently do nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE_MAX_BYTES = 32 << 10
+"""Some 400 faults; the slowest text of this length takes the parser a second."""
+DEPTH_MAX = 32
+"""Lists and sections inside each other."""
+INTEGER_MAX = (1 << 63) - 1
+_INTEGER_MAX_CHARS = 80
+
+
+class BadFileError(Exception):
+    """A file that a user wrote can not be used.
+
+    Attributes:
+        hint: what to change.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def read(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        BadFileError: if it can not be read, is too long, or is not UTF-8 text.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise BadFileError(
+            f"{error.strerror}: {path}", "check the path and its permissions"
+        ) from error
+    if len(data) > FILE_MAX_BYTES:
+        raise BadFileError(
+            f"expected at most {FILE_MAX_BYTES} bytes, found more: {path}", "is it the right file?"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFileError(
+            f"not UTF-8 text, byte {error.start} is {data[error.start]:#04x}: {path}",
+            "is it the right file?",
+        ) from error
+
+
+def parse(text: str, where: str) -> object:
+    """Return the plain data that a YAML text stands for: dict, list, text, numbers, bool, None.
+
+    Args:
+        text: at most FILE_MAX_BYTES of it, or it may take long.
+        where: the file's name, for the message.
+
+    Raises:
+        BadFileError: if it is not YAML, or says what JSON could not; with line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - it makes plain data only
+    except _RefusedError as error:
+        raise BadFileError(f"{error.problem}: {_place(error, where)}", str(error.note)) from error
+    except yaml.MarkedYAMLError as error:
+        what = ", ".join(part for part in (error.problem, error.context) if part)
+        raise BadFileError(
+            f"not YAML: {what}: {_place(error, where)}".replace("\n", " "),
+            "check indentation, colons and quotes there",
+        ) from error
+    except yaml.reader.ReaderError as error:
+        raise BadFileError(
+            f"not text: character {error.character:#x} at position {error.position}: {where}",
+            "is it the right file?",
+        ) from error
+
+
+def _place(error: yaml.MarkedYAMLError, where: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    return f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+
+
+class _RefusedError(yaml.MarkedYAMLError):
+    """It is YAML, and more than we take. `note` is the hint."""
+
+    def __init__(self, problem: str, mark: yaml.Mark, hint: str) -> None:
+        super().__init__(problem=problem, problem_mark=mark, note=hint)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Knows null, bool, int, float and text; what looks like a date is text."""
+
+    # Of its own, not the base's: those would take dates, base 60 (10:30 is 630) and merge keys.
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedError("aliases (*name) are not taken", mark, "write it out twice")
+        if getattr(event, "tag", None) is not None:
+            raise _RefusedError(
+                f"tags ({event.tag}) are not taken",
+                mark,
+                "leave it out; quote text to keep it text",
+            )
+        if self._depth > DEPTH_MAX:
+            raise _RefusedError(
+                f"more than {DEPTH_MAX} sections inside each other", mark, "is a bracket left open?"
+            )
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(
+        self,
+        node: yaml.MappingNode,
+        deep: bool = False,  # noqa: FBT001, FBT002 - the library's own signature
+    ) -> dict[Any, Any]:
+        del deep  # always: what is read is not handed on before it is whole
+        names: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _RefusedError("a name can not be a list or section", key.start_mark, _QUOTES)
+            if key.value in names:
+                raise _RefusedError(
+                    f"`{key.value}` is there twice", key.start_mark, "remove one of the two"
+                )
+            names.add(key.value)
+        return {
+            str(key.value): self.construct_object(value, deep=True) for key, value in node.value
+        }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        digits = node.value.replace("_", "")
+        # Python itself refuses to convert thousands of digits, in other words than ours.
+        value = None
+        if len(digits) < _INTEGER_MAX_CHARS:
+            value = int(digits, 16 if "x" in digits else 10)
+        if value is None or not -INTEGER_MAX <= value <= INTEGER_MAX:
+            raise _RefusedError(
+                f"`{digits[:24]}...` has more than 64 bits",
+                node.start_mark,
+                "quote it if it is text",
+            )
+        return value
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = float(super().construct_yaml_float(node))
+        if not isfinite(value):
+            raise _RefusedError(
+                f"`{node.value[:24]}` is not a finite number",
+                node.start_mark,
+                "choose a finite one",
+            )
+        return value
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in node.value):
+            raise _RefusedError("text holds what is no character", node.start_mark, _QUOTES)
+        return str(node.value)
+
+
+_QUOTES = "check brackets and quotes there"
+_NUMBER = list("-+.0123456789")
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+     list("yYnNtTfFoO")),
+    # Ten digits as people read them: base 8 (010 is 8) and base 2 are not for run files.
+    ("int", r"[-+]?(0x[0-9a-fA-F][0-9a-fA-F_]*|[0-9][0-9_]*)", _NUMBER),
+    # Unlike YAML 1.1 also without a point: 3e-4 is a number to everybody but that.
+    ("float", (r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))"
+     r"([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), _NUMBER),
+):  # fmt: skip
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
+    )
+for _tag in ("int", "float", "str"):
+    _PlainLoader.add_constructor(
+        f"tag:yaml.org,2002:{_tag}", getattr(_PlainLoader, f"construct_yaml_{_tag}")
+    )

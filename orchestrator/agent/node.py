@@ -66,8 +66,8 @@ EXIT_REFUSED = 77
 DEFAULTS = derive(10.0, 600.0)
 """Bounds to go by before a controller has said which."""
 ADDRESS_MAX = 256
-LOOK_S = 0.25
-"""Beacons are read at least this often; they keep 256 steps, so none of 1 ms is missed."""
+LOOK_S = 0.5
+"""Beacons are read at least this often; they keep 256 steps, so none of 2 ms is missed."""
 SWEEP_S = 2.0
 
 
@@ -324,6 +324,7 @@ class Node:
             return
         self._voice.say(fact)
         if fact.mark == STEPPED:
+            self._saving.resumed()
             # Not earlier: a process that warms up takes its time from those that recover.
             self._start(self._parking.refill())
 

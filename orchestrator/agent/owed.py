@@ -54,8 +54,7 @@ class Owed:
         )
 
     def failed(self, step: Step) -> bool:
-        """Take note that a step will not be; return whether that is news."""
+        """Take note that a write failed, which may be tried again; return whether that is news."""
         news = step not in self._failed
         self._failed.add(step)
-        self._receipts.pop(step, None)
         return news

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -23,6 +24,10 @@ from storage.errors import StorageError
 log = logging.getLogger(__name__)
 COPY_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
 """Pauses before a copy is tried again; a buddy may be starting, or out of reach for a moment."""
+WRITE_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
+"""Pauses before a write that the store gave up is tried again; the last one repeats."""
+WRITE_WITHIN_S = 3600.0
+"""A write is given up after this at the latest: longer than any run waits for it at its end."""
 
 
 class _Head(msgspec.Struct):
@@ -51,6 +56,11 @@ class Saving:
         self._owed = Owed()
         self._generation = Generation(0)
         self._buddy: NodeId | None = None
+        self._begun: Begin | None = None
+        self._due = Step(0)
+        """Newest step that was staged here for the durable tier, in this generation."""
+        self._copied: dict[Rank, tuple[str, Step]] = {}
+        """Per rank, its newest copy elsewhere: address of the holder, and step."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._full_since: dict[Rank, float] = {}
 
@@ -58,22 +68,45 @@ class Saving:
         """Save for the seats of a generation from now on; older saves are abandoned."""
         self.close()
         self._generation = order.generation
-        self._buddy = order.buddies.get(self._node)
+        self._begun, self._due = order, Step(0)
+        buddy = order.buddies.get(self._node)
+        self._buddy = buddy if buddy != self._node else None
         self._owed.begin(order, self._node)
+        # What the generation abandons is dropped wherever it is held.
+        back_to = Step(-1) if order.restore is None else order.restore
+        self._copied = {rank: copy for rank, copy in self._copied.items() if copy[1] <= back_to}
 
     def leave(self) -> None:
         """Save nothing any more."""
         self.close()
-        self._generation = Generation(0)
+        self._generation, self._begun = Generation(0), None
+
+    def resumed(self) -> None:
+        """Have the buddy hold what this generation continued from, where it does not already.
+
+        What a lost node held for this one would else be in one memory only, until the next save.
+        To be called when ranks train again, not before: copies take their time from a recovery.
+        """
+        order, buddy = self._begun, self._buddy
+        if order is None or order.restore is None or buddy is None:
+            return
+        there = (order.peers.get(buddy, ""), order.restore)
+        for number, (seat, source) in enumerate(zip(order.seats, order.sources, strict=False)):
+            rank = Rank(number)
+            # Whoever a shard was fetched from has it still; so has who was sent our own of it.
+            held = source == buddy or (source == seat and self._copied.get(rank) == there)
+            if seat == self._node and not held:
+                self._start(self._copy(buddy, rank, order.restore))
 
     def save(self, rank: Rank, staged: Staged) -> None:
         """Send a shard that the keeper holds to where else it is needed."""
         if staged.generation != self._generation:
             return
-        if self._buddy is not None and self._buddy != self._node:
+        if self._buddy is not None:
             self._start(self._copy(self._buddy, rank, staged.step))
         if not staged.durable:
             return
+        self._due = max(self._due, staged.step)
         if self._owed.owes(rank):
             self._start(self._write(rank, staged))
         else:
@@ -81,7 +114,10 @@ class Saving:
             self._tell(rank, staged.step)
 
     def relieve(self, after_s: float) -> None:
-        """Have each rank without a free slot for so long give up a step that does not get safe."""
+        """Have each rank without a free slot for so long give up a step that does not get safe.
+
+        A buddy may be out of reach for long, and not every trainer's ranks skip saves together.
+        """
         now = time.monotonic()
         for rank in self._ranks.seated():
             if self._keeper.free_slots(rank):
@@ -97,6 +133,7 @@ class Saving:
             task.cancel()
 
     async def _copy(self, buddy: NodeId, rank: Rank, step: Step) -> None:
+        address = self._begun.peers.get(buddy, "") if self._begun is not None else ""
         for wait_s in (*COPY_AGAIN_S, None):
             try:
                 await self._keeper.copy_to(buddy, rank, step)
@@ -109,26 +146,47 @@ class Saving:
                 if wait_s is not None:
                     await asyncio.sleep(wait_s)
             else:
+                self._copied[rank] = (address, step)
                 return
 
     async def _write(self, rank: Rank, staged: Staged) -> None:
-        step, generation = staged.step, staged.generation
-        try:
-            if self.tier is None:
-                self._fail(step, "there is no durable tier")
+        """Make a shard durable; try again what may succeed later, while nothing newer is due.
+
+        So a store that fails for a while costs the checkpoints of that while, but not the last
+        one of a run, which waits for it.
+        """
+        give_up_at = time.monotonic() + WRITE_WITHIN_S
+        for pause_s in itertools.chain(WRITE_AGAIN_S, itertools.repeat(WRITE_AGAIN_S[-1])):
+            if await self._write_once(rank, staged):
                 return
+            await asyncio.sleep(pause_s)
+            if staged.step < self._due or time.monotonic() > give_up_at:
+                log.warning("rank %d, step %d is not written any more", rank, staged.step)
+                return
+
+    async def _write_once(self, rank: Rank, staged: Staged) -> bool:
+        """Write a shard, and say how that went; return whether it would go the same again."""
+        step, generation = staged.step, staged.generation
+        if self.tier is None:
+            self._fail(step, "there is no durable tier")
+            return True
+        try:
             receipt = await self._keeper.write(self.tier.store, rank, step, generation)
-        except (KeeperError, StorageError) as error:
+        except KeeperError as error:
             self._fail(step, f"{type(error).__name__}: {error}")
-            return
+            return True
+        except StorageError as error:
+            self._fail(step, f"{type(error).__name__}: {error}")
+            return not error.retryable
         self._tell(rank, step)
         model = msgspec.json.decode(staged.index, type=_Head).model
         fact = self._owed.written(rank, step, receipt, model)
         if fact is not None:
             self._say(fact)
+        return True
 
     def _fail(self, step: Step, reason: str) -> None:
-        log.warning("step %d is not durable: %s", step, reason)
+        log.warning("step %d could not be written: %s", step, reason)
         if self._owed.failed(step):
             self._say(WriteFailed(generation=self._generation, step=step, reason=reason[:2000]))
 

@@ -147,7 +147,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             if step not in state.committing and all(c.step != step for c in state.commits):
                 state.written.setdefault(step, {})[node.id] = fact
         case WriteFailed(step=step, reason=reason):
-            state.written.pop(step, None)
+            # What other nodes wrote of the step stays: this one tries again.
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
         case FaultCarriedOut(index=index):
             state.carried_out.add(index)

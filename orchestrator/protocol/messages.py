@@ -178,7 +178,10 @@ class ShardsWritten(_Message, frozen=True, kw_only=True):
 
 
 class WriteFailed(_Message, frozen=True, kw_only=True):
-    """This node could not write what it owes for `step`; that checkpoint will not be."""
+    """This node could not write what it owes for `step`.
+
+    It tries again while nothing newer is due, so `ShardsWritten` may follow; said once per step.
+    """
 
     generation: Generation
     step: Step

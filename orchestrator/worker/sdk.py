@@ -251,7 +251,8 @@ class Worker:
     def slot(self, size: int) -> Slot | None:
         """Return a staging slot of `size` bytes, or None if none is free or there is no room.
 
-        Without a slot a save is skipped, never awaited.
+        Without a slot a save is skipped, never awaited. Best skip it on all ranks: a step is of
+        use only if every rank has it, and `give_back` is for those that had a slot.
         """
         with self._changed:
             if not self._free_slots:

@@ -1,0 +1,77 @@
+"""Whole runs in which memory or disk fails at the moment at which it is needed most."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import Job, steps_job
+
+pytestmark = pytest.mark.process
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Start]:
+    made: list[Job] = []
+
+    def make(*faults: dict[str, Any], spares: int = 1, **options: Any) -> Job:
+        (tmp_path / "lockstep").mkdir()
+        options = {"steps": 60, "lockstep": str(tmp_path / "lockstep"), **options}
+        run = steps_job(nodes__spares=spares, trainer__options=options)
+        made.append(Job(tmp_path, run, list(faults)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def at(step: int, fault: str, **more: object) -> dict[str, Any]:
+    return {"when": {"step": step}, "fault": fault, **more}
+
+
+def test_a_disk_that_is_full_when_the_run_ends_is_waited_for_and_not_the_end_of_it(
+    job: Start,
+) -> None:
+    one = job(
+        at(50, "full-disk", node="node-0", **{"for": "4s"}),
+        step_s=0.02,
+        save_every=5,
+        durable_every=20,
+    )
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert [checkpoint.step for checkpoint in report.checkpoints] == [20, 40, 60]
+    assert [failure.step for failure in report.save_failures] == [60]
+    assert "no space" in report.save_failures[0].reason
+    assert report.incidents == []
+    assert one.leftovers() == []
+
+
+def test_two_nodes_lost_between_two_saves_cost_no_look_at_the_durable_tier(job: Start) -> None:
+    """What the first one held for the second is copied again as soon as training goes on."""
+    one = job(
+        at(24, "lose-node", node="node-0"),
+        at(34, "lose-node", node="node-1"),
+        spares=2,
+        step_s=0.05,
+        save_every=20,
+        durable_every=60,
+    )
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert report.rungs == {"start": 1, "swap for a spare": 2}
+    # Nothing is committed before the last step: without memory it would start over.
+    assert [checkpoint.step for checkpoint in report.checkpoints] == [60]
+    assert [incident.restored_step for incident in report.incidents] == [20, 20]
+    for incident in report.incidents:
+        assert incident.restored_from == "own memory (2 ranks), buddy's memory (2 ranks)"
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 61)]
+    assert report.divergences == []
+    assert one.leftovers() == []

@@ -1,0 +1,58 @@
+"""What a node owes the durable tier, and when it has paid."""
+
+from orchestrator.agent.owed import Owed
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import Begin, Receipt
+
+NODE = NodeId("node-0")
+
+
+def owed(*seats: str, shard_of: tuple[int, ...] = ()) -> Owed:
+    owed = Owed()
+    order = Begin(
+        order="b", generation=Generation(4), seats=tuple(map(NodeId, seats)), shard_of=shard_of
+    )
+    owed.begin(order, NODE)
+    return owed
+
+
+def receipt(shard: int) -> Receipt:
+    return Receipt(shard, 10, "d")
+
+
+def test_a_step_is_paid_with_the_last_of_its_shards() -> None:
+    node = owed("node-0", "node-0", "node-1")
+
+    assert node.written(Rank(1), Step(20), receipt(1), "m") is None
+    fact = node.written(Rank(0), Step(20), receipt(0), "m")
+
+    assert fact is not None
+    assert (fact.generation, fact.step, fact.model) == (4, 20, "m")
+    assert fact.receipts == (receipt(0), receipt(1))
+
+
+def test_of_ranks_with_the_same_shard_the_lowest_owes_it() -> None:
+    node = owed("node-1", "node-0", "node-0", "node-0", shard_of=(0, 1, 0, 1))
+
+    assert [node.owes(Rank(rank)) for rank in range(4)] == [False, True, False, False]
+
+
+def test_a_failed_write_is_news_once_and_costs_nothing_that_was_written() -> None:
+    node = owed("node-0", "node-0")
+    node.written(Rank(0), Step(20), receipt(0), "m")
+
+    assert node.failed(Step(20))
+    assert not node.failed(Step(20))
+    fact = node.written(Rank(1), Step(20), receipt(1), "m")
+
+    assert fact is not None
+    assert fact.receipts == (receipt(0), receipt(1))
+
+
+def test_steps_that_never_get_whole_are_forgotten_in_time() -> None:
+    node = owed("node-0", "node-0")
+    for step in range(1, 40):
+        node.written(Rank(0), Step(step), receipt(0), "m")
+
+    assert node.written(Rank(1), Step(39), receipt(1), "m") is not None
+    assert node.written(Rank(1), Step(1), receipt(1), "m") is None

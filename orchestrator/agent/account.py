@@ -77,13 +77,17 @@ class Account:
             self._marks[rank] = max(self._marks.get(rank, 0), MARKS.index(mark))
         return self.advance(self._least())
 
-    def rank_finished(self, rank: Rank, step: Step, lanes: tuple[int, int]) -> RanksFinished | None:
-        """Take note that a rank is done; return the fact that follows, if all are."""
+    def rank_finished(
+        self, rank: Rank, step: Step, lanes: tuple[int, int]
+    ) -> RanksFinished | Reached | None:
+        """Take note that a rank is done, and so has reached every mark; return what follows."""
         if rank not in self.ranks:
             return None
         self._marks[rank] = FINISHED
         self.lanes[rank] = lanes
-        if self.mark == FINISHED or self._least() < FINISHED:
+        if self._least() < FINISHED:
+            return self.advance(self._least())
+        if self.mark == FINISHED:
             return None
         self.mark = FINISHED
         return RanksFinished(

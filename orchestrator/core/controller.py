@@ -54,6 +54,7 @@ D = TypeVar("D", bound=Decision)
 
 BLIND_BEATS = 6
 """A gap of this many beats between two events means that nobody was looking, not that all hung."""
+_RESTARTED = "controller-restart"
 _MARK_STEPPED = MARKS.index("stepped")
 _MARK_FINISHED = MARKS.index("finished")
 
@@ -150,7 +151,9 @@ class Controller:
     def _catch_up(self, node: NodeId, joined: Joined) -> list[Decision]:
         state = self.state
         decisions: list[Decision] = []
-        if joined.generation < state.generation and self._started is not None:
+        # What was reborn waits for the next generation: in this one its seats are taken.
+        behind = joined.generation < state.generation and not state.nodes[node].reborn
+        if behind and self._started is not None:
             if node in state.seats and not state.wanting and not state.nodes[node].lost:
                 decisions.append(self._started)
             else:
@@ -182,7 +185,7 @@ class Controller:
             Finding(
                 at=state.now,
                 since=self._heard_before,
-                kind="controller-restart",
+                kind=_RESTARTED,
                 cause=Cause.SOFTWARE,
                 evidence=f"controller {incarnation - 1} ended without ending the run",
                 step=state.reached_step,
@@ -214,11 +217,19 @@ class Controller:
         """Make a finding part of an incident, unless it repeats what is already known."""
         state = self.state
         incident = state.incident
+        if finding.generation not in (None, state.generation):
+            # What came of it is decided already; who was part of it is worth knowing all the same.
+            broken = [
+                i
+                for i in state.incidents
+                if i.generation == finding.generation and i.findings[0].kind != _RESTARTED
+            ]
+            if broken:
+                _gather(broken[-1], finding)
+            return
         if incident is not None and incident.generation == state.generation:
-            if any(_same(finding, known) for known in incident.findings):
+            if not _gather(incident, finding):
                 return
-            incident.findings.append(finding)
-            incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
             if _SEVERITY.get(finding.kind, 0) > _SEVERITY.get(incident.kind, 0):
                 incident.kind, incident.cause = finding.kind, finding.cause
         else:
@@ -254,7 +265,7 @@ class Controller:
         )
         state.incidents.append(incident)
         # While no controller lived, ranks trained on: nothing was lost until it came back.
-        if finding.kind != "controller-restart":
+        if finding.kind != _RESTARTED:
             state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
         return incident
 
@@ -455,6 +466,15 @@ class Controller:
 
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
 """Which kind names an incident when several findings belong to it: the one that explains more."""
+
+
+def _gather(incident: Incident, finding: Finding) -> bool:
+    """Add a finding to an incident; return whether it was news."""
+    if any(_same(finding, known) for known in incident.findings):
+        return False
+    incident.findings.append(finding)
+    incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
+    return True
 
 
 def _same(one: Finding, other: Finding) -> bool:

@@ -90,8 +90,10 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     if joined.incarnation > node.incarnation:
         _forget_memory(state, node_id)
         node.lost = node.unusable = ""
-        if seated and node.generation == state.generation:
-            node.lost = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
+        if seated:
+            # Even if it never said that it took this generation up: its ranks may have been seen
+            # by others, and nobody gets one seat twice.
+            node.reborn = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
         node.incarnation = joined.incarnation
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
@@ -120,6 +122,9 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:
+        if isinstance(fact, RankExited):
+            # Changes nothing but what is known of the incident that it belongs to.
+            _exit_late(state, node.id, fact)
         return
     match fact:
         case Reached(mark=mark):
@@ -154,9 +159,15 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case RanksFinished(ranks=ranks, lanes=lanes):
             state.lanes.update(zip(ranks, lanes, strict=True))
             node.finished = True
-            node.mark = len(MARKS) - 1
+            node.generation, node.mark = generation, len(MARKS) - 1
         case _:
             pass
+
+
+def _exit_late(state: RunState, node: NodeId, fact: RankExited) -> None:
+    known = any((e.rank, e.pid) == (fact.rank, fact.pid) for _, _, e in state.late_exits)
+    if not known:
+        state.late_exits.append((state.now, node, fact))
 
 
 def _observe(state: RunState, event: Telemetry) -> None:
@@ -258,7 +269,7 @@ def disconnect_silent_spares(state: RunState) -> None:
 def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: Step) -> None:
     """Forget what was known of the ranks of the old generation; keep what outlives it."""
     state.seats = seats
-    state.exits, state.exited_at, state.troubled = [], [], {}
+    state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.failed_preparation = ""
     state.offered = ""
     state.lanes = {}
@@ -267,6 +278,7 @@ def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: S
     state.restored[state.generation] = restored
     for node in state.nodes.values():
         node.finished = False
+        node.reborn = ""
         node.mark = 0
     for newer in [step for step in state.holdings if step > restored]:
         del state.holdings[newer]

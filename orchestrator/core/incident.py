@@ -46,6 +46,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeId, ...] = ()
     evidence: str
     step: Step = Step(0)
+    generation: Generation | None = None
+    """The generation that it is about, if that is over: then it adds to what broke that one."""
     signature: str = ""
     """What two occurrences of the same fault have in common; "" if it has no such mark."""
     detail: str = ""

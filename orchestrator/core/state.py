@@ -31,7 +31,9 @@ class Node:
     mark: int = 0
     """How far its ranks have come in `generation` (index into MARKS)."""
     lost: str = ""
-    """Evidence that what it ran is gone; "" while it is not."""
+    """Evidence that it is gone, and what it ran; "" while it is not."""
+    reborn: str = ""
+    """Evidence that it is here, and what it ran in this generation is gone; "" while it is not."""
     unusable: str = ""
     """Why it must not be used any more; "" while it may."""
     finished: bool = False
@@ -117,6 +119,8 @@ class RunState:
     exits: list[RankExited] = field(default_factory=list)
     """Unexpected exits in the current generation."""
     exited_at: list[Seconds] = field(default_factory=list)
+    late_exits: list[tuple[Seconds, NodeId, RankExited]] = field(default_factory=list)
+    """Unexpected exits of older generations that were told after the current one was ordered."""
     troubled: dict[NodeId, tuple[Seconds, str]] = field(default_factory=dict)
     """Nodes whose collectives failed in this generation: since when, and the first message."""
     failed_preparation: str = ""
@@ -164,8 +168,9 @@ class RunState:
     @property
     def incident(self) -> Incident | None:
         """The newest incident that training has not recovered from."""
-        newest = self.incidents[-1] if self.incidents else None
-        return newest if newest is not None and newest.open else None
+        # Not simply the last: a controller that dies in the middle of a recovery is an incident,
+        # too, and is over at once.
+        return next((incident for incident in reversed(self.incidents) if incident.open), None)
 
     @property
     def world(self) -> tuple[NodeId, ...]:

@@ -6,10 +6,12 @@ import re
 import signal
 from collections.abc import Sequence
 
+import msgspec
+
 from orchestrator.core.events import Event
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.state import RunState
-from orchestrator.protocol.ids import Seconds
+from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import RankExited
 from orchestrator.protocol.phases import RankPhase
 
@@ -17,34 +19,41 @@ _FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
 
 
 class Exits:
-    """Every unexpected exit of the current generation is a finding."""
+    """Every unexpected exit is a finding; one of a generation that is over adds to its incident."""
 
     name = "exits"
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding per rank that ended."""
         del event  # the state has it all
-        return [
-            self._finding(state, exit_, at)
+        exits = [
+            _finding(exit_, state.seats[exit_.rank], at)
             for exit_, at in zip(state.exits, state.exited_at, strict=True)
         ]
+        late = [
+            msgspec.structs.replace(_finding(exit_, node, at), generation=exit_.generation)
+            for at, node, exit_ in state.late_exits
+        ]
+        return exits + late
 
-    def _finding(self, state: RunState, exit_: RankExited, at: Seconds) -> Finding:
-        kind, cause, words = classify(exit_)
-        node = state.seats[exit_.rank]
-        phase = RankPhase(exit_.phase).name.lower()
-        return Finding(
-            at=at,
-            since=at,
-            kind=kind,
-            cause=cause,
-            ranks=(exit_.rank,),
-            nodes=(node,),
-            step=exit_.step,
-            evidence=f"rank {exit_.rank} on {node} {words} in {phase} after step {exit_.step}",
-            signature=signature(exit_),
-            detail=exit_.traceback,
-        )
+
+def _finding(exit_: RankExited, node: NodeId, at: Seconds) -> Finding:
+    kind, cause, words = classify(exit_)
+    phase = RankPhase(exit_.phase).name.lower()
+    # What a job says of itself may have several lines, the last of them a hint: it ends ours.
+    own = f": {exit_.message}" if exit_.misconfigured else ""
+    return Finding(
+        at=at,
+        since=at,
+        kind=kind,
+        cause=cause,
+        ranks=(exit_.rank,),
+        nodes=(node,),
+        step=exit_.step,
+        evidence=f"rank {exit_.rank} on {node} {words} in {phase} after step {exit_.step}{own}",
+        signature=signature(exit_),
+        detail=exit_.traceback,
+    )
 
 
 def classify(exit_: RankExited) -> tuple[str, Cause, str]:

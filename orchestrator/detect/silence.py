@@ -11,7 +11,10 @@ from orchestrator.protocol.ids import Seconds
 
 
 class Silence:
-    """A node that nobody hears is lost, whatever its ranks may still be doing."""
+    """A node that nobody hears is lost, whatever its ranks may still be doing.
+
+    So is what a node ran whose agent is another one than before, however well the node is.
+    """
 
     name = "silence"
 
@@ -28,6 +31,8 @@ class Silence:
                 # Found silent before: the finding that said so is the one that counts.
                 if not node.lost.endswith(_SILENT):
                     findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.lost))
+            elif node.reborn:
+                findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.reborn))
             elif quiet_s > state.timeouts.silence_s:
                 text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
                 findings.append(

@@ -15,6 +15,7 @@ from orchestrator.core.events import (
     StopRequested,
 )
 from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.report import report
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     Holding,
@@ -25,6 +26,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
 )
 from orchestrator.protocol.phases import RankPhase
+from tests.journals import SHORT, finish, inject
 
 
 def started(decisions: list[Any]) -> StartGeneration:
@@ -97,6 +99,49 @@ def test_eight_late_exits_of_an_older_generation_change_nothing(cluster: Any) ->
     assert len(cluster.state.incidents) == 1
 
 
+def test_a_rank_that_died_at_the_same_moment_is_part_of_the_same_incident(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(5)
+    inject(cluster, 0, "kill-rank rank 1 at step 5", "rank 1", "node-0")
+    inject(cluster, 1, "kill-rank rank 2 at step 5", "rank 2", "node-1")
+    old = cluster.state.generation
+    cluster.after(0.01).exit(1, step=5)
+    fact = RankExited(generation=old, rank=Rank(2), pid=1, code=-9, phase=6, step=Step(5))
+
+    assert cluster.after(0.01).say("node-1", fact) == []
+    assert cluster.after(0.01).say("node-1", fact) == []
+
+    (incident,) = cluster.state.incidents
+    assert incident.ranks == (1, 2)
+    assert [f.evidence.partition(" in ")[0] for f in incident.findings] == [
+        "rank 1 on node-0 was ended by signal 9 (SIGKILL)",
+        "rank 2 on node-1 was ended by signal 9 (SIGKILL)",
+    ]
+    assert incident.timeline[-1].text.startswith("also rank 2 on node-1")
+    told = report(cluster.state)
+    assert [fault.found_by for fault in told.faults] == ["inc-1", "inc-1"]
+    assert cluster.state.budgets["hardware"].spent == 1
+
+
+def test_an_exception_that_is_told_late_is_no_second_sign_of_a_fault_that_moves_with_the_job(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    old = cluster.state.generation
+    cluster.exit(0, 1, step=5, kind="ValueError")
+    late = RankExited(
+        generation=old, rank=Rank(2), pid=2, code=1, phase=6, step=Step(5), kind="ValueError",
+        message="x", traceback='  File "a.py", line 1, in f',
+    )  # fmt: skip
+
+    assert cluster.say("node-1", late) == []
+
+    assert cluster.state.incidents[0].ranks == (0, 2)
+    assert len(cluster.state.occurrences) == 1
+    assert cluster.state.end_state == ""
+
+
 def test_a_stopped_process_is_named_and_dismissed_within_half_of_detect_within(
     cluster: Any,
 ) -> None:
@@ -148,6 +193,46 @@ def test_hang_is_not_reported_while_a_checkpoint_stalls_every_rank(cluster: Any)
     for _ in range(120):
         phases = {1: RankPhase.CHECKPOINT}
         assert cluster.after(0.5).beat(step=20, moving=lambda _: False, phases=phases) == []
+
+
+def test_a_rank_that_is_done_is_no_reason_for_the_others_to_stand_still(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(20)
+    phases = {0: RankPhase.DONE, 1: RankPhase.DONE}
+    begun = cluster.now
+    decisions: list[Any] = []
+    while not decisions and cluster.now < begun + 20:
+        cluster.after(0.5)
+        decisions = cluster.beat(step=21, moving=lambda _: False, phases=phases, steps={3: 20})
+
+    # Being done is announced, as saving is; only that nobody has to wait for it.
+    assert started(decisions).dismiss == (3,)
+    assert cluster.now - begun <= 10.0
+
+
+def test_a_world_in_which_every_rank_is_done_may_stand_still(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(20)
+    phases = dict.fromkeys(range(4), RankPhase.DONE)
+
+    for _ in range(120):
+        assert cluster.after(0.5).beat(step=21, moving=lambda _: False, phases=phases) == []
+
+
+def test_nodes_that_say_nothing_but_that_they_are_done_have_come_all_the_way(
+    cluster_of: Callable[..., Any],
+) -> None:
+    cluster = cluster_of(SHORT)
+    cluster.start()
+    cluster.train(20)
+    cluster.hold(20)
+    started(cluster.after(0.1).exit(1, step=20))
+
+    # Restored behind the last step: there is none to complete, hence no other mark to be told.
+    finish(cluster, dict.fromkeys(range(4), (1, 2)))
+
+    assert cluster.state.phase is RunPhase.SUCCEEDED
+    assert [incident.open for incident in cluster.state.incidents] == [False]
 
 
 def test_a_suspended_machine_is_not_taken_for_a_hang_or_a_lost_node(cluster: Any) -> None:
@@ -375,6 +460,68 @@ def test_a_successor_takes_over_without_disturbing_the_ranks(cluster: Any) -> No
     assert not [d for d in decisions if isinstance(d, StartGeneration)]
     assert cluster.state.incidents[-1].kind == "controller-restart"
     assert cluster.state.phase is RunPhase.TRAINING
+
+
+def test_a_successor_in_the_middle_of_a_recovery_goes_on_with_the_incident_it_is_for(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(20)
+    cluster.tell(
+        CheckpointCommitted(at=cluster.at(), step=Step(15), epoch=Generation(1), key="commits/15")
+    )
+    while not cluster.state.incidents:
+        cluster.after(0.5).beat(step=20, moving=lambda _: False, states="SSTS")
+    assert cluster.state.phase is RunPhase.SEARCHING
+
+    cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+    for node in ("node-0", "node-1", "node-2"):
+        cluster.after(0.1).join(node, generation=1, mark=5)
+    order = started(cluster.after(0.1).found(15))
+
+    assert order.dismiss == (2,)
+    assert order.incident == "inc-1"
+    assert cluster.state.incidents[0].rung == "resume from the durable tier"
+    assert cluster.state.budgets["hardware"].spent == 1
+    cluster.resume()
+    assert [incident.open for incident in cluster.state.incidents] == [False, False]
+
+
+def test_ranks_that_died_with_their_agent_while_no_controller_lived_are_restarted_in_place(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    cluster.lose("node-2")
+
+    cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+    cluster.join("node-0", generation=1, mark=5)
+    order = started(cluster.after(0.1).join("node-1", incarnation=2))
+
+    assert order.seats == ("node-0", "node-0", "node-1", "node-1")
+    assert order.restore is not None
+    assert order.restore.sources == ("node-0",) * 4
+    assert cluster.state.incidents[-1].kind == "node-lost"
+    assert "came back as incarnation 2" in order.reason
+    cluster.resume()
+    assert cluster.tick() == []
+
+
+def test_a_node_whose_agent_was_replaced_before_it_said_a_word_gets_no_seat_twice(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    # Ordered, and perhaps taken up: nobody who knows has lived to tell.
+    assert started(cluster.after(0.1).exit(1)).generation == 2
+    cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+    cluster.join("node-0", generation=2)
+
+    order = started(cluster.after(0.1).join("node-1", incarnation=2))
+
+    assert order.generation == 3
 
 
 def test_a_node_that_missed_its_order_is_told_again_when_it_connects(cluster: Any) -> None:

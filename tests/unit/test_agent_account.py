@@ -70,6 +70,16 @@ def test_a_node_is_done_when_all_its_ranks_are_and_then_only_once() -> None:
     assert node.rank_finished(Rank(0), Step(9), (0, 0)) is None
 
 
+def test_a_rank_that_is_done_has_reached_every_mark_whatever_it_said_before() -> None:
+    node = account()
+    assert node.rank_reached(TWO[0], "stepped") is None
+
+    fact = node.rank_finished(TWO[1], Step(9), (3, 3))
+
+    assert fact == Reached(generation=G4, mark=MARKS.index("stepped"))
+    assert node.mark == MARKS.index("stepped")
+
+
 def test_facts_are_said_again_until_their_generation_is_over() -> None:
     node = account()
     exits = [exit_of(2, 10), exit_of(3, 11)]

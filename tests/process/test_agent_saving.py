@@ -120,7 +120,8 @@ def test_a_buddy_that_takes_a_lost_ones_place_gets_what_the_lost_one_held(
     before = copies(agents["node-2"])
     assert [name.split("-")[1] for name in before] == ["00000"]
 
-    # And a buddy that has it is not sent it once more.
+    # And a buddy that has it is not sent it once more, if it had the time to say so.
+    controller.hear(Beat, since=at + 1.0)
     controller.begin(
         3,
         ["node-0", "node-2"],
@@ -150,16 +151,16 @@ def fill_disk(controller: Controller, lasts: str) -> float:
 def test_the_last_write_is_tried_again_for_as_long_as_its_ranks_wait(
     controller: Controller, start: Start
 ) -> None:
-    controller.job.update(steps=60, durable_every=60, await_persisted=True)
+    controller.job.update(steps=60, step_s=0.03, durable_every=60, await_persisted=True)
     start()
     controller.hear(Joined)
-    at = fill_disk(controller, "4s")
+    at = fill_disk(controller, "6s")
 
     failed, _ = controller.hear(WriteFailed)
     written, fact = controller.hear(ShardsWritten)
     finished, _ = controller.hear(RanksFinished)
 
-    assert failed - at < 4 < written - at < 8
+    assert failed - at < 6 < written - at
     assert (fact.step, [receipt.shard for receipt in fact.receipts]) == (60, [0, 1])
     assert finished >= written - 0.5
     assert len(controller.messages(WriteFailed)) == 1

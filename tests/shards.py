@@ -121,6 +121,21 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[Node, Node]]:
         assert (one.files(), other.files()) == ([], [])
 
 
+@contextlib.asynccontextmanager
+async def calling(tmp_path: Path, address: str, size: int = 100_000) -> AsyncIterator[Node]:
+    """A node that knows a peer of that address, and has a shard: only this when all is over."""
+    node = Node(tmp_path / "here")
+    await node.keeper.open()
+    node.keeper.begin(GENERATION, {THERE: address}, None)
+    node.stage(0, 7, 2, size=size)
+    try:
+        yield node
+        assert node.files() == ["rank-00000.slot-0"]
+        assert node.keeper._shelf.require(RANK, STEP).pins == 0
+    finally:
+        await node.keeper.close()
+
+
 async def settled(
     condition: Callable[[], bool], within_s: float = 5.0, pause_s: float = 0.005
 ) -> None:

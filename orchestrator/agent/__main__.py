@@ -35,8 +35,6 @@ def main() -> int:
         datefmt="%H:%M:%S",
     )
     faulthandler.enable()
-    for chatty in ("httpx", "httpcore", "uvicorn"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = read_config(sys.stdin.buffer.read(CONFIG_MAX_BYTES))
     except msgspec.MsgspecError as error:

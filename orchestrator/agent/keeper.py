@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.durable import DurableShard, read_shard
-from orchestrator.agent.peers import PeerClient, PeerServer
+from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.shards import (
     SLOTS,
     KeeperError,
@@ -93,13 +94,11 @@ class Keeper:
             OSError: if `host` is not an address of this machine.
         """
         self._remove_files()
-        address = self._server.open(self._host)
-        await self._client.rehearse(address)
-        return address
+        return self._server.open(self._host)
 
     async def close(self) -> None:
         """Stop serving and remove every shard, within seconds; a thread may be ending still."""
-        await self._client.close()
+        self._client.close()
         await self._server.close()
         for threads in (self._threads, self._writers):
             threads.shutdown(wait=False, cancel_futures=True)

@@ -25,53 +25,45 @@ class KeeperError(Exception):
     """A shard could not be kept, copied or brought here.
 
     Attributes:
-        status: HTTP status by which one agent tells another.
         hint: what a person can do.
     """
 
-    status = 500
     hint = "See the log of the node's agent."
 
 
 class MalformedError(KeeperError):
     """What came is not a shard as it was announced."""
 
-    status = 400
     hint = "All agents of a run must run the same version of holdfast."
 
 
 class NotHeldError(KeeperError):
     """This memory has no such shard."""
 
-    status = 404
     hint = "It was dropped, or its agent was started anew; an older state may be held."
 
 
 class StaleError(KeeperError):
     """The shard is of a generation, or of a step, that is over."""
 
-    status = 409
     hint = "None needed: its sender has not heard of a newer generation yet."
 
 
 class CorruptError(KeeperError):
     """The bytes are not those that were staged; names the first bad chunk."""
 
-    status = 422
     hint = "If it comes back on this node, suspect its memory."
 
 
 class UnreachableError(KeeperError):
     """The other agent did not answer, or not in time."""
 
-    status = 503
     hint = "If the other node is well, look at the network between the two."
 
 
 class NoRoomError(KeeperError):
     """Shared memory is too full for the shard."""
 
-    status = 507
     hint = "Give the node more memory, or its ranks smaller shards."
 
 

@@ -1,98 +1,93 @@
-"""A shard as a stream of bytes, and back into a file of shared memory, verified.
+"""A shard on its way from one node's shared memory into a file of another's, verified there.
 
-The stream is 8 bytes of little-endian length, the index that long, and the body. The index comes
-first so that the receiver knows how much memory it takes before it takes any.
+Its length is said before it is sent, so that the taker can refuse what it has no room for before
+any of it is on its way. frames.py has the order of what is said.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
-import struct
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
 
+from orchestrator.agent.frames import Done, Offer, Ready
 from orchestrator.agent.shards import (
     CorruptError,
+    Lineage,
     MalformedError,
     NoRoomError,
     NotHeldError,
     Shard,
 )
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.agent.wire import Wire
 from storage.errors import StorageError
 from storage.shard import ShardIndex, decode_index, verify
 
 INDEX_BYTES_MAX = 64 << 20
-PIECE_BYTES = 1 << 20
-_LENGTH = struct.Struct("<Q")
 
 
-def stream_size(shard: Shard) -> int:
-    """Return how many bytes `pieces_of` yields in all."""
-    return _LENGTH.size + len(shard.index.encode()) + shard.size
-
-
-async def pieces_of(shard: Shard) -> AsyncIterator[bytes]:
-    """Yield a shard as a stream; the caller has pinned it.
+async def give(wire: Wire, shard: Shard, lineage: Lineage | None = None) -> None:
+    """Offer a shard, which the caller has pinned, and send it; return once the taker is done.
 
     Raises:
         CorruptError: if the file is shorter than its index says.
+        NotHeldError: if there is no file.
+        KeeperError: of the class that the taker said, if it does not want it.
+        OSError: if the connection is lost.
     """
     index = shard.index.encode()
-    yield _LENGTH.pack(len(index)) + index
-    with shard.path.open("rb", buffering=0) as file:
-        for start in range(0, shard.size, PIECE_BYTES):
-            piece = os.pread(file.fileno(), min(PIECE_BYTES, shard.size - start), start)
-            if not piece:
-                raise CorruptError(f"{shard} ends after {start} of {shard.size} bytes")
-            yield piece
+    with _opened(shard) as descriptor:
+        offer = Offer(
+            rank=shard.rank,
+            step=shard.step,
+            index_bytes=len(index),
+            body_bytes=shard.size,
+            lineage=lineage,
+        )
+        await wire.say(offer)
+        await wire.hear(Ready)
+        try:
+            await wire.write(index)
+            await wire.send_file(descriptor, shard.size)
+        except ConnectionError:
+            # A taker that refuses in the middle says why before it hangs up.
+            await wire.hear(Done)
+            raise
+        # The file stays pinned until here: what was sent are its pages, not copies of them.
+        await wire.hear(Done)
 
 
-async def receive(
-    pieces: AsyncIterator[bytes],
-    announced: int,
-    path: Path,
-    wanted: tuple[Rank, Step],
-    threads: Executor,
-) -> Shard:
-    """Write the shard that a stream carries to a new file and verify it there.
+async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard:
+    """Receive what was offered into a new file and verify it there; the taker is not `Done` yet.
 
     Args:
-        pieces: the stream, cut anyhow.
-        announced: its length, as its sender announced it; trusted no further than that.
+        wire: the connection.
+        offer: what its sender announced; trusted no further than for room in memory.
         path: of the new file. If this raises, there is no such file.
-        wanted: rank and step that the shard must be of.
-        threads: where to verify.
+        threads: where to make room, and to verify.
 
     Raises:
-        MalformedError: if the stream is not what was announced, or not the shard wanted.
+        MalformedError: if what comes is not what was offered.
         NoRoomError: if there is too little shared memory for it.
         CorruptError: if the body is not what was staged.
+        OSError: if the connection is lost.
     """
-    in_thread = partial(asyncio.get_running_loop().run_in_executor, threads)
-    text, rest = await _read_index(pieces, announced)
-    shard = Shard.of(wanted[0], text, path)
-    if shard.step != wanted[1] or announced != stream_size(shard):
-        raise MalformedError(
-            f"stream of {announced} bytes has {shard} of {shard.size} bytes, "
-            f"expected step {wanted[1]}"
-        )
-    making = in_thread(_make_room, shard)
-    try:
-        index, descriptor = await asyncio.shield(making)
-    except asyncio.CancelledError:
-        making.add_done_callback(lambda made: _give_up_room(made, path))
-        raise
+    if offer.index_bytes > INDEX_BYTES_MAX:
+        raise MalformedError(f"index has {offer.index_bytes} bytes, may have {INDEX_BYTES_MAX}")
+    descriptor = await _room(path, offer.body_bytes, threads)
     try:
         try:
-            await _write(descriptor, rest, pieces, shard.size)
+            await wire.say(Ready())
+            shard = _shard(await wire.read(offer.index_bytes), offer, path)
+            await wire.receive_file(descriptor, shard.size)
         finally:
             os.close(descriptor)
-        await in_thread(verify_file, path, index)
+        # One trip to a thread for all the rest: on a busy loop each waits 5 ms for its turn.
+        await asyncio.get_running_loop().run_in_executor(threads, verify_file, path, shard.index)
     except BaseException:
         _remove(path)
         raise
@@ -151,15 +146,48 @@ def verify_file(path: Path, index: ShardIndex | str) -> None:
         raise CorruptError(f"{path.name}: {error}") from error
 
 
-def _make_room(shard: Shard) -> tuple[ShardIndex, int]:
-    # In one go: on a busy loop, each trip to a thread waits 5 ms for the interpreter's lock.
-    index = _decode(shard.index.encode())
-    return index, allocate(shard.path, shard.size)
+@contextlib.contextmanager
+def _opened(shard: Shard) -> Iterator[int]:
+    try:
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotHeldError(f"{shard}: there is no file {shard.path.name}") from None
+    try:
+        found = os.fstat(descriptor).st_size
+        if found < shard.size:
+            raise CorruptError(f"{shard} ends after {found} of {shard.size} bytes")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _give_up_room(made: asyncio.Future[tuple[ShardIndex, int]], path: Path) -> None:
+def _shard(index: bytes, offer: Offer, path: Path) -> Shard:
+    try:
+        text = index.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"index is not text: {error}") from error
+    shard = Shard.of(offer.rank, text, path)
+    if (shard.step, shard.size) != (offer.step, offer.body_bytes):
+        raise MalformedError(
+            f"index is of step {shard.step} and {shard.size} bytes, "
+            f"offered were step {offer.step} and {offer.body_bytes} bytes"
+        )
+    return shard
+
+
+async def _room(path: Path, size: int, threads: Executor) -> int:
+    making = asyncio.get_running_loop().run_in_executor(threads, allocate, path, size)
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(lambda made: _give_up_room(made, path))
+        raise
+
+
+def _give_up_room(made: asyncio.Future[int], path: Path) -> None:
+    # A thread can not be stopped: what it made meanwhile goes at once.
     if not made.cancelled() and made.exception() is None:
-        os.close(made.result()[1])
+        os.close(made.result())
         _remove(path)
 
 
@@ -172,41 +200,3 @@ def _decode(text: bytes) -> ShardIndex:
         return decode_index(text)
     except StorageError as error:
         raise MalformedError(str(error)) from error
-
-
-async def _read_index(pieces: AsyncIterator[bytes], announced: int) -> tuple[str, bytes]:
-    """Return the index's JSON, and what came of the body with it."""
-    head = bytearray()
-    needed = _LENGTH.size
-    async for piece in pieces:
-        head += piece
-        if len(head) >= _LENGTH.size:
-            length = _LENGTH.unpack_from(head)[0]
-            if length > min(INDEX_BYTES_MAX, announced):
-                raise MalformedError(f"index has {length} bytes, may have {INDEX_BYTES_MAX}")
-            needed = _LENGTH.size + length
-            if len(head) >= needed:
-                try:
-                    text = head[_LENGTH.size : needed].decode()
-                except UnicodeDecodeError as error:
-                    raise MalformedError(f"index is not text: {error}") from error
-                return text, bytes(head[needed:])
-    raise MalformedError(f"stream ends within the index: {len(head)} of {needed} bytes")
-
-
-async def _write(descriptor: int, first: bytes, pieces: AsyncIterator[bytes], size: int) -> None:
-    at = _write_at(descriptor, first, 0, size)
-    async for piece in pieces:
-        at = _write_at(descriptor, piece, at, size)
-    if at != size:
-        raise MalformedError(f"stream ends after {at} of {size} bytes of the body")
-
-
-def _write_at(descriptor: int, piece: bytes, at: int, size: int) -> int:
-    if at + len(piece) > size:
-        raise MalformedError(f"body is longer than the {size} bytes of its index")
-    view = memoryview(piece)
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
-    return at

@@ -1,0 +1,135 @@
+"""How an agent has others hold copies of its shards, and fetches shards from them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TypeVar
+
+from orchestrator.agent.frames import Ask, Done, Offer, cut_off
+from orchestrator.agent.shards import Lineage, MalformedError, Shard, UnreachableError
+from orchestrator.agent.transfer import give, take
+from orchestrator.agent.wire import Wire, connect, proof_of
+from orchestrator.protocol.ids import Rank, Step
+
+_IDLE_MAX = 16
+"""Connections that are kept for later."""
+_PAUSES_S = (0.05, 0.2)
+"""Before a call that was not answered is made again; a connection may just have ended."""
+T = TypeVar("T")
+
+
+class PeerClient:
+    """Calls the servers of other agents; keeps connections open between calls.
+
+    How long a call may take is for its callers to say: a shard of a large model takes as long as it
+    takes.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._proof = proof_of(token)
+        self._unreachable = False
+        self._closed = False
+        self._idle: list[Wire] = []
+        self._busy: set[Wire] = set()
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether nobody is called; to become so breaks off what is under way."""
+        return self._unreachable
+
+    @unreachable.setter
+    def unreachable(self, value: bool) -> None:
+        self._unreachable = value
+        if value:
+            self._hang_up()
+
+    def close(self) -> None:
+        """Close every connection; who is calling is told so."""
+        self._closed = True
+        self._hang_up()
+
+    async def send(self, address: str, shard: Shard, lineage: Lineage) -> None:
+        """Have another agent hold a copy of a shard, which the caller has pinned.
+
+        Raises:
+            KeeperError: of the class that says why it does not.
+        """
+        await self._call(address, lambda wire: give(wire, shard, lineage))
+
+    async def fetch(
+        self, address: str, wanted: tuple[Rank, Step], path: Path, threads: Executor
+    ) -> Shard:
+        """Bring a shard from another agent into a new file, verified.
+
+        Raises:
+            KeeperError: of the class that says why not; there is no file then.
+        """
+
+        async def ask(wire: Wire) -> Shard:
+            await wire.say(Ask(*wanted))
+            offer = await wire.hear(Offer)
+            if (offer.rank, offer.step) != wanted:
+                raise MalformedError(f"{address} offers {offer}, wanted (rank, step) {wanted}")
+            shard = await take(wire, offer, path, threads)
+            wire.say_last(Done())
+            return shard
+
+        return await self._call(address, ask)
+
+    async def _call(self, address: str, talk: Callable[[Wire], Awaitable[T]]) -> T:
+        for pause_s in (*_PAUSES_S, None):
+            self._require_permission()
+            try:
+                return await self._attempt(address, talk)
+            except (OSError, ValueError) as error:
+                if pause_s is None:
+                    raise UnreachableError(f"{address}: {type(error).__name__} {error}") from error
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, address: str, talk: Callable[[Wire], Awaitable[T]]) -> T:
+        kept = self._kept(address)
+        wire = kept or await connect(address)
+        self._busy.add(wire)
+        try:
+            self._require_permission()  # it may have ended while the other one picked up
+            if kept is None:
+                await wire.write(self._proof)
+            answer = await talk(wire)
+        except BaseException:
+            wire.close()
+            raise
+        finally:
+            self._busy.discard(wire)
+        self._keep(wire)
+        return answer
+
+    def _kept(self, address: str) -> Wire | None:
+        """Take out an idle connection to an address that has not died meanwhile."""
+        for wire in [w for w in self._idle if w.name == address]:
+            self._idle.remove(wire)
+            if wire.is_quiet():
+                return wire
+            wire.close()
+        return None
+
+    def _keep(self, wire: Wire) -> None:
+        self._idle.append(wire)
+        if len(self._idle) > _IDLE_MAX:
+            self._idle.pop(0).close()
+
+    def _hang_up(self) -> None:
+        for wire in self._busy:
+            wire.abort()
+        for wire in self._idle:
+            wire.close()
+        self._idle.clear()
+
+    def _require_permission(self) -> None:
+        if self._unreachable:
+            raise cut_off()
+        if self._closed:
+            raise UnreachableError("this agent is ending")

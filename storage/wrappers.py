@@ -32,6 +32,11 @@ class CountingStore:
     bytes_put: int = 0
     bytes_got: int = 0
 
+    @property
+    def reads(self) -> int:
+        """How often it was asked for anything."""
+        return self.gets + self.sizes + self.lists
+
     def put(self, key: str, data: Buffer) -> None:
         """See `BlobStore.put`."""
         self.puts += 1

@@ -79,7 +79,7 @@ class DurableTier:
     @property
     def reads(self) -> int:
         """How often the store was asked for something so far; 0 if no recovery needed it."""
-        return self.counts.gets + self.counts.sizes + self.counts.lists
+        return self.counts.reads
 
     def fill(self, lasts_s: float | None) -> None:
         """Have every put find the disk full from now on, for that many seconds (None: for good).

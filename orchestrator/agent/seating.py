@@ -33,7 +33,9 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.rank import Rendezvous, Restore, Seat
 from orchestrator.protocol.timeouts import Timeouts
+from storage.blob import BlobStore
 from storage.errors import StorageError
+from storage.wrappers import CountingStore
 
 log = logging.getLogger(__name__)
 Restores = dict[Rank, Restore | None]
@@ -121,8 +123,9 @@ class Seating:
         if order.restore is None:
             return dict.fromkeys(ranks)
         begun = time.monotonic()
+        store = CountingStore(tier.store) if tier is not None else None
         tasks = [
-            asyncio.create_task(self._prepare_one(order, order.restore, rank, tier, limits))
+            asyncio.create_task(self._prepare_one(order, order.restore, rank, store, limits))
             for rank in ranks
         ]
         try:
@@ -153,19 +156,20 @@ class Seating:
                 own=tiers.count("own"),
                 fetched=tiers.count("fetched"),
                 durable=tiers.count("durable"),
+                reads=store.reads if store is not None else 0,
                 seconds=time.monotonic() - begun,
             )
         )
         return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
 
     async def _prepare_one(
-        self, order: Begin, step: Step, rank: Rank, tier: DurableTier | None, limits: Timeouts
+        self, order: Begin, step: Step, rank: Rank, store: BlobStore | None, limits: Timeouts
     ) -> tuple[Restore, str]:
         source = order.sources[rank] if rank < len(order.sources) else ""
         durable = None
-        if order.commit and tier is not None:
+        if order.commit and store is not None:
             shard = order.shard_of[rank] if rank < len(order.shard_of) else rank
-            durable = DurableShard(store=tier.store, commit=order.commit, shard=shard)
+            durable = DurableShard(store=store, commit=order.commit, shard=shard)
         within_s = limits.warmup_s
         try:
             return await self._keeper.prepare(rank, step, source, durable, timeout_s=within_s)

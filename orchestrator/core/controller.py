@@ -349,6 +349,7 @@ class Controller:
                 incident.decided_at = state.now
             incident.rung, incident.reason = plan.rung, plan.reason
             incident.restored_step = restored
+            incident.restarted_as = state.generation
             incident.restored_from = _tiers(plan)
             incident.timeline.append(Note(at=state.now, text=f"decided: {plan.reason}"))
         while state.step_log and state.step_log[-1][0] > restored:

@@ -72,6 +72,8 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """For each newer one: which it was and why it can not be used."""
     foreign: str = ""
     """What is there of another run; "" if nothing is."""
+    reads: int = 0
+    """How often the store was asked for anything."""
 
 
 class SearchFailed(_Event, frozen=True, kw_only=True):

@@ -63,6 +63,9 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             _observe(state, event)
         case CheckpointFound():
             state.found = event
+            if state.incident is not None:
+                searched = state.incident.reads
+                searched["searching"] = searched.get("searching", 0) + event.reads
             _note_found(state, event)
         case CheckpointCommitted(step=step, epoch=epoch, key=key):
             state.committing.pop(step, None)
@@ -130,7 +133,10 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case Reached(mark=mark):
             node.mark = max(node.mark, mark) if node.generation == generation else mark
             node.generation = generation
-        case Prepared(step=step):
+        case Prepared(step=step, reads=reads):
+            for incident in (i for i in state.incidents if i.restarted_as == generation):
+                # Entered, not added: agents say it again when they reconnect.
+                incident.reads[f"{node.id} in generation {generation}"] = reads
             _hold(state, node.id, tuple(Holding(r, step) for r in state.ranks_of(node.id)))
         case PreparationFailed(step=step, tier=tier, reason=reason):
             state.failed_preparation = f"{node.id}: {reason}"

@@ -85,6 +85,10 @@ class Incident(msgspec.Struct, kw_only=True):
     restored_step: Step | None = None
     restored_from: str = ""
     lost_steps: int = 0
+    restarted_as: Generation | None = None
+    """The generation that was started because of it, the last one if there were several."""
+    reads: dict[str, int] = {}
+    """How often the durable tier was asked for anything in order to recover, by who asked."""
 
     @property
     def ranks(self) -> tuple[Rank, ...]:

@@ -68,6 +68,8 @@ class IncidentReport(msgspec.Struct, frozen=True, kw_only=True):
     reached_step: Step
     restored_step: Step | None
     restored_from: str
+    durable_reads: int
+    """How often the durable tier was asked for anything, searching for or reading a checkpoint."""
     evidence: list[str]
     ledger: dict[str, float]
     """Seconds charged to it, buckets without any left out."""
@@ -299,6 +301,7 @@ def _incident(
         reached_step=incident.reached_step,
         restored_step=incident.restored_step,
         restored_from=incident.restored_from,
+        durable_reads=sum(incident.reads.values()),
         evidence=[finding.evidence for finding in incident.findings],
         ledger=cost(state, incident),
         faults=[index for index, (by, _) in sorted(explained.items()) if by == incident.id],

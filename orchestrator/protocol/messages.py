@@ -108,6 +108,8 @@ class Prepared(_Message, frozen=True, kw_only=True):
     """Ranks whose shard came from another node's memory."""
     durable: int
     """Ranks whose shard was read from the durable tier."""
+    reads: int = 0
+    """How often the durable tier was asked for anything meanwhile, for a rank or in vain."""
     seconds: float
 
 

@@ -21,7 +21,7 @@ from storage.commit import commit
 from storage.errors import StorageError
 from storage.local import open_store
 from storage.manifest import ShardReceipt, commit_key, make_manifest
-from storage.wrappers import RetryingStore
+from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Event], None]
@@ -40,7 +40,7 @@ class Vault:
         self.uri = uri
         self._run = run
         self._clock = clock
-        self._store = RetryingStore(open_store(uri))
+        self._store = CountingStore(RetryingStore(open_store(uri)))
         self._thread = ThreadPoolExecutor(1, "holdfast-vault")
 
     def search(self, tell: Tell) -> None:
@@ -64,6 +64,7 @@ class Vault:
     def _search(self, tell: Tell) -> None:
         name = self._run.metadata.name
         catalog = Catalog(self._store)
+        before = self._store.reads
         try:
             found, rejections = catalog.newest_verified(run_id=name)
             strangers = sorted(
@@ -85,6 +86,7 @@ class Vault:
                 key=commit_key(found.step, found.epoch) if found else "",
                 rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
                 foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
+                reads=self._store.reads - before,
             )
         )
 

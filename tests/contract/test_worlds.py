@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core import journal
+from orchestrator.core.events import Reported
 from orchestrator.core.report import Report
+from orchestrator.protocol.messages import FaultCarriedOut
 from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process
@@ -45,6 +48,16 @@ def assert_whole(report: Report, steps: int = 60) -> None:
     assert report.losses == [(step, 1.0 / step) for step in range(1, steps + 1)]
     assert report.divergences == []
     assert sum(round(s * 1e6) for s in report.ledger.values()) == round(report.wall_s * 1e6)
+
+
+def carried_out(one: Job) -> set[tuple[int, str]]:
+    """Return the planned faults that agents say they carried out, and what stood in the way."""
+    facts = [
+        entry.event.fact
+        for entry in journal.read(one.folder.journal.read_bytes()).entries
+        if isinstance(entry.event, Reported)
+    ]
+    return {(fact.index, fact.problem) for fact in facts if isinstance(fact, FaultCarriedOut)}
 
 
 def test_an_undisturbed_run_takes_one_generation_and_leaves_nothing(job: Start) -> None:
@@ -87,7 +100,47 @@ def test_a_fault_is_found_for_what_it_is_and_no_step_is_lost(
     assert [incident.kind for incident in report.incidents] == [kind]
     assert report.false_alarms == 0
     assert [f.found_by for f in report.faults] == ["inc-1"]
+    # Whatever was lost, the memory of another node had it.
+    assert report.incidents[0].durable_reads == 0
     assert one.leftovers() == []
+
+
+def test_two_ranks_that_die_at_the_same_moment_are_one_incident_that_names_both(
+    job: Start,
+) -> None:
+    one = job(at(22, "kill-rank", rank=2), at(22, "kill-rank", rank=3))
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert [f.found_by for f in report.faults] == ["inc-1", "inc-1"]
+    (incident,) = report.incidents
+    assert incident.suspects == ["rank 2", "rank 3", "node-1"]
+    assert len(incident.evidence) == 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        at(22, "slow-rank", rank=1, share=0.3, **{"for": "1s"}),
+        at(15, "slow-disk", node="node-0", delay="100ms", **{"for": "2s"}),
+    ],
+    ids=lambda fault: fault["fault"],
+)
+def test_what_only_slows_a_run_down_is_carried_out_and_is_no_incident(
+    job: Start, fault: dict[str, Any]
+) -> None:
+    one = job(fault)
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert [f.description.split()[0] for f in report.faults] == [fault["fault"]]
+    assert carried_out(one) == {(0, "")}
+    assert (report.generations, report.incidents, report.save_failures) == (1, [], [])
+    assert [c.step for c in report.checkpoints] == [20, 40, 60]
 
 
 def test_a_lost_node_is_replaced_by_the_spare_from_memory_alone(job: Start) -> None:
@@ -111,6 +164,7 @@ def test_a_loss_of_all_memory_falls_back_to_the_durable_tier(job: Start) -> None
 
     assert_whole(report)
     assert report.incidents[0].restored_from.startswith("durable tier")
+    assert report.incidents[0].durable_reads > 0
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over_and_said_to_be(job: Start) -> None:

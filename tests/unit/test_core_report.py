@@ -6,13 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.events import ControllerStarted
+from orchestrator.core.events import CheckpointFound, ControllerStarted
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.report import INFERRED, SHOWS_AS, WITNESSED, Report, losses_digest, report
 from orchestrator.faults.catalogue import CATALOGUE
-from orchestrator.protocol.ids import Step
+from orchestrator.protocol.ids import Generation, Step
+from orchestrator.protocol.messages import Prepared
 from storage.digest import combine, render
 from tests.conftest import Cluster
-from tests.journals import inject, killed_rank, raising, succeeded
+from tests.journals import commit, inject, killed_rank, raising, succeeded
 
 
 def freeze(cluster: Cluster, rank: int) -> None:
@@ -239,6 +241,30 @@ def test_two_faults_are_both_found_by_the_incident_that_gathers_them() -> None:
     cluster.after(0.01).exit(0, step=20)
 
     assert [fault.found_by for fault in report(cluster.state).faults] == ["inc-1", "inc-1"]
+
+
+def test_reads_of_the_durable_tier_are_charged_to_their_incident_once() -> None:
+    cluster = training()
+    cluster.train(40)
+    commit(cluster, 50)
+    cluster.exit(1, step=60)
+    assert cluster.state.phase is RunPhase.SEARCHING
+    cluster.tell(
+        CheckpointFound(at=cluster.at(), step=Step(50), epoch=Generation(1), key="k", reads=7)
+    )
+    fact = Prepared(
+        generation=Generation(2), step=Step(50), own=0, fetched=0, durable=2, reads=3, seconds=0.1
+    )
+    for node in ("node-0", "node-1", "node-1"):  # said again on another connection
+        cluster.say(node, fact)
+    cluster.resume()
+    cluster.say("node-1", fact)
+
+    assert [incident.durable_reads for incident in report(cluster.state).incidents] == [13]
+
+
+def test_a_recovery_from_memory_reads_nothing() -> None:
+    assert [incident.durable_reads for incident in report(killed_rank().state).incidents] == [0]
 
 
 def test_every_fault_of_the_catalogue_is_known_to_the_report() -> None:

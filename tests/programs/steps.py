@@ -58,9 +58,10 @@ def train(worker: Worker, seat: Seat) -> None:
         if options.get("lockstep"):
             _await_others(worker, seat, step, Path(options["lockstep"]))
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
-        durable = step % options.get("durable_every", 1 << 30) == 0
-        if durable or step % options.get("save_every", 1 << 30) == 0:
-            _save(worker, seat, step, durable=durable)
+        if step < options["steps"]:
+            _save_if_due(worker, seat, step)
+    # Here, not in the loop: a rank that was restored behind the last step still owes that save.
+    _save_if_due(worker, seat, step)
     if options.get("await_persisted"):
         assert worker.await_persisted(step, 10)
     worker.finished(step, (step, seat.rank))
@@ -101,6 +102,13 @@ def _restored(worker: Worker, seat: Seat) -> int:
     assert words[0] == seat.restore.step, (words[0], seat.restore.step)
     assert words[1] == seat.rank
     return seat.restore.step
+
+
+def _save_if_due(worker: Worker, seat: Seat, step: int) -> None:
+    options = seat.job["trainer"]["options"]
+    durable = step % options.get("durable_every", 1 << 30) == 0
+    if durable or step % options.get("save_every", 1 << 30) == 0:
+        _save(worker, seat, step, durable=durable)
 
 
 def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:

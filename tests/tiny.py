@@ -1,0 +1,53 @@
+"""A Llama that is trained in seconds: two nodes of two ranks, two replicas, one spare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchestrator.core.report import Report
+from tests.runs import Job
+
+STEPS = 40
+RUN: dict[str, Any] = {
+    "apiVersion": "holdfast.dev/v1alpha1",
+    "kind": "TrainingRun",
+    "metadata": {"name": "drawn"},
+    "spec": {
+        "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
+        "parallelism": {"dpReplicate": 2, "dpShard": 2},
+        "trainer": {
+            "model": {
+                "dim": 64, "layers": 2, "heads": 4, "kvHeads": 2, "ffnDim": 128, "vocab": 1280,
+            },
+            "steps": STEPS,
+            "seqLen": 64,
+            "globalBatch": 4,
+        },
+        "checkpoint": {"everySteps": 10, "memoryEverySteps": 3},
+        "detection": {"detectWithin": "3s"},
+    },
+}  # fmt: skip
+
+
+def undisturbed(root: Path) -> Report:
+    """Run it with nothing let loose on it; return its report."""
+    job = Job(root, RUN)
+    try:
+        code, report = job.conduct("--quiet", timeout_s=150)
+        assert code == 0, report.reason
+        assert report.incidents == []
+        return report
+    finally:
+        job.close()
+
+
+def assert_same_bits(report: Report, twin: Report, words: str) -> None:
+    """Nothing that was let loose on a run has changed a bit of what it is for."""
+    assert report.final_step == STEPS, words
+    assert report.final_state_digest == twin.final_state_digest, words
+    assert report.losses == twin.losses, words
+    assert report.losses_digest == twin.losses_digest
+    assert (report.divergences, report.replicas_differ, report.losses_missing) == ([], [], []), (
+        words
+    )

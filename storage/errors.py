@@ -47,13 +47,13 @@ class StorageRefusedError(StorageError):
 class ShardCorruptError(StorageError):
     """The bytes read are not the bytes that were staged."""
 
-    hint = "Resume from an older checkpoint: `holdfast get checkpoints --verified`."
+    hint = "Resume from an older checkpoint: `holdfast get checkpoints`."
 
 
 class ManifestCorruptError(StorageError):
     """A commit record does not decode, or does not match its own checksum."""
 
-    hint = "Resume from an older checkpoint: `holdfast get checkpoints --verified`."
+    hint = "Resume from an older checkpoint: `holdfast get checkpoints`."
 
 
 class StaleEpochError(StorageError):

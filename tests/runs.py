@@ -63,7 +63,7 @@ class Job:
         return RunFolder(self.root / "run")
 
     def start(self, *options: str) -> subprocess.Popen[str]:
-        """Start the command; its output is at `root`/out."""
+        """Start the command; its output is at `root`/out, its errors at `root`/err."""
         self.root.mkdir(parents=True, exist_ok=True)
         run_file = self.root / "run.yaml"
         run_file.write_text(yaml.safe_dump(self.run), encoding="utf-8")
@@ -74,12 +74,12 @@ class Job:
             plan_file.write_text(yaml.safe_dump(plan), encoding="utf-8")
             command += ["--faults", str(plan_file)]
         command += ["--out", str(self.folder.root), *options]
-        with (self.root / "out").open("a", encoding="utf-8") as out:
+        with (self.root / "out").open("a") as out, (self.root / "err").open("a") as err:
             self.started = subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
                 stdout=out,
-                stderr=out,
+                stderr=err,
                 text=True,
                 env=dict(os.environ, HOLDFAST_HOME=str(self.root / "home")),
             )
@@ -103,7 +103,7 @@ class Job:
 
     def output(self) -> str:
         """Return what the command has printed."""
-        return (self.root / "out").read_text(encoding="utf-8")
+        return "".join((self.root / name).read_text(encoding="utf-8") for name in ("out", "err"))
 
     def leftovers(self) -> list[str]:
         """Return processes and memory that are of this run and are still there."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.progress import Progress
 from orchestrator.cli.supervise import supervise
 from orchestrator.core.report import Report
@@ -52,7 +53,7 @@ def drill(
         twin_progress: shows the other.
 
     Raises:
-        CliError: if one of them can not be started.
+        CliError: if one of them can not be started, takes too long, or is interrupted.
     """
     disturbed = _run(run, plan, out / "disturbed", timeout_s, progress)
     quiet = msgspec.structs.replace(
@@ -90,5 +91,7 @@ def _run(
     timeout_s: float | None,
     progress: Progress,
 ) -> Report:
-    supervise(run, plan, out=out, report=None, timeout_s=timeout_s, progress=progress)
+    ended = supervise(run, plan, out=out, report=None, timeout_s=timeout_s, progress=progress)
+    if ended.code in (Exit.INTERRUPTED, Exit.TIMED_OUT):
+        raise CliError(ended.message, ended.hint, ended.code)
     return msgspec.json.decode(RunFolder(out).report.read_bytes(), type=Report)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from orchestrator import compose
 from orchestrator.core import journal
 from orchestrator.core.controller import Controller
-from orchestrator.core.journal import Entry, Header, JournalError
+from orchestrator.core.journal import Entry, Header, JournalError, JournalVersionError
 from orchestrator.core.state import RunState
 from orchestrator.worlds.folder import RunFolder
 
@@ -78,7 +78,10 @@ class Follower:
         if not raw:
             return False
         number = self.entries + 1 + (self.header is not None)
-        record, problem = journal.read_line(raw)
+        try:
+            record, problem = journal.read_line(raw)
+        except JournalVersionError as error:
+            raise self._of_another_version(number, str(error)) from error
         if record is None:
             whole = raw.endswith(b"\n")
             if (whole and file.read(1)) or len(raw) == LINE_MAX_BYTES:
@@ -93,9 +96,11 @@ class Follower:
         return True
 
     def _take_header(self, header: Header, number: int) -> None:
-        if self.header is not None or header.version != journal.VERSION:
-            raise self._error(
-                number, f"is a header of version {header.version}, expected {journal.VERSION}, once"
+        if self.header is not None:
+            raise self._error(number, "is a second header")
+        if header.version != journal.VERSION:
+            raise self._of_another_version(
+                number, f"version {header.version}, expected {journal.VERSION}"
             )
         self.header = header
         self.controller = compose.controller(header.run)
@@ -112,3 +117,6 @@ class Follower:
 
     def _error(self, number: int, problem: str) -> JournalError:
         return JournalError(f"line {number} {problem}: {self.folder.journal}")
+
+    def _of_another_version(self, number: int, problem: str) -> JournalVersionError:
+        return JournalVersionError(f"line {number}: {problem}: {self.folder.journal}")

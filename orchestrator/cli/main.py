@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.choices import Form, Output
-from orchestrator.cli.errors import Commands, Exit
+from orchestrator.cli.errors import CliError, Commands, Exit
 
 app = typer.Typer(
     cls=Commands,
@@ -49,7 +49,7 @@ def run(
     from orchestrator.cli import intake, progress, supervise
 
     training, plan = intake.read(run_file, faults)
-    code = supervise.supervise(
+    ended = supervise.supervise(
         training,
         plan,
         out=out,
@@ -58,7 +58,8 @@ def run(
         progress=progress.progress_on(sys.stdout, quiet=quiet),
         port=port,
     )
-    raise typer.Exit(code)
+    if ended.code is not Exit.OK:
+        raise CliError(ended.message, ended.hint, ended.code)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
 from orchestrator.worlds.folder import RunFolder, home
+from storage.errors import StorageError, UnsupportedUriError
+from storage.local import open_store
 
 TOKEN_BYTES = 32
+_TOKEN = re.compile(rb"[A-Za-z0-9_-]{43}")
+"""What `_write` made of TOKEN_BYTES; an empty or cut token would let anybody in, or nobody."""
 
 
 def prepare(run: TrainingRun, plan: FaultPlan | None, out: Path | None) -> tuple[RunFolder, int]:
@@ -32,21 +37,36 @@ def prepare(run: TrainingRun, plan: FaultPlan | None, out: Path | None) -> tuple
     registered = home() / name
     folder = RunFolder(out if out is not None else registered)
     _require_ours(folder)
-    for path in (folder.root, folder.logs, folder.nodes):
-        path.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        _require_name_free(registered, folder, name)
+    folder.root.mkdir(parents=True, exist_ok=True)
     held = _lock(folder, name)
+    try:
+        _fill(folder, run, plan)
+        if out is not None:
+            _register(registered, folder)
+    except BaseException:
+        os.close(held)
+        raise
+    return folder, held
+
+
+def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
+    """Put into the folder what the processes of the run are going to read."""
+    for path in (folder.logs, folder.nodes):
+        path.mkdir(exist_ok=True)
     _open_journal(folder, run, plan)
+    if run.spec.checkpoint.uri is not None:
+        _require_store(run.spec.checkpoint.uri)
     _write(folder.run_file, msgspec.json.encode(run))
     if plan is None:
         folder.plan_file.unlink(missing_ok=True)
     else:
         _write(folder.plan_file, msgspec.json.encode(plan))
-    if not folder.token.exists():
+    if not _TOKEN.fullmatch(folder.token.read_bytes() if folder.token.exists() else b""):
+        # Nobody who lives knows the old one: both locks are ours.
         _write(folder.token, secrets.token_urlsafe(TOKEN_BYTES).encode())
     folder.stop_request.unlink(missing_ok=True)
-    if out is not None:
-        _register(registered, folder, name)
-    return folder, held
 
 
 def _require_ours(folder: RunFolder) -> None:
@@ -56,7 +76,9 @@ def _require_ours(folder: RunFolder) -> None:
         raise CliError(
             f"not a folder: {folder.root}", "choose another place with --out", Exit.USAGE
         )
-    if any(folder.root.iterdir()) and not folder.run_file.exists():
+    # The lock is what is made first: a folder with no more than that is of a start that failed.
+    marks = (folder.run_file, folder.journal, folder.supervisor_lock)
+    if any(folder.root.iterdir()) and not any(path.exists() for path in marks):
         raise CliError(
             f"the folder has files and is not that of a run: {folder.root}",
             "choose an empty or new folder with --out",
@@ -84,20 +106,37 @@ def _require_unlocked(path: Path, message: str) -> None:
         raise CliError(message, error.hint) from error
 
 
+def _require_store(uri: str) -> None:
+    """Refuse a durable tier that takes nothing: at the first save it would be too late to say."""
+    try:
+        store = open_store(uri)
+    except UnsupportedUriError as error:
+        raise CliError(f"spec.checkpoint.uri: {error}", error.hint, Exit.USAGE) from error
+    key = f"probe-{secrets.token_hex(8)}"
+    try:
+        store.put(key, b"")
+        store.delete(key)
+    except StorageError as error:
+        raise CliError(
+            f"spec.checkpoint.uri takes no files: {uri} ({error})",
+            "choose a folder that can be written, with room, on a file system with hard links",
+        ) from error
+
+
 def _open_journal(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     if not folder.journal.exists() or folder.journal.stat().st_size == 0:
         return
-    before = msgspec.json.decode(folder.run_file.read_bytes(), type=TrainingRun)
-    if before != run:
-        raise CliError(
-            f"the folder is of a run with another run file "
-            f"({', '.join(_differences(before, run))}): {folder.root}",
-            "choose another folder with --out, or another metadata.name",
-            Exit.USAGE,
-        )
+    # Not from run.json: the journal says which run it is of, and says it with a checksum.
     state = Follower(folder).poll()
     if state is None:
         return
+    if state.run != run:
+        raise CliError(
+            f"the folder is of a run with another run file "
+            f"({', '.join(_differences(state.run, run))}): {folder.root}",
+            "choose another folder with --out, or another metadata.name",
+            Exit.USAGE,
+        )
     if state.end_state == "Succeeded":
         raise CliError(
             f"run {run.metadata.name} has succeeded already: {folder.root}",
@@ -106,13 +145,26 @@ def _open_journal(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -
     if state.phase.final:
         _archive(folder)
         return
-    planned = folder.plan_file.read_bytes() if folder.plan_file.exists() else b""
-    if planned != (b"" if plan is None else msgspec.json.encode(plan)):
+    if _planned(folder) != plan:
         raise CliError(
             f"the run goes on, and its fault plan was another one: {folder.root}",
             "give the same --faults as before, or start anew with --out",
             Exit.USAGE,
         )
+
+
+def _planned(folder: RunFolder) -> FaultPlan | None:
+    """Return the plan that the run was started with, None for none."""
+    if not folder.plan_file.exists():
+        return None
+    try:
+        return msgspec.json.decode(folder.plan_file.read_bytes(), type=FaultPlan)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CliError(
+            f"the run goes on, and the fault plan it was started with is damaged: {error}: "
+            f"{folder.plan_file}",
+            "remove that file to go on without faults, or start anew with --out",
+        ) from error
 
 
 def _archive(folder: RunFolder) -> None:
@@ -143,17 +195,22 @@ def _leaves(data: object, path: str = "") -> list[tuple[str, object]]:
     ]
 
 
-def _register(registered: Path, folder: RunFolder, name: str) -> None:
-    """Make a run that lies elsewhere known by its name; a run that is alive keeps the name."""
+def _require_name_free(registered: Path, folder: RunFolder, name: str) -> None:
+    """Refuse a name under which another run is known and alive."""
     if registered.resolve() == folder.root.resolve():
         return
     registered.parent.mkdir(parents=True, exist_ok=True)
-    if registered.exists():
-        other = RunFolder(registered.resolve())
-        if other.supervisor_lock.exists():
-            _require_unlocked(
-                other.supervisor_lock, f"a run named {name} is running already: {other.root}"
-            )
+    other = RunFolder(registered.resolve())
+    if other.supervisor_lock.exists():
+        _require_unlocked(
+            other.supervisor_lock, f"a run named {name} is running already: {other.root}"
+        )
+
+
+def _register(registered: Path, folder: RunFolder) -> None:
+    """Make a run that lies elsewhere known by its name, instead of one that is over."""
+    if registered.resolve() == folder.root.resolve():
+        return
     if registered.is_symlink():
         registered.unlink()
     if not registered.exists():
@@ -164,6 +221,9 @@ def _write(path: Path, data: bytes) -> None:
     """Write a file that only its owner may read, as a whole."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -30,6 +30,10 @@ class Progress(Protocol):
         """Show the state, if it is time to; None while there is no journal."""
         ...
 
+    def say(self, line: str) -> None:
+        """Show something that is not in the state."""
+        ...
+
     def close(self, state: RunState | None) -> None:
         """Show the state for the last time, and how the run ended if it did."""
         ...
@@ -48,6 +52,9 @@ class Quiet:
     """Shows nothing."""
 
     def update(self, state: RunState | None) -> None:
+        """Show nothing."""
+
+    def say(self, line: str) -> None:
         """Show nothing."""
 
     def close(self, state: RunState | None) -> None:
@@ -74,6 +81,10 @@ class Lines:
             self._phase = state.phase
             self._print(f"{units.clock(state.now)}  {summary(state)}")
 
+    def say(self, line: str) -> None:
+        """Print it."""
+        self._print(line)
+
     def close(self, state: RunState | None) -> None:
         """Print the end."""
         if state is not None:
@@ -89,10 +100,11 @@ class Lines:
 
     def _print(self, line: str) -> None:
         self._printed_at = time.monotonic()
-        # A reader such as `head` may be gone; the run is worth more than its narration.
+        # A reader such as `head` may be gone, or the disk with the log full; the run is worth
+        # more than its narration.
         try:
-            print(line, file=self._stream, flush=True)
-        except BrokenPipeError:
+            print(units.printable(line), file=self._stream, flush=True)
+        except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -120,6 +132,10 @@ class Live:
             self._open = True
         self._drawn_at = time.monotonic()
         self._display.update(drawn(state), refresh=True)
+
+    def say(self, line: str) -> None:
+        """Print it above the display."""
+        self._console.print(line, markup=False, highlight=False)
 
     def close(self, state: RunState | None) -> None:
         """Take the display away; leave the last picture and the ending."""
@@ -174,7 +190,7 @@ def ending(state: RunState) -> str:
     if not state.end_state:
         return f"not over: {state.phase} at {position(state)} after {wall}"
     return (
-        f"{state.end_state} after {wall}: {state.end_reason}\n"
+        f"{state.end_state} after {wall}: {units.first_line(state.end_reason)}\n"
         f"{position(state)}  ETTR {units.percent(state.ledger.effective_ratio)}  "
         f"{units.count(sum(state.rungs.values()), 'generation')}  "
         f"{units.count(len(state.incidents), 'incident')}"

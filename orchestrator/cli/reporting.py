@@ -28,12 +28,23 @@ def write(told: Report, path: Path) -> None:
     Raises:
         OSError: if that is not possible.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     try:
         temporary.write_bytes(as_json(told))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError if `write` could not write there now. What is there stays."""
+    temporary = _beside(path)
+    temporary.write_bytes(b"")
+    temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def show(run: str | None, form: Form) -> tuple[str, Report]:

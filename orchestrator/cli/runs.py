@@ -84,6 +84,6 @@ def controller_pid(folder: RunFolder) -> int | None:
     try:
         address = msgspec.json.decode(folder.address.read_bytes(), type=ControllerAddress)
         command = Path(f"/proc/{address.pid}/cmdline").read_bytes()
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return address.pid if b"orchestrator.server" in command.split(b"\0") else None

@@ -10,8 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +17,22 @@ from types import FrameType
 
 from orchestrator import compose
 from orchestrator.cli import reporting, stop
+from orchestrator.cli.controller import ControllerProcess
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
+from orchestrator.cli.outcome import Outcome, outcome
 from orchestrator.cli.prepare import prepare
 from orchestrator.cli.progress import Progress
 from orchestrator.core.report import report as report_of
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.server.app import check_port
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.local import Machine
 
 POLL_S = 0.4
 """The journal, and Ctrl-C, are looked at this often; what ends is started again at once."""
-DEAD_STARTS_MAX = 5
-"""Controllers that may end without having put anything on record, before that is given up."""
 log = logging.getLogger("holdfast.supervisor")
 
 
@@ -47,8 +45,8 @@ def supervise(
     timeout_s: float | None,
     progress: Progress,
     port: int = 0,
-) -> int:
-    """Run a job on this machine until it has ended; return the exit code.
+) -> Outcome:
+    """Run a job on this machine until it has ended; return how it did.
 
     Args:
         run: the job, checked.
@@ -63,15 +61,16 @@ def supervise(
         PortInUseError: if something listens there.
         CliError: if it can not be started, or its controller can not be kept alive.
     """
-    if report is not None and not report.absolute().parent.is_dir():
-        raise CliError(f"no such folder: {report.absolute().parent}", "make it first", Exit.USAGE)
+    if report is not None:
+        _require_writable(report.absolute())
     if port:
         check_port(port)
     folder, held = prepare(run, plan, out)
     timeouts = compose.check(run, run.metadata.name)
     token = folder.token.read_text(encoding="ascii").strip()
     machine = Machine(run, folder, token, timeouts)
-    controller = _Controller(folder, port)
+    # What only others can give, a node or room, is waited for equally long.
+    controller = ControllerProcess(folder, port, seconds(run.spec.recovery.spare_wait))
     follower = Follower(folder)
     with _interrupts() as interrupts, _log_to(folder):
         try:
@@ -80,7 +79,8 @@ def supervise(
             while not watch.over():
                 for news in machine.look(controller.pids):
                     log.info(news)
-                controller.keep()
+                if told := controller.keep():
+                    progress.say(told)
                 machine.await_news(POLL_S, controller.ended)
             # The controller sees the agents off and ends; both are bounded.
             controller.await_end(timeouts.kill_s + timeouts.terminate_s + timeouts.abort_s + 2.0)
@@ -91,7 +91,18 @@ def supervise(
             progress.close(state)
             os.close(held)
     _write_report(state, folder.report, report)
-    return _exit_code(state, watch)
+    return outcome(state, folder, timeout_s if watch.timed_out else None)
+
+
+def _require_writable(report: Path) -> None:
+    """Refuse, before anything starts, a file that could not be written when it is over."""
+    if not report.parent.is_dir():
+        raise CliError(f"no such folder: {report.parent}", "make it first", Exit.USAGE)
+    if report.is_dir():
+        raise CliError(
+            f"a folder, expected the name of a file: {report}", "add a file name", Exit.USAGE
+        )
+    reporting.require_writable(report)
 
 
 class _Watch:
@@ -134,96 +145,11 @@ class _Watch:
         """Ask the controller to stop the run, and allow it a while to do so."""
         if self._give_up_at is None:
             self._give_up_at = now + 5.0
-            stop.ask(self._folder, by)
-
-
-class _Controller:
-    """The controller's process, kept alive."""
-
-    def __init__(self, folder: RunFolder, port: int) -> None:
-        self._folder, self._port = folder, port
-        self._child: subprocess.Popen[bytes] | None = None
-        self._ended = -1
-        self._size = -1
-        self._dead_starts = 0
-
-    def keep(self) -> None:
-        """Start it if it is not running.
-
-        Raises:
-            CliError: if it ends again and again without getting anywhere.
-        """
-        if self._child is not None:
-            code = self._child.poll()
-            if code is None:
-                return
-            log.info("controller ended with %s", code)
-            size = _size(self._folder.journal)
-            self._dead_starts = self._dead_starts + 1 if size <= self._size else 0
-            if self._dead_starts >= DEAD_STARTS_MAX:
-                raise CliError(
-                    f"the controller ended {DEAD_STARTS_MAX} times without putting anything on "
-                    f"record, last with {code}: {self._log}",
-                    f"its last words: {_tail(self._log)}",
-                )
-        self._size = _size(self._folder.journal)
-        with self._log.open("ab") as output:
-            self._child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "orchestrator.server",
-                    str(self._folder.root),
-                    str(self._port),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        if self._ended >= 0:
-            os.close(self._ended)
-        self._ended = os.pidfd_open(self._child.pid)
-
-    @property
-    def pids(self) -> list[int]:
-        """Its process id, once there is one."""
-        return [] if self._child is None else [self._child.pid]
-
-    @property
-    def ended(self) -> list[int]:
-        """A descriptor that becomes readable when it ends, while it lives."""
-        return [] if self._ended < 0 else [self._ended]
-
-    def await_end(self, within_s: float) -> None:
-        """Wait for it to end by itself."""
-        if self._child is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(within_s)
-
-    def close(self) -> None:
-        """End it and reap it."""
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
-            self._child.wait(10)
-        if self._ended >= 0:
-            os.close(self._ended)
-            self._ended = -1
-
-    @property
-    def _log(self) -> Path:
-        return self._folder.logs / "controller.log"
-
-
-def _exit_code(state: RunState | None, watch: _Watch) -> int:
-    end = state.end_state if state is not None else ""
-    if end == "Succeeded":
-        return Exit.OK
-    if watch.timed_out:
-        return Exit.TIMED_OUT
-    if end == "Failed":
-        return Exit.RUN_FAILED
-    return Exit.INTERRUPTED
+            try:
+                stop.ask(self._folder, by)
+            except OSError as error:
+                # A full disk: nobody can be asked, and the run is over all the same when we end.
+                log.warning("the controller can not be asked to stop: %s", error)
 
 
 def _write_report(state: RunState | None, *paths: Path | None) -> None:
@@ -250,9 +176,16 @@ def _interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Log(logging.FileHandler):
+    """A log that a full disk makes shorter, instead of filling the terminal with tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Drop the line; the journal is what counts."""
+
+
 @contextlib.contextmanager
 def _log_to(folder: RunFolder) -> Iterator[None]:
-    handler = logging.FileHandler(folder.logs / "supervisor.log")
+    handler = _Log(folder.logs / "supervisor.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -262,18 +195,3 @@ def _log_to(folder: RunFolder) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "none"
-    return lines[-1] if lines else "none"

@@ -34,6 +34,12 @@ class JournalError(Exception):
     hint = "Copy the file, cut it before the named line, and resume: what came after is lost."
 
 
+class JournalVersionError(JournalError):
+    """The journal is whole, and of another version of this program."""
+
+    hint = "Read it with the version of holdfast that wrote it, or a newer one."
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First line: whose journal this is."""
 
@@ -83,8 +89,8 @@ def read(data: bytes) -> Journal:
     """Read a journal.
 
     Raises:
-        JournalError: if it has no header, is of another version, or a line other than the last
-            is damaged or missing.
+        JournalError: if it has no header, is of another version (JournalVersionError), or a line
+            other than the last is damaged or missing.
     """
     header: Header | None = None
     entries: list[Entry] = []
@@ -99,7 +105,9 @@ def read(data: bytes) -> Journal:
             return Journal(header, entries, good, f"line {number} is torn: {problem}")
         if isinstance(record, Header):
             if number != 1 or record.version != VERSION:
-                raise JournalError(f"line {number}: version {record.version}, expected {VERSION}")
+                raise JournalVersionError(
+                    f"line {number}: version {record.version}, expected {VERSION}, in line 1 only"
+                )
             header = record
         elif record.seq != len(entries) + 1:
             raise JournalError(f"line {number}: event {record.seq}, expected {len(entries) + 1}")
@@ -135,7 +143,11 @@ def _lines(data: bytes) -> Iterator[bytes]:
 
 
 def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
-    """Return the record of one line, newline included; or None and what is wrong with it."""
+    """Return the record of one line, newline included; or None and what is wrong with it.
+
+    Raises:
+        JournalVersionError: if nothing is wrong with it, and it says what we do not know.
+    """
     if not raw.endswith(b"\n"):
         return None, "it has no end"
     checksum, _, body = raw[:-1].partition(b" ")
@@ -145,4 +157,4 @@ def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
     try:
         return _decoder.decode(body), ""
     except msgspec.DecodeError as error:
-        return None, str(error)
+        raise JournalVersionError(f"a line of another version: {error}") from error

@@ -63,7 +63,7 @@ def classify(exit_: RankExited) -> tuple[str, Cause, str]:
     well as an operator, SIGSEGV a bug as well as bad memory.
     """
     if exit_.misconfigured:
-        return "misconfigured", Cause.SOFTWARE, f"refused its job: {exit_.message}"
+        return "misconfigured", Cause.SOFTWARE, "refused its job"
     if exit_.kind:
         return "exception", Cause.SOFTWARE, f"raised {exit_.kind}: {_first_line(exit_.message)}"
     if exit_.code < 0:

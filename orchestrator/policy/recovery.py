@@ -32,12 +32,8 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
             reason=f"memory has {_words(step)}, the newest commit is step {newest_commit}; "
             "searching the durable tier"
         )
-    if state.found.foreign and state.found.step is None and step is None:
-        return End(
-            state="Failed",
-            reason=f"spec.checkpoint.uri has {state.found.foreign}, expected checkpoints of run "
-            f"{state.run.metadata.name} or none; choose another folder",
-        )
+    if state.found.step is None and step is None and (why := _nothing_of_ours(state)):
+        return End(state="Failed", reason=why)
     if state.found.step is not None and (step is None or state.found.step > step):
         restore = RestoreFrom(
             step=state.found.step,
@@ -48,6 +44,26 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     if step is not None:
         return _restart(state, placement, _from_memory(state, placement, step))
     return _restart(state, placement, None)
+
+
+def _nothing_of_ours(state: RunState) -> str:
+    """Say why a durable tier without a usable checkpoint is not one to begin anew in; "" if it is.
+
+    Beginning anew would throw away what an operator may still save.
+    """
+    assert state.found is not None
+    if state.found.foreign:
+        return (
+            f"spec.checkpoint.uri has {state.found.foreign}, expected checkpoints of run "
+            f"{state.run.metadata.name} or none\nhint: choose another folder"
+        )
+    if state.found.rejected:
+        return (
+            f"spec.checkpoint.uri has checkpoints of this run, and none can be trusted: "
+            f"{'; '.join(state.found.rejected)}\nhint: nothing was deleted; bring one back, or "
+            "choose another folder to begin anew"
+        )
+    return ""
 
 
 def newest_in_memory(state: RunState) -> Step | None:
@@ -77,11 +93,12 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
     incident = state.incident
     if incident is None:
         reason = f"starting {where} on {', '.join(dict.fromkeys(placement.seats))}"
+        reason += "".join(f"; passed over {text}" for text in _rejections(state))
     else:
         lost = state.reached_step - (restore.step if restore else 0)
         reason = (
-            f"{incident.suspects()}: {incident.findings[0].evidence}; {rung}{swaps} {where}, "
-            f"{max(lost, 0)} steps to do again"
+            f"{incident.suspects()}: {incident.findings[0].evidence}; {rung}{swaps}"
+            f"{f' {where}' if restore else ''}, {max(lost, 0)} steps to do again"
         )
         if restore is None or restore.commit:
             reason += "".join(f"; passed over {text}" for text in _rejections(state))

@@ -132,7 +132,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     """First pause before restarting after a software fault that has repeated; it doubles."""
     backoff_max: Duration = "1m"
     spare_wait: Duration = "1m"
-    """How long to wait for a node when none is free, before giving up."""
+    """How long to wait for a node when none is free, or for room for the journal on a full disk,
+    before giving up."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

@@ -5,12 +5,14 @@ Takes over wherever the last one left off: replays the journal, listens, and goe
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -34,17 +36,38 @@ from orchestrator.worlds.vault import Vault
 log = logging.getLogger("holdfast.controller")
 EXIT_ALREADY_RUNNING = 4
 EXIT_UNTRUSTED = 5
+EXIT_NO_ROOM = 6
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_LOOK_S = 0.2
+T = TypeVar("T", TrainingRun, FaultPlan)
 
 
 def main(folder: RunFolder, port: int) -> int:
-    """Run the controller until the run has ended; return the exit code."""
+    """Run the controller until the run has ended; return the exit code.
+
+    What can not be put on record is not carried out: with no room for it, the controller ends, and
+    whoever keeps it alive starts another one, which decides from what is on record.
+    """
+    try:
+        return _run(folder, port)
+    except _DamagedError as error:
+        log.error("%s", error)  # noqa: TRY400 - the message says it all
+        return EXIT_UNTRUSTED
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or folder.journal
+        log.error("%s: %s", error.strerror, where)  # noqa: TRY400 - the message says it all
+        return EXIT_NO_ROOM
+
+
+def _run(folder: RunFolder, port: int) -> int:
     try:
         held = lock(folder.controller_lock)
     except AlreadyRunningError as error:
         log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
         return EXIT_ALREADY_RUNNING
-    run = msgspec.json.decode(folder.run_file.read_bytes(), type=TrainingRun)
+    run = _decoded(folder.run_file, TrainingRun)
     try:
         file = JournalFile(folder.journal, run)
         controller = compose.controller(run)
@@ -67,13 +90,23 @@ def main(folder: RunFolder, port: int) -> int:
     return 0
 
 
+class _DamagedError(Exception):
+    """A file of the run's folder is not what `holdfast run` wrote there."""
+
+
+def _decoded(path: Path, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _DamagedError(f"{error}: {path}") from error
+
+
 def _world(
     run: TrainingRun, folder: RunFolder, clock: RunClock, controller: Controller
 ) -> AgentWorld:
     faults: tuple[ArmedFault, ...] = ()
     if folder.plan_file.exists():
-        plan = msgspec.json.decode(folder.plan_file.read_bytes(), type=FaultPlan)
-        faults = plan.drawn()
+        faults = _decoded(folder.plan_file, FaultPlan).drawn()
     uri = run.spec.checkpoint.uri or str(folder.checkpoints)
     world = LocalWorld(
         run,

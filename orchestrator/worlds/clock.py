@@ -50,5 +50,5 @@ def _boot_s() -> float:
 def _read(file: Path) -> _Zero | None:
     try:
         return msgspec.json.decode(file.read_bytes(), type=_Zero)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -27,15 +27,24 @@ def words_in(path: Path) -> set[str]:
 
 
 def kinds_named_in(path: Path) -> set[str]:
-    """Values of `kind=` arguments."""
+    """Values of `kind=` arguments, written there or named as a constant of the file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {
-        keyword.value.value
+    constants = {
+        target.id: statement.value.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+    values = [
+        keyword.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
-        if keyword.arg == "kind" and isinstance(keyword.value, ast.Constant)
-    }
+        if keyword.arg == "kind"
+    ]
+    named = {constants[v.id] for v in values if isinstance(v, ast.Name) and v.id in constants}
+    return named | {value.value for value in values if isinstance(value, ast.Constant)}
 
 
 def test_every_kind_that_a_detector_can_emit_is_known() -> None:

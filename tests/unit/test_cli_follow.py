@@ -1,8 +1,10 @@
 import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +84,7 @@ def test_a_torn_end_is_named_and_read_again_once_the_next_controller_has_cut_it(
         (lambda lines: [*lines[:5], b"x" + lines[5][1:], *lines[6:]], "line 6 is damaged"),
         (lambda lines: [*lines[:5], *lines[6:]], "line 6 has event 6, expected 5"),
         (lambda lines: lines[1:], "line 1 is no header"),
-        (lambda lines: [lines[0], *lines], "line 2 is a header"),
+        (lambda lines: [lines[0], *lines], "line 2 is a second header"),
     ],
     ids=["a bit flipped", "a line is missing", "no header", "two headers"],
 )
@@ -127,3 +129,38 @@ def test_every_entry_is_handed_on_once_and_after_the_state_took_it_in(tmp_path: 
     follower.poll()
 
     assert seen == [(n, n) for n in range(1, len(cluster.entries) + 1)]
+
+
+def _newer_header(lines: list[bytes]) -> bytes:
+    record, _ = journal.read_line(lines[0])
+    assert isinstance(record, journal.Header)
+    return journal.line(journal.Header(version=2, run_id="r", run=record.run))
+
+
+def _new_kind_of_event(lines: list[bytes]) -> bytes:
+    body = lines[1].partition(b" ")[2].rstrip(b"\n").replace(b'"type":"', b'"type":"New', 1)
+    return b"%s %s\n" % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+
+@pytest.mark.parametrize(
+    ("line", "made", "says"),
+    [
+        (0, _newer_header, "line 1: version 2, expected 1"),
+        (1, _new_kind_of_event, "line 2: a line of another version: "),
+    ],
+    ids=["version", "event"],
+)
+def test_a_journal_of_a_newer_version_is_not_taken_for_a_damaged_one(
+    line: int, made: Callable[[list[bytes]], bytes], says: str, tmp_path: Path
+) -> None:
+    folder = write(killed_rank(), tmp_path / "run")
+    lines = folder.journal.read_bytes().splitlines(keepends=True)
+    lines[line] = made(lines)
+    folder.journal.write_bytes(b"".join(lines))
+
+    with pytest.raises(journal.JournalVersionError, match=says) as caught:
+        Follower(folder).poll()
+
+    assert "cut" not in caught.value.hint
+    with pytest.raises(journal.JournalVersionError):
+        journal.read(folder.journal.read_bytes())

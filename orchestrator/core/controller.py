@@ -9,17 +9,14 @@ detectors, ask the policies if a generation is wanted, and ask to be woken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
 
-from orchestrator.core import facts
+from orchestrator.core import facts, saving
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
-    CommitCheckpoint,
     Decision,
     EndRun,
     FenceNode,
-    RetainMemory,
     SearchCheckpoints,
     StartGeneration,
     WakeAt,
@@ -44,13 +41,11 @@ from orchestrator.core.plans import (
     Search,
     WaitForNodes,
 )
-from orchestrator.core.state import Budget, Occurrence, RunState
+from orchestrator.core.state import Budget, Occurrence, RunState, decide
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
 from orchestrator.protocol.messages import MARKS, Joined, RendezvousOffered
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
-
-D = TypeVar("D", bound=Decision)
 
 BLIND_BEATS = 6
 """A gap of this many beats between two events means that nobody was looking, not that all hung."""
@@ -96,7 +91,7 @@ class Controller:
         decisions += self._answer(event)
         for finding in self._detect(event):
             self._admit(finding)
-        decisions += self._save()
+        decisions += saving.save(state)
         self._advance()
         if isinstance(event, StopRequested):
             decisions += self._end("Stopped", f"stopped by {event.by}")
@@ -140,7 +135,7 @@ class Controller:
                     decisions.append(self._announce())
             case FaultInjected(index=index, description=text, node=node):
                 decisions.append(
-                    self._decision(CarryOutFault, f"planned: {text}", index=index, node=node)
+                    decide(state, CarryOutFault, f"planned: {text}", index=index, node=node)
                 )
             case ControllerStarted(incarnation=incarnation) if incarnation > 1:
                 decisions += self._take_over(incarnation)
@@ -195,7 +190,7 @@ class Controller:
         incident.reason = "ranks trained on; the journal was replayed and agents send snapshots"
         incident.decided_at = incident.resumed_at = state.now
         decisions: list[Decision] = [
-            self._commit_decision(step) for step in sorted(state.committing)
+            saving.commit_decision(state, step) for step in sorted(state.committing)
         ]
         if state.phase is RunPhase.SEARCHING:
             decisions.append(self._search("asked again by the next controller"))
@@ -301,10 +296,10 @@ class Controller:
             return []
         self._enter(phase)
         self._note(reason)
-        return [self._decision(WakeAt, reason, at=until)]
+        return [decide(self.state, WakeAt, reason, at=until)]
 
     def _search(self, reason: str) -> SearchCheckpoints:
-        return self._decision(SearchCheckpoints, reason)
+        return decide(self.state, SearchCheckpoints, reason)
 
     def _restart(self, plan: Restart) -> list[Decision]:
         state = self.state
@@ -324,7 +319,8 @@ class Controller:
         if state.incident is not None:
             state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
         self._enter(RunPhase.STOPPING)
-        self._started = self._decision(
+        self._started = decide(
+            state,
             StartGeneration,
             plan.reason,
             seats=plan.seats,
@@ -334,7 +330,7 @@ class Controller:
         )
         decisions: list[Decision] = [self._started]
         decisions += [
-            self._decision(FenceNode, f"{node.id} has no seat", node=node.id)
+            decide(state, FenceNode, f"{node.id} has no seat", node=node.id)
             for _, node in sorted(state.nodes.items())
             if node.id not in plan.seats and node.generation > 0 and node.connected
         ]
@@ -360,39 +356,6 @@ class Controller:
             state.ledger.relabel(since, state.now, Bucket.LOST_WORK, incident_id)
 
     # Saving and finishing -----------------------------------------------------------------------
-
-    def _save(self) -> list[Decision]:
-        """Commit what is wholly written; release what memory no longer needs."""
-        state = self.state
-        decisions: list[Decision] = []
-        for step in sorted(state.written):
-            if step not in state.committing and facts.written_whole(state, step):
-                state.committing[step] = state.generation
-                decisions.append(self._commit_decision(step))
-        safe = facts.newest_safe_step(state)
-        if safe is not None and safe > state.retained and not state.wanting:
-            state.retained = safe
-            for older in [step for step in state.holdings if step < safe]:
-                del state.holdings[older]
-            decisions.append(
-                self._decision(RetainMemory, f"step {safe} is held by every node", step=safe)
-            )
-        return decisions
-
-    def _commit_decision(self, step: Step) -> CommitCheckpoint:
-        reports = self.state.written[step]
-        receipts = sorted(
-            (receipt for report in reports.values() for receipt in report.receipts),
-            key=lambda receipt: receipt.shard,
-        )
-        return CommitCheckpoint(
-            # The epoch of a commit is the generation that wrote its shards.
-            generation=self.state.committing[step],
-            step=step,
-            receipts=tuple(receipts),
-            model=next(report.model for _, report in sorted(reports.items())),
-            reason=f"all {len(receipts)} shards of step {step} are written",
-        )
 
     def _advance(self) -> None:
         """Follow the marks: the least advanced node of the world says where the run is."""
@@ -439,7 +402,7 @@ class Controller:
             incident.reason = reason
             incident.timeline.append(Note(at=state.now, text=f"stopped: {reason}"))
         self._enter(final.get(end, RunPhase.STOPPED))
-        return [self._decision(EndRun, reason, state=end)]
+        return [decide(state, EndRun, reason, state=end)]
 
     # Small things -------------------------------------------------------------------------------
 
@@ -454,15 +417,6 @@ class Controller:
     def _note(self, text: str) -> None:
         if self.state.incident is not None:
             self.state.incident.timeline.append(Note(at=self.state.now, text=text))
-
-    def _decision(self, kind: type[D], reason: str, **fields: Any) -> D:  # noqa: ANN401
-        incident = self.state.incident
-        return kind(
-            generation=self.state.generation,
-            reason=reason,
-            incident=incident.id if incident else None,
-            **fields,
-        )
 
 
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}

@@ -96,6 +96,8 @@ class CommitFailed(_Event, frozen=True, kw_only=True):
     step: Step
     epoch: Generation
     reason: str
+    again: bool = False
+    """Whether it may succeed later, with nothing changed."""
 
 
 class FaultInjected(_Event, frozen=True, kw_only=True):

@@ -37,6 +37,9 @@ from orchestrator.protocol.messages import (
     WriteFailed,
 )
 
+COMMIT_AGAIN_S = 2.0
+"""A commit that failed, and may succeed later, is tried again after this, while none is newer."""
+
 
 def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
     """Change the state by what the event says, and by nothing else."""
@@ -70,12 +73,17 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case CheckpointCommitted(step=step, epoch=epoch, key=key):
             state.committing.pop(step, None)
             state.written.pop(step, None)
+            state.commit_at.pop(step, None)
             if all(known.key != key for known in state.commits):
                 state.commits.append(Committed(step, epoch, key, state.now))
-        case CommitFailed(step=step, reason=reason):
-            state.committing.pop(step, None)
-            state.written.pop(step, None)
+        case CommitFailed(step=step, epoch=epoch, reason=reason, again=again):
             state.save_failures.append((state.now, step, reason))
+            if state.committing.get(step) == epoch:
+                del state.committing[step]
+                if again:
+                    state.commit_at[step] = Seconds(state.now + COMMIT_AGAIN_S)
+                else:
+                    state.written.pop(step, None)
         case SearchFailed(reason=reason):
             state.search_failure = reason
         case FaultInjected(index=index, description=text, target=target):
@@ -279,7 +287,8 @@ def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: S
     state.failed_preparation = ""
     state.offered = ""
     state.lanes = {}
-    state.written = {}
+    # A commit that is under way may still succeed; nobody waits for it any more.
+    state.written, state.committing, state.commit_at = {}, {}, {}
     state.start_step = state.reached_step = restored
     state.restored[state.generation] = restored
     for node in state.nodes.values():

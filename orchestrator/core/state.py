@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
 from orchestrator.core.fleet import Fleet, StepTimes
 from orchestrator.core.incident import Incident
@@ -15,6 +17,7 @@ from orchestrator.protocol.messages import RankExited, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
+D = TypeVar("D", bound=Decision)
 STEP_LOG_LENGTH = 200_000
 
 
@@ -131,6 +134,8 @@ class RunState:
     retained: Step = Step(-1)
     written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)
     committing: dict[Step, Generation] = field(default_factory=dict)
+    commit_at: dict[Step, Seconds] = field(default_factory=dict)
+    """Steps whose commit failed for a while: when it is tried again."""
     commits: list[Committed] = field(default_factory=list)
     save_failures: list[tuple[Seconds, Step, str]] = field(default_factory=list)
     offered: str = ""
@@ -202,6 +207,17 @@ class RunState:
         replicas repeat the same shards in the same order.
         """
         return rank % self.shard_count()
+
+
+def decide(state: RunState, kind: type[D], reason: str, /, **fields: Any) -> D:  # noqa: ANN401
+    """Return a decision of the present generation, taken for the incident that is open, if any."""
+    incident = state.incident
+    return kind(
+        generation=state.generation,
+        reason=reason,
+        incident=incident.id if incident else None,
+        **fields,
+    )
 
 
 def violations(state: RunState) -> list[str]:

@@ -110,7 +110,9 @@ class Vault:
             )
             commit(self._store, manifest, newest_epoch_known=newest)
         except Exception as error:  # noqa: BLE001 - the same
-            tell(CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=str(error)))
+            again = isinstance(error, StorageError) and error.retryable
+            why = f"{type(error).__name__}: {error}"
+            tell(CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=why, again=again))
             return
         key = commit_key(step, epoch)
         tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))

@@ -1,0 +1,48 @@
+"""What becomes of saved state: committed when it is whole, let go when something newer is safe."""
+
+from __future__ import annotations
+
+from orchestrator.core import facts
+from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
+from orchestrator.core.state import RunState, decide
+from orchestrator.protocol.ids import Step
+
+
+def save(state: RunState) -> list[Decision]:
+    """Commit what is wholly written; release what memory no longer needs."""
+    decisions: list[Decision] = []
+    newest = max((commit.step for commit in state.commits), default=Step(0))
+    for step in [step for step in state.commit_at if step < newest]:
+        # It failed, and what it was for is served better by now.
+        del state.commit_at[step]
+        state.written.pop(step, None)
+    for step in sorted(state.written):
+        due = state.now >= state.commit_at.get(step, state.now)
+        if due and step not in state.committing and facts.written_whole(state, step):
+            state.committing[step] = state.generation
+            decisions.append(commit_decision(state, step))
+    safe = facts.newest_safe_step(state)
+    if safe is not None and safe > state.retained and not state.wanting:
+        state.retained = safe
+        for older in [step for step in state.holdings if step < safe]:
+            del state.holdings[older]
+        words = f"step {safe} is held by every node"
+        decisions.append(decide(state, RetainMemory, words, step=safe))
+    return decisions
+
+
+def commit_decision(state: RunState, step: Step) -> CommitCheckpoint:
+    """Return the order to commit a step that is being committed."""
+    reports = state.written[step]
+    receipts = sorted(
+        (receipt for report in reports.values() for receipt in report.receipts),
+        key=lambda receipt: receipt.shard,
+    )
+    return CommitCheckpoint(
+        # The epoch of a commit is the generation that wrote its shards.
+        generation=state.committing[step],
+        step=step,
+        receipts=tuple(receipts),
+        model=next(report.model for _, report in sorted(reports.items())),
+        reason=f"all {len(receipts)} shards of step {step} are written",
+    )

@@ -375,7 +375,8 @@ def test_an_entrypoint_that_is_not_there_is_named_at_once(job: Make) -> None:
 
 def test_a_node_that_is_needed_and_that_nobody_has_ends_the_run(job: Make) -> None:
     lost = {"when": {"step": 12}, "fault": "lose-node", "node": "node-1"}
-    one = job(lost, nodes__spares=0, recovery={"spareWait": "500ms"})
+    # Its ranks do not wait for each other: the others must not be done before the node is lost.
+    one = job(lost, nodes__spares=0, recovery={"spareWait": "500ms"}, **ENDLESS)
 
     message, _ = refused(one, code=3)
 

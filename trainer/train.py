@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from orchestrator.protocol import runfile
-from orchestrator.worker import MisconfiguredError, RankPhase, Seat, Worker, serve
+from orchestrator.worker import JobAhead, MisconfiguredError, RankPhase, Seat, Worker, serve
 from trainer import parallel
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig, model_config
@@ -314,6 +314,17 @@ def rehearse() -> None:
     _settle_heap()
 
 
+def prepare(ahead: JobAhead, check: Callable[[], None]) -> None:
+    """Have this node's text tokenised before anybody waits for it, as `Worker.next_seat` wants it.
+
+    Raises:
+        MisconfiguredError: as the job's first seat would.
+    """
+    trainer = msgspec.convert(ahead.job.get("trainer", {}), runfile.Trainer)
+    tokenizer = open_tokenizer(trainer.tokenizer, model_config(trainer.model).vocab)
+    open_tokens(trainer.data, tokenizer, ahead.cache_dir, check)
+
+
 def _settle_heap() -> None:
     """Keep the collector away from the half million objects that torch is made of.
 
@@ -341,4 +352,4 @@ class Unheard:
 
 def main() -> int:
     """Serve as a supervised rank: the entrypoint that run files name by default."""
-    return serve(train, rehearse)
+    return serve(train, rehearse, prepare)

@@ -48,6 +48,7 @@ from orchestrator.protocol.rank import (
     Died,
     Finished,
     FromRank,
+    JobAhead,
     Offer,
     Reached,
     SlotFreed,
@@ -208,6 +209,7 @@ class Node:
         if self._terms is None or self._terms.checkpoint_uri != terms.checkpoint_uri:
             self._open_tier(terms.checkpoint_uri)
         self._terms = terms
+        self._ranks.foresee(JobAhead(job=terms.job, cache_dir=str(self._seating.cache)))
         self._voice.repeat(terms.steps_known)
 
     def _open_tier(self, uri: str) -> None:

@@ -30,6 +30,7 @@ from orchestrator.protocol.rank import (
     MEMORY_VARIABLE,
     Died,
     FromRank,
+    JobAhead,
     Retire,
 )
 from orchestrator.protocol.timeouts import Timeouts
@@ -66,6 +67,7 @@ class Ranks:
         self._forking: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         self._takers = 0
+        self._ahead: JobAhead | None = None
         self._closing = False
         (memory / "beacons").mkdir(mode=0o700, exist_ok=True)
 
@@ -155,6 +157,13 @@ class Ranks:
             for task in done:
                 task.result()
 
+    def foresee(self, ahead: JobAhead) -> None:
+        """Tell those without a seat, now and later, what one would be of."""
+        if ahead != self._ahead:
+            self._ahead = ahead
+            for live in self.parked():
+                live.control.send(ahead)
+
     # The end ------------------------------------------------------------------------------------
 
     async def end_all(self, limits: Timeouts) -> list[LiveRank]:
@@ -243,6 +252,8 @@ class Ranks:
         live.control = Control(ours, heard, lambda reason: self.break_off(live, reason))
         self._all[pid] = live
         asyncio.get_running_loop().add_reader(live.process.descriptor, self._ended, live)
+        if self._ahead is not None:
+            live.control.send(self._ahead)
         if self._closing:
             live.kill()
 

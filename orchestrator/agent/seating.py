@@ -50,6 +50,9 @@ class Seating:
         keeper: its memory.
         account: what it has to say.
         say: sends a fact, and keeps it.
+
+    Attributes:
+        cache: where this node's ranks keep what is expensive to derive.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Seating:
         self._config = config
         self._ranks, self._keeper, self._account, self._say = ranks, keeper, account, say
         self._announced: Announce | None = None
-        self._cache = Path(config.work) / "cache"
+        self.cache = Path(config.work) / "cache"
 
     async def enter(self, order: Begin, terms: Welcome, tier: DurableTier | None) -> None:
         """Enter the generation of `order`, in which ranks of this node have seats."""
@@ -183,7 +186,7 @@ class Seating:
     # Seats ----------------------------------------------------------------------------------------
 
     async def _seat_all(self, order: Begin, terms: Welcome, restores: Restores) -> bool:
-        self._cache.mkdir(parents=True, exist_ok=True)
+        self.cache.mkdir(parents=True, exist_ok=True)
         seats = [self._seat_one(order, terms, rank, restore) for rank, restore in restores.items()]
         outcomes = await asyncio.gather(*seats, return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
@@ -221,7 +224,7 @@ class Seating:
             job=terms.job,
             restore=restore,
             free_slots=self._keeper.free_slots(rank),
-            cache_dir=str(self._cache),
+            cache_dir=str(self.cache),
             log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),
             abort_within_s=terms.timeouts.abort_s,
             collective_timeout_s=terms.timeouts.collective_s,

@@ -63,6 +63,15 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     """Back-stop of a collective; longer than every detector, so that it decides nothing."""
 
 
+class JobAhead(msgspec.Struct, frozen=True, kw_only=True, tag="job-ahead"):
+    """To a process without a seat: what its seat will be of, if it ever gets one."""
+
+    job: dict[str, Any]
+    """As in `Seat`."""
+    cache_dir: str
+    """As in `Seat`."""
+
+
 class Rendezvous(msgspec.Struct, frozen=True, kw_only=True, tag="rendezvous"):
     """To a rank: the store of this generation listens at `address` (host:port)."""
 
@@ -99,7 +108,7 @@ class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
     """To a rank: there is no further seat for you; exit with code 0."""
 
 
-ToRank = Seat | Rendezvous | Abort | SlotFreed | Persisted | Misbehave | Retire
+ToRank = Seat | JobAhead | Rendezvous | Abort | SlotFreed | Persisted | Misbehave | Retire
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):

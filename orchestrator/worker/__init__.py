@@ -1,7 +1,7 @@
 """What a rank needs to be supervised: beacon, abort, staging. No torch, usable from any trainer."""
 
 from orchestrator.protocol.phases import RankPhase
-from orchestrator.protocol.rank import Restore, Seat
+from orchestrator.protocol.rank import JobAhead, Restore, Seat
 from orchestrator.worker.errors import (
     EXIT_MISCONFIGURED,
     EXIT_STUCK,
@@ -19,6 +19,7 @@ __all__ = [
     "EXIT_STUCK",
     "LEAVE_WITHIN_S",
     "Aborted",
+    "JobAhead",
     "MisconfiguredError",
     "NotSupervisedError",
     "PeerLostError",

@@ -38,6 +38,7 @@ from orchestrator.protocol.rank import (
     Finished,
     Framer,
     FromRank,
+    JobAhead,
     Misbehave,
     Offer,
     Persisted,
@@ -65,6 +66,11 @@ from orchestrator.worker.misbehaviour import misbehave
 from orchestrator.worker.output import redirect
 from orchestrator.worker.slot import Slot
 
+Prepare = Callable[[JobAhead, Callable[[], None]], None]
+"""Gets what every seat of a job needs ready on this node, such as data.
+
+Calls its second argument while it waits for anything; that raises `Aborted` when a seat is there.
+"""
 LEAVE_WITHIN_S = 0.4
 """From an abort until a process that has not left ends itself, well before it would be killed."""
 
@@ -79,6 +85,7 @@ class Worker:
         self._send_lock = threading.Lock()
         self._changed = threading.Condition()
         self._seats: collections.deque[Seat] = collections.deque()
+        self._ahead: JobAhead | None = None
         self._retired = False
         self._abort_before = Generation(0)
         self._on_abort: Callable[[], None] | None = None
@@ -118,16 +125,21 @@ class Worker:
 
     # Taking a seat ------------------------------------------------------------------------
 
-    def next_seat(self) -> Seat | None:
+    def next_seat(self, prepare: Prepare | None = None) -> Seat | None:
         """Wait for the next seat; None when there is none to come and the process should end.
 
         The wait ends with the agent at the latest: a rank whose agent is gone is ended.
+
+        Args:
+            prepare: called while there is no seat, once it is known what one would be of.
         """
         self._on_abort = None
         previous, self.seat = self.seat, None
         self._beacon.update(phase=RankPhase.WAITING)
         if previous is not None:
             self.reached("left", previous.generation)
+        if prepare is not None:
+            self._get_ready(prepare)
         seat = self._take_seat()
         if seat is None:
             return None
@@ -146,6 +158,27 @@ class Worker:
     def expected(self) -> bool:
         """Whether `next_seat` would return at once: a seat is there, or none will ever be."""
         return self._retired or bool(self._seats)
+
+    def _get_ready(self, prepare: Prepare) -> None:
+        """Wait until a seat is to be taken; prepare for what it will be of meanwhile."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.expected or self._ahead is not None)
+                ahead, self._ahead = self._ahead, None
+            if self.expected or ahead is None:
+                return
+            self._beacon.update(phase=RankPhase.STARTING)
+            try:
+                prepare(ahead, self._check_wanted)
+            except Aborted:
+                pass
+            except Exception as error:  # noqa: BLE001 - nobody needs it yet; a seat meets it again
+                traceback.print_exception(error)
+            self._beacon.update(phase=RankPhase.WAITING)
+
+    def _check_wanted(self) -> None:
+        if self.expected:
+            raise Aborted("a seat is there, or none will ever be")
 
     def _take_seat(self) -> Seat | None:
         while True:
@@ -372,7 +405,7 @@ class Worker:
             faulthandler.dump_traceback(2, all_threads=True)
             os._exit(EXIT_STUCK)
 
-    def _obey(self, message: ToRank) -> None:
+    def _obey(self, message: ToRank) -> None:  # noqa: C901 - one case per message
         with self._changed:
             match message:
                 case Seat():
@@ -381,6 +414,8 @@ class Worker:
                     self._abort_before = max(self._abort_before, message.generation)
                 case Abort(before=before):
                     self._abort_before = max(self._abort_before, before)
+                case JobAhead():
+                    self._ahead = message
                 case Rendezvous():
                     self._rendezvous = message
                 case SlotFreed(slot=slot):

@@ -12,10 +12,14 @@ from orchestrator.worker.errors import (
     MisconfiguredError,
     PeerLostError,
 )
-from orchestrator.worker.sdk import Worker
+from orchestrator.worker.sdk import Prepare, Worker
 
 
-def serve(train: Callable[[Worker, Seat], None], rehearse: Callable[[], None] | None = None) -> int:
+def serve(
+    train: Callable[[Worker, Seat], None],
+    rehearse: Callable[[], None] | None = None,
+    prepare: Prepare | None = None,
+) -> int:
     """Run `train` for one seat after the other until the agent has no more; return the exit code.
 
     `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
@@ -25,12 +29,14 @@ def serve(train: Callable[[Worker, Seat], None], rehearse: Callable[[], None] | 
         train: one generation, from its seat to the last step.
         rehearse: run once before the first wait, unless a seat is there already: whatever a first
             step pays for only once should be paid for here, by a process that nobody waits for.
+        prepare: called between seats with the job that a seat would be of; see `sdk.Prepare`. A
+            spare node gets its data here, and not when training waits for it.
     """
     worker = Worker.connect()
     try:
         if rehearse is not None and not worker.expected:
             rehearse()
-        while (seat := worker.next_seat()) is not None:
+        while (seat := worker.next_seat(prepare)) is not None:
             try:
                 train(worker, seat)
             except Aborted:

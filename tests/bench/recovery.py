@@ -2,9 +2,10 @@
 
     python -m tests.bench.recovery [--rounds 7] [--json]
 
-Each round runs the same job once under Holdfast (a rank killed, a rank frozen, a node lost) and
-once under `torchrun --max-restarts` with torch.distributed.checkpoint (a rank killed), with the
-same model, ranks and interval between checkpoints. Printed are medians and their ratios.
+Each round runs the same job under Holdfast (a rank killed, a rank frozen, a node lost, all at
+`detectWithin: 2s`; then a rank frozen at the default of 10 s) and under `torchrun --max-restarts`
+with torch.distributed.checkpoint (a rank killed), with the same model, ranks and interval between
+checkpoints. Printed are medians and their ratios.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import msgspec
 
 from orchestrator import compose
+from orchestrator.cli.follow import Follower
 from orchestrator.core import journal
 from orchestrator.core.events import Reported
 from orchestrator.core.report import IncidentReport
@@ -34,12 +36,12 @@ from tests.runs import REPOSITORY, Job
 
 SAVE_EVERY = 5
 CRASH_AT, FREEZE_AT, LOSS_AT, STEPS = 17, 32, 47, 60
-DETECT_WITHIN_S = 2.0
+DETECT_WITHIN_S, DEFAULT_WITHIN_S = 2.0, 10.0
 PHASES = ("detect", "decide", "stop", "start", "rendezvous", "restore", "first_step")
 WAIT_S = 180.0
 
 
-def run_file() -> dict[str, Any]:
+def run_file(detect_within_s: float = DETECT_WITHIN_S) -> dict[str, Any]:
     """Return the job: the debug preset on 2 nodes of 2 ranks, and a spare."""
     return {
         "apiVersion": "holdfast.dev/v1alpha1",
@@ -50,31 +52,42 @@ def run_file() -> dict[str, Any]:
             "parallelism": {"dpReplicate": 2, "dpShard": 2},
             "trainer": {"model": "debug", "steps": STEPS, "seqLen": 128, "globalBatch": 8},
             "checkpoint": {"everySteps": 20, "memoryEverySteps": SAVE_EVERY},
-            "detection": {"detectWithin": f"{DETECT_WITHIN_S:g}s"},
+            "detection": {"detectWithin": f"{detect_within_s:g}s"},
         },
     }
 
 
 def holdfast(root: Path) -> dict[str, dict[str, float]]:
-    """Run the job with three faults; return seconds from each to the first new step, by phase.
+    """Run the job with faults; return seconds from each to the first new step, by phase."""
+    faults = {
+        "crash": {"when": {"step": CRASH_AT}, "fault": "kill-rank", "rank": 1},
+        "freeze": {"when": {"step": FREEZE_AT}, "fault": "freeze-rank", "rank": 2},
+        "node_loss": {"when": {"step": LOSS_AT}, "fault": "lose-node", "node": "node-1"},
+    }
+    found = _run(Job(root / "short", run_file(), list(faults.values())), list(faults))
+    job = Job(root / "default", run_file(DEFAULT_WITHIN_S), [faults["freeze"]])
+    return found | _run(job, ["freeze_default"])
+
+
+def _run(job: Job, names: list[str]) -> dict[str, dict[str, float]]:
+    """Run a job to its end; return what each of its faults, as `names` calls them, has cost.
 
     Raises:
         RuntimeError: if the run did not succeed, or found something else than what was broken.
     """
-    faults = [
-        {"when": {"step": CRASH_AT}, "fault": "kill-rank", "rank": 1},
-        {"when": {"step": FREEZE_AT}, "fault": "freeze-rank", "rank": 2},
-        {"when": {"step": LOSS_AT}, "fault": "lose-node", "node": "node-1"},
-    ]
-    job = Job(root, run_file(), faults)
     code, report = job.conduct("--quiet", timeout_s=WAIT_S)
-    if code != 0 or len(report.incidents) != len(faults) or report.false_alarms:
+    if code != 0 or len(report.incidents) != len(names) or report.false_alarms:
         found = [f"{i.kind}: {i.reason}" for i in report.incidents]
         raise RuntimeError(f"run ended with {code}, incidents {found}: {job.output()}")
     struck = _struck_at(job)
-    names = ("crash", "freeze", "node_loss")
+    state = Follower(job.folder).poll()
+    assert state is not None
+    steps = {
+        "step_p50": state.step_times.quantile(0.5),
+        "step_p99": state.step_times.quantile(0.99),
+    }
     return {
-        name: _spans(incident, struck[index])
+        name: _spans(incident, struck[index]) | steps
         for index, (name, incident) in enumerate(zip(names, report.incidents, strict=True))
     }
 
@@ -173,16 +186,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    ours: dict[str, list[dict[str, float]]] = {"crash": [], "freeze": [], "node_loss": []}
+    ours: dict[str, list[dict[str, float]]] = {}
     theirs: list[float] = []
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
         for number in range(arguments.rounds):
             for name, spans in holdfast(Path(folder) / f"holdfast-{number}").items():
-                ours[name].append(spans)
+                ours.setdefault(name, []).append(spans)
             theirs.append(torchrun(Path(folder) / f"torchrun-{number}"))
             print(
                 f"round {number + 1}/{arguments.rounds}: crash {ours['crash'][-1]['total']:.3f} s, "
-                f"freeze {ours['freeze'][-1]['total']:.3f} s, "
+                f"freeze {ours['freeze'][-1]['total']:.3f} s, at the default "
+                f"{ours['freeze_default'][-1]['total']:.3f} s, "
                 f"node loss {ours['node_loss'][-1]['total']:.3f} s, torchrun {theirs[-1]:.3f} s",
                 file=sys.stderr,
             )
@@ -195,7 +209,7 @@ def summary(ours: dict[str, list[dict[str, float]]], theirs: list[float]) -> dic
     medians = {
         name: {
             phase: statistics.median(spans[phase] for spans in rounds)
-            for phase in ("total", *PHASES)
+            for phase in ("total", "step_p50", "step_p99", *PHASES)
         }
         for name, rounds in ours.items()
     }
@@ -206,7 +220,8 @@ def summary(ours: dict[str, list[dict[str, float]]], theirs: list[float]) -> dic
         "torchrun_crash_s": torchrun_s,
         "ratio_torchrun": torchrun_s / medians["crash"]["total"],
         "ratio_node_loss": medians["node_loss"]["total"] / medians["crash"]["total"],
-        "freeze_detect_within_s": DETECT_WITHIN_S,
+        "freeze_limit_s": DETECT_WITHIN_S + 3 * medians["freeze"]["step_p50"],
+        "freeze_default_limit_s": DEFAULT_WITHIN_S + 3 * medians["freeze_default"]["step_p99"],
         "holdfast_crash_all_s": sorted(spans["total"] for spans in ours["crash"]),
         "torchrun_crash_all_s": sorted(theirs),
     }
@@ -219,12 +234,15 @@ def text(result: dict[str, Any]) -> str:
         shares = ", ".join(
             f"{phase} {spans[phase] / spans['total']:.0%}" for phase in PHASES if spans[phase] > 0
         )
-        lines.append(f"  {name:<10} {spans['total']:.3f} s  ({shares})")
+        lines.append(f"  {name:<14} {spans['total']:.3f} s  ({shares})")
     lines += [
-        f"  torchrun   {result['torchrun_crash_s']:.3f} s after the same kill",
+        f"  torchrun       {result['torchrun_crash_s']:.3f} s after the same kill",
         f"torchrun / holdfast, rank killed:   {result['ratio_torchrun']:.1f} x",
         f"node lost / rank killed:            {result['ratio_node_loss']:.2f} x",
     ]
+    for name, allowed in (("freeze", "3 steps + 2 s"), ("freeze_default", "3 x p99 step + 10 s")):
+        took_s = result["holdfast_s"][name]["total"]
+        lines.append(f"{name}: {took_s:.2f} s; {allowed} are {result[f'{name}_limit_s']:.2f} s")
     return "\n".join(lines)
 
 

@@ -113,3 +113,14 @@ def test_a_shard_that_was_staged_just_before_the_rank_died_is_not_lost(
     for rank in (0, 1):
         controller.hear(ShardsHeld, where=lambda fact, rank=rank: holder(fact, rank, 7))
     wait_for(lambda: len(controller.messages(RankExited)) == 2)
+
+
+def test_a_spare_gets_what_its_ranks_will_need_ready_before_it_has_a_seat(
+    controller: Controller, start: Start
+) -> None:
+    spare = start(ranks=2)
+    controller.hear(Joined)
+
+    # Both of its processes are told; where that is one's work, a lock on the node sees to it.
+    parked = spare.work / "parked.log"
+    wait_for(lambda: parked.exists() and parked.read_text().count("prepared") == 2)

@@ -22,6 +22,7 @@ from orchestrator.protocol.rank import (
     Finished,
     Framer,
     FromRank,
+    JobAhead,
     Misbehave,
     Reached,
     Retire,
@@ -67,7 +68,15 @@ def rehearse():
     print("rehearsed", flush=True)
     Path("rehearsed").touch()
 
-sys.exit(serve(train, rehearse))
+def prepare(ahead, check):
+    Path("prepared").write_text(ahead.cache_dir)
+    if ahead.job.get("prepare_fails"):
+        raise OSError("no such data")
+    while ahead.job.get("prepare_waits"):
+        check()
+        time.sleep(0.005)
+
+sys.exit(serve(train, rehearse, prepare))
 """
 
 
@@ -153,6 +162,32 @@ def test_a_rank_takes_its_seat_trains_and_says_farewell(agent: Agent) -> None:
     assert (finished.step, finished.lanes) == (20, (1, 2))
     assert agent.rank.wait(10) == 0
     assert [r.step for r in agent.beacon.new_steps()] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("how", ["prepare_succeeds", "prepare_waits", "prepare_fails"])
+def test_a_process_without_a_seat_prepares_for_the_job_and_takes_a_seat_however_that_goes(
+    agent: Agent, how: str
+) -> None:
+    agent.send(JobAhead(job={how: True}, cache_dir="there"))
+    deadline = time.monotonic() + 20
+    while not (agent.folder / "prepared").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert agent.rank.poll() is None
+
+    agent.seat(steps=3)
+
+    finished = agent.hear(Finished)
+    assert isinstance(finished, Finished)
+    assert finished.step == 3
+    assert (agent.folder / "prepared").read_text() == "there"
+
+
+def test_a_process_that_has_a_seat_already_prepares_for_none(agent: Agent) -> None:
+    agent.seat(steps=3)
+    agent.hear(Finished)
+
+    assert not (agent.folder / "prepared").exists()
 
 
 def test_a_staged_shard_outlives_the_rank_that_wrote_it(agent: Agent) -> None:

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.worker import MisconfiguredError, RankPhase, Seat, Worker, serve
+from orchestrator.worker import JobAhead, MisconfiguredError, RankPhase, Seat, Worker, serve
 from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_views, plan, seal
 
 _PLAN = plan(
@@ -21,13 +22,17 @@ _PLAN = plan(
 
 
 def main() -> int:
-    return serve(train, rehearse)
+    return serve(train, rehearse, prepare)
 
 
 def rehearse() -> None:
     print(f"rehearsed by {os.getpid()}", flush=True)
     if os.environ.get("STEPS_DIE_PARKED"):
         sys.exit(9)
+
+
+def prepare(ahead: JobAhead, _check: Callable[[], None]) -> None:
+    print(f"prepared {ahead.cache_dir} by {os.getpid()}", flush=True)
 
 
 def warm_up() -> None:

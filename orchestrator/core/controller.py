@@ -47,7 +47,7 @@ from orchestrator.protocol.messages import MARKS, Joined, RendezvousOffered
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
-BLIND_BEATS = 6
+BLIND_BEATS = 3
 """A gap of this many beats between two events means that nobody was looking, not that all hung."""
 _RESTARTED = "controller-restart"
 _MARK_STEPPED = MARKS.index("stepped")

@@ -56,7 +56,7 @@ class Server:
         app = Starlette(
             routes=[WebSocketRoute(AGENT_PATH, self._agent), Route("/healthz", _healthz)]
         )
-        self._server = uvicorn.Server(
+        self._server = _Uvicorn(
             uvicorn.Config(
                 app,
                 log_level="warning",
@@ -81,7 +81,7 @@ class Server:
 
     def stop(self) -> None:
         """Close all connections and end the thread, bounded."""
-        self._server.should_exit = True
+        self._server.leave()
         self._thread.join(5)
 
     def _serve(self) -> None:
@@ -108,6 +108,25 @@ class Server:
             sender.cancel()
             with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.CancelledError):
                 await websocket.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Sleeps until it is to end; uvicorn itself would look ten times a second."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def main_loop(self) -> None:
+        self._over = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        while not self.should_exit:
+            await self._over.wait()
+
+    def leave(self) -> None:
+        """End it. From any thread, once it serves."""
+        self.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._over.set)
 
 
 class _AgentLink:

@@ -10,7 +10,7 @@ from orchestrator.document import BadFileError
 from orchestrator.faults import plan as plans
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.runfile import TrainingRun, seconds
-from orchestrator.worlds.local import node_names
+from orchestrator.worlds.machine import node_names
 
 PROCESSES_MAX = 4096
 """Agents and ranks of a run on one machine; one that asks for more has a number wrong."""

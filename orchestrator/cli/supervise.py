@@ -29,7 +29,7 @@ from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.server.app import check_port
 from orchestrator.worlds.folder import RunFolder
-from orchestrator.worlds.local import Machine
+from orchestrator.worlds.machine import Machine
 
 POLL_S = 0.4
 """The journal, and Ctrl-C, are looked at this often; what ends is started again at once."""

@@ -1,0 +1,226 @@
+"""The machine of a local run: its nodes are agents, processes with memory of their own.
+
+It is what a data centre does by itself: it starts agents, starts them again when they end, and
+leaves lost nodes lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from orchestrator.agent import linux
+from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
+from orchestrator.protocol.ids import NodeId
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.folder import RunFolder
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is kept there is what must not touch a disk
+RESTARTS_MAX = 20
+"""Starts of one agent, after which its node counts as broken and is left alone."""
+
+STRAYS_S = 0.02
+"""While killed orphans are awaited, they are looked for this often."""
+
+
+def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
+    """Return the names of all nodes of a local run, spares last."""
+    nodes = run.spec.nodes
+    return tuple(NodeId(f"node-{index}") for index in range(nodes.count + nodes.spares))
+
+
+@dataclass(slots=True)
+class _Agent:
+    node: NodeId
+    incarnation: int
+    child: subprocess.Popen[bytes]
+    ended: int
+    """Descriptor that becomes readable when it has ended."""
+    lost: bool = False
+
+
+class Machine:
+    """The nodes of one local run. Every process it starts it also reaps.
+
+    Args:
+        run: whose nodes.
+        folder: of the run.
+        token: of the run's channels.
+        timeouts: bounds of every wait.
+    """
+
+    def __init__(self, run: TrainingRun, folder: RunFolder, token: str, timeouts: Timeouts) -> None:
+        self._run, self._folder, self._token, self._timeouts = run, folder, token, timeouts
+        self._agents: dict[NodeId, _Agent] = {}
+        self._strays: set[int] = set()
+        """Orphans that were killed and are still there."""
+        self.memory = memory_of(folder)
+
+    def start(self) -> None:
+        """Start every node; adopt what their agents leave behind when they are killed."""
+        linux.adopt_orphans()
+        self.memory.mkdir(mode=0o700, exist_ok=True)
+        for node in node_names(self._run):
+            last = _Born.read(self._folder, node)
+            # An agent can outlive the command that started it; two on one node can not both be.
+            last.end(self._timeouts.terminate_s + self._timeouts.kill_s, self._timeouts.kill_s)
+            self._start(node, last.incarnation + 1)
+
+    def look(self, others: Iterable[int] = ()) -> list[str]:
+        """Reap agents that ended and start them again; return what happened, in words.
+
+        Args:
+            others: children of this process that are no agents; every other one is an orphan of
+                an agent that was killed, and is ended.
+        """
+        news = []
+        for node, agent in sorted(self._agents.items()):
+            code = agent.child.poll()
+            if code is None or agent.lost:
+                continue
+            if code == NODE_LOST_EXIT:
+                agent.lost = True
+                news.append(f"{node} is lost for good")
+            elif agent.incarnation >= RESTARTS_MAX:
+                agent.lost = True
+                news.append(f"agent of {node} ended {RESTARTS_MAX} times (last: {code}); left")
+            else:
+                news.append(f"agent of {node} ended with {code}; started again")
+                self._start(node, agent.incarnation + 1)
+        if news or self._strays:
+            self._strays = linux.end_strays({*others, *self._pids()})
+        return news
+
+    def await_news(self, within_s: float, others: Iterable[int] = ()) -> None:
+        """Return when an agent ends, or after `within_s`: nobody spins while nothing happens.
+
+        Args:
+            within_s: seconds to wait at most.
+            others: descriptors that end the wait, too, when they become readable.
+        """
+        alive = [a.ended for a in self._agents.values() if a.child.poll() is None]
+        select.select([*alive, *others], [], [], STRAYS_S if self._strays else within_s)
+
+    def alive(self) -> list[NodeId]:
+        """Return the nodes whose agent is running."""
+        return [node for node, agent in sorted(self._agents.items()) if agent.child.poll() is None]
+
+    def await_end(self, within_s: float) -> list[NodeId]:
+        """Wait for agents to end by themselves; return those that have not."""
+        deadline = time.monotonic() + within_s
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.alive()
+
+    def close(self) -> None:
+        """End every agent and child, whatever it does, and remove the memory of all nodes."""
+        t = self._timeouts
+        for number, within_s in (
+            (signal.SIGTERM, t.terminate_s + t.kill_s + 1.0),
+            (signal.SIGKILL, t.kill_s),
+        ):
+            for node in self.alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._agents[node].child.pid, number)
+            if not self.await_end(within_s):
+                break
+        deadline = time.monotonic() + t.kill_s
+        while linux.end_strays(self._pids()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        shutil.rmtree(self.memory, ignore_errors=True)
+
+    def _pids(self) -> set[int]:
+        return {agent.child.pid for agent in self._agents.values()}
+
+    def _start(self, node: NodeId, incarnation: int) -> None:
+        work = self._folder.nodes / node
+        work.mkdir(parents=True, exist_ok=True)
+        config = AgentConfig(
+            node=node,
+            incarnation=incarnation,
+            run=self._run.metadata.name,
+            token=self._token,
+            controller_file=str(self._folder.address),
+            entrypoint=self._run.spec.trainer.entrypoint,
+            ranks=self._run.spec.nodes.ranks_per_node,
+            memory=str(self.memory / node),
+            work=str(work),
+            logs=str(self._folder.logs),
+        )
+        with (work / "agent.log").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.agent"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                # A Ctrl-C in the terminal is for `holdfast run`, which then ends agents in order.
+                start_new_session=True,
+            )
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+            pipe.write(msgspec.json.encode(config))
+        if node in self._agents:
+            os.close(self._agents[node].ended)
+        _Born.write(self._folder, node, incarnation, child.pid)
+        self._agents[node] = _Agent(node, incarnation, child, os.pidfd_open(child.pid))
+
+
+def memory_of(folder: RunFolder) -> Path:
+    """Return the folder in shared memory of a run's nodes: one name per run folder and user."""
+    return SHARED_MEMORY / f"holdfast-{os.getuid()}-{xxhash.xxh3_64_hexdigest(bytes(folder.root))}"
+
+
+class _Born(msgspec.Struct, frozen=True):
+    """On disk: the last agent that was started for a node."""
+
+    incarnation: int
+    pid: int
+    ticks: int
+    """Start of the process since boot: together with the number it names one process for good."""
+
+    @classmethod
+    def read(cls, folder: RunFolder, node: NodeId) -> _Born:
+        try:
+            return msgspec.json.decode((folder.nodes / node / "born.json").read_bytes(), type=cls)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return cls(0, 0, -1)
+
+    @classmethod
+    def write(cls, folder: RunFolder, node: NodeId, incarnation: int, pid: int) -> None:
+        path = folder.nodes / node / "born.json"
+        temporary = path.with_name(".born.json")
+        temporary.write_bytes(msgspec.json.encode(cls(incarnation, pid, _start_ticks(pid))))
+        temporary.replace(path)
+
+    def end(self, terminate_s: float, kill_s: float) -> None:
+        """End it if it is still there."""
+        for number, within_s in ((signal.SIGTERM, terminate_s), (signal.SIGKILL, kill_s)):
+            deadline = time.monotonic() + within_s
+            while self.ticks >= 0 and _start_ticks(self.pid) == self.ticks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, number)
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+
+
+def _start_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot; -1 if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    return int(text.rpartition(")")[2].split()[19])

@@ -111,6 +111,7 @@ def check(plan: FaultPlan, *, world_size: int, nodes: tuple[NodeId, ...], steps:
         where = f"faults[{index}] ({fault.fault})"
         _check_moment(fault, where, steps)
         traits = CATALOGUE[fault.fault]
+        _check_target(fault, where)
         if traits.target == "rank" and fault.rank is None:
             raise PlanError(f"{where}: no rank is named", f"add `rank:` 0 to {world_size - 1}")
         if fault.rank is not None and fault.rank >= world_size:
@@ -128,6 +129,19 @@ def check(plan: FaultPlan, *, world_size: int, nodes: tuple[NodeId, ...], steps:
             )
         if fault.for_ is not None and not traits.lasting:
             raise PlanError(f"{where}: `for` does not apply", "it happens once; remove `for`")
+
+
+def _check_target(fault: Fault, where: str) -> None:
+    """Refuse a target that would be ignored, or would keep the fault from ever being due."""
+    if CATALOGUE[fault.fault].target == "controller" and (fault.rank, fault.node) != (None, None):
+        raise PlanError(
+            f"{where}: it is not aimed at a rank or a node", "remove `rank:` and `node:`"
+        )
+    if fault.rank is not None and fault.node is not None:
+        raise PlanError(
+            f"{where}: both rank {fault.rank} and {fault.node} are named",
+            "name one: a rank is hit on whichever node it is by then",
+        )
 
 
 def _check_moment(fault: Fault, where: str, steps: int) -> None:

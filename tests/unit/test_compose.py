@@ -120,6 +120,10 @@ def plan(text: str) -> FaultPlan:
         ("{when: {step: 1, after: 2s}, fault: kill-controller}", "exactly one of step, after"),
         ("{when: {after: soon}, fault: kill-controller}", "a number and a unit"),
         ("{when: {step: 1}, fault: kill-rank, rank: 0, for: 2s}", "`for` does not apply"),
+        ("{when: {step: 1}, fault: kill-controller, rank: 0}", "it is not aimed at a rank"),
+        ("{when: {step: 1}, fault: kill-controller, node: node-0}", "it is not aimed at a rank"),
+        ("{when: {step: 1}, fault: kill-rank, rank: 0, node: node-0}", "both rank 0 and node-0"),
+        ("{when: {step: 1}, fault: slow-disk, rank: 0, node: node-1}", "both rank 0 and node-1"),
     ],
 )
 def test_a_plan_that_names_what_the_run_does_not_have_is_refused(fault: str, says: str) -> None:

@@ -1,7 +1,8 @@
 """The beacon: a page of shared memory where a rank says where it is, readable while it is frozen.
 
-The rank writes into whichever of two copies is not current and then flips one aligned word, so
-a reader never sees half an update, not even of a rank that was stopped in the middle of one.
+The rank writes into whichever of two copies is not current and then flips one word, so that the
+current copy of a rank that was stopped, at any instruction, is whole. The copy that a reader looks
+at may be written anew meanwhile by a rank that runs; a checksum tells, and the reader looks again.
 A ring behind the two copies keeps the last completed steps, so that a slow reader, or one that
 comes after the rank's death, misses none of them.
 """
@@ -12,21 +13,28 @@ import mmap
 import os
 import struct
 import time
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535431
-"""'HOLDFST1'; changes with the layout."""
-_HEAD = struct.Struct("<QQQ")  # magic, current copy (0 or 1), steps ever recorded
+MAGIC = 0x484F4C4446535432
+"""'HOLDFST2'; changes with the layout."""
+_HEAD_BYTES = 24
+"""Three words: the magic number, the current copy (0 or 1), the steps ever recorded."""
+_MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD = range(3)
+_SUM_BYTES = 4
 _BODY = struct.Struct("<qqqqqqqqdd")
-_STEP = struct.Struct("<qqddqd")
+_STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a StepRecord
 _COPY_AT = (64, 64 + 128)
 _RING_AT = 512
+_ENTRY_BYTES = 64
 RING_STEPS = 256
-PAGE_BYTES = _RING_AT + RING_STEPS * _STEP.size
+PAGE_BYTES = _RING_AT + RING_STEPS * _ENTRY_BYTES
+LOOKS_MAX = 100
+"""A copy is only torn if the rank writes twice during a look; a hundred times is no rank."""
 
 
 class BeaconError(Exception):
@@ -74,14 +82,17 @@ _NOTHING = Reading(
 
 
 class BeaconWriter:
-    """The rank's end. One writer; calls cost about a microsecond and never block."""
+    """The rank's end. One writer; calls cost a few microseconds and never block."""
 
     def __init__(self, path: Path) -> None:
         self._page = _map(path)
+        self._words = _words(self._page)
         self._current = 0
         self._recorded = 0
         self._now = _NOTHING
         self._flip()
+        # The magic number last: whoever sees it sees a copy.
+        self._words[_MAGIC_WORD] = MAGIC
 
     def update(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Reading, checked by it
         """Change the named fields of the reading and count it as a sign of life."""
@@ -95,19 +106,19 @@ class BeaconWriter:
 
     def record(self, step: StepRecord) -> None:
         """Append a completed step to the ring, the oldest giving way."""
-        at = _RING_AT + (self._recorded % RING_STEPS) * _STEP.size
-        _STEP.pack_into(self._page, at, *step)
+        at = _RING_AT + (self._recorded % RING_STEPS) * _ENTRY_BYTES
+        _put(self._page, at, _STEP.pack(self._recorded, *step))
         self._recorded += 1
         # The count is written after the entry: a reader that sees it sees the whole entry.
-        _HEAD.pack_into(self._page, 0, MAGIC, self._current, self._recorded)
+        self._words[_RECORDED_WORD] = self._recorded
 
     def _flip(self) -> None:
         now = self._now._replace(progress=self._now.progress + 1, moved_ns=time.monotonic_ns())
         self._now = now
         other = 1 - self._current
-        _BODY.pack_into(self._page, _COPY_AT[other], *now[:2], int(now.phase), *now[3:])
+        _put(self._page, _COPY_AT[other], _BODY.pack(*now))
         self._current = other
-        _HEAD.pack_into(self._page, 0, MAGIC, other, self._recorded)
+        self._words[_CURRENT_WORD] = other
 
 
 class BeaconReader:
@@ -115,6 +126,7 @@ class BeaconReader:
 
     def __init__(self, path: Path) -> None:
         self._page = _map(path)
+        self._words = _words(self._page)
         self._seen = 0
 
     def read(self) -> Reading:
@@ -123,36 +135,40 @@ class BeaconReader:
         Raises:
             BeaconError: if the page was written by something else.
         """
-        magic, current, _ = _HEAD.unpack_from(self._page, 0)
+        magic = self._words[_MAGIC_WORD]
         if magic == 0:
             return _NOTHING
-        if magic != MAGIC or current > 1:
+        if magic != MAGIC:
             raise BeaconError(f"beacon magic is {magic:#x}, expected {MAGIC:#x}")
-        fields = _BODY.unpack_from(self._page, _COPY_AT[current])
-        return Reading(
-            Generation(fields[0]),
-            Rank(fields[1]),
-            RankPhase(fields[2]),
-            Step(fields[3]),
-            *fields[4:],
-        )
+        for _ in range(LOOKS_MAX):
+            body = _get(self._page, _COPY_AT[self._words[_CURRENT_WORD] & 1], _BODY)
+            if body is not None:
+                generation, rank, phase, step, *others = body
+                return Reading(
+                    Generation(generation), Rank(rank), RankPhase(phase), Step(step), *others
+                )
+        raise BeaconError(f"beacon was torn at {LOOKS_MAX} looks, expected a whole copy")
 
     def new_steps(self) -> list[StepRecord]:
         """Return the steps recorded since the last call, oldest first.
 
         A reader more than `RING_STEPS` behind gets the newest `RING_STEPS` only.
         """
-        _, _, recorded = _HEAD.unpack_from(self._page, 0)
-        first = max(self._seen, recorded - RING_STEPS)
+        recorded = self._words[_RECORDED_WORD]
         records = []
-        for index in range(first, recorded):
-            fields = _STEP.unpack_from(self._page, _RING_AT + (index % RING_STEPS) * _STEP.size)
-            records.append(StepRecord(Generation(fields[0]), Step(fields[1]), *fields[2:]))
+        for index in range(max(self._seen, recorded - RING_STEPS), recorded):
+            at = _RING_AT + (index % RING_STEPS) * _ENTRY_BYTES
+            fields = _get(self._page, at, _STEP)
+            # Another one there, or half of it: this one has just given way to a newer.
+            if fields is not None and fields[0] == index:
+                _, generation, step, *others = fields
+                records.append(StepRecord(Generation(generation), Step(step), *others))
         self._seen = recorded
         return records
 
     def close(self) -> None:
         """Unmap the page; the file stays, its owner removes it."""
+        self._words.release()
         self._page.close()
 
 
@@ -161,10 +177,15 @@ def create(path: Path) -> None:
 
     Raises:
         FileExistsError: if something is there; a page has one life.
+        OSError: if there is no room.
     """
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        os.ftruncate(descriptor, PAGE_BYTES)
+        # Allocated now, not at first touch: a full /dev/shm must be an error, not SIGBUS.
+        os.posix_fallocate(descriptor, 0, PAGE_BYTES)
+    except OSError:
+        path.unlink()
+        raise
     finally:
         os.close(descriptor)
 
@@ -172,3 +193,26 @@ def create(path: Path) -> None:
 def _map(path: Path) -> mmap.mmap:
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), PAGE_BYTES)
+
+
+def _words(page: mmap.mmap) -> memoryview:
+    """Return the head as aligned native words, each of which is read and written in one piece.
+
+    `struct` would not do: it goes byte by byte, and clears what it is about to write.
+    """
+    return memoryview(page)[:_HEAD_BYTES].cast("Q")
+
+
+def _put(page: mmap.mmap, at: int, content: bytes) -> None:
+    page[at : at + len(content) + _SUM_BYTES] = content + _sum(content)
+
+
+def _get(page: mmap.mmap, at: int, layout: struct.Struct) -> tuple[Any, ...] | None:
+    """Return the fields that lie there; None if they are not what was put there in one piece."""
+    found = page[at : at + layout.size + _SUM_BYTES]
+    content = found[: layout.size]
+    return layout.unpack(content) if found[layout.size :] == _sum(content) else None
+
+
+def _sum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(_SUM_BYTES, "little")

@@ -1,11 +1,19 @@
 import math
+import resource
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.agent import linux
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.worker.beacon import (
@@ -14,9 +22,22 @@ from orchestrator.worker.beacon import (
     BeaconError,
     BeaconReader,
     BeaconWriter,
+    Reading,
     StepRecord,
     create,
 )
+
+WRITER = """
+import sys
+from pathlib import Path
+from orchestrator.worker.beacon import BeaconWriter, StepRecord
+
+writer, n = BeaconWriter(Path(sys.argv[1])), 0
+while True:
+    n += 1
+    writer.update(step=n, micro_batch=n, collectives=n)
+    writer.record(StepRecord(n, n, n / 2, n / 4, n, n / 8))
+"""
 
 
 def record(step: int, loss: float = 2.5) -> StepRecord:
@@ -28,6 +49,27 @@ def page(tmp_path: Path) -> Path:
     path = tmp_path / "beacon"
     create(path)
     return path
+
+
+@pytest.fixture
+def writing(page: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A live process that writes to the page in a tight loop."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(page)])
+    try:
+        reader, deadline = BeaconReader(page), time.monotonic() + 20
+        while reader.read().step < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def wait_until_stopped(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while (vitals := linux.vitals(pid)) is None or vitals.state != "T":
+        assert time.monotonic() < deadline
 
 
 def test_a_page_that_nobody_has_written_reads_as_starting(page: Path) -> None:
@@ -55,23 +97,60 @@ def test_every_update_is_a_sign_of_life(page: Path) -> None:
     assert reader.read().progress == before + 3
 
 
-def test_a_reader_stopped_between_any_two_writes_sees_a_whole_reading(page: Path) -> None:
-    writer = BeaconWriter(page)
-    writer.update(step=Step(5), collectives=5)
-    image = page.read_bytes()
-    writer.update(step=Step(6), collectives=6)
-    after = page.read_bytes()
+def consistent(reading: Reading, before: Reading) -> bool:
+    same = reading.step == reading.micro_batch == reading.collectives
+    return same and reading.step >= before.step and reading.progress >= before.progress
 
-    changed = [i for i in range(PAGE_BYTES) if image[i] != after[i]]
-    for cut in range(len(changed) + 1):
-        mixed = bytearray(image)
-        # The copy is written before the word that makes it current, in address order last.
-        for i in sorted(changed, key=lambda i: (i < 24, i))[:cut]:
-            mixed[i] = after[i]
-        torn = page.with_name(f"torn-{cut}")
-        torn.write_bytes(mixed)
-        reading = BeaconReader(torn).read()
-        assert reading.step == reading.collectives
+
+def test_every_look_at_a_rank_that_writes_without_pause_is_at_one_whole_reading(
+    page: Path, writing: subprocess.Popen[bytes]
+) -> None:
+    reader, before, steps = BeaconReader(page), BeaconReader(page).read(), 0
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        reading = reader.read()
+        assert consistent(reading, before), reading
+        before = reading
+        for record in reader.new_steps():
+            n = record.step
+            assert record == StepRecord(Generation(n), n, n / 2, n / 4, n, n / 8)
+            assert n > steps
+            steps = n
+
+    assert writing.poll() is None
+    assert before.step > 1000
+    assert steps > 1000
+
+
+def test_a_rank_that_was_frozen_at_any_moment_shows_its_last_whole_reading(
+    page: Path, writing: subprocess.Popen[bytes]
+) -> None:
+    reader, before = BeaconReader(page), BeaconReader(page).read()
+    chance = np.random.default_rng(1)
+    for _ in range(150):
+        time.sleep(chance.uniform(0.0, 0.003))
+        writing.send_signal(signal.SIGSTOP)
+        wait_until_stopped(writing.pid)
+
+        reading = reader.read()
+
+        assert consistent(reading, before), reading
+        assert reader.read() == reading
+        before = reading
+        writing.send_signal(signal.SIGCONT)
+    assert before.step > 1000
+
+
+@pytest.mark.parametrize("byte", [64, 64 + 79, 64 + 83])
+def test_a_reading_that_is_not_whole_is_not_passed_on(page: Path, byte: int) -> None:
+    writer = BeaconWriter(page)
+    writer.update(step=Step(5))  # its second writing, so in the first copy
+    image = bytearray(page.read_bytes())
+    image[byte] ^= 1
+    page.write_bytes(image)
+
+    with pytest.raises(BeaconError, match="torn"):
+        BeaconReader(page).read()
 
 
 @given(st.lists(st.integers(0, 400), max_size=6))
@@ -107,3 +186,20 @@ def test_a_page_of_something_else_is_refused(page: Path) -> None:
 def test_a_page_has_one_life(page: Path) -> None:
     with pytest.raises(FileExistsError):
         create(page)
+
+
+def test_a_page_has_all_its_memory_from_the_start(page: Path) -> None:
+    # One that got it at first touch would be the end of the rank where there is none left.
+    assert page.stat().st_blocks * 512 >= PAGE_BYTES
+
+
+def test_a_page_for_which_there_is_no_room_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE_BYTES // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            create(tmp_path / "beacon")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert list(tmp_path.iterdir()) == []

@@ -380,7 +380,7 @@ class Controller:
     def _finish(self) -> list[Decision]:
         state = self.state
         last = Step(state.run.spec.trainer.steps)
-        if any(commit.step == last for commit in state.commits):
+        if state.committed(last):
             return self._end("Succeeded", f"all {last} steps are done and step {last} is committed")
         if state.now - state.phase_since > state.timeouts.save_s:
             why = state.save_failures[-1][2] if state.save_failures else "no node reported it"

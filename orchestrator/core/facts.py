@@ -163,7 +163,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             _forget_memory(state, node.id)
             _hold(state, node.id, holdings)
         case ShardsWritten(step=step):
-            if step not in state.committing and all(c.step != step for c in state.commits):
+            if step not in state.committing and not state.committed(step):
                 state.written.setdefault(step, {})[node.id] = fact
         case WriteFailed(step=step, reason=reason):
             # What other nodes wrote of the step stays: this one tries again.
@@ -298,6 +298,8 @@ def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: S
     for newer in [step for step in state.holdings if step > restored]:
         del state.holdings[newer]
     state.retained = Step(min(state.retained, restored))
+    # Steps beyond it are computed anew: their copies will not be those that were unreadable.
+    state.condemned_memory = {step for step in state.condemned_memory if step <= restored}
 
 
 def world_mark(state: RunState) -> int:
@@ -317,8 +319,15 @@ def newest_safe_step(state: RunState) -> Step | None:
     """Return the newest step that memory can restore after the loss of any one node.
 
     With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
+    A node that may be back at once is part of the cluster: after a controller died, all are.
     """
-    wanted = 2 if len([n for n in state.nodes.values() if n.usable]) > 1 else 1
+    patience_s = state.timeouts.silence_s
+    cluster = [
+        node
+        for node in state.nodes.values()
+        if node.usable or not (node.lost or node.unusable or state.now - node.heard_at > patience_s)
+    ]
+    wanted = 2 if len(cluster) > 1 else 1
     for step in sorted(state.holdings, reverse=True):
         ranks = state.holdings[step]
         if len(ranks) == state.run.world_size and all(

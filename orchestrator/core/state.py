@@ -196,6 +196,10 @@ class RunState:
         held = self.holdings.get(step, {}).get(rank, set())
         return tuple(sorted(node for node in held if self.nodes[node].usable))
 
+    def committed(self, step: Step) -> bool:
+        """Whether the durable tier has a checkpoint of this step that nobody found bad."""
+        return any(known.step == step and not known.rejected for known in self.commits)
+
     def shard_count(self) -> int:
         """Return how many different shards the state of the world has: replicas share theirs."""
         return self.run.world_size // self.run.spec.parallelism.dp_replicate

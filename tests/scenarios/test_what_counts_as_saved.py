@@ -1,0 +1,155 @@
+"""Which saved state counts: what was rejected does not, one copy of two does not, a slip passes."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.core.decisions import CommitCheckpoint, EndRun, RetainMemory, StartGeneration
+from orchestrator.core.events import CheckpointCommitted, CommitFailed, ControllerStarted
+from orchestrator.core.phases import RunPhase
+from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.messages import (
+    Holding,
+    PreparationFailed,
+    RanksFinished,
+    Receipt,
+    ShardsWritten,
+)
+from tests.conftest import Cluster
+from tests.journals import SHORT
+
+
+def written(cluster: Any, step: int) -> list[int]:
+    """Both shards of a step are written; returns the steps whose commit is ordered then."""
+    decisions: list[Any] = []
+    for node, shard in zip(cluster.state.world, (0, 1), strict=True):
+        fact = ShardsWritten(
+            generation=cluster.state.generation,
+            step=Step(step),
+            receipts=(Receipt(shard, 10, "d"),),
+            model="m",
+        )
+        decisions += cluster.say(node, fact)
+    return [d.step for d in decisions if isinstance(d, CommitCheckpoint)]
+
+
+def committed(cluster: Any, step: int) -> list[Any]:
+    epoch = cluster.state.generation
+    key = f"commits/{step}-{epoch}"
+    event = CheckpointCommitted(at=cluster.at(), step=Step(step), epoch=epoch, key=key)
+    decisions: list[Any] = cluster.tell(event)
+    return decisions
+
+
+def done(cluster: Any) -> list[Any]:
+    decisions: list[Any] = []
+    for node in cluster.state.world:
+        ranks = cluster.state.ranks_of(node)
+        fact = RanksFinished(
+            generation=cluster.state.generation,
+            step=cluster.state.reached_step,
+            ranks=ranks,
+            lanes=((1, 2),) * len(ranks),
+        )
+        decisions += cluster.say(node, fact)
+    return decisions
+
+
+@pytest.fixture
+def rejected() -> Cluster:
+    """The checkpoint of the last step, 20, was rejected; generation 2 goes on from step 10."""
+    cluster = Cluster(SHORT)
+    cluster.start()
+    cluster.train(10)
+    committed(cluster, 10)
+    cluster.train(10)
+    assert written(cluster, 20) == [20]
+    committed(cluster, 20)
+    cluster.after(0.1).exit(1, step=20)
+    cluster.after(0.1).found(10, rejected=("step 20, epoch 1: shard 1 is corrupt",))
+    assert (cluster.state.generation, cluster.state.start_step) == (2, 10)
+    cluster.resume()
+    cluster.train(10)
+    return cluster
+
+
+def test_a_run_does_not_succeed_on_a_checkpoint_that_was_rejected(rejected: Cluster) -> None:
+    assert not [d for d in done(rejected) if isinstance(d, EndRun)]
+    assert rejected.state.phase is RunPhase.FINISHING
+
+
+def test_a_step_whose_checkpoint_was_rejected_is_committed_again(rejected: Cluster) -> None:
+    assert written(rejected, 20) == [20]
+    committed(rejected, 20)
+
+    (end,) = [d for d in done(rejected) if isinstance(d, EndRun)]
+    assert end.state == "Succeeded"
+
+
+def test_a_rejected_checkpoint_is_no_reason_to_give_up_the_commit_of_an_older_step(
+    rejected: Cluster,
+) -> None:
+    assert written(rejected, 15) == [15]
+    step, epoch = Step(15), rejected.state.generation
+    failure = {"step": step, "epoch": epoch, "reason": "no space", "again": True}
+    rejected.tell(CommitFailed(at=rejected.at(), **failure))
+
+    decisions = rejected.after(3).beat(step=20)
+
+    assert [d.step for d in decisions if isinstance(d, CommitCheckpoint)] == [15]
+
+
+def test_the_first_agent_to_meet_a_successor_does_not_cost_the_older_copies(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    cluster.train(2)
+    one_copy = tuple(Holding(Rank(rank), Step(12)) for rank in range(4))
+    cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+
+    decisions = cluster.after(0.1).join("node-0", generation=1, mark=5, holdings=one_copy)
+
+    assert not [d for d in decisions if isinstance(d, RetainMemory)]
+    assert Step(10) in cluster.state.holdings
+
+
+def test_the_only_node_that_is_left_keeps_one_copy_once_the_others_are_silent(
+    cluster_of: Any,
+) -> None:
+    text = SHORT.replace("count: 2, ranksPerNode: 2", "count: 1, ranksPerNode: 4")
+    cluster = cluster_of(text)
+    cluster.start()
+    cluster.train(10)
+    one_copy = tuple(Holding(Rank(rank), Step(10)) for rank in range(4))
+    cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+    cluster.after(0.1).join("node-0", generation=1, mark=5, holdings=one_copy)
+    decisions: list[Any] = []
+
+    while not decisions and cluster.now < 30:
+        decisions = cluster.after(0.5).beat(step=10, heard=("node-0",))
+
+    assert [d.step for d in decisions if isinstance(d, RetainMemory)] == [10]
+
+
+def test_a_step_that_could_not_be_read_once_counts_again_when_it_was_computed_anew(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    cluster.exit(1, step=5)
+    fact = PreparationFailed(
+        generation=cluster.state.generation, step=Step(5), tier="memory", reason="no route to peer"
+    )
+    cluster.say("node-0", fact)
+    cluster.after(0.1).found()
+    assert (cluster.state.generation, cluster.state.start_step) == (3, 0)
+    cluster.resume()
+    cluster.train(6)
+    cluster.hold(5)
+
+    decisions = cluster.exit(1, step=6)
+
+    (order,) = [d for d in decisions if isinstance(d, StartGeneration)]
+    assert order.restore is not None
+    assert order.restore.step == 5

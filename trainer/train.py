@@ -30,8 +30,6 @@ from trainer.model import Llama, next_token_loss
 from trainer.optim import Optimizer, global_norm
 from trainer.tokenizer import Tokenizer, open_tokenizer
 
-PERSIST_WITHIN_S = 60.0
-"""At the end, the last state is given this long to become durable."""
 _POLL_S = 0.01
 
 
@@ -222,7 +220,7 @@ def train(worker: Worker, seat: Seat) -> None:
         try:
             for step in range(done + 1, job.trainer.steps + 1):
                 _step_and_save(training, checkpointer, worker, step, job)
-            _finish(checkpointer, worker, job.trainer.steps, durable=world.replica == 0)
+            _finish(checkpointer, worker, seat, job.trainer.steps, durable=world.replica == 0)
         finally:
             # Until the thread is done it writes to a slot that the next seat may name as free.
             checkpointer.settle()
@@ -273,13 +271,15 @@ def _step_and_save(
         )
 
 
-def _finish(checkpointer: Checkpointer, worker: Worker, steps: int, *, durable: bool) -> None:
+def _finish(
+    checkpointer: Checkpointer, worker: Worker, seat: Seat, steps: int, *, durable: bool
+) -> None:
     """Make the last state durable, if this rank's shard is one that is written, and say farewell.
 
     A run whose last save fails has been trained all the same: it says so and finishes.
     """
     worker.phase(RankPhase.FINISHING)
-    deadline = time.monotonic() + PERSIST_WITHIN_S
+    deadline = time.monotonic() + seat.persist_within_s
     saved = False
     while not saved and time.monotonic() < deadline:
         worker.check()
@@ -288,7 +288,7 @@ def _finish(checkpointer: Checkpointer, worker: Worker, steps: int, *, durable: 
             time.sleep(_POLL_S)
     left_s = max(deadline - time.monotonic(), 0.0)
     if not saved or (durable and not worker.await_persisted(steps, left_s)):
-        print(f"step {steps} is not durable after {PERSIST_WITHIN_S:g} s", file=sys.stderr)  # noqa: T201 - the rank's log
+        print(f"step {steps} is not durable after {seat.persist_within_s:g} s", file=sys.stderr)  # noqa: T201 - the rank's log
     worker.finished(steps, checkpointer.lanes(steps))
 
 

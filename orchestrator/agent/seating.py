@@ -227,6 +227,7 @@ class Seating:
             cache_dir=str(self.cache),
             log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),
             abort_within_s=terms.timeouts.abort_s,
+            persist_within_s=terms.timeouts.persist_s,
             collective_timeout_s=terms.timeouts.collective_s,
         )
 

@@ -59,6 +59,8 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     """File to which this rank's output is appended from now on; "" leaves it where it goes."""
     abort_within_s: float = 1.0
     """A rank that has not left its world this long after `Abort` is killed."""
+    persist_within_s: float = 60.0
+    """At its end, a rank waits this long for its last state to become durable."""
     collective_timeout_s: float = 600.0
     """Back-stop of a collective; longer than every detector, so that it decides nothing."""
 

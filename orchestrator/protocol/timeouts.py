@@ -39,6 +39,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Ranks that hold seats must have formed their world within this."""
     reconnect_s: float
     """Longest pause between two attempts of an agent to reach the controller."""
+    persist_s: float
+    """At the end, ranks wait this long for the last state to become durable."""
     warmup_s: float
     """Starting, restoring, compiling and saving may stand still this long."""
     save_s: float
@@ -63,6 +65,7 @@ _RULES = (
     ("kill_s", "detectWithin / 2, at least 2 s"),
     ("form_s", "detectWithin, at least 5 s"),
     ("reconnect_s", "half of silence_s, at most 2 s"),
+    ("persist_s", "0.8 warmup_s"),
     ("warmup_s", "detection.warmupLimit; at least 2 detectWithin"),
     ("save_s", "6 detectWithin, at least 30 s"),
     ("collective_s", "twice the longest of all others, at least 10 min"),
@@ -102,6 +105,7 @@ def derive(detect_within_s: float, warmup_s: float) -> Timeouts:
         kill_s=max(d / 2, 2.0),
         form_s=max(d, 5.0),
         reconnect_s=min(silence / 2, 2.0),
+        persist_s=0.8 * warmup,
         warmup_s=warmup,
         save_s=save,
         collective_s=max(2 * max(warmup, save, d), 600.0),
@@ -126,6 +130,7 @@ def validate(t: Timeouts) -> None:
         ("silence_s", "detect_within_s", "the promise would be broken"),
         ("hang_s", "detect_within_s", "the promise would be broken"),
         ("detect_within_s", "warmup_s", "announced patience would be shorter than none"),
+        ("persist_s", "warmup_s", "a rank that waits for its last save would look hung"),
         ("form_s", "collective_s", "the library would give up before the controller decides"),
         ("warmup_s", "collective_s", "the library would give up before the controller decides"),
         ("save_s", "collective_s", "the library would give up before the controller decides"),

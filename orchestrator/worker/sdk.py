@@ -15,6 +15,7 @@ does not come back in time is not waited for: the process ends itself, and a par
 from __future__ import annotations
 
 import collections
+import contextlib
 import faulthandler
 import mmap
 import os
@@ -71,8 +72,9 @@ Prepare = Callable[[JobAhead, Callable[[], None]], None]
 
 Calls its second argument while it waits for anything; that raises `Aborted` when a seat is there.
 """
-LEAVE_WITHIN_S = 0.4
-"""From an abort until a process that has not left ends itself, well before it would be killed."""
+LEAVE_SHARE = 0.8
+"""Of a seat's `abort_within_s`: a process that has not left by then ends itself, well before it
+would be killed, and with a traceback that says what held it."""
 
 
 class Worker:
@@ -100,8 +102,10 @@ class Worker:
         self._leaving: tuple[Generation, float] | None = None
         self.seat: Seat | None = None
         self._framer = Framer()
+        self._incoming = select.poll()  # select() knows no descriptor above 1023
+        self._incoming.register(control, select.POLLIN)
         # What lies there already is obeyed first, so that `expected` is not a matter of luck.
-        while select.select([control], [], [], 0)[0]:
+        while self._incoming.poll(0):
             self._hear()
         threading.Thread(target=self._listen, name="holdfast-control", daemon=True).start()
 
@@ -191,6 +195,7 @@ class Worker:
                 over = seat.generation < self._abort_before
                 if not over:
                     self._free_slots = sorted({*seat.free_slots, *self._freed})
+                    self._persisted.clear()
                     # Under the lock: an abort finds the seat either not taken or here.
                     self.seat = seat
             if not over:
@@ -236,7 +241,8 @@ class Worker:
     def on_abort(self, callback: Callable[[], None]) -> None:
         """Have `callback` called, on the control thread, the moment an abort arrives.
 
-        It must not block: its job is to make the main thread's collective fail.
+        It must not block: its job is to make the main thread's collective fail. What it raises
+        there is printed.
         """
         self._on_abort = callback
         if self.aborted:
@@ -255,6 +261,8 @@ class Worker:
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Announce what this rank does from now on. Raises Aborted if its generation is over."""
         self._beacon.update(phase=phase, micro_batch=micro_batch)
+        if phase is RankPhase.FINISHING:
+            self._announce_stepped()  # restored behind the last step: there is none to take
         self.check()
 
     def entered_collective(self) -> None:
@@ -269,10 +277,13 @@ class Worker:
         self._beacon.record(
             StepRecord(self._generation, Step(step), loss, grad_norm, tokens, seconds)
         )
+        self._announce_stepped()
+        self.check()
+
+    def _announce_stepped(self) -> None:
         if not self._stepped:
             self._stepped = True
             self.reached("stepped")
-        self.check()
 
     # State --------------------------------------------------------------------------------
 
@@ -371,11 +382,18 @@ class Worker:
             self._control.sendall(frame(message))
 
     def _listen(self) -> None:
-        while True:
-            if select.select([self._control], [], [], self._patience_s())[0]:
-                self._hear()
-            else:
-                self._end_if_stuck()
+        try:
+            while True:
+                if self._incoming.poll(self._patience_ms()):
+                    self._hear()
+                else:
+                    self._end_if_stuck()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
+            # Nobody would hear an abort from now on, and such a rank must not train on.
+            traceback.print_exception(error)
+            with contextlib.suppress(OSError):
+                self.died(error)
+            os._exit(1)
 
     def _hear(self) -> None:
         try:
@@ -387,11 +405,11 @@ class Worker:
         for body in self._framer.feed(data):
             self._obey(read_to_rank(body))
 
-    def _patience_s(self) -> float | None:
+    def _patience_ms(self) -> float | None:
         """Return how long the main thread still has to leave; None if it need not."""
         if self._leaving is None:
             return None
-        return max(self._leaving[1] - time.monotonic(), 0.0)
+        return max(self._leaving[1] - time.monotonic(), 0.0) * 1000
 
     def _end_if_stuck(self) -> None:
         assert self._leaving is not None
@@ -439,7 +457,13 @@ class Worker:
         if seat is None:
             return
         if self._leaving is None or self._leaving[0] != seat.generation:
-            self._leaving = (seat.generation, time.monotonic() + LEAVE_WITHIN_S)
+            leave_within_s = LEAVE_SHARE * seat.abort_within_s
+            self._leaving = (seat.generation, time.monotonic() + leave_within_s)
         callback = self._on_abort
-        if callback is not None:
+        if callback is None:
+            return
+        try:
             callback()
+        except Exception as error:  # noqa: BLE001 - the orders that follow must be heard
+            # If nothing else brings the main thread back, it is stuck, and ended as such.
+            traceback.print_exception(error)

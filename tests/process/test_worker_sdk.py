@@ -48,6 +48,7 @@ def train(worker, seat):
     if options.get("misconfigured"):
         raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
     worker.reached("formed")
+    step = 0
     for step in range(1, options["steps"] + 1):
         worker.phase(RankPhase.FORWARD)
         time.sleep(0.005)
@@ -62,6 +63,7 @@ def train(worker, seat):
             worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
     for line in filter(None, [options.get("say"), f"step {step}"]):
         print(line)
+    worker.phase(RankPhase.FINISHING)
     worker.finished(options["steps"], (1, 2))
 
 def rehearse():
@@ -181,6 +183,20 @@ def test_a_process_without_a_seat_prepares_for_the_job_and_takes_a_seat_however_
     assert isinstance(finished, Finished)
     assert finished.step == 3
     assert (agent.folder / "prepared").read_text() == "there"
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_rank_that_finishes_has_stepped_once_even_if_no_step_was_left_to_take(
+    agent: Agent, steps: int
+) -> None:
+    agent.seat(steps=steps)
+
+    while not any(isinstance(message, Finished) for message in agent.heard):
+        data = agent.control.recv(1 << 16)
+        agent.heard += [read_from_rank(body) for body in agent.framer.feed(data)]
+    marks = [message.mark for message in agent.heard if isinstance(message, Reached)]
+
+    assert marks.count("stepped") == 1
 
 
 def test_a_process_that_has_a_seat_already_prepares_for_none(agent: Agent) -> None:

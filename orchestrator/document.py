@@ -71,7 +71,7 @@ def parse(text: str, where: str) -> object:
         BadFileError: if it is not YAML, or says what JSON could not; with line and column.
     """
     try:
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - it makes plain data only
+        return _load(text, where)
     except _RefusedError as error:
         raise BadFileError(f"{error.problem}: {_place(error, where)}", str(error.note)) from error
     except yaml.MarkedYAMLError as error:
@@ -85,6 +85,22 @@ def parse(text: str, where: str) -> object:
             f"not text: character {error.character:#x} at position {error.position}: {where}",
             "is it the right file?",
         ) from error
+
+
+def _load(text: str, where: str) -> object:
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    except (ValueError, OverflowError) as error:
+        # The library hands what is written on to `chr` and `int`, and lets them speak for it.
+        mark = loader.get_mark()
+        raise BadFileError(
+            f"not YAML: an escape (\\U) or %YAML has a number that can not be: {where}, "
+            f"line {mark.line + 1}, column {mark.column + 1}",
+            "write the character itself; leave %YAML out",
+        ) from error
+    finally:
+        loader.dispose()
 
 
 def _place(error: yaml.MarkedYAMLError, where: str) -> str:

@@ -98,7 +98,8 @@ PIECES = st.sampled_from(
     ["&a ", "*a", "!!int ", "!!python/name:os.system ", "<<: ", "? ", "[", "]", "{", "}", "- ",
      ": ", "\n", "\n---\n", "...\n", "'", '"', "|\n", ">", "%YAML 9.9\n", "# ", "\t", ".nan",
      "-.inf", "9" * 5000, "0x" + "f" * 300, "1e999", "08", "1_", "\\ud800", "\0", "\x85", "=",
-     "~", "[" * 60, "{a: " * 60, "1:60:61", "2024-13-45", "name: x\n"]
+     "~", "[" * 60, "{a: " * 60, "1:60:61", "2024-13-45", "name: x\n", '"\\UFFFFFFFF"',
+     '"\\U00110000"', "%YAML 1." + "9" * 5000 + "\n---\n"]
 )  # fmt: skip
 
 
@@ -189,6 +190,8 @@ def test_any_json_document_is_read_or_refused(
         ("{a: 1e400}", "not a finite number"),
         ('{a: "\\ud800"}', "no character"),
         ('{a: "x\\0"}', "no character"),
+        ('{a: "\\U00110000"}', "number that can not be"),
+        ('{a: "\\UFFFFFFFF"}', "number that can not be"),
         ("{a: !!python/object/apply:os.system [ls]}", "tags"),
         ("{a: !!set {x}}", "tags"),
         ("{[1, 2]: 3}", "name can not be"),
@@ -196,7 +199,7 @@ def test_any_json_document_is_read_or_refused(
         ("@", "not YAML"),
         ("'" + "x" * 100_000, "expected at most 32768 bytes"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_what_would_burst_or_surprise_is_refused_with_its_place(
     folder: Path, options: str, says: str
@@ -219,12 +222,14 @@ def test_what_would_burst_or_surprise_is_refused_with_its_place(
         (b"", "found nothing"),
         (b"\xef\xbb\xbf# only a comment\n", "found nothing"),
         (b"[1, 2]", "found a list"),
+        (b"%YAML 1." + b"9" * 5000 + b"\n---\na: 1\n", "number that can not be"),
+        (b"%YAML " + b"9" * 5000 + b".1\n---\na: 1\n", "number that can not be"),
         (RUN.replace("name: demo", 'name: "demo\\n"').encode(), "metadata.name"),
         (RUN.replace("10s", "9" * 400 + "h").encode(), "detection.detectWithin"),
         (RUN.replace("count: 2", f"count: {1 << 40}").encode(), "multiplies to 4"),
         (RUN.replace("spares: 1", f"spares: {1 << 40}").encode(), "processes on one machine"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_is_no_run_file_is_refused_for_what_it_is(
     folder: Path, text: bytes, says: str

@@ -27,7 +27,7 @@ import xxhash
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
 from trainer.text import Text
-from trainer.tokenizer import Tokenizer
+from trainer.tokenizer import PIECE_CHARS_MAX, Tokenizer
 
 _HEAD = struct.Struct("<8sQ16s")
 _MAGIC = b"HFTOK\x00\x00\x01"
@@ -132,7 +132,8 @@ def open_tokens(
         data: `spec.trainer.data`.
         tokenizer: what cuts the text.
         cache_dir: where this node keeps token files; "" keeps none.
-        check: called every few milliseconds while another process tokenises; may raise.
+        check: called a few times per 0.1 s while this process tokenises, or another one does;
+            may raise. What was tokenised by then is lost.
 
     Raises:
         MisconfiguredError: if the text is missing, empty, or not text.
@@ -140,7 +141,7 @@ def open_tokens(
     text = Text(data)
     if not cache_dir:
         with tempfile.TemporaryFile() as file:
-            _write(file, text, tokenizer)
+            _write(file, text, tokenizer, check)
             return _map(file, tokenizer.bos)
     parts = [_MAGIC.hex(), tokenizer.digest, text.fingerprint]
     key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
@@ -149,7 +150,7 @@ def open_tokens(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock"), check):
             if not path.exists():
-                _make(path, text, tokenizer)
+                _make(path, text, tokenizer, check)
     with path.open("rb") as file:
         return _map(file, tokenizer.bos)
 
@@ -168,21 +169,30 @@ def _lock(path: Path, check: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _make(path: Path, text: Text, tokenizer: Tokenizer) -> None:
+def _make(path: Path, text: Text, tokenizer: Tokenizer, check: Callable[[], None]) -> None:
     # One name for all attempts: only the holder of the lock writes, over what a killed one left.
     unfinished = path.with_suffix(".tmp")
-    with unfinished.open("w+b") as file:
-        _write(file, text, tokenizer)
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("w+b") as file:
+            _write(file, text, tokenizer, check)
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     unfinished.rename(path)
 
 
-def _write(file: IO[bytes], text: Text, tokenizer: Tokenizer) -> None:
+def _write(file: IO[bytes], text: Text, tokenizer: Tokenizer, check: Callable[[], None]) -> None:
     digest = xxhash.xxh3_128(tokenizer.digest.encode())
     count = 0
     file.seek(_HEAD_BYTES)
     for document in text.documents():
-        ids = np.concatenate(([tokenizer.bos], tokenizer.encode(document), [tokenizer.eos]))
+        pieces = []
+        # A piece takes some 50 ms; the tokens are those of the whole, which is cut there anyway.
+        for at in range(0, len(document), PIECE_CHARS_MAX):
+            check()
+            pieces.append(tokenizer.encode(document[at : at + PIECE_CHARS_MAX]))
+        ids = np.concatenate(([tokenizer.bos], *pieces, [tokenizer.eos]))
         content = ids.astype("<u4").tobytes()
         digest.update(content)
         file.write(content)

@@ -10,14 +10,14 @@ from orchestrator.worker.errors import (
     NotSupervisedError,
     PeerLostError,
 )
-from orchestrator.worker.sdk import LEAVE_WITHIN_S, Worker
+from orchestrator.worker.sdk import LEAVE_SHARE, Worker
 from orchestrator.worker.serving import serve
 from orchestrator.worker.slot import Slot
 
 __all__ = [
     "EXIT_MISCONFIGURED",
     "EXIT_STUCK",
-    "LEAVE_WITHIN_S",
+    "LEAVE_SHARE",
     "Aborted",
     "JobAhead",
     "MisconfiguredError",

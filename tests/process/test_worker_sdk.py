@@ -1,6 +1,8 @@
 """A real process that uses the SDK, with this test on the agent's end of its socket."""
 
+import fcntl
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -33,7 +35,7 @@ from orchestrator.protocol.rank import (
     frame,
     read_from_rank,
 )
-from orchestrator.worker import EXIT_STUCK, LEAVE_WITHIN_S
+from orchestrator.worker import EXIT_STUCK, LEAVE_SHARE
 from orchestrator.worker.beacon import BeaconReader, create
 
 pytestmark = pytest.mark.process
@@ -47,6 +49,8 @@ def train(worker, seat):
     options = seat.job
     if options.get("misconfigured"):
         raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
+    if options.get("callback_fails"):
+        worker.on_abort(lambda: 1 / 0)
     worker.reached("formed")
     step = 0
     for step in range(1, options["steps"] + 1):
@@ -77,6 +81,10 @@ def prepare(ahead, check):
     while ahead.job.get("prepare_waits"):
         check()
         time.sleep(0.005)
+    if text := ahead.job.get("tokenise"):
+        from trainer.data import open_tokens
+        from trainer.tokenizer import open_tokenizer
+        open_tokens(text, open_tokenizer(None, 1280), ahead.cache_dir, check)
 
 sys.exit(serve(train, rehearse, prepare))
 """
@@ -85,10 +93,13 @@ sys.exit(serve(train, rehearse, prepare))
 class Agent:
     """The agent's end of one rank."""
 
-    def __init__(self, folder: Path, *, seated: bool = False) -> None:
+    def __init__(self, folder: Path, *, seated: bool = False, descriptor: int = 0) -> None:
         self.folder = folder
         create(folder / "beacon")
         self.control, theirs = socket.socketpair()
+        if descriptor:
+            with theirs:
+                theirs = socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD, descriptor))
         self.control.settimeout(20)
         if seated:
             self.seat(steps=3)
@@ -114,7 +125,9 @@ class Agent:
     def send(self, message: ToRank) -> None:
         self.control.sendall(frame(message))
 
-    def seat(self, generation: int = 1, *, log: str = "", **job: object) -> None:
+    def seat(
+        self, generation: int = 1, *, log: str = "", abort_within_s: float = 1.0, **job: object
+    ) -> None:
         self.send(
             Seat(
                 generation=Generation(generation),
@@ -126,6 +139,7 @@ class Agent:
                 job={"steps": 1_000_000, **job},
                 free_slots=(0, 1),
                 log=log,
+                abort_within_s=abort_within_s,
             )
         )
 
@@ -197,6 +211,25 @@ def test_a_rank_that_finishes_has_stepped_once_even_if_no_step_was_left_to_take(
     marks = [message.mark for message in agent.heard if isinstance(message, Reached)]
 
     assert marks.count("stepped") == 1
+
+
+def test_a_seat_that_arrives_while_its_process_tokenises_is_taken_and_the_lock_let_go(
+    agent: Agent,
+) -> None:
+    text, cache = agent.folder / "text.txt", agent.folder / "cache"
+    text.write_text("one document of some thirty megabytes " * 800_000)
+    agent.send(JobAhead(job={"tokenise": str(text)}, cache_dir=str(cache)))
+    deadline = time.monotonic() + 20
+    while not list(cache.glob("*.tmp")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+    agent.seat(steps=3)
+
+    agent.hear(Finished)
+    (lock,) = cache.glob("*")  # neither the tokens, nor a part of them
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_process_that_has_a_seat_already_prepares_for_none(agent: Agent) -> None:
@@ -278,8 +311,11 @@ def test_a_lost_peer_is_reported_and_the_process_waits_for_a_seat(agent: Agent) 
     assert agent.rank.poll() is None
 
 
-def test_a_rank_that_can_not_leave_ends_itself_before_it_would_be_killed(agent: Agent) -> None:
-    agent.seat(stuck_at=3)
+@pytest.mark.parametrize("abort_within_s", [0.5, 2.0])
+def test_a_rank_that_can_not_leave_ends_itself_before_it_would_be_killed(
+    agent: Agent, abort_within_s: float
+) -> None:
+    agent.seat(stuck_at=3, abort_within_s=abort_within_s)
     while agent.beacon.read().step < 2:
         time.sleep(0.01)
     time.sleep(0.05)
@@ -288,18 +324,59 @@ def test_a_rank_that_can_not_leave_ends_itself_before_it_would_be_killed(agent: 
     agent.send(Abort(before=Generation(2)))
 
     assert agent.rank.wait(10) == EXIT_STUCK
-    assert LEAVE_WITHIN_S <= time.monotonic() - told < LEAVE_WITHIN_S + 1.0
+    leave_within_s = LEAVE_SHARE * abort_within_s
+    assert leave_within_s <= time.monotonic() - told < leave_within_s + 1.0
 
 
 def test_a_rank_that_left_in_time_lives_on_past_the_limit(agent: Agent) -> None:
-    agent.seat(1)
+    agent.seat(1, abort_within_s=0.5)
     agent.hear(Reached)
     agent.send(Abort(before=Generation(2)))
-    time.sleep(LEAVE_WITHIN_S + 0.2)
+    time.sleep(0.7)
 
     agent.seat(2, steps=3)
 
     assert isinstance(agent.hear(Finished), Finished)
+
+
+def test_a_callback_that_fails_does_not_keep_the_orders_that_follow_from_being_heard(
+    agent: Agent,
+) -> None:
+    log = agent.folder / "rank.log"
+    agent.seat(1, callback_fails=True, log=str(log))
+    agent.hear(Reached)
+
+    agent.send(Abort(before=Generation(2)))
+    agent.seat(2, steps=3)
+
+    agent.hear(Finished)
+    assert "ZeroDivisionError" in log.read_text()
+    agent.send(Retire())
+    assert agent.rank.wait(10) == 0
+
+
+def test_a_rank_that_can_not_hear_any_more_says_why_and_ends(agent: Agent) -> None:
+    agent.seat()
+    agent.hear(Reached)
+
+    agent.control.sendall(b"\x05\x00\x00\x00hello")
+
+    died = agent.hear(Died)
+    assert isinstance(died, Died)
+    assert (died.generation, died.kind) == (1, "ProtocolError")
+    assert agent.rank.wait(10) == 1
+
+
+def test_a_rank_hears_on_a_descriptor_above_those_that_select_knows(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    agent = Agent(tmp_path, descriptor=1500)
+    try:
+        agent.seat(steps=3)
+        agent.hear(Finished)
+    finally:
+        agent.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_seat_that_is_over_before_it_is_taken_is_left_at_once(agent: Agent) -> None:

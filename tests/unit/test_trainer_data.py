@@ -113,6 +113,42 @@ def test_what_a_killed_process_left_of_a_cache_is_written_over(tmp_path: Path) -
     assert np.array_equal(open_in(cache, str(tmp_path / "a.txt")).ids, expected.ids)
 
 
+class GivenUpError(Exception):
+    pass
+
+
+class Patience:
+    """Gives up at the given call."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise GivenUpError
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_tokenising_can_be_given_up_within_a_document_and_leaves_neither_lock_nor_file(
+    tmp_path: Path, *, cached: bool
+) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("word " * 200_000)
+    cache, data = tmp_path / "cache", str(tmp_path / "*.txt")
+
+    # The first document is one piece, the second is three.
+    with pytest.raises(GivenUpError):
+        open_tokens(data, TOKENIZER, str(cache) if cached else "", Patience(4))
+
+    assert [path.suffix for path in cache.glob("*")] == ([".lock"] if cached else [])
+    tokens = open_tokens(data, TOKENIZER, str(cache), Patience(5))
+    assert tokens.ids[-1] == TOKENIZER.eos
+    assert len(tokens.ids) == len(TOKENIZER.encode("one")) + len(
+        TOKENIZER.encode("word " * 200_000)
+    ) + 2 * len([TOKENIZER.bos, TOKENIZER.eos])
+
+
 def test_many_processes_that_race_for_a_cache_all_get_the_same_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 20_000)
     fork = multiprocessing.get_context("fork")
@@ -146,15 +182,9 @@ def test_waiting_for_another_process_to_tokenise_can_be_given_up(tmp_path: Path)
     while not (tmp_path / "held").exists():
         pass
 
-    class GivenUpError(Exception):
-        pass
-
-    def give_up() -> None:
-        raise GivenUpError
-
     try:
         with pytest.raises(GivenUpError):
-            open_tokens(str(tmp_path / "a.txt"), TOKENIZER, str(cache), give_up)
+            open_tokens(str(tmp_path / "a.txt"), TOKENIZER, str(cache), Patience(1))
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import facts, saving
+from orchestrator.core import facts, patience, saving
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
@@ -116,9 +116,7 @@ class Controller:
         gap = at - state.now
         self._heard_before, state.now = state.now, at
         if gap > BLIND_BEATS * state.timeouts.beat_s or isinstance(event, ControllerStarted):
-            state.fleet.forgive(at)
-            for node in state.nodes.values():
-                node.heard_at = at
+            patience.forgive(state, gap)
 
     # Facts that are answered at once ----------------------------------------------------------
 
@@ -319,6 +317,8 @@ class Controller:
         if state.incident is not None:
             state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
         self._enter(RunPhase.STOPPING)
+        new = any(state.nodes[seat].generation == 0 for seat in plan.seats)
+        state.way = f"{plan.rung}, on a new node" if new else plan.rung
         self._started = decide(
             state,
             StartGeneration,
@@ -366,9 +366,11 @@ class Controller:
         phase = PHASE_OF_MARK[mark]
         order = list(PHASE_OF_MARK)
         if state.phase in order and order.index(phase) > order.index(state.phase):
+            whole = True
             for passed in order[order.index(state.phase) + 1 : order.index(phase) + 1]:
                 if not (passed is RunPhase.TRAINING and mark == _MARK_FINISHED):
-                    self._enter(passed)
+                    self._enter(passed, whole=whole)
+                    whole = False  # of one that is passed over, nobody saw how long it took
         if mark >= _MARK_STEPPED:
             for incident in (i for i in state.incidents if i.open):
                 incident.resumed_at = state.now
@@ -406,13 +408,12 @@ class Controller:
 
     # Small things -------------------------------------------------------------------------------
 
-    def _enter(self, phase: RunPhase) -> None:
+    def _enter(self, phase: RunPhase, *, whole: bool = False) -> None:
+        """Go on to a phase; say whether the one before came to its end."""
         state = self.state
-        spent = state.now - state.phase_since
-        if not state.wanting:
-            state.phase_times[state.phase] = max(state.phase_times.get(state.phase, 0.0), spent)
+        patience.learn(state, whole=whole)
         state.phase = require(state.phase, phase)
-        state.phase_since = state.now
+        state.phase_since, state.unseen_s = state.now, 0.0
 
     def _note(self, text: str) -> None:
         if self.state.incident is not None:

@@ -159,8 +159,12 @@ class RunState:
     occurrences: list[Occurrence] = field(default_factory=list)
     budgets: dict[str, Budget] = field(default_factory=dict)
     refilled_at: Step = Step(0)
-    phase_times: dict[RunPhase, float] = field(default_factory=dict)
-    """Longest time each phase has taken so far, seconds; later limits are learned from it."""
+    unseen_s: float = 0.0
+    """How long, of the present phase, nobody was looking; seconds."""
+    way: str = ""
+    """In which way the present generation came to be: what its phases take depends on it."""
+    phase_times: dict[tuple[RunPhase, str], float] = field(default_factory=dict)
+    """Longest time a phase has taken so far, in each way of coming back, seconds."""
     end_state: str = ""
     end_reason: str = ""
     stop_by: str = ""

@@ -2,8 +2,8 @@
 
 Three levels, each with its own limit: a process that the kernel shows as stopped; a world in
 which nobody has moved for longer than two p99 steps plus `hang_s`; a phase of a recovery that
-takes far longer than it ever took. Announced phases (compiling, restoring, saving) may stand
-still for as long as their own limit allows.
+takes far longer than it ever took in the same way. Announced phases (compiling, restoring, saving)
+may stand still for as long as their own limit allows.
 
 Letters in array names: R ranks of the world.
 """
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from orchestrator.core import patience
 from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.facts import since_last_progress, world_mark
 from orchestrator.core.incident import Cause, Finding
@@ -137,16 +138,17 @@ def stuck_recovery(state: RunState) -> list[Finding]:
 
 
 def recovery_limit_s(state: RunState) -> float:
-    """Return how long the present phase of a recovery may take, seconds."""
+    """Return how long the present phase of a recovery may take, seconds.
+
+    What was never seen in this way is announced by its ranks, and has the time of what is.
+    """
     t = state.timeouts
     if state.phase is RunPhase.STOPPING:
         return t.abort_s + t.terminate_s + t.kill_s + t.form_s
-    if state.phase is RunPhase.FORMING:
-        return t.form_s
-    longest = state.phase_times.get(state.phase)
-    if longest is None:
+    longest_s = patience.longest_s(state)
+    if longest_s is None:
         return t.warmup_s
-    return min(max(LEARNED_FACTOR * longest, t.form_s), t.warmup_s)
+    return min(max(LEARNED_FACTOR * longest_s, t.form_s), t.warmup_s)
 
 
 def broken(state: RunState) -> list[Finding]:

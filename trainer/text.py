@@ -7,7 +7,9 @@ one document, and so is each line of a .jsonl file and each row of a .parquet fi
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
+import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,7 +55,8 @@ class Text:
         addresses = (data,) if isinstance(data, str) else data
         if addresses is None:
             addresses = (f"{sysconfig.get_paths()['stdlib']}/*.py",)
-        if not addresses:
+        # An empty address would mean the current folder, of whatever process happens to ask.
+        if not all(addresses) or not addresses:
             raise MisconfiguredError(f"{_WHERE} names nothing", hint=_HINT)
         self.sources = [source for address in addresses for source in _find(address)]
 
@@ -99,6 +102,10 @@ def _find(address: str) -> list[Source]:
             infos = files.glob(path, detail=True)
     except (OSError, ValueError, ImportError) as error:
         raise MisconfiguredError(f"{_WHERE}: {error}: {address}", hint=_HINT) from error
+    except Exception as error:
+        # fsspec knows some thirty schemes; what one makes of a bad address is its own affair.
+        why = f"{type(error).__name__}: {error}"
+        raise MisconfiguredError(f"{_WHERE}: {why}: {address}", hint=_HINT) from error
     if list(infos) == [path]:
         _require_known_suffix(path)
     sources = [
@@ -137,23 +144,45 @@ def _read(source: Source) -> Iterator[str]:
 def _whole(file: Any) -> Iterator[str]:  # noqa: ANN401 - whatever fsspec opened
     content = file.read(DOCUMENT_BYTES_MAX + 1)
     if len(content) > DOCUMENT_BYTES_MAX:
-        raise MisconfiguredError(
-            f"one document of more than {DOCUMENT_BYTES_MAX >> 30} GiB",
-            hint="write it as .jsonl or .parquet, with a document per line or row",
-        )
+        raise _too_long("write it as .jsonl or .parquet, with a document per line or row")
     yield _decoded(content)
 
 
 def _lines(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
-    for number, line in enumerate(file):
+    for number, line in enumerate(_cut(file), 1):
         if not line.strip():
             continue
         try:
-            yield msgspec.json.decode(line, type=_Document).text
+            text = msgspec.json.decode(line, type=_Document).text
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise MisconfiguredError(
-                f"line {number + 1}: {error}", hint='each line is an object: {"text": "..."}'
+                f"line {number}: {_what_is_wrong(line, error)}",
+                hint='each line is an object: {"text": "..."}',
             ) from None
+        yield text
+
+
+def _cut(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - the same
+    """Yield lines; the files of fsspec's remote file systems would read one without a bound."""
+    buffered = io.BufferedReader(file)
+    try:
+        while line := buffered.readline(DOCUMENT_BYTES_MAX + 1):
+            if len(line) > DOCUMENT_BYTES_MAX:
+                raise _too_long("cut the line into several")
+            yield line
+    finally:
+        buffered.detach()  # whoever opened the file closes it
+
+
+def _what_is_wrong(line: bytes, error: Exception) -> str:
+    """Return why a line is no JSON; msgspec takes half a surrogate pair for a line that was cut."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "half a surrogate pair, which stands for no character"
+    except (ValueError, RecursionError):
+        pass  # no JSON to this reader either, and the first one's words say where
+    return str(error)
 
 
 def _rows(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
@@ -173,9 +202,25 @@ def _rows(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
                     raise MisconfiguredError(
                         f"`text` holds {type(value).__name__}, expected strings", hint=hint
                     )
+                if value and _bytes_of(value) > DOCUMENT_BYTES_MAX:
+                    raise _too_long("cut it into several rows")
                 yield value or ""
+    except UnicodeDecodeError as error:
+        # A column's type is what its writer said of it; nobody checked.
+        raise MisconfiguredError(f"not UTF-8 text: {error.reason}", hint=hint) from error
     except pa.ArrowException as error:
         raise MisconfiguredError(f"not Parquet: {error}", hint=hint) from error
+
+
+def _bytes_of(text: str) -> int:
+    """Return the length in UTF-8, for a text that may be too long; a lower bound for others."""
+    return len(text.encode()) if len(text) * 4 > DOCUMENT_BYTES_MAX else len(text)
+
+
+def _too_long(hint: str) -> MisconfiguredError:
+    return MisconfiguredError(
+        f"one document of more than {DOCUMENT_BYTES_MAX >> 30} GiB", hint=hint
+    )
 
 
 class _Document(msgspec.Struct):

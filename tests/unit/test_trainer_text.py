@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import fsspec
@@ -68,6 +69,8 @@ def test_a_changed_source_changes_the_fingerprint(tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2"),
         ("other.jsonl", b'{"body": "a"}\n', "missing required field `text`"),
         ("number.jsonl", b'{"text": 1}\n', "Expected `str`"),
+        ("half.jsonl", b'{"text": "a \\ud800 b"}\n', "line 1: half a surrogate pair"),
+        ("bytes.jsonl", b'{"text": "\xff"}\n', "line 1"),
         ("no.parquet", b"no parquet at all", "not Parquet"),
     ],
 )
@@ -93,6 +96,59 @@ def test_a_parquet_file_without_a_text_column_of_strings_is_refused(tmp_path: Pa
         parquet.write_table(table, tmp_path / "a.parquet")
         with pytest.raises(MisconfiguredError, match=says):
             documents(str(tmp_path / "a.parquet"))
+
+
+def test_a_parquet_column_that_is_said_to_be_text_and_is_not_is_refused(tmp_path: Path) -> None:
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    column = pa.Array.from_buffers(pa.string(), 1, buffers)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+
+    with pytest.raises(MisconfiguredError, match=r"not UTF-8 text.*a\.parquet"):
+        documents(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_no_document_may_be_longer_than_what_fits_into_memory(
+    suffix: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.text.DOCUMENT_BYTES_MAX", 64)
+    address = f"{scheme}{tmp_path}/a{suffix}"
+
+    def write(text: str) -> None:
+        with fsspec.open(address, "wb") as file:
+            if suffix == ".parquet":
+                parquet.write_table(pa.table({"text": ["b", text]}), file)
+            elif suffix == ".jsonl":
+                file.writelines(b'{"text":"%s"}\n' % part.encode() for part in ("b", text))
+            else:
+                file.write(text.encode())
+
+    write("ä" * 26)
+    assert documents(address)[-1] == "ä" * 26
+    write("ä" * 33)
+    with pytest.raises(MisconfiguredError, match="one document of more than"):
+        documents(address)
+
+
+@pytest.mark.parametrize("address", ["github://x", "data:text/plain,abc", "a\0b.txt"])
+def test_an_address_that_makes_no_sense_to_its_file_system_is_refused(address: str) -> None:
+    with pytest.raises(MisconfiguredError, match=re.escape(f": {address}")) as caught:
+        documents(address)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("data", ["", ("",), ("memory://a.txt", "")])
+def test_an_address_that_is_empty_does_not_mean_the_folder_one_is_in(
+    data: tuple[str, ...] | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret.txt").write_text("not meant for training")
+    with fsspec.open("memory://a.txt", "w") as file:
+        file.write("meant")
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(MisconfiguredError, match="names nothing"):
+        Text(data)
 
 
 def test_a_folder_without_text_and_an_unknown_scheme_are_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from orchestrator.agent.shards import (
 from orchestrator.agent.transfer import map_file, verify_file
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.messages import Holding, Receipt
+from orchestrator.protocol.messages import Ancestor, Holding, Receipt
 from storage.blob import BlobStore
 from storage.commit import write_shard
 from storage.errors import StorageUnavailableError
@@ -115,17 +115,30 @@ class Keeper:
 
     # What is held -------------------------------------------------------------------------
 
-    def begin(self, generation: Generation, peers: dict[NodeId, str], restore: Step | None) -> None:
+    def begin(
+        self,
+        generation: Generation,
+        peers: dict[NodeId, str],
+        restore: Step | None,
+        ancestors: tuple[Ancestor, ...] | None = None,
+    ) -> None:
         """Enter a generation that continues from step `restore`, or from the seed.
 
-        Shards of later steps are dropped (all, if None), unless this generation staged them.
-        Call it before any seat of the generation is given, and again when `peers` change. Slots
-        that become free are not announced, `free_slots` names them.
+        Shards of later steps, or of generations that are not among its `ancestors`, are dropped
+        (all, if `restore` is None), unless this generation staged them. Call it before any seat of
+        the generation is given, and again when `peers` change. Slots that become free are not
+        announced, `free_slots` names them.
         """
         self._peers = dict(peers)
         self._peers_changed.set()
         self._peers_changed = asyncio.Event()
-        self._shelf.begin(generation, restore)
+        self._shelf.begin(generation, restore, ancestors)
+
+    def pass_by(
+        self, generation: Generation, restore: Step | None, ancestors: tuple[Ancestor, ...]
+    ) -> None:
+        """Drop what a generation abandons in which this node has no seat; see `begin`."""
+        self._shelf.begin(generation, restore, ancestors)
 
     def free_slots(self, rank: Rank) -> tuple[int, ...]:
         """Return the slots that a rank may write to, ascending; at most `SLOTS`."""
@@ -215,7 +228,8 @@ class Keeper:
     ) -> tuple[protocol.Restore, Tier]:
         """Have the shard that a rank restores from in this node's memory, verified.
 
-        It is taken from here, if it is here; else from the node named by `source`; else, if that
+        It is taken from here, if it is here: what is of another lineage than the generation's own
+        was dropped when that began. Else it is taken from the node named by `source`; else, if that
         is "", from the durable tier. It stays until the rank stages or a generation begins.
 
         Raises:

@@ -30,7 +30,7 @@ from orchestrator.agent.seating import Seating
 from orchestrator.agent.shards import MalformedError
 from orchestrator.agent.voice import Voice
 from orchestrator.protocol.agent import AgentConfig
-from orchestrator.protocol.ids import Generation, Rank
+from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.messages import (
     Announce,
     Arm,
@@ -238,7 +238,7 @@ class Node:
                     self._seating.announce(order)
             case Fence(generation=generation):
                 if generation > self._account.generation:
-                    self._leave(generation)
+                    self._leave(order)
             case Retain(generation=generation, step=step):
                 if generation >= self._account.generation:
                     self._account.confirm(step)
@@ -257,10 +257,10 @@ class Node:
         if generation < self._account.generation or self._terms is None:
             return
         if generation == self._account.generation:
-            self._keeper.begin(generation, order.peers, order.restore)
+            self._keeper.begin(generation, order.peers, order.restore, order.ancestors)
             return
         if self._config.node not in order.seats:
-            self._leave(generation)
+            self._leave(order)
             return
         log.info("generation %d begins, from step %s", generation, order.restore)
         node = self._config.node
@@ -268,14 +268,17 @@ class Node:
             generation, (Rank(r) for r, seat in enumerate(order.seats) if seat == node)
         )
         # Before any old rank is gone: what it still stages is of a generation that is over.
-        self._keeper.begin(generation, order.peers, order.restore)
+        self._keeper.begin(generation, order.peers, order.restore, order.ancestors)
         self._saving.begin(order)
         self._enter(self._seating.enter(order, self._terms, self._tier))
 
-    def _leave(self, generation: Generation) -> None:
-        """Stop every rank of an older generation; memory stays."""
+    def _leave(self, order: Begin | Fence) -> None:
+        """Stop every rank of an older generation; what memory has of its lineage stays."""
+        generation = order.generation
         log.info("no seat in generation %d", generation)
         self._account.begin(generation, ())
+        if order.ancestors is not None:
+            self._keeper.pass_by(generation, order.restore, order.ancestors)
         self._saving.leave()
 
         async def clear() -> None:

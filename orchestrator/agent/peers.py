@@ -232,7 +232,7 @@ class PeerServer:
         known = self._shelf.lineage
         if lineage.generation < known.generation:
             raise StaleError(f"copy is of {lineage}, here it is {known}")
-        self._shelf.begin(lineage.generation, lineage.restore)
+        self._shelf.begin(lineage.generation, lineage.restore, lineage.ancestors)
         self._shelf.retain(lineage.retained)
         path = self._new_file(offer.rank, offer.step)
         shard = await take(wire, offer, path, self._threads)

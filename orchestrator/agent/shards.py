@@ -1,21 +1,21 @@
 """What lies in which file of a node's shared memory, and what of it may go.
 
 Two rules. A file that somebody reads from is pinned: it is neither removed nor written over, though
-it may be dropped, and then nobody else finds it. And of an abandoned lineage nothing is found:
-what an older generation staged after the step from which the current one continues.
+it may be dropped, and then nobody else finds it. And of an abandoned lineage nothing is found: what
+another generation staged than those that the current one continues, or staged after it was left.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from orchestrator.protocol.ids import Generation, Rank, Step
-from orchestrator.protocol.messages import Holding
+from orchestrator.protocol.messages import Ancestor, Holding
 
 SLOTS = 3
 """Staging slots of a rank: one that is restored from, one on its way to a buddy, one to write."""
@@ -124,14 +124,19 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Which states count: those of `generation`, and older ones up to step `restore`.
+    """Which states count: those of `generation`, and those that it continues.
 
-    `retained` is the step before which nothing is needed any more.
+    Attributes:
+        restore: step from which it continues; None for the seed.
+        retained: step before which nothing is needed any more.
+        ancestors: which older generations it continues, and up to which step of each; None if
+            that is not known: then every older one counts, up to step `restore`.
     """
 
     generation: Generation = Generation(0)
     restore: Step | None = None
     retained: Step = Step(-1)
+    ancestors: tuple[Ancestor, ...] | None = None
 
     def __str__(self) -> str:
         start = "the seed" if self.restore is None else f"step {self.restore}"
@@ -141,8 +146,13 @@ class Lineage:
         """Whether a generation that starts now, or this one, could continue from the shard."""
         if shard.step < self.retained:
             return False
-        continued = self.restore is not None and shard.step <= self.restore
-        return continued or shard.generation >= self.generation
+        if shard.generation >= self.generation:
+            return True
+        if self.restore is None or shard.step > self.restore:
+            return False
+        return self.ancestors is None or any(
+            shard.generation == one.generation and shard.step <= one.last for one in self.ancestors
+        )
 
 
 class Shelf:
@@ -240,7 +250,12 @@ class Shelf:
         elif announce:
             self._on_freed(shard.rank, shard.slot)
 
-    def begin(self, generation: Generation, restore: Step | None) -> None:
+    def begin(
+        self,
+        generation: Generation,
+        restore: Step | None,
+        ancestors: tuple[Ancestor, ...] | None = None,
+    ) -> None:
         """Drop what a generation that continues from step `restore` (None: the seed) abandons.
 
         Slots that this frees are not announced: the seats of the new generation name them. News
@@ -251,13 +266,12 @@ class Shelf:
         for rank in tuple(self._sources):
             self._let_go(rank, announce=False)
         back_to = Step(-1) if restore is None else restore
-        self.lineage = Lineage(generation, restore, min(self.lineage.retained, back_to))
+        self.lineage = Lineage(generation, restore, min(self.lineage.retained, back_to), ancestors)
         self._drop_outside(announce=False)
 
     def retain(self, step: Step) -> None:
         """Drop what is older than `step`; frees slots, and says so."""
-        lineage = self.lineage
-        self.lineage = Lineage(lineage.generation, lineage.restore, max(step, lineage.retained))
+        self.lineage = replace(self.lineage, retained=max(step, self.lineage.retained))
         self._drop_outside()
 
     def evict(self, rank: Rank) -> bool:

@@ -30,6 +30,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.incident import BUDGET_OF, Cause, Finding, Incident, Note
+from orchestrator.core.lineage import continued
 from orchestrator.core.phases import BUCKET_OF, PHASE_OF_MARK, Bucket, RunPhase, require
 from orchestrator.core.plans import (
     Detector,
@@ -43,7 +44,7 @@ from orchestrator.core.plans import (
 )
 from orchestrator.core.state import Budget, Occurrence, RunState, decide
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
-from orchestrator.protocol.messages import MARKS, Joined, RendezvousOffered
+from orchestrator.protocol.messages import MARKS, Ancestor, Joined, RendezvousOffered
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
@@ -305,10 +306,11 @@ class Controller:
         # from this moment, however long it takes to die.
         # Above every epoch in the store: an earlier life of this run may have written there.
         newest = max((c.epoch for c in state.commits), default=Generation(0))
+        state.ancestors = _ancestors(state, plan)
         state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)
         self._write_off(plan, restored)
-        facts.reset_for_generation(state, plan.seats, restored)
+        facts.reset_for_generation(state, plan.seats, plan.restore)
         state.fleet = Fleet(state.run.world_size, state.now)
         state.wanting = False
         state.found = None
@@ -440,6 +442,15 @@ def _same(one: Finding, other: Finding) -> bool:
         other.nodes,
         other.signature,
     )
+
+
+def _ancestors(state: RunState, plan: Restart) -> tuple[Ancestor, ...]:
+    """Return whom the generation continues that comes after the present one."""
+    restore = plan.restore
+    if restore is None:
+        return continued(state.ancestors, state.generation, None, None)
+    epoch = next((c.epoch for c in state.commits if c.key == restore.commit), None)
+    return continued(state.ancestors, state.generation, restore.step, epoch)
 
 
 def _tiers(plan: Restart) -> str:

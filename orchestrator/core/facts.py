@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
@@ -120,7 +121,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
 
 def _of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
     """Return what a node holds that still counts, if it comes back from an older generation."""
-    since = [step for g, step in state.restored.items() if g > joined.generation]
+    since = [step for g, step in state.kept.items() if g > joined.generation]
     return tuple(h for h in joined.holdings if all(h.step <= step for step in since))
 
 
@@ -280,8 +281,13 @@ def disconnect_silent_spares(state: RunState) -> None:
             node.connected = False
 
 
-def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: Step) -> None:
+def reset_for_generation(
+    state: RunState, seats: tuple[NodeId, ...], restore: RestoreFrom | None
+) -> None:
     """Forget what was known of the ranks of the old generation; keep what outlives it."""
+    restored = restore.step if restore else Step(0)
+    # A checkpoint may be of another lineage than what memory has, even of the same step.
+    kept = restore.step if restore and not restore.commit else Step(-1)
     state.seats = seats
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.failed_preparation = ""
@@ -290,13 +296,13 @@ def reset_for_generation(state: RunState, seats: tuple[NodeId, ...], restored: S
     # A commit that is under way may still succeed; nobody waits for it any more.
     state.written, state.committing, state.commit_at = {}, {}, {}
     state.start_step = state.reached_step = restored
-    state.restored[state.generation] = restored
+    state.kept[state.generation] = kept
     for node in state.nodes.values():
         node.finished = False
         node.reborn = ""
         node.mark = 0
-    for newer in [step for step in state.holdings if step > restored]:
-        del state.holdings[newer]
+    for abandoned in [step for step in state.holdings if step > kept]:
+        del state.holdings[abandoned]
     state.retained = Step(min(state.retained, restored))
     # Steps beyond it are computed anew: their copies will not be those that were unreadable.
     state.condemned_memory = {step for step in state.condemned_memory if step <= restored}

@@ -13,7 +13,7 @@ from orchestrator.core.incident import Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import RankExited, ShardsWritten
+from orchestrator.protocol.messages import Ancestor, RankExited, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
@@ -146,8 +146,13 @@ class RunState:
     """Last step completed in the current lineage."""
     start_step: Step = Step(0)
     """Step from which the current generation continued."""
-    restored: dict[Generation, Step] = field(default_factory=dict)
-    """Step from which each generation continued: what an older one did after it does not count."""
+    kept: dict[Generation, Step] = field(default_factory=dict)
+    """Up to which step memory still counted when each generation began, -1 for not at all.
+
+    What a node holds that has not heard of a generation counts up to its step only.
+    """
+    ancestors: tuple[Ancestor, ...] = ()
+    """Older generations that the current one continues; see `core.lineage`."""
     step_log: deque[tuple[Step, Seconds]] = field(
         default_factory=lambda: deque(maxlen=STEP_LOG_LENGTH)
     )

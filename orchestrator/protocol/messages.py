@@ -254,6 +254,13 @@ class Welcome(_Message, frozen=True, kw_only=True):
     """Steps up to here need not be reported again."""
 
 
+class Ancestor(msgspec.Struct, frozen=True, array_like=True):
+    """An older generation that is continued: what it staged counts up to step `last`."""
+
+    generation: Generation
+    last: Step
+
+
 class Begin(_Message, frozen=True, kw_only=True):
     """Start (or take part in) generation `generation`; everything older is over."""
 
@@ -269,6 +276,11 @@ class Begin(_Message, frozen=True, kw_only=True):
     """Address of each node for fetching and copying shards."""
     restore: Step | None = None
     """Steps of the state to continue from; None starts from the seed."""
+    ancestors: tuple[Ancestor, ...] | None = None
+    """All older generations whose states count; None: every one, up to step `restore`.
+
+    A node that missed a generation may hold the same steps of one that was abandoned.
+    """
     sources: tuple[str, ...] = ()
     """Per rank: the node whose memory has its shard, or "" for the durable tier."""
     commit: str = ""
@@ -290,6 +302,10 @@ class Fence(_Message, frozen=True, kw_only=True):
 
     order: str
     generation: Generation
+    restore: Step | None = None
+    """As in `Begin`."""
+    ancestors: tuple[Ancestor, ...] | None = None
+    """As in `Begin`, but None leaves everything in memory."""
 
 
 class Retain(_Message, frozen=True, kw_only=True):

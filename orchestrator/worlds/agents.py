@@ -22,6 +22,7 @@ from orchestrator.core.decisions import (
     Decision,
     EndRun,
     FenceNode,
+    RestoreFrom,
     RetainMemory,
     SearchCheckpoints,
     StartGeneration,
@@ -36,11 +37,13 @@ from orchestrator.core.events import (
     StopRequested,
     Tick,
 )
+from orchestrator.core.lineage import continued
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     PROTOCOL_VERSION,
+    Ancestor,
     Announce,
     Arm,
     Beat,
@@ -62,6 +65,7 @@ from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
+from storage.manifest import parse_commit_key
 
 QUEUE_MAX = 65_536
 """Messages that may wait to be looked at; beyond that a sender is cut off, and comes back."""
@@ -122,6 +126,8 @@ class AgentWorld:
         self._columns = Columns(run.world_size)
         self._seats: tuple[NodeId, ...] = ()
         self._generation = Generation(0)
+        self._restore: Step | None = None
+        self._ancestors: tuple[Ancestor, ...] = ()
         self._wakes: list[Seconds] = []
         self._over = False
         self._farewell: Farewell | None = None
@@ -149,6 +155,9 @@ class AgentWorld:
     def resume(self, state: RunState) -> None:
         """Continue from what a replayed journal left behind."""
         self._seats, self._generation = state.seats, state.generation
+        self._ancestors = state.ancestors
+        # Whoever continues from the seed has none.
+        self._restore = state.start_step if state.ancestors else None
         self._columns.begin(state.generation, state.reached_step)
         self._schedule.resume(set(state.injected), state.carried_out)
 
@@ -181,7 +190,15 @@ class AgentWorld:
                 for node in dict.fromkeys(self._seats):
                     self._send(node, Announce(order=order, generation=generation, address=address))
             case FenceNode(generation=generation, node=node):
-                self._send(node, Fence(order=order, generation=generation))
+                self._send(
+                    node,
+                    Fence(
+                        order=order,
+                        generation=generation,
+                        restore=self._restore,
+                        ancestors=self._ancestors,
+                    ),
+                )
             case RetainMemory(generation=generation, step=step):
                 for node in sorted(self._links):
                     self._send(node, Retain(order=order, generation=generation, step=step))
@@ -325,9 +342,9 @@ class AgentWorld:
 
     def _start(self, order: str, decision: StartGeneration) -> None:
         restore = decision.restore
-        restored = restore.step if restore else Step(0)
         if decision.generation > self._generation:
-            self._columns.begin(decision.generation, restored)
+            self._columns.begin(decision.generation, restore.step if restore else Step(0))
+            self._continue(restore)
         self._generation, self._seats = decision.generation, decision.seats
         peers = {node: address for node, address in self._peers.items() if node in self._links}
         shards = self.run.world_size // self.run.spec.parallelism.dp_replicate
@@ -338,7 +355,8 @@ class AgentWorld:
             dismiss=decision.dismiss,
             buddies=decision.buddies,
             peers=peers,
-            restore=restore.step if restore else None,
+            restore=self._restore,
+            ancestors=self._ancestors,
             sources=restore.sources if restore else (),
             commit=restore.commit if restore else "",
             shard_of=tuple(rank % shards for rank in range(self.run.world_size)),
@@ -350,6 +368,13 @@ class AgentWorld:
             if node in self._links and not (known and before and before.peers == peers):
                 self._begun[node] = begin
                 self._send(node, begin)
+
+    def _continue(self, restore: RestoreFrom | None) -> None:
+        """Note whom the generation continues that comes after the present one."""
+        self._restore = restore.step if restore else None
+        commit = parse_commit_key(restore.commit) if restore else None
+        epoch = Generation(commit[1]) if commit else None
+        self._ancestors = continued(self._ancestors, self._generation, self._restore, epoch)
 
     def _send(self, node: NodeId, message: ToAgent) -> None:
         link = self._links.get(node)

@@ -1,11 +1,16 @@
 """Real agents that keep copies for each other, write to the durable tier, and stand in."""
 
+import time
 from collections.abc import Callable
 
 import msgspec
 import pytest
 
+from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import (
+    Ancestor,
+    Beat,
+    Fence,
     Joined,
     Prepared,
     RankExited,
@@ -54,6 +59,51 @@ def test_the_ranks_of_a_lost_node_resume_on_a_spare_from_their_copies(
     assert (fetched.own, fetched.fetched, fetched.durable) == (0, 1, 0)
     # The trainer checks that what it restores is of its rank and step.
     assert not controller.messages(RankExited, "node-2")
+
+
+def test_a_node_that_missed_a_generation_restores_nothing_that_was_abandoned_meanwhile(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, save_every=10)
+    controller.begin(1, ["node-0"])
+    # It comes to the same steps as the other, and more of them.
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 0, 20))
+    # Without it, generation 2 goes back to step 10, and does step 20 again.
+    controller.begin(2, ["node-1"], restore=10, sources=("node-0",))
+    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 20))
+    line = (Ancestor(Generation(1), Step(10)), Ancestor(Generation(2), Step(20)))
+
+    controller.begin(3, ["node-0"], restore=20, ancestors=line, sources=("node-1",))
+
+    _, prepared = controller.hear(Prepared, "node-0")
+    assert (prepared.own, prepared.fetched) == (0, 1)
+    controller.reached("stepped", 3)
+    assert agents["node-0"].restored(0)[-1] == (3, 20, 2)
+
+
+def test_a_fenced_node_holds_nothing_any_more_of_what_its_fence_says_was_abandoned(
+    controller: Controller, start: Start
+) -> None:
+    pair(controller, start, save_every=10)
+    controller.begin(1, ["node-0"])
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 0, 20))
+
+    fenced = time.monotonic()
+    controller.send(
+        "node-0",
+        Fence(
+            order="f",
+            generation=Generation(2),
+            restore=Step(10),
+            ancestors=(Ancestor(Generation(1), Step(10)),),
+        ),
+    )
+    controller.hear(Beat, "node-0", since=fenced, where=lambda beat: beat.generation == 2)
+    controller.send_raw("node-0", "{}")
+
+    _, joined = controller.hear(Joined, "node-0", since=fenced)
+    assert joined.generation == 2
+    assert [holding.step for holding in joined.holdings] == [10]
 
 
 def test_each_shard_is_made_durable_once_and_a_world_without_memory_resumes_from_it(

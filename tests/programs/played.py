@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -296,6 +297,10 @@ class Agent:
         wait_for(look, what=f"rank {rank} of generation {generation}")
         return found[-1]
 
+    def restored(self, rank: int) -> list[tuple[int, int, int]]:
+        """Return (generation, step, generation that had saved it) of each restore of a rank."""
+        return restores((self.logs / f"rank-{rank:05d}.log").read_text())
+
     def parked(self) -> int:
         """How many processes wait for a seat, by their own account."""
         waiting = 0
@@ -321,6 +326,12 @@ class Agent:
                 self.process.wait(10)
         for pid in children:
             wait_for(lambda pid=pid: not alive(pid), 10, f"process {pid} outlived its agent")
+
+
+def restores(log: str) -> list[tuple[int, int, int]]:
+    """Return (generation, step, generation that had saved it) of each restore in a rank's log."""
+    found = re.findall(r"^restored generation (\d+) step (\d+) of (\d+)$", log, re.MULTILINE)
+    return [(int(one), int(step), int(saved_by)) for one, step, saved_by in found]
 
 
 def shared_folder() -> Path:

@@ -1,4 +1,6 @@
-"""A trainer without torch: its steps are naps, its state is one number, its collectives nothing.
+"""A trainer without torch: its steps are naps, its collectives nothing.
+
+Its state is three numbers: how many steps it has, of which rank it is, which generation saved it.
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
 garbage, spawn, stubborn, raise_at, nap_at and nap_s, await_persisted.
@@ -106,6 +108,7 @@ def _restored(worker: Worker, seat: Seat) -> int:
     words = open_views(index, worker.restore_view(seat.restore))["param/w"].cast("q")
     assert words[0] == seat.restore.step, (words[0], seat.restore.step)
     assert words[1] == seat.rank
+    print(f"restored generation {seat.generation} step {words[0]} of {words[2]}", flush=True)
     return seat.restore.step
 
 
@@ -126,7 +129,7 @@ def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:
         time.sleep(0.01)
         slot = worker.slot(_PLAN.size)
     words = _PLAN.views(slot.buffer)["param/w"].cast("q")
-    words[0], words[1] = step, seat.rank
+    words[0], words[1], words[2] = step, seat.rank, seat.generation
     meta = ShardMeta(
         run_id=seat.run_id,
         model="steps",

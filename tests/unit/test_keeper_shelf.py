@@ -22,7 +22,9 @@ from orchestrator.agent.shards import (
     Shelf,
     StaleError,
 )
+from orchestrator.core.lineage import continued
 from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.messages import Ancestor
 
 MEMORY = Path("/memory")
 RANKS = st.integers(0, 1).map(Rank)
@@ -170,6 +172,33 @@ def test_a_copy_of_an_abandoned_lineage_is_refused_and_its_file_removed() -> Non
     assert bench.held() == [(0, 4)]
 
 
+def test_a_node_that_missed_a_generation_keeps_of_its_own_what_that_one_continued() -> None:
+    bench = Bench()
+    for slot, step in enumerate((10, 20, 30)):
+        bench.stage(0, step, 1, slot=slot)
+
+    # Generation 2 went back to step 10, and this node has not heard of it.
+    line = (Ancestor(Generation(1), Step(10)), Ancestor(Generation(2), Step(40)))
+    bench.shelf.begin(Generation(3), Step(40), line)
+
+    assert bench.held() == [(0, 10)]
+    with pytest.raises(StaleError, match="generation 1, this node is at generation 3"):
+        bench.copy(0, 20, 1)
+    bench.copy(0, 20, 2, "redone")
+    assert bench.held() == [(0, 10), (0, 20)]
+
+
+def test_a_generation_from_a_checkpoint_keeps_what_the_one_that_wrote_it_has_staged() -> None:
+    bench = Bench()
+    bench.stage(0, 20, 1, slot=0)
+    bench.stage(1, 20, 2, slot=0)
+
+    # Both generations came to step 20; only one of them wrote the checkpoint.
+    bench.shelf.begin(Generation(3), Step(20), (Ancestor(Generation(1), Step(20)),))
+
+    assert bench.held() == [(0, 20)]
+
+
 def test_the_same_step_anew_takes_the_place_of_the_old_one() -> None:
     bench = Bench()
     bench.copy(0, 1, 0, "first")
@@ -226,7 +255,10 @@ class Known:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Ranks stage only to slots they were given; agents copy, write, restore, retain, restart."""
+    """Ranks stage only to slots they were given; agents copy, write, restore, retain, restart.
+
+    Some generations are begun without this node, which hears of them with the next one.
+    """
 
     pinned_shards = Bundle("pinned_shards")
 
@@ -234,7 +266,10 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.bench = Bench()
         self.shelf = self.bench.shelf
-        self.generation, self.restore, self.retained = 0, None, -1
+        self.generation, self.retained = 0, -1
+        # Of every generation since 1, heard of or not: the step from which it continued.
+        self.restores: list[Step | None] = []
+        self.ancestors: tuple[Ancestor, ...] = ()
         self.known: list[Known] = []
         self.files = 0
         # What each rank may write to, as its SDK counts it.
@@ -327,14 +362,25 @@ class AnyOrder(RuleBasedStateMachine):
         self.shelf.drop(self.pick(data).shard)
         self.told()
 
-    @rule(restore=st.none() | STEPS)
-    def generation_begins(self, restore: Step | None) -> None:
-        self.generation += 1
-        self.restore = restore
+    def follow(self, restore: Step | None) -> None:
+        newest = Generation(len(self.restores))
+        self.ancestors = continued(self.ancestors, newest, restore, None)
+        self.restores.append(restore)
+
+    def counts(self, shard: Shard) -> bool:
+        """Whether every generation since the one that staged the shard has continued it."""
+        since = self.restores[shard.generation : self.generation]
+        return all(restore is not None and shard.step <= restore for restore in since)
+
+    @rule(missed=st.lists(st.none() | STEPS, max_size=2), restore=st.none() | STEPS)
+    def generation_begins(self, missed: list[Step | None], restore: Step | None) -> None:
+        for one in (*missed, restore):
+            self.follow(one)
+        self.generation = len(self.restores)
         self.retained = min(self.retained, -1 if restore is None else restore)
         for known in self.known:
             known.lent = False
-        self.shelf.begin(Generation(self.generation), restore)
+        self.shelf.begin(Generation(self.generation), restore, self.ancestors)
         assert self.bench.freed == []
         for rank in self.slots:
             self.slots[rank] = list(self.shelf.free_slots(rank))
@@ -356,8 +402,7 @@ class AnyOrder(RuleBasedStateMachine):
         for holding in self.shelf.holdings():
             assert holding.step >= self.retained
             shard = self.shelf.require(holding.rank, holding.step)
-            beyond = self.restore is None or shard.step > self.restore
-            assert not (beyond and shard.generation < self.generation)
+            assert self.counts(shard)
 
     @invariant()
     def no_file_is_removed_that_is_held_or_read(self) -> None:

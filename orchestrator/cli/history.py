@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from orchestrator.cli import story, units
-from orchestrator.core.decisions import CommitCheckpoint, FenceNode, StartGeneration
+from orchestrator.core.decisions import (
+    CommitCheckpoint,
+    DisconnectNode,
+    FenceNode,
+    StartGeneration,
+)
 from orchestrator.core.events import (
     ControllerStarted,
     FaultInjected,
@@ -60,7 +65,7 @@ class History:
         for decision in entry.decisions:
             if isinstance(decision, CommitCheckpoint):
                 self.commits[decision.step] = decision
-            if isinstance(decision, FenceNode):
+            if isinstance(decision, FenceNode | DisconnectNode):
                 self._add(state.now, decision.node, story.decision(decision))
             if isinstance(decision, StartGeneration):
                 world = ", ".join(dict.fromkeys(decision.seats))

@@ -15,6 +15,7 @@ from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
     Decision,
+    DisconnectNode,
     EndRun,
     FenceNode,
     SearchCheckpoints,
@@ -88,10 +89,10 @@ class Controller:
         self._account(event)
         decisions: list[Decision] = []
         facts.apply(state, event)
-        facts.disconnect_silent_spares(state)
         decisions += self._answer(event)
         for finding in self._detect(event):
             self._admit(finding)
+        decisions += self._hang_up()
         decisions += saving.save(state)
         self._advance()
         if isinstance(event, StopRequested):
@@ -141,6 +142,14 @@ class Controller:
             case _:
                 pass
         return decisions
+
+    def _hang_up(self) -> list[Decision]:
+        """Have nodes call again that are not heard on the connection they have."""
+        limit_s = self.state.timeouts.silence_s
+        return [
+            decide(self.state, DisconnectNode, f"{node} not heard for {limit_s:g} s", node=node)
+            for node in facts.disconnect_silent(self.state)
+        ]
 
     def _catch_up(self, node: NodeId, joined: Joined) -> list[Decision]:
         state = self.state
@@ -211,6 +220,10 @@ class Controller:
         """Make a finding part of an incident, unless it repeats what is already known."""
         state = self.state
         incident = state.incident
+        if finding.kind == "node-silent":
+            # Even if the same was found before: it may have been back since.
+            for node in finding.nodes:
+                facts.give_up(state, node, finding.evidence)
         if finding.generation not in (None, state.generation):
             # What came of it is decided already; who was part of it is worth knowing all the same.
             broken = [
@@ -228,9 +241,6 @@ class Controller:
                 incident.kind, incident.cause = finding.kind, finding.cause
         else:
             incident = self._open(finding)
-        if finding.kind == "node-silent":
-            for node in finding.nodes:
-                facts.give_up(state, node, finding.evidence)
         if finding.signature:
             state.occurrences.append(
                 Occurrence(finding.signature, finding.step, state.generation, finding.nodes)

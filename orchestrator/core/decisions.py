@@ -56,6 +56,12 @@ class FenceNode(_Decision, frozen=True, kw_only=True):
     node: NodeId
 
 
+class DisconnectNode(_Decision, frozen=True, kw_only=True):
+    """Close the connection of a node that is not heard on it: it may come back on another."""
+
+    node: NodeId
+
+
 class SearchCheckpoints(_Decision, frozen=True, kw_only=True):
     """Find the newest verified checkpoint of the durable tier; answered by CheckpointFound."""
 
@@ -98,6 +104,7 @@ Decision = (
     StartGeneration
     | AnnounceRendezvous
     | FenceNode
+    | DisconnectNode
     | SearchCheckpoints
     | CommitCheckpoint
     | RetainMemory

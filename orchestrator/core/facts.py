@@ -274,11 +274,17 @@ def give_up(state: RunState, node: NodeId, evidence: str) -> None:
     _forget_memory(state, node)
 
 
-def disconnect_silent_spares(state: RunState) -> None:
-    """Do not count on a spare that has not been heard, however open its connection looks."""
-    for node in state.nodes.values():
-        if node.id not in state.seats and state.now - node.heard_at > state.timeouts.silence_s:
-            node.connected = False
+def disconnect_silent(state: RunState) -> list[NodeId]:
+    """Count on no connection on which nothing is heard, however open it looks.
+
+    Returns:
+        Whose it was. A node says that it is there again only on a new one, so close the old one.
+    """
+    limit_s = state.timeouts.silence_s
+    silent = [n for n in state.nodes.values() if n.connected and state.now - n.heard_at > limit_s]
+    for node in silent:
+        node.connected = False
+    return sorted(node.id for node in silent)
 
 
 def reset_for_generation(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -20,6 +20,7 @@ from orchestrator.core.decisions import (
     CarryOutFault,
     CommitCheckpoint,
     Decision,
+    DisconnectNode,
     EndRun,
     FenceNode,
     RestoreFrom,
@@ -199,6 +200,8 @@ class AgentWorld:
                         ancestors=self._ancestors,
                     ),
                 )
+            case DisconnectNode(node=node, reason=reason):
+                self._hang_up(node, reason)
             case RetainMemory(generation=generation, step=step):
                 for node in sorted(self._links):
                     self._send(node, Retain(order=order, generation=generation, step=step))
@@ -313,6 +316,13 @@ class AgentWorld:
         node = self._names.pop(link, None)
         if node is not None and self._links.get(node) is link:
             del self._links[node]
+
+    def _hang_up(self, node: NodeId, reason: str) -> None:
+        """Close a node's connection; what is on its way on it counts no more."""
+        link = self._links.get(node)
+        if link is not None:
+            link.close(reason)
+            self._forget(link)
 
     def lose(self, node: NodeId, evidence: str) -> None:
         """Report that a node's agent is gone for certain. From any thread."""

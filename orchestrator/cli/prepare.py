@@ -14,7 +14,7 @@ from orchestrator.cli.follow import Follower
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
-from orchestrator.worlds.folder import RunFolder, home
+from orchestrator.worlds.folder import RunFolder, elsewhere, home
 from storage.errors import StorageError, UnsupportedUriError
 from storage.local import open_store
 
@@ -34,17 +34,18 @@ def prepare(run: TrainingRun, plan: FaultPlan | None, out: Path | None) -> tuple
         OSError: if the folder can not be made or written.
     """
     name = run.metadata.name
-    registered = home() / name
-    folder = RunFolder(out if out is not None else registered)
+    folder = RunFolder(out if out is not None else home() / name)
     _require_ours(folder)
-    if out is not None:
-        _require_name_free(registered, folder, name)
+    _require_name_free(folder, name)
     folder.root.mkdir(parents=True, exist_ok=True)
     held = _lock(folder, name)
     try:
+        over = _require_unfinished(folder, run, plan)
         _fill(folder, run, plan)
-        if out is not None:
-            _register(registered, folder)
+        _register(folder, name)
+        if over:
+            # Last: what is refused above leaves the former life to be looked at.
+            _archive(folder)
     except BaseException:
         os.close(held)
         raise
@@ -55,7 +56,6 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     """Put into the folder what the processes of the run are going to read."""
     for path in (folder.logs, folder.nodes):
         path.mkdir(exist_ok=True)
-    _open_journal(folder, run, plan)
     if run.spec.checkpoint.uri is not None:
         _require_store(run.spec.checkpoint.uri)
     _write(folder.run_file, msgspec.json.encode(run))
@@ -123,13 +123,14 @@ def _require_store(uri: str) -> None:
         ) from error
 
 
-def _open_journal(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
+def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> bool:
+    """Refuse a journal that this run can not go on from; return whether its life is over."""
     if not folder.journal.exists() or folder.journal.stat().st_size == 0:
-        return
+        return False
     # Not from run.json: the journal says which run it is of, and says it with a checksum.
     state = Follower(folder).poll()
     if state is None:
-        return
+        return False
     if state.run != run:
         raise CliError(
             f"the folder is of a run with another run file "
@@ -143,14 +144,14 @@ def _open_journal(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -
             "look at it with `holdfast report`, or run it anew with --out",
         )
     if state.phase.final:
-        _archive(folder)
-        return
+        return True
     if _planned(folder) != plan:
         raise CliError(
             f"the run goes on, and its fault plan was another one: {folder.root}",
             "give the same --faults as before, or start anew with --out",
             Exit.USAGE,
         )
+    return False
 
 
 def _planned(folder: RunFolder) -> FaultPlan | None:
@@ -195,26 +196,28 @@ def _leaves(data: object, path: str = "") -> list[tuple[str, object]]:
     ]
 
 
-def _require_name_free(registered: Path, folder: RunFolder, name: str) -> None:
+def _require_name_free(folder: RunFolder, name: str) -> None:
     """Refuse a name under which another run is known and alive."""
-    if registered.resolve() == folder.root.resolve():
-        return
-    registered.parent.mkdir(parents=True, exist_ok=True)
-    other = RunFolder(registered.resolve())
-    if other.supervisor_lock.exists():
-        _require_unlocked(
-            other.supervisor_lock, f"a run named {name} is running already: {other.root}"
-        )
+    home().mkdir(parents=True, exist_ok=True)
+    for place in (elsewhere(name), home() / name):
+        other = RunFolder(place.resolve())
+        if other.root != folder.root.resolve() and other.supervisor_lock.exists():
+            _require_unlocked(
+                other.supervisor_lock, f"a run named {name} is running already: {other.root}"
+            )
 
 
-def _register(registered: Path, folder: RunFolder) -> None:
-    """Make a run that lies elsewhere known by its name, instead of one that is over."""
+def _register(folder: RunFolder, name: str) -> None:
+    """Make this run the one that is known by its name, instead of one that is over."""
+    elsewhere(name).unlink(missing_ok=True)
+    registered = home() / name
     if registered.resolve() == folder.root.resolve():
         return
     if registered.is_symlink():
         registered.unlink()
-    if not registered.exists():
-        registered.symlink_to(folder.root)
+    # A folder of that name may hold all that is left of another run: it stays.
+    link = elsewhere(name) if registered.exists() else registered
+    link.symlink_to(folder.root)
 
 
 def _write(path: Path, data: bytes) -> None:

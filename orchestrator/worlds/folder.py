@@ -46,15 +46,24 @@ def home() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".holdfast").absolute()
 
 
+def elsewhere(name: str) -> Path:
+    """Return the link to a run that lies elsewhere while a folder in `home()` has its name.
+
+    No run is named like the link: names have no @.
+    """
+    return home() / f"{name}@elsewhere"
+
+
 def find(name: str) -> RunFolder:
     """Return the folder of a run, given its name or the path of its folder.
 
-    Runs that were started elsewhere (`--out`) have a link in `home()`.
+    Runs that were started elsewhere (`--out`) have a link in `home()`: by their name, or beside
+    a folder of that name; then the link is newer.
 
     Raises:
         FileNotFoundError: if there is no such run.
     """
-    for root in (home() / name, Path(name)):
+    for root in (elsewhere(name), home() / name, Path(name)):
         folder = RunFolder(root.resolve())
         if folder.journal.exists():
             return folder

@@ -9,13 +9,14 @@ import msgspec
 import pytest
 
 from orchestrator import compose
-from orchestrator.cli import prepare
+from orchestrator.cli import prepare, runs
 from orchestrator.cli.errors import CliError, Exit
+from orchestrator.core.events import StopRequested
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
-from tests.conftest import RUN
-from tests.journals import killed_rank, write
+from tests.conftest import RUN, Cluster
+from tests.journals import killed_rank, succeeded, text, write
 
 PLAN = compose.parse(
     "kind: FaultPlan\nfaults: [{when: {step: 12}, fault: kill-rank, rank: 1}]", FaultPlan, "plan"
@@ -33,7 +34,7 @@ def run(text: str = RUN) -> TrainingRun:
 
 
 @contextmanager
-def prepared(out: Path, plan: FaultPlan | None = None, text: str = RUN) -> Iterator[RunFolder]:
+def prepared(out: Path | None, plan: FaultPlan | None = None, text: str = RUN) -> Iterator[RunFolder]:
     folder, held = prepare.prepare(run(text), plan, out)
     try:
         yield folder
@@ -41,7 +42,7 @@ def prepared(out: Path, plan: FaultPlan | None = None, text: str = RUN) -> Itera
         os.close(held)
 
 
-def refused(out: Path, plan: FaultPlan | None = None, text: str = RUN) -> CliError:
+def refused(out: Path | None, plan: FaultPlan | None = None, text: str = RUN) -> CliError:
     with pytest.raises(CliError) as caught, prepared(out, plan, text):
         pass
     assert caught.value.hint
@@ -118,3 +119,55 @@ def test_a_name_that_can_not_be_registered_leaves_no_folder(home: Path, tmp_path
         pass
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_is_refused_leaves_the_former_life_where_reports_find_it(
+    tmp_path: Path,
+) -> None:
+    tier = tmp_path / "tier"
+    stored = RUN + f"  checkpoint: {{uri: {tier.as_uri()}}}\n"
+    life = Cluster(stored)
+    life.tell(StopRequested(at=1.0, by="a test"))
+    folder = write(life, tmp_path / "run")
+    tier.write_text("a file, not a folder")
+
+    error = refused(folder.root, text=stored)
+
+    assert "spec.checkpoint.uri" in str(error)
+    assert folder.journal.read_bytes() == text(life)
+    tier.unlink()
+    with prepared(folder.root, text=stored):
+        assert not folder.journal.exists()
+    assert (folder.root / "journal.1").read_bytes() == text(life)
+
+
+def test_a_name_means_the_run_that_was_started_last_even_beside_a_folder_of_that_name(
+    home: Path, tmp_path: Path
+) -> None:
+    home.mkdir()
+    at_home = write(succeeded(), home / "demo")
+    elsewhere = write(killed_rank(), tmp_path / "one")
+
+    with prepared(elsewhere.root):
+        assert runs.folder_of("demo").root == elsewhere.root
+        for out in (tmp_path / "two", None):
+            assert f"is running already: {elsewhere.root}" in str(refused(out))
+        assert not (tmp_path / "two").exists()
+
+    later = write(killed_rank(), tmp_path / "two")
+    with prepared(later.root):
+        assert runs.folder_of("demo").root == later.root
+    assert {folder.root for folder in runs.folders()} == {at_home.root, later.root}
+
+
+def test_a_run_that_is_started_at_home_again_is_what_its_name_means(
+    home: Path, tmp_path: Path
+) -> None:
+    home.mkdir()
+    at_home = write(killed_rank(), home / "demo")
+    with prepared(write(killed_rank(), tmp_path / "one").root):
+        pass
+
+    with prepared(None):
+        assert runs.folder_of("demo").root == at_home.root
+        assert "is running already" in str(refused(tmp_path / "one"))

@@ -34,7 +34,9 @@ def run(text: str = RUN) -> TrainingRun:
 
 
 @contextmanager
-def prepared(out: Path | None, plan: FaultPlan | None = None, text: str = RUN) -> Iterator[RunFolder]:
+def prepared(
+    out: Path | None, plan: FaultPlan | None = None, text: str = RUN
+) -> Iterator[RunFolder]:
     folder, held = prepare.prepare(run(text), plan, out)
     try:
         yield folder

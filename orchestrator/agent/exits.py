@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import traceback
 from pathlib import Path
 
 from orchestrator.agent.live import LiveRank
@@ -14,6 +15,7 @@ from orchestrator.protocol.phases import RankPhase
 MESSAGE_MAX = 4000
 TRACEBACK_MAX = 32_000
 TAIL_MAX_BYTES = 8000
+NODE_HINT = "Look at what this node has left: shared memory, disk, open files, processes."
 _SPEAKING = frozenset(
     -number
     for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -31,9 +33,9 @@ def exited(live: LiveRank, code: int) -> RankExited:
     here = reading is not None and reading.generation == live.seat.generation
     restored = live.seat.restore.step if live.seat.restore else Step(0)
     words = live.last_words
-    traceback = words.traceback[-TRACEBACK_MAX:] if words else ""
+    said = words.traceback[-TRACEBACK_MAX:] if words else ""
     if not words and (code > 0 or code in _SPEAKING):
-        traceback = _tail(live.seat.log, live.log_from)
+        said = _tail(live.seat.log, live.log_from)
     return RankExited(
         generation=live.seat.generation,
         rank=live.seat.rank,
@@ -43,21 +45,22 @@ def exited(live: LiveRank, code: int) -> RankExited:
         step=reading.step if here and reading else restored,
         kind=words.kind[:200] if words else "",
         message=words.message[:MESSAGE_MAX] if words else "",
-        traceback=traceback,
+        traceback=said,
         misconfigured=words.misconfigured if words else False,
     )
 
 
-def not_importable(
-    error: WarmUpError, entrypoint: str, generation: Generation, rank: Rank, step: Step
+def not_seated(
+    error: Exception, entrypoint: str, generation: Generation, rank: Rank, step: Step
 ) -> RankExited:
     """Return the fact that there is no process for `rank`, in the form of one that ended at once.
 
     The job as written can not run if the entrypoint itself is what is missing. Any other failure
-    (a library that is not there yet, a file system that hung) may be this node's alone, and is
-    worth another attempt.
+    (a library that is not there yet, a full memory, a file system that hung) may be this node's
+    alone, and is worth another attempt.
     """
-    answer = error.answer
+    answer = error.answer if isinstance(error, WarmUpError) else None
+    hint = error.hint if isinstance(error, WarmUpError) else NODE_HINT
     module, _, function = entrypoint.partition(":")
     itself = answer is not None and (
         (answer.kind == "ModuleNotFoundError" and _names(answer.message, module))
@@ -75,10 +78,14 @@ def not_importable(
         phase=int(RankPhase.STARTING),
         step=step,
         kind=answer.kind[:200] if answer else type(error).__name__,
-        message=f"{answer.message if answer else error}"[:MESSAGE_MAX] + f"\nhint: {error.hint}",
-        traceback=answer.traceback[-TRACEBACK_MAX:] if answer else "",
+        message=f"{answer.message if answer else error}"[:MESSAGE_MAX] + f"\nhint: {hint}",
+        traceback=(answer.traceback if answer else _traceback(error))[-TRACEBACK_MAX:],
         misconfigured=itself,
     )
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 def _names(message: str, module: str) -> bool:

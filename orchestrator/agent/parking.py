@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from orchestrator.agent.exits import NODE_HINT
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.warm import WarmUpError
@@ -33,6 +34,8 @@ class Parking:
             await self._ranks.refill(self._wanted())
         except WarmUpError as error:
             log.error("nobody stands by: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
+        except OSError as error:
+            log.error("nobody stands by: %s; hint: %s", error, NODE_HINT)  # noqa: TRY400 - the same
 
     async def replace(self, live: LiveRank, code: int) -> None:
         """Replace one that ended without ever having had a seat; more slowly every time."""

@@ -121,6 +121,7 @@ class Ranks:
 
         Raises:
             WarmUpError: if none can be forked.
+            OSError: if this node has no memory, descriptor or file for one.
         """
         self._takers += 1
         try:
@@ -146,6 +147,7 @@ class Ranks:
 
         Raises:
             WarmUpError: if none can be forked.
+            OSError: if this node has no memory, descriptor or file for one.
         """
         parked = self.parked()
         for live in parked[wanted:]:
@@ -231,19 +233,19 @@ class Ranks:
 
     async def _park_one(self) -> None:
         page = self._memory / "beacons" / f"{os.getpid()}-{next(self._numbers)}"
-        create(page)
-        ours, theirs = socket.socketpair()
         environment = {BEACON_VARIABLE: str(page), MEMORY_VARIABLE: str(self._memory)}
-        try:
+        with contextlib.ExitStack() as undo:
+            create(page)
+            undo.callback(page.unlink)
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
             with theirs:
                 pid = await self._nursery.fork(
                     environment, theirs, CONTROL_FD_VARIABLE, self._idle_log
                 )
-        except BaseException:
-            ours.close()
-            page.unlink()
-            raise
-        live = LiveRank(RankProcess(pid), page)
+            undo.callback(_end_unknown, pid)
+            live = LiveRank(RankProcess(pid), page)
+            undo.pop_all()
 
         def heard(message: FromRank) -> None:
             live.hear(message)
@@ -288,6 +290,12 @@ class Ranks:
         if not live.process.reap_group(0.0):
             await asyncio.to_thread(live.process.reap_group, GROUP_WITHIN_S)
         live.gone.set()
+
+
+def _end_unknown(pid: int) -> None:
+    """End a child that can not be kept; it is reaped with the strays."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _unreadiness(live: LiveRank) -> tuple[int, int]:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from orchestrator.agent.account import CLEARED, SEATED, Account
 from orchestrator.agent.durable import DurableShard, DurableTier
-from orchestrator.agent.exits import not_importable
+from orchestrator.agent.exits import not_seated
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.shards import CorruptError, KeeperError, StaleError
-from orchestrator.agent.warm import WarmUpError
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import (
@@ -186,26 +185,25 @@ class Seating:
     # Seats ----------------------------------------------------------------------------------------
 
     async def _seat_all(self, order: Begin, terms: Welcome, restores: Restores) -> bool:
-        self.cache.mkdir(parents=True, exist_ok=True)
+        """Give every rank its process; return whether all have one. If not, a fact says why."""
         seats = [self._seat_one(order, terms, rank, restore) for rank, restore in restores.items()]
         outcomes = await asyncio.gather(*seats, return_exceptions=True)
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        for error in errors:
-            if not isinstance(error, WarmUpError):
+        for rank, error in zip(restores, outcomes, strict=True):
+            if isinstance(error, Exception):
+                # Whatever it is: a controller that hears nothing takes this node for hanging.
+                log.warning("rank %d has no process: %s: %s", rank, type(error).__name__, error)
+                step = order.restore or Step(0)
+                self._say(not_seated(error, self._config.entrypoint, order.generation, rank, step))
+                return False
+            if error is not None:
                 raise error
-        if errors and isinstance(errors[0], WarmUpError):
-            step = order.restore or Step(0)
-            self._say(
-                not_importable(
-                    errors[0], self._config.entrypoint, order.generation, min(restores), step
-                )
-            )
-        return not errors
+        return True
 
     async def _seat_one(
         self, order: Begin, terms: Welcome, rank: Rank, restore: Restore | None
     ) -> None:
         """Seat the process that had this rank before, or one that stands by."""
+        self.cache.mkdir(parents=True, exist_ok=True)
         live = self._ranks.seated().get(rank)
         if live is None or live.dismissed:
             live = await self._ranks.take()

@@ -3,6 +3,9 @@
 Worlds to come are added to `WORLDS`; a run file and a fault plan mean the same in each of them.
 """
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from orchestrator.core import journal
 from orchestrator.core.events import Reported
 from orchestrator.core.report import Report
 from orchestrator.protocol.messages import FaultCarriedOut
+from tests.programs.played import restores
 from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process
@@ -153,6 +157,26 @@ def test_a_lost_node_is_replaced_by_the_spare_from_memory_alone(job: Start) -> N
     assert report.incidents[0].restored_step >= 25
 
 
+def test_a_node_that_missed_a_generation_comes_back_to_what_that_one_has_done(job: Start) -> None:
+    """Cut off, node-1 goes on to steps 20 and 25; without it they are done again, and continued."""
+    one = job(
+        at(19, "partition-node", node="node-1", **{"for": "2500ms"}),
+        at(29, "lose-node", node="node-2"),
+        trainer__options={"steps": 60, "step_s": 0.1, "save_every": 5, "durable_every": 60},
+        checkpoint__everySteps=60,
+    )
+
+    _, report = one.conduct()
+
+    assert_whole(report)
+    assert report.generations == 3
+    logs = [one.folder.logs / f"rank-{rank:05d}.log" for rank in range(4)]
+    restored = [r[1:] for log in logs for r in restores(log.read_text()) if r[0] == 3]
+    assert len(restored) == 4
+    ((_, saved_by),) = set(restored)
+    assert saved_by == 2
+
+
 def test_a_loss_of_all_memory_falls_back_to_the_durable_tier(job: Start) -> None:
     one = job(
         at(45, "kill-agent", node="node-0"),
@@ -235,3 +259,85 @@ def test_a_run_without_spares_gives_up_when_it_needs_one_and_says_so(job: Start)
     assert (code, report.state) == (3, "Failed")
     assert "needs 2 nodes and has 1, 0 of 0 spares free" in report.reason
     assert one.leftovers() == []
+
+
+def agent_of(one: Job, node: str) -> int:
+    """Return the process of a node's agent."""
+    born = (one.folder.nodes / node / "born.json").read_text()
+    (pid,) = [p for p, c in one.processes() if "orchestrator.agent" in c and str(p) in born]
+    return pid
+
+
+def stop_agent(one: Job, node: str, seconds: float) -> None:
+    """Once the run trains, keep a node's agent from running for a while; its ranks run on."""
+    reached = Path(one.run["spec"]["trainer"]["options"]["lockstep"]) / "1.0"
+    deadline = time.monotonic() + 30
+    while not reached.exists() or int(reached.read_text() or 0) < 10:
+        assert time.monotonic() < deadline, one.output()
+        time.sleep(0.05)
+    pid = agent_of(one, node)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def long(**more: Any) -> dict[str, Any]:
+    """Options of a run that lasts 8 s."""
+    return {"steps": 400, "step_s": 0.02, "save_every": 5, "durable_every": 200, **more}
+
+
+def test_a_node_whose_agent_did_not_run_for_a_while_has_its_seats_again_when_it_does(
+    job: Start,
+) -> None:
+    one = job(
+        nodes__spares=0,
+        trainer__steps=400,
+        trainer__options=long(),
+        recovery={"spareWait": "10s"},
+    )
+    one.start("--quiet")
+
+    stop_agent(one, "node-1", 3)
+    one.finish()
+
+    report = one.report()
+    assert_whole(report, 400)
+    assert [incident.kind for incident in report.incidents] == ["node-silent"]
+    assert report.incidents[0].suspects[-1] == "node-1"
+    assert report.rungs == {"start": 1, "restart in place": 1}
+    assert one.leftovers() == []
+
+
+def test_a_spare_whose_agent_did_not_run_for_a_while_is_one_again_when_it_does(
+    job: Start,
+) -> None:
+    one = job(
+        at(300, "kill-agent", node="node-1"),
+        trainer__steps=400,
+        trainer__options=long(),
+    )
+    one.start("--quiet")
+
+    stop_agent(one, "node-2", 3)
+    one.finish()
+
+    report = one.report()
+    assert_whole(report, 400)
+    assert [incident.kind for incident in report.incidents] == ["node-lost"]
+    assert report.rungs == {"start": 1, "swap for a spare": 1}
+
+
+def test_a_restore_that_takes_longer_than_any_before_is_not_taken_for_a_hang(job: Start) -> None:
+    # detectWithin is 2 s, so form_s is 5 s.
+    options = {"steps": 60, "step_s": 0.02, "save_every": 5, "durable_every": 20, "restore_s": 7}
+    one = job(at(22, "kill-rank", rank=1), trainer__options=options)
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert [incident.kind for incident in report.incidents] == ["crash"]
+    assert report.generations == 2
+    assert report.false_alarms == 0

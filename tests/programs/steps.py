@@ -3,7 +3,7 @@
 Its state is three numbers: how many steps it has, of which rank it is, which generation saved it.
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
-garbage, spawn, stubborn, raise_at, nap_at and nap_s, await_persisted.
+garbage, spawn, stubborn, raise_at, nap_at and nap_s, restore_s, await_persisted.
 """
 
 import os
@@ -104,6 +104,8 @@ def _misbehave(options: dict[str, Any]) -> None:
 def _restored(worker: Worker, seat: Seat) -> int:
     if seat.restore is None:
         return 0
+    worker.phase(RankPhase.RESTORING)
+    time.sleep(seat.job["trainer"]["options"].get("restore_s", 0))
     index = decode_index(seat.restore.index.encode())
     words = open_views(index, worker.restore_view(seat.restore))["param/w"].cast("q")
     assert words[0] == seat.restore.step, (words[0], seat.restore.step)

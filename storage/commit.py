@@ -17,6 +17,7 @@ from storage.errors import (
 )
 from storage.manifest import (
     COMMITS,
+    GENERATIONS,
     VERDICTS,
     Manifest,
     ShardReceipt,
@@ -28,6 +29,7 @@ from storage.manifest import (
     generation_prefix,
     index_key,
     parse_commit_key,
+    parse_generation_key,
     parse_verdict_key,
     receipt_of,
 )
@@ -117,6 +119,17 @@ def latest_commit(store: BlobStore) -> tuple[int, int] | None:
     commits = [parse_commit_key(key) for key in store.keys(COMMITS)]
     verdicts = [parse_verdict_key(key) for key in store.keys(VERDICTS)]
     return max(((found[1], found[0]) for found in (*commits, *verdicts) if found), default=None)
+
+
+def newest_epoch(store: BlobStore) -> int:
+    """Return the newest epoch of which anything is in the store, 0 if nothing is.
+
+    Shards count that nobody committed, and commits that nobody can read: their keys are taken. A
+    writer that starts anew has to have a newer epoch than this.
+    """
+    latest = latest_commit(store)
+    stored = (parse_generation_key(key) for key in store.keys(GENERATIONS))
+    return max([latest[0] if latest else 0, *(found[1] for found in stored if found)])
 
 
 def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:

@@ -6,6 +6,7 @@ name: linking fails if the name is taken, which makes `put` exclusive where a re
 
 import errno
 import itertools
+import math
 import os
 import re
 import socket
@@ -147,6 +148,42 @@ class LocalStore:
                 removed.append(path)
         return removed
 
+    def sweep_old(self, idle_s: float) -> list[Path]:
+        """Remove the temporary files that nobody has written to for long, whoever made them.
+
+        Good for where names of hosts and numbers of processes prove nothing, as in containers. A
+        writer that stood still for so long and lives is told that its file was swept.
+
+        Args:
+            idle_s: how long a file must not have been written to, seconds by the file system's
+                own clock.
+
+        Returns:
+            The files removed, sorted.
+
+        Raises:
+            StorageError: if the store does not answer or refuses.
+        """
+        with _translated(".tmp-*"):
+            found = [p for p in sorted(self.root.rglob(".tmp-*")) if _TEMPORARY.fullmatch(p.name)]
+            if not found:
+                return []
+            deadline = self._now() - idle_s
+            old = [path for path in found if _written_at(path) < deadline]
+            for path in old:
+                path.unlink(missing_ok=True)
+        return old
+
+    def _now(self) -> float:
+        """Return what the clock says that stamps the files here; it need not be this host's."""
+        temporary, descriptor = self._create_temporary(self.root)
+        try:
+            return os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            _in_flight.discard(temporary)
+
     def _path(self, key: str) -> Path:
         return self.root / validate_key(key)
 
@@ -257,6 +294,13 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf  # its writer has just finished
 
 
 def _is_left_over(path: Path, gone_hosts: Collection[str]) -> bool:

@@ -74,6 +74,10 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """What is there of another run; "" if nothing is."""
     reads: int = 0
     """How often the store was asked for anything."""
+    shards: int = 0
+    """How many shards the checkpoint has; 0 if there is none, or it was not said."""
+    epoch_seen: Generation = Generation(0)
+    """The newest epoch of which anything is there, however useless; 0 if nothing is."""
 
 
 class SearchFailed(_Event, frozen=True, kw_only=True):

@@ -17,14 +17,17 @@ from orchestrator.core.events import (
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from storage.catalog import Catalog
-from storage.commit import commit
+from storage.commit import commit, newest_epoch
 from storage.errors import StorageError
-from storage.local import open_store
+from storage.local import LocalStore, open_store
 from storage.manifest import ShardReceipt, commit_key, make_manifest
 from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Event], None]
+
+LEFT_OVER_S = 3600.0
+"""A file that nobody finished, nor has written to for so long, is of a writer that died."""
 
 
 class Vault:
@@ -40,8 +43,10 @@ class Vault:
         self.uri = uri
         self._run = run
         self._clock = clock
-        self._store = CountingStore(RetryingStore(open_store(uri)))
+        self._opened = open_store(uri)
+        self._store = CountingStore(RetryingStore(self._opened))
         self._thread = ThreadPoolExecutor(1, "holdfast-vault")
+        self._thread.submit(self._sweep)
 
     def search(self, tell: Tell) -> None:
         """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed."""
@@ -74,6 +79,7 @@ class Vault:
                     if record.manifest is not None and record.manifest.run_id != name
                 }
             )
+            epoch_seen = newest_epoch(self._store)
         except Exception as error:  # noqa: BLE001 - a run must not wait for an answer for ever
             hint = getattr(error, "hint", type(error).__name__)
             tell(SearchFailed(at=self._clock(), reason=f"{error} ({hint})"))
@@ -87,6 +93,8 @@ class Vault:
                 rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
                 foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
                 reads=self._store.reads - before,
+                shards=found.shards if found else 0,
+                epoch_seen=Generation(epoch_seen),
             )
         )
 
@@ -121,3 +129,16 @@ class Vault:
         except StorageError as error:
             # What could not be deleted now is deleted after the next commit.
             log.warning("old checkpoints stay for now: %s", error)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what writers that were killed left behind; readers never see it, disks do."""
+        if not isinstance(self._opened, LocalStore):
+            return
+        try:
+            swept = self._opened.sweep_old(LEFT_OVER_S)
+        except StorageError as error:
+            log.warning("unfinished files stay for now: %s", error)
+            return
+        if swept:
+            log.info("removed %d unfinished files of dead writers", len(swept))

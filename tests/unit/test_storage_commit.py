@@ -13,6 +13,7 @@ from storage.commit import (
     fetch_index,
     fetch_shard,
     latest_commit,
+    newest_epoch,
     write_shard,
 )
 from storage.errors import (
@@ -229,6 +230,17 @@ def test_a_commit_without_all_its_shards_is_refused(
         commit(store, manifest, newest_epoch_known=2)
 
     assert store.keys("commits/") == []
+
+
+def test_the_newest_epoch_is_that_of_whatever_any_writer_has_left_in_the_store() -> None:
+    store = MemoryStore()
+    assert newest_epoch(store) == 0
+    commit(store, written(store, 40, epoch=2), newest_epoch_known=2)
+    assert newest_epoch(store) == 2
+    store.put(verdict_key(60, 3, 0, "deleting"), b"")
+    assert newest_epoch(store) == 3
+    write_shard(store, *staged(20, 5))
+    assert newest_epoch(store) == 5
 
 
 def test_an_index_that_was_exchanged_is_found() -> None:

@@ -137,6 +137,32 @@ def test_a_sweep_spares_the_living_and_other_hosts(tmp_path: Path) -> None:
     assert store.sweep(gone_hosts=["node-b"]) == [other]
 
 
+def test_what_nobody_has_written_to_for_long_is_removed_whoever_it_is_of(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.put("gen/a", b"x")
+    fresh, old, ours = (
+        tmp_path / "gen" / name
+        for name in (".tmp-node-b-7-0", ".tmp-node-b-7-1", f".tmp-{socket.gethostname()}-1-0")
+    )
+    blob, notes = tmp_path / "gen" / "a", tmp_path / ".tmp-notes"
+    for path in (fresh, old, ours, notes):
+        path.touch()
+    for path in (old, ours, notes, blob):
+        os.utime(path, (1, 1))
+
+    assert store.sweep_old(3600) == sorted([ours, old])
+
+    assert fresh.exists()
+    assert notes.exists()
+    assert store.keys() == ["gen/a"]
+    assert len(temporaries(tmp_path)) == 2
+
+
+def test_a_store_that_is_not_there_yet_has_nothing_to_sweep(tmp_path: Path) -> None:
+    assert LocalStore(tmp_path / "none").sweep_old(0.0) == []
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_sweep_during_a_put_of_the_same_process_does_not_take_its_file(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     writer = LocalStore(tmp_path, before=lambda _: store.sweep() and None)

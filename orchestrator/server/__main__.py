@@ -79,6 +79,7 @@ def _run(folder: RunFolder, port: int) -> int:
         log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
     clock = RunClock(folder.clock, reached=controller.state.now)
     world = _world(run, folder, clock, controller)
+    world.resume(controller.state, file.entries)
     server = Server(world, folder.token.read_text(encoding="ascii").strip(), port=port)
     try:
         server.start()
@@ -108,15 +109,13 @@ def _world(
     if folder.plan_file.exists():
         faults = _decoded(folder.plan_file, FaultPlan).drawn()
     uri = run.spec.checkpoint.uri or str(folder.checkpoints)
-    world = LocalWorld(
+    return LocalWorld(
         run,
         controller.state.timeouts,
         clock=clock,
         vault=Vault(run, uri, clock),
         schedule=Schedule(faults),
     )
-    world.resume(controller.state)
-    return world
 
 
 def _drive(

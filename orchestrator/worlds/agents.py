@@ -38,6 +38,7 @@ from orchestrator.core.events import (
     StopRequested,
     Tick,
 )
+from orchestrator.core.journal import Entry
 from orchestrator.core.lineage import continued
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import ArmedFault
@@ -63,6 +64,7 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.addresses import Addresses
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
@@ -122,8 +124,8 @@ class AgentWorld:
         self._queue: queue.Queue[_Arrived | _Known] = queue.Queue(QUEUE_MAX)
         self._links: dict[NodeId, Link] = {}
         self._names: dict[Link, NodeId] = {}
-        self._peers: dict[NodeId, str] = {}
-        self._begun: dict[NodeId, Begin] = {}
+        self._addresses = Addresses()
+        self._started: StartGeneration | None = None
         self._columns = Columns(run.world_size)
         self._seats: tuple[NodeId, ...] = ()
         self._generation = Generation(0)
@@ -153,14 +155,19 @@ class AgentWorld:
 
     # The world ------------------------------------------------------------------------------
 
-    def resume(self, state: RunState) -> None:
-        """Continue from what a replayed journal left behind."""
+    def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
+        """Continue from what a journal says, and from the state that replaying it led to."""
         self._seats, self._generation = state.seats, state.generation
         self._ancestors = state.ancestors
         # Whoever continues from the seed has none.
         self._restore = state.start_step if state.ancestors else None
         self._columns.begin(state.generation, state.reached_step)
-        self._schedule.resume(set(state.injected), state.carried_out)
+        self._schedule.resume(entry.event for entry in entries)
+        for decision in (d for entry in entries for d in entry.decisions):
+            if isinstance(decision, StartGeneration):
+                self._started = decision
+        if self._started is not None:
+            self._addresses.begin(self._started)
 
     def events(self) -> Iterator[Event]:
         """Yield what happens, until the run has ended and its agents have been told."""
@@ -182,8 +189,7 @@ class AgentWorld:
 
     def carry_out(self, decision: Decision) -> None:  # noqa: C901, PLR0912 - one case per decision
         """Carry out a decision; never blocks, what comes of it comes back as an event."""
-        self._orders += 1
-        order = f"{decision.generation}.{self._orders}"
+        order = self._next_order(decision.generation)
         match decision:
             case StartGeneration():
                 self._start(order, decision)
@@ -269,7 +275,7 @@ class AgentWorld:
             case Beat():
                 self._columns.take(node, message)
             case FaultDue(index=index):
-                yield from self._inject(at, self._schedule.asked_for(index), node)
+                yield from self._inject(at, self._schedule.asked_for(index, node), node)
             case _:
                 if isinstance(message, FaultCarriedOut):
                     self._schedule.confirm(message.index)
@@ -286,8 +292,7 @@ class AgentWorld:
             old.close("the same node connected again")
             self._names.pop(old, None)
         self._links[joined.node], self._names[link] = link, joined.node
-        self._peers[joined.node] = joined.peer_address
-        self._begun.pop(joined.node, None)
+        self._addresses.joined(joined.node, joined.peer_address)
         spec = self.run.spec
         name = self.run.metadata.name
         self._send(
@@ -303,11 +308,23 @@ class AgentWorld:
                 steps_known=self._columns.reported,
             ),
         )
-        armed = tuple(msgspec.to_builtins(fault) for fault in self._schedule.left())
-        if armed:
-            self._send(joined.node, Arm(order=f"arm-{joined.node}", faults=armed))
+        self._remind(joined)
         self._watch(joined)
         yield Reported(at=at, node=joined.node, fact=joined)
+
+    def _remind(self, joined: Joined) -> None:
+        """Send again what an earlier connection, or an earlier controller, may have lost."""
+        node = joined.node
+        # Even if nothing is left: a controller before this one may have armed it with more.
+        left = tuple(msgspec.to_builtins(fault) for fault in self._schedule.left())
+        self._send(node, Arm(order=self._next_order(self._generation), faults=left))
+        for index in self._schedule.owed(node):
+            self._send(node, CarryOut(order=self._next_order(self._generation), index=index))
+        # One that comes from another generation is the controller's to decide on.
+        if joined.generation == self._generation and node in self._seats:
+            self._begin(self._next_order(self._generation), node)
+        for caller in self._addresses.waiting(node):
+            self._begin(self._next_order(self._generation), caller)
 
     def _watch(self, joined: Joined) -> None:
         """Do what this kind of world can to notice early that a node's agent is gone."""
@@ -341,7 +358,7 @@ class AgentWorld:
     def _inject(self, at: Seconds, armed: ArmedFault | None, node: NodeId) -> Iterator[Event]:
         if armed is None:
             return
-        self._schedule.injected(armed.index)
+        self._schedule.injected(armed.index, node)
         fault = armed.fault
         target = f"rank {fault.rank}" if fault.rank is not None else node or "controller"
         yield FaultInjected(
@@ -355,29 +372,37 @@ class AgentWorld:
         if decision.generation > self._generation:
             self._columns.begin(decision.generation, restore.step if restore else Step(0))
             self._continue(restore)
+            self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats
-        peers = {node: address for node, address in self._peers.items() if node in self._links}
-        shards = self.run.world_size // self.run.spec.parallelism.dp_replicate
-        begin = Begin(
-            order=order,
-            generation=decision.generation,
-            seats=decision.seats,
-            dismiss=decision.dismiss,
-            buddies=decision.buddies,
-            peers=peers,
-            restore=self._restore,
-            ancestors=self._ancestors,
-            sources=restore.sources if restore else (),
-            commit=restore.commit if restore else "",
-            shard_of=tuple(rank % shards for rank in range(self.run.world_size)),
-        )
+        self._started = decision
+        # Repeated for a node that came back: the others only need to hear of new addresses.
         for node in dict.fromkeys(decision.seats):
-            before = self._begun.get(node)
-            known = before is not None and before.generation == begin.generation
-            # Repeated for a node that came back: the others only need to hear of new addresses.
-            if node in self._links and not (known and before and before.peers == peers):
-                self._begun[node] = begin
-                self._send(node, begin)
+            self._begin(order, node)
+
+    def _begin(self, order: str, node: NodeId) -> None:
+        """Send a seated node the present generation, if it lacks that or an address it needs."""
+        started = self._started
+        peers = self._addresses.news(node, self._links) if node in self._links else None
+        if started is None or peers is None:
+            return
+        restore = started.restore
+        shards = self.run.world_size // self.run.spec.parallelism.dp_replicate
+        self._send(
+            node,
+            Begin(
+                order=order,
+                generation=started.generation,
+                seats=started.seats,
+                dismiss=started.dismiss,
+                buddies=started.buddies,
+                peers=peers,
+                restore=self._restore,
+                ancestors=self._ancestors,
+                sources=restore.sources if restore else (),
+                commit=restore.commit if restore else "",
+                shard_of=tuple(rank % shards for rank in range(self.run.world_size)),
+            ),
+        )
 
     def _continue(self, restore: RestoreFrom | None) -> None:
         """Note whom the generation continues that comes after the present one."""
@@ -385,6 +410,10 @@ class AgentWorld:
         commit = parse_commit_key(restore.commit) if restore else None
         epoch = Generation(commit[1]) if commit else None
         self._ancestors = continued(self._ancestors, self._generation, self._restore, epoch)
+
+    def _next_order(self, generation: Generation) -> str:
+        self._orders += 1
+        return f"{generation}.{self._orders}"
 
     def _send(self, node: NodeId, message: ToAgent) -> None:
         link = self._links.get(node)

@@ -11,7 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from orchestrator import compose
-from orchestrator.core.events import ControllerStarted, Event
+from orchestrator.core.events import ControllerStarted, Event, FaultInjected
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.agent import AGENT_PATH
 from orchestrator.protocol.ids import NodeId
@@ -21,6 +21,7 @@ from orchestrator.protocol.messages import (
     Arm,
     Begin,
     CarryOut,
+    FaultCarriedOut,
     FaultDue,
     FromAgent,
     Joined,
@@ -35,6 +36,7 @@ from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.vault import Vault
+from tests.programs.played import wait_for
 
 pytestmark = pytest.mark.process
 TOKEN = "a-token-for-tests"  # noqa: S105 - it opens nothing but this test
@@ -218,15 +220,22 @@ def test_a_planned_fault_is_armed_and_carried_out_only_once_it_is_on_record(side
         arm = hear(one, Arm)
         say(one, FaultDue(index=0))
         order = hear(one, CarryOut)
-        say(one, FaultDue(index=0))  # the agent did not hear, and asks again
-
+    with dial(side) as one:  # it did not hear, comes back, and asks again
+        say(one, joined("node-0"))
+        left = hear(one, Arm)
         again = hear(one, CarryOut)
+        say(one, FaultDue(index=0))
+        say(one, FaultCarriedOut(index=0))
+    wait_for(lambda: side.controller.state.carried_out == {0})
 
     assert isinstance(arm, Arm)
     assert arm.faults[0]["fault"]["rank"] == 1
+    assert isinstance(left, Arm)
+    assert left.faults == ()
     assert isinstance(order, CarryOut)
     assert isinstance(again, CarryOut)
-    assert list(side.controller.state.injected) == [0]
+    assert again.order != order.order
+    assert [event.index for event in side.events if isinstance(event, FaultInjected)] == [0]
 
 
 def test_a_port_that_is_taken_is_said_to_be(side: Side) -> None:

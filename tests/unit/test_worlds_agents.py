@@ -1,0 +1,209 @@
+"""What a world sends to agents that join: after a lost connection, and after a take-over."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator import compose
+from orchestrator.core.events import ControllerStarted, Event, FaultInjected, Tick
+from orchestrator.faults.plan import FaultPlan
+from orchestrator.protocol.ids import Generation, NodeId
+from orchestrator.protocol.messages import (
+    MARKS,
+    PROTOCOL_VERSION,
+    Arm,
+    Begin,
+    CarryOut,
+    FaultCarriedOut,
+    FromAgent,
+    Joined,
+    ToAgent,
+    read_to_agent,
+)
+from orchestrator.worlds.agents import AgentWorld
+from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.vault import Vault
+from tests.conftest import Cluster
+
+PLAN = """
+kind: FaultPlan
+faults:
+  - {when: {after: 2s}, fault: freeze-rank, rank: 0, for: 1s}
+"""
+
+
+class Wire:
+    """A connection that keeps what is sent on it."""
+
+    def __init__(self) -> None:
+        self.sent: list[ToAgent] = []
+        self.closed = ""
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(read_to_agent(data))
+
+    def close(self, reason: str) -> None:
+        self.closed = reason
+
+    def peers(self) -> list[dict[NodeId, str]]:
+        """Return the addresses in each `Begin` that was sent, oldest first."""
+        return [message.peers for message in self.sent if isinstance(message, Begin)]
+
+    def orders(self) -> list[int]:
+        return [message.index for message in self.sent if isinstance(message, CarryOut)]
+
+
+class Side:
+    """A controller that trains already, and the world of the one that takes over from it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cluster = Cluster()
+        self.folder = folder
+        self.world = self._world()
+        self.wires: dict[str, Wire] = {}
+
+    def _world(self) -> AgentWorld:
+        run = self.cluster.run
+        self.vault = Vault(run, str(self.folder), self.cluster.at)
+        return AgentWorld(
+            run,
+            self.cluster.state.timeouts,
+            clock=self.cluster.at,
+            vault=self.vault,
+            schedule=Schedule(compose.parse(PLAN, FaultPlan, "plan.yaml").drawn()),
+        )
+
+    def take_over(self) -> None:
+        """The controller is killed, and another one goes on from what is on record."""
+        self.vault.close()
+        self.world = self._world()
+        self.wires = {}
+        self.world.resume(self.cluster.state, self.cluster.entries)
+        incarnation = self.cluster.state.incarnation + 1
+        self._handle(ControllerStarted(at=self.cluster.at(), incarnation=incarnation))
+
+    def join(self, node: str, *, port: int, generation: int, incarnation: int = 1) -> Wire:
+        """A node connects, and says in which generation it is."""
+        wire = self.wires[node] = Wire()
+        joined = Joined(
+            node=NodeId(node),
+            version=PROTOCOL_VERSION,
+            incarnation=incarnation,
+            pid=1,
+            peer_address=f"127.0.0.1:{port}",
+            generation=Generation(generation),
+            mark=MARKS.index("stepped") if generation else 0,
+        )
+        self.say(node, joined)
+        return wire
+
+    def say(self, node: str, message: FromAgent) -> None:
+        """Hand in a message as the server does, and carry out what comes of it."""
+        self.cluster.after(0.01)
+        self.world.take(self.wires[node], message)
+        for event in self.world.events():
+            self._handle(event)
+            if isinstance(event, Tick):
+                break
+
+    def _handle(self, event: Event) -> None:
+        for decision in self.cluster.tell(event):
+            self.world.carry_out(decision)
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Iterator[Side]:
+    side = Side(tmp_path)
+    side.cluster.start()
+    yield side
+    side.vault.close()
+
+
+AT = {NodeId(f"node-{n}"): f"127.0.0.1:{n}" for n in range(3)}
+
+
+def test_who_joins_a_successor_first_is_told_where_its_buddy_is_when_that_joins(side: Side) -> None:
+    side.take_over()
+    first = side.join("node-0", port=0, generation=1)
+    assert first.peers() == [{"node-0": AT[NodeId("node-0")]}]
+
+    side.join("node-2", port=2, generation=0)
+    assert len(first.peers()) == 1
+
+    second = side.join("node-1", port=1, generation=1)
+
+    assert first.peers()[1:] == [AT]
+    assert second.peers() == [AT]
+
+
+def test_a_begin_that_was_lost_with_the_controller_reaches_both_with_every_address(
+    side: Side,
+) -> None:
+    side.cluster.train(10)
+    side.cluster.hold(10)
+    side.cluster.exit(1, step=10)
+    assert side.cluster.state.generation == 2
+    side.take_over()
+
+    behind = side.join("node-1", port=1, generation=1)
+    there = side.join("node-0", port=0, generation=2)
+
+    for wire in (behind, there):
+        (*_, last) = [message for message in wire.sent if isinstance(message, Begin)]
+        assert (last.generation, last.restore) == (2, 10)
+        assert last.buddies == {"node-0": "node-1", "node-1": "node-0"}
+        assert last.peers.items() >= {("node-0", "127.0.0.1:0"), ("node-1", "127.0.0.1:1")}
+
+
+def test_an_agent_that_comes_back_with_another_port_is_called_there_by_those_that_call_it(
+    side: Side,
+) -> None:
+    side.take_over()
+    wire = side.join("node-0", port=0, generation=1)
+    side.join("node-1", port=1, generation=1)
+    side.join("node-2", port=2, generation=0)
+    before = len(wire.peers())
+
+    side.join("node-2", port=22, generation=0, incarnation=2)
+    assert len(wire.peers()) == before, "nobody calls a node without a seat that holds nothing"
+
+    side.join("node-1", port=11, generation=1)
+    assert wire.peers()[before:] == [AT | {"node-1": "127.0.0.1:11", "node-2": "127.0.0.1:22"}]
+
+
+def test_an_order_on_record_that_was_never_sent_is_sent_by_the_successor_until_it_is_confirmed(
+    side: Side,
+) -> None:
+    on_record = FaultInjected(
+        at=side.cluster.at(), index=0, description="x", target="rank 0", node=NodeId("node-0")
+    )
+    side.cluster.tell(on_record)
+    side.take_over()
+
+    assert side.join("node-1", port=1, generation=1).orders() == []
+    assert side.join("node-0", port=0, generation=1).orders() == [0]
+    assert side.join("node-0", port=0, generation=1).orders() == [0]
+
+    side.say("node-0", FaultCarriedOut(index=0))
+
+    assert side.join("node-0", port=0, generation=1).orders() == []
+    side.take_over()
+    assert side.join("node-0", port=0, generation=1).orders() == []
+
+
+def test_an_agent_that_was_armed_by_the_predecessor_is_told_that_nothing_is_left(
+    side: Side,
+) -> None:
+    def armed(wire: Wire) -> list[int]:
+        (arm,) = [message for message in wire.sent if isinstance(message, Arm)]
+        return [fault["index"] for fault in arm.faults]
+
+    assert armed(side.join("node-0", port=0, generation=1)) == [0]
+    on_record = FaultInjected(
+        at=side.cluster.at(), index=0, description="x", target="rank 0", node=NodeId("node-0")
+    )
+    side.cluster.tell(on_record)
+    side.take_over()
+
+    assert armed(side.join("node-0", port=0, generation=1)) == []

@@ -62,12 +62,15 @@ class Job:
         """Return the folder of the run."""
         return RunFolder(self.root / "run")
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        """Start the command; its output is at `root`/out, its errors at `root`/err."""
+    def start(self, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """Start the command, at the end of the command line `before`, if there is one.
+
+        Its output is at `root`/out, its errors at `root`/err.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         run_file = self.root / "run.yaml"
         run_file.write_text(yaml.safe_dump(self.run), encoding="utf-8")
-        command = [str(Path(sys.executable).with_name("holdfast")), "run", str(run_file)]
+        command = [*before, str(Path(sys.executable).with_name("holdfast")), "run", str(run_file)]
         if self.faults:
             plan = {"kind": "FaultPlan", "faults": self.faults}
             plan_file = self.root / "faults.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -80,6 +81,14 @@ def children() -> list[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.update(int(word) for word in path.read_text(encoding="ascii").split())
     return sorted(found)
+
+
+def await_readable(descriptors: Iterable[int], within_s: float | None = None) -> None:
+    """Wait until one of `descriptors` is readable, at most `within_s` seconds; None for ever."""
+    poll = select.poll()  # select() knows no descriptor above 1023
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    poll.poll(None if within_s is None else within_s * 1000)
 
 
 def end_strays(spared: Iterable[int]) -> set[int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import select
 import threading
 from collections.abc import Callable
 
+from orchestrator.agent import linux
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import Joined
 from orchestrator.protocol.runfile import TrainingRun
@@ -44,7 +44,7 @@ class LocalWorld(AgentWorld):
 
         def wait() -> None:
             with open(descriptor, closefd=True, mode="rb"):  # noqa: PTH123 - no path: a descriptor
-                select.select([descriptor], [], [])
+                linux.await_readable([descriptor])
             if self._pids.get(joined.node) == joined.pid:
                 self.lose(joined.node, f"agent of {joined.node} (process {joined.pid}) ended")
 

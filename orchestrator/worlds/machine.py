@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -30,7 +30,13 @@ from orchestrator.worlds.folder import RunFolder
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is kept there is what must not touch a disk
 RESTARTS_MAX = 20
-"""Starts of one agent, after which its node counts as broken and is left alone."""
+"""Failures of one agent, after which its node counts as broken and is left alone."""
+
+FORGIVEN_S = 60.0
+"""An agent that lives this long has one failure less to its name."""
+
+AGAIN_S = 1.0
+"""Pause before the next start of an agent that ended in order, or that could not be started."""
 
 STRAYS_S = 0.02
 """While killed orphans are awaited, they are looked for this often."""
@@ -42,6 +48,12 @@ def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
     return tuple(NodeId(f"node-{index}") for index in range(nodes.count + nodes.spares))
 
 
+class MemoryNotOursError(Exception):
+    """The place of the nodes' memory is taken by something that others can replace."""
+
+    hint = "Remove it, or give the run another folder with --out: the name follows from that."
+
+
 @dataclass(slots=True)
 class _Agent:
     node: NodeId
@@ -49,7 +61,32 @@ class _Agent:
     child: subprocess.Popen[bytes]
     ended: int
     """Descriptor that becomes readable when it has ended."""
-    lost: bool = False
+    began: float
+    failures: float = 0.0
+    """Failures of this node's agents in this command, less those that were forgiven."""
+    again_at: float | None = None
+    """When the next one is started; None until it is known that this one has ended."""
+    hindered: bool = False
+    """The next one could not be started so far."""
+    left: bool = False
+    """No other is started."""
+
+    def judge(self, code: int) -> str:
+        """Decide what follows from its end; return it in words."""
+        now = time.monotonic()
+        self.again_at = now
+        ended = f"agent of {self.node} ended with {code}"
+        if code == NODE_LOST_EXIT:
+            self.left = True
+            return f"{self.node} is lost for good"
+        if code == 0:
+            # It was told to. As a rule the run is over, and the caller finds that out during this
+            # pause; if not, somebody meant this one agent, and its node is as good as before.
+            self.again_at = now + AGAIN_S
+            return ended
+        self.failures = max(0.0, self.failures - (now - self.began) / FORGIVEN_S) + 1.0
+        self.left = self.failures > RESTARTS_MAX
+        return f"{ended}, as others before it: {self.node} is left alone" if self.left else ended
 
 
 class Machine:
@@ -67,17 +104,26 @@ class Machine:
         self._agents: dict[NodeId, _Agent] = {}
         self._strays: set[int] = set()
         """Orphans that were killed and are still there."""
+        self._spared: set[int] = set()
+        """Children that this process had before; it may have been put in a shell's place."""
+        self._claimed = False
         self.memory = memory_of(folder)
 
     def start(self) -> None:
-        """Start every node; adopt what their agents leave behind when they are killed."""
+        """Start every node; adopt what their agents leave behind when they are killed.
+
+        Raises:
+            MemoryNotOursError: if others could replace the memory of the nodes.
+            OSError: if an agent can not be started.
+        """
+        self._claim_memory()
+        self._spared = set(linux.children())
         linux.adopt_orphans()
-        self.memory.mkdir(mode=0o700, exist_ok=True)
         for node in node_names(self._run):
             last = _Born.read(self._folder, node)
             # An agent can outlive the command that started it; two on one node can not both be.
             last.end(self._timeouts.terminate_s + self._timeouts.kill_s, self._timeouts.kill_s)
-            self._start(node, last.incarnation + 1)
+            self._agents[node] = self._start(node, last.incarnation + 1)
 
     def look(self, others: Iterable[int] = ()) -> list[str]:
         """Reap agents that ended and start them again; return what happened, in words.
@@ -87,21 +133,16 @@ class Machine:
                 an agent that was killed, and is ended.
         """
         news = []
-        for node, agent in sorted(self._agents.items()):
+        for agent in [agent for _, agent in sorted(self._agents.items())]:
             code = agent.child.poll()
-            if code is None or agent.lost:
+            if code is None:
                 continue
-            if code == NODE_LOST_EXIT:
-                agent.lost = True
-                news.append(f"{node} is lost for good")
-            elif agent.incarnation >= RESTARTS_MAX:
-                agent.lost = True
-                news.append(f"agent of {node} ended {RESTARTS_MAX} times (last: {code}); left")
-            else:
-                news.append(f"agent of {node} ended with {code}; started again")
-                self._start(node, agent.incarnation + 1)
+            if agent.again_at is None:
+                news.append(agent.judge(code))
+            if not agent.left and agent.again_at is not None and agent.again_at <= time.monotonic():
+                news += self._start_again(agent)
         if news or self._strays:
-            self._strays = linux.end_strays({*others, *self._pids()})
+            self._strays = linux.end_strays({*others, *self._spared, *self._pids()})
         return news
 
     def await_news(self, within_s: float, others: Iterable[int] = ()) -> None:
@@ -112,7 +153,7 @@ class Machine:
             others: descriptors that end the wait, too, when they become readable.
         """
         alive = [a.ended for a in self._agents.values() if a.child.poll() is None]
-        select.select([*alive, *others], [], [], STRAYS_S if self._strays else within_s)
+        linux.await_readable([*alive, *others], STRAYS_S if self._strays else within_s)
 
     def alive(self) -> list[NodeId]:
         """Return the nodes whose agent is running."""
@@ -138,14 +179,44 @@ class Machine:
             if not self.await_end(within_s):
                 break
         deadline = time.monotonic() + t.kill_s
-        while linux.end_strays(self._pids()) and time.monotonic() < deadline:
+        while linux.end_strays(self._spared | self._pids()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        shutil.rmtree(self.memory, ignore_errors=True)
+        if self._claimed:
+            shutil.rmtree(self.memory, ignore_errors=True)
+
+    def _claim_memory(self) -> None:
+        """Make the folder for the memory of all nodes; its name can be guessed by anybody."""
+        with contextlib.suppress(FileExistsError):
+            self.memory.mkdir(mode=0o700)
+        status = self.memory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise MemoryNotOursError(f"expected a folder of user {os.getuid()}: {self.memory}")
+        self.memory.chmod(0o700)
+        self._claimed = True
 
     def _pids(self) -> set[int]:
         return {agent.child.pid for agent in self._agents.values()}
 
-    def _start(self, node: NodeId, incarnation: int) -> None:
+    def _start_again(self, last: _Agent) -> list[str]:
+        """Start the next agent of a node; return what happened, in words.
+
+        What keeps it from starting, a full disk for one, may pass: it is tried until then. How
+        long the run waits for the node is for its controller to say (spec.recovery.spareWait).
+        """
+        try:
+            agent = self._start(last.node, last.incarnation + 1)
+        except OSError as error:
+            last.again_at = time.monotonic() + AGAIN_S
+            if last.hindered:
+                return []
+            last.hindered = True
+            return [f"agent of {last.node} can not be started yet: {error}"]
+        os.close(last.ended)
+        agent.failures = last.failures
+        self._agents[last.node] = agent
+        return [f"agent of {last.node} started again"]
+
+    def _start(self, node: NodeId, incarnation: int) -> _Agent:
         work = self._folder.nodes / node
         work.mkdir(parents=True, exist_ok=True)
         config = AgentConfig(
@@ -170,12 +241,18 @@ class Machine:
                 start_new_session=True,
             )
         assert child.stdin is not None
+        try:
+            # First of all: should this command be killed here, one without a config ends by
+            # itself, and one with a config is on record for the next command to end.
+            _Born.write(self._folder, node, incarnation, child.pid)
+            ended = os.pidfd_open(child.pid)
+        except OSError:
+            child.kill()
+            child.communicate()
+            raise
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(msgspec.json.encode(config))
-        if node in self._agents:
-            os.close(self._agents[node].ended)
-        _Born.write(self._folder, node, incarnation, child.pid)
-        self._agents[node] = _Agent(node, incarnation, child, os.pidfd_open(child.pid))
+        return _Agent(node, incarnation, child, ended, time.monotonic())
 
 
 def memory_of(folder: RunFolder) -> Path:
@@ -195,7 +272,7 @@ class _Born(msgspec.Struct, frozen=True):
     def read(cls, folder: RunFolder, node: NodeId) -> _Born:
         try:
             return msgspec.json.decode((folder.nodes / node / "born.json").read_bytes(), type=cls)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return cls(0, 0, -1)
 
     @classmethod

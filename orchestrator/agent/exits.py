@@ -6,6 +6,7 @@ import signal
 import traceback
 from pathlib import Path
 
+from orchestrator.agent import importing
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.warm import WarmUpError
 from orchestrator.protocol.ids import Generation, Rank, Step
@@ -55,21 +56,14 @@ def not_seated(
 ) -> RankExited:
     """Return the fact that there is no process for `rank`, in the form of one that ended at once.
 
-    The job as written can not run if the entrypoint itself is what is missing. Any other failure
-    (a library that is not there yet, a full memory, a file system that hung) may be this node's
-    alone, and is worth another attempt.
+    A job whose trainer is not installed can not run as it is. Any other failure (a library that
+    can not be loaded, a full memory, a file system that hung) may be this node's alone, and is
+    worth another attempt.
     """
     answer = error.answer if isinstance(error, WarmUpError) else None
     hint = error.hint if isinstance(error, WarmUpError) else NODE_HINT
-    module, _, function = entrypoint.partition(":")
-    itself = answer is not None and (
-        (answer.kind == "ModuleNotFoundError" and _names(answer.message, module))
-        or (
-            answer.kind == "AttributeError"
-            and answer.message.startswith(f"module '{module}'")
-            and f"'{function}'" in answer.message
-        )
-    )
+    if answer is not None:
+        hint = importing.advice(answer) or hint
     return RankExited(
         generation=generation,
         rank=rank,
@@ -80,19 +74,12 @@ def not_seated(
         kind=answer.kind[:200] if answer else type(error).__name__,
         message=f"{answer.message if answer else error}"[:MESSAGE_MAX] + f"\nhint: {hint}",
         traceback=(answer.traceback if answer else _traceback(error))[-TRACEBACK_MAX:],
-        misconfigured=itself,
+        misconfigured=answer is not None and importing.misconfigured(answer, entrypoint),
     )
 
 
 def _traceback(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
-
-
-def _names(message: str, module: str) -> bool:
-    """Whether the module that is missing is the entrypoint's, or a package around it."""
-    parts = module.split(".")
-    around = {".".join(parts[: count + 1]) for count in range(len(parts))}
-    return any(message.startswith(f"No module named '{name}'") for name in around)
 
 
 def _tail(path: str, start: int) -> str:

@@ -19,6 +19,7 @@ Start = Callable[..., Agent]
     [
         ("no_such_module:main", "ModuleNotFoundError", True),
         ("steps:no_such_function", "AttributeError", True),
+        ("untrainable:main", "ModuleNotFoundError", True),
         ("steps:main", "ImportError", False),
     ],
 )

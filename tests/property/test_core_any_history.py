@@ -1,11 +1,14 @@
 """Whatever happens in whatever order: the state stays sound, and the journal replays."""
 
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core import journal
+from orchestrator.core.controller import BLIND_BEATS
+from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.events import (
     CheckpointCommitted,
     CommitFailed,
@@ -13,8 +16,10 @@ from orchestrator.core.events import (
     NodeDisconnected,
     StopRequested,
 )
+from orchestrator.core.facts import world_mark
 from orchestrator.core.ledger import Bucket, Ledger
 from orchestrator.core.phases import RunPhase
+from orchestrator.protocol import messages
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     NodeUnusable,
@@ -45,10 +50,12 @@ ACTIONS = st.one_of(
     st.tuples(st.just("commit"), st.integers(0, 30)),
     st.tuples(st.just("commit-failed"), st.integers(0, 30)),
     st.tuples(st.just("successor"), st.integers(2, 5)),
+    st.tuples(st.just("outage"), st.floats(1, 2000)),
+    st.tuples(st.just("silent"), NODES, st.integers(1, 80)),
 )
 
 
-def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912 - a table
+def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, PLR0915 - a table
     state = cluster.state
     generation = state.generation
     if state.phase.final:
@@ -105,6 +112,14 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912 -
             )
         case ("successor", incarnation):
             cluster.tell(ControllerStarted(at=cluster.at(), incarnation=incarnation))
+        case ("outage", seconds):
+            incarnation = state.incarnation + 1
+            cluster.after(seconds).tell(ControllerStarted(at=cluster.at(), incarnation=incarnation))
+        case ("silent", node, seconds):
+            # Its connection stays open, for all that anybody can see.
+            for _ in range(seconds):
+                heard = tuple(name for name in connected(cluster) if name != node)
+                cluster.after(1).beat(step=state.reached_step, heard=heard)
         case _:
             pass
 
@@ -123,6 +138,9 @@ def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
         generations.append(cluster.state.generation)
         lost = [n for n in cluster.state.world if cluster.state.nodes[n].unusable]
         assert not lost or cluster.state.wanting or cluster.state.phase.final
+        limit_s = cluster.state.timeouts.silence_s
+        nodes = cluster.state.nodes.values()
+        assert not [n for n in nodes if n.connected and cluster.state.now - n.heard_at > limit_s]
 
     assert generations == sorted(generations)
     assert cluster.controller.disabled == {}
@@ -133,8 +151,49 @@ def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
     assert fresh.state.ledger.spans() == cluster.state.ledger.spans()
 
 
+def connected(cluster: Cluster) -> tuple[str, ...]:
+    return tuple(sorted(n.id for n in cluster.state.nodes.values() if n.connected))
+
+
+def call_again(cluster: Cluster) -> None:
+    """What agents do that are well: a new one where one ended, and a call where none is open."""
+    cluster.after(0.1).beat(step=cluster.state.reached_step, heard=connected(cluster))
+    for name in ("node-0", "node-1", "node-2"):
+        node = cluster.state.nodes.get(NodeId(name))
+        if cluster.state.phase.final:
+            return
+        if node is None or node.unusable or node.lost.endswith(" ended"):
+            cluster.after(0.1).join(name, incarnation=node.incarnation + 1 if node else 1)
+        elif not node.connected:
+            cluster.after(0.1).join(
+                name, incarnation=node.incarnation, generation=node.generation, mark=node.mark
+            )
+
+
+def watched_s(cluster: Cluster) -> float:
+    """How long a controller was looking since it last started a generation."""
+    seconds = 0.0
+    for before, entry in pairwise(cluster.entries):
+        gap = entry.event.at - before.event.at
+        if gap <= BLIND_BEATS * cluster.state.timeouts.beat_s:
+            seconds += gap
+        if any(isinstance(d, StartGeneration) for d in entry.decisions):
+            seconds = 0.0
+    return seconds
+
+
+def assert_ended_for_a_reason(cluster: Cluster) -> None:
+    reason = cluster.state.end_reason
+    if "after waiting 60 s" in reason:
+        assert watched_s(cluster) >= 60
+    else:
+        # The last if a search that was drawn says that nothing is left of what was committed.
+        good = ("budget spent", "the fault moves with the job", "refused", "is the volume mounted")
+        assert any(words in reason for words in good), reason
+
+
 @given(st.lists(ACTIONS, max_size=25))
-def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended(
+def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended_for_a_reason(
     actions: list[Any],
 ) -> None:
     cluster = Cluster()
@@ -142,23 +201,62 @@ def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended(
     for action in actions:
         act(cluster, action)
 
-    for round_ in range(12):
-        for node in ("node-0", "node-1", "node-2"):
-            if not cluster.state.phase.final:
-                cluster.after(0.1).join(node, incarnation=10 + round_)
-        if cluster.state.phase is RunPhase.SEARCHING:
-            cluster.found()
-        if cluster.state.phase is RunPhase.BACKING_OFF:
-            cluster.after(60).tick()
-        if cluster.state.seats and not cluster.state.wanting and not cluster.state.phase.final:
-            for node in cluster.state.world:
-                cluster.join(
-                    node, incarnation=10 + round_, generation=cluster.state.generation, mark=5
-                )
+    for _ in range(12):
         if cluster.state.phase is RunPhase.TRAINING or cluster.state.phase.final:
             break
+        call_again(cluster)
+        if cluster.state.phase is RunPhase.SEARCHING:
+            steps = [c.step for c in cluster.state.commits if not c.rejected]
+            cluster.after(0.1).found(max(steps, default=None))
+        if cluster.state.phase is RunPhase.BACKING_OFF:
+            cluster.after(60).tick()
+        if not cluster.state.wanting and not cluster.state.phase.final:
+            cluster.after(0.1).reach("stepped")
 
-    assert cluster.state.phase is RunPhase.TRAINING or cluster.state.phase.final
+    if cluster.state.phase.final:
+        assert_ended_for_a_reason(cluster)
+    else:
+        assert cluster.state.phase is RunPhase.TRAINING
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from(["train", "crash", "mark", "mark"])),
+            st.tuples(st.sampled_from(["outage", "pause"]), st.floats(4, 2000)),
+        ),
+        max_size=25,
+    )
+)
+def test_an_outage_is_never_taken_for_a_fault_and_no_run_ends_for_it(actions: list[Any]) -> None:
+    cluster = Cluster()
+    cluster.start()
+    state = cluster.state
+    for action in actions:
+        match action:
+            case ("train",) if state.phase is RunPhase.TRAINING:
+                cluster.train(3)
+                cluster.hold(state.reached_step)
+            case ("crash",) if state.phase is RunPhase.TRAINING:
+                cluster.after(0.1).exit(1, step=state.reached_step)
+            case ("mark",) if state.phase is not RunPhase.TRAINING:
+                cluster.after(0.1).reach(messages.MARKS[world_mark(state) + 1])
+            case ("outage", seconds):
+                incarnation = state.incarnation + 1
+                cluster.after(seconds).tell(
+                    ControllerStarted(at=cluster.at(), incarnation=incarnation)
+                )
+                cluster.after(0.1).tick()
+                call_again(cluster)
+            case ("pause", seconds):
+                cluster.after(seconds).tick()
+            case _:
+                pass
+        if state.phase.final:
+            break
+
+    assert {i.kind for i in state.incidents} <= {"crash", "controller-restart"}
+    assert not state.phase.final or "budget spent" in state.end_reason
 
 
 @given(

@@ -36,7 +36,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     kill_s: float
     """A process still there this long after SIGKILL makes its node unusable."""
     form_s: float
-    """Ranks that hold seats must have formed their world within this."""
+    """No phase of a recovery is stuck before this, however quick it has been so far."""
     reconnect_s: float
     """Longest pause between two attempts of an agent to reach the controller."""
     persist_s: float

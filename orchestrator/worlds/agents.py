@@ -23,7 +23,6 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
-    RestoreFrom,
     RetainMemory,
     SearchCheckpoints,
     StartGeneration,
@@ -39,22 +38,18 @@ from orchestrator.core.events import (
     Tick,
 )
 from orchestrator.core.journal import Entry
-from orchestrator.core.lineage import continued
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     PROTOCOL_VERSION,
-    Ancestor,
     Announce,
     Arm,
     Beat,
-    Begin,
     CarryOut,
     Farewell,
     FaultCarriedOut,
     FaultDue,
-    Fence,
     FromAgent,
     Joined,
     Retain,
@@ -66,9 +61,9 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.addresses import Addresses
 from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
-from storage.manifest import parse_commit_key
 
 QUEUE_MAX = 65_536
 """Messages that may wait to be looked at; beyond that a sender is cut off, and comes back."""
@@ -125,12 +120,10 @@ class AgentWorld:
         self._links: dict[NodeId, Link] = {}
         self._names: dict[Link, NodeId] = {}
         self._addresses = Addresses()
-        self._started: StartGeneration | None = None
+        self._wording = Orders(run)
         self._columns = Columns(run.world_size)
         self._seats: tuple[NodeId, ...] = ()
         self._generation = Generation(0)
-        self._restore: Step | None = None
-        self._ancestors: tuple[Ancestor, ...] = ()
         self._wakes: list[Seconds] = []
         self._over = False
         self._farewell: Farewell | None = None
@@ -158,16 +151,11 @@ class AgentWorld:
     def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
         """Continue from what a journal says, and from the state that replaying it led to."""
         self._seats, self._generation = state.seats, state.generation
-        self._ancestors = state.ancestors
-        # Whoever continues from the seed has none.
-        self._restore = state.start_step if state.ancestors else None
         self._columns.begin(state.generation, state.reached_step)
         self._schedule.resume(entry.event for entry in entries)
-        for decision in (d for entry in entries for d in entry.decisions):
-            if isinstance(decision, StartGeneration):
-                self._started = decision
-        if self._started is not None:
-            self._addresses.begin(self._started)
+        self._wording.resume(state, entries)
+        if self._wording.started is not None:
+            self._addresses.begin(self._wording.started)
 
     def events(self) -> Iterator[Event]:
         """Yield what happens, until the run has ended and its agents have been told."""
@@ -197,15 +185,7 @@ class AgentWorld:
                 for node in dict.fromkeys(self._seats):
                     self._send(node, Announce(order=order, generation=generation, address=address))
             case FenceNode(generation=generation, node=node):
-                self._send(
-                    node,
-                    Fence(
-                        order=order,
-                        generation=generation,
-                        restore=self._restore,
-                        ancestors=self._ancestors,
-                    ),
-                )
+                self._send(node, self._wording.fence(order, generation))
             case DisconnectNode(node=node, reason=reason):
                 self._hang_up(node, reason)
             case RetainMemory(generation=generation, step=step):
@@ -371,45 +351,18 @@ class AgentWorld:
         restore = decision.restore
         if decision.generation > self._generation:
             self._columns.begin(decision.generation, restore.step if restore else Step(0))
-            self._continue(restore)
+            self._wording.start(decision)
             self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats
-        self._started = decision
         # Repeated for a node that came back: the others only need to hear of new addresses.
         for node in dict.fromkeys(decision.seats):
             self._begin(order, node)
 
     def _begin(self, order: str, node: NodeId) -> None:
         """Send a seated node the present generation, if it lacks that or an address it needs."""
-        started = self._started
         peers = self._addresses.news(node, self._links) if node in self._links else None
-        if started is None or peers is None:
-            return
-        restore = started.restore
-        shards = self.run.world_size // self.run.spec.parallelism.dp_replicate
-        self._send(
-            node,
-            Begin(
-                order=order,
-                generation=started.generation,
-                seats=started.seats,
-                dismiss=started.dismiss,
-                buddies=started.buddies,
-                peers=peers,
-                restore=self._restore,
-                ancestors=self._ancestors,
-                sources=restore.sources if restore else (),
-                commit=restore.commit if restore else "",
-                shard_of=tuple(rank % shards for rank in range(self.run.world_size)),
-            ),
-        )
-
-    def _continue(self, restore: RestoreFrom | None) -> None:
-        """Note whom the generation continues that comes after the present one."""
-        self._restore = restore.step if restore else None
-        commit = parse_commit_key(restore.commit) if restore else None
-        epoch = Generation(commit[1]) if commit else None
-        self._ancestors = continued(self._ancestors, self._generation, self._restore, epoch)
+        if peers is not None:
+            self._send(node, self._wording.begin(order, peers))
 
     def _next_order(self, generation: Generation) -> str:
         self._orders += 1

@@ -249,6 +249,7 @@ def violations(state: RunState) -> list[str]:
     if state.phase.final and not state.end_state:
         broken.append(f"phase is {state.phase} without an end")
     newest = max((c.epoch for c in state.commits), default=Generation(0))
-    if newest > state.generation:
+    # While a generation is wanted, what a search found may be of an earlier life of the run.
+    if newest > state.generation and not state.wanting:
         broken.append(f"a commit has epoch {newest}, the run is at {state.generation}")
     return broken

@@ -16,6 +16,9 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     if placement is None:
         return None
     step = newest_in_memory(state)
+    # Step 0 in memory is no more than the seed.
+    if not step and (why := _nothing_of_ours(state)):
+        return End(state="Failed", reason=why)
     newest_commit = max((c.step for c in state.commits if not c.rejected), default=Step(-1))
     if step is not None and step >= newest_commit:
         return _restart(state, placement, _from_memory(state, placement, step))
@@ -32,9 +35,9 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
             reason=f"memory has {_words(step)}, the newest commit is step {newest_commit}; "
             "searching the durable tier"
         )
-    if state.found.step is None and step is None and (why := _nothing_of_ours(state)):
-        return End(state="Failed", reason=why)
     if state.found.step is not None and (step is None or state.found.step > step):
+        if why := _cut_otherwise(state):
+            return End(state="Failed", reason=why)
         restore = RestoreFrom(
             step=state.found.step,
             sources=("",) * state.run.world_size,
@@ -51,7 +54,8 @@ def _nothing_of_ours(state: RunState) -> str:
 
     Beginning anew would throw away what an operator may still save.
     """
-    assert state.found is not None
+    if state.found is None or state.found.step is not None:
+        return ""
     if state.found.foreign:
         return (
             f"spec.checkpoint.uri has {state.found.foreign}, expected checkpoints of run "
@@ -63,7 +67,28 @@ def _nothing_of_ours(state: RunState) -> str:
             f"{'; '.join(state.found.rejected)}\nhint: nothing was deleted; bring one back, or "
             "choose another folder to begin anew"
         )
+    newest = max((known.step for known in state.commits), default=Step(0))
+    if newest > 0:
+        return (
+            f"spec.checkpoint.uri has no checkpoint, and this run committed some, the newest of "
+            f"step {newest}; is the volume mounted?\nhint: bring it back and run it again, or "
+            "choose another metadata.name or --out to begin anew"
+        )
     return ""
+
+
+def _cut_otherwise(state: RunState) -> str:
+    """Say why the checkpoint that was found does not fit the world; "" if it does."""
+    assert state.found is not None
+    shards, wanted = state.found.shards, state.shard_count()
+    if shards in (0, wanted):
+        return ""
+    return (
+        f"the checkpoint of step {state.found.step} has {shards} shard{'s' * (shards > 1)} and "
+        f"this run has {wanted}, and a state can not be cut anew yet\nhint: set "
+        f"spec.nodes and spec.parallelism so that ranks / dpReplicate is {shards}, or choose "
+        "another spec.checkpoint.uri to begin anew"
+    )
 
 
 def newest_in_memory(state: RunState) -> Step | None:

@@ -288,6 +288,22 @@ def test_what_a_node_holds_of_an_abandoned_lineage_does_not_count_when_it_comes_
     assert Step(12) not in cluster.state.holdings
 
 
+def test_memory_counts_for_nothing_once_a_run_went_back_to_a_checkpoint(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(8)
+    cluster.hold(8)
+    for node in ("node-0", "node-1"):
+        cluster.after(0.1).join(node, incarnation=2)
+    started(cluster.found(8))
+    held = tuple(Holding(Rank(rank), Step(8)) for rank in range(4))
+
+    # A checkpoint of step 8 may be of another lineage than what somebody has in memory.
+    cluster.join("node-2", generation=1, holdings=held)
+
+    assert cluster.state.start_step == 8
+    assert cluster.state.holdings == {}
+
+
 def test_survivors_complaining_about_a_dead_peer_are_a_symptom_not_an_incident(
     cluster: Any,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from orchestrator.cli.main import app
+from orchestrator.cli.commands import app
 from orchestrator.core import journal
 from orchestrator.core.events import CheckpointCommitted, FaultInjected
 from orchestrator.protocol.ids import NodeId, Step

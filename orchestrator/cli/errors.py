@@ -5,6 +5,7 @@ One message, `what: expected, found: where`, and a hint. A traceback is for our 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 from collections.abc import Iterable
@@ -78,8 +79,10 @@ class Commands(TyperGroup):
             if told is None:
                 raise
             message, hint, code = told
-            typer.echo(message, err=True)
-            typer.echo(f"hint: {hint}", err=True)
+            # The terminal may be gone, and that is why we are here: the code tells as much.
+            with contextlib.suppress(OSError):
+                typer.echo(message, err=True)
+                typer.echo(f"hint: {hint}", err=True)
             raise typer.Exit(code) from None
 
 

@@ -6,8 +6,10 @@ often something is drawn.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from orchestrator.cli import units
@@ -100,14 +102,23 @@ class Lines:
 
     def _print(self, line: str) -> None:
         self._printed_at = time.monotonic()
-        # A reader such as `head` may be gone, or the disk with the log full; the run is worth
-        # more than its narration.
-        try:
+        with _unheard(self._stream):
             print(units.printable(line), file=self._stream, flush=True)
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _unheard(stream: TextIO) -> Iterator[None]:
+    """Go on, silently from then on, when a stream takes nothing any more.
+
+    A reader such as `head` may be gone, a terminal hung up, or the disk with the log full; the run
+    is worth more than its narration.
+    """
+    try:
+        yield
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class Live:
@@ -118,6 +129,7 @@ class Live:
         from rich.console import Console
         from rich.live import Live as Display
 
+        self._stream = stream
         self._console: Console = Console(file=stream)
         self._display = Display(console=self._console, auto_refresh=False, transient=True)
         self._drawn_at = 0.0
@@ -127,22 +139,27 @@ class Live:
         """Draw, at most a few times per second."""
         if state is None or time.monotonic() - self._drawn_at < DRAW_EVERY_S:
             return
-        if not self._open:
-            self._display.start()
-            self._open = True
         self._drawn_at = time.monotonic()
-        self._display.update(drawn(state), refresh=True)
+        with _unheard(self._stream):
+            if not self._open:
+                self._open = True
+                self._display.start()
+            self._display.update(drawn(state), refresh=True)
 
     def say(self, line: str) -> None:
         """Print it above the display."""
-        self._console.print(line, markup=False, highlight=False)
+        with _unheard(self._stream):
+            self._console.print(line, markup=False, highlight=False)
 
     def close(self, state: RunState | None) -> None:
         """Take the display away; leave the last picture and the ending."""
         if self._open:
-            self._display.stop()
             self._open = False
-        if state is not None:
+            with _unheard(self._stream):
+                self._display.stop()
+        if state is None:
+            return
+        with _unheard(self._stream):
             self._console.print(drawn(state))
             self._console.print(ending(state), markup=False, highlight=False)
 

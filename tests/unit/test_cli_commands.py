@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -655,7 +657,7 @@ def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -
 def test_help_loads_neither_numpy_nor_rich_nor_torch() -> None:
     code = """
 import sys
-from orchestrator.cli.main import app
+from orchestrator.cli.commands import app
 try:
     app(["--help"])
 except SystemExit:
@@ -667,3 +669,39 @@ print(*(name for name in ("numpy", "rich", "torch", "starlette") if name in sys.
     )
 
     assert done.stdout.splitlines()[-1] == ""
+
+
+# Interrupted ----------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_the_command_is_loading_ends_it_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    slow = "import time\nprint('loading', flush=True)\ntime.sleep(30)\n"
+    (tmp_path / "typer.py").write_text(slow)
+    command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "get"]
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    with started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "loading\n"
+        started.send_signal(signal.SIGINT)
+        _, err = started.communicate(timeout=20)
+
+    assert (started.returncode, err) == (130, "")
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code() -> None:
+    master, slave = pty.openpty()
+    os.close(master)
+    command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()"]
+
+    ended = subprocess.run([*command, "get", "nothing"], stderr=slave, timeout=20, check=False)
+
+    os.close(slave)
+    assert ended.returncode == 2

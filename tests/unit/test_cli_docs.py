@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.cli.main import app
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]

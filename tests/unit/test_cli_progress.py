@@ -97,6 +97,25 @@ def test_progress_goes_on_when_its_reader_is_gone() -> None:
         lines.close(killed_rank().state)
 
 
+def test_the_display_goes_on_when_its_terminal_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    cluster = killed_rank()
+    for shown_before in (True, False):
+        master, slave = pty.openpty()
+        with os.fdopen(slave, "w") as stream:
+            live = progress_on(stream)
+            if shown_before:
+                live.update(cluster.state)
+            os.close(master)
+
+            live.say("said to nobody")
+            monkeypatch.setattr(progress, "DRAW_EVERY_S", 0.0)
+            live.update(cluster.state)
+            live.close(cluster.state)
+
+            assert Path(f"/proc/self/fd/{stream.fileno()}").readlink() == Path(os.devnull)
+
+
 def on_terminal(cluster: Cluster) -> str:
     """What the live display writes to a terminal."""
     master, slave = pty.openpty()

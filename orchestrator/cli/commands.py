@@ -1,0 +1,221 @@
+"""The commands of `holdfast`. What it prints comes from journals; what it starts is `supervise`.
+
+Commands import what they need when they are called: `holdfast --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.choices import Form, Output
+from orchestrator.cli.errors import CliError, Commands, Exit
+
+app = typer.Typer(
+    cls=Commands,
+    name="holdfast",
+    help="Keeps large training runs running.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    faults: Annotated[
+        Path | None, typer.Option(metavar="PLAN.yaml", help="A fault plan to let loose on it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default $HOLDFAST_HOME/NAME.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the report here as well.")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(help="Give up after this long, for example 10m.")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the controller, on loopback; 0: any.")
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Run a training job on this machine, and keep it running until it is done."""
+    from orchestrator.cli import intake, progress, supervise
+
+    training, plan = intake.read(run_file, faults)
+    ended = supervise.supervise(
+        training,
+        plan,
+        out=out,
+        report=report,
+        timeout_s=None if timeout is None else intake.span_s("--timeout", timeout),
+        progress=progress.progress_on(sys.stdout, quiet=quiet),
+        port=port,
+    )
+    if ended.code is not Exit.OK:
+        raise CliError(ended.message, ended.hint, ended.code)
+
+
+@app.command()
+def drill(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    faults: Annotated[
+        Path, typer.Option(metavar="PLAN.yaml", help="What is let loose on the first of the two.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for both runs.")],
+    timeout: Annotated[
+        str | None, typer.Option(help="Give up either of them after this long.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Run a job with faults and once more without, and compare the results bit by bit."""
+    from orchestrator.cli import drill, intake, progress, reporting
+
+    training, plan = intake.read(run_file, faults)
+    assert plan is not None
+    verdict = drill.drill(
+        training,
+        plan,
+        out=out,
+        timeout_s=None if timeout is None else intake.span_s("--timeout", timeout),
+        progress=progress.progress_on(sys.stdout, quiet=quiet),
+        twin_progress=progress.progress_on(sys.stdout, quiet=quiet),
+    )
+    typer.echo(reporting.verdict_words(verdict.disturbed, verdict.differences))
+    if not verdict.identical or verdict.disturbed.state != "Succeeded":
+        raise typer.Exit(Exit.ERROR)
+
+
+@app.command()
+def validate(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    faults: Annotated[
+        Path | None, typer.Option(metavar="PLAN.yaml", help="A fault plan for it.")
+    ] = None,
+) -> None:
+    """Check a run file, and a fault plan against it, without starting anything."""
+    from orchestrator.cli import intake
+
+    training, plan = intake.read(run_file, faults)
+    typer.echo(intake.words(training, plan))
+
+
+RunOption = Annotated[
+    str | None,
+    typer.Option("--run", metavar="RUN", help="Name or folder of a run; default the newest."),
+]
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="Name or folder; default the newest.")
+]
+
+
+@app.command()
+def get(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="KIND", help="runs, nodes, ranks, incidents, checkpoints, events"),
+    ],
+    run: RunOption = None,
+    output: Annotated[
+        Output, typer.Option("--output", "-o", help="How it is printed.")
+    ] = Output.TABLE,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Print it again whenever it changes.")
+    ] = False,
+    tail: Annotated[int, typer.Option(min=0, help="Events: the newest so many; 0 for all.")] = 200,
+    periodic: Annotated[
+        bool, typer.Option("--all", help="Events: telemetry and ticks as well.")
+    ] = False,
+) -> None:
+    """List what there is, live or after the fact."""
+    from orchestrator.cli import get
+
+    get.get(what, run, output, watch=watch, tail=tail, periodic=periodic)
+
+
+@app.command()
+def describe(
+    what: Annotated[str, typer.Argument(metavar="KIND", help="run, incident, node or checkpoint")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Which; default the newest.")
+    ] = None,
+    run: RunOption = None,
+) -> None:
+    """Tell everything about one thing: evidence, decision, cost, time line."""
+    from orchestrator.cli import describe
+
+    typer.echo(describe.describe(what, name, run))
+
+
+@app.command()
+def report(
+    run: RunArgument = None,
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE.json", help="Write it here as JSON.")
+    ] = None,
+) -> None:
+    """Tell what became of a run: digests, ledger, incidents."""
+    from orchestrator.cli import reporting
+
+    text, told = reporting.show(run, output)
+    if file is not None:
+        reporting.write(told, file)
+    typer.echo(text)
+
+
+@app.command()
+def replay(run: RunArgument = None) -> None:
+    """Decide everything again from the journal, and compare byte for byte."""
+    from orchestrator.cli import reporting
+
+    came = reporting.replay(run)
+    typer.echo(came.text)
+    if not came.same:
+        raise typer.Exit(Exit.ERROR)
+
+
+@app.command()
+def logs(
+    run: RunArgument = None,
+    rank: Annotated[int, typer.Option(help="Whose output.")] = 0,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run is over.")
+    ] = False,
+    tail: Annotated[int | None, typer.Option(min=0, help="Only the last so many lines.")] = None,
+) -> None:
+    """Print what a rank printed."""
+    from orchestrator.cli import logs
+
+    logs.logs(run, rank, follow=follow, tail=tail)
+
+
+@app.command()
+def stop(
+    run: RunArgument = None,
+    wait: Annotated[str, typer.Option(help="Wait this long for it to end.")] = "60s",
+) -> None:
+    """Stop a run, keeping everything."""
+    from orchestrator.cli import intake, stop
+
+    wait_s = intake.span_s("--wait", wait)
+    typer.echo(stop.stop(run, wait_s))
+
+
+@app.command()
+def explain(
+    path: Annotated[
+        str | None,
+        typer.Argument(metavar="[FIELD.PATH]", help="For example spec.checkpoint, or plan.faults."),
+    ] = None,
+) -> None:
+    """Explain the fields of the run file and the fault plan."""
+    from orchestrator.cli import explain
+
+    typer.echo(explain.explain(path))

@@ -44,7 +44,7 @@ from orchestrator.core.plans import (
     WaitForNodes,
 )
 from orchestrator.core.state import Budget, Occurrence, RunState, decide
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import MARKS, Ancestor, Joined, RendezvousOffered
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -54,6 +54,9 @@ BLIND_BEATS = 3
 _RESTARTED = "controller-restart"
 _MARK_STEPPED = MARKS.index("stepped")
 _MARK_FINISHED = MARKS.index("finished")
+
+
+_Mark = tuple[str, tuple[Rank, ...], tuple[NodeId, ...], str]
 
 
 class Controller:
@@ -78,6 +81,8 @@ class Controller:
         self._started: StartGeneration | None = None
         self._heard_before = Seconds(0.0)
         """When the event before the present one was."""
+        self._known: dict[IncidentId, set[_Mark]] = {}
+        """What each incident has findings of: a finding that repeats one is no news."""
         self.disabled: dict[str, str] = {}
         """Detectors that raised and were switched off, with what they raised."""
 
@@ -232,24 +237,36 @@ class Controller:
                 if i.generation == finding.generation and i.findings[0].kind != _RESTARTED
             ]
             if broken:
-                _gather(broken[-1], finding)
+                self._gather(broken[-1], finding)
             return
         if incident is not None and incident.generation == state.generation:
-            if not _gather(incident, finding):
+            if not self._gather(incident, finding):
                 return
             if _SEVERITY.get(finding.kind, 0) > _SEVERITY.get(incident.kind, 0):
                 incident.kind, incident.cause = finding.kind, finding.cause
         else:
             incident = self._open(finding)
         if finding.signature:
-            state.occurrences.append(
-                Occurrence(finding.signature, finding.step, state.generation, finding.nodes)
-            )
+            fault = (finding.signature, finding.step)
+            struck = state.occurrences.pop(fault, None) or Occurrence(*fault)
+            struck.generations.add(state.generation)
+            struck.nodes.update(finding.nodes)
+            state.occurrences[fault] = struck
         if not state.wanting:
             state.wanting, state.wanted_since = True, state.now
         state.found = None
         state.search_failure = ""
         state.pause_until = None
+
+    def _gather(self, incident: Incident, finding: Finding) -> bool:
+        """Add a finding to an incident; return whether it was news."""
+        known = self._known[incident.id]
+        if _mark(finding) in known:
+            return False
+        known.add(_mark(finding))
+        incident.findings.append(finding)
+        incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
+        return True
 
     def _open(self, finding: Finding) -> Incident:
         state = self.state
@@ -268,6 +285,7 @@ class Controller:
             ],
         )
         state.incidents.append(incident)
+        self._known[incident.id] = {_mark(finding)}
         # While no controller lived, ranks trained on: nothing was lost until it came back.
         if finding.kind != _RESTARTED:
             state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
@@ -438,22 +456,9 @@ _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost
 """Which kind names an incident when several findings belong to it: the one that explains more."""
 
 
-def _gather(incident: Incident, finding: Finding) -> bool:
-    """Add a finding to an incident; return whether it was news."""
-    if any(_same(finding, known) for known in incident.findings):
-        return False
-    incident.findings.append(finding)
-    incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
-    return True
-
-
-def _same(one: Finding, other: Finding) -> bool:
-    return (one.kind, one.ranks, one.nodes, one.signature) == (
-        other.kind,
-        other.ranks,
-        other.nodes,
-        other.signature,
-    )
+def _mark(finding: Finding) -> _Mark:
+    """Return what makes two findings of one incident the same."""
+    return (finding.kind, finding.ranks, finding.nodes, finding.signature)
 
 
 def _ancestors(state: RunState, plan: Restart) -> tuple[Ancestor, ...]:

@@ -154,8 +154,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             else:
                 state.condemned_memory.add(step)
         case RankExited():
-            known = any((e.rank, e.pid) == (fact.rank, fact.pid) for e in state.exits)
-            if node.id in state.seats and not known:  # agents say it again when they reconnect
+            if node.id in state.seats and _news(state, fact):
                 state.exits.append(fact)
                 state.exited_at.append(state.now)
         case RanksTroubled(message=message):
@@ -180,9 +179,16 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
 
 
 def _exit_late(state: RunState, node: NodeId, fact: RankExited) -> None:
-    known = any((e.rank, e.pid) == (fact.rank, fact.pid) for _, _, e in state.late_exits)
-    if not known:
+    if _news(state, fact):
         state.late_exits.append((state.now, node, fact))
+
+
+def _news(state: RunState, fact: RankExited) -> bool:
+    """Enter an exit as known; return whether it was not."""
+    key = (fact.generation, fact.rank, fact.pid)
+    known = key in state.exits_known
+    state.exits_known.add(key)
+    return not known
 
 
 def _observe(state: RunState, event: Telemetry) -> None:
@@ -296,6 +302,7 @@ def reset_for_generation(
     kept = restore.step if restore and not restore.commit else Step(-1)
     state.seats = seats
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
+    state.exits_known = set()
     state.failed_preparation = ""
     state.offered = ""
     state.lanes = {}

@@ -71,12 +71,12 @@ class Committed:
 
 @dataclass(slots=True)
 class Occurrence:
-    """One fault with a signature: where and when it struck."""
+    """One fault with a signature, at one step: in which generations it struck, and where."""
 
     signature: str
     step: Step
-    generation: Generation
-    nodes: tuple[NodeId, ...]
+    generations: set[Generation] = field(default_factory=set)
+    nodes: set[NodeId] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -124,6 +124,8 @@ class RunState:
     exited_at: list[Seconds] = field(default_factory=list)
     late_exits: list[tuple[Seconds, NodeId, RankExited]] = field(default_factory=list)
     """Unexpected exits of older generations that were told after the current one was ordered."""
+    exits_known: set[tuple[Generation, Rank, int]] = field(default_factory=set)
+    """Generation, rank and pid of all of these: agents say it again when they reconnect."""
     troubled: dict[NodeId, tuple[Seconds, str]] = field(default_factory=dict)
     """Nodes whose collectives failed in this generation: since when, and the first message."""
     failed_preparation: str = ""
@@ -161,7 +163,8 @@ class RunState:
     tokens_per_s: float = 0.0
     divergences: list[Step] = field(default_factory=list)
     """Steps whose loss came out differently when they were computed again."""
-    occurrences: list[Occurrence] = field(default_factory=list)
+    occurrences: dict[tuple[str, Step], Occurrence] = field(default_factory=dict)
+    """Faults with a signature, by signature and step; the one that struck last is the last."""
     budgets: dict[str, Budget] = field(default_factory=dict)
     refilled_at: Step = Step(0)
     unseen_s: float = 0.0

@@ -11,7 +11,7 @@ import msgspec
 from orchestrator.core.events import Event
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.state import RunState
-from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.ids import Generation, NodeId, Seconds
 from orchestrator.protocol.messages import RankExited
 from orchestrator.protocol.phases import RankPhase
 
@@ -19,21 +19,36 @@ _FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
 
 
 class Exits:
-    """Every unexpected exit is a finding; one of a generation that is over adds to its incident."""
+    """Every unexpected exit is a finding; one of a generation that is over adds to its incident.
+
+    Each is told once: a world may lose thousands of ranks within a second, and an event that
+    went through all of them again would keep the controller from its work.
+    """
 
     name = "exits"
 
+    def __init__(self) -> None:
+        self._generation = Generation(0)
+        self._told = self._told_late = 0
+        """How many of the exits that the state has, in the order in which it has them."""
+
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
-        """Return one finding per rank that ended."""
+        """Return one finding per rank that ended since it was last asked."""
         del event  # the state has it all
+        if state.generation != self._generation:
+            self._generation = state.generation
+            self._told = self._told_late = 0
         exits = [
             _finding(exit_, state.seats[exit_.rank], at)
-            for exit_, at in zip(state.exits, state.exited_at, strict=True)
+            for exit_, at in zip(
+                state.exits[self._told :], state.exited_at[self._told :], strict=True
+            )
         ]
         late = [
             msgspec.structs.replace(_finding(exit_, node, at), generation=exit_.generation)
-            for at, node, exit_ in state.late_exits
+            for at, node, exit_ in state.late_exits[self._told_late :]
         ]
+        self._told, self._told_late = len(state.exits), len(state.late_exits)
         return exits + late
 
 

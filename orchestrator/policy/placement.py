@@ -25,9 +25,10 @@ def place(state: RunState) -> Placement | None:
         return _first(state)
     spares = list(state.spares())
     swaps: dict[NodeId, NodeId] = {}
+    guilty = blamed(state)
     for node in state.world:
         known = state.nodes[node]
-        if known.usable and node not in blamed(state):
+        if known.usable and node not in guilty:
             continue
         if not known.usable and not known.lost and not known.unusable:
             return None  # disconnected, and may be back at once; silence decides
@@ -44,15 +45,12 @@ def blamed(state: RunState) -> frozenset[NodeId]:
 
     Moving the rank tells hardware from software: if the fault comes along, it is the job's.
     """
-    guilty = set()
-    for first in state.occurrences:
-        same = [
-            o for o in state.occurrences if (o.signature, o.step) == (first.signature, first.step)
-        ]
-        nodes = {node for o in same for node in o.nodes}
-        if len({o.generation for o in same}) > 1 and len(nodes) == 1:
-            guilty |= nodes
-    return frozenset(guilty)
+    return frozenset(
+        node
+        for fault in state.occurrences.values()
+        if len(fault.generations) > 1 and len(fault.nodes) == 1
+        for node in fault.nodes
+    )
 
 
 def wait_for_nodes(state: RunState) -> Plan | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.core.incident import BUDGET_OF
 from orchestrator.core.plans import End, Pause, Plan
-from orchestrator.core.state import Occurrence, RunState
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import seconds
 
@@ -24,17 +24,15 @@ def stop_misconfigured(state: RunState) -> Plan | None:
 
 def stop_poison(state: RunState) -> Plan | None:
     """End a run that fails in the same way at the same step wherever it is put."""
-    for first in state.occurrences:
-        same = _same(state, first)
-        generations = {o.generation for o in same}
-        nodes = {node for o in same for node in o.nodes}
-        if len(generations) < 2:
+    for fault in state.occurrences.values():
+        times = len(fault.generations)
+        if times < 2:
             continue
-        if len(nodes) > 1 or len(generations) >= SAME_NODE_REPEATS_MAX:
+        if len(fault.nodes) > 1 or times >= SAME_NODE_REPEATS_MAX:
             return End(
                 state="Failed",
-                reason=f"software fault: {first.signature} after step {first.step} in "
-                f"{len(generations)} generations on {', '.join(sorted(nodes))}; "
+                reason=f"software fault: {fault.signature} after step {fault.step} in "
+                f"{times} generations on {', '.join(sorted(fault.nodes))}; "
                 "the fault moves with the job, not with a node" + _traceback(state),
             )
     return None
@@ -63,7 +61,8 @@ def back_off(state: RunState) -> Plan | None:
         return None
     if not any(finding.signature for finding in incident.findings):
         return None
-    repeats = len({o.generation for o in _same(state, state.occurrences[-1])})
+    latest = next(reversed(state.occurrences.values()))
+    repeats = len(latest.generations)
     if repeats < 2:
         return None
     recovery = state.run.spec.recovery
@@ -76,13 +75,9 @@ def back_off(state: RunState) -> Plan | None:
         return None
     return Pause(
         until=until,
-        reason=f"{state.occurrences[-1].signature} came back ({repeats} times); "
+        reason=f"{latest.signature} came back ({repeats} times); "
         f"pausing {pause_s:g} s before the restart",
     )
-
-
-def _same(state: RunState, one: Occurrence) -> list[Occurrence]:
-    return [o for o in state.occurrences if (o.signature, o.step) == (one.signature, one.step)]
 
 
 def _traceback(state: RunState) -> str:

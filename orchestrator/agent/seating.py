@@ -135,9 +135,14 @@ class Seating:
         except StaleError as error:
             log.info("preparation is over: %s", error)
             return None
-        except (KeeperError, StorageError, OSError) as error:
-            durable = isinstance(error, StorageError)
-            log.warning("state of step %d is not to be had: %s", order.restore, error)
+        except Exception as error:
+            # Also what nobody thought of is told: a node that says nothing looks like one that
+            # hangs, and is started again for ever.
+            known = isinstance(error, KeeperError | StorageError | OSError)
+            durable = isinstance(error, StorageError) or (not known and bool(order.commit))
+            log.warning(
+                "state of step %d is not to be had: %s", order.restore, error, exc_info=not known
+            )
             self._say(
                 PreparationFailed(
                     generation=order.generation,

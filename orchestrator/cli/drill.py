@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.cli.errors import CliError, Exit
+from orchestrator.cli.outcome import Outcome
 from orchestrator.cli.progress import Progress
 from orchestrator.cli.supervise import supervise
 from orchestrator.core.report import Report
@@ -84,6 +85,21 @@ def differences(one: Report, other: Report) -> list[str]:
     return found
 
 
+def cut_short(ended: Outcome) -> CliError | None:
+    """Return what to tell of a run that did not come to its own end, None if it did.
+
+    It has no second life: faults of its plan would be let loose twice, and losses be missing.
+    """
+    if ended.code not in (Exit.INTERRUPTED, Exit.TIMED_OUT):
+        return None
+    more = "allow it more with --timeout; " if ended.code is Exit.TIMED_OUT else ""
+    return CliError(
+        ended.message,
+        f"{more}`holdfast drill` begins anew in another folder with --out",
+        ended.code,
+    )
+
+
 def _run(
     run: TrainingRun,
     plan: FaultPlan | None,
@@ -92,6 +108,6 @@ def _run(
     progress: Progress,
 ) -> Report:
     ended = supervise(run, plan, out=out, report=None, timeout_s=timeout_s, progress=progress)
-    if ended.code in (Exit.INTERRUPTED, Exit.TIMED_OUT):
-        raise CliError(ended.message, ended.hint, ended.code)
+    if error := cut_short(ended):
+        raise error
     return msgspec.json.decode(RunFolder(out).report.read_bytes(), type=Report)

@@ -105,7 +105,7 @@ def incident_line(incident: IncidentReport) -> str:
         text += "  training was not interrupted"
     else:
         text += f"  {incident.rung or 'nothing done yet'}"
-    if incident.first_step_after_s:
+    if incident.first_step_after_s and incident.rung != "none":
         text += f"; training again after {units.seconds(incident.first_step_after_s)}"
     if incident.lost_steps:
         text += f", {units.count(incident.lost_steps, 'step')} again"

@@ -1,0 +1,39 @@
+"""What a person is told in passing is true of what they did."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from orchestrator.cli import drill, reporting
+from orchestrator.cli.errors import Exit
+from orchestrator.cli.outcome import outcome
+from orchestrator.core.report import incident_reports
+from orchestrator.worlds.folder import RunFolder
+from tests.journals import killed_rank
+
+
+def test_training_that_was_not_interrupted_does_not_start_again() -> None:
+    incident = incident_reports(killed_rank().state)[0]
+    assert "; training again after " in reporting.incident_line(incident)
+
+    line = reporting.incident_line(msgspec.structs.replace(incident, rung="none", lost_steps=0))
+
+    assert line.endswith("training was not interrupted")
+
+
+@pytest.mark.parametrize("timed_out_s", [None, 3.0])
+def test_a_drill_that_was_cut_short_can_only_be_made_anew(
+    timed_out_s: float | None, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "disturbed")
+    ended = outcome(killed_rank().state, folder, timed_out_s)
+
+    error = drill.cut_short(ended)
+
+    assert error is not None
+    assert error.code is ended.code
+    assert str(error) == ended.message
+    assert "goes on" not in error.hint
+    assert "another folder with --out" in error.hint
+    assert ("--timeout" in error.hint) is (error.code is Exit.TIMED_OUT)

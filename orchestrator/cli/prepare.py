@@ -11,10 +11,12 @@ import msgspec
 
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
+from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
 from orchestrator.worlds.folder import RunFolder, elsewhere, home
+from storage.commit import latest_commit
 from storage.errors import StorageError, UnsupportedUriError
 from storage.local import open_store
 
@@ -144,6 +146,7 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
             "look at it with `holdfast report`, or run it anew with --out",
         )
     if state.phase.final:
+        _require_commits(folder, state)
         return True
     if _planned(folder) != plan:
         raise CliError(
@@ -152,6 +155,29 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
             Exit.USAGE,
         )
     return False
+
+
+def _require_commits(folder: RunFolder, state: RunState) -> None:
+    """Refuse to begin a life where what the former one committed is gone.
+
+    The next journal does not know of it and would have the run begin at the seed.
+    """
+    newest = max((known.step for known in state.commits), default=0)
+    if newest == 0:
+        return
+    uri = state.run.spec.checkpoint.uri or str(folder.checkpoints)
+    try:
+        there = latest_commit(open_store(uri)) is not None
+    except StorageError as error:
+        raise CliError(
+            f"spec.checkpoint.uri does not answer: {uri} ({error})", error.hint
+        ) from error
+    if not there:
+        raise CliError(
+            f"spec.checkpoint.uri has no checkpoint, and the run committed some, the newest of "
+            f"step {newest}: {uri}",
+            "is the volume mounted? bring it back, or begin anew with --out",
+        )
 
 
 def _planned(folder: RunFolder) -> FaultPlan | None:

@@ -15,8 +15,9 @@ from orchestrator.core.events import StopRequested
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
+from storage.manifest import commit_key
 from tests.conftest import RUN, Cluster
-from tests.journals import killed_rank, succeeded, text, write
+from tests.journals import commit, killed_rank, succeeded, text, write
 
 PLAN = compose.parse(
     "kind: FaultPlan\nfaults: [{when: {step: 12}, fault: kill-rank, rank: 1}]", FaultPlan, "plan"
@@ -173,3 +174,23 @@ def test_a_run_that_is_started_at_home_again_is_what_its_name_means(
     with prepared(None):
         assert runs.folder_of("demo").root == at_home.root
         assert "is running already" in str(refused(tmp_path / "one"))
+
+
+def test_a_life_is_not_begun_where_the_checkpoints_of_the_former_one_are_gone(
+    tmp_path: Path,
+) -> None:
+    life = killed_rank()
+    commit(life, 20)
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+
+    for _ in range(2):
+        error = refused(folder.root)
+        assert "has no checkpoint, and the run committed some, the newest of step 20" in str(error)
+        assert folder.journal.read_bytes() == text(life)
+
+    record = folder.checkpoints / commit_key(20, 1)
+    record.parent.mkdir(parents=True)
+    record.touch()
+    with prepared(folder.root):
+        assert not folder.journal.exists()

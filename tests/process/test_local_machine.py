@@ -63,6 +63,10 @@ def born(one: Job, node: str) -> dict[str, int]:
     return msgspec.json.decode(born_file(one, node).read_bytes(), type=dict[str, int])
 
 
+def agents(one: Job) -> set[int]:
+    return {pid for pid, command in one.processes() if "-m orchestrator.agent " in command}
+
+
 def told(one: Job) -> str:
     return (one.folder.logs / "supervisor.log").read_text(encoding="utf-8")
 
@@ -171,8 +175,8 @@ def test_an_agent_that_a_full_disk_keeps_from_starting_is_started_when_there_is_
 
 def test_no_agent_lives_that_a_killed_command_had_no_time_to_write_down(job: Make) -> None:
     one = job()
-    (born_file(one, "node-1").with_name(".born.json")).unlink(missing_ok=True)
-    os.mkfifo(born_file(one, "node-1").with_name(".born.json"))  # nobody reads: it waits here
+    pipe = born_file(one, "node-1").with_name(".born.json")
+    os.mkfifo(pipe)  # which nobody reads: the command waits here
     one.start()
     log = one.folder.nodes / "node-1" / "agent.log"
     until(log.exists, one)
@@ -180,14 +184,10 @@ def test_no_agent_lives_that_a_killed_command_had_no_time_to_write_down(job: Mak
     one.started.kill()  # type: ignore[union-attr]
     one.finish()
 
-    def unknown() -> list[tuple[int, str]]:
-        return [(p, c) for p, c in one.processes() if p != born(one, "node-0")["pid"]]
-
-    # The agent of node-0 is on record, for the next command to end; a warm process is its own.
-    until(lambda: "standard input is no agent config" in log.read_text(), one, within_s=10)
-    assert [command for _, command in unknown() if "-m orchestrator.agent " in command] == []
-
-    born_file(one, "node-1").with_name(".born.json").unlink()
+    # The agent of node-0 is on record, for the next command to end.
+    until(lambda: agents(one) == {born(one, "node-0")["pid"]}, one, within_s=10)
+    assert "standard input is no agent config" in log.read_text()
+    pipe.unlink()
     code, report = one.conduct()
 
     assert code == 0, report.reason
@@ -249,7 +249,10 @@ def test_memory_that_others_can_replace_is_refused_and_left_as_it_is(job: Make, 
         assert list(there.iterdir()) == []
         assert one.processes() == []
     finally:
-        memory.rmdir() if memory.is_dir() and not memory.is_symlink() else memory.unlink()
+        if memory.is_dir() and not memory.is_symlink():
+            memory.rmdir()
+        else:
+            memory.unlink(missing_ok=True)
 
 
 # More descriptors than select() knows -------------------------------------------------------------

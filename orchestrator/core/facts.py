@@ -309,6 +309,8 @@ def reset_for_generation(
     # A commit that is under way may still succeed; nobody waits for it any more.
     state.written, state.committing, state.commit_at = {}, {}, {}
     state.start_step = state.reached_step = restored
+    former = restore is not None and _of_a_former_life(state, restore)
+    state.inherited_step = restored if former else min(state.inherited_step, restored)
     state.kept[state.generation] = kept
     for node in state.nodes.values():
         node.finished = False
@@ -319,6 +321,12 @@ def reset_for_generation(
     state.retained = Step(min(state.retained, restored))
     # Steps beyond it are computed anew: their copies will not be those that were unreadable.
     state.condemned_memory = {step for step in state.condemned_memory if step <= restored}
+
+
+def _of_a_former_life(state: RunState, restore: RestoreFrom) -> bool:
+    """Whether what is restored was committed by a generation that this journal does not know."""
+    epochs = [commit.epoch for commit in state.commits if commit.key == restore.commit]
+    return any(epoch not in state.kept for epoch in epochs)
 
 
 def world_mark(state: RunState) -> int:

@@ -123,7 +123,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Of the exact bits of every loss of the final lineage, with its step."""
     losses: list[tuple[Step, float | None]]
     losses_missing: list[Step]
-    """Steps of the final lineage that nobody reported."""
+    """Steps of the final lineage that this life computed, and nobody reported."""
     ettr: float
     wall_s: float
     ledger: dict[str, float]
@@ -224,7 +224,8 @@ def losses_digest(losses: Iterable[tuple[Step, float | None]]) -> str:
 
 
 def _missing(state: RunState) -> list[Step]:
-    return [Step(step) for step in range(1, _last(state) + 1) if step not in state.losses]
+    first = state.inherited_step + 1
+    return [Step(step) for step in range(first, _last(state) + 1) if step not in state.losses]
 
 
 def _last(state: RunState) -> Step:

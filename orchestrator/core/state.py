@@ -148,6 +148,8 @@ class RunState:
     """Last step completed in the current lineage."""
     start_step: Step = Step(0)
     """Step from which the current generation continued."""
+    inherited_step: Step = Step(0)
+    """Last step that this life did not compute: a former one did, and its journal tells of it."""
     kept: dict[Generation, Step] = field(default_factory=dict)
     """Up to which step memory still counted when each generation began, -1 for not at all.
 

@@ -141,6 +141,49 @@ def test_a_step_that_nobody_reported_is_named() -> None:
     assert report(cluster.state).losses_missing == [21]
 
 
+def second_life() -> Cluster:
+    """A run that continued from step 60 of a former life, whose last generation was the third."""
+    cluster = Cluster()
+    cluster.tell(ControllerStarted(at=cluster.at(), incarnation=1))
+    for node in ("node-0", "node-1", "node-2"):
+        cluster.join(node)
+    cluster.tell(
+        CheckpointFound(at=cluster.at(), step=Step(60), epoch=Generation(3), key="commits/60")
+    )
+    cluster.resume()
+    return cluster
+
+
+def test_steps_of_a_former_life_are_not_counted_as_missing() -> None:
+    cluster = second_life()
+    assert report(cluster.state).losses_missing == []
+
+    cluster.train(5)
+    cluster.after(0.1).beat(step=67, report=True)
+
+    assert report(cluster.state).losses_missing == [66]
+
+
+def test_a_checkpoint_of_this_life_does_not_excuse_what_this_life_did_not_report() -> None:
+    cluster = second_life()
+    cluster.after(0.1).beat(step=62, report=True)
+    cluster.train(38)
+    commit(cluster, 100)
+    cluster.train(20)
+    cluster.exit(1, step=120)
+    cluster.tell(
+        CheckpointFound(
+            at=cluster.at(), step=Step(100), epoch=cluster.state.generation, key="commits/100"
+        )
+    )
+    cluster.resume()
+
+    told = report(cluster.state)
+
+    assert (told.generations, told.final_step) == (2, 100)
+    assert told.losses_missing == [61]
+
+
 def test_the_number_of_controllers_counts_every_successor() -> None:
     cluster = training()
     for incarnation in (2, 3):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,8 @@ def job(tmp_path: Path) -> Iterator[Make]:
     yield make
     for one in made:
         one.close()
+        # Of a command that was killed, if the test failed before the next one cleared up.
+        shutil.rmtree(memory_of(one.folder), ignore_errors=True)
 
 
 def born_file(one: Job, node: str) -> Path:

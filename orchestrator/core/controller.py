@@ -83,6 +83,8 @@ class Controller:
         """When the event before the present one was."""
         self._known: dict[IncidentId, set[_Mark]] = {}
         """What each incident has findings of: a finding that repeats one is no news."""
+        self._waking: Seconds | None = None
+        """When the next search is due, if it was asked to be woken for one."""
         self.disabled: dict[str, str] = {}
         """Detectors that raised and were switched off, with what they raised."""
 
@@ -94,6 +96,7 @@ class Controller:
         self._account(event)
         decisions: list[Decision] = []
         facts.apply(state, event)
+        facts.give_up_search(state)
         decisions += self._answer(event)
         for finding in self._detect(event):
             self._admit(finding)
@@ -310,11 +313,8 @@ class Controller:
                 return self._wait(RunPhase.BACKING_OFF, until, reason)
             case WaitForNodes(until=until, reason=reason):
                 return self._wait(RunPhase.GATHERING, until, reason)
-            case Search(reason=reason):
-                if state.phase is RunPhase.SEARCHING:
-                    return []
-                self._enter(RunPhase.SEARCHING)
-                return [self._search(reason)]
+            case Search():
+                return self._look(plan)
             case Restart():
                 return self._restart(plan)
 
@@ -325,7 +325,22 @@ class Controller:
         self._note(reason)
         return [decide(self.state, WakeAt, reason, at=until)]
 
+    def _look(self, plan: Search) -> list[Decision]:
+        """Search when it is time to, unless an answer is still due."""
+        state = self.state
+        if state.phase is not RunPhase.SEARCHING:
+            self._enter(RunPhase.SEARCHING)
+        if state.asked_at is not None:
+            return []
+        if plan.at is None or state.now >= plan.at:
+            return [self._search(plan.reason)]
+        if plan.at == self._waking:
+            return []
+        self._waking = plan.at
+        return [decide(state, WakeAt, plan.reason, at=plan.at)]
+
     def _search(self, reason: str) -> SearchCheckpoints:
+        self.state.asked_at = self.state.now
         return decide(self.state, SearchCheckpoints, reason)
 
     def _restart(self, plan: Restart) -> list[Decision]:
@@ -343,7 +358,8 @@ class Controller:
         facts.reset_for_generation(state, plan.seats, plan.restore)
         state.fleet = Fleet(state.run.world_size, state.now)
         state.wanting = False
-        state.found = None
+        state.found = state.asked_at = None
+        state.search_failure, state.search_failures = "", 0
         state.pause_until = None
         state.rungs[plan.rung] = state.rungs.get(plan.rung, 0) + 1
         if state.incident is not None:

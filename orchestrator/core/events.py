@@ -84,6 +84,8 @@ class SearchFailed(_Event, frozen=True, kw_only=True):
     """The durable tier did not answer, which says nothing about what it holds."""
 
     reason: str
+    again: bool = False
+    """Whether it may answer later, with nothing changed."""
 
 
 class CheckpointCommitted(_Event, frozen=True, kw_only=True):

@@ -38,6 +38,8 @@ from orchestrator.protocol.messages import (
     WriteFailed,
 )
 
+SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
+"""A search that got no answer is repeated after this, each time after twice as long."""
 COMMIT_AGAIN_S = 2.0
 """A commit that failed, and may succeed later, is tried again after this, while none is newer."""
 
@@ -71,6 +73,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
                 searched = state.incident.reads
                 searched["searching"] = searched.get("searching", 0) + event.reads
             _note_found(state, event)
+            state.asked_at, state.search_failure, state.search_failures = None, "", 0
         case CheckpointCommitted(step=step, epoch=epoch, key=key):
             state.committing.pop(step, None)
             state.written.pop(step, None)
@@ -85,12 +88,26 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
                     state.commit_at[step] = Seconds(state.now + COMMIT_AGAIN_S)
                 else:
                     state.written.pop(step, None)
-        case SearchFailed(reason=reason):
-            state.search_failure = reason
+        case SearchFailed(reason=reason, again=again):
+            _fail_search(state, reason, again=again)
         case FaultInjected(index=index, description=text, target=target):
             state.injected.setdefault(index, (state.now, text, target))
         case _:
             pass
+
+
+def _fail_search(state: RunState, reason: str, *, again: bool) -> None:
+    pause_s = min(SEARCH_AGAIN_S * 2**state.search_failures, SEARCH_AGAIN_MAX_S)
+    state.search_failures = min(state.search_failures + 1, 10)
+    state.asked_at, state.search_failure = None, reason
+    state.search_again_at = Seconds(state.now + pause_s) if again else None
+
+
+def give_up_search(state: RunState) -> None:
+    """Take a search for failed that has had longer than anything may stand still."""
+    limit_s = state.timeouts.warmup_s
+    if state.asked_at is not None and state.now - state.asked_at > limit_s:
+        _fail_search(state, f"no answer within {limit_s:g} s", again=True)
 
 
 def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
@@ -264,7 +281,9 @@ def _note_found(state: RunState, found: CheckpointFound) -> None:
         assert found.epoch is not None
         state.commits.append(Committed(found.step, found.epoch, found.key, state.now))
     for known in state.commits:
-        if found.step is None or known.step > found.step:
+        # What was committed while it searched, it may not have seen.
+        unseen = state.asked_at is not None and known.at >= state.asked_at
+        if not unseen and (found.step is None or known.step > found.step):
             known.rejected = known.rejected or "unreadable when it was needed"
 
 
@@ -319,8 +338,8 @@ def reset_for_generation(
     for abandoned in [step for step in state.holdings if step > kept]:
         del state.holdings[abandoned]
     state.retained = Step(min(state.retained, restored))
-    # Steps beyond it are computed anew: their copies will not be those that were unreadable.
-    state.condemned_memory = {step for step in state.condemned_memory if step <= restored}
+    # What is beyond is staged anew: their copies will not be those that were unreadable.
+    state.condemned_memory = {step for step in state.condemned_memory if step <= kept}
 
 
 def _of_a_former_life(state: RunState, restore: RestoreFrom) -> bool:

@@ -44,6 +44,8 @@ def forgive(state: RunState, gap_s: float) -> None:
     state.unseen_s += gap_s
     state.phase_since = Seconds(state.phase_since + gap_s)
     state.wanted_since = Seconds(state.wanted_since + gap_s)
+    if state.asked_at is not None:
+        state.asked_at = Seconds(state.asked_at + gap_s)
     state.troubled = {
         node: (Seconds(at + gap_s), message) for node, (at, message) in state.troubled.items()
     }

@@ -42,6 +42,8 @@ class Search:
     """Ask the durable tier what it has."""
 
     reason: str
+    at: Seconds | None = None
+    """Not before this; None for at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -119,6 +119,12 @@ class RunState:
     """Answer of the search for the present need, if it was asked."""
     search_failure: str = ""
     """Why the search for the present need got no answer; "" if it did or was not asked."""
+    asked_at: Seconds | None = None
+    """When the search was ordered that is not answered yet; None if none is under way."""
+    search_failures: int = 0
+    """Searches in a row that got no answer."""
+    search_again_at: Seconds | None = None
+    """When to search again after one that got no answer; None if that can not help."""
     exits: list[RankExited] = field(default_factory=list)
     """Unexpected exits in the current generation."""
     exited_at: list[Seconds] = field(default_factory=list)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.core.decisions import RestoreFrom
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
 from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.runfile import seconds
 
 
 def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per rung
@@ -23,11 +27,7 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     if step is not None and step >= newest_commit:
         return _restart(state, placement, _from_memory(state, placement, step))
     if state.search_failure:
-        return End(
-            state="Failed",
-            reason=f"the durable tier does not answer, and memory has {_words(step)}: "
-            f"{state.search_failure}; nothing was deleted, run it again when the store is back",
-        )
+        return _without_durable(state, placement, step)
     if state.found is None:
         if not state.seats:
             return Search(reason="looking for a checkpoint of an earlier life of this run")
@@ -47,6 +47,24 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     if step is not None:
         return _restart(state, placement, _from_memory(state, placement, step))
     return _restart(state, placement, None)
+
+
+def _without_durable(state: RunState, placement: Placement, step: Step | None) -> Plan:
+    """Ask a silent durable tier again until `recovery.spareWait`, then take what memory has."""
+    since = state.phase_since if state.phase is RunPhase.SEARCHING else state.now
+    patience_s = seconds(state.run.spec.recovery.spare_wait)
+    words = f"the durable tier does not answer: {state.search_failure}"
+    again = state.search_again_at
+    if again is not None and again - since <= patience_s:
+        return Search(at=again, reason=f"{words}; asking again for up to {patience_s:g} s")
+    if step is not None:
+        plan = _restart(state, placement, _from_memory(state, placement, step))
+        return replace(plan, reason=f"{plan.reason}; {words}")
+    return End(
+        state="Failed",
+        reason=f"the durable tier does not answer, and memory has {_words(step)}: "
+        f"{state.search_failure}; nothing was deleted, run it again when the store is back",
+    )
 
 
 def _nothing_of_ours(state: RunState) -> str:

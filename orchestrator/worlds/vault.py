@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,10 +30,12 @@ Tell = Callable[[Event], None]
 
 LEFT_OVER_S = 3600.0
 """A file that nobody finished, nor has written to for so long, is of a writer that died."""
+ANSWERS_MAX = 60
+"""An answer that finds no room, for a second each time, is told this often."""
 
 
 class Vault:
-    """Commits and finds checkpoints of one run. Methods return at once; one thread does the work.
+    """Commits and finds checkpoints of one run. Methods return at once; threads do the work.
 
     Args:
         run: whose checkpoints.
@@ -44,13 +48,16 @@ class Vault:
         self._run = run
         self._clock = clock
         self._opened = open_store(uri)
-        self._store = CountingStore(RetryingStore(self._opened))
+        self._store = RetryingStore(self._opened)
         self._thread = ThreadPoolExecutor(1, "holdfast-vault")
         self._thread.submit(self._sweep)
 
     def search(self, tell: Tell) -> None:
         """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed."""
-        self._thread.submit(self._search, tell)
+        # Not behind commits, nor behind a search that hangs, and nobody waits for it to end.
+        threading.Thread(
+            target=self._search, args=(tell,), name="holdfast-search", daemon=True
+        ).start()
 
     def commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
         """Publish a commit record; answered by CheckpointCommitted or CommitFailed.
@@ -68,8 +75,8 @@ class Vault:
 
     def _search(self, tell: Tell) -> None:
         name = self._run.metadata.name
-        catalog = Catalog(self._store)
-        before = self._store.reads
+        store = CountingStore(self._store)
+        catalog = Catalog(store)
         try:
             found, rejections = catalog.newest_verified(run_id=name)
             strangers = sorted(
@@ -79,12 +86,14 @@ class Vault:
                     if record.manifest is not None and record.manifest.run_id != name
                 }
             )
-            epoch_seen = newest_epoch(self._store)
+            epoch_seen = newest_epoch(store)
         except Exception as error:  # noqa: BLE001 - a run must not wait for an answer for ever
             hint = getattr(error, "hint", type(error).__name__)
-            tell(SearchFailed(at=self._clock(), reason=f"{error} ({hint})"))
+            again = isinstance(error, StorageError) and error.retryable
+            _tell(tell, SearchFailed(at=self._clock(), reason=f"{error} ({hint})", again=again))
             return
-        tell(
+        _tell(
+            tell,
             CheckpointFound(
                 at=self._clock(),
                 step=Step(found.step) if found else None,
@@ -92,10 +101,10 @@ class Vault:
                 key=commit_key(found.step, found.epoch) if found else "",
                 rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
                 foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
-                reads=self._store.reads - before,
+                reads=store.reads,
                 shards=found.shards if found else 0,
                 epoch_seen=Generation(epoch_seen),
-            )
+            ),
         )
 
     def _commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
@@ -120,10 +129,13 @@ class Vault:
         except Exception as error:  # noqa: BLE001 - the same
             again = isinstance(error, StorageError) and error.retryable
             why = f"{type(error).__name__}: {error}"
-            tell(CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=why, again=again))
+            _tell(
+                tell,
+                CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=why, again=again),
+            )
             return
         key = commit_key(step, epoch)
-        tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
+        _tell(tell, CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
         try:
             Catalog(self._store).retain(self._run.spec.checkpoint.keep_last, verified=manifest)
         except StorageError as error:
@@ -142,3 +154,14 @@ class Vault:
             return
         if swept:
             log.info("removed %d unfinished files of dead writers", len(swept))
+
+
+def _tell(tell: Tell, event: Event) -> None:
+    """Pass on an answer; again if there is no room for it, since the run waits for it."""
+    for _ in range(ANSWERS_MAX):
+        try:
+            tell(event)
+        except queue.Full:
+            log.warning("no room for %s yet; telling it again", type(event).__name__)
+        else:
+            return

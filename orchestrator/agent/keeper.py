@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ Tier = Literal["own", "fetched", "durable"]
 """Where a shard was found: in this node's memory, in another's, on the durable tier."""
 
 WRITES_AT_ONCE = 2
+SLOT_FILES = "rank-*.slot-*"
 T = TypeVar("T")
 
 
@@ -139,6 +140,19 @@ class Keeper:
     ) -> None:
         """Drop what a generation abandons in which this node has no seat; see `begin`."""
         self._shelf.begin(generation, restore, ancestors)
+
+    def seat(self, ranks: Iterable[Rank]) -> None:
+        """Free the staging slots of all ranks but these, each as soon as nothing in it is needed.
+
+        To be called when no process of an older generation can write to a slot any more.
+        """
+        self._shelf.seat(ranks)
+        files = {
+            path: Rank(int(path.name.removeprefix("rank-").partition(".")[0]))
+            for path in self._memory.glob(SLOT_FILES)
+        }
+        for path in self._shelf.spare(files):
+            self._remove_soon(path)
 
     def free_slots(self, rank: Rank) -> tuple[int, ...]:
         """Return the slots that a rank may write to, ascending; at most `SLOTS`."""
@@ -346,13 +360,18 @@ class Keeper:
 
     def _remove_soon(self, path: Path) -> None:
         # The kernel takes 0.1 s to take back a gigabyte, and the loop has other things to see to.
+        # Out of the way at once: a rank that gets a seat again makes its slots anew.
+        gone = self._memory / f"gone-{next(self._numbers)}"
         try:
-            self._threads.submit(_remove, path)
+            path.rename(gone)
+            self._threads.submit(_remove, gone)
+        except FileNotFoundError:
+            return
         except RuntimeError:  # closed meanwhile
-            _remove(path)
+            _remove(gone)
 
     def _remove_files(self) -> None:
-        for pattern in ("rank-*.slot-*", "copy-*", "restore-*"):
+        for pattern in (SLOT_FILES, "copy-*", "restore-*", "gone-*"):
             for path in self._memory.glob(pattern):
                 _remove(path)
 

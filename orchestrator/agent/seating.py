@@ -94,9 +94,11 @@ class Seating:
         stuck = await self._ranks.clear(generation, dismiss, limits)
         if stuck:
             self._say(NodeUnusable(reason=_survivors(stuck, limits)))
-        elif order is None:
+            return False
+        self._keeper.seat(self._account.ranks)
+        if order is None:
             self._ranks.park_rest((), generation)
-        return not stuck
+        return True
 
     def announce(self, order: Announce) -> None:
         """Pass on where the store of a generation listens, also to those who are seated later."""

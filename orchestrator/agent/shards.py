@@ -8,7 +8,7 @@ another generation staged than those that the current one continues, or staged a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -180,6 +180,8 @@ class Shelf:
         self._memory = memory
         self._on_freed = on_freed
         self._remove = remove
+        self._seated: frozenset[Rank] | None = None
+        """Ranks whose slots may be written to; None for any."""
         self._by_file: dict[Path, Shard] = {}
         """Every file in use; of dropped shards those that are pinned."""
         self._sources: dict[Rank, Shard] = {}
@@ -245,10 +247,22 @@ class Shelf:
         if shard.pins or self._by_file.get(shard.path) is not shard:
             return
         del self._by_file[shard.path]
-        if shard.slot is None:
+        if shard.slot is None or not self._has_seat(shard.rank):
             self._remove(shard.path)
         elif announce:
             self._on_freed(shard.rank, shard.slot)
+
+    def seat(self, ranks: Iterable[Rank]) -> None:
+        """Know which ranks may write to their slots. Files of others' slots go when dropped."""
+        self._seated = frozenset(ranks)
+
+    def spare(self, files: Mapping[Path, Rank]) -> list[Path]:
+        """Return those of the slot files that hold nothing and belong to a rank without a seat."""
+        return [
+            path
+            for path, rank in files.items()
+            if path not in self._by_file and not self._has_seat(rank)
+        ]
 
     def begin(
         self,
@@ -316,6 +330,9 @@ class Shelf:
         self._let_go(shard.rank)
         self.pin(shard)
         self._sources[shard.rank] = shard
+
+    def _has_seat(self, rank: Rank) -> bool:
+        return self._seated is None or rank in self._seated
 
     def _let_go(self, rank: Rank, *, announce: bool = True) -> None:
         source = self._sources.pop(rank, None)

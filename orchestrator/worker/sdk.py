@@ -306,7 +306,7 @@ class Worker:
         # By file, not by number: a process that is seated at another rank has other slots.
         path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
         known = self._slots.get(path)
-        if known is None or len(known.buffer) != size:
+        if known is None or len(known.buffer) != size or not known.is_there:
             try:
                 known = self._slots[path] = Slot(number, path, size)
             except OSError as error:  # no room: a failed save does not end training either

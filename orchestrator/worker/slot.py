@@ -22,4 +22,16 @@ class Slot:
                 # Allocated now, not at first touch: a full /dev/shm must be an error, not SIGBUS.
                 os.posix_fallocate(file.fileno(), 0, size)
             self._map = mmap.mmap(file.fileno(), size)
+            self._path, self._inode = path, os.fstat(file.fileno()).st_ino
         self.buffer = memoryview(self._map)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the agent would find in the file what is written here.
+
+        It removes the slots of a rank that has no seat on its node, which may get one again.
+        """
+        try:
+            return self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False

@@ -106,6 +106,29 @@ def test_a_fenced_node_holds_nothing_any_more_of_what_its_fence_says_was_abandon
     assert [holding.step for holding in joined.holdings] == [10]
 
 
+def test_a_rank_that_is_seated_elsewhere_leaves_no_slots_behind_and_finds_new_ones_later(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, save_every=5)
+    agent = agents["node-0"]
+    controller.begin(1, ["node-0", "node-1"])
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 0, 10))
+    controller.begin(2, ["node-1", "node-0"])
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 1, 10))
+
+    wait_for(lambda: not list(agent.memory.glob("rank-00000.slot-*")))
+
+    assert list(agent.memory.glob("rank-00001.slot-*"))
+    again = controller.begin(3, ["node-0", "node-1"])
+    controller.hear(
+        ShardsHeld, "node-0", since=again, where=lambda f: f.generation == 3 and holder(f, 0, 10)
+    )
+    # Memory is what is restored from, so what was staged lies where the agent looks.
+    controller.begin(4, ["node-0", "node-1"], restore=10, sources=("node-0", "node-1"))
+    assert controller.hear(Prepared, "node-0", where=lambda fact: fact.generation == 4)[1].own == 1
+    wait_for(lambda: not list(agent.memory.glob("gone-*")))
+
+
 def test_each_shard_is_made_durable_once_and_a_world_without_memory_resumes_from_it(
     controller: Controller, start: Start
 ) -> None:

@@ -170,7 +170,7 @@ def test_a_node_that_missed_a_generation_comes_back_to_what_that_one_has_done(jo
 
     assert_whole(report)
     assert report.generations == 3
-    logs = [one.folder.logs / f"rank-{rank:05d}.log" for rank in range(4)]
+    logs = [one.folder.rank_log(rank) for rank in range(4)]
     restored = [r[1:] for log in logs for r in restores(log.read_text()) if r[0] == 3]
     assert len(restored) == 4
     ((_, saved_by),) = set(restored)

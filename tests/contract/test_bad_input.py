@@ -304,10 +304,10 @@ def test_a_run_that_goes_on_is_refused_to_others_by_its_folder_and_by_its_name(j
 def test_a_full_disk_under_the_journal_stops_decisions_and_then_the_run_and_loses_nothing(
     job: Make,
 ) -> None:
-    steps = {"steps": 60, "step_s": 0.02, "save_every": 5, "durable_every": 20}
-    one = job(trainer__steps=60, trainer__options=steps, recovery={"spareWait": "2s"})
+    steps = {"steps": 200, "step_s": 0.02, "save_every": 5, "durable_every": 20}
+    one = job(trainer__steps=200, trainer__options=steps, recovery={"spareWait": "2s"})
     one.start()
-    limit_at = 15_000
+    limit_at = 20_000  # every process has it, and a beacon needs less
     resource.prlimit(one.started.pid, resource.RLIMIT_FSIZE, (limit_at, -1))  # type: ignore[union-attr]
 
     assert one.finish() == 1
@@ -323,7 +323,7 @@ def test_a_full_disk_under_the_journal_stops_decisions_and_then_the_run_and_lose
 
     code, report = one.conduct("--quiet")
     assert code == 0
-    assert report.losses == [(step, 1.0 / step) for step in range(1, 61)]
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 201)]
     assert report.divergences == []
     assert one.leftovers() == []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -43,6 +44,7 @@ Tier = Literal["own", "fetched", "durable"]
 WRITES_AT_ONCE = 2
 SLOT_FILES = "rank-*.slot-*"
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -147,10 +149,15 @@ class Keeper:
         To be called when no process of an older generation can write to a slot any more.
         """
         self._shelf.seat(ranks)
-        files = {
-            path: Rank(int(path.name.removeprefix("rank-").partition(".")[0]))
-            for path in self._memory.glob(SLOT_FILES)
-        }
+        try:
+            files = {
+                path: Rank(int(path.name.removeprefix("rank-").partition(".")[0]))
+                for path in self._memory.glob(SLOT_FILES)
+            }
+        except OSError as error:
+            # A node without descriptors, say: no reason not to enter the generation.
+            log.warning("slots without a rank stay until the next generation: %s", error)
+            return
         for path in self._shelf.spare(files):
             self._remove_soon(path)
 

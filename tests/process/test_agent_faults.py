@@ -97,7 +97,7 @@ def test_a_rank_that_crashes_says_where(
 def test_a_frozen_rank_shows_as_stopped_and_goes_on_when_the_fault_ends(
     controller: Controller,
 ) -> None:
-    train(controller, {"fault": "freeze-rank", "rank": 1, "for": "400ms"})
+    train(controller, {"fault": "freeze-rank", "rank": 1, "for": "2500ms"})
     at = let_loose(controller)
 
     stopped, beat = controller.hear(Beat, since=at, where=lambda b: b.states[1:] == "T")
@@ -207,7 +207,7 @@ def test_a_full_disk_fails_a_write_and_training_goes_on_until_there_is_room(
 def test_a_slow_disk_delays_a_checkpoint_and_not_the_ranks(controller: Controller) -> None:
     train(
         controller,
-        {"fault": "slow-disk", "node": "node-0", "delay": "300ms", "when": {"step": 1}},
+        {"fault": "slow-disk", "node": "node-0", "delay": "600ms", "when": {"step": 1}},
         durable_every=50,
     )
     let_loose(controller)

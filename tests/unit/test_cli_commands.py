@@ -166,7 +166,7 @@ def test_checkpoints_that_were_not_kept_and_that_can_not_be_read_say_so(home: Pa
     for step in range(10, 60, 10):
         cluster.train(10)
         commit(cluster, step)
-    cluster.exit(0, step=50)
+    cluster.after(0.1).exit(0, step=50)
     cluster.found(40, rejected=("step 50: shard 1 is corrupt",))
     write(cluster, home / "demo")
 

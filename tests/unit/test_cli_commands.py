@@ -679,7 +679,10 @@ def test_an_interrupt_while_the_command_is_loading_ends_it_without_a_traceback(
 ) -> None:
     slow = "import time\nprint('loading', flush=True)\ntime.sleep(30)\n"
     (tmp_path / "typer.py").write_text(slow)
-    command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "get"]
+    # Whoever runs the tests in the background has them ignore interrupts, and so their children.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heeding}; from orchestrator.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "get"]
     started = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

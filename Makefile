@@ -21,7 +21,7 @@ demo: setup
 	HOLDFAST_HOME=$(OUT)/home $(BIN)/holdfast drill deploy/examples/demo.yaml \
 		--faults deploy/examples/demo-faults.yaml --out $(OUT)
 
-# Ratios measured in one run each; about a quarter of an hour on two cores, which should be idle.
+# Ratios measured in one run each; about twenty minutes on two cores, which should be idle.
 bench: setup
 	$(BIN)/python -m tests.bench.recovery
 	$(BIN)/python -m tests.bench.overhead

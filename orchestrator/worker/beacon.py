@@ -34,7 +34,7 @@ _ENTRY_BYTES = 64
 RING_STEPS = 256
 PAGE_BYTES = _RING_AT + RING_STEPS * _ENTRY_BYTES
 LOOKS_MAX = 100
-"""A copy is only torn if the rank writes twice during a look; a hundred times is no rank."""
+"""A look fails only if the rank writes during it; a hundred times in a row is no rank."""
 
 
 class BeaconError(Exception):
@@ -141,8 +141,11 @@ class BeaconReader:
         if magic != MAGIC:
             raise BeaconError(f"beacon magic is {magic:#x}, expected {MAGIC:#x}")
         for _ in range(LOOKS_MAX):
-            body = _get(self._page, _COPY_AT[self._words[_CURRENT_WORD] & 1], _BODY)
-            if body is not None:
+            current = self._words[_CURRENT_WORD]
+            body = _get(self._page, _COPY_AT[current & 1], _BODY)
+            # Still current after the look: else it may be the next reading, already whole there
+            # and not yet in force, and the look after this one would see the one before it.
+            if body is not None and self._words[_CURRENT_WORD] == current:
                 generation, rank, phase, step, *others = body
                 return Reading(
                     Generation(generation), Rank(rank), RankPhase(phase), Step(step), *others

@@ -26,6 +26,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.recovery
 	$(BIN)/python -m tests.bench.overhead
 	$(BIN)/python -m tests.bench.false_alarms
+	$(BIN)/python -m tests.bench.copy
 
 test: lint
 	$(BIN)/python -m pytest -n 2

@@ -20,6 +20,7 @@ DEPTH_MAX = 32
 """Lists and sections inside each other."""
 INTEGER_MAX = (1 << 63) - 1
 _INTEGER_MAX_CHARS = 80
+_SHOWN_CHARS = 24
 
 
 class BadFileError(Exception):
@@ -115,6 +116,11 @@ class _RefusedError(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=mark, note=hint)
 
 
+def _number(node: yaml.ScalarNode, problem: str, hint: str) -> _RefusedError:
+    shown = node.value if len(node.value) <= _SHOWN_CHARS else f"{node.value[:_SHOWN_CHARS]}..."
+    return _RefusedError(f"`{shown}` {problem}", node.start_mark, hint)
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Knows null, bool, int, float and text; what looks like a date is text."""
 
@@ -171,21 +177,13 @@ class _PlainLoader(yaml.SafeLoader):
         if len(digits) < _INTEGER_MAX_CHARS:
             value = int(digits, 16 if "x" in digits else 10)
         if value is None or not -INTEGER_MAX <= value <= INTEGER_MAX:
-            raise _RefusedError(
-                f"`{digits[:24]}...` has more than 64 bits",
-                node.start_mark,
-                "quote it if it is text",
-            )
+            raise _number(node, "has more than 64 bits", "quote it if it is text")
         return value
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         value = float(super().construct_yaml_float(node))
         if not isfinite(value):
-            raise _RefusedError(
-                f"`{node.value[:24]}` is not a finite number",
-                node.start_mark,
-                "choose a finite one",
-            )
+            raise _number(node, "is not a finite number", "choose a finite one")
         return value
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:

@@ -1,0 +1,191 @@
+"""What can be computed before anything runs: how often to save, how many spares, which ETTR.
+
+All times are seconds. Letters of the formulas: M mean time between interruptions, D detection and
+localisation, R restart, T interval between checkpoints, d time for which one checkpoint keeps
+training waiting. All forms assume that interruptions come independently of each other at a
+constant rate, that each costs D + R, and that it throws away what was computed since the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil, exp, expm1, inf, isfinite, lgamma, log, log1p, sqrt
+
+from orchestrator.protocol.ids import Seconds
+
+DAY_S = 86_400.0
+_EXPONENT_MAX = 700.0
+"""Beyond it `exp` overflows; an ETTR there is zero to every digit that is shown."""
+
+
+def young_interval_s(stall_s: float, mtti_s: float) -> Seconds:
+    """Return the interval after which saving again costs least, to first order: sqrt(2 d M).
+
+    Source: Young 1974.
+
+    >>> round(young_interval_s(0.05, 2.781 * 3600), 1)
+    31.6
+    """
+    _require(stall_s=stall_s, mtti_s=mtti_s)
+    return Seconds(sqrt(2 * stall_s * mtti_s))
+
+
+def daly_interval_s(stall_s: float, mtti_s: float) -> Seconds:
+    """Return the interval after which saving again costs least, to higher order.
+
+    sqrt(2 d M) (1 + sqrt(d / 2M) / 3 + d / 18M) - d; M if a checkpoint takes longer than 2 M.
+    Source: Daly 2006.
+    """
+    _require(stall_s=stall_s, mtti_s=mtti_s)
+    if stall_s >= 2 * mtti_s:
+        return Seconds(mtti_s)
+    half = stall_s / (2 * mtti_s)
+    return Seconds(young_interval_s(stall_s, mtti_s) * (1 + sqrt(half) / 3 + half / 9) - stall_s)
+
+
+def renewal_ettr(*, interval_s: float, stall_s: float, outage_s: float, mtti_s: float) -> float:
+    """Return ETTR, exact where the assumptions hold: T / (M e^(outage/M) (e^((T+d)/M) - 1)).
+
+    Interruptions may strike during restarts and checkpoints as well; the last checkpoint is what
+    is returned to. Source: Daly 2006.
+
+    Args:
+        interval_s: training between two checkpoints, > 0.
+        stall_s: what one checkpoint keeps training waiting.
+        outage_s: D + R, from the interruption to the first step.
+        mtti_s: mean time between interruptions; inf for none.
+    """
+    _require(interval_s=interval_s, mtti_s=mtti_s, outage_s=outage_s, stall_s=stall_s)
+    if mtti_s == inf:
+        return interval_s / (interval_s + stall_s)
+    exponent = (interval_s + stall_s) / mtti_s
+    if exponent + outage_s / mtti_s > _EXPONENT_MAX:
+        return 0.0
+    return interval_s / mtti_s / (exp(outage_s / mtti_s) * expm1(exponent))
+
+
+def small_loss_ettr(*, interval_s: float, stall_s: float, outage_s: float, mtti_s: float) -> float:
+    """Return 1 - d/T - (outage + T/2)/M, good while the losses are small; never below zero."""
+    _require(interval_s=interval_s, mtti_s=mtti_s, outage_s=outage_s, stall_s=stall_s)
+    return max(1 - stall_s / interval_s - (outage_s + interval_s / 2) / mtti_s, 0.0)
+
+
+def expected_ettr(*, interval_s: float, stall_s: float, outage_s: float, mtti_s: float) -> float:
+    """Return (1 - (u0 + T/2)/M) / (1 + d/T), u0 being the outage; never below zero.
+
+    Source: Meta's E[ETTR], arXiv 2410.21680, with 1/M = nodes x failures per node and second.
+    """
+    _require(interval_s=interval_s, mtti_s=mtti_s, outage_s=outage_s, stall_s=stall_s)
+    spent = (outage_s + interval_s / 2) / mtti_s
+    return max(1 - spent, 0.0) / (1 + stall_s / interval_s)
+
+
+def outage_allowed_s(target: float, mtti_s: float) -> Seconds:
+    """Return what an interruption may cost all in, D + R + T/2, for an ETTR of `target`.
+
+    Saving is taken to be free; M (1 - target).
+    """
+    if not 0 <= target <= 1:
+        raise ValueError(f"target is {target:g}, expected 0 to 1")
+    _require(mtti_s=mtti_s)
+    return Seconds(mtti_s * (1 - target))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outages:
+    """Interruptions of one class within a window, and what each of them costs in seconds."""
+
+    count: float
+    detect_s: float = 0.0
+    localise_s: float = 0.0
+    restart_s: float = 0.0
+    lost_work_s: float = 0.0
+
+    @property
+    def cost_s(self) -> float:
+        """What all of them cost together."""
+        each = self.detect_s + self.localise_s + self.restart_s + self.lost_work_s
+        return self.count * each
+
+
+def budget_ettr(
+    outages: Iterable[Outages], *, window_s: float, interval_s: float, stall_s: float
+) -> float:
+    """Return ETTR where every class of interruption has costs of its own; never below zero.
+
+    Lost work is given per class, since an SDC costs more of it than half an interval.
+    """
+    _require(window_s=window_s, interval_s=interval_s, stall_s=stall_s)
+    training_s = window_s - sum(each.cost_s for each in outages)
+    return max(training_s / window_s, 0.0) / (1 + stall_s / interval_s)
+
+
+def spares_poisson(*, removals_per_day: float, out_s: float, quantile: float = 0.99) -> int:
+    """Return how many nodes are out of service at once, at most, for `quantile` of the time.
+
+    Nodes leave independently; how long each is away matters by its mean alone (M/G/inf), so that
+    the number away is Poisson with mean rate x `out_s`.
+
+    >>> [spares_poisson(removals_per_day=6.1, out_s=h * 3600) for h in (4, 12, 72, 168)]
+    [4, 8, 29, 59]
+    """
+    _require(removals_per_day=removals_per_day, out_s=out_s)
+    mean = removals_per_day * out_s / DAY_S
+    if mean == 0:
+        return _smallest(quantile, lambda _: 0.0, 0)
+    # No quantile that a double can hold lies further out.
+    bound = ceil(mean + 40 * sqrt(mean) + 40)
+    return _smallest(quantile, lambda k: k * log(mean) - mean - lgamma(k + 1), bound)
+
+
+def spares_binomial(*, machines: int, probability: float, quantile: float = 0.99) -> int:
+    """Return how many of `machines` fail at once, at most, with probability `quantile`.
+
+    Source: ByteRobust, arXiv 2509.16293, Table 5. Its published sizes (128, 256, 512 and 1,024
+    machines need 2, 2, 3 and 4) follow from any probability between 0.117 % and 0.125 %.
+
+    Args:
+        machines: machines of the job, >= 0.
+        probability: that a given machine is among those that fail at the same time, in [0, 1].
+        quantile: in (0, 1).
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"probability is {probability:g}, expected 0 to 1")
+    if machines < 0:
+        raise ValueError(f"machines is {machines}, expected 0 or more")
+    if machines == 0 or probability == 0:
+        return _smallest(quantile, lambda _: 0.0, 0)
+    if probability == 1:
+        return machines
+
+    def log_mass(k: int) -> float:
+        ways = lgamma(machines + 1) - lgamma(k + 1) - lgamma(machines - k + 1)
+        return ways + k * log(probability) + (machines - k) * log1p(-probability)
+
+    return _smallest(quantile, log_mass, machines)
+
+
+def _smallest(quantile: float, log_mass: Callable[[int], float], bound: int) -> int:
+    """Return the smallest k up to `bound` of which the masses 0..k sum to the quantile."""
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile is {quantile:g}, expected more than 0 and less than 1")
+    reached = 0.0
+    for k in range(bound):
+        reached += exp(log_mass(k))
+        if reached >= quantile:
+            return k
+    return bound
+
+
+def _require(**given: float) -> None:
+    """Refuse what is no length of time: lengths that are divided by must be more than zero."""
+    for name, value in given.items():
+        least = "more than 0" if name in _DIVISORS else "0 or more"
+        finite = isfinite(value) or (value == inf and name == "mtti_s")
+        if not finite or value < 0 or (value == 0 and name in _DIVISORS):
+            raise ValueError(f"{name} is {value:g}, expected {least}")
+
+
+_DIVISORS = frozenset({"mtti_s", "interval_s", "window_s"})

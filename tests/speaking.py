@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import hashlib
+import hmac
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -12,9 +12,16 @@ import msgspec
 from storage.shard import encode_index
 from tests.shards import TOKEN, sealed
 
-PROOF = b"holdfast" + hashlib.sha256(b"holdfast peers 1\0" + TOKEN.encode()).digest()
+PROTOCOL = b"holdfast peers 2"
+HELLO = PROTOCOL + bytes(32)
+"""What a caller says first; it need not draw well."""
 INDEX, BODY = (encode_index(sealed(0, 7, 2)[0]), bytes(sealed(0, 7, 2)[1]))
 LINEAGE = {"generation": 2, "restore": None, "retained": -1}
+
+
+def proof(role: bytes, drawn: bytes, address: str, token: str = TOKEN) -> bytes:
+    """Return what shows that one end knows the token; `drawn` by the caller, then by the server."""
+    return hmac.digest(token.encode(), PROTOCOL + role + drawn + address.encode(), "sha256")
 
 
 def frame(message: object) -> bytes:
@@ -81,6 +88,17 @@ class End:
         self.socket.close()
 
 
+async def greet(address: str, *pieces: bytes, token: str = TOKEN) -> End:
+    """Connect to an agent as one that knows the token does, and send something."""
+    end = await call(address, HELLO)
+    challenge = await end.hear()
+    drawn = bytes(32) + challenge["nonce"]
+    if token == TOKEN:
+        assert challenge["proof"] == proof(b"server", drawn, address)
+    await end.send(proof(b"caller", drawn, address, token), *pieces)
+    return end
+
+
 async def call(address: str, *pieces: bytes) -> End:
     """Connect to an agent and send something."""
     host, _, port = address.rpartition(":")
@@ -95,11 +113,25 @@ async def call(address: str, *pieces: bytes) -> End:
     return end
 
 
+async def admit(end: End, address: str) -> None:
+    """Have a caller show that it knows the token."""
+    hello = await end.read(len(HELLO))
+    assert hello[:16] == PROTOCOL
+    drawn = hello[16:] + bytes(32)
+    await end.send(
+        frame({"type": "Challenge", "nonce": drawn[32:], "proof": proof(b"server", drawn, address)})
+    )
+    assert await end.read(32) == proof(b"caller", drawn, address)
+
+
 @contextlib.asynccontextmanager
 async def answering(
     *answers: Callable[[End], Awaitable[object]],
+    greets: bool = True,
 ) -> AsyncIterator[tuple[str, list[End]]]:
     """Play a peer that treats its first caller as told first, and so on, the last one for ever.
+
+    Unless told otherwise, it has its callers greet it first.
 
     Yields its address, and the callers so far. Whoever was answered is hung up on.
     """
@@ -111,7 +143,8 @@ async def answering(
 
     async def serve(end: End, answer: Callable[[End], Awaitable[object]]) -> None:
         try:
-            assert await end.read(len(PROOF)) == PROOF
+            if greets:
+                await admit(end, "{}:{}".format(*listener.getsockname()))
             await answer(end)
         finally:
             end.close()

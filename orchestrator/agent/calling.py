@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.agent.frames import Ask, Done, Offer, cut_off
+from orchestrator.agent.greeting import greet
 from orchestrator.agent.shards import Lineage, MalformedError, Shard, UnreachableError
 from orchestrator.agent.transfer import give, take
-from orchestrator.agent.wire import Wire, connect, proof_of
+from orchestrator.agent.wire import Wire, connect
 from orchestrator.protocol.ids import Rank, Step
 
 _IDLE_MAX = 16
@@ -26,30 +27,33 @@ class PeerClient:
 
     How long a call may take is for its callers to say: a shard of a large model takes as long as it
     takes.
+
+    Args:
+        token: of the run; whoever is called must know it.
+
+    Attributes:
+        unreachable: whether nobody is called.
     """
 
     def __init__(self, token: str) -> None:
-        self._proof = proof_of(token)
-        self._unreachable = False
+        self.unreachable = False
+        self._token = token
         self._closed = False
         self._idle: list[Wire] = []
         self._busy: set[Wire] = set()
 
-    @property
-    def unreachable(self) -> bool:
-        """Whether nobody is called; to become so breaks off what is under way."""
-        return self._unreachable
-
-    @unreachable.setter
-    def unreachable(self, value: bool) -> None:
-        self._unreachable = value
-        if value:
-            self._hang_up()
-
     def close(self) -> None:
-        """Close every connection; who is calling is told so."""
+        """Close every connection for good; who is calling is told so."""
         self._closed = True
-        self._hang_up()
+        self.break_off()
+
+    def break_off(self) -> None:
+        """Close every connection; a call that is under way is made again, if it may be."""
+        for wire in self._busy:
+            wire.abort()
+        for wire in self._idle:
+            wire.close()
+        self._idle.clear()
 
     async def send(self, address: str, shard: Shard, lineage: Lineage) -> None:
         """Have another agent hold a copy of a shard, which the caller has pinned.
@@ -97,7 +101,7 @@ class PeerClient:
         try:
             self._require_permission()  # it may have ended while the other one picked up
             if kept is None:
-                await wire.write(self._proof)
+                await greet(wire, self._token)
             answer = await talk(wire)
         except BaseException:
             wire.close()
@@ -121,15 +125,8 @@ class PeerClient:
         if len(self._idle) > _IDLE_MAX:
             self._idle.pop(0).close()
 
-    def _hang_up(self) -> None:
-        for wire in self._busy:
-            wire.abort()
-        for wire in self._idle:
-            wire.close()
-        self._idle.clear()
-
     def _require_permission(self) -> None:
-        if self._unreachable:
+        if self.unreachable:
             raise cut_off()
         if self._closed:
             raise UnreachableError("this agent is ending")

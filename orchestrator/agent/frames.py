@@ -1,4 +1,4 @@
-"""What agents say to each other about shards: five messages, in frames, and errors by their names.
+"""What agents say to each other about shards: six messages, in frames, and errors by their names.
 
 A frame is 4 bytes of little-endian length and a message in msgpack, of 4 KiB at most. A shard
 passes like this, whether its holder offers it by itself (a copy) or was asked for it (a fetch):
@@ -8,7 +8,8 @@ passes like this, whether its holder offers it by itself (a copy) or was asked f
     giver            the index, then the body; no frames
     taker   Done     all of it is here, verified, and a copy is held
 
-Instead of what is expected, `Failed` may come: its sender hangs up after that.
+Before that a server says `Challenge` (greeting.py). Instead of what is expected, `Failed` may come:
+its sender hangs up after that.
 """
 
 from __future__ import annotations
@@ -23,14 +24,24 @@ from orchestrator.protocol.ids import Rank, Step
 
 FRAME_BYTES_MAX = 4096
 LENGTH = struct.Struct("<I")
+NONCE_BYTES = PROOF_BYTES = 32
 _REASON_BYTES_MAX = 2000
 _BY_NAME = {error.__name__: error for error in ERRORS}
 _Natural = msgspec.Meta(ge=0, le=1 << 62)
 _Size = msgspec.Meta(ge=1, le=1 << 62)
+_Drawn = msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)
+_Proof = msgspec.Meta(min_length=PROOF_BYTES, max_length=PROOF_BYTES)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Anything that is said in a frame."""
+
+
+class Challenge(Message, frozen=True):
+    """Show me that you know the token, as I do; `nonce` was drawn for this connection."""
+
+    nonce: Annotated[bytes, _Drawn]
+    proof: Annotated[bytes, _Proof]
 
 
 class Ask(Message, frozen=True):
@@ -66,7 +77,7 @@ class Failed(Message, frozen=True):
 
 
 M = TypeVar("M", bound=Message)
-_DECODER = msgspec.msgpack.Decoder(Ask | Offer | Ready | Done | Failed)
+_DECODER = msgspec.msgpack.Decoder(Challenge | Ask | Offer | Ready | Done | Failed)
 
 
 def frame(message: Message) -> bytes:

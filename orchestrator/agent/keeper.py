@@ -64,7 +64,7 @@ class Keeper:
 
         Args:
             memory: where the slots of ranks are; the keeper's own files lie beside them.
-            token: shown to other agents, and asked of them.
+            token: other agents must know it.
             host: address on which other agents reach this one.
             transfer_s: another agent that has not sent or taken a whole shard after so many
                 seconds is given up.
@@ -114,7 +114,10 @@ class Keeper:
 
     @unreachable.setter
     def unreachable(self, value: bool) -> None:
-        self._server.unreachable = self._client.unreachable = value
+        for side in (self._server, self._client):
+            side.unreachable = value
+            if value:
+                side.break_off()
 
     # What is held -------------------------------------------------------------------------
 

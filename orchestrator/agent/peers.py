@@ -1,8 +1,8 @@
 """Serves a node's shards to other agents, and takes copies of theirs, on the agent's loop.
 
-A connection carries one transfer after another. Whoever calls shows the run's token before anything
-else is read. A copy comes with the lineage that its sender knows of, so that an older one is
-refused, and a node that takes copies without being part of the world keeps up.
+A connection carries one transfer after another. Whoever calls shows that it knows the run's token
+before anything else is read. A copy comes with the lineage that its sender knows of, so that an
+older one is refused, and a node that takes copies without being part of the world keeps up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from orchestrator.agent.frames import Ask, Done, Message, Offer, cut_off, failed
+from orchestrator.agent.greeting import WITHIN_S, admit
 from orchestrator.agent.shards import (
     KeeperError,
     MalformedError,
@@ -25,15 +26,13 @@ from orchestrator.agent.shards import (
     UnreachableError,
 )
 from orchestrator.agent.transfer import give, take
-from orchestrator.agent.wire import EndedError, Wire, proof_of
+from orchestrator.agent.wire import EndedError, Wire
 from orchestrator.protocol.ids import Generation, Rank, Step
 
 log = logging.getLogger(__name__)
 
 CALLERS_MAX = 64
 """Connections at a time: many, for the few nodes that copy to this one or fetch from it."""
-HELLO_S = 5.0
-"""A caller that has not shown its token by then, or not said what it began to say, is dropped."""
 IDLE_S = 600.0
 """A connection on which nothing was said for so long is closed by the server."""
 _ACCEPT_PAUSE_S = 0.1
@@ -53,6 +52,7 @@ class PeerServer:
 
     Attributes:
         transfer_s: a peer that has not sent or taken a whole shard after this long is dropped.
+        unreachable: whether everybody is refused.
     """
 
     def __init__(
@@ -69,35 +69,25 @@ class PeerServer:
 
         Args:
             shelf: what is served, and where copies go.
-            token: asked of everybody.
+            token: everybody must know it.
             new_file: names a file for a copy.
             threads: where room is made for copies, and where they are verified.
             on_copy: called with the sender's generation for each copy that is held.
             transfer_s: see the class.
         """
         self.transfer_s = transfer_s
+        self.unreachable = False
         self._shelf = shelf
         self._new_file = new_file
-        self._proof = proof_of(token)
+        self._token = token
+        self._address = ""
         self._threads = threads
         self._on_copy = on_copy
-        self._unreachable = False
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._callers: dict[Wire, _State] = {}
         """In the order in which they came into their states."""
         self._serving: set[asyncio.Task[None]] = set()
-
-    @property
-    def unreachable(self) -> bool:
-        """Whether everybody is refused; to become so breaks off what is under way."""
-        return self._unreachable
-
-    @unreachable.setter
-    def unreachable(self, value: bool) -> None:
-        self._unreachable = value
-        if value:
-            self._hang_up(_State.BUSY)
 
     def open(self, host: str) -> str:
         """Serve on a free port of `host`; return "host:port".
@@ -117,7 +107,12 @@ class PeerServer:
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept(listener))
         shown = f"[{host}]" if family == socket.AF_INET6 else host
-        return f"{shown}:{listener.getsockname()[1]}"
+        self._address = f"{shown}:{listener.getsockname()[1]}"
+        return self._address
+
+    def break_off(self) -> None:
+        """End what is under way; whoever is called or calls later is another matter."""
+        self._hang_up(_State.BUSY)
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Stop serving; what is under way has a second to finish."""
@@ -177,7 +172,7 @@ class PeerServer:
         """Answer one caller until it hangs up or something goes wrong; never raises."""
         try:
             async with asyncio.timeout(self._hello_s):
-                await wire.require(self._proof)
+                await admit(wire, self._token, self._address)
             while await self._is_called(wire):
                 async with asyncio.timeout(self.transfer_s):
                     await self._answer(wire)
@@ -201,7 +196,7 @@ class PeerServer:
 
     @property
     def _hello_s(self) -> float:
-        return min(HELLO_S, self.transfer_s)
+        return min(WITHIN_S, self.transfer_s)
 
     async def _is_called(self, wire: Wire) -> bool:
         self._enter(wire, _State.IDLE)
@@ -216,7 +211,7 @@ class PeerServer:
     async def _answer(self, wire: Wire) -> None:
         async with asyncio.timeout(self._hello_s):
             wanted: Message = await wire.hear(Ask, Offer)
-        if self._unreachable:
+        if self.unreachable:
             raise cut_off()
         if isinstance(wanted, Ask):
             shard = self._shelf.require(wanted.rank, wanted.step)

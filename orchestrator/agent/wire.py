@@ -1,4 +1,4 @@
-"""A connection between two agents: the token first, then frames, and files that never pass Python.
+"""A connection between two agents: frames, and files that never pass Python.
 
 A file leaves by sendfile(2). It arrives by splice(2): from the socket through a pipe into the file,
 up to a megabyte whenever the loop finds the socket ready. Taking 100 MB costs 30 ms of processor
@@ -15,8 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hashlib
-import hmac
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -24,26 +22,15 @@ from functools import partial
 from typing import Any
 
 from orchestrator.agent.frames import LENGTH, M, Message, frame, heard, length_of
-from orchestrator.agent.shards import CorruptError, KeeperError
+from orchestrator.agent.shards import CorruptError
 
 PIECE_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
 """Room made at a time for what is read into memory, however much was announced."""
 
 
-class StrangerError(KeeperError):
-    """Whoever called has not shown this run's token."""
-
-    hint = "Agents of one run must be started with the same token and the same version."
-
-
 class EndedError(ConnectionError):
     """The other end hung up where more had to come."""
-
-
-def proof_of(token: str) -> bytes:
-    """Return what shows that somebody knows the token, 40 bytes; it names this protocol, too."""
-    return b"holdfast" + hashlib.sha256(b"holdfast peers 1\0" + token.encode()).digest()
 
 
 async def connect(address: str) -> Wire:
@@ -98,15 +85,6 @@ class Wire:
         except OSError:
             return False
         return False
-
-    async def require(self, proof: bytes) -> None:
-        """Read as much as a proof has, and not a byte more.
-
-        Raises:
-            StrangerError: if it is not this one.
-        """
-        if not hmac.compare_digest(await self.read(len(proof)), proof):
-            raise StrangerError("token is not this run's")
 
     async def is_called(self) -> bool:
         """Wait for the first bytes of a frame; return False if the other end hung up instead."""

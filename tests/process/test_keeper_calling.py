@@ -23,7 +23,7 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.protocol.ids import Rank
 from tests.shards import GENERATION, RANK, STEP, THERE, TOKEN, Node, calling, settled, two
-from tests.speaking import BODY, DONE, INDEX, PROOF, READY, End, answering, call, frame, offer
+from tests.speaking import BODY, DONE, INDEX, READY, End, answering, call, frame, greet, offer
 
 pytestmark = pytest.mark.process
 
@@ -149,7 +149,7 @@ def test_what_stalls_ends_in_time_and_at_once_when_this_node_is_cut_off(
 def test_a_node_that_becomes_cut_off_breaks_off_what_others_are_sending(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
-            end = await call(there.address, PROOF, offer(), INDEX, BODY[:1000])
+            end = await greet(there.address, offer(), INDEX, BODY[:1000])
             assert await end.hear() == {"type": "Ready"}
             assert there.files() != []
             there.keeper.unreachable = True
@@ -297,8 +297,8 @@ def test_signals_stay_with_the_agent_and_close_ends_within_seconds(tmp_path: Pat
         address = await node.keeper.open()
         ends = [
             await call(address),
-            await call(address, PROOF),
-            await call(address, PROOF, offer()),
+            await greet(address),
+            await greet(address, offer()),
         ]
         await settled(lambda: node.files() != [])
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
@@ -321,7 +321,7 @@ def test_nobody_who_is_idle_is_waited_for(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(peers, "_CLOSE_S", 60)
         node = Node(tmp_path / "here")
         address = await node.keeper.open()
-        ends = [await call(address), await call(address, PROOF)]
+        ends = [await call(address), await greet(address)]
         await settled(lambda: len(node.keeper._server._callers) == 2)
 
         await asyncio.wait_for(node.keeper.close(), 10)

@@ -1,4 +1,4 @@
-"""What agents may be sent by strangers and by peers that break: and what is left of it."""
+"""What agents may be sent by peers that break: and what is left of it."""
 
 import asyncio
 import errno
@@ -6,63 +6,31 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from orchestrator.agent import peers
-from orchestrator.agent.shards import KeeperError, NoRoomError, UnreachableError
-from orchestrator.agent.wire import proof_of
+from orchestrator.agent.shards import NoRoomError, UnreachableError
 from orchestrator.protocol.ids import Step
 from storage.shard import encode_index
 from tests.shards import RANK, STEP, THERE, Node, sealed, settled, two
-from tests.speaking import BODY, DONE, INDEX, LINEAGE, PROOF, READY, End, ask, call, frame, offer
+from tests.speaking import (
+    BODY,
+    DONE,
+    HELLO,
+    INDEX,
+    LINEAGE,
+    READY,
+    End,
+    ask,
+    call,
+    frame,
+    greet,
+    offer,
+)
 
 pytestmark = pytest.mark.process
-
-STRANGERS = {
-    "another token": proof_of("t0ken2"),
-    "no token": proof_of(""),
-    "zeros": bytes(40),
-    "the last bit": PROOF[:-1] + bytes([PROOF[-1] ^ 1]),
-    "a web browser": b"GET /shards/0/7 HTTP/1.1\r\nAuthorization: Bearer x\r\n\r\n",
-}
-
-
-@pytest.mark.parametrize("how", STRANGERS)
-@pytest.mark.parametrize(
-    "wanted", [ask(), offer(), b"\xff" * 5000], ids=["asks", "offers", "babbles"]
-)
-def test_a_stranger_gets_nothing_and_leaves_nothing(
-    tmp_path: Path, how: str, wanted: bytes
-) -> None:
-    async def scenario() -> None:
-        async with two(tmp_path) as (here, there):
-            here.stage(0, 7, 2)
-            for node in (here, there):
-                before = node.files()
-                end = await call(node.address, STRANGERS[how], wanted)
-                # The same whatever was wanted: nothing after the token has been read.
-                answer = {"type": "Failed", "kind": "StrangerError"}
-                assert await end.hear() == answer | {"reason": "token is not this run's"}
-                assert await end.hear() == {}
-                assert node.files() == before
-                end.close()
-
-    asyncio.run(scenario())
-
-
-def test_agents_with_different_tokens_are_told_so(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with two(tmp_path) as (here, there):
-            here.stage(0, 7, 2)
-            here.keeper._client._proof = proof_of("of another run")
-            with pytest.raises(KeeperError, match="token is not this run's"):
-                await here.keeper.copy_to(THERE, RANK, STEP)
-            assert there.files() == []
-
-    asyncio.run(scenario())
-
 
 OTHER_BLOCKS = INDEX.replace(b'"block_bytes":16777216', b'"block_bytes":16777217')
 OTHER_STEP = encode_index(sealed(0, 8, 2)[0])
@@ -104,7 +72,7 @@ def test_what_is_broken_is_refused_with_its_reason_and_leaves_no_file(
 
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
-            end = await call(there.address, PROOF, first)
+            end = await greet(there.address, first)
             answer = await end.hear()
             if then:
                 assert answer == {"type": "Ready"}
@@ -123,13 +91,12 @@ def test_who_breaks_off_in_the_middle_is_told_where(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
             for sent, reason in (
-                (PROOF[:10], "after 10 of 40 bytes"),
-                (PROOF + offer()[:3], "after 0 of 1 bytes"),
-                (PROOF + offer()[:20], "after 16 of"),
-                (PROOF + offer() + INDEX[:100], f"after 100 of {len(INDEX)} bytes"),
-                (PROOF + offer() + INDEX + BODY[:-1], f"after {len(BODY) - 1} of {len(BODY)}"),
+                (offer()[:3], "after 0 of 1 bytes"),
+                (offer()[:20], "after 16 of"),
+                (offer() + INDEX[:100], f"after 100 of {len(INDEX)} bytes"),
+                (offer() + INDEX + BODY[:-1], f"after {len(BODY) - 1} of {len(BODY)}"),
             ):
-                end = await call(there.address, sent)
+                end = await greet(there.address, sent)
                 end.socket.shutdown(socket.SHUT_WR)
                 answer = await end.hear()
                 if answer == {"type": "Ready"}:
@@ -144,7 +111,7 @@ def test_who_breaks_off_in_the_middle_is_told_where(tmp_path: Path) -> None:
 def test_what_comes_after_a_shard_is_no_part_of_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
-            end = await call(there.address, PROOF, offer(), INDEX, BODY, b"and more")
+            end = await greet(there.address, offer(), INDEX, BODY, b"and more")
             answers = [(await end.hear())["type"] for _ in range(3)]
             assert answers == ["Ready", "Done", "Failed"]
             await end.hung_up()
@@ -158,7 +125,7 @@ def test_what_comes_after_a_shard_is_no_part_of_it(tmp_path: Path) -> None:
 def test_a_shard_that_does_not_fit_is_refused_before_any_of_it_is_sent(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
-            end = await call(there.address, PROOF, offer(body_bytes=1 << 39))
+            end = await greet(there.address, offer(body_bytes=1 << 39))
             assert (await end.hear())["kind"] == "NoRoomError"
             assert there.files() == []
             end.close()
@@ -170,7 +137,7 @@ def test_a_copy_of_an_older_lineage_is_refused_before_any_of_it_is_sent(tmp_path
     async def scenario() -> None:
         async with two(tmp_path) as (_, there):
             there.begin(3, {}, 5)
-            end = await call(there.address, PROOF, offer())
+            end = await greet(there.address, offer())
             answer = await end.hear()
             assert answer["kind"] == "StaleError"
             assert "copy is of generation 2 from the seed" in answer["reason"]
@@ -195,14 +162,17 @@ def test_a_full_memory_is_said_as_such(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 STALLS = {
-    "says nothing": b"",
-    "half a token": PROOF[:20],
-    "half a length": PROOF + offer()[:2],
-    "half a frame": PROOF + offer()[:20],
-    "no index": PROOF + offer(),
-    "half an index": PROOF + offer() + INDEX[: len(INDEX) // 2],
-    "no body": PROOF + offer() + INDEX,
-    "half a body": PROOF + offer() + INDEX + BODY[: len(BODY) // 2],
+    # How it connects, and what it says then.
+    "says nothing": (call, b""),
+    "half a hello": (call, HELLO[:20]),
+    "no proof": (call, HELLO),
+    "half a proof": (call, HELLO + bytes(20)),
+    "half a length": (greet, offer()[:2]),
+    "half a frame": (greet, offer()[:20]),
+    "no index": (greet, offer()),
+    "half an index": (greet, offer() + INDEX[: len(INDEX) // 2]),
+    "no body": (greet, offer() + INDEX),
+    "half a body": (greet, offer() + INDEX + BODY[: len(BODY) // 2]),
 }
 
 
@@ -214,9 +184,10 @@ def test_a_sender_that_stalls_or_dies_is_given_up_at_any_point(
     async def scenario() -> None:
         node = Node(tmp_path / "here", transfer_s=0.2 if ending == "stalls" else 60)
         address = await node.keeper.open()
-        end = await call(address, STALLS[how])
+        connect, said = STALLS[how]
+        end = await connect(address, said)
         begun = time.monotonic()
-        if offer() in STALLS[how]:
+        if offer() in said:
             await settled(lambda: node.files() != [])
         if ending == "dies":
             end.close()
@@ -236,7 +207,7 @@ def test_a_caller_that_is_idle_for_too_long_is_hung_up_on(
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
             monkeypatch.setattr(peers, "IDLE_S", 0.1)
-            end = await call(there.address, PROOF)
+            end = await greet(there.address)
             await end.hung_up()
             end.close()
             # And whoever keeps a connection for that long finds it dead, and makes another.
@@ -253,7 +224,7 @@ def test_a_reader_that_stalls_is_given_up_and_what_it_read_is_let_go(tmp_path: P
         node = Node(tmp_path / "here", transfer_s=0.2)
         address = await node.keeper.open()
         node.stage(0, 7, 0, size=40_000_000)
-        end = await call(address, PROOF, ask(), READY)
+        end = await greet(address, ask(), READY)
         assert (await end.hear())["body_bytes"] > 40_000_000
 
         node.keeper.retain(Step(8))
@@ -272,7 +243,7 @@ def test_a_shard_stays_as_it_is_until_its_reader_says_that_it_has_all_of_it(
         node = Node(tmp_path / "here")
         address = await node.keeper.open()
         node.stage(0, 7, 0)
-        end = await call(address, PROOF, ask(), READY)
+        end = await greet(address, ask(), READY)
         offered = await end.hear()
         size = offered["index_bytes"] + offered["body_bytes"]
         assert len(await end.read(size)) == size
@@ -293,12 +264,12 @@ def test_a_shard_stays_as_it_is_until_its_reader_says_that_it_has_all_of_it(
 # Many of them ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", [b"", PROOF], ids=["strangers", "idle peers"])
-def test_a_flood_of_connections_keeps_nobody_out(tmp_path: Path, said: bytes) -> None:
+@pytest.mark.parametrize("connect", [call, greet], ids=["strangers", "idle peers"])
+def test_a_flood_of_connections_keeps_nobody_out(tmp_path: Path, connect: Any) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
             here.stage(0, 7, 2)
-            flood = [await call(there.address, said) for _ in range(5 * peers.CALLERS_MAX)]
+            flood = [await connect(there.address) for _ in range(5 * peers.CALLERS_MAX)]
             await settled(lambda: len(there.keeper._server._callers) == peers.CALLERS_MAX)
 
             await here.keeper.copy_to(THERE, RANK, STEP, timeout_s=2)
@@ -319,7 +290,7 @@ def test_when_all_connections_are_in_use_a_newcomer_is_refused_and_may_come_agai
             here.stage(0, 7, 2)
             busy: list[End] = []
             for _ in range(peers.CALLERS_MAX):
-                busy.append(await call(there.address, PROOF, offer()))
+                busy.append(await greet(there.address, offer()))
                 assert await busy[-1].hear() == {"type": "Ready"}
 
             with pytest.raises(UnreachableError):

@@ -24,6 +24,8 @@ log = logging.getLogger("orchestrator.agent")
 CONFIG_MAX_BYTES = 1 << 20
 EXIT_ERROR = 1
 EXIT_USAGE = 2
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that end an agent in order."""
 
 
 def main() -> int:
@@ -40,6 +42,8 @@ def main() -> int:
     except msgspec.MsgspecError as error:
         log.error("standard input is no agent config: %s", error)  # noqa: TRY400 - the user's mistake
         return EXIT_USAGE
+    # Until somebody heeds them: one that came between would leave memory behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         linux.require()
         for folder in (config.work, config.logs):
@@ -62,11 +66,13 @@ def main() -> int:
 
 async def _live(config: AgentConfig, memory: Memory) -> int:
     nursery = Nursery(config.entrypoint, Path(config.work) / "warm.log")
-    nursery.warm_up()
     node = Node(config, memory, nursery)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         loop.add_signal_handler(number, node.end, 0, f"told to by {number.name}")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    # Not before: what is started inherits the mask.
+    nursery.warm_up()
     log.info("agent of %s, process %d", config.node, os.getpid())
     code = await node.run()
     # Not through the interpreter's exit: it joins threads, and one may hang in a dead file system.

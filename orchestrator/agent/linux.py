@@ -43,18 +43,23 @@ def adopt_orphans(*, on: bool = True) -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, int(on))
 
 
-def die_with(parent: int, within_s: float = 5.0) -> None:
-    """Have the kernel kill this process when `parent` ends; wait until that is its parent.
+def die_with(parent: int, *, after: int = 0, within_s: float = 5.0) -> None:
+    """Have the kernel kill this process when `parent` ends.
+
+    Args:
+        parent: whose child this process is, or will be once `after` has ended.
+        after: the parent that this process was born to and is to be adopted from, if there is one.
+        within_s: seconds to wait for that.
 
     Raises:
-        ProcessLookupError: if `parent` is not the parent after `within_s`; it may be gone, and
-            then nothing would ever end this process.
+        ProcessLookupError: if another process is the parent then: `parent` is gone, and nothing
+            would ever end this process.
     """
     deadline = time.monotonic() + within_s
-    while os.getppid() != parent:
-        if time.monotonic() > deadline:
-            raise ProcessLookupError(f"parent is {os.getppid()}, expected {parent}")
+    while os.getppid() == after and time.monotonic() < deadline:
         time.sleep(0.0005)
+    if os.getppid() != parent:
+        raise ProcessLookupError(f"parent is {os.getppid()}, expected {parent}")
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended between the two lines above
         os.kill(os.getpid(), signal.SIGKILL)

@@ -70,6 +70,8 @@ ADDRESS_MAX = 256
 LOOK_S = 0.5
 """Beacons are read at least this often; they keep 256 steps, so none of 2 ms is missed."""
 SWEEP_S = 2.0
+STRAYS_S = 0.005
+"""While killed orphans are awaited, they are looked for this often."""
 
 
 class Node:
@@ -136,11 +138,12 @@ class Node:
             self._entering.cancel()
         self._injection.close()
         self._saving.close()
+        # Before the ranks are ended: none is born any more that nobody would know of.
+        self._nursery.close()
         stuck = await self._ranks.end_all(self._limits)
         for live in stuck:
             log.error("process %d survived SIGKILL", live.pid)
-        self._nursery.close()
-        linux.end_strays(spared=())
+        await self._end_strays({live.pid for live in stuck})
         await self._keeper.close()
         self._memory.remove()
         # Last of all: to the controller an open connection is a node that has not gone.
@@ -153,6 +156,13 @@ class Node:
         if not self._exit.done():
             log.info("ending: %s", reason)
             self._exit.set_result(code)
+
+    async def _end_strays(self, spared: set[int]) -> None:
+        """End what the dead left behind, and what comes to us when those die in turn."""
+        deadline = time.monotonic() + self._limits.kill_s
+        while set(linux.children()) - spared and time.monotonic() < deadline:
+            linux.end_strays(spared)
+            await asyncio.sleep(STRAYS_S)
 
     async def _call(self) -> None:
         try:

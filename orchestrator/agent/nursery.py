@@ -15,6 +15,12 @@ IMPORT_WITHIN_S = 600.0
 """Importing a trainer from a slow file system may take minutes; more than this is a failure."""
 
 
+class NurseryClosedError(Exception):
+    """The agent is ending, and no rank is forked any more."""
+
+    hint = "None needed."
+
+
 class Nursery:
     """Forks ranks. A warm process that is gone is replaced; one that can not import is not kept.
 
@@ -26,14 +32,17 @@ class Nursery:
     def __init__(self, entrypoint: str, log_file: Path) -> None:
         self._entrypoint, self._log_file = entrypoint, log_file
         self._warm: Warm | None = None
+        self._closed = False
         # One thread: the warm process answers one order at a time.
         self._thread = ThreadPoolExecutor(1, "fork")
 
     def warm_up(self) -> None:
-        """Start importing, unless that is done or under way. On the loop's thread only."""
-        if self._warm is None:
-            with self._log_file.open("ab") as output:
-                self._warm = Warm(self._entrypoint, output)
+        """Start importing, unless that is done or under way. On the loop's thread only.
+
+        Raises:
+            NurseryClosedError: after `close`.
+        """
+        self._at_hand()
 
     @property
     def pid(self) -> int | None:
@@ -48,6 +57,7 @@ class Nursery:
         Do not cancel it: the process would be there all the same, and nobody would know it.
 
         Raises:
+            NurseryClosedError: after `close`, also if that comes while the trainer is imported.
             WarmUpError: if the trainer can not be imported, or forking fails twice.
         """
         loop = asyncio.get_running_loop()
@@ -57,12 +67,12 @@ class Nursery:
             return warm.fork(environment, control, control_variable, out)
 
         for last in (False, True):
-            self.warm_up()
-            warm = self._warm
-            assert warm is not None
+            warm = self._at_hand()
             try:
                 return await loop.run_in_executor(self._thread, fork, warm)
             except WarmUpError as error:
+                if self._closed:
+                    raise NurseryClosedError("the agent ends") from error
                 if self._warm is warm:
                     self._warm = None
                     warm.close()
@@ -72,8 +82,18 @@ class Nursery:
         raise AssertionError("the loop returns or raises")
 
     def close(self) -> None:
-        """End the warm process; ranks live on."""
+        """End the warm process, and with it every fork under way; ranks live on."""
+        self._closed = True
         warm, self._warm = self._warm, None
         if warm is not None:
             warm.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        # What waits there finds the warm process gone, and says so to whoever asked for it.
+        self._thread.shutdown(wait=False)
+
+    def _at_hand(self) -> Warm:
+        if self._closed:
+            raise NurseryClosedError("the agent ends")
+        if self._warm is None:
+            with self._log_file.open("ab") as output:
+                self._warm = Warm(self._entrypoint, output)
+        return self._warm

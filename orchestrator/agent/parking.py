@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from orchestrator.agent.exits import NODE_HINT
 from orchestrator.agent.live import LiveRank
+from orchestrator.agent.nursery import NurseryClosedError
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.warm import WarmUpError
 
@@ -32,6 +33,8 @@ class Parking:
         """Fork what is missing and end what is too much; a failure is logged."""
         try:
             await self._ranks.refill(self._wanted())
+        except NurseryClosedError:
+            log.debug("nobody stands by: the agent ends")
         except WarmUpError as error:
             log.error("nobody stands by: %s; hint: %s", error, error.hint)  # noqa: TRY400 - one line
         except OSError as error:

@@ -145,10 +145,15 @@ class Ranks:
     async def refill(self, wanted: int) -> None:
         """See that `wanted` processes are parked: fork what is missing, end what is too much.
 
+        Nothing happens once they are being ended.
+
         Raises:
+            NurseryClosedError: if that begins meanwhile.
             WarmUpError: if none can be forked.
             OSError: if this node has no memory, descriptor or file for one.
         """
+        if self._closing:
+            return
         parked = self.parked()
         for live in parked[wanted:]:
             live.kill()
@@ -169,11 +174,16 @@ class Ranks:
     # The end ------------------------------------------------------------------------------------
 
     async def end_all(self, limits: Timeouts) -> list[LiveRank]:
-        """End every process: Retire, SIGTERM, SIGKILL; return what survived that."""
+        """End every process: Retire, SIGTERM, SIGKILL; return what survived that.
+
+        The nursery is to be closed before, or one could be born behind our back.
+        """
         self._closing = True
         for live in self._all.values():
             live.dismissed = True
             live.control.send(Retire())
+        if self._forking:
+            await asyncio.wait(self._forking, timeout=limits.kill_s)
         for number, within_s in (
             (signal.SIGTERM, limits.terminate_s / 2),
             (signal.SIGKILL, limits.terminate_s / 2),

@@ -27,6 +27,7 @@ from typing import IO, NoReturn
 import msgspec
 
 from orchestrator.agent import linux
+from orchestrator.worker.errors import EXIT_ORPHANED
 
 MESSAGE_MAX_BYTES = 1 << 17
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -194,12 +195,13 @@ def _fork_twice(
     except OSError as error:
         return f"fork: {error}"
     if middle == 0:
+        own = os.getpid()
         try:
             rank = os.fork()
         except OSError as error:
             os._exit(error.errno or 1)
         if rank == 0:
-            _become_rank(main, order, descriptors, orders)
+            _become_rank(main, order, descriptors, orders, born_to=own)
         os._exit(0)
     _, status = os.waitpid(middle, 0)
     number = os.waitstatus_to_exitcode(status)
@@ -225,12 +227,17 @@ def load(entrypoint: str) -> Callable[[], int | None]:
 
 
 def _become_rank(
-    main: Callable[[], int | None], order: Fork, descriptors: list[int], orders: socket.socket
+    main: Callable[[], int | None],
+    order: Fork,
+    descriptors: list[int],
+    orders: socket.socket,
+    *,
+    born_to: int,
 ) -> NoReturn:
     code = 1
     try:
         os.setsid()
-        linux.die_with(order.agent)
+        _die_with(order.agent, after=born_to)
         control, output = descriptors
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -240,8 +247,7 @@ def _become_rank(
         os.environ[order.control_variable] = str(control)
         faulthandler.enable()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        orders.send(msgspec.json.encode(Answer(pid=os.getpid())))
-        orders.close()
+        _announce(orders)
         code = main() or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -255,8 +261,24 @@ def _become_rank(
         os._exit(code)
 
 
+def _announce(orders: socket.socket) -> None:
+    """Say that this rank lives; end it, and say nothing, if nobody wants to know any more."""
+    try:
+        orders.send(msgspec.json.encode(Answer(pid=os.getpid())))
+    except OSError:
+        os._exit(EXIT_ORPHANED)
+    orders.close()
+
+
+def _die_with(agent: int, *, after: int = 0) -> None:
+    """Tie this process to the agent; end it, and say nothing, if that is gone already."""
+    try:
+        linux.die_with(agent, after=after)
+    except ProcessLookupError:
+        os._exit(EXIT_ORPHANED)
+
+
 if __name__ == "__main__":
-    # No wait: the agent is the parent from the start, or it is gone and nobody needs this process.
-    linux.die_with(int(sys.argv[3]), within_s=0.0)
+    _die_with(int(sys.argv[3]))
     with socket.socket(fileno=int(sys.argv[2])) as inherited:
         serve(sys.argv[1], inherited)

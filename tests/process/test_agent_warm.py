@@ -1,5 +1,6 @@
 """Ranks forked from a warm process: whose children they are, and how they end."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from orchestrator.agent import linux
 from orchestrator.agent.process import RankProcess
-from orchestrator.agent.warm import Warm, WarmUpError
+from orchestrator.agent.warm import MESSAGE_MAX_BYTES, Fork, Warm, WarmUpError
+from orchestrator.worker.errors import EXIT_ORPHANED
 
 pytestmark = pytest.mark.process
 PROGRAMS = Path(__file__).parents[1] / "programs"
@@ -162,6 +165,74 @@ def test_neither_rank_nor_warm_process_outlives_an_agent_that_is_killed(
 
         for pid in pids:
             wait_for(lambda pid=pid: (v := linux.vitals(pid)) is None or v.state == "Z")
+
+
+@contextlib.contextmanager
+def warm_process(agent: int, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """Start one that takes `agent` for its agent; yield it and the agent's end of its orders."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(10)
+    with ours, log.open("ab") as output:
+        with theirs:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    Warm.__module__,
+                    "entry:sleep",
+                    f"{theirs.fileno()}",
+                    f"{agent}",
+                ],
+                pass_fds=[theirs.fileno()],
+                stderr=output,
+            )
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            process.wait(10)
+
+
+@pytest.fixture
+def gone() -> int:
+    """Return the number of a process that is no more."""
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
+
+
+def test_a_warm_process_whose_agent_is_gone_before_it_runs_ends_and_says_nothing(
+    gone: int, tmp_path: Path
+) -> None:
+    with warm_process(gone, tmp_path / "log") as (process, orders):
+        assert orders.recv(MESSAGE_MAX_BYTES) == b""
+        assert process.wait(10) == EXIT_ORPHANED
+
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_rank_whose_agent_is_gone_when_it_is_born_ends_at_once_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, gone: int, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    linux.adopt_orphans()
+    before = linux.children()
+    with warm_process(os.getpid(), tmp_path / "log") as (process, orders):
+        assert orders.recv(MESSAGE_MAX_BYTES)
+        order = Fork(agent=gone, environment={}, control_variable="CONTROL")
+        with (tmp_path / "log").open("ab") as output:
+            socket.send_fds(orders, [msgspec.json.encode(order)], [output.fileno()] * 2)
+        orders.shutdown(socket.SHUT_WR)
+        ordered = time.monotonic()
+
+        # Closed when the last process has ended that had the other end: the rank.
+        assert orders.recv(MESSAGE_MAX_BYTES) == b""
+        assert time.monotonic() - ordered < 2.0
+        assert process.wait(10) == 0
+
+    linux.end_strays(before)
+    linux.adopt_orphans(on=False)
+    assert linux.children() == before
+    assert (tmp_path / "log").read_text() == ""
 
 
 def test_a_hundred_ranks_leave_no_descriptor_and_no_process(

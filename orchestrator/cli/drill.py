@@ -88,7 +88,7 @@ def differences(one: Report, other: Report) -> list[str]:
 def cut_short(ended: Outcome) -> CliError | None:
     """Return what to tell of a run that did not come to its own end, None if it did.
 
-    It has no second life: faults of its plan would be let loose twice, and losses be missing.
+    It has no second life: faults of its plan would be let loose twice.
     """
     if ended.code not in (Exit.INTERRUPTED, Exit.TIMED_OUT):
         return None

@@ -12,6 +12,7 @@ from orchestrator.core.decisions import (
 from orchestrator.core.events import (
     ControllerStarted,
     FaultInjected,
+    Inherited,
     NodeDisconnected,
     NodeLost,
     Reported,
@@ -33,7 +34,7 @@ from orchestrator.protocol.messages import (
 
 Line = tuple[Seconds, str]
 LINES_MAX = 100_000
-_TOLD = ControllerStarted | FaultInjected | NodeDisconnected | NodeLost | StopRequested
+_TOLD = ControllerStarted | FaultInjected | Inherited | NodeDisconnected | NodeLost | StopRequested
 _TOLD_FACTS = (
     Joined | NodeUnusable | PreparationFailed | Prepared | RankExited | RanksTroubled | WriteFailed
 )

@@ -15,7 +15,7 @@ from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
-from orchestrator.worlds.folder import RunFolder, elsewhere, home
+from orchestrator.worlds.folder import RunFolder, elsewhere, home, next_former_journal
 from storage.commit import latest_commit
 from storage.errors import StorageError, UnsupportedUriError
 from storage.local import open_store
@@ -195,12 +195,13 @@ def _planned(folder: RunFolder) -> FaultPlan | None:
 
 
 def _archive(folder: RunFolder) -> None:
-    """Put the journal of a life that has ended aside; the next life counts its own time."""
-    number = 1
-    while (target := folder.root / f"journal.{number}").exists():
-        number += 1
-    folder.journal.replace(target)
+    """Put the journal of a life that has ended aside; the next life counts its own time.
+
+    The controller finds it there, and takes over what that life knew.
+    """
+    # The clock first: whatever comes in between, no life goes on by the clock of another.
     folder.clock.unlink(missing_ok=True)
+    folder.journal.replace(next_former_journal(folder))
 
 
 def _differences(before: TrainingRun, now: TrainingRun) -> list[str]:

@@ -13,6 +13,7 @@ from orchestrator.core.events import (
     ControllerStarted,
     Event,
     FaultInjected,
+    Inherited,
     NodeDisconnected,
     NodeLost,
     Reported,
@@ -64,6 +65,9 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
     match event:
         case ControllerStarted(incarnation=incarnation):
             return f"controller {incarnation} took over"
+        case Inherited(generation=generation, losses=losses):
+            known = f"the losses of {_steps([s for s, _ in losses])}" if losses else "no loss"
+            return f"a former life of this run ended in generation {generation}, with {known}"
         case Reported(node=name, fact=fact):
             return _fact(str(name), fact)
         case NodeDisconnected(node=name):

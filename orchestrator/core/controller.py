@@ -347,10 +347,10 @@ class Controller:
         state = self.state
         # Advanced now, not when the new world reports: what is left of the old one is fenced
         # from this moment, however long it takes to die.
-        # Above every epoch in the store: an earlier life of this run may have written there, and
-        # keys are taken also by what was rejected, or never committed.
+        # Above those of former lives, and above every epoch in the store: keys are taken also by
+        # what was rejected, or never committed.
         seen = state.found.epoch_seen if state.found else Generation(0)
-        newest = max([seen, *(c.epoch for c in state.commits)])
+        newest = max([state.former_generation, seen, *(c.epoch for c in state.commits)])
         state.ancestors = _ancestors(state, plan)
         state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)

@@ -24,6 +24,22 @@ class ControllerStarted(_Event, frozen=True, kw_only=True):
     incarnation: int
 
 
+class Inherited(_Event, frozen=True, kw_only=True):
+    """A former life of the run has ended; this is what it knew (core.heritage).
+
+    The first events of a later life, before its first controller took over: several if there is
+    much to tell.
+    """
+
+    generation: Generation
+    """The newest one of all former lives."""
+    losses: tuple[tuple[Step, float | None], ...]
+    """(step, loss), ascending; None for one that was not finite."""
+    untold_step: Step
+    """Up to here no journal tells of the steps that led to where it stood."""
+    divergences: tuple[Step, ...] = ()
+
+
 class Reported(_Event, frozen=True, kw_only=True):
     """An agent reported a fact about its node."""
 
@@ -129,6 +145,7 @@ class Tick(_Event, frozen=True, kw_only=True):
 
 Event = (
     ControllerStarted
+    | Inherited
     | Reported
     | NodeDisconnected
     | NodeLost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.core import heritage
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -10,6 +11,7 @@ from orchestrator.core.events import (
     ControllerStarted,
     Event,
     FaultInjected,
+    Inherited,
     NodeDisconnected,
     NodeLost,
     Reported,
@@ -52,6 +54,8 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             # Every connection died with the predecessor; agents come back by themselves.
             for known in state.nodes.values():
                 known.connected = False
+        case Inherited():
+            heritage.inherit(state, event)
         case Reported(node=node, fact=Joined() as joined):
             _join(state, node, joined)
         case Reported(node=node, fact=fact):
@@ -328,8 +332,7 @@ def reset_for_generation(
     # A commit that is under way may still succeed; nobody waits for it any more.
     state.written, state.committing, state.commit_at = {}, {}, {}
     state.start_step = state.reached_step = restored
-    former = restore is not None and _of_a_former_life(state, restore)
-    state.inherited_step = restored if former else min(state.inherited_step, restored)
+    heritage.continue_from(state, restore)
     state.kept[state.generation] = kept
     for node in state.nodes.values():
         node.finished = False
@@ -340,12 +343,6 @@ def reset_for_generation(
     state.retained = Step(min(state.retained, restored))
     # What is beyond is staged anew: their copies will not be those that were unreadable.
     state.condemned_memory = {step for step in state.condemned_memory if step <= kept}
-
-
-def _of_a_former_life(state: RunState, restore: RestoreFrom) -> bool:
-    """Whether what is restored was committed by a generation that this journal does not know."""
-    epochs = [commit.epoch for commit in state.commits if commit.key == restore.commit]
-    return any(epoch not in state.kept for epoch in epochs)
 
 
 def world_mark(state: RunState) -> int:

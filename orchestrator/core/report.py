@@ -108,7 +108,11 @@ class SaveFailure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything about a run that a person or a tool may want afterwards."""
+    """Everything about a run that a person or a tool may want afterwards.
+
+    The result (final step, digests, losses and what is doubtful of them) is that of the whole
+    lineage. Times, ledger, incidents, and what was counted are those of this life of the run.
+    """
 
     run: str
     state: str
@@ -123,7 +127,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Of the exact bits of every loss of the final lineage, with its step."""
     losses: list[tuple[Step, float | None]]
     losses_missing: list[Step]
-    """Steps of the final lineage that this life computed, and nobody reported."""
+    """Steps of the final lineage that nobody reported, beyond what a life whose journal is not in
+    this folder computed."""
     ettr: float
     wall_s: float
     ledger: dict[str, float]
@@ -224,7 +229,7 @@ def losses_digest(losses: Iterable[tuple[Step, float | None]]) -> str:
 
 
 def _missing(state: RunState) -> list[Step]:
-    first = state.inherited_step + 1
+    first = state.untold_step + 1
     return [Step(step) for step in range(first, _last(state) + 1) if step not in state.losses]
 
 

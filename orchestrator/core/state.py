@@ -154,8 +154,10 @@ class RunState:
     """Last step completed in the current lineage."""
     start_step: Step = Step(0)
     """Step from which the current generation continued."""
-    inherited_step: Step = Step(0)
-    """Last step that this life did not compute: a former one did, and its journal tells of it."""
+    former_generation: Generation = Generation(0)
+    """The newest generation of the former lives whose journals are here, 0 if there are none."""
+    untold_step: Step = Step(0)
+    """Up to here a life whose journal is not here computed the steps of the current lineage."""
     kept: dict[Generation, Step] = field(default_factory=dict)
     """Up to which step memory still counted when each generation began, -1 for not at all.
 

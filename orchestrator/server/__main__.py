@@ -20,16 +20,22 @@ from orchestrator import compose
 from orchestrator.core import journal
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import EndRun
-from orchestrator.core.events import ControllerStarted, Event
+from orchestrator.core.events import ControllerStarted, Event, Inherited
 from orchestrator.faults.plan import ArmedFault, FaultPlan
 from orchestrator.protocol.agent import ControllerAddress
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.app import Server
-from orchestrator.server.journal import AlreadyRunningError, JournalFile, lock, replay
+from orchestrator.server.journal import (
+    AlreadyRunningError,
+    JournalFile,
+    inheritance,
+    lock,
+    replay,
+)
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
-from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.folder import RunFolder, former_journals
 from orchestrator.worlds.local import LocalWorld
 from orchestrator.worlds.vault import Vault
 
@@ -72,16 +78,19 @@ def _run(folder: RunFolder, port: int) -> int:
         file = JournalFile(folder.journal, run)
         controller = compose.controller(run)
         replay(controller, file, folder.journal)
+        clock = RunClock(folder.clock, reached=controller.state.now)
+        left = _left_by_a_former_life(folder, run, controller, clock)
     except journal.JournalError as error:
         log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
         return EXIT_UNTRUSTED
     if file.torn:
         log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
-    clock = RunClock(folder.clock, reached=controller.state.now)
     world = _world(run, folder, clock, controller)
     world.resume(controller.state, file.entries)
     server = Server(world, folder.token.read_text(encoding="ascii").strip(), port=port)
     try:
+        for event in left:
+            _handle(controller, world, file, event)
         server.start()
         _drive(controller, world, file, server.url, folder, clock)
     finally:
@@ -89,6 +98,19 @@ def _run(folder: RunFolder, port: int) -> int:
         file.close()
         os.close(held)
     return 0
+
+
+def _left_by_a_former_life(
+    folder: RunFolder, run: TrainingRun, controller: Controller, clock: RunClock
+) -> list[Inherited]:
+    """Return what is to be put on record before the first controller of a life takes over.
+
+    One that dies in the middle of that has not taken over, and its successor tells all of it again.
+    """
+    former = former_journals(folder)
+    if controller.state.incarnation > 0 or not former:
+        return []
+    return inheritance(former[0], run, clock())
 
 
 class _DamagedError(Exception):

@@ -6,7 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
-from orchestrator.core import journal
+from orchestrator import compose
+from orchestrator.core import heritage, journal
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import (
     CarryOutFault,
@@ -15,7 +16,8 @@ from orchestrator.core.decisions import (
     EndRun,
     StartGeneration,
 )
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, Inherited
+from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
 
 _MUST_LAST = (StartGeneration, CommitCheckpoint, CarryOutFault, EndRun)
@@ -54,6 +56,31 @@ def replay(controller: Controller, file: JournalFile, path: Path) -> None:
         raise journal.JournalError(
             f"event {mismatches[0].seq} leads to other decisions than it did: {path}"
         )
+
+
+def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
+    """Return what the life that `path` is the journal of left to the next one.
+
+    It is read once for every life. What it says by itself is enough, also if this version of the
+    program would have decided otherwise.
+
+    Args:
+        path: of its journal.
+        run: must equal that of the journal.
+        at: when this is known, on the clock of the next life.
+
+    Raises:
+        JournalError: if it can not be trusted, or is of another run.
+    """
+    try:
+        read = journal.read(path.read_bytes())
+    except journal.JournalError as error:
+        raise type(error)(f"{error}: {path}") from error
+    if read.header.run != run:
+        raise journal.JournalError(f"journal is of another run file: {path}")
+    former = compose.controller(run)
+    journal.replay(former, read.entries)
+    return heritage.left_by(former.state, at)
 
 
 class JournalFile:

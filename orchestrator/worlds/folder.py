@@ -14,7 +14,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.journal = self.root / "journal"
-        """Every event and decision (core.journal)."""
+        """Every event and decision of this life (core.journal); `former_journals` has others."""
         self.run_file = self.root / "run.json"
         """The run as it was read, `TrainingRun` as JSON."""
         self.plan_file = self.root / "plan.json"
@@ -39,6 +39,23 @@ class RunFolder:
     def rank_log(self, rank: int) -> Path:
         """Return the file with what the holders of a rank printed, oldest first."""
         return self.logs / f"rank-{rank:05d}.log"
+
+
+def former_journals(folder: RunFolder) -> list[Path]:
+    """Return the journals of the former lives of a run, the newest first."""
+    numbered = [
+        (int(path.suffix[1:]), path)
+        for path in folder.root.glob(f"{folder.journal.name}.*")
+        if path.suffix[1:].isdecimal()
+    ]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def next_former_journal(folder: RunFolder) -> Path:
+    """Return where the journal of a life that has ended goes."""
+    newest = next(iter(former_journals(folder)), None)
+    number = 0 if newest is None else int(newest.suffix[1:])
+    return folder.journal.with_name(f"{folder.journal.name}.{number + 1}")
 
 
 def home() -> Path:

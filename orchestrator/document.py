@@ -161,6 +161,7 @@ class _PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _RefusedError("a name can not be a list or section", key.start_mark, _QUOTES)
+            self._require_characters(key)
             if key.value in names:
                 raise _RefusedError(
                     f"`{key.value}` is there twice", key.start_mark, "remove one of the two"
@@ -187,9 +188,13 @@ class _PlainLoader(yaml.SafeLoader):
         return value
 
     def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        self._require_characters(node)
+        return str(node.value)
+
+    @staticmethod
+    def _require_characters(node: yaml.ScalarNode) -> None:
         if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in node.value):
             raise _RefusedError("text holds what is no character", node.start_mark, _QUOTES)
-        return str(node.value)
 
 
 _QUOTES = "check brackets and quotes there"

@@ -190,6 +190,7 @@ def test_any_json_document_is_read_or_refused(
         ("{a: 1e400}", "not a finite number"),
         ('{a: "\\ud800"}', "no character"),
         ('{a: "x\\0"}', "no character"),
+        ('{"\\ud800\\udc00": 1}', "no character"),
         ('{a: "\\U00110000"}', "number that can not be"),
         ('{a: "\\UFFFFFFFF"}', "number that can not be"),
         ("{a: !!python/object/apply:os.system [ls]}", "tags"),
@@ -199,7 +200,7 @@ def test_any_json_document_is_read_or_refused(
         ("@", "not YAML"),
         ("'" + "x" * 100_000, "expected at most 32768 bytes"),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_what_would_burst_or_surprise_is_refused_with_its_place(
     folder: Path, options: str, says: str

@@ -13,19 +13,22 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from orchestrator import document
+from orchestrator import document, faults
 from orchestrator.core.controller import Controller
 from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
 from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
 from orchestrator.document import BadFileError
+from orchestrator.faults.model import FaultModel, FaultRecord, ModelError
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.protocol.timeouts import Timeouts, derive
 
-T = TypeVar("T", TrainingRun, FaultPlan)
+T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
+PACKAGED = Path(faults.__file__).parent / "data"
+"""Fault models and records that come with holdfast."""
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
 
@@ -45,8 +48,36 @@ def read_plan(path: Path) -> FaultPlan:
     return parse(document.read(path), FaultPlan, str(path))
 
 
+def read_model(path: Path) -> FaultModel:
+    """Read and check a fault model. Raises BadFileError if it is none."""
+    model = parse(document.read(path), FaultModel, str(path))
+    try:
+        return model.checked()
+    except ModelError as error:
+        raise BadFileError(f"{error}: {path}", error.hint) from error
+
+
+def read_record(path: Path, model: FaultModel) -> FaultRecord:
+    """Read a fault record, and check it against its model. Raises BadFileError if it is none."""
+    record = parse(document.read(path), FaultRecord, str(path))
+    try:
+        return record.checked(model)
+    except ModelError as error:
+        raise BadFileError(f"{error}: {path}", error.hint) from error
+
+
+def packaged_model(name: str = "llama3") -> FaultModel:
+    """Return a fault model that comes with holdfast. Raises BadFileError if there is no such."""
+    return read_model(PACKAGED / f"{name}.yaml")
+
+
+def packaged_record(model: FaultModel, name: str = "llama3") -> FaultRecord:
+    """Return a fault record that comes with holdfast. Raises BadFileError if there is no such."""
+    return read_record(PACKAGED / f"{name}-record.yaml", model)
+
+
 def parse(text: str, kind: type[T], where: str) -> T:
-    """Read YAML text as a run file or fault plan. Raises BadFileError if it is neither."""
+    """Read YAML text as a file of that kind. Raises BadFileError if it is none."""
     data = document.parse(text, where)
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -107,7 +138,9 @@ def controller(run: TrainingRun) -> Controller:
 def _plain(message: str) -> str:
     """Say it in the words of the file instead of those of the library."""
     message = message.replace("Object contains unknown", "unknown").replace(" - at `$.", " at `")
-    return message[:1].lower() + message[1:]
+    # Names of fields are quoted from the file, and may have line ends in them.
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    return plain[:1].lower() + plain[1:]
 
 
 def _hint(message: str, data: dict[Any, Any], kind: type) -> str:

@@ -212,10 +212,13 @@ def stop(
 def explain(
     path: Annotated[
         str | None,
-        typer.Argument(metavar="[FIELD.PATH]", help="For example spec.checkpoint, or plan.faults."),
+        typer.Argument(
+            metavar="[FIELD.PATH]",
+            help="For example spec.checkpoint, plan.faults, model.classes, record.rows.",
+        ),
     ] = None,
 ) -> None:
-    """Explain the fields of the run file and the fault plan."""
+    """Explain the fields of run files, fault plans, fault models and fault records."""
     from orchestrator.cli import explain
 
     typer.echo(explain.explain(path))

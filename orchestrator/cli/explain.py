@@ -1,4 +1,4 @@
-"""`holdfast explain`: the fields of a run file or fault plan, read from the types that check it."""
+"""`holdfast explain`: the fields of the files that a user writes, read from the types of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from orchestrator.cli.errors import unknown
+from orchestrator.faults.model import FaultModel, FaultRecord
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 
-ROOTS: dict[str, type[msgspec.Struct]] = {"run": TrainingRun, "plan": FaultPlan}
+ROOTS: dict[str, type[msgspec.Struct]] = {
+    "run": TrainingRun,
+    "plan": FaultPlan,
+    "model": FaultModel,
+    "record": FaultRecord,
+}
 
 
 def explain(path: str | None) -> str:
     """Return the fields of a section, or the type, default and meaning of one field.
 
     Args:
-        path: such as `spec.checkpoint.everySteps`; a fault plan's begin with `plan`.
+        path: such as `spec.checkpoint.everySteps`; those of other files begin with `plan`,
+            `model` or `record`.
 
     Raises:
         CliError: if there is no such field.

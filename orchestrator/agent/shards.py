@@ -188,7 +188,7 @@ class Shelf:
         """What ranks were told to restore from, pinned."""
 
     def slot_file(self, rank: Rank, slot: int) -> Path:
-        """Return the file of a staging slot; worker.sdk names it the same."""
+        """Return the file of a staging slot; worker.slot names it the same."""
         return self._memory / f"rank-{rank:05d}.slot-{slot}"
 
     def find(self, rank: Rank, step: Step) -> Shard | None:

@@ -10,7 +10,8 @@ from orchestrator.worker.errors import (
     NotSupervisedError,
     PeerLostError,
 )
-from orchestrator.worker.sdk import LEAVE_SHARE, Worker
+from orchestrator.worker.listening import LEAVE_SHARE
+from orchestrator.worker.sdk import Worker
 from orchestrator.worker.serving import serve
 from orchestrator.worker.slot import Slot
 

@@ -14,16 +14,10 @@ does not come back in time is not waited for: the process ends itself, and a par
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import faulthandler
 import mmap
 import os
-import select
 import socket
-import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,47 +28,31 @@ from orchestrator.protocol.rank import (
     BEACON_VARIABLE,
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
-    Abort,
     Died,
     Finished,
-    Framer,
     FromRank,
     JobAhead,
-    Misbehave,
     Offer,
-    Persisted,
     Reached,
-    Rendezvous,
     Restore,
-    Retire,
     Seat,
-    SlotFreed,
     Staged,
-    ToRank,
     Troubled,
     frame,
-    read_to_rank,
 )
 from orchestrator.worker.beacon import BeaconWriter, StepRecord
-from orchestrator.worker.errors import (
-    EXIT_ORPHANED,
-    EXIT_STUCK,
-    Aborted,
-    MisconfiguredError,
-    NotSupervisedError,
-)
+from orchestrator.worker.errors import Aborted, MisconfiguredError, NotSupervisedError
+from orchestrator.worker.listening import Listener
 from orchestrator.worker.misbehaviour import misbehave
+from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
-from orchestrator.worker.slot import Slot
+from orchestrator.worker.slot import Slot, Slots
 
 Prepare = Callable[[JobAhead, Callable[[], None]], None]
 """Gets what every seat of a job needs ready on this node, such as data.
 
 Calls its second argument while it waits for anything; that raises `Aborted` when a seat is there.
 """
-LEAVE_SHARE = 0.8
-"""Of a seat's `abort_within_s`: a process that has not left by then ends itself, well before it
-would be killed, and with a traceback that says what held it."""
 
 
 class Worker:
@@ -83,31 +61,13 @@ class Worker:
     def __init__(self, control: socket.socket, beacon: BeaconWriter, memory: Path) -> None:
         self._control = control
         self._beacon = beacon
-        self._memory = memory
         self._send_lock = threading.Lock()
-        self._changed = threading.Condition()
-        self._seats: collections.deque[Seat] = collections.deque()
-        self._ahead: JobAhead | None = None
-        self._retired = False
-        self._abort_before = Generation(0)
-        self._on_abort: Callable[[], None] | None = None
-        self._rendezvous: Rendezvous | None = None
-        self._persisted: set[Step] = set()
-        self._misbehave = ""
-        self._free_slots: list[int] = []
-        self._freed: list[int] = []
-        """Slots freed since the newest seat came."""
-        self._slots: dict[Path, Slot] = {}
+        self._slots = Slots(memory)
+        self._orders = Orders(self._slots)
         self._stepped = False
-        self._leaving: tuple[Generation, float] | None = None
-        self.seat: Seat | None = None
-        self._framer = Framer()
-        self._incoming = select.poll()  # select() knows no descriptor above 1023
-        self._incoming.register(control, select.POLLIN)
+        self._listener = Listener(control, self._orders, on_failure=self.died)
         # What lies there already is obeyed first, so that `expected` is not a matter of luck.
-        while self._incoming.poll(0):
-            self._hear()
-        threading.Thread(target=self._listen, name="holdfast-control", daemon=True).start()
+        self._listener.start()
 
     @classmethod
     def connect(cls) -> Worker:
@@ -137,8 +97,8 @@ class Worker:
         Args:
             prepare: called while there is no seat, once it is known what one would be of.
         """
-        self._on_abort = None
-        previous, self.seat = self.seat, None
+        self._listener.on_abort = None
+        previous, self._orders.seat = self._orders.seat, None
         self._beacon.update(phase=RankPhase.WAITING)
         if previous is not None:
             self.reached("left", previous.generation)
@@ -161,16 +121,16 @@ class Worker:
     @property
     def expected(self) -> bool:
         """Whether `next_seat` would return at once: a seat is there, or none will ever be."""
-        return self._retired or bool(self._seats)
+        return self._orders.expected
+
+    @property
+    def seat(self) -> Seat | None:
+        """The seat that was taken and not left yet."""
+        return self._orders.seat
 
     def _get_ready(self, prepare: Prepare) -> None:
         """Wait until a seat is to be taken; prepare for what it will be of meanwhile."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.expected or self._ahead is not None)
-                ahead, self._ahead = self._ahead, None
-            if self.expected or ahead is None:
-                return
+        while (ahead := self._orders.await_ahead()) is not None:
             self._beacon.update(phase=RankPhase.STARTING)
             try:
                 prepare(ahead, self._check_wanted)
@@ -185,23 +145,12 @@ class Worker:
             raise Aborted("a seat is there, or none will ever be")
 
     def _take_seat(self) -> Seat | None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.expected)
-                if not self._seats:
-                    return None
-                seat = self._seats[-1]
-                self._seats.clear()
-                over = seat.generation < self._abort_before
-                if not over:
-                    self._free_slots = sorted({*seat.free_slots, *self._freed})
-                    self._persisted.clear()
-                    # Under the lock: an abort finds the seat either not taken or here.
-                    self.seat = seat
-            if not over:
+        while (seat := self._orders.next_seat()) is not None:
+            if self.seat is seat:
                 redirect(seat.log)
                 return seat
             self.reached("left", seat.generation)
+        return None
 
     def offer(self, address: str) -> None:
         """Rank 0: say where this generation's store listens (host:port)."""
@@ -214,18 +163,10 @@ class Worker:
             Aborted: if the generation ended meanwhile.
             TimeoutError: after `timeout_s`.
         """
-        generation = self._generation
-
-        def known() -> bool:
-            here = self._rendezvous
-            return self.aborted or (here is not None and here.generation == generation)
-
-        with self._changed:
-            if not self._changed.wait_for(known, timeout_s):
-                raise TimeoutError(f"no rendezvous for generation {generation} in {timeout_s} s")
+        address = self._orders.await_rendezvous(self._generation, timeout_s)
         self.check()
-        assert self._rendezvous is not None
-        return self._rendezvous.address
+        assert address is not None
+        return address
 
     def reached(self, mark: str, generation: Generation | None = None) -> None:
         """Announce a mark on the way into this generation (protocol.rank.Reached)."""
@@ -236,7 +177,7 @@ class Worker:
     @property
     def aborted(self) -> bool:
         """Whether this rank was told to leave the generation that it is in. Any thread."""
-        return self.seat is not None and self.seat.generation < self._abort_before
+        return self._orders.aborted
 
     def on_abort(self, callback: Callable[[], None]) -> None:
         """Have `callback` called, on the control thread, the moment an abort arrives.
@@ -244,7 +185,7 @@ class Worker:
         It must not block: its job is to make the main thread's collective fail. What it raises
         there is printed.
         """
-        self._on_abort = callback
+        self._listener.on_abort = callback
         if self.aborted:
             callback()
 
@@ -252,8 +193,8 @@ class Worker:
         """Raise Aborted if this generation is over; carry out a planned fault."""
         if self.aborted:
             raise Aborted(f"generation {self._generation} is over")
-        if self._misbehave:
-            how, self._misbehave = self._misbehave, ""
+        if self._orders.misbehave:
+            how, self._orders.misbehave = self._orders.misbehave, ""
             misbehave(how)
 
     # Reporting ----------------------------------------------------------------------------
@@ -298,28 +239,12 @@ class Worker:
         Without a slot a save is skipped, never awaited. Best skip it on all ranks: a step is of
         use only if every rank has it, and `give_back` is for those that had a slot.
         """
-        with self._changed:
-            if not self._free_slots:
-                return None
-            number = self._free_slots.pop(0)
-        assert self.seat is not None
-        # By file, not by number: a process that is seated at another rank has other slots.
-        path = self._memory / f"rank-{self.seat.rank:05d}.slot-{number}"
-        known = self._slots.get(path)
-        if known is None or len(known.buffer) != size or not known.is_there:
-            try:
-                known = self._slots[path] = Slot(number, path, size)
-            except OSError as error:  # no room: a failed save does not end training either
-                print(f"no slot of {size} bytes: {error}", file=sys.stderr)  # noqa: T201 - the log
-                with self._changed:
-                    self._free_slots.append(number)
-                return None
-        return known
+        assert self.seat is not None, "no seat taken"
+        return self._slots.claim(size)
 
     def give_back(self, slot: Slot) -> None:
         """Return a slot unused."""
-        with self._changed:
-            self._free_slots.append(slot.number)
+        self._slots.give_back(slot.number)
 
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         """Hand a filled and digested slot over to the agent. Any thread."""
@@ -339,13 +264,9 @@ class Worker:
 
     def await_persisted(self, step: int, timeout_s: float) -> bool:
         """Wait until this rank's shard of `step` is durable; False after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while not self.aborted and (left := deadline - time.monotonic()) > 0:
-            with self._changed:
-                if self._changed.wait_for(lambda: step in self._persisted or self.aborted, left):
-                    break
+        persisted = self._orders.await_persisted(Step(step), timeout_s)
         self.check()
-        return step in self._persisted
+        return persisted
 
     def finished(self, step: int, lanes: tuple[int, int]) -> None:
         """Report that all steps are done, with this rank's part of the state digest."""
@@ -370,8 +291,6 @@ class Worker:
             )
         )
 
-    # The control thread -------------------------------------------------------------------
-
     @property
     def _generation(self) -> Generation:
         assert self.seat is not None, "no seat taken"
@@ -380,90 +299,3 @@ class Worker:
     def _send(self, message: FromRank) -> None:
         with self._send_lock:
             self._control.sendall(frame(message))
-
-    def _listen(self) -> None:
-        try:
-            while True:
-                if self._incoming.poll(self._patience_ms()):
-                    self._hear()
-                else:
-                    self._end_if_stuck()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
-            # Nobody would hear an abort from now on, and such a rank must not train on.
-            traceback.print_exception(error)
-            with contextlib.suppress(OSError):
-                self.died(error)
-            os._exit(1)
-
-    def _hear(self) -> None:
-        try:
-            data = self._control.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            os._exit(0 if self._retired else EXIT_ORPHANED)
-        for body in self._framer.feed(data):
-            self._obey(read_to_rank(body))
-
-    def _patience_ms(self) -> float | None:
-        """Return how long the main thread still has to leave; None if it need not."""
-        if self._leaving is None:
-            return None
-        return max(self._leaving[1] - time.monotonic(), 0.0) * 1000
-
-    def _end_if_stuck(self) -> None:
-        assert self._leaving is not None
-        generation, _ = self._leaving
-        self._leaving = None
-        seat = self.seat
-        if self.aborted and seat is not None and seat.generation == generation:
-            # Whatever holds the main thread, waiting longer helps nobody: a parked process is
-            # there to take the seat. Without destructors, which wait for peers that have left.
-            os.write(2, f"told to leave generation {generation} and still in it\n".encode())
-            faulthandler.dump_traceback(2, all_threads=True)
-            os._exit(EXIT_STUCK)
-
-    def _obey(self, message: ToRank) -> None:  # noqa: C901 - one case per message
-        with self._changed:
-            match message:
-                case Seat():
-                    self._seats.append(message)
-                    self._freed = []
-                    self._abort_before = max(self._abort_before, message.generation)
-                case Abort(before=before):
-                    self._abort_before = max(self._abort_before, before)
-                case JobAhead():
-                    self._ahead = message
-                case Rendezvous():
-                    self._rendezvous = message
-                case SlotFreed(slot=slot):
-                    # The seat that waits to be taken does not name it yet.
-                    self._freed.append(slot)
-                    if slot not in self._free_slots:
-                        self._free_slots.append(slot)
-                case Persisted(step=step):
-                    self._persisted.add(step)
-                case Misbehave(how=how):
-                    self._misbehave = how
-                case Retire():
-                    self._retired = True
-                    self._abort_before = Generation(1 << 62)
-            self._changed.notify_all()
-        if self.aborted:
-            self._begin_to_leave()
-
-    def _begin_to_leave(self) -> None:
-        seat = self.seat
-        if seat is None:
-            return
-        if self._leaving is None or self._leaving[0] != seat.generation:
-            leave_within_s = LEAVE_SHARE * seat.abort_within_s
-            self._leaving = (seat.generation, time.monotonic() + leave_within_s)
-        callback = self._on_abort
-        if callback is None:
-            return
-        try:
-            callback()
-        except Exception as error:  # noqa: BLE001 - the orders that follow must be heard
-            # If nothing else brings the main thread back, it is stuck, and ended as such.
-            traceback.print_exception(error)

@@ -1,10 +1,15 @@
-"""A staging slot: where a rank puts its shard for its agent to keep."""
+"""Staging slots: where a rank puts its shards for its agent to keep."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
+
+from orchestrator.protocol.ids import Rank
 
 
 class Slot:
@@ -35,3 +40,66 @@ class Slot:
             return self._path.stat().st_ino == self._inode
         except FileNotFoundError:
             return False
+
+
+class Slots:
+    """The slots of the seat that a process has: which it may write to, and those it has mapped.
+
+    Methods may be called from any thread.
+
+    Args:
+        memory: the agent's folder in shared memory.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._rank = Rank(-1)
+        self._free: list[int] = []
+        self._freed: list[int] = []
+        """Freed since the newest seat came."""
+        self._mapped: dict[Path, Slot] = {}
+
+    def expect(self) -> None:
+        """Take note that a seat came: what is freed from now on is free in it, too."""
+        with self._lock:
+            self._freed = []
+
+    def begin(self, rank: Rank, free: Iterable[int]) -> None:
+        """Take the newest seat, of `rank`, which names these slots as free."""
+        with self._lock:
+            self._rank = rank
+            self._free = sorted({*free, *self._freed})
+
+    def freed(self, number: int) -> None:
+        """Take note that a slot may be written again."""
+        with self._lock:
+            # The seat that waits to be taken does not name it yet.
+            self._freed.append(number)
+            if number not in self._free:
+                self._free.append(number)
+
+    def claim(self, size: int) -> Slot | None:
+        """Return a slot of `size` bytes; None if none is free or there is no room."""
+        with self._lock:
+            if not self._free:
+                return None
+            number = self._free.pop(0)
+            # By file, not by number: a process that is seated at another rank has other slots.
+            path = self._memory / f"rank-{self._rank:05d}.slot-{number}"
+            known = self._mapped.get(path)
+        if known is None or len(known.buffer) != size or not known.is_there:
+            try:
+                known = Slot(number, path, size)
+            except OSError as error:  # no room: a failed save does not end training either
+                print(f"no slot of {size} bytes: {error}", file=sys.stderr)  # noqa: T201 - the log
+                self.give_back(number)
+                return None
+            with self._lock:
+                self._mapped[path] = known
+        return known
+
+    def give_back(self, number: int) -> None:
+        """Take back a slot unused."""
+        with self._lock:
+            self._free.append(number)

@@ -1,0 +1,127 @@
+"""What the agent has said so far: written down by the control thread, acted on by the main one."""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.rank import (
+    Abort,
+    JobAhead,
+    Misbehave,
+    Persisted,
+    Rendezvous,
+    Retire,
+    Seat,
+    SlotFreed,
+    ToRank,
+)
+from orchestrator.worker.slot import Slots
+
+_NEVER_AGAIN = Generation(1 << 62)
+
+
+class Orders:
+    """Of one process.
+
+    Attributes:
+        seat: the seat that was taken and not left yet.
+        retired: whether the agent has no further seat.
+        misbehave: the planned fault to commit at the next check, if not "".
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self.seat: Seat | None = None
+        self.retired = False
+        self.misbehave = ""
+        self._slots = slots
+        self._changed = threading.Condition()
+        self._seats: collections.deque[Seat] = collections.deque()
+        self._ahead: JobAhead | None = None
+        self._abort_before = Generation(0)
+        self._rendezvous: Rendezvous | None = None
+        self._persisted: set[Step] = set()
+
+    def take(self, message: ToRank) -> None:
+        """Write down what the agent says."""
+        with self._changed:
+            match message:
+                case Seat():
+                    self._seats.append(message)
+                    self._slots.expect()
+                    self._abort_before = max(self._abort_before, message.generation)
+                case Abort(before=before):
+                    self._abort_before = max(self._abort_before, before)
+                case JobAhead():
+                    self._ahead = message
+                case Rendezvous():
+                    self._rendezvous = message
+                case SlotFreed(slot=slot):
+                    self._slots.freed(slot)
+                case Persisted(step=step):
+                    self._persisted.add(step)
+                case Misbehave(how=how):
+                    self.misbehave = how
+                case Retire():
+                    self.retired = True
+                    self._abort_before = _NEVER_AGAIN
+            self._changed.notify_all()
+
+    @property
+    def expected(self) -> bool:
+        """Whether a seat is there, or none will ever be."""
+        return self.retired or bool(self._seats)
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the seat that was taken is to be left."""
+        seat = self.seat  # once: the main thread may leave it meanwhile
+        return seat is not None and seat.generation < self._abort_before
+
+    def await_ahead(self) -> JobAhead | None:
+        """Wait until it is known what a seat would be of; None if one is to be taken instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.expected or self._ahead is not None)
+            ahead, self._ahead = self._ahead, None
+        return None if self.expected else ahead
+
+    def next_seat(self) -> Seat | None:
+        """Wait for a seat and return the newest; None if none will ever be.
+
+        It is taken, and `seat` from now on, unless it is over already.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.expected)
+            if not self._seats:
+                return None
+            seat = self._seats[-1]
+            self._seats.clear()
+            if seat.generation >= self._abort_before:
+                self._slots.begin(Rank(seat.rank), seat.free_slots)
+                self._persisted.clear()
+                # Under the lock: an abort finds the seat either not taken or here.
+                self.seat = seat
+            return seat
+
+    def await_rendezvous(self, generation: Generation, within_s: float) -> str | None:
+        """Wait for the address of a generation's store; None if its seat is to be left first.
+
+        Raises:
+            TimeoutError: after `within_s`.
+        """
+
+        def known() -> bool:
+            here = self._rendezvous
+            return self.aborted or (here is not None and here.generation == generation)
+
+        with self._changed:
+            if not self._changed.wait_for(known, within_s):
+                raise TimeoutError(f"no rendezvous for generation {generation} in {within_s} s")
+            return self._rendezvous.address if self._rendezvous and not self.aborted else None
+
+    def await_persisted(self, step: Step, within_s: float) -> bool:
+        """Wait until this rank's shard of `step` is durable; return whether it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: step in self._persisted or self.aborted, within_s)
+            return step in self._persisted

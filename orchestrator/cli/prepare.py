@@ -158,9 +158,9 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
 
 
 def _require_commits(folder: RunFolder, state: RunState) -> None:
-    """Refuse to begin a life where what the former one committed is gone.
+    """Refuse to begin a life where what the former ones committed is gone.
 
-    The next journal does not know of it and would have the run begin at the seed.
+    The controller would find out, too, and end the run: one more life that comes to nothing.
     """
     newest = max((known.step for known in state.commits), default=0)
     if newest == 0:

@@ -24,6 +24,14 @@ class ControllerStarted(_Event, frozen=True, kw_only=True):
     incarnation: int
 
 
+class CommitLeft(msgspec.Struct, frozen=True, array_like=True):
+    """A checkpoint that a former life committed, whatever has become of it since."""
+
+    step: Step
+    epoch: Generation
+    key: str
+
+
 class Inherited(_Event, frozen=True, kw_only=True):
     """A former life of the run has ended; this is what it knew (core.heritage).
 
@@ -38,6 +46,8 @@ class Inherited(_Event, frozen=True, kw_only=True):
     untold_step: Step
     """Up to here no journal tells of the steps that led to where it stood."""
     divergences: tuple[Step, ...] = ()
+    commits: tuple[CommitLeft, ...] = ()
+    """The newest ones, oldest first."""
 
 
 class Reported(_Event, frozen=True, kw_only=True):

@@ -2,18 +2,21 @@
 
 A life has a journal, a clock and a ledger of its own. The result is that of the whole lineage,
 whoever computed it, so the first events of a later life tell what the one before it knew; from
-then on its own journal is enough.
+then on its own journal is enough. They also tell what was committed, so that a durable tier which
+has lost it is not taken for one that never had any.
 """
 
 from __future__ import annotations
 
 from orchestrator.core.decisions import RestoreFrom
-from orchestrator.core.events import Inherited
-from orchestrator.core.state import RunState
+from orchestrator.core.events import CommitLeft, Inherited
+from orchestrator.core.state import Committed, RunState
 from orchestrator.protocol.ids import Seconds, Step
 
 LOSSES_MAX = 100_000
 """Of one event: a few megabytes of journal."""
+COMMITS_MAX = 1000
+"""Older ones have been deleted long ago (spec.checkpoint.keepLast)."""
 
 
 def left_by(former: RunState, at: Seconds) -> list[Inherited]:
@@ -22,6 +25,7 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
     All losses that it knew: where its end was does not say where the next one will go on.
     """
     losses = sorted(former.losses.items())
+    commits = tuple(CommitLeft(c.step, c.epoch, c.key) for c in former.commits[-COMMITS_MAX:])
     starts = range(0, max(len(losses), 1), LOSSES_MAX)
     return [
         Inherited(
@@ -30,6 +34,7 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
             losses=tuple(losses[start : start + LOSSES_MAX]),
             untold_step=former.untold_step,
             divergences=tuple(sorted(set(former.divergences))),
+            commits=commits,
         )
         for start in starts
     ]
@@ -41,6 +46,8 @@ def inherit(state: RunState, left: Inherited) -> None:
     state.untold_step = left.untold_step
     state.losses.update(left.losses)
     state.divergences = list(left.divergences)
+    # Without what was found wrong with them: the durable tier is asked anew.
+    state.commits = [Committed(c.step, c.epoch, c.key, state.now) for c in left.commits]
 
 
 def continue_from(state: RunState, restore: RestoreFrom | None) -> None:

@@ -65,6 +65,7 @@ class Committed:
     epoch: Generation
     key: str
     at: Seconds
+    """When this life knew of it."""
     rejected: str = ""
     """Why a search passed it over; "" if none has."""
 

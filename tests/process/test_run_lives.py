@@ -1,5 +1,6 @@
 """Whole runs that are interrupted and run again, and what their last report tells."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -84,6 +85,26 @@ def test_a_controller_that_was_killed_while_it_took_over_a_life_is_followed_by_o
     assert (code, report.state) == (0, "Succeeded"), report.reason
     assert report.losses == WHOLE
     assert one.folder.journal.read_bytes().startswith(lines)
+
+
+def test_a_life_whose_start_was_cut_short_does_not_begin_anew_on_a_durable_tier_that_is_gone(
+    one: Job,
+) -> None:
+    interrupt(one, beyond=20)
+    one.folder.journal.rename(one.folder.root / "journal.1")
+    away = one.folder.checkpoints.rename(one.root / "not-mounted")
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (3, "Failed")
+    assert "this run committed some, the newest of step " in report.reason
+    assert report.generations == 0
+
+    shutil.rmtree(one.folder.checkpoints, ignore_errors=True)
+    away.rename(one.folder.checkpoints)
+    code, report = one.conduct()
+    assert (code, report.losses) == (0, WHOLE)
+    assert one.leftovers() == []
 
 
 def test_a_former_journal_that_is_damaged_is_named_and_nothing_is_begun(one: Job) -> None:

@@ -176,8 +176,35 @@ def test_what_is_left_may_be_told_again_by_a_controller_that_finds_half_of_it() 
     for event in (events[0], *events):
         life.tell(event)
 
+    assert life.state.commits == []
     assert [len(event.losses) for event in events] == [LOSSES_MAX, LOSSES_MAX - 1]
     assert life.state.losses == former.losses
+
+
+def test_a_durable_tier_that_lost_what_any_former_life_committed_is_not_begun_anew_in() -> None:
+    life = first_life()
+    for _ in range(3):
+        # None of these lived long enough to find out what the durable tier has.
+        life = stopped(after(life))
+
+    life = after(life)
+    life.after(0.1).tell(CheckpointFound(at=life.at(), step=None, epoch=None, key=""))
+
+    assert life.state.end_state == "Failed"
+    assert "this run committed some, the newest of step 10" in life.state.end_reason
+    assert "is the volume mounted?" in life.state.end_reason
+    assert life.state.generation == 0
+
+
+def test_a_checkpoint_that_was_not_to_be_had_in_one_life_may_be_in_the_next() -> None:
+    life = after(first_life())
+    life.after(0.1).tell(CheckpointFound(at=life.at(), step=None, epoch=None, key=""))
+    assert [commit.rejected != "" for commit in life.state.commits] == [True]
+
+    life = restore(after(life), 10)
+
+    assert [(c.step, c.epoch, c.rejected) for c in life.state.commits] == [(10, 2, "")]
+    assert life.state.start_step == 10
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=5))

@@ -12,9 +12,10 @@ from orchestrator import compose
 from orchestrator.cli import prepare, runs
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.core.events import StopRequested
+from orchestrator.core.heritage import left_by
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
+from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder, former_journals
 from storage.manifest import commit_key
 from tests.conftest import RUN, Cluster
 from tests.journals import commit, killed_rank, succeeded, text, write
@@ -194,3 +195,41 @@ def test_a_life_is_not_begun_where_the_checkpoints_of_the_former_one_are_gone(
     record.touch()
     with prepared(folder.root):
         assert not folder.journal.exists()
+
+
+def test_a_life_that_ended_before_it_found_anything_does_not_hide_what_others_committed(
+    tmp_path: Path,
+) -> None:
+    life = killed_rank()
+    commit(life, 20)
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    between = Cluster()
+    for event in left_by(life.state, between.at()):
+        between.tell(event)
+    between.tell(StopRequested(at=between.at(), by="a test"))
+    folder = write(between, tmp_path / "run")
+
+    error = refused(folder.root)
+
+    assert "has no checkpoint, and the run committed some, the newest of step 20" in str(error)
+    assert folder.journal.read_bytes() == text(between)
+
+
+def test_a_journal_is_put_aside_behind_all_others_whatever_became_of_those(
+    tmp_path: Path,
+) -> None:
+    life = Cluster()
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+    for name in ("journal.2", "journal.10", "journal.old"):
+        (folder.root / name).write_text("of another life")
+    folder.clock.write_text("of this one")
+
+    with prepared(folder.root):
+        assert (folder.root / "journal.11").read_bytes() == text(life)
+        assert not folder.clock.exists()
+        assert [path.name for path in former_journals(folder)] == [
+            "journal.11",
+            "journal.10",
+            "journal.2",
+        ]

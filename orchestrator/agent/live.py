@@ -11,7 +11,7 @@ from orchestrator.agent.control import Control
 from orchestrator.agent.process import RankProcess
 from orchestrator.protocol.ids import Generation
 from orchestrator.protocol.phases import RankPhase
-from orchestrator.protocol.rank import Abort, Died, FromRank, Reached, Seat
+from orchestrator.protocol.rank import Abort, Died, FromRank, Parked, Reached, Seat
 from orchestrator.worker.beacon import BeaconError, BeaconReader, Reading
 
 
@@ -62,8 +62,9 @@ class LiveRank:
         self.control.send(seat)
 
     def park(self) -> None:
-        """Count it among those without a seat."""
+        """Count it among those without a seat, and tell it so."""
         self.seat, self.left, self.aborted = None, False, False
+        self.control.send(Parked())
 
     def leave(self, before: Generation) -> None:
         """Tell it to leave its seat; `out` says when it has."""

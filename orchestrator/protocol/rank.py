@@ -87,6 +87,10 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     before: Generation
 
 
+class Parked(msgspec.Struct, frozen=True, kw_only=True, tag="parked"):
+    """To a process that left its seat: no seat follows now; hold nothing of the one you had."""
+
+
 class SlotFreed(msgspec.Struct, frozen=True, kw_only=True, tag="slot-freed"):
     """To a rank: this staging slot may be written again."""
 
@@ -110,7 +114,7 @@ class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
     """To a rank: there is no further seat for you; exit with code 0."""
 
 
-ToRank = Seat | JobAhead | Rendezvous | Abort | SlotFreed | Persisted | Misbehave | Retire
+ToRank = Seat | JobAhead | Rendezvous | Abort | Parked | SlotFreed | Persisted | Misbehave | Retire
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):

@@ -10,6 +10,7 @@ from orchestrator.protocol.rank import (
     Abort,
     JobAhead,
     Misbehave,
+    Parked,
     Persisted,
     Rendezvous,
     Retire,
@@ -53,6 +54,8 @@ class Orders:
                     self._abort_before = max(self._abort_before, message.generation)
                 case Abort(before=before):
                     self._abort_before = max(self._abort_before, before)
+                case Parked():
+                    self._slots.let_go()
                 case JobAhead():
                     self._ahead = message
                 case Rendezvous():

@@ -14,6 +14,7 @@ does not come back in time is not waited for: the process ends itself, and a par
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import socket
@@ -102,6 +103,8 @@ class Worker:
         self._beacon.update(phase=RankPhase.WAITING)
         if previous is not None:
             self.reached("left", previous.generation)
+            # What the generation left in cycles, a model for one, would lie beside the next.
+            gc.collect()
         if prepare is not None:
             self._get_ready(prepare)
         seat = self._take_seat()

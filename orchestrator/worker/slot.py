@@ -66,9 +66,18 @@ class Slots:
             self._freed = []
 
     def begin(self, rank: Rank, free: Iterable[int]) -> None:
-        """Take the newest seat, of `rank`, which names these slots as free."""
+        """Take the newest seat, of `rank`, which names these slots as free.
+
+        Slots that are mapped and still this rank's stay so: to map them anew would cost the first
+        save after a recovery some tenths of a second for each gigabyte.
+        """
         with self._lock:
             self._rank = rank
+            self._mapped = {
+                path: slot
+                for path, slot in self._mapped.items()
+                if path == self._file(slot.number) and slot.is_there
+            }
             self._free = sorted({*free, *self._freed})
 
     def freed(self, number: int) -> None:
@@ -86,7 +95,7 @@ class Slots:
                 return None
             number = self._free.pop(0)
             # By file, not by number: a process that is seated at another rank has other slots.
-            path = self._memory / f"rank-{self._rank:05d}.slot-{number}"
+            path = self._file(number)
             known = self._mapped.get(path)
         if known is None or len(known.buffer) != size or not known.is_there:
             try:
@@ -103,3 +112,15 @@ class Slots:
         """Take back a slot unused."""
         with self._lock:
             self._free.append(number)
+
+    def let_go(self) -> None:
+        """Hold no slot any more.
+
+        The memory of one that the agent has removed is free once nobody maps it.
+        """
+        with self._lock:
+            self._free = []
+            self._mapped = {}
+
+    def _file(self, number: int) -> Path:
+        return self._memory / f"rank-{self._rank:05d}.slot-{number}"

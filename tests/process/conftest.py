@@ -1,10 +1,11 @@
-"""Real agents, and the controller that a test plays."""
+"""Real agents, and the controller that a test plays; a real rank, and its agent that one plays."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.programs import supervised
 from tests.programs.played import Agent, Controller, remove, shared_folder
 
 
@@ -32,3 +33,10 @@ def start(controller: Controller) -> Iterator[Callable[..., Agent]]:
             agent.close()
     finally:
         remove(memory)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[supervised.Agent]:
+    agent = supervised.Agent(tmp_path)
+    yield agent
+    agent.close()

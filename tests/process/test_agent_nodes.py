@@ -21,17 +21,19 @@ from orchestrator.protocol.messages import (
 from storage.commit import commit
 from storage.local import LocalStore
 from storage.manifest import ShardReceipt, commit_key, make_manifest
-from tests.programs.played import Agent, Controller, holder, wait_for
+from tests.programs.played import Agent, Controller, alive, holder, slots_of, wait_for
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Agent]
 BUDDIES = {"node-0": "node-1", "node-1": "node-0"}
 
 
-def pair(controller: Controller, start: Start, **job: object) -> dict[str, Agent]:
-    """Start two nodes with a rank each."""
+def pair(
+    controller: Controller, start: Start, *, ranks: int = 1, **job: object
+) -> dict[str, Agent]:
+    """Start two nodes, made for a rank each."""
     controller.job.update(job)
-    agents = {node: start(node, ranks=1) for node in BUDDIES}
+    agents = {node: start(node, ranks=ranks) for node in BUDDIES}
     for node in agents:
         controller.hear(Joined, node)
     return agents
@@ -127,6 +129,25 @@ def test_a_rank_that_is_seated_elsewhere_leaves_no_slots_behind_and_finds_new_on
     controller.begin(4, ["node-0", "node-1"], restore=10, sources=("node-0", "node-1"))
     assert controller.hear(Prepared, "node-0", where=lambda fact: fact.generation == 4)[1].own == 1
     wait_for(lambda: not list(agent.memory.glob("gone-*")))
+
+
+def test_processes_map_no_slot_but_those_of_the_rank_that_they_are(
+    controller: Controller, start: Start
+) -> None:
+    agent = pair(controller, start, ranks=3, save_every=5)["node-0"]
+    controller.begin(1, ["node-0", "node-1"])
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 0, 10))
+    assert slots_of(agent.rank_pid(0, 1))
+
+    controller.begin(2, ["node-1", "node-0"])
+    controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 1, 10))
+    seated = agent.rank_pid(1, 2)
+    wait_for(lambda: all(slots_of(pid) == [] for pid in agent.children() if pid != seated))
+    assert {name[:10] for name in slots_of(seated)} == {"rank-00001"}
+
+    controller.send("node-0", Fence(order="f", generation=Generation(3)))
+    wait_for(lambda: all(slots_of(pid) == [] for pid in agent.children()))
+    assert alive(seated)
 
 
 def test_each_shard_is_made_durable_once_and_a_world_without_memory_resumes_from_it(

@@ -45,6 +45,7 @@ from orchestrator.protocol.rank import (
 from orchestrator.worker import EXIT_STUCK
 from orchestrator.worker.beacon import BeaconReader, create
 from storage.digest import combine
+from tests.programs.played import slots_of
 from trainer import parallel
 from trainer.data import Samples, open_tokens
 from trainer.train import Training, Unheard, read_job
@@ -373,6 +374,21 @@ def test_a_world_that_is_broken_up_while_it_forms_is_formed_anew(
             world.begin()
         world.until(world.finished)
 
+        assert world.result() == expected
+
+
+def test_ranks_that_change_seats_map_nothing_of_the_ranks_they_were(
+    warm: Warm, expected: Result
+) -> None:
+    with a_world(warm, parked=4) as world:
+        for step in (5, 10):
+            world.until(lambda step=step: world.step() >= step)
+            world.ranks = {rank: world.ranks[(rank + 1) % world.size] for rank in world.ranks}
+            world.begin()
+        world.until(world.finished)
+
+        for rank, member in world.ranks.items():
+            assert {name[:10] for name in slots_of(member.process.pid)} == {f"rank-{rank:05d}"}
         assert world.result() == expected
 
 

@@ -4,168 +4,30 @@ import fcntl
 import os
 import resource
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import (
-    BEACON_VARIABLE,
-    CONTROL_FD_VARIABLE,
-    MEMORY_VARIABLE,
     Abort,
     Died,
     Finished,
-    Framer,
-    FromRank,
     JobAhead,
     Misbehave,
     Reached,
     Retire,
-    Seat,
     Staged,
-    ToRank,
     Troubled,
     frame,
     read_from_rank,
 )
 from orchestrator.worker import EXIT_STUCK, LEAVE_SHARE
-from orchestrator.worker.beacon import BeaconReader, create
+from tests.programs.supervised import Agent
 
 pytestmark = pytest.mark.process
-
-PROGRAM = """
-import sys, time
-from pathlib import Path
-from orchestrator.worker import MisconfiguredError, PeerLostError, RankPhase, serve
-
-def train(worker, seat):
-    options = seat.job
-    if options.get("misconfigured"):
-        raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
-    if options.get("callback_fails"):
-        worker.on_abort(lambda: 1 / 0)
-    worker.reached("formed")
-    step = 0
-    for step in range(1, options["steps"] + 1):
-        worker.phase(RankPhase.FORWARD)
-        time.sleep(0.005)
-        if step == options.get("stuck_at"):
-            time.sleep(60)
-        if step == options.get("lose_peer_at"):
-            raise PeerLostError("connection reset by peer")
-        worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
-        slot = worker.slot(options.get("slot_bytes", 4096)) if step % 10 == 0 else None
-        if slot is not None:
-            slot.buffer[:4] = step.to_bytes(4, "little")
-            worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
-    for line in filter(None, [options.get("say"), f"step {step}"]):
-        print(line)
-    worker.phase(RankPhase.FINISHING)
-    worker.finished(options["steps"], (1, 2))
-
-def rehearse():
-    print("rehearsed", flush=True)
-    Path("rehearsed").touch()
-
-def prepare(ahead, check):
-    Path("prepared").write_text(ahead.cache_dir)
-    if ahead.job.get("prepare_fails"):
-        raise OSError("no such data")
-    while ahead.job.get("prepare_waits"):
-        check()
-        time.sleep(0.005)
-    if text := ahead.job.get("tokenise"):
-        from trainer.data import open_tokens
-        from trainer.tokenizer import open_tokenizer
-        open_tokens(text, open_tokenizer(None, 1280), ahead.cache_dir, check)
-
-sys.exit(serve(train, rehearse, prepare))
-"""
-
-
-class Agent:
-    """The agent's end of one rank."""
-
-    def __init__(self, folder: Path, *, seated: bool = False, descriptor: int = 0) -> None:
-        self.folder = folder
-        create(folder / "beacon")
-        self.control, theirs = socket.socketpair()
-        if descriptor:
-            with theirs:
-                theirs = socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD, descriptor))
-        self.control.settimeout(20)
-        if seated:
-            self.seat(steps=3)
-        environment = dict(
-            os.environ,
-            **{
-                CONTROL_FD_VARIABLE: str(theirs.fileno()),
-                BEACON_VARIABLE: str(folder / "beacon"),
-                MEMORY_VARIABLE: str(folder),
-            },
-        )
-        self.rank = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env=environment,
-            pass_fds=(theirs.fileno(),),
-            cwd=folder,
-        )
-        theirs.close()
-        self.beacon = BeaconReader(folder / "beacon")
-        self.framer = Framer()
-        self.heard: list[FromRank] = []
-
-    def send(self, message: ToRank) -> None:
-        self.control.sendall(frame(message))
-
-    def seat(
-        self, generation: int = 1, *, log: str = "", abort_within_s: float = 1.0, **job: object
-    ) -> None:
-        self.send(
-            Seat(
-                generation=Generation(generation),
-                rank=Rank(0),
-                world_size=1,
-                local_rank=0,
-                node=NodeId("node-0"),
-                run_id="r",
-                job={"steps": 1_000_000, **job},
-                free_slots=(0, 1),
-                log=log,
-                abort_within_s=abort_within_s,
-            )
-        )
-
-    def hear(self, kind: type[FromRank]) -> FromRank:
-        """Wait for the next message of a kind, at most the socket's timeout each."""
-        while True:
-            for index, message in enumerate(self.heard):
-                if isinstance(message, kind):
-                    del self.heard[: index + 1]
-                    return message
-            data = self.control.recv(1 << 16)
-            assert data, f"the rank left before it said {kind.__name__}"
-            self.heard += [read_from_rank(body) for body in self.framer.feed(data)]
-
-    def close(self) -> None:
-        self.rank.kill()
-        self.rank.wait(10)
-        self.control.close()
-        self.beacon.close()
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    agent = Agent(tmp_path)
-    yield agent
-    agent.close()
 
 
 def test_a_rank_takes_its_seat_trains_and_says_farewell(agent: Agent) -> None:
@@ -237,37 +99,6 @@ def test_a_process_that_has_a_seat_already_prepares_for_none(agent: Agent) -> No
     agent.hear(Finished)
 
     assert not (agent.folder / "prepared").exists()
-
-
-def test_a_staged_shard_outlives_the_rank_that_wrote_it(agent: Agent) -> None:
-    agent.seat()
-    staged = agent.hear(Staged)
-    assert isinstance(staged, Staged)
-
-    agent.rank.kill()
-    agent.rank.wait(10)
-
-    slot = agent.folder / f"rank-00000.slot-{staged.slot}"
-    assert slot.read_bytes()[:4] == staged.step.to_bytes(4, "little")
-
-
-def test_saving_is_skipped_and_training_goes_on_while_no_slot_is_free(agent: Agent) -> None:
-    agent.seat(steps=100)
-
-    agent.hear(Finished)
-
-    assert sorted(path.name for path in agent.folder.glob("*slot*")) == [
-        "rank-00000.slot-0",
-        "rank-00000.slot-1",
-    ]
-
-
-def test_saving_is_skipped_and_training_goes_on_where_there_is_no_room(agent: Agent) -> None:
-    agent.seat(steps=30, slot_bytes=1 << 60)
-
-    agent.hear(Finished)
-
-    assert agent.rank.poll() is None
 
 
 def test_an_aborted_rank_leaves_keeps_its_process_and_takes_the_next_seat(agent: Agent) -> None:

@@ -60,6 +60,19 @@ def alive(pid: int) -> bool:
     return vitals is not None and vitals.state != "Z"
 
 
+def slots_of(pid: int) -> list[str]:
+    """Return the names of the staging slots that a process, if it is there, has mapped; ascending.
+
+    That of a file which is removed ends with "(deleted)".
+    """
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if ".slot-" in line or "/gone-" in line}
+    return sorted(path.rpartition("/")[2] for path in paths)
+
+
 class Controller:
     """Accepts agents, remembers what they say and when, and sends what the test wants said.
 

@@ -1,0 +1,85 @@
+"""The memory of a real process that uses the SDK: what it stages, and what it holds mapped."""
+
+import pytest
+
+from orchestrator.protocol.ids import Generation
+from orchestrator.protocol.rank import Abort, Finished, Parked, Reached, Staged
+from tests.programs.played import slots_of, wait_for
+from tests.programs.supervised import Agent
+
+pytestmark = pytest.mark.process
+
+
+def test_a_staged_shard_outlives_the_rank_that_wrote_it(agent: Agent) -> None:
+    agent.seat()
+    staged = agent.hear(Staged)
+    assert isinstance(staged, Staged)
+
+    agent.rank.kill()
+    agent.rank.wait(10)
+
+    slot = agent.folder / f"rank-00000.slot-{staged.slot}"
+    assert slot.read_bytes()[:4] == staged.step.to_bytes(4, "little")
+
+
+def test_saving_is_skipped_and_training_goes_on_while_no_slot_is_free(agent: Agent) -> None:
+    agent.seat(steps=100)
+
+    agent.hear(Finished)
+
+    assert sorted(path.name for path in agent.folder.glob("*slot*")) == [
+        "rank-00000.slot-0",
+        "rank-00000.slot-1",
+    ]
+
+
+def test_saving_is_skipped_and_training_goes_on_where_there_is_no_room(agent: Agent) -> None:
+    agent.seat(steps=30, slot_bytes=1 << 60)
+
+    agent.hear(Finished)
+
+    assert agent.rank.poll() is None
+
+
+def stage_all(agent: Agent, generation: int = 1, **seat: object) -> None:
+    """Have it fill both slots that its seat names."""
+    agent.seat(generation, **seat)
+    staged = [agent.hear(Staged), agent.hear(Staged)]
+    assert {message.generation for message in staged} == {generation}
+
+
+def test_a_process_that_is_seated_at_another_rank_maps_nothing_of_the_rank_it_was(
+    agent: Agent,
+) -> None:
+    stage_all(agent)
+    assert slots_of(agent.rank.pid) == ["rank-00000.slot-0", "rank-00000.slot-1"]
+
+    stage_all(agent, 2, rank=1)
+
+    assert slots_of(agent.rank.pid) == ["rank-00001.slot-0", "rank-00001.slot-1"]
+
+
+def test_a_process_that_is_seated_at_its_rank_again_maps_what_is_still_there(agent: Agent) -> None:
+    stage_all(agent)
+    (agent.folder / "rank-00000.slot-0").unlink()
+
+    agent.seat(2, save_every=1_000_000)
+    reached = agent.hear(Reached)
+    while (reached.mark, reached.generation) != ("formed", 2):
+        reached = agent.hear(Reached)
+
+    assert slots_of(agent.rank.pid) == ["rank-00000.slot-1"]
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_parked_process_maps_no_slot_whatever_its_trainer_left_behind(
+    agent: Agent, *, in_a_cycle: bool
+) -> None:
+    stage_all(agent, in_a_cycle=in_a_cycle)
+
+    agent.send(Abort(before=Generation(2)))
+    agent.send(Parked())
+
+    wait_for(lambda: slots_of(agent.rank.pid) == [])
+    agent.seat(3, steps=3)
+    assert agent.hear(Finished).generation == 3

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
-from orchestrator.core.state import RunState
+from orchestrator.core.state import Node, RunState
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.runfile import seconds
 
@@ -23,19 +24,19 @@ def place(state: RunState) -> Placement | None:
     """Return the seats of the next generation; None while nodes are missing."""
     if not state.seats:
         return _first(state)
-    spares = list(state.spares())
-    swaps: dict[NodeId, NodeId] = {}
+    gone = [node for node in state.world if not state.nodes[node].usable]
+    if any(_may_return(state.nodes[node]) for node in gone):
+        return None  # disconnected, and may be back at once; silence decides
     guilty = blamed(state)
-    for node in state.world:
-        known = state.nodes[node]
-        if known.usable and node not in guilty:
-            continue
-        if not known.usable and not known.lost and not known.unusable:
-            return None  # disconnected, and may be back at once; silence decides
-        if spares:
-            swaps[node] = spares.pop(0)
-        elif not known.usable:
-            return None
+    spares = sorted(state.spares(), key=lambda node: node in guilty)
+    if len(spares) < len(gone):
+        return None
+    swaps = dict(zip(gone, spares, strict=False))
+    # What is left is for nodes that could go on. A spare that is under suspicion itself would
+    # show nothing, and the two would change places at every restart.
+    clean = [node for node in spares[len(gone) :] if node not in guilty]
+    suspects = [node for node in state.world if node in guilty and node not in swaps]
+    swaps |= dict(zip(suspects, clean, strict=False))
     seats = tuple(swaps.get(node, node) for node in state.seats)
     return Placement(seats=seats, replaced=tuple(sorted(swaps.items())))
 
@@ -54,29 +55,26 @@ def blamed(state: RunState) -> frozenset[NodeId]:
 
 
 def wait_for_nodes(state: RunState) -> Plan | None:
-    """Wait until every seat can be filled; give up after `recovery.spareWait`."""
-    needed = state.run.spec.nodes.count
-    usable = [node for _, node in sorted(state.nodes.items()) if node.usable]
+    """Wait until every seat can be filled; give up after `recovery.spareWait`.
+
+    It counts from when they could not be filled any more: what the recovery took before that,
+    such as a search of the durable tier, is not time that a node had to come.
+    """
     starting = not state.seats
-    patience_s = (
-        state.timeouts.warmup_s if starting else seconds(state.run.spec.recovery.spare_wait)
-    )
-    until = Seconds(state.wanted_since + patience_s)
-    if starting:
-        everybody = needed + state.run.spec.nodes.spares
-        settle = Seconds(state.wanted_since + state.timeouts.form_s)
-        if len(usable) < everybody and not (len(usable) >= needed and state.now >= settle):
-            if state.now >= until:
-                return _give_up(state, patience_s)
-            soonest = settle if len(usable) >= needed else until
-            return WaitForNodes(
-                until=soonest, reason=f"waiting for nodes: {len(usable)} of {everybody} are there"
-            )
+    placed = place(state) is not None
+    settled_at = Seconds(state.wanted_since + state.timeouts.form_s)
+    if placed and not (starting and _spares_to_come(state) and state.now < settled_at):
         return None
-    if place(state) is not None:
-        return None
+    spare_wait_s = seconds(state.run.spec.recovery.spare_wait)
+    patience_s = state.timeouts.warmup_s if starting else spare_wait_s
+    since = state.phase_since if state.phase is RunPhase.GATHERING else state.now
+    until = settled_at if placed else _give_up_at(state, since + patience_s)
     if state.now >= until:
         return _give_up(state, patience_s)
+    if starting:
+        nodes = state.run.spec.nodes
+        there = f"{_usable(state)} of {nodes.count + nodes.spares}"
+        return WaitForNodes(until=until, reason=f"waiting for nodes: {there} are there")
     gone = [n for n in state.world if not state.nodes[n].usable]
     return WaitForNodes(
         until=until,
@@ -106,12 +104,35 @@ def _first(state: RunState) -> Placement | None:
     return Placement(seats=tuple(usable[Rank(r) // nodes.ranks_per_node] for r in ranks))
 
 
+def _usable(state: RunState) -> int:
+    return sum(node.usable for node in state.nodes.values())
+
+
+def _spares_to_come(state: RunState) -> bool:
+    nodes = state.run.spec.nodes
+    return _usable(state) < nodes.count + nodes.spares
+
+
+def _may_return(node: Node) -> bool:
+    """Whether it is no more than disconnected: nobody has said yet that it is gone."""
+    return not (node.connected or node.lost or node.unusable)
+
+
+def _give_up_at(state: RunState, at: float) -> Seconds:
+    """Return when to give up, at the earliest `at`: not on nodes that may be back at once.
+
+    A controller that starts has none connected, and they have until silence to call it.
+    """
+    silence_s = state.timeouts.silence_s
+    known = [node.heard_at + silence_s for node in state.nodes.values() if _may_return(node)]
+    return Seconds(max([at, *known]))
+
+
 def _give_up(state: RunState, patience_s: float) -> Plan:
-    usable = sum(node.usable for node in state.nodes.values())
     last = f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
     return End(
         state="Failed",
-        reason=f"needs {state.run.spec.nodes.count} nodes and has {usable}, "
+        reason=f"needs {state.run.spec.nodes.count} nodes and has {_usable(state)}, "
         f"{len(state.spares())} of {state.run.spec.nodes.spares} spares free, "
         f"after waiting {patience_s:g} s{last}",
     )

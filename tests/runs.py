@@ -19,6 +19,8 @@ from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.machine import memory_of
 
 REPOSITORY = Path(__file__).parent.parent
+HEEDING = ("env", "--default-signal=INT,TERM,HUP")
+"""Whoever runs the tests in the background has them ignore interrupts, and so their children."""
 
 
 def steps_job(**changes: Any) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class Job:
         self.root.mkdir(parents=True, exist_ok=True)
         run_file = self.root / "run.yaml"
         run_file.write_text(yaml.safe_dump(self.run), encoding="utf-8")
-        command = [*before, str(Path(sys.executable).with_name("holdfast")), "run", str(run_file)]
+        command = [*HEEDING, *before, str(Path(sys.executable).with_name("holdfast")), "run"]
+        command += [str(run_file)]
         if self.faults:
             plan = {"kind": "FaultPlan", "faults": self.faults}
             plan_file = self.root / "faults.yaml"

@@ -33,6 +33,8 @@ from orchestrator.worlds.machine import Machine
 
 POLL_S = 0.4
 """The journal, and Ctrl-C, are looked at this often; what ends is started again at once."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end the run in order, unless they are ignored."""
 log = logging.getLogger("holdfast.supervisor")
 
 
@@ -168,7 +170,9 @@ def _interrupts() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # What was ignored when we were started stays so: `nohup` means that a hang-up ends nothing.
+    heeded = [n for n in ENDING if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield received
     finally:

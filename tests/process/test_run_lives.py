@@ -35,14 +35,17 @@ def newest(one: Job) -> int:
 
 def interrupt(one: Job, *, beyond: int) -> None:
     """Press Ctrl-C once that step is committed."""
-    one.start("--quiet")
+    started = one.start("--quiet")
+    await_commit(one, beyond=beyond)
+    started.send_signal(signal.SIGINT)
+    assert one.finish() == 130
+
+
+def await_commit(one: Job, *, beyond: int) -> None:
     deadline = time.monotonic() + 45
     while not one.folder.checkpoints.exists() or newest(one) < beyond:
         assert time.monotonic() < deadline, one.output()
         time.sleep(0.05)
-    assert one.started is not None
-    one.started.send_signal(signal.SIGINT)
-    assert one.finish() == 130
 
 
 def test_a_run_that_was_interrupted_twice_reports_the_loss_of_every_step(one: Job) -> None:
@@ -121,4 +124,25 @@ def test_a_former_journal_that_is_damaged_is_named_and_nothing_is_begun(one: Job
     assert "line 4 is damaged: checksum is" in one.output()
     assert str(before) in one.output()
     assert before.read_bytes() == b"".join(lines)
+    assert one.leftovers() == []
+
+
+def test_a_run_that_was_told_to_ignore_hang_ups_outlives_one(one: Job) -> None:
+    started = one.start("--quiet", before=("nohup",))
+    await_commit(one, beyond=20)
+
+    started.send_signal(signal.SIGHUP)
+
+    assert one.finish() == 0, one.output()
+    assert one.report().state == "Succeeded"
+    assert one.leftovers() == []
+
+
+def test_a_run_in_the_background_is_not_ended_by_an_interrupt_of_the_foreground(one: Job) -> None:
+    started = one.start("--quiet", before=("env", "--ignore-signal=INT"))
+    await_commit(one, beyond=20)
+
+    started.send_signal(signal.SIGINT)
+
+    assert one.finish() == 0, one.output()
     assert one.leftovers() == []

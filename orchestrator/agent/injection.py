@@ -30,7 +30,6 @@ from orchestrator.protocol.agent import NODE_LOST_EXIT
 from orchestrator.protocol.ids import NodeId, Rank
 from orchestrator.protocol.messages import Fact, FaultCarriedOut, FaultDue
 from orchestrator.protocol.rank import Misbehave
-from orchestrator.protocol.runfile import seconds
 from storage.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -166,7 +165,7 @@ class Injection:
             case "freeze-rank":
                 self._last(_freeze(self._target(fault), fault.lasts_s))
             case "slow-rank":
-                self._last(_slow(self._target(fault), fault.share, fault.lasts_s))
+                self._last(_slow(self._target(fault), fault.runs_share, fault.lasts_s))
             case "partition-node":
                 self._last(self._partition(fault.lasts_s))
             case "kill-agent":
@@ -176,7 +175,7 @@ class Injection:
             case "full-disk":
                 self._durable().fill(fault.lasts_s)
             case "slow-disk":
-                self._durable().slow_down(seconds(fault.delay), fault.lasts_s)
+                self._durable().slow_down(fault.delay_s, fault.lasts_s)
             case "corrupt-shard":
                 where = await asyncio.to_thread(self._durable().corrupt_newest)
                 log.warning("fault plan: %s", where)

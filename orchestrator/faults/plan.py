@@ -12,12 +12,14 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from orchestrator.faults.catalogue import CATALOGUE, FaultKind
+from orchestrator.faults.catalogue import CATALOGUE, EXTRAS, Extra, FaultKind
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import Duration, NonNegative, seconds
 
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+SLOW_SHARE = 0.5
+SLOW_DELAY = "200ms"
 
 
 class PlanError(ValueError):
@@ -58,14 +60,32 @@ class Fault(_Section, frozen=True, kw_only=True):
     node: str | None = None
     for_: Duration | None = msgspec.field(default=None, name="for")
     """How long it lasts; without it, until something is done about it."""
-    hold_gil: bool = False
-    share: Share = 0.5
-    delay: Duration = "200ms"
+    hold_gil: bool | None = None
+    """Of spin-rank: whether no other thread of the rank gets to run either; default false."""
+    share: Share | None = None
+    """Of slow-rank: which part of its time the rank gets; default 0.5."""
+    delay: Duration | None = None
+    """Of slow-disk: how much longer each operation takes; default 200ms."""
 
     @property
     def lasts_s(self) -> float | None:
         """Seconds until it ends by itself; None if it does not."""
         return None if self.for_ is None else seconds(self.for_)
+
+    @property
+    def runs_share(self) -> float:
+        """Part of its time that a slow rank gets, in (0, 1)."""
+        return SLOW_SHARE if self.share is None else self.share
+
+    @property
+    def delay_s(self) -> float:
+        """Seconds that each operation of a slow disk takes longer."""
+        return seconds(SLOW_DELAY if self.delay is None else self.delay)
+
+    def extras(self) -> tuple[Extra, ...]:
+        """Return which of the fields are there that not every fault takes."""
+        values = (self.for_, self.hold_gil, self.share, self.delay)
+        return tuple(name for name, value in zip(EXTRAS, values, strict=True) if value is not None)
 
     def describe(self) -> str:
         """Return it in words: `freeze-rank rank 2 at step 40`."""
@@ -127,8 +147,7 @@ def check(plan: FaultPlan, *, world_size: int, nodes: tuple[NodeId, ...], steps:
                 f"{where}: node is {fault.node!r}, expected one of {', '.join(nodes)}",
                 f"did you mean {near[0]!r}?" if near else "the run has no nodes",
             )
-        if fault.for_ is not None and not traits.lasting:
-            raise PlanError(f"{where}: `for` does not apply", "it happens once; remove `for`")
+        _check_extras(fault, where)
 
 
 def _check_target(fault: Fault, where: str) -> None:
@@ -142,6 +161,15 @@ def _check_target(fault: Fault, where: str) -> None:
             f"{where}: both rank {fault.rank} and {fault.node} are named",
             "name one: a rank is hit on whichever node it is by then",
         )
+
+
+def _check_extras(fault: Fault, where: str) -> None:
+    """Refuse a field that would do nothing: whoever wrote it meant something else."""
+    takes = CATALOGUE[fault.fault].takes
+    for name in fault.extras():
+        if name not in takes:
+            more = f"it takes {' and '.join(f'`{t}:`' for t in takes)}; " if takes else ""
+            raise PlanError(f"{where}: `{name}` does not apply", f"{more}remove `{name}:`")
 
 
 def _check_moment(fault: Fault, where: str, steps: int) -> None:

@@ -120,6 +120,10 @@ def plan(text: str) -> FaultPlan:
         ("{when: {step: 1, after: 2s}, fault: kill-controller}", "exactly one of step, after"),
         ("{when: {after: soon}, fault: kill-controller}", "a number and a unit"),
         ("{when: {step: 1}, fault: kill-rank, rank: 0, for: 2s}", "`for` does not apply"),
+        ("{when: {step: 1}, fault: kill-rank, rank: 0, share: 0.5}", "`share` does not apply"),
+        ("{when: {step: 1}, fault: slow-rank, rank: 0, delay: 1s}", "`delay` does not apply"),
+        ("{when: {step: 1}, fault: slow-disk, rank: 0, holdGil: false}", "`holdGil` does not"),
+        ("{when: {step: 1}, fault: freeze-rank, rank: 0, holdGil: true}", "`holdGil` does not"),
         ("{when: {step: 1}, fault: kill-controller, rank: 0}", "it is not aimed at a rank"),
         ("{when: {step: 1}, fault: kill-controller, node: node-0}", "it is not aimed at a rank"),
         ("{when: {step: 1}, fault: kill-rank, rank: 0, node: node-0}", "both rank 0 and node-0"),
@@ -132,6 +136,17 @@ def test_a_plan_that_names_what_the_run_does_not_have_is_refused(fault: str, say
 
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+def test_a_fault_that_is_not_shaped_has_the_defaults_that_are_explained() -> None:
+    slow, full, shaped = plan(
+        "{when: {step: 1}, fault: slow-rank, rank: 0}, "
+        "{when: {step: 1}, fault: slow-disk, node: node-0}, "
+        "{when: {step: 1}, fault: slow-disk, node: node-0, delay: 50ms, for: 2s}"
+    ).faults
+
+    check(FaultPlan(kind="FaultPlan", faults=(shaped,)), world_size=4, nodes=NODES, steps=100)
+    assert (slow.runs_share, full.delay_s, shaped.delay_s, shaped.lasts_s) == (0.5, 0.2, 0.05, 2.0)
 
 
 def test_an_unknown_kind_of_fault_is_refused() -> None:

@@ -63,7 +63,8 @@ class Text:
     @property
     def fingerprint(self) -> str:
         """Sixty-four hex digits that change when any source does."""
-        parts = [[s.path, s.fingerprint] for s in self.sources]
+        # As bytes: a name on a Linux disk need not be UTF-8, and stands for surrogates here then.
+        parts = [[s.path.encode(errors="surrogatepass"), s.fingerprint] for s in self.sources]
         return hashlib.sha256(msgspec.json.encode([self.demo, parts])).hexdigest()
 
     def documents(self) -> Iterator[str]:
@@ -92,14 +93,8 @@ class Text:
 def _find(address: str) -> list[Source]:
     try:
         files, path = fsspec.core.url_to_fs(address)
-        if files.isfile(path):
-            infos = {path: files.info(path)}
-        elif files.isdir(path):
-            # What begins with a dot is not meant to be seen: .git and the like.
-            found = files.find(path, detail=True)
-            infos = {p: info for p, info in found.items() if "/." not in p[len(path) :]}
-        else:
-            infos = files.glob(path, detail=True)
+        infos = _listed(files, path)
+        others = [p for p, info in infos.items() if _is_other(files, p, info)]
     except (OSError, ValueError, ImportError) as error:
         raise MisconfiguredError(f"{_WHERE}: {error}: {address}", hint=_HINT) from error
     except Exception as error:
@@ -107,10 +102,10 @@ def _find(address: str) -> list[Source]:
         why = f"{type(error).__name__}: {error}"
         raise MisconfiguredError(f"{_WHERE}: {why}: {address}", hint=_HINT) from error
     if list(infos) == [path]:
-        _require_known_suffix(path)
+        _require_text(path, is_file=not others)
     sources = [
         Source(address, files, p, str(sorted((str(k), str(v)) for k, v in infos[p].items())))
-        for p in sorted(infos)
+        for p in sorted(infos.keys() - others)
         if p.endswith(SUFFIXES)
     ]
     if not sources:
@@ -121,24 +116,64 @@ def _find(address: str) -> list[Source]:
     return sources
 
 
-def _require_known_suffix(path: str) -> None:
+def _listed(files: Any, path: str) -> dict[str, Any]:  # noqa: ANN401 - as fsspec made it
+    """Return what fsspec knows of all that is meant by a path, by its own path."""
+    if files.isfile(path):
+        return {path: files.info(path)}
+    if files.isdir(path):
+        # What begins with a dot is not meant to be seen: .git and the like.
+        found = files.find(path, detail=True)
+        return {p: info for p, info in found.items() if "/." not in p[len(path) :]}
+    return dict(files.glob(path, detail=True))
+
+
+def _is_other(files: Any, path: str, info: dict[str, Any]) -> bool:  # noqa: ANN401 - the same
+    """Whether it is no file; a link that leads nowhere is kept: reading it says so."""
+    match info.get("type"):
+        case "file" | "link":
+            return False
+        case "directory":
+            return True
+    # In a local folder links are of type `other`, wherever they lead.
+    return is_no_file(files, path)
+
+
+def is_no_file(files: Any, path: str) -> bool:  # noqa: ANN401 - the same
+    """Whether something else than a file is there, a pipe say, that a read might wait on for ever.
+
+    Args:
+        files: the fsspec file system.
+        path: on it.
+    """
+    return bool(files.exists(path)) and not files.isfile(path)
+
+
+def _require_text(path: str, *, is_file: bool) -> None:
+    if not is_file:
+        raise MisconfiguredError(f"{_WHERE}: neither file nor folder: {_shown(path)}", hint=_HINT)
     if not path.endswith(SUFFIXES):
         raise MisconfiguredError(
             f"{_WHERE}: ends in {Path(path).suffix or 'nothing'!r}, expected one of "
-            f"{', '.join(SUFFIXES)}: {path}",
+            f"{', '.join(SUFFIXES)}: {_shown(path)}",
             hint=_HINT,
         )
 
 
+def _shown(path: str) -> str:
+    """Return a path as it can be printed, and sent: not every name is text."""
+    return path if path.isprintable() else ascii(path)
+
+
 def _read(source: Source) -> Iterator[str]:
+    where = _shown(source.path)
     reader = {".jsonl": _lines, ".parquet": _rows}.get(Path(source.path).suffix, _whole)
     try:
         with source.files.open(source.path, "rb") as file:
             yield from reader(file)
     except MisconfiguredError as error:
-        raise MisconfiguredError(f"{_WHERE}: {error}: {source.path}", hint=error.hint) from None
+        raise MisconfiguredError(f"{_WHERE}: {error}: {where}", hint=error.hint) from None
     except OSError as error:
-        raise MisconfiguredError(f"{_WHERE}: {error}: {source.path}", hint=_HINT) from error
+        raise MisconfiguredError(f"{_WHERE}: {error}: {where}", hint=_HINT) from error
 
 
 def _whole(file: Any) -> Iterator[str]:  # noqa: ANN401 - whatever fsspec opened
@@ -154,7 +189,7 @@ def _lines(file: Any) -> Iterator[str]:  # noqa: ANN401 - the same
             continue
         try:
             text = msgspec.json.decode(line, type=_Document).text
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MisconfiguredError(
                 f"line {number}: {_what_is_wrong(line, error)}",
                 hint='each line is an object: {"text": "..."}',
@@ -176,6 +211,8 @@ def _cut(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - the same
 
 def _what_is_wrong(line: bytes, error: Exception) -> str:
     """Return why a line is no JSON; msgspec takes half a surrogate pair for a line that was cut."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     try:
         json.dumps(json.loads(line), ensure_ascii=False).encode()
     except UnicodeEncodeError:

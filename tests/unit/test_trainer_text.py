@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -56,6 +57,59 @@ def test_a_changed_source_changes_the_fingerprint(tmp_path: Path) -> None:
     assert Text(str(path)).fingerprint != before
 
 
+def test_a_file_whose_name_is_no_text_is_read_and_counts_towards_the_fingerprint(
+    tmp_path: Path,
+) -> None:
+    path, other = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9.txt", b"caf\xe8.txt"))
+    path.write_text("one")
+
+    before = Text(str(tmp_path)).fingerprint
+
+    assert documents(str(tmp_path)) == ["one"]
+    assert Text(str(tmp_path)).fingerprint == before
+    path.rename(other)
+    assert Text(str(tmp_path)).fingerprint != before
+
+
+def test_a_refusal_names_a_file_whose_name_is_no_text_in_characters_that_can_be_sent(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\xff")
+
+    with pytest.raises(
+        MisconfiguredError, match=r"not UTF-8 text at byte 0: .*caf\\udce9"
+    ) as caught:
+        documents(str(tmp_path))
+
+    assert str(caught.value).isascii()
+
+
+def test_only_files_of_a_folder_are_read_and_links_to_files(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "folder.txt").mkdir(parents=True)
+    os.mkfifo(folder / "pipe.txt")  # nobody writes to it: whoever opened it would wait for ever
+    (tmp_path / "elsewhere").write_text("linked")
+    (folder / "link.txt").symlink_to(tmp_path / "elsewhere")
+    (folder / "pipe-link.txt").symlink_to(folder / "pipe.txt")
+
+    assert documents(str(folder)) == ["linked"]
+    assert documents(f"{folder}/*.txt") == ["linked"]
+    (folder / "link.txt").unlink()
+    (folder / "nowhere.txt").symlink_to(tmp_path / "missing")
+    with pytest.raises(MisconfiguredError, match="No such file"):
+        documents(str(folder))
+
+
+@pytest.mark.parametrize("name", ["pipe.txt", "pipe"])
+def test_a_pipe_that_is_named_as_the_source_is_refused_and_not_waited_on(
+    tmp_path: Path, name: str
+) -> None:
+    os.mkfifo(tmp_path / name)
+
+    with pytest.raises(MisconfiguredError, match=f"neither file nor folder: .*{name}"):
+        documents(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -71,6 +125,8 @@ def test_a_changed_source_changes_the_fingerprint(tmp_path: Path) -> None:
         ("number.jsonl", b'{"text": 1}\n', "Expected `str`"),
         ("half.jsonl", b'{"text": "a \\ud800 b"}\n', "line 1: half a surrogate pair"),
         ("bytes.jsonl", b'{"text": "\xff"}\n', "line 1"),
+        ("deep.jsonl", b'{"text": "a"}\n' + b'{"a":' * 100_000, "line 2: nested too deeply"),
+        ("deep-text.jsonl", b'{"text":' + b"[" * 100_000, "line 1: "),
         ("no.parquet", b"no parquet at all", "not Parquet"),
     ],
 )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import tiktoken
 
 from orchestrator.worker import MisconfiguredError
+from trainer.text import is_no_file
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -105,16 +106,31 @@ def _read(address: str | None) -> bytes:
     if address is None:
         return (resources.files("trainer.assets") / "small.tiktoken").read_bytes()
     try:
-        with fsspec.open(address, "rb") as file:
-            content: bytes = file.read(FILE_BYTES_MAX + 1)
+        content = _content(address)
     except (OSError, ValueError, ImportError) as error:
-        raise MisconfiguredError(
-            f"{_WHERE} is {address!r}, expected a file in tiktoken format: {error}",
-            hint="leave it out to use the small tokenizer that comes with holdfast",
-        ) from error
+        raise _no_file(address, str(error)) from error
+    except Exception as error:
+        # As for the text: what one of fsspec's schemes makes of a bad address is its own affair.
+        raise _no_file(address, f"{type(error).__name__}: {error}") from error
     if not content or len(content) > FILE_BYTES_MAX:
         raise _not_tiktoken(f"{len(content)} bytes, expected 1 to {FILE_BYTES_MAX}", address)
     return content
+
+
+def _content(address: str) -> bytes:
+    files, path = fsspec.core.url_to_fs(address)
+    if is_no_file(files, path):
+        raise ValueError("what is there is no file")
+    with files.open(path, "rb") as file:
+        content: bytes = file.read(FILE_BYTES_MAX + 1)
+    return content
+
+
+def _no_file(address: str, why: str) -> MisconfiguredError:
+    return MisconfiguredError(
+        f"{_WHERE} is {address!r}, expected a file in tiktoken format: {why}",
+        hint="leave it out to use the small tokenizer that comes with holdfast",
+    )
 
 
 def _parse(content: bytes, where: str) -> dict[bytes, int]:

@@ -1,6 +1,8 @@
 import argparse
 import base64
 import inspect
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,30 @@ def test_a_file_that_is_missing_or_empty_is_refused_at_once(tmp_path: Path) -> N
     for name in ("missing", "empty"):
         with pytest.raises(MisconfiguredError, match=name):
             open_tokenizer(str(tmp_path / name), 1280)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("tar://x.tiktoken::{here}/text", "ReadError"),
+        ("zip://x.tiktoken::{here}/text", "BadZipFile"),
+        ("reference://x", ""),
+        ("generic://x", ""),
+        ("github://x", ""),
+        ("a\0b", "null byte"),
+        ("{here}", ""),
+        ("{here}/pipe", "no file"),
+    ],
+)
+def test_an_address_that_leads_to_no_file_is_refused_and_not_waited_on(
+    tmp_path: Path, address: str, says: str
+) -> None:
+    (tmp_path / "text").write_text("no archive\n" * 100)
+    os.mkfifo(tmp_path / "pipe")
+    address = address.format(here=tmp_path)
+
+    with pytest.raises(MisconfiguredError, match=re.escape(f"is {address!r}, expected")) as caught:
+        open_tokenizer(address, 1280)
+
+    assert says in str(caught.value)
+    assert caught.value.hint

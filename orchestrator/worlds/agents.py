@@ -11,7 +11,7 @@ import heapq
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
@@ -53,32 +53,19 @@ from orchestrator.protocol.messages import (
     FromAgent,
     Joined,
     Retain,
-    ToAgent,
     Welcome,
-    encode,
 )
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.addresses import Addresses
 from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.links import Link, Links
 from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
 
 QUEUE_MAX = 65_536
 """Messages that may wait to be looked at; beyond that a sender is cut off, and comes back."""
-
-
-class Link(Protocol):
-    """A connection to an agent, as the server gives it. Calls return at once, from any thread."""
-
-    def send(self, data: bytes) -> None:
-        """Queue a message; one that the agent does not take in time closes the connection."""
-        ...
-
-    def close(self, reason: str) -> None:
-        """Close the connection."""
-        ...
 
 
 class _Arrived(NamedTuple):
@@ -117,8 +104,7 @@ class AgentWorld:
         self._vault = vault
         self._schedule = schedule
         self._queue: queue.Queue[_Arrived | _Known] = queue.Queue(QUEUE_MAX)
-        self._links: dict[NodeId, Link] = {}
-        self._names: dict[Link, NodeId] = {}
+        self._links = Links()
         self._addresses = Addresses()
         self._wording = Orders(run)
         self._columns = Columns(run.world_size)
@@ -183,27 +169,29 @@ class AgentWorld:
                 self._start(order, decision)
             case AnnounceRendezvous(generation=generation, address=address):
                 for node in dict.fromkeys(self._seats):
-                    self._send(node, Announce(order=order, generation=generation, address=address))
+                    self._links.send(
+                        node, Announce(order=order, generation=generation, address=address)
+                    )
             case FenceNode(generation=generation, node=node):
-                self._send(node, self._wording.fence(order, generation))
+                self._links.send(node, self._wording.fence(order, generation))
             case DisconnectNode(node=node, reason=reason):
-                self._hang_up(node, reason)
+                self._links.hang_up(node, reason)
             case RetainMemory(generation=generation, step=step):
-                for node in sorted(self._links):
-                    self._send(node, Retain(order=order, generation=generation, step=step))
+                for node in self._links:
+                    self._links.send(node, Retain(order=order, generation=generation, step=step))
             case SearchCheckpoints():
                 self._vault.search(self.know)
             case CommitCheckpoint():
                 self._vault.commit(decision, self._generation, self.know)
             case CarryOutFault(index=index, node=node):
                 if node:
-                    self._send(node, CarryOut(order=order, index=index))
+                    self._links.send(node, CarryOut(order=order, index=index))
                 else:
                     self._schedule.end_this_process()
             case EndRun(reason=reason):
                 self._farewell = Farewell(order=order, reason=reason)
-                for node in sorted(self._links):
-                    self._send(node, self._farewell)
+                for node in self._links:
+                    self._links.send(node, self._farewell)
                 self._over = True
             case WakeAt(at=at):
                 heapq.heappush(self._wakes, at)
@@ -224,10 +212,11 @@ class AgentWorld:
                 continue
             if isinstance(arrived.message, Joined):
                 for _ in self._join(arrived.at, arrived.link, arrived.message):
-                    self._send(arrived.message.node, self._farewell)
-            elif arrived.message is None and arrived.link in self._names:
-                awaited.discard(self._names[arrived.link])
-                self._forget(arrived.link)
+                    self._links.send(arrived.message.node, self._farewell)
+            elif arrived.message is None:
+                node = self._links.node_of(arrived.link)
+                self._links.forget(arrived.link)
+                awaited -= {node}
         return sorted(awaited)
 
     # Coming in ------------------------------------------------------------------------------
@@ -243,14 +232,14 @@ class AgentWorld:
             yield arrived.event
             return
         at, link, message = arrived
-        node = self._names.get(link)
+        node = self._links.node_of(link)
         match message:
             case Joined():
                 yield from self._join(at, link, message)
-            case _ if node is None or self._links.get(node) is not link:
+            case _ if node is None:
                 pass  # from a connection that a newer one of the same node has replaced
             case None:
-                self._forget(link)
+                self._links.forget(link)
                 yield NodeDisconnected(at=at, node=node)
             case Beat():
                 self._columns.take(node, message)
@@ -267,15 +256,11 @@ class AgentWorld:
         if joined.version != PROTOCOL_VERSION:
             link.close(f"protocol version is {joined.version}, expected {PROTOCOL_VERSION}")
             return
-        old = self._links.get(joined.node)
-        if old is not None and old is not link:
-            old.close("the same node connected again")
-            self._names.pop(old, None)
-        self._links[joined.node], self._names[link] = link, joined.node
+        self._links.join(joined.node, link)
         self._addresses.joined(joined.node, joined.peer_address)
         spec = self.run.spec
         name = self.run.metadata.name
-        self._send(
+        self._links.send(
             joined.node,
             Welcome(
                 run=name,
@@ -297,9 +282,9 @@ class AgentWorld:
         node = joined.node
         # Even if nothing is left: a controller before this one may have armed it with more.
         left = tuple(msgspec.to_builtins(fault) for fault in self._schedule.left())
-        self._send(node, Arm(order=self._next_order(self._generation), faults=left))
+        self._links.send(node, Arm(order=self._next_order(self._generation), faults=left))
         for index in self._schedule.owed(node):
-            self._send(node, CarryOut(order=self._next_order(self._generation), index=index))
+            self._links.send(node, CarryOut(order=self._next_order(self._generation), index=index))
         # One that comes from another generation is the controller's to decide on.
         if joined.generation == self._generation and node in self._seats:
             self._begin(self._next_order(self._generation), node)
@@ -308,18 +293,6 @@ class AgentWorld:
 
     def _watch(self, joined: Joined) -> None:
         """Do what this kind of world can to notice early that a node's agent is gone."""
-
-    def _forget(self, link: Link) -> None:
-        node = self._names.pop(link, None)
-        if node is not None and self._links.get(node) is link:
-            del self._links[node]
-
-    def _hang_up(self, node: NodeId, reason: str) -> None:
-        """Close a node's connection; what is on its way on it counts no more."""
-        link = self._links.get(node)
-        if link is not None:
-            link.close(reason)
-            self._forget(link)
 
     def lose(self, node: NodeId, evidence: str) -> None:
         """Report that a node's agent is gone for certain. From any thread."""
@@ -362,13 +335,8 @@ class AgentWorld:
         """Send a seated node the present generation, if it lacks that or an address it needs."""
         peers = self._addresses.news(node, self._links) if node in self._links else None
         if peers is not None:
-            self._send(node, self._wording.begin(order, peers))
+            self._links.send(node, self._wording.begin(order, peers))
 
     def _next_order(self, generation: Generation) -> str:
         self._orders += 1
         return f"{generation}.{self._orders}"
-
-    def _send(self, node: NodeId, message: ToAgent) -> None:
-        link = self._links.get(node)
-        if link is not None:
-            link.send(encode(message))

@@ -28,6 +28,7 @@ from storage.errors import (
 )
 
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.ENAMETOOLONG}
 _FOLDER_ATTEMPTS = 16
@@ -41,14 +42,31 @@ def open_store(uri: str) -> BlobStore:
     """Return the store at an address: a folder, as "/path", "path" or "file:///path".
 
     Raises:
-        UnsupportedUriError: if the scheme is not `file`, or a host is named.
+        UnsupportedUriError: if the scheme is not `file`, a host is named, or what would be a folder
+            here was meant as something else: "file:/path", "s3:bucket", "~/path".
     """
     parts = urlsplit(uri)
     if "://" not in uri:
+        _require_path(uri)
         return LocalStore(Path(uri))
     if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
         raise UnsupportedUriError(f"address is {uri}, supported are a folder and file:///folder")
     return LocalStore(Path(unquote(parts.path)))
+
+
+def _require_path(uri: str) -> None:
+    """Refuse what was meant as another kind of address, and would become a folder of that name."""
+    if uri.startswith("~"):
+        raise UnsupportedUriError(
+            f"address is {uri}, expected the home folder written out, as /home/me; "
+            f"a folder of that very name is ./{uri}"
+        )
+    if scheme := _SCHEME.match(uri):
+        rest = uri[scheme.end() :]
+        meant = f"file://{rest}" if rest.startswith("/") else "/folder or file:///folder"
+        raise UnsupportedUriError(
+            f"address is {uri}, expected {meant}; a folder of that very name is ./{uri}"
+        )
 
 
 class LocalStore:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -206,3 +207,27 @@ def test_addresses_of_folders_open_the_local_store(tmp_path: Path) -> None:
 def test_an_address_of_another_kind_is_refused_and_says_what_is_supported(address: str) -> None:
     with pytest.raises(UnsupportedUriError, match="supported are a folder"):
         open_store(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("file:/mnt/x", "expected file:///mnt/x;"),
+        ("FILE:/mnt/x", "expected file:///mnt/x;"),
+        ("file:x", "expected /folder or file:///folder;"),
+        ("s3:bucket/run", "expected /folder or file:///folder;"),
+        ("~/x", "expected the home folder written out"),
+        ("~somebody/x", "expected the home folder written out"),
+    ],
+)
+def test_an_address_that_would_become_a_folder_of_an_odd_name_is_refused_with_what_to_write(
+    address: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(UnsupportedUriError, match=re.escape(says)):
+        open_store(address)
+
+    store = open_store(f"./{address}")
+    assert isinstance(store, LocalStore)
+    assert store.root == Path(address)

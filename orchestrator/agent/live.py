@@ -21,8 +21,10 @@ class LiveRank:
     Attributes:
         seat: the seat it was given last; None while it is parked.
         left: whether it has left that seat, and waits for the next.
+        aborted: whether it was told to leave that seat.
         dismissed: whether it was told to end, or killed, by us: its end is no news.
         last_words: what it said of the exception that ends it.
+        broken: whether it said so before anybody told it to leave or to end.
         log_from: size of its log when it got its seat.
         out: set when it has left, or ended.
         gone: set when it has ended, and what it left behind is reaped.
@@ -37,6 +39,7 @@ class LiveRank:
         self.aborted = False
         self.dismissed = False
         self.last_words: Died | None = None
+        self.broken = False
         self.log_from = 0
         self.out = asyncio.Event()
         self.gone = asyncio.Event()
@@ -81,6 +84,16 @@ class LiveRank:
         self.dismissed = True
         self.signal(signal.SIGKILL)
 
+    def ended_as_told(self, code: int) -> bool:
+        """Whether its end, with this exit code, is what we told it, hence no news.
+
+        To end is a way to leave. To be killed by others is not, whatever it was told, and an
+        exception that was there before may be why everybody is told to leave.
+        """
+        if self.broken:
+            return False
+        return self.dismissed or (self.aborted and code >= 0)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its process group, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
@@ -91,6 +104,7 @@ class LiveRank:
         match message:
             case Died():
                 self.last_words = message
+                self.broken = not (self.aborted or self.dismissed)
             case Reached(mark="left", generation=generation):
                 if self.seat is not None and generation == self.seat.generation:
                     self.left = True

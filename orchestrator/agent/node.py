@@ -358,7 +358,7 @@ class Node:
                 self._start(self._parking.replace(live, code))
             return
         pulse.collect_from(self._account, live)
-        if live.dismissed or live.aborted or seat.generation != self._account.generation:
+        if live.ended_as_told(code):
             return
         if live.left and self._account.has_finished(seat.rank):
             log.info("rank %d ended with %d after it was done", seat.rank, code)

@@ -130,7 +130,7 @@ class RendezvousOffered(_Message, frozen=True, kw_only=True):
 
 
 class RankExited(_Message, frozen=True, kw_only=True):
-    """A rank's process ended without having been told to."""
+    """A rank's process ended without having been told to, or was killed while it left."""
 
     generation: Generation
     rank: Rank

@@ -124,6 +124,18 @@ def test_two_ranks_that_die_at_the_same_moment_are_one_incident_that_names_both(
     assert len(incident.evidence) == 2
 
 
+def test_of_ranks_of_two_nodes_that_die_at_the_same_moment_each_is_found(job: Start) -> None:
+    one = job(at(22, "kill-rank", rank=1), at(22, "kill-rank", rank=2))
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    assert carried_out(one) == {(0, ""), (1, "")}
+    assert None not in [fault.found_by for fault in report.faults]
+    assert {incident.kind for incident in report.incidents} == {"crash"}
+
+
 @pytest.mark.parametrize(
     "fault",
     [

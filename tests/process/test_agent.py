@@ -136,6 +136,44 @@ def test_a_rank_that_can_not_leave_ends_itself_and_counts_as_having_left(
     assert not controller.messages(RankExited)
 
 
+def test_a_rank_that_is_killed_while_it_leaves_is_told_of_the_generation_that_it_was_in(
+    controller: Controller, start: Start
+) -> None:
+    agent = start()
+    train(controller, nap_at=30, nap_s=60)
+    controller.hear(Beat, where=lambda beat: beat.steps == (29, 29))
+    victim = agent.rank_pid(1, 1)
+
+    again(controller, 2)
+    wait_for(lambda: "generation 2 begins" in agent.log.read_text())
+    os.kill(victim, signal.SIGKILL)
+
+    _, fact = controller.hear(RankExited)
+    assert (fact.generation, fact.rank, fact.pid) == (1, 1, victim)
+    assert (fact.code, fact.step) == (-signal.SIGKILL, 29)
+    controller.reached("stepped", 2)
+    assert len(controller.messages(RankExited)) == 1
+
+
+def test_an_exception_that_a_rank_died_of_before_it_was_told_to_leave_is_told(
+    controller: Controller, start: Start
+) -> None:
+    agent = start()
+    # What ends it has been said long before it is gone.
+    train(controller, raise_at=30, linger_s=60)
+    logs = [agent.logs / f"rank-{rank:05d}.log" for rank in (0, 1)]
+    wait_for(lambda: all("ArithmeticError" in log.read_text() for log in logs))
+
+    again(controller, 2)
+
+    for rank in (0, 1):
+        _, fact = controller.hear(
+            RankExited, where=lambda fact, rank=rank: (fact.generation, fact.rank) == (1, rank)
+        )
+        assert (fact.kind, fact.step) == ("ArithmeticError", 29)
+    controller.reached("stepped", 2)
+
+
 def test_orders_of_an_older_generation_are_ignored_and_a_repeated_one_changes_nothing(
     controller: Controller, start: Start
 ) -> None:

@@ -3,9 +3,10 @@
 Its state is three numbers: how many steps it has, of which rank it is, which generation saved it.
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
-garbage, spawn, stubborn, raise_at, nap_at and nap_s, restore_s, await_persisted.
+garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, restore_s, await_persisted.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -97,6 +98,8 @@ def _misbehave(options: dict[str, Any]) -> None:
         # An orphan in a session of its own: nobody waits for it but whoever adopts it.
         script = "import os; os.fork() or (os.setsid(), print('stray', os.getpid(), flush=True))"
         subprocess.run([sys.executable, "-c", script], check=True)
+    if options.get("linger_s"):
+        atexit.register(time.sleep, options["linger_s"])
     if options.get("stubborn"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 

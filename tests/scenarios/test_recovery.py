@@ -25,10 +25,12 @@ from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.report import report
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
+    MARKS,
     Holding,
     PreparationFailed,
     RankExited,
     RanksTroubled,
+    Reached,
     Receipt,
     ShardsWritten,
 )
@@ -128,6 +130,30 @@ def test_a_rank_that_died_at_the_same_moment_is_part_of_the_same_incident(cluste
     told = report(cluster.state)
     assert [fault.found_by for fault in told.faults] == ["inc-1", "inc-1"]
     assert cluster.state.budgets["hardware"].spent == 1
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["leaving", "training again"])
+def test_a_rank_that_is_killed_on_a_node_that_took_the_next_generation_up_is_part_of_the_incident(
+    cluster: Any,
+    trained: bool,  # noqa: FBT001 - drawn, not passed by a reader
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    old = cluster.state.generation
+    cluster.after(0.01).exit(1, step=5)
+    cluster.say("node-1", Reached(generation=Generation(2), mark=MARKS.index("cleared")))
+    inject(cluster, 0, "kill-rank rank 2 at step 5", "rank 2", "node-1")
+    if trained:
+        cluster.resume()
+    fact = RankExited(generation=old, rank=Rank(2), pid=2, code=-9, phase=6, step=Step(5))
+
+    assert cluster.after(0.01).say("node-1", fact) == []
+
+    (incident,) = cluster.state.incidents
+    assert (incident.ranks, incident.nodes) == ((1, 2), ("node-0", "node-1"))
+    assert cluster.state.generation == 2
+    assert [fault.found_by for fault in report(cluster.state).faults] == ["inc-1"]
 
 
 def test_an_exception_that_is_told_late_is_no_second_sign_of_a_fault_that_moves_with_the_job(

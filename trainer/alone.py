@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 
 from trainer import parallel
 from trainer.data import Samples, open_tokens
+from trainer.job import read_job
 from trainer.optim import STATES
-from trainer.train import Training, Unheard, read_job
+from trainer.step import Training, Unheard
 
 
 class Printed(Unheard):

@@ -10,191 +10,24 @@ from __future__ import annotations
 
 import gc
 import importlib
-import math
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import torch
 
 from orchestrator.protocol import runfile
-from orchestrator.worker import JobAhead, MisconfiguredError, RankPhase, Seat, Worker, serve
+from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import parallel
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig, model_config
 from trainer.data import Samples, Tokens, open_tokens
-from trainer.model import Llama, next_token_loss
-from trainer.optim import Optimizer, global_norm
-from trainer.tokenizer import Tokenizer, open_tokenizer
+from trainer.job import Job, read_job
+from trainer.step import Training, Unheard
+from trainer.tokenizer import open_tokenizer
 
 _POLL_S = 0.01
-
-
-class Reporter(Protocol):
-    """Who hears how training goes; `orchestrator.worker.Worker` does."""
-
-    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
-        """Hear what the rank does from now on."""
-
-    def entered_collective(self) -> None:
-        """Count a collective."""
-
-    def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
-    ) -> None:
-        """Hear that a step is complete."""
-
-
-class Job(NamedTuple):
-    """What the run file says, read and checked as far as one rank can without its peers."""
-
-    trainer: runfile.Trainer
-    checkpoint: runfile.Checkpoint
-    config: ModelConfig
-    tokenizer: Tokenizer
-    mesh: tuple[int, int]
-    """Replicas, shards per replica."""
-
-
-def read_job(job: dict[str, object], world_size: int) -> Job:
-    """Read what a seat says of its run.
-
-    Raises:
-        MisconfiguredError: if the run can not be trained as written.
-    """
-    trainer = msgspec.convert(job.get("trainer", {}), runfile.Trainer)
-    layout = msgspec.convert(job.get("parallelism", {}), runfile.Parallelism)
-    config = model_config(trainer.model)
-    share, rest = divmod(trainer.global_batch, world_size)
-    if rest:
-        raise MisconfiguredError(
-            f"spec.trainer.globalBatch is {trainer.global_batch}, "
-            f"expected a multiple of the {world_size} ranks",
-            hint="every rank takes the same number of samples",
-        )
-    if share % (trainer.micro_batch or share):
-        raise MisconfiguredError(
-            f"spec.trainer.microBatch is {trainer.micro_batch}, "
-            f"expected a divisor of each rank's {share} samples",
-            hint="globalBatch / ranks must be a multiple of microBatch",
-        )
-    return Job(
-        trainer,
-        msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),
-        config,
-        open_tokenizer(trainer.tokenizer, config.vocab),
-        parallel.mesh_shape(layout, world_size),
-    )
-
-
-class Training:
-    """A sharded model, its optimizer, and the steps that they take.
-
-    Args:
-        job: what to train.
-        samples: what to train on.
-        world: with whom.
-        empty: leave the weights without values, for a restore to fill in.
-    """
-
-    def __init__(
-        self,
-        job: runfile.Trainer,
-        config: ModelConfig,
-        samples: Samples,
-        world: parallel.World,
-        *,
-        empty: bool = False,
-    ) -> None:
-        self.job, self.samples, self.world = job, samples, world
-        with torch.device("meta"):
-            model = Llama(config)
-        # Whole and on the CPU: weights then depend neither on sharding nor on the device. Memory
-        # that nobody has written to does not exist yet, so an empty model costs next to nothing.
-        model.to_empty(device="cpu")
-        if not empty:
-            model.init_weights(job.seed)
-        self.model = parallel.shard(model, world)
-        self.optimizer = Optimizer(self.model, job)
-        self._warm = False
-
-    def step(
-        self, step: int, reporter: Reporter, ready: Callable[[], bool] = lambda: True
-    ) -> list[int]:
-        """Take optimizer step `step` (1-based) together with the other ranks, and report it.
-
-        Args:
-            step: its number.
-            reporter: who hears of it.
-            ready: says whether this rank can save its state after this step.
-
-        Returns:
-            The ranks that can not; every rank gets the same answer.
-        """
-        begun = time.monotonic()
-        self._announce(reporter, RankPhase.DATA)
-        loss_sum = self._accumulate(step, reporter)
-        can_save = float(ready())
-        self._announce(reporter, RankPhase.OPTIMIZER)
-        squares = self.optimizer.take_gradients()
-        reporter.entered_collective()
-        rows = self.world.gather([loss_sum, squares, self.samples.mark, can_save])
-        self._require_same_data([row[2] for row in rows])
-        # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
-        loss = math.fsum(row[0] for row in rows) / self.tokens
-        grad_norm = global_norm(row[1] for row in rows[: self.world.shards])
-        self.optimizer.step(step, grad_norm)
-        self._warm = True
-        reporter.step_done(
-            step,
-            loss=loss,
-            grad_norm=grad_norm,
-            tokens=self.tokens,
-            seconds=time.monotonic() - begun,
-        )
-        return [rank for rank, row in enumerate(rows) if not row[3]]
-
-    def _require_same_data(self, marks: list[float]) -> None:
-        others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
-        if others:
-            raise MisconfiguredError(
-                f"spec.trainer.data is not the same text on every node: rank 0 has other tokens "
-                f"than rank {', '.join(map(str, others))}",
-                hint="copy it from one node to the others; the demo reads this Python's library",
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the global batch."""
-        return self.job.global_batch * self.job.seq_len
-
-    def _accumulate(self, step: int, reporter: Reporter) -> float:
-        """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
-        share = self.job.global_batch // self.world.size
-        size = self.job.micro_batch or share
-        first = self.world.rank * share
-        losses = []
-        for micro, at in enumerate(range(first, first + share, size)):
-            self._announce(reporter, RankPhase.DATA, micro)
-            batch = self.samples.batch(step, range(at, at + size))
-            inputs_BL, targets_BL = (self._tensor(ids) for ids in (batch.inputs, batch.targets))
-            self._announce(reporter, RankPhase.FORWARD, micro)
-            loss = next_token_loss(self.model(inputs_BL, batch.cuts), targets_BL)
-            self._announce(reporter, RankPhase.BACKWARD, micro)
-            parallel.reduce_gradients(self.model, now=at + size == first + share)
-            torch.autograd.backward(loss / self.tokens)
-            losses.append(loss.detach())
-        return math.fsum(torch.stack(losses).double().tolist())
-
-    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.world.device)
-
-    def _announce(self, reporter: Reporter, phase: RankPhase, micro_batch: int = 0) -> None:
-        # The first step allocates, and on a GPU compiles and tunes: it may take its time.
-        reporter.phase(phase if self._warm else RankPhase.WARMING, micro_batch=micro_batch)
 
 
 def train(worker: Worker, seat: Seat) -> None:
@@ -333,21 +166,6 @@ def _settle_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-class Unheard:
-    """A reporter that tells nobody."""
-
-    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
-        """Ignore it."""
-
-    def entered_collective(self) -> None:
-        """Ignore it."""
-
-    def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
-    ) -> None:
-        """Ignore it."""
 
 
 def main() -> int:

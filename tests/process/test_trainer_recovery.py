@@ -48,7 +48,8 @@ from storage.digest import combine
 from tests.programs.played import slots_of
 from trainer import parallel
 from trainer.data import Samples, open_tokens
-from trainer.train import Training, Unheard, read_job
+from trainer.job import read_job
+from trainer.step import Training, Unheard
 
 Result = tuple[tuple[int, int], list[tuple[int, float]]]
 """Digest of the final state, and the loss of every step."""

@@ -12,9 +12,11 @@ from orchestrator.worker import MisconfiguredError
 from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
+from trainer.job import read_job
 from trainer.model import Llama, next_token_loss
 from trainer.optim import BETAS, EPSILON, learning_rate
-from trainer.train import Training, Unheard, read_job, rehearse
+from trainer.step import Training, Unheard
+from trainer.train import rehearse
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)
 IDS = np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint32)

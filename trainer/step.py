@@ -1,0 +1,156 @@
+"""An optimizer step: a sharded model, its optimizer, and who hears how they get on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from orchestrator.protocol import runfile
+from orchestrator.worker import MisconfiguredError, RankPhase
+from trainer import parallel
+from trainer.config import ModelConfig
+from trainer.data import Samples
+from trainer.model import Llama, next_token_loss
+from trainer.optim import Optimizer, global_norm
+
+
+class Reporter(Protocol):
+    """Who hears how training goes; `orchestrator.worker.Worker` does."""
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Hear what the rank does from now on."""
+
+    def entered_collective(self) -> None:
+        """Count a collective."""
+
+    def step_done(
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        """Hear that a step is complete."""
+
+
+class Unheard:
+    """A reporter that tells nobody."""
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Ignore it."""
+
+    def entered_collective(self) -> None:
+        """Ignore it."""
+
+    def step_done(
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+    ) -> None:
+        """Ignore it."""
+
+
+class Training:
+    """A sharded model, its optimizer, and the steps that they take.
+
+    Args:
+        job: what to train.
+        samples: what to train on.
+        world: with whom.
+        empty: leave the weights without values, for a restore to fill in.
+    """
+
+    def __init__(
+        self,
+        job: runfile.Trainer,
+        config: ModelConfig,
+        samples: Samples,
+        world: parallel.World,
+        *,
+        empty: bool = False,
+    ) -> None:
+        self.job, self.samples, self.world = job, samples, world
+        with torch.device("meta"):
+            model = Llama(config)
+        # Whole and on the CPU: weights then depend neither on sharding nor on the device. Memory
+        # that nobody has written to does not exist yet, so an empty model costs next to nothing.
+        model.to_empty(device="cpu")
+        if not empty:
+            model.init_weights(job.seed)
+        self.model = parallel.shard(model, world)
+        self.optimizer = Optimizer(self.model, job)
+        self._warm = False
+
+    def step(
+        self, step: int, reporter: Reporter, ready: Callable[[], bool] = lambda: True
+    ) -> list[int]:
+        """Take optimizer step `step` (1-based) together with the other ranks, and report it.
+
+        Args:
+            step: its number.
+            reporter: who hears of it.
+            ready: says whether this rank can save its state after this step.
+
+        Returns:
+            The ranks that can not; every rank gets the same answer.
+        """
+        begun = time.monotonic()
+        self._announce(reporter, RankPhase.DATA)
+        loss_sum = self._accumulate(step, reporter)
+        can_save = float(ready())
+        self._announce(reporter, RankPhase.OPTIMIZER)
+        squares = self.optimizer.take_gradients()
+        reporter.entered_collective()
+        rows = self.world.gather([loss_sum, squares, self.samples.mark, can_save])
+        self._require_same_data([row[2] for row in rows])
+        # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
+        loss = math.fsum(row[0] for row in rows) / self.tokens
+        grad_norm = global_norm(row[1] for row in rows[: self.world.shards])
+        self.optimizer.step(step, grad_norm)
+        self._warm = True
+        reporter.step_done(
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=self.tokens,
+            seconds=time.monotonic() - begun,
+        )
+        return [rank for rank, row in enumerate(rows) if not row[3]]
+
+    def _require_same_data(self, marks: list[float]) -> None:
+        others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        if others:
+            raise MisconfiguredError(
+                f"spec.trainer.data is not the same text on every node: rank 0 has other tokens "
+                f"than rank {', '.join(map(str, others))}",
+                hint="copy it from one node to the others; the demo reads this Python's library",
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.job.global_batch * self.job.seq_len
+
+    def _accumulate(self, step: int, reporter: Reporter) -> float:
+        """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
+        share = self.job.global_batch // self.world.size
+        size = self.job.micro_batch or share
+        first = self.world.rank * share
+        losses = []
+        for micro, at in enumerate(range(first, first + share, size)):
+            self._announce(reporter, RankPhase.DATA, micro)
+            batch = self.samples.batch(step, range(at, at + size))
+            inputs_BL, targets_BL = (self._tensor(ids) for ids in (batch.inputs, batch.targets))
+            self._announce(reporter, RankPhase.FORWARD, micro)
+            loss = next_token_loss(self.model(inputs_BL, batch.cuts), targets_BL)
+            self._announce(reporter, RankPhase.BACKWARD, micro)
+            parallel.reduce_gradients(self.model, now=at + size == first + share)
+            torch.autograd.backward(loss / self.tokens)
+            losses.append(loss.detach())
+        return math.fsum(torch.stack(losses).double().tolist())
+
+    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.world.device)
+
+    def _announce(self, reporter: Reporter, phase: RankPhase, micro_batch: int = 0) -> None:
+        # The first step allocates, and on a GPU compiles and tunes: it may take its time.
+        reporter.phase(phase if self._warm else RankPhase.WARMING, micro_batch=micro_batch)

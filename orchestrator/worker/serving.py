@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 
+from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import Seat
 from orchestrator.worker.errors import (
     EXIT_MISCONFIGURED,
@@ -23,10 +24,11 @@ def serve(
     """Run `train` for one seat after the other until the agent has no more; return the exit code.
 
     `Aborted` and `PeerLostError` end a generation, not the process; any other exception is
-    reported with its traceback and ends the process with code 1 (78 if misconfigured).
+    reported with its traceback and ends the process with code 1 (78 if misconfigured). So is it if
+    `train` returns early, without `finished`.
 
     Args:
-        train: one generation, from its seat to the last step.
+        train: one generation, from its seat to the last step, and to `Worker.finished`.
         rehearse: run once before the first wait, unless a seat is there already: whatever a first
             step pays for only once should be paid for here, by a process that nobody waits for.
         prepare: called between seats with the job that a seat would be of; see `sdk.Prepare`. A
@@ -39,6 +41,7 @@ def serve(
         while (seat := worker.next_seat(prepare)) is not None:
             try:
                 train(worker, seat)
+                _require_finished(worker)
             except Aborted:
                 continue
             except PeerLostError as error:
@@ -48,3 +51,13 @@ def serve(
         worker.died(error)
         return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
     return 0
+
+
+def _require_finished(worker: Worker) -> None:
+    """Refuse a trainer that left its seat by itself: it would look like a hang of nobody."""
+    now = worker._beacon.now  # noqa: SLF001 - of this package, and all that its agent goes by
+    if now.phase is not RankPhase.DONE and not worker.aborted:
+        raise MisconfiguredError(
+            f"train returned after step {now.step} without worker.finished(...)",
+            hint="call it after the last step; let Aborted and PeerLostError fly out of train",
+        )

@@ -296,6 +296,35 @@ def test_a_job_that_can_not_run_exits_with_its_own_code_and_a_hint(agent: Agent)
     assert agent.rank.wait(10) == 78
 
 
+def test_a_trainer_that_returns_before_it_has_finished_is_refused_and_told_how_far_it_came(
+    agent: Agent,
+) -> None:
+    agent.seat(steps=3, unfinished=True)
+
+    died = agent.hear(Died)
+
+    assert isinstance(died, Died)
+    assert died.misconfigured
+    assert died.message.startswith(
+        "train returned after step 3 without worker.finished(...)\nhint: "
+    )
+    assert agent.rank.wait(10) == 78
+
+
+def test_a_trainer_that_returns_because_its_generation_is_over_gets_the_next_seat(
+    agent: Agent,
+) -> None:
+    agent.seat(1, swallow=True)
+    agent.hear(Reached)
+
+    agent.send(Abort(before=Generation(2)))
+    agent.seat(2, steps=3)
+
+    finished = agent.hear(Finished)
+    assert isinstance(finished, Finished)
+    assert finished.generation == 2
+
+
 def test_a_rank_that_holds_the_interpreter_lock_answers_nobody(agent: Agent) -> None:
     agent.seat()
     agent.hear(Staged)

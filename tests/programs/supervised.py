@@ -26,7 +26,7 @@ M = TypeVar("M")
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from orchestrator.worker import MisconfiguredError, PeerLostError, RankPhase, serve
+from orchestrator.worker import Aborted, MisconfiguredError, PeerLostError, RankPhase, serve
 
 def train(worker, seat):
     options = seat.job
@@ -54,8 +54,17 @@ def train(worker, seat):
             worker.staged(slot, generation=seat.generation, step=step, index="{}", durable=False)
     for line in filter(None, [options.get("say"), f"step {step}"]):
         print(line)
+    if options.get("unfinished"):
+        return
     worker.phase(RankPhase.FINISHING)
     worker.finished(options["steps"], (1, 2))
+
+def train_or_swallow(worker, seat):
+    try:
+        train(worker, seat)
+    except Aborted:
+        if not seat.job.get("swallow"):
+            raise
 
 def rehearse():
     print("rehearsed", flush=True)
@@ -73,7 +82,7 @@ def prepare(ahead, check):
         from trainer.tokenizer import open_tokenizer
         open_tokens(text, open_tokenizer(None, 1280), ahead.cache_dir, check)
 
-sys.exit(serve(train, rehearse, prepare))
+sys.exit(serve(train_or_swallow, rehearse, prepare))
 """
 
 

@@ -7,7 +7,6 @@ its buddy keeps. Nothing that crosses a process is used before its digests were 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from typing import Literal, TypeVar
 
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.durable import DurableShard, read_shard
+from orchestrator.agent.files import Files, remove
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.shards import (
     SLOTS,
@@ -42,7 +42,6 @@ Tier = Literal["own", "fetched", "durable"]
 """Where a shard was found: in this node's memory, in another's, on the durable tier."""
 
 WRITES_AT_ONCE = 2
-SLOT_FILES = "rank-*.slot-*"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -71,20 +70,19 @@ class Keeper:
         """
         self.on_held: Callable[[Generation], None] = lambda _: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
-        self._memory = memory
         self._host = host
-        self._shelf = Shelf(memory, on_freed=self._freed, remove=self._remove_soon)
-        self._peers: dict[NodeId, str] = {}
-        self._peers_changed = asyncio.Event()
-        self._numbers = itertools.count()
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
         self._writers = ThreadPoolExecutor(WRITES_AT_ONCE, "holdfast-write")
+        self._files = Files(memory, self._threads)
+        self._shelf = Shelf(memory, on_freed=self._freed, remove=self._files.remove_soon)
+        self._peers: dict[NodeId, str] = {}
+        self._peers_changed = asyncio.Event()
         self._client = PeerClient(token)
         self._server = PeerServer(
             self._shelf,
             token=token,
-            new_file=partial(self._new_file, "copy"),
+            new_file=partial(self._files.new, "copy"),
             threads=self._threads,
             on_copy=lambda generation, _: self.on_held(generation),
             transfer_s=transfer_s,
@@ -96,7 +94,7 @@ class Keeper:
         Raises:
             OSError: if `host` is not an address of this machine.
         """
-        self._remove_files()
+        self._files.remove_all()
         return self._server.open(self._host)
 
     async def close(self) -> None:
@@ -105,7 +103,7 @@ class Keeper:
         await self._server.close()
         for threads in (self._threads, self._writers):
             threads.shutdown(wait=False, cancel_futures=True)
-        self._remove_files()
+        self._files.remove_all()
 
     @property
     def unreachable(self) -> bool:
@@ -153,16 +151,13 @@ class Keeper:
         """
         self._shelf.seat(ranks)
         try:
-            files = {
-                path: Rank(int(path.name.removeprefix("rank-").partition(".")[0]))
-                for path in self._memory.glob(SLOT_FILES)
-            }
+            files = self._files.slots()
         except OSError as error:
             # A node without descriptors, say: no reason not to enter the generation.
             log.warning("slots without a rank stay until the next generation: %s", error)
             return
         for path in self._shelf.spare(files):
-            self._remove_soon(path)
+            self._files.remove_soon(path)
 
     def free_slots(self, rank: Rank) -> tuple[int, ...]:
         """Return the slots that a rank may write to, ascending; at most `SLOTS`."""
@@ -335,11 +330,11 @@ class Keeper:
 
     async def _fetched(self, source: NodeId, wanted: tuple[Rank, Step]) -> Shard:
         address = await self._address(source)
-        path = self._new_file("restore", *wanted)
+        path = self._files.new("restore", *wanted)
         return await self._client.fetch(address, wanted, path, self._threads)
 
     async def _read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
-        path = self._new_file("restore", *wanted)
+        path = self._files.new("restore", *wanted)
         reading = asyncio.get_running_loop().run_in_executor(
             self._threads, read_shard, durable, wanted, path
         )
@@ -347,7 +342,7 @@ class Keeper:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
             # A thread can not be stopped; what it still brings is removed.
-            reading.add_done_callback(lambda _: _remove(path))
+            reading.add_done_callback(lambda _: remove(path))
             raise
 
     async def _address(self, node: NodeId) -> str:
@@ -364,27 +359,3 @@ class Keeper:
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)
-
-    def _new_file(self, kind: str, rank: Rank, step: Step) -> Path:
-        return self._memory / f"{kind}-{rank:05d}-{step}-{next(self._numbers)}"
-
-    def _remove_soon(self, path: Path) -> None:
-        # The kernel takes 0.1 s to take back a gigabyte, and the loop has other things to see to.
-        # Out of the way at once: a rank that gets a seat again makes its slots anew.
-        gone = self._memory / f"gone-{next(self._numbers)}"
-        try:
-            path.rename(gone)
-            self._threads.submit(_remove, gone)
-        except FileNotFoundError:
-            return
-        except RuntimeError:  # closed meanwhile
-            _remove(gone)
-
-    def _remove_files(self) -> None:
-        for pattern in (SLOT_FILES, "copy-*", "restore-*", "gone-*"):
-            for path in self._memory.glob(pattern):
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import msgspec
 
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import Ancestor, Holding
+from orchestrator.worker.slot import slot_file
 
 SLOTS = 3
 """Staging slots of a rank: one that is restored from, one on its way to a buddy, one to write."""
@@ -188,8 +189,8 @@ class Shelf:
         """What ranks were told to restore from, pinned."""
 
     def slot_file(self, rank: Rank, slot: int) -> Path:
-        """Return the file of a staging slot; worker.slot names it the same."""
-        return self._memory / f"rank-{rank:05d}.slot-{slot}"
+        """Return the file of a staging slot."""
+        return slot_file(self._memory, rank, slot)
 
     def find(self, rank: Rank, step: Step) -> Shard | None:
         """Return the shard that a rank staged after `step` steps; None if it is not held."""

@@ -123,4 +123,9 @@ class Slots:
             self._mapped = {}
 
     def _file(self, number: int) -> Path:
-        return self._memory / f"rank-{self._rank:05d}.slot-{number}"
+        return slot_file(self._memory, self._rank, number)
+
+
+def slot_file(memory: Path, rank: Rank, number: int) -> Path:
+    """Return the file of a rank's staging slot in its agent's folder in shared memory."""
+    return memory / f"rank-{rank:05d}.slot-{number}"

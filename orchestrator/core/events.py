@@ -104,6 +104,8 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """How many shards the checkpoint has; 0 if there is none, or it was not said."""
     epoch_seen: Generation = Generation(0)
     """The newest epoch of which anything is there, however useless; 0 if nothing is."""
+    generation: Generation = Generation(0)
+    """Which one asked; 0 if it was not said, or before the first."""
 
 
 class SearchFailed(_Event, frozen=True, kw_only=True):
@@ -112,6 +114,8 @@ class SearchFailed(_Event, frozen=True, kw_only=True):
     reason: str
     again: bool = False
     """Whether it may answer later, with nothing changed."""
+    generation: Generation = Generation(0)
+    """Which one asked; 0 if it was not said, or before the first."""
 
 
 class CheckpointCommitted(_Event, frozen=True, kw_only=True):

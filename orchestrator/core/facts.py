@@ -71,13 +71,10 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
                 _forget_memory(state, node)
         case Telemetry():
             _observe(state, event)
+        case CheckpointFound() | SearchFailed() if 0 < event.generation < state.generation:
+            pass  # its search was given up; what has happened since it does not know
         case CheckpointFound():
-            state.found = event
-            if state.incident is not None:
-                searched = state.incident.reads
-                searched["searching"] = searched.get("searching", 0) + event.reads
-            _note_found(state, event)
-            state.asked_at, state.search_failure, state.search_failures = None, "", 0
+            _find(state, event)
         case CheckpointCommitted(step=step, epoch=epoch, key=key):
             state.committing.pop(step, None)
             state.written.pop(step, None)
@@ -277,8 +274,12 @@ def _forget_memory(state: RunState, node: NodeId) -> None:
             holders.discard(node)
 
 
-def _note_found(state: RunState, found: CheckpointFound) -> None:
+def _find(state: RunState, found: CheckpointFound) -> None:
     """Take over what the durable tier has and the journal does not know, and what it rejected."""
+    state.found = found
+    if state.incident is not None:
+        searched = state.incident.reads
+        searched["searching"] = searched.get("searching", 0) + found.reads
     for text in found.rejected:
         state.save_failures.append((state.now, Step(0), f"passed over: {text}"))
     if found.step is not None and all(known.key != found.key for known in state.commits):
@@ -289,6 +290,7 @@ def _note_found(state: RunState, found: CheckpointFound) -> None:
         unseen = state.asked_at is not None and known.at >= state.asked_at
         if not unseen and (found.step is None or known.step > found.step):
             known.rejected = known.rejected or "unreadable when it was needed"
+    state.asked_at, state.search_failure, state.search_failures = None, "", 0
 
 
 def _pass_over(state: RunState, step: Step, reason: str) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from orchestrator.core.decisions import EndRun, SearchCheckpoints, StartGeneration
-from orchestrator.core.events import SearchFailed
+from orchestrator.core.events import CheckpointFound, SearchFailed
 from orchestrator.core.phases import RunPhase
+from orchestrator.protocol.ids import Generation, Step
 from tests.journals import commit
 
 
@@ -79,3 +80,46 @@ def test_what_was_committed_during_a_search_that_did_not_see_it_stays_sound(clus
     cluster.after(0.1).found(15)
 
     assert cluster.state.committed(18)
+
+
+def late(cluster: Any, step: int) -> CheckpointFound:
+    """Return what a search finds in the end that the first generation asked for."""
+    return CheckpointFound(
+        at=cluster.at(),
+        step=Step(step),
+        epoch=Generation(1),
+        key=f"commits/{step}",
+        generation=Generation(1),
+    )
+
+
+def test_what_a_search_finds_that_was_given_up_says_nothing_of_later_commits(cluster: Any) -> None:
+    searching(cluster, 10)
+    wait(cluster, 1000, failing=False)
+    assert cluster.state.generation == 2
+    cluster.resume()
+    cluster.train(20)
+    commit(cluster, 30)
+
+    cluster.tell(late(cluster, 15))
+
+    assert cluster.state.committed(30)
+
+
+def test_the_answer_to_an_earlier_search_is_none_to_the_present_one(cluster: Any) -> None:
+    searching(cluster, 10)
+    wait(cluster, 1000, failing=False)
+    cluster.resume()
+    cluster.train(20)
+    commit(cluster, 30)
+    cluster.state.holdings.clear()
+    assert [type(d) for d in cluster.after(0.1).exit(1)] == [SearchCheckpoints]
+
+    assert cluster.tell(late(cluster, 15)) == []
+    failed = SearchFailed(
+        at=cluster.at(), reason="timed out", again=False, generation=Generation(1)
+    )
+    assert cluster.tell(failed) == []
+
+    (order,) = [d for d in cluster.after(0.1).found(30) if isinstance(d, StartGeneration)]
+    assert order.restore.step == 30

@@ -4,7 +4,7 @@ The commit records are the truth; there is no "latest" pointer that could point 
 happens to a checkpoint after its commit is told by verdicts, records that are only ever added.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable
 
 import msgspec
 
@@ -144,7 +144,7 @@ class Catalog:
         keep_last: int,
         *,
         verified: Manifest | None = None,
-        leased: Collection[tuple[int, int]] = (),
+        leased: Callable[[int, int], bool] = lambda _step, _epoch: False,
     ) -> list[tuple[int, int]]:
         """Delete all but the newest checkpoints, and the shards that can never be committed.
 
@@ -156,7 +156,8 @@ class Catalog:
             keep_last: how many checkpoints to keep, at least 1.
             verified: what `newest_verified` returned lately. Without it, it is asked now, which
                 reads a whole checkpoint.
-            leased: (step, epoch) of checkpoints that a restore is reading.
+            leased: whether somebody reads, or is about to read, the checkpoint of this step and
+                epoch; asked of each when its deletion is about to begin, and not after that.
 
         Returns:
             (step, epoch) of the checkpoints deleted, oldest first.
@@ -181,8 +182,11 @@ class Catalog:
         current = sorted(sound, key=lambda where: where[::-1])[-1:]
         oldest_kept = min([*sound[:keep_last], *current, (anchor.step, anchor.epoch)])
         older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < oldest_kept)
-        victims = [where for where in older if where not in leased]
-        for step, epoch in victims:
+        victims: list[tuple[int, int]] = []
+        for step, epoch in older:
+            if leased(step, epoch):
+                continue
+            victims.append((step, epoch))
             # The verdict first: from here on nobody starts to read it. Then the commit, so that no
             # commit is visible without its shards.
             if (step, epoch) not in barred:

@@ -45,6 +45,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Starting, restoring, compiling and saving may stand still this long."""
     save_s: float
     """A checkpoint not complete after this is abandoned; training does not wait for it."""
+    commit_s: float
+    """A commit that the store has not answered by then counts as failed, and is tried again."""
     collective_s: float
     """Back-stop inside the communication library; must never be the one that fires."""
 
@@ -68,6 +70,7 @@ _RULES = (
     ("persist_s", "0.8 warmup_s"),
     ("warmup_s", "detection.warmupLimit; at least 2 detectWithin"),
     ("save_s", "6 detectWithin, at least 30 s"),
+    ("commit_s", "half of save_s, at most half of warmup_s"),
     ("collective_s", "twice the longest of all others, at least 10 min"),
 )
 
@@ -108,6 +111,7 @@ def derive(detect_within_s: float, warmup_s: float) -> Timeouts:
         persist_s=0.8 * warmup,
         warmup_s=warmup,
         save_s=save,
+        commit_s=min(save, warmup) / 2,
         collective_s=max(2 * max(warmup, save, d), 600.0),
     )
     validate(timeouts)
@@ -133,6 +137,8 @@ def validate(t: Timeouts) -> None:
         ("persist_s", "warmup_s", "a rank that waits for its last save would look hung"),
         ("form_s", "collective_s", "the library would give up before the controller decides"),
         ("warmup_s", "collective_s", "the library would give up before the controller decides"),
+        ("commit_s", "save_s", "the last commit of a run would not be tried again"),
+        ("commit_s", "warmup_s", "a search that waits for a commit would be given up first"),
         ("save_s", "collective_s", "the library would give up before the controller decides"),
     ):
         if not getattr(t, shorter) < getattr(t, longer):

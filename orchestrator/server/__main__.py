@@ -45,6 +45,8 @@ EXIT_UNTRUSTED = 5
 EXIT_NO_ROOM = 6
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_LOOK_S = 0.2
+SETTLE_S = 1.0
+"""At the end the durable tier has so long to do what was ordered, and more if agents left early."""
 T = TypeVar("T", TrainingRun, FaultPlan)
 
 
@@ -135,7 +137,7 @@ def _world(
         run,
         controller.state.timeouts,
         clock=clock,
-        vault=Vault(run, uri, clock),
+        vault=Vault(run, uri, clock, limits=controller.state.timeouts),
         schedule=Schedule(faults),
     )
 
@@ -168,9 +170,12 @@ def _drive(
         for event in world.events():
             _handle(controller, world, file, event)
     t = controller.state.timeouts
-    left = world.see_off(t.abort_s + t.terminate_s + t.kill_s, expected)
+    deadline = time.monotonic() + t.abort_s + t.terminate_s + t.kill_s
+    left = world.see_off(deadline - time.monotonic(), expected)
     if left:
         log.warning("did not leave in time: %s", ", ".join(left))
+    if not world.settle(max(deadline - time.monotonic(), SETTLE_S)):
+        log.warning("the durable tier does not answer; a commit is not done, or files are left")
 
 
 def _handle(controller: Controller, world: AgentWorld, file: JournalFile, event: Event) -> None:

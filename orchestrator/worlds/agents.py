@@ -65,7 +65,7 @@ from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
 
 QUEUE_MAX = 65_536
-"""Messages that may wait to be looked at; beyond that a sender is cut off, and comes back."""
+"""What may wait to be looked at; beyond that an agent is cut off, and says it again later."""
 
 
 class _Arrived(NamedTuple):
@@ -103,7 +103,7 @@ class AgentWorld:
         self.run, self.timeouts, self.clock = run, timeouts, clock
         self._vault = vault
         self._schedule = schedule
-        self._queue: queue.Queue[_Arrived | _Known] = queue.Queue(QUEUE_MAX)
+        self._queue: queue.SimpleQueue[_Arrived | _Known] = queue.SimpleQueue()
         self._links = Links()
         self._addresses = Addresses()
         self._wording = Orders(run)
@@ -119,14 +119,15 @@ class AgentWorld:
 
     def take(self, link: Link, message: FromAgent | None) -> None:
         """Take in what arrived on a connection; None when it is closed."""
-        try:
-            self._queue.put_nowait(_Arrived(self.clock(), link, message))
-        except queue.Full:
+        if message is None or self._queue.qsize() < QUEUE_MAX:
+            self._queue.put(_Arrived(self.clock(), link, message))
+        else:
             link.close(f"{QUEUE_MAX} messages are waiting")
 
     def know(self, event: Event) -> None:
-        """Take in an event that this side found out by itself. From any thread; may wait 1 s."""
-        self._queue.put(_Known(event.at, event), timeout=1.0)
+        """Take in an event that this side found out by itself. From any thread."""
+        # However many wait: nobody would say it again, and there is one for an order, or a node.
+        self._queue.put(_Known(event.at, event))
 
     def stop(self, by: str) -> None:
         """Ask for the run to be stopped. From any thread."""
@@ -137,6 +138,9 @@ class AgentWorld:
     def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
         """Continue from what a journal says, and from the state that replaying it led to."""
         self._seats, self._generation = state.seats, state.generation
+        self._vault.begin(state.generation)
+        if state.wanting:
+            self._vault.hold()  # a search may have been answered already
         self._columns.begin(state.generation, state.reached_step)
         self._schedule.resume(entry.event for entry in entries)
         self._wording.resume(state, entries)
@@ -182,7 +186,7 @@ class AgentWorld:
             case SearchCheckpoints():
                 self._vault.search(self.know)
             case CommitCheckpoint():
-                self._vault.commit(decision, self._generation, self.know)
+                self._vault.commit(decision, self.know)
             case CarryOutFault(index=index, node=node):
                 if node:
                     self._links.send(node, CarryOut(order=order, index=index))
@@ -218,6 +222,10 @@ class AgentWorld:
                 self._links.forget(arrived.link)
                 awaited -= {node}
         return sorted(awaited)
+
+    def settle(self, within_s: float) -> bool:
+        """Wait until what was ordered of the durable tier is done; return whether it is."""
+        return self._vault.settle(within_s)
 
     # Coming in ------------------------------------------------------------------------------
 
@@ -323,6 +331,7 @@ class AgentWorld:
     def _start(self, order: str, decision: StartGeneration) -> None:
         restore = decision.restore
         if decision.generation > self._generation:
+            self._vault.begin(decision.generation)
             self._columns.begin(decision.generation, restore.step if restore else Step(0))
             self._wording.start(decision)
             self._addresses.begin(decision)

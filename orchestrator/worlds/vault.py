@@ -1,12 +1,17 @@
-"""The durable tier as a world sees it: searches and commits in a thread, answers as events."""
+"""The durable tier as a world sees it: searches and commits in threads, answers as events.
+
+A store may hang, for minutes or for good. No method here waits for it, and each order is answered
+all the same: a commit within `commit_s`, a search by whoever asked for it, who stops waiting.
+"""
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from orchestrator.core.decisions import CommitCheckpoint
 from orchestrator.core.events import (
@@ -18,150 +23,252 @@ from orchestrator.core.events import (
 )
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.lane import Lane
+from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, newest_epoch
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageUnavailableError
 from storage.local import LocalStore, open_store
-from storage.manifest import ShardReceipt, commit_key, make_manifest
+from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
 Tell = Callable[[Event], None]
+_Where = tuple[int, int]
+"""Step and epoch of a checkpoint."""
 
 LEFT_OVER_S = 3600.0
 """A file that nobody finished, nor has written to for so long, is of a writer that died."""
-ANSWERS_MAX = 60
-"""An answer that finds no room, for a second each time, is told this often."""
+SEARCHES_MAX = 4
+"""Searches at a time; so many only if they hang."""
 
 
 class Vault:
     """Commits and finds checkpoints of one run. Methods return at once; threads do the work.
 
+    Nothing is deleted from when a search is asked for until a later generation than the present one
+    commits: what the search finds, or still reads, is restored from until then.
+
     Args:
         run: whose checkpoints.
         uri: address of the store.
         clock: the run's clock, for stamping answers.
+        limits: how long to wait for the store.
+        store: another way to what is at `uri`; opened from that if None.
     """
 
-    def __init__(self, run: TrainingRun, uri: str, clock: Callable[[], Seconds]) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        uri: str,
+        clock: Callable[[], Seconds],
+        *,
+        limits: Timeouts,
+        store: BlobStore | None = None,
+    ) -> None:
         self.uri = uri
         self._run = run
         self._clock = clock
-        self._opened = open_store(uri)
+        self._opened = open_store(uri) if store is None else store
         self._store = RetryingStore(self._opened)
-        self._thread = ThreadPoolExecutor(1, "holdfast-vault")
-        self._thread.submit(self._sweep)
+        self._limits = limits
+        self._generation = Generation(0)
+        self._guard = _Guard()
+        self._searching = threading.BoundedSemaphore(SEARCHES_MAX)
+        self._commits = Lane("holdfast-commit", limits.commit_s)
+        self._tidying = Lane("holdfast-tidy", limits.save_s)
+        self._tidy(self._sweep)
+
+    def begin(self, generation: Generation) -> None:
+        """Enter a generation; what older ones have ordered and is not begun yet is refused."""
+        self._generation = generation
+
+    def hold(self) -> None:
+        """Delete nothing until a later generation than the present one commits."""
+        self._guard.hold(self._generation)
 
     def search(self, tell: Tell) -> None:
-        """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed."""
-        # Not behind commits, nor behind a search that hangs, and nobody waits for it to end.
-        threading.Thread(
-            target=self._search, args=(tell,), name="holdfast-search", daemon=True
-        ).start()
+        """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed.
 
-    def commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
+        It comes after the commits that were ordered before it, be they done or late. One that hangs
+        keeps no other one waiting, and nobody waits for it to end.
+        """
+        generation = self._generation
+        going, earlier = self._guard.hold(generation), self._commits.latest()
+        if not self._searching.acquire(blocking=False):
+            why = f"{SEARCHES_MAX} searches hang already"
+            tell(SearchFailed(at=self._clock(), generation=generation, reason=why, again=True))
+            return
+
+        def work() -> None:
+            try:
+                earlier.wait(self._limits.commit_s)
+                tell(self._look(generation, going))
+            finally:
+                self._searching.release()
+
+        threading.Thread(target=work, name="holdfast-search", daemon=True).start()
+
+    def commit(self, order: CommitCheckpoint, tell: Tell) -> None:
         """Publish a commit record; answered by CheckpointCommitted or CommitFailed.
 
-        Args:
-            order: what to commit.
-            newest: the newest generation known; an older one's commit is refused.
-            tell: takes the answer.
+        What is late is answered as failed, and once more if it is done after all.
         """
-        self._thread.submit(self._commit, order, newest, tell)
+        step, epoch = order.step, order.generation
+        answered = threading.Event()
 
-    def close(self) -> None:
-        """Finish what was asked for and end the thread."""
-        self._thread.shutdown()
+        def fail(why: str, *, again: bool) -> None:
+            answered.set()
+            tell(CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=why, again=again))
 
-    def _search(self, tell: Tell) -> None:
+        def work() -> None:
+            try:
+                manifest = self._manifest(order)
+                commit(self._store, manifest, newest_epoch_known=self._generation)
+            except Exception as error:  # noqa: BLE001 - a run must not wait for an answer for ever
+                why = f"{type(error).__name__}: {error}"
+                if answered.is_set():
+                    log.warning("step %d, epoch %d was late and then failed: %s", step, epoch, why)
+                else:
+                    fail(why, again=isinstance(error, StorageError) and error.retryable)
+                return
+            answered.set()
+            key = commit_key(step, epoch)
+            tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
+            self._tidy(partial(self._retain, manifest))
+            self._tidy(self._sweep)
+
+        def late() -> None:
+            if not answered.is_set():
+                limit_s = self._limits.commit_s
+                fail(f"the durable tier did not answer within {limit_s:g} s", again=True)
+
+        self._commits.submit(work, late)
+
+    def settle(self, within_s: float) -> bool:
+        """Wait until all that was ordered is done, or late; return whether it is by then."""
+        deadline = time.monotonic() + within_s
+        lanes = (self._commits, self._tidying)
+        return all(lane.latest().wait(max(deadline - time.monotonic(), 0.0)) for lane in lanes)
+
+    # In threads -----------------------------------------------------------------------------
+
+    def _look(self, generation: Generation, going: frozenset[_Where]) -> Event:
+        try:
+            return self._find(generation, going)
+        except Exception as error:  # noqa: BLE001 - the same
+            hint = getattr(error, "hint", type(error).__name__)
+            again = isinstance(error, StorageError) and error.retryable
+            why = f"{error} ({hint})"
+            return SearchFailed(at=self._clock(), generation=generation, reason=why, again=again)
+
+    def _find(self, generation: Generation, going: frozenset[_Where]) -> CheckpointFound:
         name = self._run.metadata.name
         store = CountingStore(self._store)
         catalog = Catalog(store)
-        try:
-            found, rejections = catalog.newest_verified(run_id=name)
-            strangers = sorted(
-                {
-                    record.manifest.run_id
-                    for record in catalog.commits()
-                    if record.manifest is not None and record.manifest.run_id != name
-                }
-            )
-            epoch_seen = newest_epoch(store)
-        except Exception as error:  # noqa: BLE001 - a run must not wait for an answer for ever
-            hint = getattr(error, "hint", type(error).__name__)
-            again = isinstance(error, StorageError) and error.retryable
-            _tell(tell, SearchFailed(at=self._clock(), reason=f"{error} ({hint})", again=again))
-            return
-        _tell(
-            tell,
-            CheckpointFound(
-                at=self._clock(),
-                step=Step(found.step) if found else None,
-                epoch=Generation(found.epoch) if found else None,
-                key=commit_key(found.step, found.epoch) if found else "",
-                rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
-                foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
-                reads=store.reads,
-                shards=found.shards if found else 0,
-                epoch_seen=Generation(epoch_seen),
-            ),
+        found, rejections = catalog.newest_verified(run_id=name)
+        if found is not None and (found.step, found.epoch) in going:
+            # Every newer one was rejected, and this one was let go before anybody searched.
+            raise StorageUnavailableError(f"{describe(found)} is just being deleted")
+        manifests = [record.manifest for record in catalog.commits() if record.manifest is not None]
+        strangers = sorted({manifest.run_id for manifest in manifests} - {name})
+        epoch_seen = newest_epoch(store)
+        return CheckpointFound(
+            at=self._clock(),
+            generation=generation,
+            step=Step(found.step) if found else None,
+            epoch=Generation(found.epoch) if found else None,
+            key=commit_key(found.step, found.epoch) if found else "",
+            rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
+            foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
+            reads=store.reads,
+            shards=found.shards if found else 0,
+            epoch_seen=Generation(epoch_seen),
         )
 
-    def _commit(self, order: CommitCheckpoint, newest: Generation, tell: Tell) -> None:
-        step, epoch = order.step, order.generation
-        parallelism = self._run.spec.parallelism
-        try:
-            manifest = make_manifest(
-                (
-                    ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
-                    for r in order.receipts
-                ),
-                run_id=self._run.metadata.name,
-                model=order.model,
-                step=step,
-                epoch=epoch,
-                layout={
-                    "dpReplicate": parallelism.dp_replicate,
-                    "dpShard": len(order.receipts),
-                },
-            )
-            commit(self._store, manifest, newest_epoch_known=newest)
-        except Exception as error:  # noqa: BLE001 - the same
-            again = isinstance(error, StorageError) and error.retryable
-            why = f"{type(error).__name__}: {error}"
-            _tell(
-                tell,
-                CommitFailed(at=self._clock(), step=step, epoch=epoch, reason=why, again=again),
-            )
-            return
-        key = commit_key(step, epoch)
-        _tell(tell, CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
-        try:
-            Catalog(self._store).retain(self._run.spec.checkpoint.keep_last, verified=manifest)
-        except StorageError as error:
-            # What could not be deleted now is deleted after the next commit.
-            log.warning("old checkpoints stay for now: %s", error)
-        self._sweep()
+    def _manifest(self, order: CommitCheckpoint) -> Manifest:
+        receipts = order.receipts
+        return make_manifest(
+            (
+                ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
+                for r in receipts
+            ),
+            run_id=self._run.metadata.name,
+            model=order.model,
+            step=order.step,
+            epoch=order.generation,
+            layout={
+                "dpReplicate": self._run.spec.parallelism.dp_replicate,
+                "dpShard": len(order.receipts),
+            },
+        )
+
+    def _tidy(self, work: Callable[[], None]) -> None:
+        """Have something done for which nobody waits, and which may as well be done later."""
+
+        def carefully() -> None:
+            try:
+                work()
+            except StorageError as error:
+                log.warning("the durable tier is not tidied up for now: %s", error)
+            except Exception:
+                log.exception("the durable tier is not tidied up")
+
+        limit_s = self._limits.save_s
+        self._tidying.submit(
+            carefully, lambda: log.warning("tidying the durable tier takes over %g s", limit_s)
+        )
+
+    def _retain(self, newest: Manifest) -> None:
+        """Delete what is older than the checkpoints to keep, now that there is a newer one."""
+        with self._guard.deleting(newest.epoch) as leased:
+            keep_last = self._run.spec.checkpoint.keep_last
+            Catalog(self._store).retain(keep_last, verified=newest, leased=leased)
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; readers never see it, disks do."""
         if not isinstance(self._opened, LocalStore):
             return
-        try:
-            swept = self._opened.sweep_old(LEFT_OVER_S)
-        except StorageError as error:
-            log.warning("unfinished files stay for now: %s", error)
-            return
+        swept = self._opened.sweep_old(LEFT_OVER_S)
         if swept:
             log.info("removed %d unfinished files of dead writers", len(swept))
 
 
-def _tell(tell: Tell, event: Event) -> None:
-    """Pass on an answer; again if there is no room for it, since the run waits for it."""
-    for _ in range(ANSWERS_MAX):
+class _Guard:
+    """Keeps apart what a search may hand out and what is deleted. For any thread.
+
+    A commit of a later generation ends the hold: by then all its ranks have their state, whatever
+    of an older generation is still on its way.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = -1
+        self._going: list[set[_Where]] = []
+
+    def hold(self, generation: int) -> frozenset[_Where]:
+        """Let nothing more go until a later generation commits; return what is going already."""
+        with self._lock:
+            self._held = max(self._held, generation)
+            return frozenset().union(*self._going)
+
+    @contextmanager
+    def deleting(self, epoch: int) -> Iterator[Callable[[int, int], bool]]:
+        """Let go of checkpoints, after a commit of generation `epoch`, that are not leased."""
+        going: set[_Where] = set()
+
+        def leased(step: int, epoch_of: int) -> bool:
+            with self._lock:
+                if epoch <= self._held:
+                    return True
+                going.add((step, epoch_of))
+                return False
+
+        with self._lock:
+            self._going.append(going)
         try:
-            tell(event)
-        except queue.Full:
-            log.warning("no room for %s yet; telling it again", type(event).__name__)
-        else:
-            return
+            yield leased
+        finally:
+            with self._lock:
+                self._going = [other for other in self._going if other is not going]

@@ -296,8 +296,9 @@ def test_the_end_of_an_agent_is_seen_behind_a_thousand_descriptors(tmp_path: Pat
     def clock() -> Seconds:
         return Seconds(time.monotonic() - began)
 
-    vault = Vault(run, str(tmp_path), clock)
-    world = LocalWorld(run, derive(2.0, 60.0), clock=clock, vault=vault, schedule=Schedule(()))
+    limits = derive(2.0, 60.0)
+    vault = Vault(run, str(tmp_path), clock, limits=limits)
+    world = LocalWorld(run, limits, clock=clock, vault=vault, schedule=Schedule(()))
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as agent:
         joined = Joined(
             node=NodeId("node-0"),

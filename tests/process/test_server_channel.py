@@ -65,10 +65,11 @@ class Side:
         self.controller = compose.controller(run)
         self.events: list[Event] = []
         self.clock = RunClock(folder / "clock", reached=self.controller.state.now)
-        self.vault = Vault(run, str(folder / "store"), self.clock)
+        limits = self.controller.state.timeouts
+        self.vault = Vault(run, str(folder / "store"), self.clock, limits=limits)
         self.world = AgentWorld(
             run,
-            self.controller.state.timeouts,
+            limits,
             clock=self.clock,
             vault=self.vault,
             schedule=Schedule(compose.parse(PLAN, FaultPlan, "plan.yaml").drawn()),
@@ -91,7 +92,7 @@ class Side:
         self.world.stop("the test")
         self.thread.join(WAIT_S)
         self.server.stop()
-        self.vault.close()
+        self.vault.settle(10)
         assert not self.thread.is_alive()
 
 

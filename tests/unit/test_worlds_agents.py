@@ -6,9 +6,20 @@ from pathlib import Path
 import pytest
 
 from orchestrator import compose
-from orchestrator.core.events import ControllerStarted, Event, FaultInjected, Tick
+from orchestrator.core.decisions import CommitCheckpoint, SearchCheckpoints, StartGeneration
+from orchestrator.core.events import (
+    CheckpointFound,
+    CommitFailed,
+    ControllerStarted,
+    Event,
+    FaultInjected,
+    NodeDisconnected,
+    NodeLost,
+    StopRequested,
+    Tick,
+)
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.protocol.ids import Generation, NodeId
+from orchestrator.protocol.ids import Generation, NodeId, Step
 from orchestrator.protocol.messages import (
     MARKS,
     PROTOCOL_VERSION,
@@ -18,9 +29,11 @@ from orchestrator.protocol.messages import (
     FaultCarriedOut,
     FromAgent,
     Joined,
+    Receipt,
     ToAgent,
     read_to_agent,
 )
+from orchestrator.worlds import agents
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.vault import Vault
@@ -65,10 +78,11 @@ class Side:
 
     def _world(self) -> AgentWorld:
         run = self.cluster.run
-        self.vault = Vault(run, str(self.folder), self.cluster.at)
+        limits = self.cluster.state.timeouts
+        self.vault = Vault(run, str(self.folder), self.cluster.at, limits=limits)
         return AgentWorld(
             run,
-            self.cluster.state.timeouts,
+            limits,
             clock=self.cluster.at,
             vault=self.vault,
             schedule=Schedule(compose.parse(PLAN, FaultPlan, "plan.yaml").drawn()),
@@ -76,7 +90,7 @@ class Side:
 
     def take_over(self) -> None:
         """The controller is killed, and another one goes on from what is on record."""
-        self.vault.close()
+        self.vault.settle(10)
         self.world = self._world()
         self.wires = {}
         self.world.resume(self.cluster.state, self.cluster.entries)
@@ -117,9 +131,10 @@ def side(tmp_path: Path) -> Iterator[Side]:
     side = Side(tmp_path)
     side.cluster.start()
     yield side
-    side.vault.close()
+    side.vault.settle(10)
 
 
+RECEIPTS = (Receipt(0, 32, "0" * 64),)
 AT = {NodeId(f"node-{n}"): f"127.0.0.1:{n}" for n in range(3)}
 
 
@@ -207,3 +222,51 @@ def test_an_agent_that_was_armed_by_the_predecessor_is_told_that_nothing_is_left
     side.take_over()
 
     assert armed(side.join("node-0", port=0, generation=1)) == []
+
+
+def test_a_queue_full_of_messages_costs_no_answer_no_loss_and_no_request_to_stop(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side.join("node-0", port=0, generation=1)
+    monkeypatch.setattr(agents, "QUEUE_MAX", 8)
+    wire, generation = side.wires["node-0"], side.cluster.state.generation
+    while not wire.closed:
+        side.world.take(wire, FaultCarriedOut(index=7))
+    assert wire.closed == "8 messages are waiting"
+
+    order = CommitCheckpoint(
+        generation=generation, reason="a test", step=Step(20), receipts=(), model="m"
+    )
+    side.world.carry_out(order)
+    side.world.carry_out(SearchCheckpoints(generation=generation, reason="a test"))
+    side.world.lose(NodeId("node-1"), "its agent ended")
+    side.world.stop("a test")
+    assert side.vault.settle(10)
+    side.world.take(wire, None)
+
+    expected = {CommitFailed, CheckpointFound, NodeLost, StopRequested, NodeDisconnected}
+    for event in side.world.events():
+        expected.discard(type(event))
+        if not expected:
+            break
+
+
+@pytest.mark.parametrize("successor", [False, True])
+def test_a_commit_of_a_generation_before_the_present_one_is_refused(
+    side: Side, *, successor: bool
+) -> None:
+    side.cluster.train(10)
+    side.cluster.hold(10)
+    (started,) = [d for d in side.cluster.exit(1, step=10) if isinstance(d, StartGeneration)]
+    if successor:
+        side.take_over()
+    else:
+        side.world.carry_out(started)
+    order = CommitCheckpoint(
+        generation=Generation(1), reason="a test", step=Step(10), receipts=RECEIPTS, model="m"
+    )
+
+    side.world.carry_out(order)
+
+    failed = next(e for e in side.world.events() if isinstance(e, CommitFailed))
+    assert "newest epoch known is 2" in failed.reason

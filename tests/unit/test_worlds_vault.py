@@ -1,97 +1,41 @@
-"""What the durable tier tells a controller, and what it tidies up by itself."""
+"""What the durable tier tells a controller, and what it deletes and keeps by itself."""
 
-import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from orchestrator.core.decisions import CommitCheckpoint
-from orchestrator.core.events import CheckpointCommitted, CheckpointFound, Event
-from orchestrator.protocol.ids import Generation, Seconds, Step
+from orchestrator.core.decisions import CommitCheckpoint, StartGeneration
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointFound,
+    CommitFailed,
+    SearchFailed,
+)
+from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Receipt
-from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.worlds.vault import LEFT_OVER_S, Vault
-from storage.commit import write_shard
-from storage.local import LocalStore
-from storage.manifest import body_key
-from storage.shard import Chunk, ShardMeta, plan, seal
-from tests.runs import steps_job
-
-WITHIN_S = 20.0
-LAYOUT = plan([Chunk(fqn="w", state="p", dtype="F32", shape=(8,), global_shape=(8,), offset=(0,))])
-
-
-class Tier:
-    """A vault, the folder that it is about, and what it answers."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.store = LocalStore(root)
-        self.told: queue.Queue[Event] = queue.Queue()
-        self.vaults: list[Vault] = []
-
-    def open(self) -> Vault:
-        run = msgspec.convert(steps_job(), TrainingRun)
-        self.vaults.append(Vault(run, str(self.root), lambda: Seconds(1.0)))
-        return self.vaults[-1]
-
-    def write(self, step: int, epoch: int, shards: int = 2) -> tuple[Receipt, ...]:
-        body = bytearray(LAYOUT.size)
-        made = []
-        for shard in range(shards):
-            meta = ShardMeta(
-                run_id="steps", model="m", step=step, epoch=epoch, shard=shard, shards=shards
-            )
-            made.append(write_shard(self.store, seal(LAYOUT, body, meta), body))
-        return tuple(Receipt(r.shard, r.size, r.index_digest) for r in made)
-
-    def commit(self, vault: Vault, step: int, epoch: int, shards: int = 2) -> None:
-        order = CommitCheckpoint(
-            generation=Generation(epoch),
-            reason="a test",
-            step=Step(step),
-            receipts=self.write(step, epoch, shards),
-            model="m",
-        )
-        vault.commit(order, Generation(epoch), self.told.put)
-        answer = self.told.get(timeout=WITHIN_S)
-        assert isinstance(answer, CheckpointCommitted), answer
-
-    def search(self, vault: Vault) -> CheckpointFound:
-        vault.search(self.told.put)
-        answer = self.told.get(timeout=WITHIN_S)
-        assert isinstance(answer, CheckpointFound), answer
-        return answer
-
-    def leave(self, name: str) -> Path:
-        """Leave an old unfinished file of a writer on another host behind."""
-        path = self.root / "gen" / f".tmp-elsewhere-7-{name}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        written_at = path.stat().st_mtime - LEFT_OVER_S - 1
-        os.utime(path, (written_at, written_at))
-        return path
+from orchestrator.worlds.agents import AgentWorld
+from orchestrator.worlds.faults import Schedule
+from tests.conftest import Cluster
+from tests.vaults import LAYOUT, WITHIN_S, Gate, Tier
 
 
 @pytest.fixture
 def tier(tmp_path: Path) -> Iterator[Tier]:
     tier = Tier(tmp_path / "tier")
     yield tier
-    for vault in tier.vaults:
-        vault.close()
+    tier.close()
+
+
+# What a search finds ----------------------------------------------------------------------------
 
 
 def test_a_search_tells_the_newest_epoch_also_if_its_checkpoint_is_rejected(tier: Tier) -> None:
     vault = tier.open()
     tier.commit(vault, 60, epoch=1)
     tier.commit(vault, 80, epoch=2)
-    path = tier.root / body_key(80, 2, 0)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    tier.damage(80, 2)
 
     found = tier.search(vault)
 
@@ -101,11 +45,225 @@ def test_a_search_tells_the_newest_epoch_also_if_its_checkpoint_is_rejected(tier
     assert tier.search(vault).epoch_seen == 7
 
 
-def test_a_search_tells_how_many_shards_a_checkpoint_has(tier: Tier) -> None:
+def test_a_search_tells_how_many_shards_a_checkpoint_has_and_who_asked(tier: Tier) -> None:
     vault = tier.open()
     assert tier.search(vault).shards == 0
-    tier.commit(vault, 20, epoch=1, shards=3)
-    assert tier.search(vault).shards == 3
+    tier.commit(vault, 20, epoch=5, shards=3)
+
+    found = tier.search(vault)
+
+    assert (found.shards, found.generation) == (3, 5)
+
+
+def test_a_search_tells_of_checkpoints_of_another_run_and_does_not_take_them(tier: Tier) -> None:
+    tier.commit(tier.open(name="another"), 20, epoch=1)
+
+    found = tier.search(tier.open())
+
+    assert found.step is None
+    assert found.foreign == "checkpoints of run another"
+
+
+# A search, and what is deleted meanwhile ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("reading", ["commits/", ".idx", ".st", "gen/"])
+def test_what_a_search_is_reading_is_not_deleted_however_much_is_committed_meanwhile(
+    tier: Tier, keep_last: int, reading: str
+) -> None:
+    gate = Gate("keys" if reading == "gen/" else "get", reading, by="holdfast-search")
+    vault = tier.open(gate, keep_last=keep_last)
+    tier.commit(vault, 20, epoch=1)
+    vault.search(tier.told.put)
+    assert gate.reached.wait(WITHIN_S)
+    for step in (40, 60, 80):
+        tier.commit(vault, step, epoch=1)
+
+    gate.opened.set()
+    found = tier.answer(CheckpointFound)
+
+    assert (found.step, found.rejected) == (20, ())
+    tier.read(found)
+
+
+def test_what_a_search_found_stays_until_a_later_generation_commits(tier: Tier) -> None:
+    vault = tier.open(keep_last=1)
+    tier.commit(vault, 20, epoch=1)
+    found = tier.search(vault)
+    # Shards that were on their way when the search was asked for.
+    tier.commit(vault, 40, epoch=1)
+    tier.commit(vault, 60, epoch=1)
+    tier.read(found)
+
+    # The generation that restores from it; once it commits, all its ranks have their state.
+    tier.commit(vault, 30, epoch=2)
+    tier.commit(vault, 50, epoch=2)
+    assert tier.steps() == [60, 50]
+
+
+def test_a_controller_that_takes_over_keeps_what_its_predecessor_may_have_found(
+    tier: Tier,
+) -> None:
+    before = tier.open(keep_last=1)
+    tier.commit(before, 20, epoch=1)
+    cluster = Cluster()
+    cluster.start()
+    cluster.state.holdings.clear()
+    cluster.lose("node-0")
+    cluster.lose("node-1")
+    found = tier.search(before)
+    assert not [d for d in cluster.tell(found) if isinstance(d, StartGeneration)]
+
+    vault = tier.open(keep_last=1)
+    world = AgentWorld(
+        cluster.run,
+        cluster.state.timeouts,
+        clock=cluster.at,
+        vault=vault,
+        schedule=Schedule(()),
+    )
+    world.resume(cluster.state, cluster.entries)
+    tier.commit(vault, 40, epoch=1)
+    tier.read(found)
+
+    tier.commit(vault, 60, epoch=2)
+    assert tier.steps() == [60]
+
+
+def test_a_deletion_that_was_about_to_begin_gives_way_to_a_search(tier: Tier) -> None:
+    # It has looked at what there is, and not yet at who reads it.
+    gate = Gate("get", "commits/", by="holdfast-tidy")
+    vault = tier.open(gate, keep_last=1)
+    gate.opened.set()
+    tier.commit(vault, 20, epoch=1)
+    gate.opened.clear()
+    gate.reached.clear()
+    vault.begin(Generation(1))
+    tier.order(vault, 40, epoch=1)
+    tier.answer(CheckpointCommitted)
+    assert gate.reached.wait(WITHIN_S)
+    tier.damage(40, 1)
+
+    found = tier.search(vault)
+    gate.opened.set()
+    assert vault.settle(WITHIN_S)
+
+    assert found.step == 20
+    tier.read(found)
+
+
+@pytest.mark.parametrize("sound", [True, False], ids=["the newer is sound", "the newer is not"])
+def test_what_is_being_deleted_already_is_not_handed_out(tier: Tier, *, sound: bool) -> None:
+    gate = Gate("put", "verdicts/20-1")
+    vault = tier.open(gate, keep_last=1)
+    tier.commit(vault, 20, epoch=1)
+    tier.order(vault, 40, epoch=1)
+    tier.answer(CheckpointCommitted)
+    assert gate.reached.wait(WITHIN_S)
+    if sound:
+        assert tier.search(vault).step == 40
+        return
+    tier.damage(40, 1)
+
+    vault.search(tier.told.put)
+    failed = tier.answer(SearchFailed)
+    gate.opened.set()
+    assert vault.settle(WITHIN_S)
+
+    assert failed.again
+    assert "step 20, epoch 1 is just being deleted" in failed.reason
+    found = tier.search(vault)
+    assert found.step is None
+    assert "step 40, epoch 1: " in found.rejected[0]
+
+
+def test_whatever_is_found_can_be_read_while_commits_and_deletions_go_on(tier: Tier) -> None:
+    vault = tier.open(keep_last=1)
+    step = 0
+    for epoch in range(1, 6):
+        vault.begin(Generation(epoch))
+        for number in range(5):
+            step += 1
+            tier.order(vault, step, epoch)
+            if number == epoch - 1:
+                before = step
+                vault.search(tier.told.put)
+        answers = [tier.told.get(timeout=WITHIN_S) for _ in range(6)]
+        assert vault.settle(WITHIN_S)
+
+        (found,) = [event for event in answers if not isinstance(event, CheckpointCommitted)]
+        assert isinstance(found, CheckpointFound), found
+        assert found.rejected == ()
+        assert found.step is not None
+        assert found.step >= before
+        tier.read(found)
+    tier.commit(vault, step + 1, epoch=6)
+    assert tier.steps() == [step + 1]
+
+
+# Commits ------------------------------------------------------------------------------------------
+
+
+def test_commits_are_done_in_the_order_in_which_they_are_ordered(tier: Tier) -> None:
+    vault = tier.open(keep_last=99)
+    for step in range(1, 21):
+        tier.order(vault, step, epoch=1)
+
+    assert [tier.answer(CheckpointCommitted).step for _ in range(20)] == list(range(1, 21))
+    assert tier.steps() == list(range(20, 0, -1))
+
+
+def test_a_search_comes_after_the_commits_that_were_ordered_before_it(tier: Tier) -> None:
+    gate = Gate("put", "commits/", by="holdfast-commit")
+    vault = tier.open(gate)
+    tier.order(vault, 20, epoch=1)
+    tier.order(vault, 40, epoch=1)
+    assert gate.reached.wait(WITHIN_S)
+
+    vault.search(tier.told.put)
+    with pytest.raises(queue.Empty):
+        tier.told.get(timeout=0.2)
+    gate.opened.set()
+
+    assert [tier.answer(CheckpointCommitted).step for _ in range(2)] == [20, 40]
+    assert tier.answer(CheckpointFound).step == 40
+
+
+def test_a_commit_that_was_not_begun_when_a_generation_began_is_refused(tier: Tier) -> None:
+    gate = Gate("put", "commits/8999999999999980")
+    vault = tier.open(gate)
+    tier.order(vault, 20, epoch=1)
+    tier.order(vault, 40, epoch=1)
+    assert gate.reached.wait(WITHIN_S)
+    vault.begin(Generation(2))
+    gate.opened.set()
+
+    assert tier.answer(CheckpointCommitted).step == 20
+    failed = tier.answer(CommitFailed)
+
+    assert (failed.step, failed.epoch, failed.again) == (40, 1, False)
+    assert "newest epoch known is 2" in failed.reason
+    assert tier.steps() == [20]
+
+
+def test_a_commit_that_lacks_a_shard_is_answered_as_such_and_leaves_no_record(tier: Tier) -> None:
+    vault = tier.open()
+    (tier.root / "gen").mkdir(parents=True)
+    receipts = tuple(Receipt(shard, LAYOUT.size, "0" * 64) for shard in range(2))
+    order = CommitCheckpoint(
+        generation=Generation(1), reason="a test", step=Step(20), receipts=receipts, model="m"
+    )
+
+    vault.commit(order, tier.told.put)
+
+    failed = tier.answer(CommitFailed)
+    assert "shard 0 is not in the store" in failed.reason
+    assert not failed.again
+    assert tier.steps() == []
+
+
+# What is left behind ------------------------------------------------------------------------------
 
 
 def test_what_dead_writers_left_behind_goes_when_a_vault_is_opened_and_after_each_commit(
@@ -119,7 +277,6 @@ def test_what_dead_writers_left_behind_goes_when_a_vault_is_opened_and_after_eac
 
     later = tier.leave("2")
     tier.commit(vault, 40, epoch=1)
-    vault.close()
 
     assert not later.exists()
     assert fresh.exists()

@@ -58,6 +58,7 @@ class Job:
     run: dict[str, Any]
     faults: list[dict[str, Any]] = field(default_factory=list)
     started: subprocess.Popen[str] | None = None
+    cwd: Path = REPOSITORY
 
     @property
     def folder(self) -> RunFolder:
@@ -83,7 +84,7 @@ class Job:
         with (self.root / "out").open("a") as out, (self.root / "err").open("a") as err:
             self.started = subprocess.Popen(
                 command,
-                cwd=REPOSITORY,
+                cwd=self.cwd,
                 stdout=out,
                 stderr=err,
                 text=True,

@@ -84,6 +84,7 @@ class Warm:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",
                     "-m",
                     __name__,
                     entrypoint,
@@ -280,5 +281,9 @@ def _die_with(agent: int, *, after: int = 0) -> None:
 
 if __name__ == "__main__":
     _die_with(int(sys.argv[3]))
+    # Last, where `-m` puts it first: the trainer may be a module in the user's folder, and what
+    # else is there is not to stand in for modules of ours.
+    with contextlib.suppress(FileNotFoundError):  # removed: there is nothing to import from it
+        sys.path.append(str(Path.cwd()))
     with socket.socket(fileno=int(sys.argv[2])) as inherited:
         serve(sys.argv[1], inherited)

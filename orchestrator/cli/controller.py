@@ -107,6 +107,7 @@ class ControllerProcess:
             self._child = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",  # what the user's folder has is not to stand in for modules of ours
                     "-m",
                     "orchestrator.server",
                     str(self._folder.root),

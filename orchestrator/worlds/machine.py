@@ -233,7 +233,8 @@ class Machine:
         )
         with (work / "agent.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.agent"],
+                # -P: what the user's folder has is not to stand in for modules of ours.
+                [sys.executable, "-P", "-m", "orchestrator.agent"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -25,7 +25,7 @@ from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.local import LocalWorld
 from orchestrator.worlds.machine import RESTARTS_MAX, memory_of
 from orchestrator.worlds.vault import Vault
-from tests.runs import Job, steps_job
+from tests.runs import REPOSITORY, Job, steps_job
 
 pytestmark = pytest.mark.process
 
@@ -213,6 +213,22 @@ def test_children_that_the_command_did_not_start_are_left_alone(job: Make) -> No
     assert code == 0, one.output()
     assert "agent of node-0 ended with -9" in told(one)
     assert one.leftovers() == []
+
+
+def test_modules_where_the_command_is_started_stand_in_for_none_of_ours_and_may_be_the_trainer(
+    job: Make,
+) -> None:
+    one = job(options={"steps": 20}, trainer__steps=20, trainer__entrypoint="mine:main")
+    one.cwd = one.root / "project"
+    for name in ("orchestrator", "storage", "trainer", "msgspec"):
+        (one.cwd / name).mkdir(parents=True)
+        (one.cwd / name / "__init__.py").write_text("raise ImportError('not ours')")
+    shutil.copy(REPOSITORY / "tests/programs/steps.py", one.cwd / "mine.py")
+
+    code, report = one.conduct()
+
+    assert code == 0, report.reason
+    assert report.final_step == 20
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,11 @@ from orchestrator.document import BadFileError
 from orchestrator.faults.model import FaultModel, FaultRecord, ModelError
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.policy.recovery import ladder
+from orchestrator.protocol.fitting import misfits
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.protocol.timeouts import Timeouts, derive
+from storage.errors import UnsupportedUriError
+from storage.local import open_store
 
 T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
 PACKAGED = Path(faults.__file__).parent / "data"
@@ -97,18 +100,47 @@ def check(run: TrainingRun, where: str) -> Timeouts:
     """Check that the parts of a run fit together; return the timeouts that follow from it.
 
     Raises:
-        BadFileError: naming the first two that do not.
+        BadFileError: naming the first that do not.
     """
-    p = run.spec.parallelism
-    fixed = p.dp_replicate * p.tp * p.pp * p.cp
-    shard = p.dp_shard if p.dp_shard is not None else max(run.world_size // fixed, 1)
-    if fixed * shard != run.world_size:
-        nodes = run.spec.nodes
+    timeouts = _timeouts(run, where)
+    for misfit in misfits(run):
+        raise BadFileError(f"{misfit.message}: {where}", misfit.hint)
+    _check_uri(run.spec.checkpoint.uri, where)
+    return timeouts
+
+
+def _check_uri(uri: str | None, where: str) -> None:
+    """Refuse a durable tier that no store is there for. Nothing is touched."""
+    if uri is None:
+        return
+    if not uri.strip():
         raise BadFileError(
-            f"spec.parallelism multiplies to {fixed * shard}, expected {run.world_size} "
-            f"(nodes.count {nodes.count} x nodes.ranksPerNode {nodes.ranks_per_node}): {where}",
-            "leave out dpShard to have it fill what the other dimensions leave",
+            f"spec.checkpoint.uri names nothing: {where}",
+            "name a folder, or leave it out for `checkpoints` in the run's folder",
         )
+    try:
+        open_store(uri)
+    except UnsupportedUriError as error:
+        raise BadFileError(
+            _printable(f"spec.checkpoint.uri: {error}: {where}"), error.hint
+        ) from error
+    except ValueError as error:
+        raise BadFileError(
+            f"spec.checkpoint.uri is {uri!r}, {error}: {where}", UnsupportedUriError.hint
+        ) from error
+
+
+def controller(run: TrainingRun) -> Controller:
+    """Return a controller for a checked run, with every detector and the whole ladder.
+
+    Only its timeouts are looked at again: a journal stays readable when more is checked than was
+    when it was written.
+    """
+    detectors = (Exits(), Silence(), Preparation(), Hang())
+    return Controller(run, _timeouts(run, run.metadata.name), detectors, ladder())
+
+
+def _timeouts(run: TrainingRun, where: str) -> Timeouts:
     spec = run.spec
     for name, text in (
         ("detection.detectWithin", spec.detection.detect_within),
@@ -129,18 +161,16 @@ def check(run: TrainingRun, where: str) -> Timeouts:
         raise BadFileError(f"spec.detection: {error}: {where}", "10s suits most runs") from error
 
 
-def controller(run: TrainingRun) -> Controller:
-    """Return a controller for a checked run, with every detector and the whole ladder."""
-    detectors = (Exits(), Silence(), Preparation(), Hang())
-    return Controller(run, check(run, run.metadata.name), detectors, ladder())
-
-
 def _plain(message: str) -> str:
     """Say it in the words of the file instead of those of the library."""
     message = message.replace("Object contains unknown", "unknown").replace(" - at `$.", " at `")
-    # Names of fields are quoted from the file, and may have line ends in them.
-    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    plain = _printable(message)
     return plain[:1].lower() + plain[1:]
+
+
+def _printable(message: str) -> str:
+    # What is quoted from the file may have line ends and worse in it.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
 
 
 def _hint(message: str, data: dict[Any, Any], kind: type) -> str:

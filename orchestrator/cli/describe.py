@@ -88,7 +88,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Controller", _controller_words(state, pid)),
         ("Parallelism", _parallelism(state)),
         ("Folder", str(follower.folder.root)),
-        ("Journal", f"{follower.entries} events{_torn(follower)}"),
+        ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),
     ]
 
 
@@ -230,7 +230,12 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
             ("Epoch", f"{commit.epoch} (the generation that wrote it)"),
             ("Committed", units.clock(commit.at)),
             ("Model", order.model if order else ""),
-            ("Size", f"{units.size(size)} in {len(order.receipts)} shards" if order else ""),
+            (
+                "Size",
+                f"{units.size(size)} in {units.count(len(order.receipts), 'shard')}"
+                if order
+                else "",
+            ),
         ]
         lines += section("Durable tier", facts(told))
     ranks = state.holdings.get(step, {})

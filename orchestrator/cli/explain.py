@@ -94,15 +94,20 @@ def _type(annotation: Any) -> str:  # noqa: ANN401 - a type expression
 def _bounds(meta: object) -> str:
     if not isinstance(meta, msgspec.Meta):
         return ""
-    bounds = (("ge", ">="), ("gt", ">"), ("lt", "<"))
-    told = [f"{sign} {getattr(meta, name):g}" for name, sign in bounds if _has(meta, name)]
+    bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
+    told = [f"{sign} {_bound(value)}" for sign, value in bounds if value is not None]
     if meta.pattern:
         told.append(f"like {meta.pattern}")
+    if meta.max_length is not None:
+        told.append(f"of at most {meta.max_length} characters")
     return f" {' and '.join(told)}" if told else ""
 
 
-def _has(meta: msgspec.Meta, name: str) -> bool:
-    return getattr(meta, name) is not None
+def _bound(value: float) -> str:
+    """Return a bound; a large one that is there for the machine's sake as the power that it is."""
+    if isinstance(value, int) and value >= 1 << 20 and value.bit_count() == 1:
+        return f"2^{value.bit_length() - 1}"
+    return f"{value:g}"
 
 
 def _section_in(annotation: Any) -> type[msgspec.Struct] | None:  # noqa: ANN401 - a type expression

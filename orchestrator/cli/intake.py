@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator import compose
+from orchestrator.cli import units
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.document import BadFileError
 from orchestrator.faults import plan as plans
 from orchestrator.faults.plan import FaultPlan, PlanError
+from orchestrator.protocol.fitting import EMBEDDED, warm_up_words
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.worlds.machine import node_names
 
@@ -70,16 +72,28 @@ def span_s(option: str, text: str) -> float:
 
 def words(run: TrainingRun, plan: FaultPlan | None) -> str:
     """Return what a run file and plan ask for, in a few lines."""
-    nodes, trainer = run.spec.nodes, run.spec.trainer
-    model = trainer.model if isinstance(trainer.model, str) else "model of its own sizes"
+    nodes, trainer, count = run.spec.nodes, run.spec.trainer, units.count
+    ranks, spares = count(nodes.ranks_per_node, "rank"), count(nodes.spares, "spare")
     lines = [
-        f"{run.metadata.name}: {model}, {trainer.steps} steps",
-        f"{trainer.global_batch} samples of {trainer.seq_len} tokens per step",
-        f"{nodes.count} nodes of {nodes.ranks_per_node} ranks, {nodes.spares} spares",
+        f"{run.metadata.name}: {_trained(run)}, {count(trainer.steps, 'step')}",
+        f"{count(nodes.count, 'node')} of {ranks}, {spares}",
         f"faults are detected within {run.spec.detection.detect_within}",
     ]
+    if trainer.entrypoint == EMBEDDED:
+        samples, tokens = count(trainer.global_batch, "sample"), count(trainer.seq_len, "token")
+        lines.insert(1, f"{samples} of {tokens} per step")
+    if note := warm_up_words(run):
+        lines.append(f"note: {note}")
     if plan is not None:
         drawn = plan.drawn()
-        lines.append(f"{len(drawn)} of {len(plan.faults)} faults happen (seed {plan.seed}):")
+        happen = f"{len(drawn)} of {units.count(len(plan.faults), 'fault')}"
+        lines.append(f"{happen} happen{'s' * (len(drawn) == 1)} (seed {plan.seed}):")
         lines += [f"  {armed.index}  {armed.fault.describe()}" for armed in drawn]
     return "\n".join(lines)
+
+
+def _trained(run: TrainingRun) -> str:
+    trainer = run.spec.trainer
+    if trainer.entrypoint != EMBEDDED:
+        return f"trainer {trainer.entrypoint}"
+    return trainer.model if isinstance(trainer.model, str) else "model of its own sizes"

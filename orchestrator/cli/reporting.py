@@ -71,7 +71,10 @@ def words(told: Report) -> str:
                 ("Reason", told.reason),
                 ("Step", f"{told.final_step} of {told.steps}"),
                 ("State digest", digest),
-                ("Losses digest", f"{told.losses_digest} ({len(told.losses)} steps)"),
+                (
+                    "Losses digest",
+                    f"{told.losses_digest} ({units.count(len(told.losses), 'step')})",
+                ),
                 ("ETTR", units.percent(told.ettr)),
                 ("Wall clock", units.seconds(told.wall_s)),
                 ("Generations", f"{told.generations} ({_counted(told.rungs)})"),
@@ -162,7 +165,7 @@ def replay(run: str | None) -> Replay:
     folder = runs.folder_of(run)
     read = _read(folder)
     decisions = sum(len(entry.decisions) for entry in read.entries)
-    counted = f"{len(read.entries)} events, {decisions} decisions"
+    counted = f"{units.count(len(read.entries), 'event')}, {units.count(decisions, 'decision')}"
     mismatches = journal.replay(compose.controller(read.header.run), read.entries)
     torn = f"\n{read.torn}; it is not counted" if read.torn else ""
     if not mismatches:

@@ -69,7 +69,8 @@ def rendered(kind: str, columns: Sequence[Column], rows: Sequence[Row], output: 
             plain = msgspec.to_builtins(list(rows))
             return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip("\n")
         case Output.NAME:
-            return "\n".join(f"{kind}/{row['name']}" for row in rows)
+            # A checkpoint has a row for each tier that it is on, and one name.
+            return "\n".join(dict.fromkeys(f"{kind}/{row['name']}" for row in rows))
         case Output.TABLE | Output.WIDE:
             shown = [c for c in columns if output is Output.WIDE or not c.wide]
             return grid(

@@ -28,7 +28,7 @@ spec:
   nodes: {count: 2, ranksPerNode: 2, spares: 1}
   parallelism: {dpReplicate: 2, dpShard: 2}
   trainer:
-    model: {dim: 64}
+    model: {dim: 64, layers: 1, heads: 2, kvHeads: 2, ffnDim: 64}
     steps: 100
     learningRate: 3e-4
     data: ["a.txt"]

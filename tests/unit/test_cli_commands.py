@@ -160,6 +160,15 @@ def test_checkpoints_of_both_tiers_are_listed_newest_first(home: Path) -> None:
     assert rows[1]["copies"] == 2
 
 
+def test_a_checkpoint_that_is_on_two_tiers_is_named_once(home: Path) -> None:
+    cluster = killed_rank()
+    commit(cluster, 10)
+    write(cluster, home / "demo")
+
+    assert len(json.loads(told("get", "checkpoints", "-o", "json"))) == 2
+    assert told("get", "checkpoints", "-o", "name") == "checkpoint/step-10\n"
+
+
 def test_checkpoints_that_were_not_kept_and_that_can_not_be_read_say_so(home: Path) -> None:
     cluster = Cluster()
     cluster.start()
@@ -484,7 +493,7 @@ def test_validate_says_back_what_is_asked_for(tmp_path: Path) -> None:
 
     out = told("validate", str(tmp_path / "run.yaml"), "--faults", str(tmp_path / "plan.yaml"))
 
-    assert "2 nodes of 2 ranks, 1 spares" in out
+    assert "2 nodes of 2 ranks, 1 spare\n" in out
     assert "kill-rank rank 1 at step 12" in out
 
 
@@ -515,7 +524,10 @@ def test_a_timeout_without_a_unit_is_refused(tmp_path: Path) -> None:
 
 
 def test_explain_gives_type_default_and_meaning_of_a_field() -> None:
-    assert "memoryEverySteps: number >= 1, default 5" in told("explain", "spec.checkpoint")
+    saves = "memoryEverySteps: number >= 1 and <= 2^40, default 5"
+    assert saves in told("explain", "spec.checkpoint")
+    assert "probability: number > 0 and <= 1, default 1.0" in told("explain", "plan.faults.when")
+    assert "of at most 63 characters, required" in told("explain", "metadata.name")
     assert "`debug`, `8B`, `70B`, `405B`" in told("explain", "spec.trainer.model")
     assert "How long it lasts" in told("explain", "plan.faults.for")
     assert "kind: TrainingRun, required" in told("explain")

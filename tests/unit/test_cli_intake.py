@@ -23,7 +23,7 @@ RUN: dict[str, Any] = {
         "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
         "parallelism": {"dpReplicate": 2, "dpShard": 2, "tp": 1, "pp": 1, "cp": 1},
         "trainer": {
-            "model": {"dim": 64},
+            "model": {"dim": 64, "layers": 1, "heads": 2, "kvHeads": 2, "ffnDim": 64},
             "steps": 100,
             "learningRate": 0.1,
             "data": ["a.txt"],

@@ -1,13 +1,19 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import compose, document
+from orchestrator.cli import intake
 from orchestrator.faults.plan import FaultPlan, PlanError, check
+from orchestrator.protocol.fitting import MODELS, MORE_SIZES, SIZES
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worker import MisconfiguredError
+from trainer.config import PRESETS, ModelConfig
+from trainer.train import read_job
 
 HEAD = "apiVersion: holdfast.dev/v1alpha1\nkind: TrainingRun\nmetadata: {name: demo}\n"
 NODES = (NodeId("node-0"), NodeId("node-1"))
@@ -58,6 +64,12 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name(
         ("spec: {detection: {detectWithin: 10 parsecs}}", "a number and a unit"),
         ("spec: {detection: {detectWithin: 2h}}", "expected 0.5 s to 3600 s"),
         ("spec: {nodes: {count: 2}, parallelism: {dpReplicate: 3}}", "multiplies to 3, expected 2"),
+        ("spec: {recovery: {backoff: 2m}}", "backoff is 2m, expected at most backoffMax = 1m"),
+        ("spec: {checkpoint: {uri: 's3://bucket/run'}}", "s3://bucket/run, supported are a folder"),
+        ("spec: {checkpoint: {uri: 'file://host/run'}}", "file://host/run, supported are"),
+        ("spec: {checkpoint: {uri: 'file://[/run'}}", "spec.checkpoint.uri is 'file://[/run'"),
+        (r'spec: {checkpoint: {uri: "s3://\e2J"}}', "s3://\N{REPLACEMENT CHARACTER}2J"),
+        ("spec: {checkpoint: {uri: ''}}", "spec.checkpoint.uri names nothing"),
         ("spec: [", "not YAML"),
         ("", "missing required field `spec`"),
     ],
@@ -66,6 +78,77 @@ def test_a_run_that_can_not_be_is_refused_with_what_was_expected(
     spec: str, says: str, tmp_path: Path
 ) -> None:
     assert says in str(refused(HEAD + spec, tmp_path))
+
+
+EMBEDDED_ONLY = [
+    ("trainer: {model: 9B}", "spec.trainer.model is '9B', expected one of debug, 8B, 70B, 405B"),
+    ("trainer: {model: ''}", "spec.trainer.model is '', expected one of"),
+    ("trainer: {model: {}}", "spec.trainer.model lacks dim, layers, heads, kvHeads, ffnDim"),
+    (
+        "trainer: {model: {dim: 8, layers: 1, heads: 1, kvHeads: 1, ffnDim: 8, deep: 1}}",
+        "spec.trainer.model has unknown field 'deep'",
+    ),
+    ("nodes: {count: 3}", "globalBatch is 8, expected a multiple of the 3 ranks"),
+    ("trainer: {microBatch: 3}", "microBatch is 3, expected a divisor of each rank's 8 samples"),
+    ("trainer: {globalBatch: 4, microBatch: 8}", "expected a divisor of each rank's 4 samples"),
+    ("nodes: {count: 2}, parallelism: {tp: 2}", "spec.parallelism.tp is 2, expected 1"),
+    ("nodes: {count: 2}, parallelism: {pp: 2}", "spec.parallelism.pp is 2, expected 1"),
+    ("nodes: {count: 2}, parallelism: {cp: 2}", "spec.parallelism.cp is 2, expected 1"),
+]
+
+
+@pytest.mark.parametrize(("spec", "says"), EMBEDDED_ONLY)
+def test_what_the_embedded_trainer_would_refuse_is_refused_with_the_file(
+    spec: str, says: str, tmp_path: Path
+) -> None:
+    assert says in str(refused(HEAD + f"spec: {{{spec}}}", tmp_path))
+
+    run = compose.parse(HEAD + f"spec: {{{spec}}}", TrainingRun, "run.yaml")
+    with pytest.raises(MisconfiguredError):
+        read_job(run.job(), run.world_size)
+
+
+@pytest.mark.parametrize("data", ["''", "[]", "['']", "[a.txt, '']"])
+def test_data_that_names_nothing_is_refused_with_the_file(data: str, tmp_path: Path) -> None:
+    says = str(refused(HEAD + f"spec: {{trainer: {{data: {data}}}}}", tmp_path))
+
+    assert "spec.trainer.data names nothing" in says
+
+
+@pytest.mark.parametrize(("spec", "says"), EMBEDDED_ONLY)
+def test_what_means_something_to_the_embedded_trainer_only_is_left_to_others(
+    spec: str, says: str, tmp_path: Path
+) -> None:
+    del says
+    path = tmp_path / "run.yaml"
+    entrypoint = "entrypoint: 'mine:main'"
+    spec = spec if "trainer: {" in spec else f"{spec}, trainer: {{}}"
+    path.write_text(HEAD + f"spec: {{{spec.replace('trainer: {', f'trainer: {{{entrypoint}, ')}}}")
+
+    assert compose.read_run(path).spec.trainer.entrypoint == "mine:main"
+
+
+def test_the_models_and_sizes_that_are_taken_are_those_that_the_trainer_has() -> None:
+    fields = msgspec.structs.fields(ModelConfig)
+
+    assert set(MODELS) == set(PRESETS)
+    assert {f.encode_name for f in fields if f.required} == set(SIZES)
+    assert {f.encode_name for f in fields if not f.required} == set(MORE_SIZES)
+
+
+def test_a_warm_up_limit_that_is_not_taken_as_it_stands_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for limit, told in (("19s", True), ("20s", False)):
+        path.write_text(HEAD + f"spec: {{detection: {{warmupLimit: {limit}}}}}")
+        words = intake.words(compose.read_run(path), None)
+        assert (f"detection.warmupLimit is {limit}, taken as 20 s" in words) is told
+
+
+def test_a_journal_of_a_run_that_would_be_refused_today_can_still_be_read() -> None:
+    text = HEAD + "spec: {trainer: {model: 9B}, checkpoint: {uri: 's3://bucket'}}"
+    run = compose.parse(text, TrainingRun, "run.yaml")
+
+    assert compose.controller(run).state.run == run
 
 
 def test_a_file_that_is_not_there_not_text_or_huge_is_refused(tmp_path: Path) -> None:

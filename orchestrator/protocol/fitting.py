@@ -1,0 +1,114 @@
+"""What must fit together in a run file, as far as the file by itself can tell.
+
+What only a node can tell (whether the data is there, the entrypoint can be imported, the tokenizer
+has as many tokens as the model) is found out by the ranks, and ends the run as `misconfigured`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from orchestrator.protocol.runfile import Trainer, TrainingRun, seconds
+
+EMBEDDED = Trainer().entrypoint
+"""The trainer that comes with holdfast; what others make of the fields is their own affair."""
+MODELS = ("debug", "8B", "70B", "405B")
+SIZES = ("dim", "layers", "heads", "kvHeads", "ffnDim")
+"""Of a model that is written out, all of them; what else there is has a default."""
+MORE_SIZES = ("vocab", "ropeTheta", "normEps")
+
+
+class Misfit(NamedTuple):
+    """Parts of a run that do not fit together, and what to change."""
+
+    message: str
+    hint: str
+
+
+def misfits(run: TrainingRun) -> Iterator[Misfit]:
+    """Yield what does not fit, the most basic first."""
+    yield from _world(run)
+    yield from _pauses(run)
+    if run.spec.trainer.entrypoint == EMBEDDED:
+        yield from _sizes(run.spec.trainer.model)
+        yield from _embedded(run)
+
+
+def warm_up_words(run: TrainingRun) -> str:
+    """Say that a warm-up limit is too short to be taken as it is written; "" if it is not."""
+    detection = run.spec.detection
+    least_s = 2 * seconds(detection.detect_within)
+    if seconds(detection.warmup_limit) >= least_s:
+        return ""
+    return (
+        f"detection.warmupLimit is {detection.warmup_limit}, taken as {least_s:g} s: "
+        f"at least twice detectWithin"
+    )
+
+
+def _world(run: TrainingRun) -> Iterator[Misfit]:
+    p, nodes = run.spec.parallelism, run.spec.nodes
+    fixed = p.dp_replicate * p.tp * p.pp * p.cp
+    shard = p.dp_shard if p.dp_shard is not None else max(run.world_size // fixed, 1)
+    if fixed * shard != run.world_size:
+        yield Misfit(
+            f"spec.parallelism multiplies to {fixed * shard}, expected {run.world_size} "
+            f"(nodes.count {nodes.count} x nodes.ranksPerNode {nodes.ranks_per_node})",
+            "leave out dpShard to have it fill what the other dimensions leave",
+        )
+
+
+def _pauses(run: TrainingRun) -> Iterator[Misfit]:
+    recovery = run.spec.recovery
+    if seconds(recovery.backoff) > seconds(recovery.backoff_max):
+        yield Misfit(
+            f"spec.recovery.backoff is {recovery.backoff}, "
+            f"expected at most backoffMax = {recovery.backoff_max}",
+            "the first pause is the shortest: raise backoffMax, or lower backoff",
+        )
+
+
+def _sizes(model: str | dict[str, Any]) -> Iterator[Misfit]:
+    where = "spec.trainer.model"
+    if isinstance(model, str):
+        if model not in MODELS:
+            yield Misfit(
+                f"{where} is {model!r}, expected one of {', '.join(MODELS)}",
+                "or write the sizes themselves: {dim: 128, layers: 4, ...}",
+            )
+        return
+    hint = f"sizes are {', '.join(SIZES)}; more, with a default: {', '.join(MORE_SIZES)}"
+    if missing := [name for name in SIZES if name not in model]:
+        yield Misfit(f"{where} lacks {', '.join(missing)}", hint)
+    if unknown := sorted(model.keys() - {*SIZES, *MORE_SIZES}):
+        yield Misfit(f"{where} has unknown field {unknown[0]!r}", hint)
+
+
+def _embedded(run: TrainingRun) -> Iterator[Misfit]:
+    """Yield what the embedded trainer would refuse for other reasons than its model."""
+    trainer = run.spec.trainer
+    for dimension in ("tp", "pp", "cp"):
+        if (found := getattr(run.spec.parallelism, dimension)) != 1:
+            yield Misfit(
+                f"spec.parallelism.{dimension} is {found}, expected 1",
+                "this trainer has data parallelism only: dpReplicate x dpShard",
+            )
+    share, rest = divmod(trainer.global_batch, run.world_size)
+    if rest:
+        yield Misfit(
+            f"spec.trainer.globalBatch is {trainer.global_batch}, "
+            f"expected a multiple of the {run.world_size} ranks",
+            "every rank takes the same number of samples",
+        )
+    elif share % (trainer.micro_batch or share):
+        yield Misfit(
+            f"spec.trainer.microBatch is {trainer.micro_batch}, "
+            f"expected a divisor of each rank's {share} samples",
+            "globalBatch / ranks must be a multiple of microBatch",
+        )
+    if trainer.data is not None and (not trainer.data or not all(trainer.data)):
+        yield Misfit(
+            "spec.trainer.data names nothing",
+            "name files, folders or globs, or leave it out for the demo's text",
+        )

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli import plan as planning
 from orchestrator.cli.choices import Form, Output
 from orchestrator.cli.errors import CliError, Commands, Exit
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(planning.app)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from orchestrator.faults.cluster import Cluster
 from orchestrator.faults.draw import DAY_S, STEP_S
 from orchestrator.faults.model import FaultClass, FaultModel
+from orchestrator.faults.quantities import span_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +22,8 @@ class Expected:
     """Nodes that have to be taken out of service."""
     out_s: float
     """Mean time that one of them is out of service; 0 if there are none."""
+    detect_s: float
+    """Mean time until an interruption is noticed, by checks like this project's."""
 
     @property
     def interruptions_per_day(self) -> float:
@@ -32,13 +35,16 @@ def expected(
     model: FaultModel, cluster: Cluster, *, factor: float = 1.0, step_s: float = STEP_S
 ) -> Expected:
     """Return the means of a checked model, all rates multiplied by `factor`."""
-    unexpected = planned = removals = out = 0.0
+    unexpected = planned = removals = out = unnoticed = 0.0
     for fault in model.classes:
         per_s = fault.hazard.per_s(step_s) * cluster.count(fault.entity) * factor
+        share = 1.0 if fault.planned else fault.interrupting
         if fault.planned:
             planned += per_s * DAY_S
         else:
-            unexpected += per_s * DAY_S * fault.interrupting
+            unexpected += per_s * DAY_S * share
+        if fault.detect is not None:
+            unnoticed += per_s * DAY_S * share * span_s(fault.detect.good)
         if fault.out is not None:
             removed = per_s * DAY_S * _nodes(model, cluster, fault)
             removals += removed
@@ -48,6 +54,7 @@ def expected(
         planned_per_day=planned,
         removals_per_day=removals,
         out_s=out / removals if removals else 0.0,
+        detect_s=unnoticed / (unexpected + planned) if unexpected + planned else 0.0,
     )
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil, exp, expm1, inf, isfinite, lgamma, log, log1p, sqrt
+from math import exp, expm1, inf, isfinite, lgamma, log, log1p, sqrt
 
 from orchestrator.protocol.ids import Seconds
 
 DAY_S = 86_400.0
+OUT_MAX = 1e6
+"""Nodes out of service, on average; beyond it the sums of a double get coarse."""
 _EXPONENT_MAX = 700.0
 """Beyond it `exp` overflows; an ETTR there is zero to every digit that is shown."""
 
@@ -125,6 +127,8 @@ def budget_ettr(
 def spares_poisson(*, removals_per_day: float, out_s: float, quantile: float = 0.99) -> int:
     """Return how many nodes are out of service at once, at most, for `quantile` of the time.
 
+    Raises ValueError if more than OUT_MAX are on average.
+
     Nodes leave independently; how long each is away matters by its mean alone (M/G/inf), so that
     the number away is Poisson with mean rate x `out_s`.
 
@@ -133,11 +137,11 @@ def spares_poisson(*, removals_per_day: float, out_s: float, quantile: float = 0
     """
     _require(removals_per_day=removals_per_day, out_s=out_s)
     mean = removals_per_day * out_s / DAY_S
+    if mean > OUT_MAX:
+        raise ValueError(f"{mean:.3g} nodes are out on average, expected at most {OUT_MAX:g}")
     if mean == 0:
-        return _smallest(quantile, lambda _: 0.0, 0)
-    # No quantile that a double can hold lies further out.
-    bound = ceil(mean + 40 * sqrt(mean) + 40)
-    return _smallest(quantile, lambda k: k * log(mean) - mean - lgamma(k + 1), bound)
+        return _smallest(quantile, lambda _: 0.0, 0.0)
+    return _smallest(quantile, lambda k: k * log(mean) - mean - lgamma(k + 1), mean)
 
 
 def spares_binomial(*, machines: int, probability: float, quantile: float = 0.99) -> int:
@@ -156,27 +160,35 @@ def spares_binomial(*, machines: int, probability: float, quantile: float = 0.99
     if machines < 0:
         raise ValueError(f"machines is {machines}, expected 0 or more")
     if machines == 0 or probability == 0:
-        return _smallest(quantile, lambda _: 0.0, 0)
+        return _smallest(quantile, lambda _: 0.0, 0.0)
     if probability == 1:
         return machines
 
     def log_mass(k: int) -> float:
+        if k > machines:
+            return -inf
         ways = lgamma(machines + 1) - lgamma(k + 1) - lgamma(machines - k + 1)
         return ways + k * log(probability) + (machines - k) * log1p(-probability)
 
-    return _smallest(quantile, log_mass, machines)
+    return min(_smallest(quantile, log_mass, machines * probability), machines)
 
 
-def _smallest(quantile: float, log_mass: Callable[[int], float], bound: int) -> int:
-    """Return the smallest k up to `bound` of which the masses 0..k sum to the quantile."""
+def _smallest(quantile: float, log_mass: Callable[[int], float], mean: float) -> int:
+    """Return the smallest k of which the masses 0..k sum to the quantile.
+
+    Masses further from the mean than any quantile in a double are passed over: they would take
+    long and add nothing. The variance must not exceed the mean.
+    """
     if not 0 < quantile < 1:
         raise ValueError(f"quantile is {quantile:g}, expected more than 0 and less than 1")
+    reach = 40 * sqrt(mean) + 40
+    first, last = max(0, int(mean - reach)), int(mean + reach)
     reached = 0.0
-    for k in range(bound):
+    for k in range(first, last):
         reached += exp(log_mass(k))
         if reached >= quantile:
             return k
-    return bound
+    return last
 
 
 def _require(**given: float) -> None:

@@ -1,0 +1,108 @@
+"""The commands of `holdfast plan`: three questions to ask before a run, answered at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.choices import Output
+
+app = typer.Typer(
+    name="plan",
+    help="Answer what a run needs before it starts: spares, checkpoint interval, ETTR.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+GpusOption = Annotated[int, typer.Option(min=1, help="GPUs of the job, 8 to a node.")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="FILE", help="A fault model; default that of Llama 3."),
+]
+MttiOption = Annotated[
+    str | None,
+    typer.Option(metavar="SPAN", help="Time between interruptions, instead of the model's."),
+]
+RatesOption = Annotated[float, typer.Option(min=0, help="Multiply all rates of the model by this.")]
+DetectOption = Annotated[
+    str | None,
+    typer.Option(metavar="SPAN", help="From a fault to its detection; default the model's mean."),
+]
+RestartOption = Annotated[
+    str | None,
+    typer.Option(metavar="SPAN", help="From detection to the first step; default 45s."),
+]
+StallOption = Annotated[
+    str | None,
+    typer.Option(metavar="SPAN", help="What one checkpoint stalls training; default 50ms."),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How it is printed.")]
+
+
+@app.command()
+def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
+    gpus: GpusOption = 16_384,
+    model: ModelOption = None,
+    mtti: MttiOption = None,
+    rates: RatesOption = 1.0,
+    repair: Annotated[
+        str | None,
+        typer.Option(metavar="SPAN", help="Mean time that a node is away; default several."),
+    ] = None,
+    refill: Annotated[
+        str, typer.Option(metavar="SPAN", help="Until a used hot spare is replaced.")
+    ] = "6h",
+    quantile: Annotated[float, typer.Option(help="Enough for this share of the time.")] = 0.99,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """How many spare nodes: for as long as repairs take, and hot ones until they are refilled."""
+    from orchestrator.cli import answers, planning
+
+    site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
+    answer = planning.spares(site, repair=repair, refill=refill, quantile=quantile)
+    typer.echo(answers.shown(answer, output))
+
+
+@app.command()
+def interval(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
+    gpus: GpusOption = 16_384,
+    model: ModelOption = None,
+    mtti: MttiOption = None,
+    rates: RatesOption = 1.0,
+    detect: DetectOption = None,
+    restart: RestartOption = None,
+    stall: StallOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """How often to save: the best interval, and what another one costs."""
+    from orchestrator.cli import answers, planning
+
+    site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
+    outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
+    typer.echo(answers.shown(planning.interval(site, outage), output))
+
+
+@app.command()
+def ettr(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
+    gpus: GpusOption = 16_384,
+    model: ModelOption = None,
+    mtti: MttiOption = None,
+    rates: RatesOption = 1.0,
+    detect: DetectOption = None,
+    restart: RestartOption = None,
+    stall: StallOption = None,
+    interval: Annotated[
+        str | None,
+        typer.Option(metavar="SPAN", help="Between two checkpoints; default the best."),
+    ] = None,
+    days: Annotated[float, typer.Option(min=0.01, help="Length of the run.")] = 54.0,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Which effective training time to expect, and what the rest is lost to."""
+    from orchestrator.cli import answers, planning
+
+    site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
+    outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
+    typer.echo(answers.shown(planning.ettr(site, outage, interval=interval, days=days), output))

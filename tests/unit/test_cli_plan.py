@@ -1,0 +1,215 @@
+"""`holdfast plan`: the three questions of planning, answered by the closed form or refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.cli import planning
+from orchestrator.cli.answers import Answer
+from orchestrator.cli.choices import Output
+from orchestrator.cli.errors import CliError
+from orchestrator.policy.arithmetic import daly_interval_s, renewal_ettr
+from tests.journals import holdfast
+
+MINE = """
+kind: FaultModel
+name: mine
+classes:
+- {name: fan, entity: node, rate: 1 per node-day, blast: node, effect: crash, cause: hardware,
+   fatal: 1, out: fan, detect: {good: 30s}, assumption: it rattles}
+repairs:
+- {name: fan, parts: [{share: 1, span: 2h}], assumption: a screwdriver}
+"""
+
+
+def told(*arguments: str) -> str:
+    result = holdfast("plan", *arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def answer(*arguments: str) -> dict[str, dict[str, float]]:
+    """The rows of an answer by name."""
+    data = json.loads(told(*arguments, "-o", "json"))
+    assert data["method"] == "closed form"
+    assert data["assumptions"]
+    return {row.pop("name"): row for row in data["rows"]}
+
+
+def test_spares_are_those_of_the_published_repair_times() -> None:
+    # 6.1 nodes leave per day in the source.
+    rows = answer("spares", "--mtti", "236m")
+
+    assert [rows[f"repair-{r}"]["spares"] for r in ("4h", "12h", "1d", "3d", "7d")] == [
+        4, 8, 13, 29, 59,
+    ]  # fmt: skip
+
+
+def test_spares_for_the_model_say_how_many_are_out_on_average_and_at_most() -> None:
+    rows = answer("spares", "--gpus", "16384")
+
+    assert rows["repair-1d"]["mean_nodes"] == pytest.approx(6.5, abs=0.1)
+    assert rows["repair-1d"]["spares"] == 13
+    assert rows["repair-model"]["away_s"] == pytest.approx(93 * 3600, rel=0.01)
+    assert rows["hot"]["method"] == "binomial"
+    assert rows["hot"]["spares"] == 5
+
+
+def test_a_higher_quantile_and_a_longer_repair_need_more_spares() -> None:
+    few = answer("spares", "--repair", "1d", "--quantile", "0.9")["repair-1d"]["spares"]
+    more = answer("spares", "--repair", "1d", "--quantile", "0.999")["repair-1d"]["spares"]
+
+    assert few < 13 < more
+
+
+def test_the_best_interval_is_better_than_a_quarter_and_than_four_times_of_it() -> None:
+    rows = answer("interval", "--mtti", "2.781h")
+
+    assert rows["daly"]["interval_s"] == pytest.approx(31.6, abs=0.1)
+    assert rows["young"]["interval_s"] == pytest.approx(31.6, abs=0.1)
+    assert rows["daly-x0.25"]["ettr"] < rows["daly"]["ettr"] > rows["daly-x4"]["ettr"]
+
+
+def test_ettr_is_that_of_the_renewal_form_and_the_losses_make_up_the_rest() -> None:
+    rows = answer(
+        "ettr", "--mtti", "2.781h", "--detect", "15s", "--restart", "30s", "--interval", "30s"
+    )
+
+    assert rows["ettr-renewal"]["share"] == pytest.approx(0.9924, abs=0.0001)
+    lost = sum(row["share"] for name, row in rows.items() if name.startswith("lost-"))
+    assert rows["ettr-small-loss"]["share"] + lost == pytest.approx(1)
+    assert rows["ettr-renewal"]["hours"] == pytest.approx(0.9924 * 54 * 24, abs=0.1)
+
+
+def test_without_options_the_model_of_llama_3_and_the_best_interval_are_taken() -> None:
+    data = json.loads(told("ettr", "-o", "json"))
+
+    assert data["gpus"] == 16_384
+    assert data["mtti_s"] == pytest.approx(2.78 * 3600, rel=0.005)
+    assert data["interval_s"] == daly_interval_s(data["stall_s"], data["mtti_s"])
+    assert data["rows"][0]["share"] == renewal_ettr(
+        interval_s=data["interval_s"],
+        stall_s=data["stall_s"],
+        outage_s=data["outage_s"],
+        mtti_s=data["mtti_s"],
+    )
+
+
+def test_a_model_of_ones_own_gives_rates_repair_and_detection(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE)
+    model = ("--model", str(tmp_path / "mine.yaml"), "--gpus", "80")
+
+    spares, ettr = answer("spares", *model), json.loads(told("ettr", *model, "-o", "json"))
+
+    assert spares["repair-model"]["away_s"] == 7200
+    assert spares["repair-4h"]["mean_nodes"] == pytest.approx(10 / 6)
+    assert ettr["mtti_s"] == pytest.approx(8640)
+    assert ettr["outage_s"] == pytest.approx(30 + 45)
+
+
+@pytest.mark.parametrize("question", ["spares", "interval", "ettr"])
+def test_every_answer_says_that_it_is_the_closed_form_and_what_it_assumes(question: str) -> None:
+    text = told(question)
+
+    assert "closed form, not simulated" in text.splitlines()[0]
+    assert "\nAssumes:\n  fault model 'llama3': " in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_answers_come_as_yaml_and_as_names_too() -> None:
+    assert yaml.safe_load(told("ettr", "-o", "yaml")) == json.loads(told("ettr", "-o", "json"))
+    assert told("spares", "--repair", "3d", "-o", "name").splitlines() == [
+        "spares/repair-3d",
+        "spares/hot",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("ettr", "--gpus", "12"), "gpus is 12, expected a multiple of 8"),
+        (("ettr", "--interval", "soon"), "--interval: span is 'soon', expected a number and"),
+        (("ettr", "--interval", "0s"), "--interval is 0s, expected at least 1 ms"),
+        (("ettr", "--mtti", "0.5s"), "--mtti is 0.5s, expected at least 1.00 s"),
+        (("ettr", "--detect", "-3s"), "--detect: span is '-3s'"),
+        (("ettr", "--rates", "0"), "0 interruptions a day"),
+        (("ettr", "--rates", "1e300"), "expected one in a thousand years to one a second"),
+        (("ettr", "--days", "inf"), "--days is inf"),
+        (("interval", "--stall", "0s"), "--stall is 0s, expected at least 1 ms"),
+        (("spares", "--quantile", "1"), "--quantile is 1, expected more than 0 and less"),
+        (("spares", "--quantile", "nan"), "--quantile is nan"),
+        (("spares", "--mtti", "1m", "--repair", "9d"), "nodes would be out on average"),
+        (("spares", "--model", "/none.yaml"), "No such file or directory: /none.yaml"),
+    ],
+)
+def test_what_can_not_be_is_refused_with_a_hint_and_exit_code_2(
+    arguments: tuple[str, ...], says: str
+) -> None:
+    result = holdfast("plan", *arguments)
+
+    assert result.exit_code == 2
+    message, hint = result.stderr.strip().split("\nhint: ")
+    assert says in message
+    assert hint
+
+
+def test_a_model_that_is_none_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINE.replace("1 per node-day", "-1 per node-day"))
+
+    result = holdfast("plan", "ettr", "--model", str(path))
+
+    assert result.exit_code == 2
+    assert "rate is '-1 per node-day', expected 0 or more at `classes[0]`" in result.stderr
+    assert str(path) in result.stderr
+
+
+LLAMA = planning.faults(None)
+SPANS = st.builds(
+    "{:.9f}{}".format, st.floats(0, 999_999_999), st.sampled_from(["ms", "s", "m", "h", "d"])
+) | st.text(max_size=5)
+
+
+@given(
+    gpus=st.integers(-8, 1 << 30),
+    spans=st.lists(SPANS, min_size=6, max_size=6),
+    rates=st.floats(0, 1e9),
+    quantile=st.floats(0, 1),
+    days=st.floats(allow_nan=True),
+)
+def test_any_options_are_answered_or_refused(
+    gpus: int, spans: list[str], rates: float, quantile: float, days: float
+) -> None:
+    mtti, detect, restart, stall, repair, interval = spans
+    answers: list[Answer | CliError] = []
+    for given_mtti in (mtti, None):
+        try:
+            site = planning.site(gpus=gpus * 8, model=LLAMA, mtti=given_mtti, rates=rates)
+            answers.append(planning.spares(site, repair=None, refill=repair, quantile=quantile))
+            outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
+            answers.append(planning.interval(site, outage))
+            answers.append(planning.ettr(site, outage, interval=interval, days=days))
+        except CliError as error:
+            answers.append(error)
+    for each in answers:
+        assert isinstance(each, Answer) or each.hint
+        for row in each.rows if isinstance(each, Answer) else ():
+            assert 0 <= row.get("ettr", 0) <= 1
+
+
+def test_the_readme_shows_what_the_command_prints() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = "holdfast plan ettr --gpus 16384"
+
+    shown = text.split(f"$ {command}\n")[1].split("```")[0]
+
+    assert shown == told(*command.split()[2:])
+
+
+def test_an_output_that_is_not_there_is_refused() -> None:
+    assert holdfast("plan", "ettr", "-o", "pie").exit_code == 2
+    assert set(Output) == {"table", "wide", "json", "yaml", "name"}

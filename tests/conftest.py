@@ -192,6 +192,13 @@ class Cluster:
         for step in range(first, first + steps):
             self.after(seconds).beat(step=step, report=True)
 
+    def rest(self) -> list[Decision]:
+        """Let a back-off pass; return what is decided at its end."""
+        until = self.state.pause_until
+        assert until is not None
+        assert until > self.now
+        return self.after(until - self.now + 0.001).tick()
+
     def start(self) -> StartGeneration:
         """Bring the cluster up to training in generation 1, with the initial state in memory."""
         self.tell(ControllerStarted(at=self.at(), incarnation=1))

@@ -259,7 +259,6 @@ class Controller:
             state.wanting, state.wanted_since = True, state.now
         state.found = None
         state.search_failure = ""
-        state.pause_until = None
 
     def _gather(self, incident: Incident, finding: Finding) -> bool:
         """Add a finding to an incident; return whether it was news."""
@@ -364,6 +363,7 @@ class Controller:
         state.rungs[plan.rung] = state.rungs.get(plan.rung, 0) + 1
         if state.incident is not None:
             state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
+            state.futile_restarts += 1
         self._enter(RunPhase.STOPPING)
         new = any(state.nodes[seat].generation == 0 for seat in plan.seats)
         state.way = f"{plan.rung}, on a new node" if new else plan.rung

@@ -246,6 +246,7 @@ def _complete(state: RunState, report: StepReport) -> None:
     state.tokens_per_s = report.tokens / report.seconds if report.seconds > 0 else 0.0
     if step > state.best_step:
         state.best_step = step
+        state.futile_restarts = 0
         _refill(state)
 
 

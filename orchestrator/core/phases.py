@@ -14,7 +14,7 @@ class RunPhase(StrEnum):
     GATHERING = "Gathering"
     """Waiting until enough nodes are there."""
     BACKING_OFF = "BackingOff"
-    """Waiting before a restart, since the same fault came back."""
+    """Waiting before a restart, since the one before it brought no new step."""
     SEARCHING = "Searching"
     """The durable tier is searched for a checkpoint to continue from."""
     STOPPING = "Stopping"

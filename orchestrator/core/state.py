@@ -176,6 +176,8 @@ class RunState:
     """Steps whose loss came out differently when they were computed again."""
     occurrences: dict[tuple[str, Step], Occurrence] = field(default_factory=dict)
     """Faults with a signature, by signature and step; the one that struck last is the last."""
+    futile_restarts: int = 0
+    """Restarts in a row after which the run got no further than it had ever been."""
     budgets: dict[str, Budget] = field(default_factory=dict)
     refilled_at: Step = Step(0)
     unseen_s: float = 0.0

@@ -11,6 +11,8 @@ from orchestrator.protocol.runfile import seconds
 SAME_NODE_REPEATS_MAX = 3
 """The same fault at the same step on one node this often ends the run: there was no other node
 to try it on, and burning the rest of the budget would show nothing new."""
+_DOUBLINGS_MAX = 100
+"""More than any pause can be doubled before it reaches the longest that a run file can say."""
 
 
 def stop_misconfigured(state: RunState) -> Plan | None:
@@ -55,28 +57,26 @@ def stop_budget(state: RunState) -> Plan | None:
 
 
 def back_off(state: RunState) -> Plan | None:
-    """Pause before a restart if the very same fault has come back; longer each time."""
-    incident = state.incident
-    if incident is None or not state.occurrences:
-        return None
-    if not any(finding.signature for finding in incident.findings):
-        return None
-    latest = next(reversed(state.occurrences.values()))
-    repeats = len(latest.generations)
-    if repeats < 2:
+    """Pause before a restart if those before it brought no new step; twice as long each time.
+
+    Whatever it is that came back: to restart at once has been tried, and a cause from outside,
+    such as memory that is short for a while, needs time to pass. The first restart is at once.
+    """
+    futile = state.futile_restarts
+    if state.incident is None or futile == 0:
         return None
     recovery = state.run.spec.recovery
-    first, longest = seconds(recovery.backoff), seconds(recovery.backoff_max)
-    pause_s = min(first * 2 ** (repeats - 2), longest)
+    first_s, longest_s = seconds(recovery.backoff), seconds(recovery.backoff_max)
+    pause_s = min(first_s * 2.0 ** min(futile - 1, _DOUBLINGS_MAX), longest_s)
     until = state.pause_until
     if until is None:
         until = Seconds(state.now + pause_s)
     if state.now >= until:
         return None
+    times = "the restart before" if futile == 1 else f"{futile} restarts in a row"
     return Pause(
         until=until,
-        reason=f"{latest.signature} came back ({repeats} times); "
-        f"pausing {pause_s:g} s before the restart",
+        reason=f"{times} brought no new step; pausing {pause_s:g} s before the next one",
     )
 
 

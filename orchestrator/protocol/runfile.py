@@ -129,8 +129,9 @@ class Recovery(_Section, frozen=True, kw_only=True):
     refill_every_steps: Positive = 200
     """This many steps of new progress give back one restart to every budget."""
     backoff: Duration = "1s"
-    """First pause before restarting after a software fault that has repeated; it doubles."""
+    """Pause before a restart if the one before it brought no new step; it doubles each time."""
     backoff_max: Duration = "1m"
+    """The longest that this pause gets."""
     spare_wait: Duration = "1m"
     """How long to wait for a node when none is free, or for room for the journal on a full disk,
     before giving up."""

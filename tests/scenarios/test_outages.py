@@ -155,6 +155,7 @@ def test_a_phase_is_not_learned_as_short_because_most_of_it_passed_in_an_outage(
     cluster.after(0.1).reach("stepped")
     cluster.hold(20)
     cluster.exit(1)
+    assert len(starts(cluster.rest())) == 1
     for mark in ("cleared", "seated", "formed"):
         cluster.after(0.05).reach(mark)
 

@@ -320,6 +320,7 @@ def test_memory_counts_for_nothing_once_a_run_went_back_to_a_checkpoint(cluster:
     cluster.hold(8)
     for node in ("node-0", "node-1"):
         cluster.after(0.1).join(node, incarnation=2)
+    cluster.rest()
     started(cluster.found(8))
     held = tuple(Holding(Rank(rank), Step(8)) for rank in range(4))
 
@@ -378,8 +379,11 @@ def test_kills_from_outside_at_the_same_step_are_not_taken_for_a_poison_step(
 ) -> None:
     cluster.start()
     cluster.train(5)
-    for rank in (0, 2, 1):
-        started(cluster.exit(rank, -9, step=5))
+    started(cluster.exit(0, -9, step=5))
+    cluster.resume()
+    for rank in (2, 1):
+        cluster.exit(rank, -9, step=5)
+        started(cluster.rest())
         cluster.resume()
 
     assert cluster.state.end_state == ""
@@ -396,9 +400,11 @@ spec:
 """
     cluster = cluster_of(text)
     cluster.start()
-    for _ in range(2):
-        started(cluster.after(0.1).exit(1))
-        cluster.resume()
+    started(cluster.after(0.1).exit(1))
+    cluster.resume()
+    cluster.after(0.1).exit(1)
+    started(cluster.rest())
+    cluster.resume()
 
     order = ended(cluster.after(0.1).exit(1))
 
@@ -631,9 +637,9 @@ def test_a_node_whose_agent_was_replaced_before_it_said_a_word_gets_no_seat_twic
     cluster.after(1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
     cluster.join("node-0", generation=2)
 
-    order = started(cluster.after(0.1).join("node-1", incarnation=2))
+    cluster.after(0.1).join("node-1", incarnation=2)
 
-    assert order.generation == 3
+    assert started(cluster.rest()).generation == 3
 
 
 def test_a_node_that_missed_its_order_is_told_again_when_it_connects(cluster: Any) -> None:
@@ -691,6 +697,7 @@ def test_state_that_can_not_be_read_from_memory_is_not_tried_twice(cluster: Any)
         generation=Generation(2), step=Step(5), tier="memory", reason="slot 1 is damaged"
     )
     cluster.say("node-0", fact)
+    cluster.rest()
     order = started(cluster.after(0.1).found())
 
     assert order.restore is None

@@ -142,6 +142,7 @@ def test_a_step_that_could_not_be_read_once_counts_again_when_it_was_computed_an
         generation=cluster.state.generation, step=Step(5), tier="memory", reason="no route to peer"
     )
     cluster.say("node-0", fact)
+    cluster.rest()
     cluster.after(0.1).found()
     assert (cluster.state.generation, cluster.state.start_step) == (3, 0)
     cluster.resume()

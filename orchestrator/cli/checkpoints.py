@@ -9,7 +9,10 @@ from orchestrator.worlds.folder import RunFolder
 
 
 def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
-    """Return what the run could be continued from, newest first: durable tier and memory."""
+    """Return what the run could be continued from, newest first: durable tier and memory.
+
+    When a run has ended, its nodes have given their memory back.
+    """
     del folder
     durable = [
         {
@@ -39,7 +42,7 @@ def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "key": "",
             "why": "",
         }
-        for step in state.holdings
+        for step in ([] if state.phase.final else state.holdings)
         if (counts := copies(state, step))
     ]
     return sorted(durable + memory, key=lambda row: (-int(str(row["step"])), str(row["tier"])))

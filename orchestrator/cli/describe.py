@@ -117,7 +117,7 @@ def _world(state: RunState) -> list[str]:
     rows = [
         [
             node.id,
-            node.condition(state.seats),
+            listing.condition(state, node),
             ", ".join(map(str, state.ranks_of(node.id))) or "-",
             units.first_line(node.unusable or node.lost) or "-",
         ]
@@ -188,7 +188,7 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
             [
                 ("Name", str(node_id)),
                 ("Run", state.run.metadata.name),
-                ("Condition", node.condition(state.seats)),
+                ("Condition", listing.condition(state, node)),
                 ("Why", node.unusable or node.lost),
                 ("Ranks", ", ".join(map(str, state.ranks_of(node_id)))),
                 ("Came as far as", mark),
@@ -238,7 +238,7 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
             ),
         ]
         lines += section("Durable tier", facts(told))
-    ranks = state.holdings.get(step, {})
+    ranks = {} if state.phase.final else state.holdings.get(step, {})
     rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in sorted(ranks)]
     if rows:
         lines += section("Memory", grid(["SHARD OF RANK", "HELD BY"], rows).splitlines())
@@ -271,7 +271,9 @@ def _node_named(state: RunState, name: str | None, where: str) -> NodeId:
 
 
 def _step_named(state: RunState, name: str | None, where: str) -> Step:
-    steps = {commit.step for commit in state.commits} | set(state.holdings)
+    steps = {commit.step for commit in state.commits}
+    if not state.phase.final:
+        steps |= set(state.holdings)
     if name is None and steps:
         return max(steps)
     names = [f"step-{step}" for step in sorted(steps, reverse=True)]

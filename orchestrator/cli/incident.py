@@ -36,7 +36,7 @@ def incident_lines(index: int, state: RunState, history: History) -> list[str]:
         f"{incident.id}: {incident.kind}, {_outcome(incident, state)}",
         *section("What broke", [finding.evidence for finding in incident.findings[:1]]),
         *section("Suspects", [incident.suspects()]),
-        *section("Cause", [f"{incident.cause} (paid from the {_budget(incident, state)})"]),
+        *section("Cause", [f"{incident.cause} ({_payment(incident, state)})"]),
         *section("How we know", _evidence(incident, told)),
         *section("What was done", _done(incident, state)),
         *section("What it cost", _cost(incident, told)),
@@ -53,6 +53,13 @@ def _outcome(incident: Incident, state: RunState) -> str:
     if state.end_state:
         return f"ended the run ({state.end_state})"
     return f"OPEN for {units.seconds(state.now - incident.since)}; the run is {state.phase}"
+
+
+def _payment(incident: Incident, state: RunState) -> str:
+    """Say what was paid: a restart costs one of a budget, and nothing else does."""
+    if incident.rung in ("none", "stop"):
+        return "nothing was paid"
+    return f"{'paid' if incident.rung else 'to be paid'} from the {_budget(incident, state)}"
 
 
 def _budget(incident: Incident, state: RunState) -> str:

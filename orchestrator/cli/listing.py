@@ -12,7 +12,7 @@ from orchestrator.cli.follow import Follower
 from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
-from orchestrator.core.state import RunState
+from orchestrator.core.state import Node, RunState
 from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -105,7 +105,7 @@ def node_rows(state: RunState, folder: RunFolder) -> list[Row]:
     return [
         {
             "name": node.id,
-            "condition": node.condition(state.seats),
+            "condition": condition(state, node),
             "ranks": list(state.ranks_of(node.id)),
             "generation": node.generation,
             "mark": MARKS[node.mark] if node.generation else None,
@@ -118,9 +118,18 @@ def node_rows(state: RunState, folder: RunFolder) -> list[Row]:
     ]
 
 
+def condition(state: RunState, node: Node) -> str:
+    """Return the condition of a node in one word; with the run, what it did has ended, too."""
+    if state.phase.final and not node.unusable and not node.lost:
+        return "Ended"
+    return node.condition(state.seats)
+
+
 def held_by(state: RunState, node: str) -> dict[Step, list[Rank]]:
-    """Return the shards in a node's memory: for each step, whose."""
+    """Return the shards in a node's memory: for each step, whose. None once the run is over."""
     held: dict[Step, list[Rank]] = {}
+    if state.phase.final:
+        return held
     for step, ranks in sorted(state.holdings.items()):
         mine = sorted(rank for rank, holders in ranks.items() if node in holders)
         if mine:
@@ -146,22 +155,26 @@ NODE = Kind(
 
 
 def rank_rows(state: RunState, folder: RunFolder) -> list[Row]:
-    """Return the ranks of the current world."""
-    fleet = state.fleet
+    """Return the ranks of the current world, or of the last one."""
+    fleet, over = state.fleet, state.phase.final
     return [
         {
             "name": str(rank),
             "rank": rank,
             "node": node,
-            "phase": RankPhase(int(fleet.phase_R[rank])).name.lower(),
+            "phase": "ended" if over else RankPhase(int(fleet.phase_R[rank])).name.lower(),
             "step": fleet.step_of(Rank(rank)),
-            "still_s": round(max(state.now - float(fleet.moved_at_R[rank]), 0.0), 6),
-            "process": fleet.states[rank],
+            "still_s": None if over else _still_s(state, rank),
+            "process": None if over else fleet.states[rank],
             "cpu_s": round(float(fleet.cpu_s_R[rank]), 3),
             "log": str(folder.rank_log(rank)),
         }
         for rank, node in enumerate(state.seats)
     ]
+
+
+def _still_s(state: RunState, rank: int) -> float:
+    return round(max(state.now - float(state.fleet.moved_at_R[rank]), 0.0), 6)
 
 
 RANK = Kind(
@@ -172,7 +185,7 @@ RANK = Kind(
         Column("PHASE", "phase"),
         Column("STEP", "step"),
         Column("STANDING STILL (s)", "still_s", span),
-        Column("PROCESS", "process"),
+        Column("PROCESS", "process", text),
         Column("CPU (s)", "cpu_s", span, wide=True),
         Column("LOG", "log", wide=True),
     ),

@@ -160,6 +160,42 @@ def test_checkpoints_of_both_tiers_are_listed_newest_first(home: Path) -> None:
     assert rows[1]["copies"] == 2
 
 
+def test_of_a_run_that_has_ended_nothing_is_told_as_if_it_went_on(home: Path) -> None:
+    write(succeeded(), home / "short")
+
+    nodes = json.loads(told("get", "nodes", "-o", "json"))
+    ranks = json.loads(told("get", "ranks", "-o", "json"))
+    checkpoints = json.loads(told("get", "checkpoints", "-o", "json"))
+
+    assert {node["name"]: node["condition"] for node in nodes} == {
+        "node-0": "Ended",
+        "node-1": "Lost",
+        "node-2": "Ended",
+    }
+    assert [node["memory_steps"] for node in nodes] == [[], [], []]
+    assert {(rank["phase"], rank["process"], rank["still_s"]) for rank in ranks} == {
+        ("ended", None, None)
+    }
+    assert {row["tier"] for row in checkpoints} == {"durable"}
+    for words in (told("describe", "run"), told("describe", "node", "node-0")):
+        assert "Training" not in words
+    assert "In its memory" not in told("describe", "node", "node-0")
+    assert "Memory" not in told("describe", "checkpoint")
+    assert refused("describe", "checkpoint", "8", code=2)[1].startswith("did you mean `step-20")
+
+
+def test_who_pays_for_an_incident_is_told_when_somebody_does(home: Path) -> None:
+    folder = write(raising(), home / "demo")
+    assert "(paid from the software budget, 7 of 8" in told("describe", "incident", "inc-1")
+    assert "software (nothing was paid)" in told("describe", "incident", "inc-2")
+
+    cluster = killed_rank()
+    cluster.lose("node-2")
+    cluster.lose("node-1")
+    folder.journal.write_bytes(text(cluster))
+    assert "(to be paid from the hardware budget, 15 of 16" in told("describe", "incident")
+
+
 def test_a_checkpoint_that_is_on_two_tiers_is_named_once(home: Path) -> None:
     cluster = killed_rank()
     commit(cluster, 10)

@@ -11,6 +11,8 @@ from orchestrator.protocol.runfile import seconds
 SAME_NODE_REPEATS_MAX = 3
 """The same fault at the same step on one node this often ends the run: there was no other node
 to try it on, and burning the rest of the budget would show nothing new."""
+_MOVED = "the fault moves with the job, not with a node"
+_NOWHERE_TO_MOVE = "no other node was free to try it on"
 _DOUBLINGS_MAX = 100
 """More than any pause can be doubled before it reaches the longest that a run file can say."""
 
@@ -30,12 +32,14 @@ def stop_poison(state: RunState) -> Plan | None:
         times = len(fault.generations)
         if times < 2:
             continue
-        if len(fault.nodes) > 1 or times >= SAME_NODE_REPEATS_MAX:
+        moved = len(fault.nodes) > 1
+        if moved or times >= SAME_NODE_REPEATS_MAX:
             return End(
                 state="Failed",
                 reason=f"software fault: {fault.signature} after step {fault.step} in "
                 f"{times} generations on {', '.join(sorted(fault.nodes))}; "
-                "the fault moves with the job, not with a node" + _traceback(state),
+                + (_MOVED if moved else _NOWHERE_TO_MOVE)
+                + _traceback(state),
             )
     return None
 

@@ -361,6 +361,24 @@ def test_the_same_exception_at_the_same_step_on_two_nodes_stops_the_run_with_its
     assert cluster.state.phase is RunPhase.FAILED
 
 
+def test_the_same_exception_three_times_on_the_only_node_there_is_does_not_claim_to_have_moved(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.lose("node-2")
+    cluster.train(5)
+    cluster.exit(0, 1, step=5, kind="ValueError")
+    cluster.resume()
+    cluster.exit(0, 1, step=5, kind="ValueError")
+    started(cluster.rest())
+    cluster.resume()
+
+    reason = ended(cluster.exit(0, 1, step=5, kind="ValueError")).reason
+
+    assert "in 3 generations on node-0; no other node was free to try it on" in reason
+    assert "moves" not in reason
+
+
 def test_a_fault_that_strikes_one_node_twice_is_tried_on_a_spare(cluster: Any) -> None:
     cluster.start()
     cluster.train(5)

@@ -20,8 +20,10 @@ from orchestrator.detect.hang import Hang
 from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
 from orchestrator.document import BadFileError
-from orchestrator.faults.model import FaultModel, FaultRecord, ModelError
+from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
+from orchestrator.faults.record import FaultRecord
+from orchestrator.faults.sections import ModelError
 from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.fitting import misfits
 from orchestrator.protocol.runfile import TrainingRun, seconds

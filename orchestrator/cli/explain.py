@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from orchestrator.cli.errors import unknown
-from orchestrator.faults.model import FaultModel, FaultRecord
+from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
+from orchestrator.faults.record import FaultRecord
 from orchestrator.protocol.runfile import TrainingRun
 
 ROOTS: dict[str, type[msgspec.Struct]] = {

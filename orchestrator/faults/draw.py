@@ -14,23 +14,18 @@ import numpy as np
 from orchestrator.faults import arrivals
 from orchestrator.faults.arrivals import Clock, Weather
 from orchestrator.faults.cluster import Cluster, Places
-from orchestrator.faults.model import (
-    FaultClass,
-    FaultModel,
-    FaultRecord,
-    ModelError,
-    Repair,
-    missing,
-)
+from orchestrator.faults.model import FaultClass, FaultModel, Repair
 from orchestrator.faults.places import Strike, strike
 from orchestrator.faults.quantities import Floats, ratios, spread
+from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.schedule import Columns, Flags, Schedule, joined
+from orchestrator.faults.sections import ModelError, missing
 
 DAY_S = 86_400.0
 FAULTS_MAX = 4_000_000
 """Some 300 MB of columns; 131,072 GPUs have 0.7 million in 54 days, nearly all of them flaps."""
 STEP_S = 6.5
-"""For what comes per step: 16.8M tokens of Llama 3 405B on 16,384 GPUs at 400 TFLOPs, 6.2 to 6.8."""
+"""For what comes per step: Llama 3 405B, 16.8M tokens on 16,384 GPUs at 400 TFLOPs: 6.2 to 6.8."""
 NONE: Mapping[str, float] = {}
 
 

@@ -1,13 +1,11 @@
-"""What breaks, how often and how badly: published rates and records of faults, as data.
+"""What breaks, how often and how badly, as data.
 
-A FaultModel has classes with rates, to draw from; a FaultRecord has counts of what did happen, to
-replay. Every rate says where it comes from: `source`, or `assumption` if nobody published it.
-Reading files is the business of `orchestrator.compose`; here stand the shapes, and what must fit.
+Every rate says where it comes from: `source`, or `assumption` if nobody published it. Reading
+files is the business of `orchestrator.compose`; here stand the shapes, and what must fit.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
@@ -15,12 +13,16 @@ import msgspec
 
 from orchestrator.faults.cluster import Blast
 from orchestrator.faults.quantities import Entity, Rate, Spread, rate, ratios, span_s, spread
+from orchestrator.faults.sections import (
+    ClassName,
+    ModelError,
+    Probability,
+    Section,
+    Sourced,
+    missing,
+)
 from orchestrator.protocol.runfile import Positive
 
-Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Words = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
-ClassName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?\Z", max_length=63)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Effect = Literal[
     "crash",
     "hang",
@@ -36,48 +38,14 @@ Effect = Literal[
 """What is seen: ranks die; ranks stand still; steps are slower; bandwidth is gone; numbers are
 wrong; a planned stop; checkpoints fail; a node works on and wants a reset; a check is wrong; a
 node is taken away by its owner."""
-CAUSES = Literal[
+Origin = Literal[
     "hardware", "network", "storage", "software", "numerics", "preemption", "planned", "unknown"
 ]
 INTERRUPTS: frozenset[Effect] = frozenset({"crash", "hang", "sdc", "preempt"})
 """Effects that end a generation sooner or later, whether or not they are fatal at once."""
 
 
-class ModelError(ValueError):
-    """The parts of a model or record do not fit together, or do not fit the cluster.
-
-    Attributes:
-        hint: what to change.
-    """
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
-
-
-class _Section(
-    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
-):
-    """A section of a file: unknown fields are refused."""
-
-
-class _Sourced(_Section, frozen=True, kw_only=True):
-    """A section whose numbers are published, or assumed; it says which."""
-
-    source: Words | None = None
-    """Where its numbers were published, or what they follow from."""
-    assumption: Words | None = None
-    """That nobody published them, and why they are what they are."""
-    note: Words | None = None
-    """Which of them are of another origin; how they disagree with other sources."""
-
-    def __post_init__(self) -> None:
-        if (self.source is None) == (self.assumption is None):
-            found = "neither" if self.source is None else "both"
-            raise ValueError(f"found {found} of `source` and `assumption`, expected exactly one")
-
-
-class Detect(_Section, frozen=True, kw_only=True):
+class Detect(Section, frozen=True, kw_only=True):
     """How long it takes to notice: with this project's kind of checks, and without."""
 
     good: str
@@ -88,7 +56,7 @@ class Detect(_Section, frozen=True, kw_only=True):
         span_s(self.legacy or self.good)
 
 
-class Notice(_Section, frozen=True, kw_only=True):
+class Notice(Section, frozen=True, kw_only=True):
     """How many are announced, and how long before."""
 
     share: Probability = 1.0
@@ -103,7 +71,7 @@ class Notice(_Section, frozen=True, kw_only=True):
         return spread(self.span)
 
 
-class FaultClass(_Sourced, frozen=True, kw_only=True):
+class FaultClass(Sourced, frozen=True, kw_only=True):
     """One kind of fault. `source` or `assumption` speaks of its rate."""
 
     name: ClassName
@@ -114,7 +82,7 @@ class FaultClass(_Sourced, frozen=True, kw_only=True):
     blast: Blast
     """What it takes along."""
     effect: Effect
-    cause: CAUSES
+    cause: Origin
     fatal: Probability
     """The share that the job can not go on with; of SDC: that shows by itself."""
     at_start: Probability = 0.0
@@ -156,7 +124,7 @@ class FaultClass(_Sourced, frozen=True, kw_only=True):
         return self.effect == "drain"
 
 
-class Part(_Section, frozen=True, kw_only=True):
+class Part(Section, frozen=True, kw_only=True):
     """One part of a mixture: this share of repairs takes that long."""
 
     share: Probability
@@ -171,7 +139,7 @@ class Part(_Section, frozen=True, kw_only=True):
         return spread(self.span)
 
 
-class Repair(_Sourced, frozen=True, kw_only=True):
+class Repair(Sourced, frozen=True, kw_only=True):
     """How long a node is out of service: a mixture of distributions."""
 
     name: ClassName
@@ -191,7 +159,7 @@ class Repair(_Sourced, frozen=True, kw_only=True):
         return sum(part.share * part.spread.mean_s for part in self.parts)
 
 
-class Lemons(_Sourced, frozen=True, kw_only=True):
+class Lemons(Sourced, frozen=True, kw_only=True):
     """Nodes that fail much more often than others. Totals stay what the rates say."""
 
     share: Probability = 0.0
@@ -202,7 +170,7 @@ class Lemons(_Sourced, frozen=True, kw_only=True):
     """Times more often after each repair; whoever repairs nodes applies it."""
 
 
-class Coincidence(_Sourced, frozen=True, kw_only=True):
+class Coincidence(Sourced, frozen=True, kw_only=True):
     """A fault of one node that takes along its neighbours."""
 
     probability: Probability
@@ -211,13 +179,13 @@ class Coincidence(_Sourced, frozen=True, kw_only=True):
     """Between one and so many nodes more, all numbers alike."""
 
 
-class Weibull(_Sourced, frozen=True, kw_only=True):
+class Weibull(Sourced, frozen=True, kw_only=True):
     """Gaps between interruptions are Weibull with this shape, and the same mean."""
 
     shape: Annotated[float, msgspec.Meta(ge=0.3, le=3)]
 
 
-class Bursts(_Sourced, frozen=True, kw_only=True):
+class Bursts(Sourced, frozen=True, kw_only=True):
     """Rates are `calm` times the mean, and `bad` times for a while now and then; mean 1."""
 
     calm: Annotated[float, msgspec.Meta(ge=0, lt=1)]
@@ -241,14 +209,14 @@ class Bursts(_Sourced, frozen=True, kw_only=True):
         return self.bad_time.mean_s * (self.bad - 1) / (1 - self.calm)
 
 
-class Diurnal(_Sourced, frozen=True, kw_only=True):
+class Diurnal(Sourced, frozen=True, kw_only=True):
     """Throughput falls and rises once a day; no interruption."""
 
     amplitude: Annotated[float, msgspec.Meta(ge=0, lt=1)]
     """Between the mean and the least, as a share of the mean."""
 
 
-class Diagnosis(_Sourced, frozen=True, kw_only=True):
+class Diagnosis(Sourced, frozen=True, kw_only=True):
     """How good checks are."""
 
     offline_recall: Probability
@@ -264,7 +232,7 @@ class Diagnosis(_Sourced, frozen=True, kw_only=True):
         span_s(self.health_check_every)
 
 
-class FaultModel(_Section, frozen=True, kw_only=True):
+class FaultModel(Section, frozen=True, kw_only=True):
     """A model file."""
 
     kind: Literal["FaultModel"]
@@ -302,80 +270,9 @@ class FaultModel(_Section, frozen=True, kw_only=True):
         return self.repairs[[each.name for each in self.repairs].index(name)]
 
 
-class Row(_Section, frozen=True, kw_only=True):
-    """One row of a record, in the words of its source, and what it is in the model."""
-
-    component: Words
-    category: Words
-    count: Count
-    class_: ClassName | dict[ClassName, Count] = msgspec.field(name="class")
-    """The class; or several, with how many of the row each of them was."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many of each class."""
-        return {self.class_: self.count} if isinstance(self.class_, str) else dict(self.class_)
-
-    def __post_init__(self) -> None:
-        total = sum(self.counts.values())
-        if total != self.count:
-            raise ValueError(f"classes of {self.component!r} sum to {total}, count is {self.count}")
-
-
-class FaultRecord(_Sourced, frozen=True, kw_only=True):
-    """A record file: what interrupted a run, counted."""
-
-    kind: Literal["FaultRecord"]
-    api_version: Literal["holdfast.dev/v1alpha1"] = "holdfast.dev/v1alpha1"
-    name: ClassName
-    model: ClassName
-    """The model whose classes the rows name."""
-    days: Annotated[float, msgspec.Meta(gt=0, le=36_525)]
-    gpus: Positive
-    rows: Annotated[tuple[Row, ...], msgspec.Meta(min_length=1, max_length=256)]
-    notes: tuple[Words, ...] = ()
-
-    def checked(self, model: FaultModel) -> Self:
-        """Return the record itself, if it is of this model and that has all of its classes.
-
-        Raises:
-            ModelError: naming the first that it has not.
-        """
-        if self.model != model.name:
-            raise ModelError(
-                f"record {self.name!r} is of model {self.model!r}, expected {model.name!r}",
-                "hand in the model that its rows name classes of",
-            )
-        known = {each.name for each in model.classes}
-        for index, row in enumerate(self.rows):
-            for name in row.counts:
-                if name not in known:
-                    raise missing(f"rows[{index}] ({row.component!r})", "class", name, known)
-        return self
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many of each class, in the order of the rows."""
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            for name, count in row.counts.items():
-                counts[name] = counts.get(name, 0) + count
-        return counts
-
-
 def _require_once(what: str, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
             raise ModelError(f"{what} {name!r} is there twice", "rename or remove one of the two")
         seen.add(name)
-
-
-def missing(where: str, what: str, name: str, known: Iterable[str]) -> ModelError:
-    """Return the error for a name that is not there, with the nearest one that is."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, 1, 0.4)
-    return ModelError(
-        f"{where}: there is no {what} {name!r}",
-        f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names[:12]) or 'none'}",
-    )

@@ -12,7 +12,9 @@ from orchestrator import compose, document
 from orchestrator.faults.cluster import Cluster
 from orchestrator.faults.draw import draw, replay
 from orchestrator.faults.expected import expected
-from orchestrator.faults.model import FaultModel, FaultRecord, ModelError
+from orchestrator.faults.model import FaultModel
+from orchestrator.faults.record import FaultRecord
+from orchestrator.faults.sections import ModelError
 
 MODEL_TEXT = """
 kind: FaultModel

@@ -18,8 +18,10 @@ from orchestrator.faults import draw as drawing
 from orchestrator.faults.arrivals import Clock
 from orchestrator.faults.cluster import Cluster
 from orchestrator.faults.draw import draw, replay, scaled_counts
-from orchestrator.faults.model import FaultModel, FaultRecord, ModelError
+from orchestrator.faults.model import FaultModel
+from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.schedule import NAMES, Schedule
+from orchestrator.faults.sections import ModelError
 from orchestrator.policy.arithmetic import spares_poisson
 
 MODEL = compose.packaged_model()

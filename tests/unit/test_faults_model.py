@@ -11,8 +11,9 @@ import pytest
 from orchestrator import compose, document
 from orchestrator.faults.cluster import Cluster
 from orchestrator.faults.expected import expected
-from orchestrator.faults.model import FaultModel, FaultRecord
+from orchestrator.faults.model import FaultModel
 from orchestrator.faults.quantities import rate, ratios, span_s, spread
+from orchestrator.faults.record import FaultRecord
 
 CLASS: dict[str, Any] = {
     "name": "gpu-fault",

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.agent import linux, pulse
-from orchestrator.agent.account import STEPPED, Account
+from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel, RefusedError
 from orchestrator.agent.durable import DurableTier
-from orchestrator.agent.exits import exited
+from orchestrator.agent.hearing import Hearing
 from orchestrator.agent.injection import Injection
 from orchestrator.agent.keeper import Keeper
-from orchestrator.agent.live import LiveRank
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.parking import Parking
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
-from orchestrator.agent.shards import MalformedError
 from orchestrator.agent.voice import Voice
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Rank
@@ -38,22 +36,13 @@ from orchestrator.protocol.messages import (
     CarryOut,
     Farewell,
     Fence,
-    RanksTroubled,
-    RendezvousOffered,
     Retain,
     ToAgent,
     Welcome,
 )
 from orchestrator.protocol.rank import (
-    Died,
-    Finished,
-    FromRank,
     JobAhead,
-    Offer,
-    Reached,
     SlotFreed,
-    Staged,
-    Troubled,
 )
 from orchestrator.protocol.timeouts import Timeouts, derive
 from storage.errors import UnsupportedUriError
@@ -66,7 +55,6 @@ EXIT_REFUSED = 77
 """EX_NOPERM: the controller does not take our token."""
 DEFAULTS = derive(10.0, 600.0)
 """Bounds to go by before a controller has said which."""
-ADDRESS_MAX = 256
 LOOK_S = 0.5
 """Beacons are read at least this often; they keep 256 steps, so none of 2 ms is missed."""
 SWEEP_S = 2.0
@@ -88,13 +76,7 @@ class Node:
         self._account = Account()
         self._keeper = Keeper(memory.path, token=config.token, host=config.host)
         self._keeper.on_freed = self._freed
-        self._ranks = Ranks(
-            nursery,
-            memory=memory.path,
-            idle_log=Path(config.work) / "parked.log",
-            heard=self._heard,
-            ended=self._ended,
-        )
+        self._ranks = Ranks(nursery, memory=memory.path, idle_log=Path(config.work) / "parked.log")
         # One beside those with seats; on a node without, one for every seat there could be.
         self._parking = Parking(self._ranks, lambda: 1 if self._account.ranks else config.ranks)
         self._channel = Channel(
@@ -107,6 +89,16 @@ class Node:
         self._keeper.on_held = self._voice.say_held
         self._seating = Seating(config, self._ranks, self._keeper, self._account, self._voice.say)
         self._saving = Saving(config.node, self._ranks, self._keeper, self._voice.say)
+        self._hearing = Hearing(
+            self._ranks,
+            keeper=self._keeper,
+            account=self._account,
+            parking=self._parking,
+            saving=self._saving,
+            say=self._voice.say,
+            start=self._start,
+        )
+        self._ranks.on_heard, self._ranks.on_ended = self._hearing.heard, self._hearing.ended
         self._injection = Injection(
             config.node,
             memory=memory,
@@ -301,70 +293,6 @@ class Node:
         if self._entering is not None:
             self._entering.cancel()
         self._entering = self._start(work)
-
-    # Ranks --------------------------------------------------------------------------------------
-
-    def _heard(self, live: LiveRank, message: FromRank) -> None:
-        """Take in what a process says; only news of the present generation counts."""
-        seat = live.seat
-        if isinstance(message, Died) or seat is None or live.aborted:
-            return
-        if not message.generation == seat.generation == self._account.generation:
-            return
-        match message:
-            case Offer(address=address):
-                if seat.rank == 0 and address[:ADDRESS_MAX] != self._account.offered:
-                    self._account.offered = address[:ADDRESS_MAX]
-                    self._voice.say(
-                        RendezvousOffered(generation=seat.generation, address=address[:ADDRESS_MAX])
-                    )
-            case Reached(mark=mark):
-                self._reached(seat.rank, mark)
-            case Staged():
-                self._staged(live, seat.rank, message)
-            case Troubled(message=text):
-                self._voice.say(
-                    RanksTroubled(
-                        generation=seat.generation, ranks=(seat.rank,), message=text[:2000]
-                    )
-                )
-            case Finished(step=step, lanes=lanes):
-                fact = self._account.rank_finished(seat.rank, step, lanes)
-                if fact is not None:
-                    self._voice.say(fact)
-
-    def _reached(self, rank: Rank, mark: str) -> None:
-        fact = self._account.rank_reached(rank, mark)
-        if fact is None:
-            return
-        self._voice.say(fact)
-        if fact.mark == STEPPED:
-            self._saving.resumed()
-            # Not earlier: a process that warms up takes its time from those that recover.
-            self._start(self._parking.refill())
-
-    def _staged(self, live: LiveRank, rank: Rank, message: Staged) -> None:
-        try:
-            self._keeper.staged(rank, message)
-        except MalformedError as error:
-            self._ranks.break_off(live, f"staged what is no shard: {error}")
-            return
-        self._saving.save(rank, message)
-
-    def _ended(self, live: LiveRank, code: int) -> None:
-        seat = live.seat
-        if seat is None:
-            if not live.dismissed:
-                self._start(self._parking.replace(live, code))
-            return
-        pulse.collect_from(self._account, live)
-        if live.ended_as_told(code):
-            return
-        if live.left and self._account.has_finished(seat.rank):
-            log.info("rank %d ended with %d after it was done", seat.rank, code)
-            return
-        log.warning("rank %d (process %d) ended with %d", seat.rank, live.pid, code)
-        self._voice.say(exited(live, code))
 
     # Memory -------------------------------------------------------------------------------------
 

@@ -46,22 +46,17 @@ class Ranks:
         nursery: forks them.
         memory: this node's folder in shared memory: beacons, and the ranks' staging slots.
         idle_log: what a process prints before it has a seat is appended here.
-        heard: called with every message of a process.
-        ended: called when a process has ended, with its exit code, before it is closed.
+
+    Attributes:
+        on_heard: called with every message of a process.
+        on_ended: called when a process has ended, with its exit code, before it is closed.
     """
 
-    def __init__(
-        self,
-        nursery: Nursery,
-        *,
-        memory: Path,
-        idle_log: Path,
-        heard: Callable[[LiveRank, FromRank], None],
-        ended: Callable[[LiveRank, int], None],
-    ) -> None:
+    def __init__(self, nursery: Nursery, *, memory: Path, idle_log: Path) -> None:
+        self.on_heard: Callable[[LiveRank, FromRank], None] = lambda _, __: None
+        self.on_ended: Callable[[LiveRank, int], None] = lambda _, __: None
         self._nursery = nursery
         self._memory, self._idle_log = memory, idle_log
-        self._heard, self._on_end = heard, ended
         self._all: dict[int, LiveRank] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._forking: set[asyncio.Task[None]] = set()
@@ -259,7 +254,7 @@ class Ranks:
 
         def heard(message: FromRank) -> None:
             live.hear(message)
-            self._heard(live, message)
+            self.on_heard(live, message)
 
         live.control = Control(ours, heard, lambda reason: self.break_off(live, reason))
         self._all[pid] = live
@@ -287,7 +282,7 @@ class Ranks:
         assert code is not None, "a process descriptor is readable only once its process has ended"
         del self._all[live.pid]
         try:
-            self._on_end(live, code)
+            self.on_ended(live, code)
         finally:
             live.left = True
             live.out.set()

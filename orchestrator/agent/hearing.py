@@ -1,0 +1,115 @@
+"""Takes in what the processes of a node say, and how they end: what of it is news, and for whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from orchestrator.agent import pulse
+from orchestrator.agent.account import STEPPED, Account
+from orchestrator.agent.exits import exited
+from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.live import LiveRank
+from orchestrator.agent.parking import Parking
+from orchestrator.agent.ranks import Ranks
+from orchestrator.agent.saving import Saving
+from orchestrator.agent.shards import MalformedError
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.messages import Fact, RanksTroubled, RendezvousOffered
+from orchestrator.protocol.rank import Died, Finished, FromRank, Offer, Reached, Staged, Troubled
+
+log = logging.getLogger(__name__)
+ADDRESS_MAX = 256
+
+
+class Hearing:
+    """One node's.
+
+    Args:
+        ranks: its processes.
+        keeper: its memory.
+        account: what it has to say.
+        parking: has others stand by.
+        saving: takes shards on from memory.
+        say: sends a fact, and keeps it.
+        start: runs what may wait.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        keeper: Keeper,
+        account: Account,
+        parking: Parking,
+        saving: Saving,
+        say: Callable[[Fact], None],
+        start: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self._ranks, self._keeper, self._account = ranks, keeper, account
+        self._parking, self._saving = parking, saving
+        self._say, self._start = say, start
+
+    def heard(self, live: LiveRank, message: FromRank) -> None:
+        """Take in what a process says; only news of the present generation counts."""
+        seat = live.seat
+        if isinstance(message, Died) or seat is None or live.aborted:
+            return
+        if not message.generation == seat.generation == self._account.generation:
+            return
+        match message:
+            case Offer(address=address):
+                if seat.rank == 0 and address[:ADDRESS_MAX] != self._account.offered:
+                    self._account.offered = address[:ADDRESS_MAX]
+                    self._say(
+                        RendezvousOffered(generation=seat.generation, address=address[:ADDRESS_MAX])
+                    )
+            case Reached(mark=mark):
+                self._reached(seat.rank, mark)
+            case Staged():
+                self._staged(live, seat.rank, message)
+            case Troubled(message=text):
+                self._say(
+                    RanksTroubled(
+                        generation=seat.generation, ranks=(seat.rank,), message=text[:2000]
+                    )
+                )
+            case Finished(step=step, lanes=lanes):
+                fact = self._account.rank_finished(seat.rank, step, lanes)
+                if fact is not None:
+                    self._say(fact)
+
+    def _reached(self, rank: Rank, mark: str) -> None:
+        fact = self._account.rank_reached(rank, mark)
+        if fact is None:
+            return
+        self._say(fact)
+        if fact.mark == STEPPED:
+            self._saving.resumed()
+            # Not earlier: a process that warms up takes its time from those that recover.
+            self._start(self._parking.refill())
+
+    def _staged(self, live: LiveRank, rank: Rank, message: Staged) -> None:
+        try:
+            self._keeper.staged(rank, message)
+        except MalformedError as error:
+            self._ranks.break_off(live, f"staged what is no shard: {error}")
+            return
+        self._saving.save(rank, message)
+
+    def ended(self, live: LiveRank, code: int) -> None:
+        """Take in how a process ended; news if a seat of the present generation lost it."""
+        seat = live.seat
+        if seat is None:
+            if not live.dismissed:
+                self._start(self._parking.replace(live, code))
+            return
+        pulse.collect_from(self._account, live)
+        if live.ended_as_told(code):
+            return
+        if live.left and self._account.has_finished(seat.rank):
+            log.info("rank %d ended with %d after it was done", seat.rank, code)
+            return
+        log.warning("rank %d (process %d) ended with %d", seat.rank, live.pid, code)
+        self._say(exited(live, code))

@@ -16,7 +16,7 @@ import yaml
 
 from orchestrator.core.report import Report
 from orchestrator.worlds.folder import RunFolder
-from orchestrator.worlds.machine import memory_of
+from orchestrator.worlds.memory import memory_of
 
 REPOSITORY = Path(__file__).parent.parent
 HEEDING = ("env", "--default-signal=INT,TERM,HUP")

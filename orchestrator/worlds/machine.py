@@ -7,10 +7,9 @@ leaves lost nodes lost.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import xxhash
 
 from orchestrator.agent import linux
 from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
@@ -27,8 +25,8 @@ from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.memory import RunMemory, sweep
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is kept there is what must not touch a disk
 RESTARTS_MAX = 20
 """Failures of one agent, after which its node counts as broken and is left alone."""
 
@@ -40,18 +38,13 @@ AGAIN_S = 1.0
 
 STRAYS_S = 0.02
 """While killed orphans are awaited, they are looked for this often."""
+log = logging.getLogger("holdfast.supervisor")
 
 
 def node_names(run: TrainingRun) -> tuple[NodeId, ...]:
     """Return the names of all nodes of a local run, spares last."""
     nodes = run.spec.nodes
     return tuple(NodeId(f"node-{index}") for index in range(nodes.count + nodes.spares))
-
-
-class MemoryNotOursError(Exception):
-    """The place of the nodes' memory is taken by something that others can replace."""
-
-    hint = "Remove it, or give the run another folder with --out: the name follows from that."
 
 
 @dataclass(slots=True)
@@ -106,17 +99,22 @@ class Machine:
         """Orphans that were killed and are still there."""
         self._spared: set[int] = set()
         """Children that this process had before; it may have been put in a shell's place."""
-        self._claimed = False
-        self.memory = memory_of(folder)
+        self._memory = RunMemory(folder)
 
     def start(self) -> None:
         """Start every node; adopt what their agents leave behind when they are killed.
+
+        First frees what dead runs still have of this machine's memory.
 
         Raises:
             MemoryNotOursError: if others could replace the memory of the nodes.
             OSError: if an agent can not be started.
         """
-        self._claim_memory()
+        self._memory.claim()
+        try:
+            sweep()
+        except OSError as error:
+            log.warning("memory that dead runs may have left stays: %s", error)
         self._spared = set(linux.children())
         linux.adopt_orphans()
         for node in node_names(self._run):
@@ -181,18 +179,7 @@ class Machine:
         deadline = time.monotonic() + t.kill_s
         while linux.end_strays(self._spared | self._pids()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if self._claimed:
-            shutil.rmtree(self.memory, ignore_errors=True)
-
-    def _claim_memory(self) -> None:
-        """Make the folder for the memory of all nodes; its name can be guessed by anybody."""
-        with contextlib.suppress(FileExistsError):
-            self.memory.mkdir(mode=0o700)
-        status = self.memory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise MemoryNotOursError(f"expected a folder of user {os.getuid()}: {self.memory}")
-        self.memory.chmod(0o700)
-        self._claimed = True
+        self._memory.remove()
 
     def _pids(self) -> set[int]:
         return {agent.child.pid for agent in self._agents.values()}
@@ -227,7 +214,7 @@ class Machine:
             controller_file=str(self._folder.address),
             entrypoint=self._run.spec.trainer.entrypoint,
             ranks=self._run.spec.nodes.ranks_per_node,
-            memory=str(self.memory / node),
+            memory=str(self._memory.path / node),
             work=str(work),
             logs=str(self._folder.logs),
         )
@@ -254,11 +241,6 @@ class Machine:
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(msgspec.json.encode(config))
         return _Agent(node, incarnation, child, ended, time.monotonic())
-
-
-def memory_of(folder: RunFolder) -> Path:
-    """Return the folder in shared memory of a run's nodes: one name per run folder and user."""
-    return SHARED_MEMORY / f"holdfast-{os.getuid()}-{xxhash.xxh3_64_hexdigest(bytes(folder.root))}"
 
 
 class _Born(msgspec.Struct, frozen=True):

@@ -23,7 +23,8 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import derive
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.local import LocalWorld
-from orchestrator.worlds.machine import RESTARTS_MAX, memory_of
+from orchestrator.worlds.machine import RESTARTS_MAX
+from orchestrator.worlds.memory import memory_of
 from orchestrator.worlds.vault import Vault
 from tests.runs import REPOSITORY, Job, steps_job
 
@@ -41,10 +42,15 @@ Make = Callable[..., Job]
 def job(tmp_path: Path) -> Iterator[Make]:
     made: list[Job] = []
 
-    def make(*faults: dict[str, Any], options: dict[str, Any] | None = None, **changes: Any) -> Job:
+    def make(
+        *faults: dict[str, Any],
+        options: dict[str, Any] | None = None,
+        root: str = "job",
+        **changes: Any,
+    ) -> Job:
         if options:
             changes["trainer__options"] = steps_job()["spec"]["trainer"]["options"] | options
-        made.append(Job(tmp_path / "job", steps_job(**changes), list(faults)))
+        made.append(Job(tmp_path / root, steps_job(**changes), list(faults)))
         # The mark of a folder that a run had before.
         made[-1].folder.nodes.mkdir(parents=True)
         made[-1].folder.supervisor_lock.touch()
@@ -272,6 +278,29 @@ def test_memory_that_others_can_replace_is_refused_and_left_as_it_is(job: Make, 
             memory.rmdir()
         else:
             memory.unlink(missing_ok=True)
+
+
+def test_memory_of_a_run_that_was_killed_and_removed_is_freed_by_the_next_run(job: Make) -> None:
+    dead, alive, short = (job(root=name) for name in ("dead", "alive", "short"))
+    for one in (dead, alive):
+        one.run["spec"]["trainer"]["steps"] = one.run["spec"]["trainer"]["options"]["steps"] = 9999
+        one.start()
+    for one in (dead, alive):
+        until(
+            lambda one=one: len(agents(one)) == len(NODES) and one.folder.rank_log(3).exists(), one
+        )
+        # Of the one run nobody lives, of the other nobody but its agents and their ranks.
+        one.started.kill()  # type: ignore[union-attr]
+        one.finish()
+    dead.close()
+    shutil.rmtree(dead.folder.root)
+
+    code, report = short.conduct()
+
+    assert code == 0, report.reason
+    assert not memory_of(dead.folder).exists()
+    assert len(list(memory_of(alive.folder).iterdir())) == len(NODES)
+    assert agents(alive)
 
 
 # More descriptors than select() knows -------------------------------------------------------------

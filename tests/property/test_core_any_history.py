@@ -25,7 +25,9 @@ from orchestrator.protocol.messages import (
     NodeUnusable,
     PreparationFailed,
     RanksTroubled,
+    Receipt,
     RendezvousOffered,
+    ShardsWritten,
 )
 from tests.conftest import Cluster
 
@@ -48,7 +50,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("unusable"), NODES),
     st.tuples(st.just("offer"), NODES),
     st.tuples(st.just("commit"), st.integers(0, 30)),
-    st.tuples(st.just("commit-failed"), st.integers(0, 30)),
+    st.tuples(st.just("commit-failed"), st.integers(0, 30), st.booleans()),
+    st.tuples(st.just("written"), NODES, st.integers(0, 3), st.sets(st.integers(0, 1))),
     st.tuples(st.just("successor"), st.integers(2, 5)),
     st.tuples(st.just("outage"), st.floats(1, 2000)),
     st.tuples(st.just("silent"), NODES, st.integers(1, 80)),
@@ -106,9 +109,19 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, 
             cluster.tell(
                 CheckpointCommitted(at=cluster.at(), step=Step(step), epoch=generation, key=key)
             )
-        case ("commit-failed", step):
+        case ("commit-failed", step, again):
+            # One that is under way, if there is any: of others nothing is made.
+            failed = Step(max(state.committing, default=step))
             cluster.tell(
-                CommitFailed(at=cluster.at(), step=Step(step), epoch=generation, reason="full")
+                CommitFailed(
+                    at=cluster.at(), step=failed, epoch=generation, reason="full", again=again
+                )
+            )
+        case ("written", node, step, shards) if node in state.nodes:
+            receipts = tuple(Receipt(shard, 10, "d") for shard in sorted(shards))
+            cluster.say(
+                node,
+                ShardsWritten(generation=generation, step=Step(step), receipts=receipts, model="m"),
             )
         case ("successor", incarnation):
             cluster.tell(ControllerStarted(at=cluster.at(), incarnation=incarnation))

@@ -150,9 +150,11 @@ def describe(
     run: RunOption = None,
 ) -> None:
     """Tell everything about one thing: evidence, decision, cost, time line."""
-    from orchestrator.cli import describe
+    from orchestrator.cli import describe, runs
 
-    typer.echo(describe.describe(what, name, run))
+    text, damage = describe.describe(what, name, run)
+    typer.echo(text)
+    runs.require_whole(damage)
 
 
 @app.command()
@@ -164,12 +166,13 @@ def report(
     ] = None,
 ) -> None:
     """Tell what became of a run: digests, ledger, incidents."""
-    from orchestrator.cli import reporting
+    from orchestrator.cli import reporting, runs
 
-    text, told = reporting.show(run, output)
+    shown = reporting.show(run, output)
     if file is not None:
-        reporting.write(told, file)
-    typer.echo(text)
+        reporting.write(shown.told, file)
+    typer.echo(shown.text)
+    runs.require_whole(shown.damage)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from orchestrator.cli.history import History
 from orchestrator.cli.incident import incident_lines
 from orchestrator.cli.reporting import fault_line
 from orchestrator.cli.tables import grid
+from orchestrator.core.journal import JournalError
 from orchestrator.core.report import fault_reports
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Step
@@ -20,12 +21,12 @@ SHOWN_MAX = 10
 """Rows of a section; the lists of `holdfast get` are complete."""
 
 
-def describe(what: str, name: str | None, run: str | None) -> str:
-    """Return everything about one thing, in words.
+def describe(what: str, name: str | None, run: str | None) -> tuple[str, JournalError | None]:
+    """Return everything about one thing, in words, and what is wrong with its journal.
 
     Raises:
         CliError: if there is no such kind, run or thing.
-        JournalError: if the journal is damaged.
+        JournalError: if nothing of the journal can be trusted.
     """
     kinds = ("run", "incident", "node", "checkpoint")
     if what.removesuffix("s") not in kinds:
@@ -36,18 +37,24 @@ def describe(what: str, name: str | None, run: str | None) -> str:
     folder = runs.folder_of(name if what == "run" and name is not None else run)
     history = History()
     follower = Follower(folder, lambda entry: history.take(entry, follower.state))
-    state = runs.state_of(follower)
+    state, damage = runs.state_of(follower)
     name = name.partition("/")[2] or name if name else None  # `get -o name` prints kind/name
-    match what:
-        case "run":
-            lines = run_lines(follower, state)
-        case "incident":
-            lines = incident_lines(_incident_named(state, name, folder.root.name), state, history)
-        case "node":
-            lines = node_lines(_node_named(state, name, folder.root.name), state, history)
-        case _:
-            lines = checkpoint_lines(_step_named(state, name, folder.root.name), state, history)
-    return units.printable("\n".join(lines))
+    where = folder.root.name
+    try:
+        match what:
+            case "run":
+                lines = run_lines(follower, state)
+            case "incident":
+                lines = incident_lines(_incident_named(state, name, where), state, history)
+            case "node":
+                lines = node_lines(_node_named(state, name, where), state, history)
+            case _:
+                lines = checkpoint_lines(_step_named(state, name, where), state, history)
+    except CliError:
+        # It may stand behind the damage.
+        runs.require_whole(damage)
+        raise
+    return units.printable("\n".join(lines)), damage
 
 
 # A run ----------------------------------------------------------------------------------------

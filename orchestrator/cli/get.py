@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import typer
 
@@ -14,9 +15,19 @@ from orchestrator.cli.errors import unknown
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.listing import EVENT_COLUMNS, KINDS, RUN, Events, run_rows
 from orchestrator.cli.tables import Kind, rendered
+from orchestrator.core.journal import JournalError
 
 WATCH_EVERY_S = 1.0
 CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+
+
+class Look(NamedTuple):
+    """A list at one moment."""
+
+    text: str
+    over: bool = False
+    """Whether it will not change any more."""
+    damage: JournalError | None = None
 
 
 def get(
@@ -26,13 +37,13 @@ def get(
 
     Raises:
         CliError: if there is no such kind or run.
-        JournalError: if the journal is damaged.
+        JournalError: if nothing of the journal can be trusted.
     """
     name = what if what.endswith("s") else f"{what}s"
     if name not in (*KINDS, "events"):
         raise unknown("kind", what, (*KINDS, "events"), "holdfast get")
     if name == "runs" and run is None:
-        _show(lambda: (rendered(RUN.name, RUN.columns, run_rows(), output), False), watch=watch)
+        _show(lambda: Look(rendered(RUN.name, RUN.columns, run_rows(), output)), watch=watch)
         return
     if name == "events":
         events = Events(tail or None, periodic=periodic)
@@ -42,27 +53,24 @@ def get(
         follower = Follower(runs.folder_of(run))
         kind = KINDS[name]
 
-    def look() -> tuple[str, bool]:
-        state = runs.state_of(follower)
+    def look() -> Look:
+        state, damage = runs.state_of(follower)
         text = rendered(kind.name, kind.columns, kind.rows(state, follower.folder), output)
-        return text, state.phase.final
+        return Look(text, over=state.phase.final, damage=damage)
 
     _show(look, watch=watch)
 
 
-def _show(look: Callable[[], tuple[str, bool]], *, watch: bool) -> None:
+def _show(look: Callable[[], Look], *, watch: bool) -> None:
     """Print what `look` returns; with `watch` again when it changes, until it says it is over."""
-    text, over = look()
-    if not watch:
-        typer.echo(text)
-        return
-    clear = CLEAR if sys.stdout.isatty() else ""
+    clear = CLEAR if watch and sys.stdout.isatty() else ""
     shown = None
     while True:
-        if text != shown:
-            typer.echo(f"{clear}{text}")
-            shown = text
-        if over:
+        seen = look()
+        if seen.text != shown:
+            typer.echo(f"{clear}{seen.text}")
+            shown = seen.text
+        runs.require_whole(seen.damage)
+        if seen.over or not watch:
             return
         time.sleep(WATCH_EVERY_S)
-        text, over = look()

@@ -20,12 +20,14 @@ from orchestrator.worlds.folder import RunFolder
 
 
 def run_rows() -> list[Row]:
-    """Return all runs, the newest first; one whose journal can not be read says why."""
+    """Return all runs, the newest first; one whose journal can not be trusted says why."""
     rows = []
     for folder in runs.folders():
         try:
             follower = Follower(folder)
-            rows.append(run_row(runs.state_of(follower), folder))
+            state, damage = runs.state_of(follower)
+            row = run_row(state, folder)
+            rows.append(row | {"state": "Damaged", "reason": str(damage)} if damage else row)
         except (CliError, OSError, ValueError) as error:
             rows.append(_unreadable(folder, error))
         except Exception as error:

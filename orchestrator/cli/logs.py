@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import typer
 
 from orchestrator.cli import runs
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
+from orchestrator.core.journal import JournalError
+from orchestrator.protocol.runfile import TrainingRun
 
 LOOK_EVERY_S = 0.2
 BLOCK_BYTES = 1 << 16
@@ -18,33 +21,51 @@ BLOCK_BYTES = 1 << 16
 def logs(run: str | None, rank: int, *, follow: bool, tail: int | None) -> None:
     """Print the output of a rank; with `follow` also what comes, until the run is over.
 
+    What a rank printed does not depend on the journal: a damaged one is told of at the end.
+
     Raises:
-        CliError: if the run has no such rank, or the rank has not printed anything.
-        JournalError: if the journal is damaged.
+        CliError: if the run has no such rank, the rank has not printed anything, or the journal
+            can not tell everything.
+        JournalError: if nothing of the journal can be trusted.
         OSError: if the file can not be read.
     """
     follower = Follower(runs.folder_of(run))
-    state = runs.state_of(follower)
-    if not 0 <= rank < state.run.world_size:
+    run_read, wrong = _run_of(follower)
+    if not 0 <= rank < run_read.world_size:
         raise CliError(
-            f"rank is {rank}, expected 0 to {state.run.world_size - 1}: {state.run.metadata.name}",
+            f"rank is {rank}, expected 0 to {run_read.world_size - 1}: {run_read.metadata.name}",
             "`holdfast get ranks` shows where they are",
             Exit.USAGE,
         )
     path = follower.folder.rank_log(rank)
-    if not path.exists() and not follow:
+    if not path.exists() and wrong is None and not follow:
         raise CliError(
             f"rank {rank} has not printed anything: {path}",
             "it prints once it has its seat; `-f` waits for it",
         )
     position = _printed_from(path, _tail_start(path, tail))
+    if wrong is not None:
+        raise wrong
     while follow:
-        over = state.phase.final
+        state, damage = runs.state_of(follower)
         position = _printed_from(path, position)
-        if over:
+        runs.require_whole(damage)
+        if state.phase.final:
             return
         time.sleep(LOOK_EVERY_S)
-        state = runs.state_of(follower)
+
+
+def _run_of(follower: Follower) -> tuple[TrainingRun, Exception | None]:
+    """Return whose logs these are, and what is wrong with the journal that should tell."""
+    try:
+        state, damage = runs.state_of(follower)
+    except (CliError, JournalError) as error:
+        try:
+            read = follower.folder.run_file.read_bytes()
+            return msgspec.json.decode(read, type=TrainingRun), error
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            raise error from None
+    return state.run, damage
 
 
 def _printed_from(path: Path, position: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -12,7 +13,9 @@ from orchestrator.cli import runs, story, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError
+from orchestrator.cli.follow import Follower
 from orchestrator.core import journal
+from orchestrator.core.journal import JournalError
 from orchestrator.core.report import FaultReport, IncidentReport, Report, report
 from orchestrator.worlds.folder import RunFolder
 
@@ -47,17 +50,26 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def show(run: str | None, form: Form) -> tuple[str, Report]:
-    """Return the report of a run, as text and as data.
+class Shown(NamedTuple):
+    """The report of a run, as text and as data."""
+
+    text: str
+    told: Report
+    damage: JournalError | None
+    """What is wrong with the journal, if it tells more than could be trusted."""
+
+
+def show(run: str | None, form: Form) -> Shown:
+    """Return the report of a run.
 
     Raises:
         CliError: if there is no such run.
-        JournalError: if its journal is damaged.
+        JournalError: if nothing of its journal can be trusted.
     """
-    _, state = runs.follow(run)
+    state, damage = runs.state_of(Follower(runs.folder_of(run)))
     told = report(state)
     text = as_json(told).decode().rstrip("\n") if form is Form.JSON else words(told)
-    return text, told
+    return Shown(text, told, damage)
 
 
 def words(told: Report) -> str:

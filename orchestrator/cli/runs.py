@@ -8,6 +8,7 @@ import msgspec
 
 from orchestrator.cli.errors import CliError, unknown
 from orchestrator.cli.follow import Follower
+from orchestrator.core.journal import JournalError, JournalVersionError
 from orchestrator.core.state import RunState
 from orchestrator.protocol.agent import ControllerAddress
 from orchestrator.worlds.folder import RunFolder, find, home
@@ -52,27 +53,37 @@ def folder_of(name: str | None) -> RunFolder:
         raise unknown("run", name, known, str(home())) from None
 
 
-def follow(name: str | None) -> tuple[Follower, RunState]:
-    """Return a follower of a run that has read all there is, and the run's state.
+def state_of(follower: Follower) -> tuple[RunState, JournalError | None]:
+    """Return the state after reading all that can be trusted, and what is wrong behind that.
 
     Raises:
-        CliError: if there is no such run, or its journal is empty.
-        JournalError: if the journal is damaged.
+        CliError: if there is nothing to read.
+        JournalError: if the journal can not be trusted from its first line on, or is of another
+            version.
     """
-    follower = Follower(folder_of(name))
-    return follower, state_of(follower)
-
-
-def state_of(follower: Follower) -> RunState:
-    """Return the state after reading all there is. Raises CliError if there is none."""
-    state = follower.poll()
+    damage = None
+    try:
+        follower.poll()
+    except JournalVersionError:
+        raise
+    except JournalError as error:
+        if follower.state is None:
+            raise
+        damage = error
+    state = follower.state
     if state is None:
         why = follower.torn or "it is empty"
         raise CliError(
             f"no header in the journal, {why}: {follower.folder.journal}",
             "the run ended before it began; start it again",
         )
-    return state
+    return state, damage
+
+
+def require_whole(damage: JournalError | None) -> None:
+    """Say, once all that can be told was told, that there is more. Raises CliError then."""
+    if damage is not None:
+        raise CliError(f"{damage}; what the lines before it tell is all that is shown", damage.hint)
 
 
 def controller_pid(folder: RunFolder) -> int | None:

@@ -28,7 +28,9 @@ def stop(run: str | None, wait_s: float) -> str:
         JournalError: if its journal is damaged.
     """
     follower = Follower(runs.folder_of(run))
-    state = runs.state_of(follower)
+    state, damage = runs.state_of(follower)
+    # Its end could not be read: to ask for it would be to wait for nothing.
+    runs.require_whole(damage)
     name = state.run.metadata.name
     if state.phase.final:
         return f"{name} had already ended: {state.end_state}, {state.end_reason}"
@@ -41,7 +43,8 @@ def _await_end(follower: Follower, wait_s: float) -> RunState:
     """Wait until the run is over, for as long as somebody seems to be running it."""
     began = seen = time.monotonic()
     while True:
-        state = runs.state_of(follower)
+        state, damage = runs.state_of(follower)
+        runs.require_whole(damage)
         if state.phase.final:
             return state
         name = state.run.metadata.name

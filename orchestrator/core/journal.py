@@ -142,6 +142,12 @@ def _lines(data: bytes) -> Iterator[bytes]:
         start = end
 
 
+def _shown(checksum: bytes) -> str:
+    """Return what stands in the place of a checksum, for a message."""
+    text = checksum[:16].decode("ascii", "replace")
+    return text if text.isalnum() else repr(text)
+
+
 def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
     """Return the record of one line, newline included; or None and what is wrong with it.
 
@@ -153,7 +159,7 @@ def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
     checksum, _, body = raw[:-1].partition(b" ")
     actual = xxhash.xxh3_64_hexdigest(body).encode()
     if checksum != actual:
-        return None, f"checksum is {actual.decode()}, the line says {checksum[:16]!r}"
+        return None, f"checksum is {actual.decode()}, the line says {_shown(checksum)}"
     try:
         return _decoder.decode(body), ""
     except msgspec.DecodeError as error:

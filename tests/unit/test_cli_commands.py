@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -629,6 +630,48 @@ def _folder_instead(folder: RunFolder) -> None:
     folder.journal.mkdir()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shows"),
+    [
+        (("get", "nodes"), "node-1"),
+        (("get", "ranks", "--watch"), "node-0"),
+        (("get", "events"), "ControllerStarted"),
+        (("describe", "run"), "Name:         demo"),
+        (("describe", "node", "node-1"), "Joined:"),
+        (("report",), "Run:            demo"),
+        (("logs",), "said by rank 0"),
+        (("logs", "-f"), "said by rank 0"),
+    ],
+)
+def test_what_a_journal_says_before_a_damaged_line_is_shown_and_the_damage_told(
+    arguments: tuple[str, ...], shows: str, demo: RunFolder
+) -> None:
+    demo.rank_log(0).write_text("said by rank 0\n")
+    lines = demo.journal.read_bytes().splitlines(keepends=True)
+    lines[30] = b"0123456789abcdef" + lines[30][16:]
+    demo.journal.write_bytes(b"".join(lines))
+
+    result = holdfast(*arguments)
+
+    assert result.exit_code == 1
+    assert shows in result.stdout
+    assert "line 31 is damaged: checksum is " in result.stderr
+    assert "the line says 0123456789abcdef, " in result.stderr
+    assert str(demo.journal) in result.stderr
+    assert "\nhint: " in result.stderr
+
+
+def test_a_run_with_a_damaged_line_is_listed_as_far_as_it_can_be_told(demo: RunFolder) -> None:
+    lines = demo.journal.read_bytes().splitlines(keepends=True)
+    lines[30] = b"0123456789abcdef" + lines[30][16:]
+    demo.journal.write_bytes(b"".join(lines))
+
+    (row,) = json.loads(told("get", "runs", "-o", "json"))
+
+    assert (row["name"], row["state"], row["ranks"]) == ("demo", "Damaged", 4)
+    assert "line 31 is damaged" in row["reason"]
+
+
 @pytest.mark.parametrize("damage", [_flip, _empty, _other_file, _folder_instead])
 @pytest.mark.parametrize("arguments", READING)
 def test_a_journal_that_can_not_be_read_is_one_message_and_a_hint(
@@ -639,6 +682,21 @@ def test_a_journal_that_can_not_be_read_is_one_message_and_a_hint(
     message, _ = refused(*arguments, code=1)
 
     assert str(demo.journal) in message
+
+
+@pytest.mark.parametrize("damage", [_empty, _other_file])
+def test_logs_are_shown_by_what_the_run_file_says_where_the_journal_says_nothing(
+    damage: Callable[[RunFolder], None], demo: RunFolder
+) -> None:
+    damage(demo)
+    demo.rank_log(3).write_text("said by rank 3\n")
+    demo.run_file.write_bytes(msgspec.json.encode(Cluster(RUN).run))
+
+    result = holdfast("logs", "--rank", "3")
+
+    assert (result.exit_code, result.stdout) == (1, "said by rank 3\n")
+    assert str(demo.journal) in result.stderr
+    assert "rank is 4, expected 0 to 3" in refused("logs", "--rank", "4", code=2)[0]
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")

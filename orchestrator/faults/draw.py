@@ -60,7 +60,7 @@ def draw(  # noqa: PLR0913 - each is one knob of an experiment
     scale = [factor * factors.get(each.name, 1.0) for each in model.classes]
     drawing = _drawing(model, cluster, days, rng)
     means = drawing.means(scale, step_s)
-    drawing.require_room(means)
+    drawing.require_room(means, scale)
     moments = drawing.moments(means, clock)
     return drawing.schedule(moments, [drawing.at_start(k, n) for k, n in enumerate(scale)])
 
@@ -98,7 +98,7 @@ def replay(  # noqa: PLR0913 - each is one knob of an experiment
     scale = [float(background and not e.interrupting and not e.planned) for e in model.classes]
     drawing = _drawing(model, cluster, days, rng)
     means = drawing.means(scale, step_s)
-    drawing.require_room([*means, *counts.values()])
+    drawing.require_room([*means, *counts.values()], scale)
     moments = [
         np.concatenate((moments, stream.uniform(0, drawing.window_s, counts.get(each.name, 0))))
         for each, moments, stream in zip(
@@ -147,9 +147,13 @@ class _Drawing:
             for each, times in zip(self.model.classes, scale, strict=True)
         ]
 
-    def require_room(self, means: list[float]) -> None:
+    def require_room(self, means: list[float], scale: list[float]) -> None:
         """Refuse to draw more faults than memory is meant for."""
-        if (total := sum(means)) > FAULTS_MAX:
+        begins = (
+            each.chance_at_start(times) * self.cluster.count(each.entity)
+            for each, times in zip(self.model.classes, scale, strict=True)
+        )
+        if (total := sum(means) + sum(begins)) > FAULTS_MAX:
             raise ModelError(
                 f"model {self.model.name!r} comes to {total:.3g} faults in {self.days:g} days of "
                 f"{self.cluster.gpus} GPUs, expected at most {FAULTS_MAX}",
@@ -187,7 +191,7 @@ class _Drawing:
     def at_start(self, kind: int, times: float) -> Places:
         """Draw the entities that have it from the start; each once."""
         fault, rng = self.model.classes[kind], self.streams[kind]
-        probability = min(fault.at_start * times, 1.0)
+        probability = fault.chance_at_start(times)
         if not probability:
             return np.empty(0, dtype=np.int64)
         count = self.cluster.count(fault.entity)

@@ -118,6 +118,10 @@ class FaultClass(Sourced, frozen=True, kw_only=True):
             return 0.0
         return 1.0 if self.effect in INTERRUPTS else self.fatal
 
+    def chance_at_start(self, times: float) -> float:
+        """Return the probability that an entity has it from the start, multiplied by `times`."""
+        return min(self.at_start * times, 1.0)
+
     @property
     def planned(self) -> bool:
         """Whether it is an operation, not a fault."""

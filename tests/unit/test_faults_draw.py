@@ -288,6 +288,8 @@ def test_54_days_are_drawn_in_well_under_a_second(gpus: int) -> None:
 def test_what_memory_is_not_meant_for_is_refused_before_it_is_drawn() -> None:
     with pytest.raises(ModelError, match=r"faults in 54 days of 16384 GPUs, expected at most"):
         drawn(0, factor=1e6)
+    with pytest.raises(ModelError, match=r"comes to 1.6\de\+07 faults in 0.001 days"):
+        drawn(0, Cluster(gpus=1 << 24), days=0.001, factors=QUIET | {"sdc-latent": 1e6})
 
 
 def test_a_clock_that_the_model_knows_nothing_of_is_refused() -> None:

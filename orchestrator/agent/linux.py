@@ -88,12 +88,16 @@ def children() -> list[int]:
     return sorted(found)
 
 
-def await_readable(descriptors: Iterable[int], within_s: float | None = None) -> None:
-    """Wait until one of `descriptors` is readable, at most `within_s` seconds; None for ever."""
+def await_readable(descriptors: Iterable[int], within_s: float | None = None) -> set[int]:
+    """Wait until one of `descriptors` is readable, at most `within_s` seconds; None for ever.
+
+    Returns:
+        Those that are.
+    """
     poll = select.poll()  # select() knows no descriptor above 1023
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
-    poll.poll(None if within_s is None else within_s * 1000)
+    return {ready for ready, _ in poll.poll(None if within_s is None else within_s * 1000)}
 
 
 def end_strays(spared: Iterable[int]) -> set[int]:

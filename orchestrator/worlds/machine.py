@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
@@ -24,6 +23,7 @@ from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds import born
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.memory import RunMemory, sweep
 
@@ -117,10 +117,11 @@ class Machine:
             log.warning("memory that dead runs may have left stays: %s", error)
         self._spared = set(linux.children())
         linux.adopt_orphans()
-        for node in node_names(self._run):
-            last = _Born.read(self._folder, node)
-            # An agent can outlive the command that started it; two on one node can not both be.
-            last.end(self._timeouts.terminate_s + self._timeouts.kill_s, self._timeouts.kill_s)
+        nodes = node_names(self._run)
+        # Agents can outlive the command that started them; two on one node can not both be.
+        born.end(born.living(self._folder, nodes), self._timeouts)
+        for node in nodes:
+            last = born.Born.read(self._folder, node)
             self._agents[node] = self._start(node, last.incarnation + 1)
 
     def look(self, others: Iterable[int] = ()) -> list[str]:
@@ -221,7 +222,7 @@ class Machine:
         with (work / "agent.log").open("ab") as log:
             child = subprocess.Popen(
                 # -P: what the user's folder has is not to stand in for modules of ours.
-                [sys.executable, "-P", "-m", "orchestrator.agent"],
+                [sys.executable, "-P", "-m", born.AGENT],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -232,7 +233,7 @@ class Machine:
         try:
             # First of all: should this command be killed here, one without a config ends by
             # itself, and one with a config is on record for the next command to end.
-            _Born.write(self._folder, node, incarnation, child.pid)
+            born.Born.write(self._folder, node, incarnation, child.pid)
             ended = os.pidfd_open(child.pid)
         except OSError:
             child.kill()
@@ -241,46 +242,3 @@ class Machine:
         with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(msgspec.json.encode(config))
         return _Agent(node, incarnation, child, ended, time.monotonic())
-
-
-class _Born(msgspec.Struct, frozen=True):
-    """On disk: the last agent that was started for a node."""
-
-    incarnation: int
-    pid: int
-    ticks: int
-    """Start of the process since boot: together with the number it names one process for good."""
-
-    @classmethod
-    def read(cls, folder: RunFolder, node: NodeId) -> _Born:
-        try:
-            return msgspec.json.decode((folder.nodes / node / "born.json").read_bytes(), type=cls)
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-            return cls(0, 0, -1)
-
-    @classmethod
-    def write(cls, folder: RunFolder, node: NodeId, incarnation: int, pid: int) -> None:
-        path = folder.nodes / node / "born.json"
-        temporary = path.with_name(".born.json")
-        temporary.write_bytes(msgspec.json.encode(cls(incarnation, pid, _start_ticks(pid))))
-        temporary.replace(path)
-
-    def end(self, terminate_s: float, kill_s: float) -> None:
-        """End it if it is still there."""
-        for number, within_s in ((signal.SIGTERM, terminate_s), (signal.SIGKILL, kill_s)):
-            deadline = time.monotonic() + within_s
-            while self.ticks >= 0 and _start_ticks(self.pid) == self.ticks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.pid, number)
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-
-
-def _start_ticks(pid: int) -> int:
-    """Return when a process started, in clock ticks since boot; -1 if there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-    return int(text.rpartition(")")[2].split()[19])

@@ -362,3 +362,45 @@ def test_the_end_of_an_agent_is_seen_behind_a_thousand_descriptors(tmp_path: Pat
         lost = next(event for event in events if isinstance(event, NodeLost))
 
     assert lost.evidence == f"agent of node-0 (process {agent.pid}) ended"
+
+
+def test_a_run_that_nobody_looks_after_is_stopped_by_ending_its_agents(job: Make) -> None:
+    one = job(options={"steps": 3000}, trainer__steps=3000)
+    one.start("--quiet")
+    until(one.folder.rank_log(3).exists, one)
+    for pid in (one.started.pid, controller_of(one)):  # type: ignore[union-attr]
+        os.kill(pid, signal.SIGKILL)
+    one.finish()
+    trains_on = agents(one)
+    assert len(trains_on) == len(NODES)
+    # A number that has been given to another process is left alone.
+    other = born(one, "node-2") | {"pid": os.getpid()}
+    spare = born(one, "node-2")["pid"]
+    born_file(one, "node-2").write_text(json.dumps(other))
+
+    done = holdfast_stop(one)
+
+    assert done.returncode == 0, done.stderr
+    assert "no controller is running: steps" in done.stdout
+    assert "ended the agents that trained on: node-0 (process " in done.stdout
+    assert "node-2" not in done.stdout
+    assert agents(one) == {spare}
+    os.kill(spare, signal.SIGTERM)
+    until(lambda: not one.processes(), one)
+    again = holdfast_stop(one)
+    assert again.returncode == 1
+    assert "there is nothing to stop" in again.stderr
+    assert one.leftovers() == []
+    assert not one.folder.stop_request.exists()
+
+
+def controller_of(one: Job) -> int:
+    (pid,) = (pid for pid, command in one.processes() if "-m orchestrator.server " in command)
+    return pid
+
+
+def holdfast_stop(one: Job) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("holdfast")), "stop", str(one.folder.root)]
+    return subprocess.run(
+        [*command, "--wait", "1s"], capture_output=True, text=True, timeout=60, check=False
+    )

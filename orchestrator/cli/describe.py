@@ -16,6 +16,7 @@ from orchestrator.core.report import fault_reports
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import MARKS
+from orchestrator.worlds.folder import JOURNAL, RunFolder, former_journals
 
 SHOWN_MAX = 10
 """Rows of a section; the lists of `holdfast get` are complete."""
@@ -95,6 +96,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Controller", _controller_words(state, pid)),
         ("Parallelism", _parallelism(state)),
         ("Folder", str(follower.folder.root)),
+        ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),
     ]
 
@@ -114,6 +116,19 @@ def _parallelism(state: RunState) -> str:
     p = state.run.spec.parallelism
     shard = p.dp_shard or state.shard_count() // (p.tp * p.pp * p.cp)
     return f"dpReplicate {p.dp_replicate} x dpShard {shard} x tp {p.tp} x pp {p.pp} x cp {p.cp}"
+
+
+def _life(folder: RunFolder) -> str:
+    """Say which life of a run this is, and how others are looked at; "" if there are no others."""
+    if folder.journal.name != JOURNAL:
+        return f"a former one, {folder.journal.name}"
+    former = [path.name for path in former_journals(folder)]
+    if not former:
+        return ""
+    return (
+        f"the last; of the {units.count(len(former), 'former one')} "
+        f"`holdfast report {folder.root / former[0]}` is the newest"
+    )
 
 
 def _torn(follower: Follower) -> str:

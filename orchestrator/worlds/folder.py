@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 HOME_VARIABLE = "HOLDFAST_HOME"
+JOURNAL = "journal"
+_LIFE = re.compile(rf"(?P<run>.+)/(?P<life>{JOURNAL}\.\d+)")
 
 
 class RunFolder:
-    """Names of the files of one run. Touches nothing by itself."""
+    """Names of the files of one run. Touches nothing by itself.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the folder.
+        life: name of the journal of a former life, to look at that one; the present one if empty.
+    """
+
+    def __init__(self, root: Path, *, life: str = "") -> None:
         self.root = root.absolute()
-        self.journal = self.root / "journal"
+        self.journal = self.root / (life or JOURNAL)
         """Every event and decision of this life (core.journal); `former_journals` has others."""
         self.run_file = self.root / "run.json"
         """The run as it was read, `TrainingRun` as JSON."""
@@ -45,7 +53,7 @@ def former_journals(folder: RunFolder) -> list[Path]:
     """Return the journals of the former lives of a run, the newest first."""
     numbered = [
         (int(path.suffix[1:]), path)
-        for path in folder.root.glob(f"{folder.journal.name}.*")
+        for path in folder.root.glob(f"{JOURNAL}.*")
         if path.suffix[1:].isdecimal()
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
@@ -55,7 +63,7 @@ def next_former_journal(folder: RunFolder) -> Path:
     """Return where the journal of a life that has ended goes."""
     newest = next(iter(former_journals(folder)), None)
     number = 0 if newest is None else int(newest.suffix[1:])
-    return folder.journal.with_name(f"{folder.journal.name}.{number + 1}")
+    return folder.root / f"{JOURNAL}.{number + 1}"
 
 
 def home() -> Path:
@@ -74,14 +82,19 @@ def elsewhere(name: str) -> Path:
 def find(name: str) -> RunFolder:
     """Return the folder of a run, given its name or the path of its folder.
 
+    With `/journal.N` behind that it is the folder of the run in its N-th life.
+
     Runs that were started elsewhere (`--out`) have a link in `home()`: by their name, or beside
     a folder of that name; then the link is newer.
 
     Raises:
         FileNotFoundError: if there is no such run.
     """
-    for root in (elsewhere(name), home() / name, Path(name)):
-        folder = RunFolder(root.resolve())
+    run, life = name, ""
+    if former := _LIFE.fullmatch(name):
+        run, life = former["run"], former["life"]
+    for root in (elsewhere(run), home() / run, Path(run)):
+        folder = RunFolder(root.resolve(), life=life)
         if folder.journal.exists():
             return folder
     raise FileNotFoundError(f"no run {name!r} in {home()}, and no folder of a run at {name}")

@@ -377,6 +377,25 @@ def test_the_report_is_the_same_in_every_form_and_file(home: Path, tmp_path: Pat
     assert list(tmp_path.glob(".report*")) == []
 
 
+def test_every_life_of_a_run_can_be_looked_at(home: Path, tmp_path: Path) -> None:
+    folder = write(killed_rank(), home / "demo")
+    folder.journal.rename(folder.root / "journal.1")
+    (folder.root / "journal.2").write_bytes(text(raising()))
+    folder.journal.write_bytes(text(Cluster()))
+
+    for run in ("demo/journal.1", str(folder.root / "journal.1")):
+        assert "rank 1 on node-0" in told("describe", "incident", "--run", run)
+        assert "byte for byte the same" in told("replay", run)
+        assert json.loads(told("report", run, "-o", "json"))["final_step"] == 30
+    assert json.loads(told("get", "incidents", "--run", "demo", "-o", "json")) == []
+    assert "a former one, journal.1" in told("describe", "run", "demo/journal.1")
+    newest = folder.root / "journal.2"
+    assert f"of the 2 former ones `holdfast report {newest}`" in told("describe", "run")
+    assert "no run 'demo/journal.3'" in refused("report", "demo/journal.3", code=2)[0]
+    (tmp_path / "else").symlink_to(folder.root)
+    assert "a former one" in told("describe", "run", f"{tmp_path}/else/journal.2")
+
+
 def test_a_report_file_in_a_folder_that_is_not_there_is_refused(demo: RunFolder) -> None:
     del demo
 

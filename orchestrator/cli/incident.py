@@ -48,7 +48,7 @@ def incident_lines(index: int, state: RunState, history: History) -> list[str]:
 def _outcome(incident: Incident, state: RunState) -> str:
     if incident.resumed_at is not None:
         if incident.rung == "none":
-            return "over; training was not interrupted"
+            return f"over; {units.first_line(incident.reason)}"
         return f"over; training again after {units.seconds(incident.resumed_at - incident.since)}"
     if state.end_state:
         return f"ended the run ({state.end_state})"

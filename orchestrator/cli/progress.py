@@ -190,7 +190,7 @@ def incident_line(incident: Incident) -> str:
     if incident.resumed_at is not None:
         text += f"  {incident.suspects()}"
         if incident.rung == "none":
-            return f"{text}  training was not interrupted"
+            return f"{text}  {units.first_line(incident.reason)}"
         cost_s = incident.resumed_at - incident.since
         again = f", {units.count(incident.lost_steps, 'step')} again" if incident.lost_steps else ""
         return f"{text}  {incident.rung}: training again after {units.seconds(cost_s)}{again}"

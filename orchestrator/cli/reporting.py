@@ -117,7 +117,7 @@ def incident_line(incident: IncidentReport) -> str:
     """Return an incident in one line: what, whom, how it was dealt with and how long that took."""
     text = f"{incident.id}  {incident.kind}  {', '.join(incident.suspects) or 'nobody named'}"
     if incident.rung == "none":
-        text += "  training was not interrupted"
+        text += f"  {units.first_line(incident.reason)}"
     else:
         text += f"  {incident.rung or 'nothing done yet'}"
     if incident.first_step_after_s and incident.rung != "none":

@@ -28,6 +28,7 @@ from orchestrator.core.events import (
     FaultInjected,
     Reported,
     StopRequested,
+    Telemetry,
 )
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.incident import BUDGET_OF, Cause, Finding, Incident, Note
@@ -52,6 +53,8 @@ from orchestrator.protocol.timeouts import Timeouts
 BLIND_BEATS = 3
 """A gap of this many beats between two events means that nobody was looking, not that all hung."""
 _RESTARTED = "controller-restart"
+UNJUDGED = "ranks were training; whether they went on is not known yet"
+OUTLIVED = "training was not interrupted"
 _MARK_STEPPED = MARKS.index("stepped")
 _MARK_FINISHED = MARKS.index("finished")
 
@@ -100,12 +103,15 @@ class Controller:
         decisions += self._answer(event)
         for finding in self._detect(event):
             self._admit(finding)
+        self._judge(event)
         decisions += self._hang_up()
         decisions += saving.save(state)
         self._advance()
         if isinstance(event, StopRequested):
             decisions += self._end("Stopped", f"stopped by {event.by}")
-        elif state.wanting:
+        elif self._complete():
+            decisions += self._end("Succeeded", self._completion())
+        elif state.wanting and not self._concluding():
             decisions += self._recover()
         elif state.phase is RunPhase.FINISHING:
             decisions += self._finish()
@@ -120,7 +126,7 @@ class Controller:
         at = Seconds(max(event.at, state.now))
         bucket = BUCKET_OF[state.phase]
         incident = state.incident.id if state.incident else None
-        if state.best_step == 0 and not state.incidents:
+        if state.best_step == 0 and all(i.kind == _RESTARTED for i in state.incidents):
             bucket = Bucket.STARTUP
         state.ledger.charge(at, bucket, incident)
         gap = at - state.now
@@ -203,14 +209,29 @@ class Controller:
             )
         )
         incident.rung = "none"
-        incident.reason = "ranks trained on; the journal was replayed and agents send snapshots"
+        training = state.phase is RunPhase.TRAINING
+        incident.reason = UNJUDGED if training else f"the run was {state.phase}, and goes on so"
         incident.decided_at = incident.resumed_at = state.now
         decisions: list[Decision] = [
             saving.commit_decision(state, step) for step in sorted(state.committing)
         ]
-        if state.phase is RunPhase.SEARCHING:
+        # Not by the phase: nodes that are not back yet may have moved it on.
+        if state.asked_at is not None:
             decisions.append(self._search("asked again by the next controller"))
         return decisions
+
+    def _unjudged(self) -> Incident | None:
+        """Return the newest death of a controller of which is not known what it did to training."""
+        waiting = (i for i in reversed(self.state.incidents) if i.kind == _RESTARTED)
+        newest = next(waiting, None)
+        return newest if newest is not None and newest.reason == UNJUDGED else None
+
+    def _judge(self, event: Event) -> None:
+        """Say that training outlived a controller, once it is seen to go on."""
+        if isinstance(event, Telemetry) and event.reports and event.at > self.state.took_over_at:
+            restart = self._unjudged()
+            if restart is not None and event.generation == restart.generation:
+                restart.reason = OUTLIVED
 
     # Detecting --------------------------------------------------------------------------------
 
@@ -286,6 +307,8 @@ class Controller:
                 Note(at=finding.at, text=f"detected after {finding.at - finding.since:.2f} s"),
             ],
         )
+        if finding.kind != _RESTARTED and (restart := self._unjudged()) is not None:
+            restart.reason = f"training did not outlive it: {incident.id}"
         state.incidents.append(incident)
         self._known[incident.id] = {_mark(finding)}
         # While no controller lived, ranks trained on: nothing was lost until it came back.
@@ -427,19 +450,44 @@ class Controller:
                     Note(at=state.now, text=f"training again, {cost:.2f} s after it began")
                 )
 
+    def _complete(self) -> bool:
+        """Whether every rank is done and what they came to is durable, whoever was lost since."""
+        last = Step(self.state.run.spec.trainer.steps)
+        return len(self.state.lanes) == self.state.run.world_size and self.state.committed(last)
+
+    def _completion(self) -> str:
+        last = self.state.run.spec.trainer.steps
+        return f"all {last} steps are done and step {last} is committed"
+
+    def _concluding(self) -> bool:
+        """Whether nothing is missing but the answer to the last commit, and that may still come.
+
+        Nodes that are lost meanwhile are not needed any more.
+        """
+        state = self.state
+        last = Step(state.run.spec.trainer.steps)
+        patient = state.now - state.phase_since <= state.timeouts.save_s
+        return state.phase is RunPhase.FINISHING and last in state.committing and patient
+
     def _finish(self) -> list[Decision]:
         state = self.state
         last = Step(state.run.spec.trainer.steps)
-        if state.committed(last):
-            return self._end("Succeeded", f"all {last} steps are done and step {last} is committed")
-        if state.now - state.phase_since > state.timeouts.save_s:
-            why = state.save_failures[-1][2] if state.save_failures else "no node reported it"
-            return self._end(
-                "Failed",
-                f"all {last} steps are done, but their checkpoint is not durable after "
-                f"{state.timeouts.save_s:.0f} s: {why}",
-            )
-        return []
+        spent_s = state.now - state.phase_since
+        limit_s = state.timeouts.save_s
+        if last in state.committing:
+            # Its shards are there already; what is left is one small record.
+            limit_s *= 2
+            why = "its commit was ordered and has no answer"
+        else:
+            failed = [reason for _, step, reason in state.save_failures if step == last]
+            why = failed[-1] if failed else "no node has said that it wrote its part"
+        if spent_s <= limit_s:
+            return []
+        return self._end(
+            "Failed",
+            f"all {last} steps are done, but their checkpoint is not durable after "
+            f"{limit_s:.0f} s: {why}",
+        )
 
     def _end(self, end: str, reason: str) -> list[Decision]:
         state = self.state

@@ -50,7 +50,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
     """Change the state by what the event says, and by nothing else."""
     match event:
         case ControllerStarted(incarnation=incarnation):
-            state.incarnation = incarnation
+            state.incarnation, state.took_over_at = incarnation, state.now
             # Every connection died with the predecessor; agents come back by themselves.
             for known in state.nodes.values():
                 known.connected = False
@@ -60,7 +60,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             _join(state, node, joined)
         case Reported(node=node, fact=fact):
             if node in state.nodes:
-                state.nodes[node].heard_at = state.now
+                _hear(state, state.nodes[node])
                 _take(state, state.nodes[node], fact)
         case NodeDisconnected(node=node):
             if node in state.nodes:
@@ -124,12 +124,13 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
             # Even if it never said that it took this generation up: its ranks may have been seen
             # by others, and nobody gets one seat twice.
             node.reborn = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
+            node.died_after = node.spoke_at
         node.incarnation = joined.incarnation
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
         node.lost = ""
     node.connected = True
-    node.heard_at = state.now
+    _hear(state, node)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
     _hold(state, node_id, _of_this_lineage(state, joined))
@@ -141,6 +142,10 @@ def _of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
     """Return what a node holds that still counts, if it comes back from an older generation."""
     since = [step for g, step in state.kept.items() if g > joined.generation]
     return tuple(h for h in joined.holdings if all(h.step <= step for step in since))
+
+
+def _hear(state: RunState, node: Node) -> None:
+    node.heard_at = node.spoke_at = state.now
 
 
 def _take(  # noqa: C901, PLR0912 - one line per fact
@@ -212,7 +217,7 @@ def _news(state: RunState, fact: RankExited) -> bool:
 def _observe(state: RunState, event: Telemetry) -> None:
     for node in event.heard:
         if node in state.nodes:
-            state.nodes[node].heard_at = state.now
+            _hear(state, state.nodes[node])
     if event.generation != state.generation or not state.seats:
         return
     state.fleet.observe(

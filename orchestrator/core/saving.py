@@ -20,6 +20,8 @@ def save(state: RunState) -> list[Decision]:
         due = state.now >= state.commit_at.get(step, state.now)
         if due and step not in state.committing and facts.written_whole(state, step):
             state.committing[step] = state.generation
+            # Else it would be taken for one that failed, once something newer is committed.
+            state.commit_at.pop(step, None)
             decisions.append(commit_decision(state, step))
     safe = facts.newest_safe_step(state)
     if safe is not None and safe > state.retained and not state.wanting:

@@ -29,6 +29,11 @@ class Node:
     incarnation: int
     joined_at: Seconds
     heard_at: Seconds
+    """When it was heard last, or when somebody looked again: silence is counted from here."""
+    spoke_at: Seconds = Seconds(0.0)
+    """When it was heard last."""
+    died_after: Seconds = Seconds(0.0)
+    """When it was heard last before it was `reborn`."""
     connected: bool = True
     generation: Generation = Generation(0)
     mark: int = 0
@@ -104,6 +109,8 @@ class RunState:
     phase_since: Seconds = Seconds(0.0)
     incarnation: int = 0
     """Controllers that this run has had."""
+    took_over_at: Seconds = Seconds(0.0)
+    """When the present one began."""
     generation: Generation = Generation(0)
     seats: tuple[NodeId, ...] = ()
     nodes: dict[NodeId, Node] = field(default_factory=dict)

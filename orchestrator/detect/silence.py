@@ -32,7 +32,7 @@ class Silence:
                 if not node.lost.endswith(_SILENT):
                     findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.lost))
             elif node.reborn:
-                findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.reborn))
+                findings.append(_reborn(state, node))
             elif quiet_s > state.timeouts.silence_s:
                 text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
                 findings.append(
@@ -44,10 +44,30 @@ class Silence:
 _SILENT = "; taken for lost"
 
 
+def _reborn(state: RunState, node: Node) -> Finding:
+    if node.died_after >= state.took_over_at:
+        return _gone(state, node, "node-lost", Cause.HARDWARE, node.reborn)
+    # Whoever ended the controller may have ended the agent; it says nothing about the machine.
+    words = f"{node.reborn}, while no controller was there to see why"
+    return _gone(state, node, "node-lost", Cause.UNKNOWN, words)
+
+
+def _since(state: RunState, node: Node) -> Seconds:
+    """Return when it began: when the node was heard last.
+
+    If nobody looked for a while after that, not before the last step that is known of.
+    """
+    spoke_at = node.died_after if node.reborn else node.spoke_at
+    if not node.reborn and node.heard_at == spoke_at:
+        return spoke_at
+    stepped_at = state.step_log[-1][1] if state.step_log else spoke_at
+    return Seconds(min(max(spoke_at, stepped_at), state.now))
+
+
 def _gone(state: RunState, node: Node, kind: str, cause: Cause, evidence: str) -> Finding:
     return Finding(
         at=state.now,
-        since=Seconds(min(node.heard_at, state.now)),
+        since=_since(state, node),
         kind=kind,
         cause=cause,
         ranks=state.ranks_of(node.id),

@@ -17,9 +17,11 @@ def test_training_that_was_not_interrupted_does_not_start_again() -> None:
     incident = incident_reports(killed_rank().state)[0]
     assert "; training again after " in reporting.incident_line(incident)
 
-    line = reporting.incident_line(msgspec.structs.replace(incident, rung="none", lost_steps=0))
+    passed = msgspec.structs.replace(
+        incident, rung="none", reason="training was not interrupted", lost_steps=0
+    )
 
-    assert line.endswith("training was not interrupted")
+    assert reporting.incident_line(passed).endswith("  training was not interrupted")
 
 
 @pytest.mark.parametrize("timed_out_s", [None, 3.0])

@@ -28,8 +28,9 @@ _TOKEN = re.compile(rb"[A-Za-z0-9_-]{43}")
 def prepare(run: TrainingRun, plan: FaultPlan | None, out: Path | None) -> tuple[RunFolder, int]:
     """Return the folder of a run, ready to be worked in, and the lock that is held on it.
 
-    A run that did not end goes on where it was; one that was stopped or failed begins a new life
-    that continues from its checkpoints; the old journal stays beside the new one.
+    A run that did not end goes on where it was, with the run file that it has. One that was stopped
+    or failed begins a new life that continues from its checkpoints, with a run file that may have
+    been repaired; the old journal stays beside the new one.
 
     Raises:
         CliError: if the folder is in use, of another run, or the run has succeeded already.
@@ -133,11 +134,12 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
     state = Follower(folder).poll()
     if state is None:
         return False
-    if state.run != run:
+    if state.run != run and not (state.phase.final and state.run.metadata == run.metadata):
         raise CliError(
             f"the folder is of a run with another run file "
             f"({', '.join(_differences(state.run, run))}): {folder.root}",
-            "choose another folder with --out, or another metadata.name",
+            "it can be changed once the run has ended (`holdfast stop`); or choose another folder "
+            "with --out, or another metadata.name",
             Exit.USAGE,
         )
     if state.end_state == "Succeeded":
@@ -146,7 +148,7 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
             "look at it with `holdfast report`, or run it anew with --out",
         )
     if state.phase.final:
-        _require_commits(folder, state)
+        _require_commits(folder, state, run)
         return True
     if _planned(folder) != plan:
         raise CliError(
@@ -157,15 +159,23 @@ def _require_unfinished(folder: RunFolder, run: TrainingRun, plan: FaultPlan | N
     return False
 
 
-def _require_commits(folder: RunFolder, state: RunState) -> None:
-    """Refuse to begin a life where what the former ones committed is gone.
+def _require_commits(folder: RunFolder, state: RunState, run: TrainingRun) -> None:
+    """Refuse to begin a life where what the former ones committed is gone, or goes too far.
 
-    The controller would find out, too, and end the run: one more life that comes to nothing.
+    The controller would find out that it is gone, too, and end the run: one more life that comes
+    to nothing.
     """
     newest = max((known.step for known in state.commits), default=0)
     if newest == 0:
         return
-    uri = state.run.spec.checkpoint.uri or str(folder.checkpoints)
+    if run.spec.trainer.steps < newest:
+        raise CliError(
+            f"spec.trainer.steps is {run.spec.trainer.steps}, and the run has committed step "
+            f"{newest} already: {folder.root}",
+            "raise spec.trainer.steps, or begin anew with --out",
+            Exit.USAGE,
+        )
+    uri = run.spec.checkpoint.uri or str(folder.checkpoints)
     try:
         there = latest_commit(open_store(uri)) is not None
     except StorageError as error:

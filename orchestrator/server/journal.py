@@ -62,11 +62,12 @@ def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
     """Return what the life that `path` is the journal of left to the next one.
 
     It is read once for every life. What it says by itself is enough, also if this version of the
-    program would have decided otherwise.
+    program would have decided otherwise. Its run file may have been another one: it has been
+    repaired since, as a rule.
 
     Args:
         path: of its journal.
-        run: must equal that of the journal.
+        run: of the next life; has the name of that of the journal.
         at: when this is known, on the clock of the next life.
 
     Raises:
@@ -76,9 +77,12 @@ def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
         read = journal.read(path.read_bytes())
     except journal.JournalError as error:
         raise type(error)(f"{error}: {path}") from error
-    if read.header.run != run:
-        raise journal.JournalError(f"journal is of another run file: {path}")
-    former = compose.controller(run)
+    if read.header.run.metadata != run.metadata:
+        raise journal.JournalError(
+            f"journal is of run {read.header.run.metadata.name}, "
+            f"expected one of run {run.metadata.name}: {path}"
+        )
+    former = compose.controller(read.header.run)
     journal.replay(former, read.entries)
     return heritage.left_by(former.state, at)
 

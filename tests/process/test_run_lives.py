@@ -110,6 +110,22 @@ def test_a_life_whose_start_was_cut_short_does_not_begin_anew_on_a_durable_tier_
     assert one.leftovers() == []
 
 
+def test_a_run_that_failed_goes_on_once_its_run_file_is_repaired(one: Job) -> None:
+    options = one.run["spec"]["trainer"]["options"]
+    options["raise_at"] = 45
+    one.start("--quiet")
+    assert one.finish() == 3
+    assert "ArithmeticError" in one.output()
+    del options["raise_at"]
+    one.run["spec"]["recovery"] = {"softwareBudget": 2}
+
+    code, report = one.conduct()
+
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert report.losses == WHOLE
+    assert one.leftovers() == []
+
+
 def test_a_former_journal_that_is_damaged_is_named_and_nothing_is_begun(one: Job) -> None:
     interrupt(one, beyond=20)
     lines = one.folder.journal.read_bytes().splitlines(keepends=True)

@@ -13,8 +13,11 @@ from orchestrator.cli import prepare, runs
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.core.events import StopRequested
 from orchestrator.core.heritage import left_by
+from orchestrator.core.journal import JournalError
 from orchestrator.faults.plan import FaultPlan
+from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.server.journal import inheritance
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder, former_journals
 from storage.manifest import commit_key
 from tests.conftest import RUN, Cluster
@@ -77,6 +80,74 @@ def test_another_run_file_is_refused_with_what_differs_and_nothing_is_written(
     assert "spec.trainer.steps was 1000, is 9" in str(error)
     assert error.code is Exit.USAGE
     assert not folder.run_file.exists()
+
+
+def test_a_run_that_has_ended_goes_on_with_a_run_file_that_was_repaired(tmp_path: Path) -> None:
+    life = killed_rank()
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+    repaired = RUN.replace("steps: 1000", "steps: 30, microBatch: 1").replace(
+        "spares: 1", "spares: 2"
+    )
+
+    with prepared(folder.root, text=repaired):
+        written = msgspec.json.decode(folder.run_file.read_bytes(), type=TrainingRun)
+        assert written == run(repaired)
+        assert not folder.journal.exists()
+        (former,) = former_journals(folder)
+        left = inheritance(former, written, at=Seconds(0.0))
+
+    assert [step for step, _ in left[0].losses] == list(range(1, 31))
+    other = run(repaired.replace("name: demo", "name: other"))
+    with pytest.raises(JournalError, match="is of run demo, expected one of run other"):
+        inheritance(former, other, at=Seconds(0.0))
+
+
+def test_a_run_that_has_ended_is_not_taken_for_one_of_another_name(tmp_path: Path) -> None:
+    life = killed_rank()
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+
+    error = refused(folder.root, text=RUN.replace("name: demo", "name: other"))
+
+    assert "metadata.name was 'demo', is 'other'" in str(error)
+    assert folder.journal.read_bytes() == text(life)
+
+
+def test_a_run_is_not_made_shorter_than_what_it_has_committed(tmp_path: Path) -> None:
+    life = killed_rank()
+    commit(life, 20)
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+    record = folder.checkpoints / commit_key(20, 1)
+    record.parent.mkdir(parents=True)
+    record.touch()
+
+    error = refused(folder.root, text=RUN.replace("steps: 1000", "steps: 19"))
+
+    assert "spec.trainer.steps is 19, and the run has committed step 20 already" in str(error)
+    assert error.code is Exit.USAGE
+    with prepared(folder.root, text=RUN.replace("steps: 1000", "steps: 20")):
+        assert not folder.journal.exists()
+
+
+def test_the_durable_tier_of_a_repaired_run_file_has_to_have_what_was_committed(
+    tmp_path: Path,
+) -> None:
+    life = killed_rank()
+    commit(life, 20)
+    life.tell(StopRequested(at=life.at(), by="a test"))
+    folder = write(life, tmp_path / "run")
+    moved = tmp_path / "moved"
+    elsewhere = RUN + f"  checkpoint: {{uri: {moved}}}\n"
+
+    assert f"the newest of step 20: {moved}" in str(refused(folder.root, text=elsewhere))
+
+    record = moved / commit_key(20, 1)
+    record.parent.mkdir(parents=True)
+    record.touch()
+    with prepared(folder.root, text=elsewhere):
+        assert not folder.journal.exists()
 
 
 @pytest.mark.parametrize("token", [b"", b"\n", b"short", b"\xff" * 43, b"x" * 4000])

@@ -33,20 +33,13 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("dev", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-RUN = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: demo}
-spec:
-  nodes: {count: 2, ranksPerNode: 2, spares: 1}
-  parallelism: {dpReplicate: 2, dpShard: 2}
-  trainer: {steps: 1000}
-"""
+RUN = runfiles.text(trainer={"steps": 1000})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,17 +11,10 @@ from orchestrator.core.events import CheckpointCommitted, FaultInjected
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import RanksFinished
 from orchestrator.worlds.folder import RunFolder
+from tests import runfiles
 from tests.conftest import Cluster
 
-SHORT = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: short}
-spec:
-  nodes: {count: 2, ranksPerNode: 2, spares: 1}
-  parallelism: {dpReplicate: 2, dpShard: 2}
-  trainer: {steps: 20}
-"""
+SHORT = runfiles.text("short", trainer={"steps": 20})
 
 
 def text(cluster: Cluster, run_id: str = "r") -> bytes:

@@ -17,6 +17,7 @@ import yaml
 from orchestrator.core.report import Report
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.memory import memory_of
+from tests import runfiles
 
 REPOSITORY = Path(__file__).parent.parent
 HEEDING = ("env", "--default-signal=INT,TERM,HUP")
@@ -26,7 +27,7 @@ HEEDING = ("env", "--default-signal=INT,TERM,HUP")
 def steps_job(**changes: Any) -> dict[str, Any]:
     """Return a run file of the torch-free trainer: 2 nodes of 2 ranks, 1 spare."""
     spec: dict[str, Any] = {
-        "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
+        "nodes": {**runfiles.NODES},
         "parallelism": {"dpReplicate": 1, "dpShard": 4},
         "trainer": {
             "entrypoint": "tests.programs.steps:main",
@@ -42,12 +43,7 @@ def steps_job(**changes: Any) -> dict[str, Any]:
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    return {
-        "apiVersion": "holdfast.dev/v1alpha1",
-        "kind": "TrainingRun",
-        "metadata": {"name": "steps"},
-        "spec": spec,
-    }
+    return runfiles.fields("steps", **spec)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests import runfiles
 from tests.runs import Job
 
 NOISE = """
@@ -32,18 +33,12 @@ WAIT_S = 1800.0
 def run_file(steps: int) -> dict[str, Any]:
     """Return a job with short steps, so that many of them fit into a few minutes."""
     model = {"dim": 32, "layers": 1, "heads": 2, "kvHeads": 1, "ffnDim": 64, "vocab": 1280}
-    return {
-        "apiVersion": "holdfast.dev/v1alpha1",
-        "kind": "TrainingRun",
-        "metadata": {"name": "noise"},
-        "spec": {
-            "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
-            "parallelism": {"dpReplicate": 2, "dpShard": 2},
-            "trainer": {"model": model, "steps": steps, "seqLen": 32, "globalBatch": 4},
-            "checkpoint": {"everySteps": 200, "memoryEverySteps": 20},
-            "detection": {"detectWithin": "2s"},
-        },
-    }
+    return runfiles.fields(
+        "noise",
+        trainer={"model": model, "steps": steps, "seqLen": 32, "globalBatch": 4},
+        checkpoint={"everySteps": 200, "memoryEverySteps": 20},
+        detection={"detectWithin": "2s"},
+    )
 
 
 def main() -> int:

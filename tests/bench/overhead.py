@@ -32,6 +32,7 @@ from orchestrator import compose
 from orchestrator.core import journal
 from orchestrator.core.events import Telemetry
 from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 from tests.runs import REPOSITORY, Job
 
 WARM_STEPS = 8
@@ -42,17 +43,13 @@ Steps = Callable[[], list[float]]
 
 def run_file() -> dict[str, Any]:
     """Return a job whose step takes more than 0.3 s on two cores."""
-    return {
-        "apiVersion": "holdfast.dev/v1alpha1",
-        "kind": "TrainingRun",
-        "metadata": {"name": "overhead"},
-        "spec": {
-            "nodes": {"count": 2, "ranksPerNode": 1, "spares": 1},
-            "parallelism": {"dpReplicate": 2, "dpShard": 1},
-            "trainer": {"model": "debug", "steps": 100_000, "seqLen": 512, "globalBatch": 4},
-            "checkpoint": {"everySteps": 20, "memoryEverySteps": 5},
-        },
-    }
+    return runfiles.fields(
+        "overhead",
+        nodes={"count": 2, "ranksPerNode": 1, "spares": 1},
+        parallelism={"dpReplicate": 2, "dpShard": 1},
+        trainer={"model": "debug", "steps": 100_000, "seqLen": 512, "globalBatch": 4},
+        checkpoint={"everySteps": 20, "memoryEverySteps": 5},
+    )
 
 
 class Side:

@@ -32,6 +32,7 @@ from orchestrator.core.events import Reported
 from orchestrator.core.report import IncidentReport
 from orchestrator.protocol.messages import FaultCarriedOut
 from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 from tests.runs import REPOSITORY, Job
 
 SAVE_EVERY = 5
@@ -43,18 +44,12 @@ WAIT_S = 180.0
 
 def run_file(detect_within_s: float = DETECT_WITHIN_S) -> dict[str, Any]:
     """Return the job: the debug preset on 2 nodes of 2 ranks, and a spare."""
-    return {
-        "apiVersion": "holdfast.dev/v1alpha1",
-        "kind": "TrainingRun",
-        "metadata": {"name": "bench"},
-        "spec": {
-            "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
-            "parallelism": {"dpReplicate": 2, "dpShard": 2},
-            "trainer": {"model": "debug", "steps": STEPS, "seqLen": 128, "globalBatch": 8},
-            "checkpoint": {"everySteps": 20, "memoryEverySteps": SAVE_EVERY},
-            "detection": {"detectWithin": f"{detect_within_s:g}s"},
-        },
-    }
+    return runfiles.fields(
+        "bench",
+        trainer={"model": "debug", "steps": STEPS, "seqLen": 128, "globalBatch": 8},
+        checkpoint={"everySteps": 20, "memoryEverySteps": SAVE_EVERY},
+        detection={"detectWithin": f"{detect_within_s:g}s"},
+    )
 
 
 def holdfast(root: Path) -> dict[str, dict[str, float]]:

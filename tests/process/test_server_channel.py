@@ -36,21 +36,19 @@ from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.vault import Vault
+from tests import runfiles
 from tests.programs.played import wait_for
 
 pytestmark = pytest.mark.process
 TOKEN = "a-token-for-tests"  # noqa: S105 - it opens nothing but this test
 WAIT_S = 10.0
-RUN = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: channel}
-spec:
-  nodes: {count: 2}
-  parallelism: {dpReplicate: 2}
-  trainer: {steps: 10}
-  detection: {detectWithin: 1s}
-"""
+RUN = runfiles.text(
+    "channel",
+    nodes={"count": 2},
+    parallelism={"dpReplicate": 2},
+    trainer={"steps": 10},
+    detection={"detectWithin": "1s"},
+)
 PLAN = """
 kind: FaultPlan
 faults: [{when: {step: 3}, fault: kill-rank, rank: 1}]

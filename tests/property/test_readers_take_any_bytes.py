@@ -19,12 +19,11 @@ from orchestrator import document
 from orchestrator.cli import intake
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 
-RUN = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: demo}
-spec:
+RUN = (
+    runfiles.head()
+    + """spec:
   nodes: {count: 2, ranksPerNode: 2, spares: 1}
   parallelism: {dpReplicate: 2, dpShard: 2}
   trainer:
@@ -35,6 +34,7 @@ spec:
     options: {x: [1, {y: null}], when: 2024-02-30, at: 10:30}
   detection: {detectWithin: 10s}
 """
+)
 PLAN = """
 kind: FaultPlan
 seed: 7

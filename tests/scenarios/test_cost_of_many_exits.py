@@ -14,17 +14,16 @@ from orchestrator.core.events import CheckpointFound, ControllerStarted, Reporte
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Holding, RankExited, ShardsHeld
+from tests import runfiles
 from tests.conftest import Cluster
 
 FEW, MANY = 64, 512
-LARGE = f"""
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {{name: large}}
-spec:
-  nodes: {{count: {MANY // 8}, ranksPerNode: 8, spares: 0}}
-  trainer: {{steps: 1000}}
-"""
+LARGE = runfiles.text(
+    "large",
+    nodes={"count": MANY // 8, "ranksPerNode": 8},
+    parallelism={},
+    trainer={"steps": 1000},
+)
 TRACEBACK = '  File "a.py", line 1, in f'
 
 

@@ -35,6 +35,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
 )
 from orchestrator.protocol.phases import RankPhase
+from tests import runfiles
 from tests.journals import SHORT, finish, inject
 
 
@@ -408,14 +409,7 @@ def test_kills_from_outside_at_the_same_step_are_not_taken_for_a_poison_step(
 
 
 def test_a_spent_budget_ends_the_run_and_says_which(cluster_of: Callable[..., Any]) -> None:
-    text = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: demo}
-spec:
-  nodes: {count: 2, ranksPerNode: 2, spares: 1}
-  recovery: {hardwareBudget: 2}
-"""
+    text = runfiles.text(recovery={"hardwareBudget": 2})
     cluster = cluster_of(text)
     cluster.start()
     started(cluster.after(0.1).exit(1))

@@ -9,17 +9,10 @@ from orchestrator.core.decisions import DisconnectNode, StartGeneration
 from orchestrator.core.events import NodeDisconnected
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import NodeId
+from tests import runfiles
 from tests.journals import commit
 
-NO_SPARE = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: demo}
-spec:
-  nodes: {count: 2, ranksPerNode: 2, spares: 0}
-  parallelism: {dpReplicate: 2, dpShard: 2}
-  trainer: {steps: 1000}
-"""
+NO_SPARE = runfiles.text(nodes={**runfiles.NODES, "spares": 0}, trainer={"steps": 1000})
 
 
 def fall_silent(cluster: Any, *others: str, seconds: float = 8.0) -> list[Any]:

@@ -9,17 +9,9 @@ from orchestrator.core.decisions import EndRun, StartGeneration
 from orchestrator.core.events import ControllerStarted, NodeDisconnected
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import NodeId
+from tests import runfiles
 from tests.conftest import Cluster
 from tests.journals import commit
-
-WIDE = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {{name: demo}}
-spec:
-  nodes: {{count: {count}, ranksPerNode: 1, spares: {spares}}}
-  trainer: {{steps: 1000}}
-"""
 
 
 def started(decisions: list[Any]) -> StartGeneration:
@@ -57,7 +49,12 @@ def wide(cluster_of: Callable[[str], Cluster]) -> Callable[[int, int], Cluster]:
     """A run that trains on so many nodes of one rank, with so many spares."""
 
     def make(count: int, spares: int) -> Cluster:
-        cluster = cluster_of(WIDE.format(count=count, spares=spares))
+        text = runfiles.text(
+            nodes={"count": count, "ranksPerNode": 1, "spares": spares},
+            parallelism={},
+            trainer={"steps": 1000},
+        )
+        cluster = cluster_of(text)
         cluster.tell(ControllerStarted(at=cluster.at(), incarnation=1))
         for index in range(count + spares):
             cluster.join(f"node-{index}")

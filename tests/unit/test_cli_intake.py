@@ -14,26 +14,21 @@ from orchestrator.document import BadFileError
 from orchestrator.faults.catalogue import KINDS
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 
-RUN: dict[str, Any] = {
-    "apiVersion": "holdfast.dev/v1alpha1",
-    "kind": "TrainingRun",
-    "metadata": {"name": "demo"},
-    "spec": {
-        "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
-        "parallelism": {"dpReplicate": 2, "dpShard": 2, "tp": 1, "pp": 1, "cp": 1},
-        "trainer": {
-            "model": {"dim": 64, "layers": 1, "heads": 2, "kvHeads": 2, "ffnDim": 64},
-            "steps": 100,
-            "learningRate": 0.1,
-            "data": ["a.txt"],
-            "options": {"x": [1, {"y": None}]},
-        },
-        "checkpoint": {"uri": "file:///tmp/x", "everySteps": 5, "keepLast": 2},
-        "detection": {"detectWithin": "10s", "warmupLimit": "5m"},
-        "recovery": {"backoff": "1s", "spareWait": "1m", "hardwareBudget": 3},
+RUN = runfiles.fields(
+    parallelism={**runfiles.PARALLELISM, "tp": 1, "pp": 1, "cp": 1},
+    trainer={
+        "model": {"dim": 64, "layers": 1, "heads": 2, "kvHeads": 2, "ffnDim": 64},
+        "steps": 100,
+        "learningRate": 0.1,
+        "data": ["a.txt"],
+        "options": {"x": [1, {"y": None}]},
     },
-}
+    checkpoint={"uri": "file:///tmp/x", "everySteps": 5, "keepLast": 2},
+    detection={"detectWithin": "10s", "warmupLimit": "5m"},
+    recovery={"backoff": "1s", "spareWait": "1m", "hardwareBudget": 3},
+)
 PLAN: dict[str, Any] = {
     "kind": "FaultPlan",
     "seed": 7,

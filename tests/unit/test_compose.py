@@ -12,10 +12,11 @@ from orchestrator.protocol.fitting import MODELS, MORE_SIZES, SIZES
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worker import MisconfiguredError
+from tests import runfiles
 from trainer.config import PRESETS, ModelConfig
-from trainer.train import read_job
+from trainer.job import read_job
 
-HEAD = "apiVersion: holdfast.dev/v1alpha1\nkind: TrainingRun\nmetadata: {name: demo}\n"
+HEAD = runfiles.head()
 NODES = (NodeId("node-0"), NodeId("node-1"))
 
 

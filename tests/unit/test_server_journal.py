@@ -12,13 +12,9 @@ from orchestrator.core.journal import JournalError, read
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, JournalFile, lock, replay
+from tests import runfiles
 
-RUN = """
-apiVersion: holdfast.dev/v1alpha1
-kind: TrainingRun
-metadata: {name: demo}
-spec: {trainer: {steps: 10}}
-"""
+RUN = runfiles.text(trainer={"steps": 10})
 
 
 def training_run(text: str = RUN) -> TrainingRun:

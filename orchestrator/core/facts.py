@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import heritage
+from orchestrator.core import copies, heritage
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -68,7 +68,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case NodeLost(node=node, evidence=evidence):
             if node in state.nodes:
                 state.nodes[node].lost = evidence
-                _forget_memory(state, node)
+                copies.forget(state, node)
         case Telemetry():
             _observe(state, event)
         case CheckpointFound() | SearchFailed() if 0 < event.generation < state.generation:
@@ -118,7 +118,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
         state.nodes[node_id] = node
     seated = node_id in state.seats and not state.wanting
     if joined.incarnation > node.incarnation:
-        _forget_memory(state, node_id)
+        copies.hold_only(state, node_id, ())
         node.lost = node.unusable = ""
         if seated:
             # Even if it never said that it took this generation up: its ranks may have been seen
@@ -133,7 +133,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     _hear(state, node)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
-    _hold(state, node_id, _of_this_lineage(state, joined))
+    copies.hold(state, node_id, _of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
 
@@ -169,13 +169,13 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             for incident in (i for i in state.incidents if i.restarted_as == generation):
                 # Entered, not added: agents say it again when they reconnect.
                 incident.reads[f"{node.id} in generation {generation}"] = reads
-            _hold(state, node.id, tuple(Holding(r, step) for r in state.ranks_of(node.id)))
+            copies.hold_verified(state, node.id, step)
         case PreparationFailed(step=step, tier=tier, reason=reason):
             state.failed_preparation = f"{node.id}: {reason}"
             if tier == "durable":
                 _pass_over(state, step, reason)
             else:
-                state.condemned_memory.add(step)
+                copies.strike(state, node.id, fact)
         case RankExited():
             if node.id in state.seats and _news(state, fact):
                 state.exits.append(fact)
@@ -183,8 +183,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case RanksTroubled(message=message):
             state.troubled.setdefault(node.id, (state.now, message))
         case ShardsHeld(holdings=holdings):
-            _forget_memory(state, node.id)
-            _hold(state, node.id, holdings)
+            copies.hold_only(state, node.id, holdings)
         case ShardsWritten(step=step):
             if step not in state.committing and not state.committed(step):
                 state.written.setdefault(step, {})[node.id] = fact
@@ -267,19 +266,6 @@ def _refill(state: RunState) -> None:
             budget.spent = max(budget.spent - 1, 0)
 
 
-def _hold(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
-    for holding in holdings:
-        if holding.step >= state.retained and holding.step not in state.condemned_memory:
-            ranks = state.holdings.setdefault(holding.step, {})
-            ranks.setdefault(holding.rank, set()).add(node)
-
-
-def _forget_memory(state: RunState, node: NodeId) -> None:
-    for ranks in state.holdings.values():
-        for holders in ranks.values():
-            holders.discard(node)
-
-
 def _find(state: RunState, found: CheckpointFound) -> None:
     """Take over what the durable tier has and the journal does not know, and what it rejected."""
     state.found = found
@@ -308,7 +294,7 @@ def _pass_over(state: RunState, step: Step, reason: str) -> None:
 def give_up(state: RunState, node: NodeId, evidence: str) -> None:
     """Take a node for lost until it joins again: what it ran and what it held."""
     state.nodes[node].lost = evidence
-    _forget_memory(state, node)
+    copies.forget(state, node)
 
 
 def disconnect_silent(state: RunState) -> list[NodeId]:
@@ -349,8 +335,7 @@ def reset_for_generation(
     for abandoned in [step for step in state.holdings if step > kept]:
         del state.holdings[abandoned]
     state.retained = Step(min(state.retained, restored))
-    # What is beyond is staged anew: their copies will not be those that were unreadable.
-    state.condemned_memory = {step for step in state.condemned_memory if step <= kept}
+    copies.forget_beyond(state, kept)
 
 
 def world_mark(state: RunState) -> int:

@@ -13,7 +13,7 @@ from orchestrator.core.incident import Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Ancestor, RankExited, ShardsWritten
+from orchestrator.protocol.messages import Ancestor, FailedCopy, RankExited, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
@@ -145,7 +145,9 @@ class RunState:
     failed_preparation: str = ""
     """Why the state of the current generation could not be brought to its nodes."""
     condemned_memory: set[Step] = field(default_factory=set)
-    """Steps whose copies in memory turned out to be unreadable."""
+    """Steps from whose copies in memory nothing could be started, for whatever reason."""
+    struck: dict[tuple[Step, NodeId, FailedCopy], Generation] = field(default_factory=dict)
+    """Copies that were of no use: of which step, for which node; in which generation first."""
     holdings: dict[Step, dict[Rank, set[NodeId]]] = field(default_factory=dict)
     retained: Step = Step(-1)
     written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)

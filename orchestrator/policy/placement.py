@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from orchestrator.core.copies import strained
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
@@ -27,7 +28,7 @@ def place(state: RunState) -> Placement | None:
     gone = [node for node in state.world if not state.nodes[node].usable]
     if any(_may_return(state.nodes[node]) for node in gone):
         return None  # disconnected, and may be back at once; silence decides
-    guilty = blamed(state)
+    guilty = blamed(state) | strained(state)
     spares = sorted(state.spares(), key=lambda node: node in guilty)
     if len(spares) < len(gone):
         return None

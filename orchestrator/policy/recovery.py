@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
-from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.runfile import seconds
 
 
@@ -19,7 +20,7 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     placement = place(state)
     if placement is None:
         return None
-    step = newest_in_memory(state)
+    step = newest_in_memory(state, placement)
     # Step 0 in memory is no more than the seed.
     if not step and (why := _nothing_of_ours(state)):
         return End(state="Failed", reason=why)
@@ -109,24 +110,18 @@ def _cut_otherwise(state: RunState) -> str:
     )
 
 
-def newest_in_memory(state: RunState) -> Step | None:
-    """Return the newest step of which every shard is in the memory of some usable node."""
+def newest_in_memory(state: RunState, placement: Placement) -> Step | None:
+    """Return the newest step of which every seat can have its shard from some node's memory."""
     for step in sorted(state.holdings, reverse=True):
-        ranks = range(state.run.world_size)
-        if step not in state.condemned_memory and all(
-            state.holders(step, Rank(rank)) for rank in ranks
-        ):
+        if step not in state.condemned_memory and sources(state, placement.seats, step):
             return step
     return None
 
 
 def _from_memory(state: RunState, placement: Placement, step: Step) -> RestoreFrom:
-    """Take each shard from the rank's own node if that has it, else from the first that does."""
-    sources: list[NodeId] = []
-    for rank, seat in enumerate(placement.seats):
-        holders = state.holders(step, Rank(rank))
-        sources.append(seat if seat in holders else holders[0])
-    return RestoreFrom(step=step, sources=tuple(sources))
+    found = sources(state, placement.seats, step)
+    assert found is not None, f"step {step} is not in memory"
+    return RestoreFrom(step=step, sources=found)
 
 
 def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None) -> Restart:

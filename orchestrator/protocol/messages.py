@@ -7,7 +7,7 @@ travel as columns over the node's ranks, never as a message per rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -113,6 +113,17 @@ class Prepared(_Message, frozen=True, kw_only=True):
     seconds: float
 
 
+class FailedCopy(msgspec.Struct, frozen=True, array_like=True):
+    """A copy in memory from which a rank could not start."""
+
+    node: NodeId
+    """Who was to have it; of no-room: who was to take it."""
+    rank: Rank
+    kind: Literal["corrupt", "absent", "unreachable", "no-room"]
+    """corrupt: its bytes are not what was staged; absent: it is not there, or not any more;
+    unreachable: it could not be fetched from there; no-room: there is no memory to fetch it to."""
+
+
 class PreparationFailed(_Message, frozen=True, kw_only=True):
     """The state could not be brought here; the generation can not start from it."""
 
@@ -120,6 +131,8 @@ class PreparationFailed(_Message, frozen=True, kw_only=True):
     step: Step
     tier: str
     reason: str
+    copies: tuple[FailedCopy, ...] = ()
+    """Which copies in memory failed; none, if it is not known to be about one."""
 
 
 class RendezvousOffered(_Message, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.protocol import messages
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
+    FailedCopy,
     NodeUnusable,
     PreparationFailed,
     RanksTroubled,
@@ -33,6 +34,12 @@ from tests.conftest import Cluster
 
 NODES = st.sampled_from(["node-0", "node-1", "node-2"])
 MARKS = st.sampled_from(["cleared", "seated", "formed", "restored", "stepped"])
+COPIES = st.builds(
+    FailedCopy,
+    NODES,
+    st.integers(0, 3),
+    st.sampled_from(["corrupt", "absent", "unreachable", "no-room"]),
+)
 ACTIONS = st.one_of(
     st.tuples(st.just("wait"), st.floats(0.01, 30)),
     st.tuples(st.just("exit"), st.integers(0, 3), st.sampled_from([-9, -11, -15, 1, 0, 78])),
@@ -46,7 +53,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("freeze"), st.integers(0, 3)),
     st.tuples(st.just("found"), st.none() | st.integers(0, 30)),
     st.tuples(st.just("trouble"), NODES),
-    st.tuples(st.just("unreadable"), NODES),
+    st.tuples(st.just("unreadable"), NODES, st.lists(COPIES, max_size=2)),
     st.tuples(st.just("unusable"), NODES),
     st.tuples(st.just("offer"), NODES),
     st.tuples(st.just("commit"), st.integers(0, 30)),
@@ -93,11 +100,15 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, 
         case ("trouble", node) if node in state.nodes:
             fact = RanksTroubled(generation=generation, ranks=(Rank(0),), message="reset")
             cluster.say(node, fact)
-        case ("unreadable", node) if node in state.nodes:
+        case ("unreadable", node, copies) if node in state.nodes:
             cluster.say(
                 node,
                 PreparationFailed(
-                    generation=generation, step=state.start_step, tier="memory", reason="torn"
+                    generation=generation,
+                    step=state.start_step,
+                    tier="memory",
+                    reason="torn",
+                    copies=tuple(copies),
                 ),
             )
         case ("unusable", node) if node in state.nodes:

@@ -1,4 +1,4 @@
-"""Draws fault plans by seed: any kinds, any steps, at least three of them."""
+"""Draws fault plans by seed: any kinds, any steps from first to last, at least three of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ LASTING: dict[str, str] = {
     "slow-disk": "1s",
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
+MARKED = ("exit-rank", "segfault-rank")
+"""Kinds of which two near one step look like one fault that moves with the job: a poison step."""
+APART = 3
+"""Steps between two of these; one strikes while its rank does the step, or after it."""
 
 
 def plan(seed: int, *, steps: int, nodes: int, ranks: int, spares: int) -> list[dict[str, Any]]:
@@ -36,10 +40,10 @@ def plan(seed: int, *, steps: int, nodes: int, ranks: int, spares: int) -> list[
             if lost == spares:
                 kind = "kill-agent"  # one more loss and the run could only give up
             lost += 1
-        fault: dict[str, Any] = {
-            "when": {"step": int(chance.integers(2, steps - 2))},
-            "fault": kind,
-        }
+        step = int(chance.integers(steps + 1))
+        while kind in MARKED and _near(step, kind, faults):
+            step = int(chance.integers(steps + 1))
+        fault: dict[str, Any] = {"when": {"step": step}, "fault": kind}
         target = CATALOGUE[kind].target
         if target == "rank":
             fault["rank"] = int(chance.integers(ranks))
@@ -51,3 +55,8 @@ def plan(seed: int, *, steps: int, nodes: int, ranks: int, spares: int) -> list[
             fault["holdGil"] = bool(chance.integers(2))
         faults.append(fault)
     return faults
+
+
+def _near(step: int, kind: str, faults: list[dict[str, Any]]) -> bool:
+    same = [fault["when"]["step"] for fault in faults if fault["fault"] == kind]
+    return any(abs(step - other) <= APART for other in same)

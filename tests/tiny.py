@@ -30,9 +30,9 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def undisturbed(root: Path) -> Report:
+def undisturbed(root: Path, run: dict[str, Any] = RUN) -> Report:
     """Run it with nothing let loose on it; return its report."""
-    job = Job(root, RUN)
+    job = Job(root, run)
     try:
         code, report = job.conduct("--quiet", timeout_s=150)
         assert code == 0, report.reason

@@ -6,28 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.core.report import Report
+from tests import runfiles
 from tests.runs import Job
 
 STEPS = 40
-RUN: dict[str, Any] = {
-    "apiVersion": "holdfast.dev/v1alpha1",
-    "kind": "TrainingRun",
-    "metadata": {"name": "drawn"},
-    "spec": {
-        "nodes": {"count": 2, "ranksPerNode": 2, "spares": 1},
-        "parallelism": {"dpReplicate": 2, "dpShard": 2},
-        "trainer": {
-            "model": {
-                "dim": 64, "layers": 2, "heads": 4, "kvHeads": 2, "ffnDim": 128, "vocab": 1280,
-            },
-            "steps": STEPS,
-            "seqLen": 64,
-            "globalBatch": 4,
-        },
-        "checkpoint": {"everySteps": 10, "memoryEverySteps": 3},
-        "detection": {"detectWithin": "3s"},
-    },
-}  # fmt: skip
+MODEL = {"dim": 64, "layers": 2, "heads": 4, "kvHeads": 2, "ffnDim": 128, "vocab": 1280}
+RUN = runfiles.fields(
+    "drawn",
+    trainer={"model": MODEL, "steps": STEPS, "seqLen": 64, "globalBatch": 4},
+    checkpoint={"everySteps": 10, "memoryEverySteps": 3},
+    detection={"detectWithin": "3s"},
+)
 
 
 def undisturbed(root: Path, run: dict[str, Any] = RUN) -> Report:

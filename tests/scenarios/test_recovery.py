@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core import journal
+from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import (
     CommitCheckpoint,
     EndRun,
@@ -23,6 +24,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.report import report
+from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
@@ -680,7 +682,7 @@ def test_a_detector_that_raises_is_switched_off_and_training_goes_on(cluster: An
         def observe(self, state: object, event: object) -> list[Any]:
             raise ZeroDivisionError("of its own making")
 
-    cluster.controller._detectors.append(Broken())
+    cluster.controller = Controller(cluster.run, cluster.state.timeouts, [Broken()], ladder())
     cluster.start()
     cluster.train(3)
 

@@ -1,0 +1,170 @@
+"""Makes incidents of what detectors claim: one of all that broke a generation, whoever says it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.core import facts
+from orchestrator.core.events import Event, Telemetry
+from orchestrator.core.incident import Cause, Finding, Incident, Note
+from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.plans import Detector
+from orchestrator.core.state import Occurrence, RunState
+from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
+
+RESTARTED = "controller-restart"
+UNJUDGED = "ranks were training; whether they went on is not known yet"
+OUTLIVED = "training was not interrupted"
+_SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
+"""Which kind names an incident when several findings belong to it: the one that explains more."""
+_Mark = tuple[str, tuple[Rank, ...], tuple[NodeId, ...], str]
+
+
+class Casebook:
+    """Keeps the incidents of one run.
+
+    Args:
+        state: of the run; incidents are entered there.
+        detectors: asked in this order.
+
+    Attributes:
+        disabled: detectors that raised and were switched off, with what they raised.
+    """
+
+    def __init__(self, state: RunState, detectors: Sequence[Detector]) -> None:
+        self._state = state
+        self._detectors = list(detectors)
+        self._known: dict[IncidentId, set[_Mark]] = {}
+        """What each incident has findings of: a finding that repeats one is no news."""
+        self.disabled: dict[str, str] = {}
+
+    def look(self, event: Event) -> None:
+        """Ask every detector what is wrong as of now, and enter what they find."""
+        for finding in self._detect(event):
+            self._admit(finding)
+        self._judge(event)
+
+    def note_restart(self, incarnation: int, since: Seconds) -> None:
+        """Enter that the controller before `incarnation` ended, having last heard at `since`.
+
+        It is over at once: nothing has to be done about it.
+        """
+        state = self._state
+        incident = self._open(
+            Finding(
+                at=state.now,
+                since=since,
+                kind=RESTARTED,
+                cause=Cause.SOFTWARE,
+                evidence=f"controller {incarnation - 1} ended without ending the run",
+                step=state.reached_step,
+            )
+        )
+        incident.rung = "none"
+        training = state.phase is RunPhase.TRAINING
+        incident.reason = UNJUDGED if training else f"the run was {state.phase}, and goes on so"
+        incident.decided_at = incident.resumed_at = state.now
+
+    def _unjudged(self) -> Incident | None:
+        """Return the newest death of a controller of which is not known what it did to training."""
+        waiting = (i for i in reversed(self._state.incidents) if i.kind == RESTARTED)
+        newest = next(waiting, None)
+        return newest if newest is not None and newest.reason == UNJUDGED else None
+
+    def _judge(self, event: Event) -> None:
+        """Say that training outlived a controller, once it is seen to go on."""
+        if isinstance(event, Telemetry) and event.reports and event.at > self._state.took_over_at:
+            restart = self._unjudged()
+            if restart is not None and event.generation == restart.generation:
+                restart.reason = OUTLIVED
+
+    def _detect(self, event: Event) -> list[Finding]:
+        findings: list[Finding] = []
+        for detector in tuple(self._detectors):
+            try:
+                findings += detector.observe(self._state, event)
+            except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
+                self._detectors.remove(detector)
+                self.disabled[detector.name] = f"{type(error).__name__}: {error}"
+        return findings
+
+    def _admit(self, finding: Finding) -> None:
+        """Make a finding part of an incident, unless it repeats what is already known."""
+        state = self._state
+        incident = state.incident
+        if finding.kind == "node-silent":
+            # Even if the same was found before: it may have been back since.
+            for node in finding.nodes:
+                facts.give_up(state, node, finding.evidence)
+        if finding.generation not in (None, state.generation):
+            # What came of it is decided already; who was part of it is worth knowing all the same.
+            broken = [
+                i
+                for i in state.incidents
+                if i.generation == finding.generation and i.findings[0].kind != RESTARTED
+            ]
+            if broken:
+                self._gather(broken[-1], finding)
+            return
+        if incident is not None and incident.generation == state.generation:
+            if not self._gather(incident, finding):
+                return
+            if _SEVERITY.get(finding.kind, 0) > _SEVERITY.get(incident.kind, 0):
+                incident.kind, incident.cause = finding.kind, finding.cause
+        else:
+            incident = self._open(finding)
+        self._want_generation(finding)
+
+    def _want_generation(self, finding: Finding) -> None:
+        """Have the run brought back, in view of all that is known now."""
+        state = self._state
+        if finding.signature:
+            fault = (finding.signature, finding.step)
+            struck = state.occurrences.pop(fault, None) or Occurrence(*fault)
+            struck.generations.add(state.generation)
+            struck.nodes.update(finding.nodes)
+            state.occurrences[fault] = struck
+        if not state.wanting:
+            state.wanting, state.wanted_since = True, state.now
+        state.found = None
+        state.search_failure = ""
+
+    def _gather(self, incident: Incident, finding: Finding) -> bool:
+        """Add a finding to an incident; return whether it was news."""
+        known = self._known[incident.id]
+        if _mark(finding) in known:
+            return False
+        known.add(_mark(finding))
+        incident.findings.append(finding)
+        incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
+        return True
+
+    def _open(self, finding: Finding) -> Incident:
+        state = self._state
+        incident = Incident(
+            id=IncidentId(f"inc-{len(state.incidents) + 1}"),
+            kind=finding.kind,
+            cause=finding.cause,
+            generation=state.generation,
+            since=finding.since,
+            detected_at=finding.at,
+            findings=[finding],
+            reached_step=state.reached_step,
+            timeline=[
+                Note(at=finding.since, text=f"began: {finding.evidence}"),
+                Note(at=finding.at, text=f"detected after {finding.at - finding.since:.2f} s"),
+            ],
+        )
+        if finding.kind != RESTARTED and (restart := self._unjudged()) is not None:
+            restart.reason = f"training did not outlive it: {incident.id}"
+        state.incidents.append(incident)
+        self._known[incident.id] = {_mark(finding)}
+        # While no controller lived, ranks trained on: nothing was lost until it came back.
+        if finding.kind != RESTARTED:
+            state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
+        return incident
+
+
+def _mark(finding: Finding) -> _Mark:
+    """Return what makes two findings of one incident the same."""
+    return (finding.kind, finding.ranks, finding.nodes, finding.signature)

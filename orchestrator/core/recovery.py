@@ -1,0 +1,172 @@
+"""Brings a run back when a generation is wanted: does what the policies say, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.core import course, facts
+from orchestrator.core.decisions import (
+    Decision,
+    FenceNode,
+    SearchCheckpoints,
+    StartGeneration,
+    WakeAt,
+)
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.incident import BUDGET_OF, Note
+from orchestrator.core.lineage import continued
+from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.plans import End, Pause, Plan, Policy, Restart, Search, WaitForNodes
+from orchestrator.core.state import RunState, decide
+from orchestrator.protocol.ids import Generation, Seconds, Step
+from orchestrator.protocol.messages import Ancestor
+
+
+class Recovery:
+    """Recovers one run.
+
+    Args:
+        state: of the run.
+        policies: asked in this order; the last one always has an answer.
+
+    Attributes:
+        started: the order that started the present generation; None before the first.
+    """
+
+    def __init__(self, state: RunState, policies: Sequence[Policy]) -> None:
+        self._state = state
+        self._policies = tuple(policies)
+        self._waking: Seconds | None = None
+        """When the next search is due, if it was asked to be woken for one."""
+        self.started: StartGeneration | None = None
+
+    def recover(self) -> list[Decision]:
+        """Do what the first policy says that has an answer."""
+        for policy in self._policies:
+            plan = policy(self._state)
+            if plan is not None:
+                return self._follow(plan)
+        raise AssertionError("no policy answered; the last one must always")
+
+    def _follow(self, plan: Plan) -> list[Decision]:
+        state = self._state
+        match plan:
+            case End(state=end, reason=reason):
+                return course.end(state, end, reason)
+            case Pause(until=until, reason=reason):
+                state.pause_until = until
+                return self._wait(RunPhase.BACKING_OFF, until, reason)
+            case WaitForNodes(until=until, reason=reason):
+                return self._wait(RunPhase.GATHERING, until, reason)
+            case Search():
+                return self._look(plan)
+            case Restart():
+                return self._restart(plan)
+
+    def _wait(self, phase: RunPhase, until: Seconds, reason: str) -> list[Decision]:
+        state = self._state
+        if state.phase is phase:
+            return []
+        course.enter(state, phase)
+        if state.incident is not None:
+            state.incident.timeline.append(Note(at=state.now, text=reason))
+        return [decide(state, WakeAt, reason, at=until)]
+
+    def _look(self, plan: Search) -> list[Decision]:
+        """Search when it is time to, unless an answer is still due."""
+        state = self._state
+        if state.phase is not RunPhase.SEARCHING:
+            course.enter(state, RunPhase.SEARCHING)
+        if state.asked_at is not None:
+            return []
+        if plan.at is None or state.now >= plan.at:
+            return [self.search(plan.reason)]
+        if plan.at == self._waking:
+            return []
+        self._waking = plan.at
+        return [decide(state, WakeAt, plan.reason, at=plan.at)]
+
+    def search(self, reason: str) -> SearchCheckpoints:
+        """Return the order to search the durable tier, from now on."""
+        self._state.asked_at = self._state.now
+        return decide(self._state, SearchCheckpoints, reason)
+
+    def _restart(self, plan: Restart) -> list[Decision]:
+        state = self._state
+        # Advanced now, not when the new world reports: what is left of the old one is fenced
+        # from this moment, however long it takes to die.
+        # Above those of former lives, and above every epoch in the store: keys are taken also by
+        # what was rejected, or never committed.
+        seen = state.found.epoch_seen if state.found else Generation(0)
+        newest = max([state.former_generation, seen, *(c.epoch for c in state.commits)])
+        state.ancestors = _ancestors(state, plan)
+        state.generation = Generation(max(state.generation, newest) + 1)
+        restored = plan.restore.step if plan.restore else Step(0)
+        self._write_off(plan, restored)
+        facts.reset_for_generation(state, plan.seats, plan.restore)
+        state.fleet = Fleet(state.run.world_size, state.now)
+        state.wanting = False
+        state.found = state.asked_at = None
+        state.search_failure, state.search_failures = "", 0
+        state.pause_until = None
+        state.rungs[plan.rung] = state.rungs.get(plan.rung, 0) + 1
+        if state.incident is not None:
+            state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
+            state.futile_restarts += 1
+        course.enter(state, RunPhase.STOPPING)
+        new = any(state.nodes[seat].generation == 0 for seat in plan.seats)
+        state.way = f"{plan.rung}, on a new node" if new else plan.rung
+        self.started = decide(
+            state,
+            StartGeneration,
+            plan.reason,
+            seats=plan.seats,
+            dismiss=plan.dismiss,
+            restore=plan.restore,
+            buddies=plan.buddies,
+        )
+        decisions: list[Decision] = [self.started]
+        decisions += [
+            decide(state, FenceNode, f"{node.id} has no seat", node=node.id)
+            for _, node in sorted(state.nodes.items())
+            if node.id not in plan.seats and node.generation > 0 and node.connected
+        ]
+        return decisions
+
+    def _write_off(self, plan: Restart, restored: Step) -> None:
+        """Enter what the restart costs: steps that will be computed again are lost work."""
+        state = self._state
+        for incident in (i for i in state.incidents if i.open):
+            if incident.decided_at is None:
+                incident.lost_steps = max(state.reached_step - restored, 0)
+                incident.decided_at = state.now
+            incident.rung, incident.reason = plan.rung, plan.reason
+            incident.restored_step = restored
+            incident.restarted_as = state.generation
+            incident.restored_from = _tiers(plan)
+            incident.timeline.append(Note(at=state.now, text=f"decided: {plan.reason}"))
+        while state.step_log and state.step_log[-1][0] > restored:
+            state.step_log.pop()
+        since = state.step_log[-1][1] if state.step_log else Seconds(0.0)
+        incident_id = state.incident.id if state.incident else None
+        if state.best_step > 0:
+            state.ledger.relabel(since, state.now, Bucket.LOST_WORK, incident_id)
+
+
+def _ancestors(state: RunState, plan: Restart) -> tuple[Ancestor, ...]:
+    """Return whom the generation continues that comes after the present one."""
+    restore = plan.restore
+    if restore is None:
+        return continued(state.ancestors, state.generation, None, None)
+    epoch = next((c.epoch for c in state.commits if c.key == restore.commit), None)
+    return continued(state.ancestors, state.generation, restore.step, epoch)
+
+
+def _tiers(plan: Restart) -> str:
+    if plan.restore is None:
+        return "seed"
+    own = sum(source == seat for source, seat in zip(plan.restore.sources, plan.seats, strict=True))
+    durable = sum(source == "" for source in plan.restore.sources)
+    buddies = len(plan.seats) - own - durable
+    tiers = (("own memory", own), ("buddy's memory", buddies), ("durable tier", durable))
+    return ", ".join(f"{name} ({count} ranks)" for name, count in tiers if count)

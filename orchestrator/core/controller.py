@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import course, facts, patience, saving
+from orchestrator.core import course, durable, facts, patience, saving
 from orchestrator.core.casebook import RESTARTED, Casebook
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
@@ -43,7 +43,8 @@ class Controller:
     """Decides for one run.
 
     Its parts keep the incidents (`casebook`), bring the run back (`recovery`), and lead it from
-    phase to phase (`course`); what each fact changes is in `facts`.
+    phase to phase (`course`). What each fact changes is in `facts`; of what is in memory, in
+    `copies`, and of what is durable, in `durable`.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Controller:
         self._account(event)
         decisions: list[Decision] = []
         facts.apply(state, event)
-        facts.give_up_search(state)
+        durable.give_up_search(state)
         decisions += self._answer(event)
         self._casebook.look(event)
         decisions += self._hang_up()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import FailedCopy, Holding, PreparationFailed
+from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed
 
 _GONE = ("corrupt", "absent")
 
@@ -68,6 +68,12 @@ def forget(state: RunState, node: NodeId) -> None:
             holders.discard(node)
 
 
+def of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
+    """Return what a node holds that still counts, if it comes back from an older generation."""
+    since = [step for g, step in state.kept.items() if g > joined.generation]
+    return tuple(h for h in joined.holdings if all(h.step <= step for step in since))
+
+
 def _is_gone_from(node: NodeId, copy: FailedCopy) -> bool:
     return copy.node == node and copy.kind in _GONE
 
@@ -106,3 +112,25 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
             return None
         found.append(reachable[0])
     return tuple(found)
+
+
+def newest_safe_step(state: RunState) -> Step | None:
+    """Return the newest step that memory can restore after the loss of any one node.
+
+    With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
+    A node that may be back at once is part of the cluster: after a controller died, all are.
+    """
+    patience_s = state.timeouts.silence_s
+    cluster = [
+        node
+        for node in state.nodes.values()
+        if node.usable or not (node.lost or node.unusable or state.now - node.heard_at > patience_s)
+    ]
+    wanted = 2 if len(cluster) > 1 else 1
+    for step in sorted(state.holdings, reverse=True):
+        ranks = state.holdings[step]
+        if len(ranks) == state.run.world_size and all(
+            len(state.holders(step, Rank(rank))) >= wanted for rank in ranks
+        ):
+            return step
+    return None

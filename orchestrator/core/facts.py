@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, heritage
+from orchestrator.core import copies, durable, heritage
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -19,13 +19,12 @@ from orchestrator.core.events import (
     Telemetry,
 )
 from orchestrator.core.phases import Bucket, RunPhase
-from orchestrator.core.state import Committed, Node, RunState
-from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
+from orchestrator.core.state import Node, RunState
+from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
     Fact,
     FaultCarriedOut,
-    Holding,
     Joined,
     NodeUnusable,
     PreparationFailed,
@@ -39,11 +38,6 @@ from orchestrator.protocol.messages import (
     StepReport,
     WriteFailed,
 )
-
-SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
-"""A search that got no answer is repeated after this, each time after twice as long."""
-COMMIT_AGAIN_S = 2.0
-"""A commit that failed, and may succeed later, is tried again after this, while none is newer."""
 
 
 def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
@@ -74,41 +68,17 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case CheckpointFound() | SearchFailed() if 0 < event.generation < state.generation:
             pass  # its search was given up; what has happened since it does not know
         case CheckpointFound():
-            _find(state, event)
-        case CheckpointCommitted(step=step, epoch=epoch, key=key):
-            state.committing.pop(step, None)
-            state.written.pop(step, None)
-            state.commit_at.pop(step, None)
-            if all(known.key != key for known in state.commits):
-                state.commits.append(Committed(step, epoch, key, state.now))
-        case CommitFailed(step=step, epoch=epoch, reason=reason, again=again):
-            state.save_failures.append((state.now, step, reason))
-            if state.committing.get(step) == epoch:
-                del state.committing[step]
-                if again:
-                    state.commit_at[step] = Seconds(state.now + COMMIT_AGAIN_S)
-                else:
-                    state.written.pop(step, None)
+            durable.find(state, event)
         case SearchFailed(reason=reason, again=again):
-            _fail_search(state, reason, again=again)
+            durable.fail_search(state, reason, again=again)
+        case CheckpointCommitted():
+            durable.commit(state, event)
+        case CommitFailed():
+            durable.fail_commit(state, event)
         case FaultInjected(index=index, description=text, target=target):
             state.injected.setdefault(index, (state.now, text, target))
         case _:
             pass
-
-
-def _fail_search(state: RunState, reason: str, *, again: bool) -> None:
-    pause_s = min(SEARCH_AGAIN_S * 2**state.search_failures, SEARCH_AGAIN_MAX_S)
-    state.search_failures = min(state.search_failures + 1, 10)
-    state.asked_at, state.search_failure = None, reason
-    state.search_again_at = Seconds(state.now + pause_s) if again else None
-
-
-def give_up_search(state: RunState) -> None:
-    """Take a search for failed that has had longer than anything may stand still."""
-    limit_s = state.timeouts.warmup_s
-    if state.asked_at is not None and state.now - state.asked_at > limit_s:
-        _fail_search(state, f"no answer within {limit_s:g} s", again=True)
 
 
 def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
@@ -133,15 +103,9 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     _hear(state, node)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
-    copies.hold(state, node_id, _of_this_lineage(state, joined))
+    copies.hold(state, node_id, copies.of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
-
-
-def _of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
-    """Return what a node holds that still counts, if it comes back from an older generation."""
-    since = [step for g, step in state.kept.items() if g > joined.generation]
-    return tuple(h for h in joined.holdings if all(h.step <= step for step in since))
 
 
 def _hear(state: RunState, node: Node) -> None:
@@ -173,7 +137,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case PreparationFailed(step=step, tier=tier, reason=reason):
             state.failed_preparation = f"{node.id}: {reason}"
             if tier == "durable":
-                _pass_over(state, step, reason)
+                durable.pass_over(state, step, reason)
             else:
                 copies.strike(state, node.id, fact)
         case RankExited():
@@ -266,31 +230,6 @@ def _refill(state: RunState) -> None:
             budget.spent = max(budget.spent - 1, 0)
 
 
-def _find(state: RunState, found: CheckpointFound) -> None:
-    """Take over what the durable tier has and the journal does not know, and what it rejected."""
-    state.found = found
-    if state.incident is not None:
-        searched = state.incident.reads
-        searched["searching"] = searched.get("searching", 0) + found.reads
-    for text in found.rejected:
-        state.save_failures.append((state.now, Step(0), f"passed over: {text}"))
-    if found.step is not None and all(known.key != found.key for known in state.commits):
-        assert found.epoch is not None
-        state.commits.append(Committed(found.step, found.epoch, found.key, state.now))
-    for known in state.commits:
-        # What was committed while it searched, it may not have seen.
-        unseen = state.asked_at is not None and known.at >= state.asked_at
-        if not unseen and (found.step is None or known.step > found.step):
-            known.rejected = known.rejected or "unreadable when it was needed"
-    state.asked_at, state.search_failure, state.search_failures = None, "", 0
-
-
-def _pass_over(state: RunState, step: Step, reason: str) -> None:
-    for known in state.commits:
-        if known.step == step:
-            known.rejected = reason
-
-
 def give_up(state: RunState, node: NodeId, evidence: str) -> None:
     """Take a node for lost until it joins again: what it ran and what it held."""
     state.nodes[node].lost = evidence
@@ -342,35 +281,6 @@ def world_mark(state: RunState) -> int:
     """Return how far the least advanced node of the world has come in this generation."""
     nodes = [state.nodes[node] for node in state.world]
     return min(n.mark if n.generation == state.generation else 0 for n in nodes)
-
-
-def written_whole(state: RunState, step: Step) -> bool:
-    """Whether every shard of a step has been written in the current generation."""
-    reports = state.written.get(step, {})
-    shards = {receipt.shard for report in reports.values() for receipt in report.receipts}
-    return len(shards) == state.shard_count()
-
-
-def newest_safe_step(state: RunState) -> Step | None:
-    """Return the newest step that memory can restore after the loss of any one node.
-
-    With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
-    A node that may be back at once is part of the cluster: after a controller died, all are.
-    """
-    patience_s = state.timeouts.silence_s
-    cluster = [
-        node
-        for node in state.nodes.values()
-        if node.usable or not (node.lost or node.unusable or state.now - node.heard_at > patience_s)
-    ]
-    wanted = 2 if len(cluster) > 1 else 1
-    for step in sorted(state.holdings, reverse=True):
-        ranks = state.holdings[step]
-        if len(ranks) == state.run.world_size and all(
-            len(state.holders(step, Rank(rank))) >= wanted for rank in ranks
-        ):
-            return step
-    return None
 
 
 def since_last_progress(state: RunState) -> Seconds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import facts
+from orchestrator.core import copies
 from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import Step
@@ -18,12 +18,12 @@ def save(state: RunState) -> list[Decision]:
         state.written.pop(step, None)
     for step in sorted(state.written):
         due = state.now >= state.commit_at.get(step, state.now)
-        if due and step not in state.committing and facts.written_whole(state, step):
+        if due and step not in state.committing and _written_whole(state, step):
             state.committing[step] = state.generation
             # Else it would be taken for one that failed, once something newer is committed.
             state.commit_at.pop(step, None)
             decisions.append(commit_decision(state, step))
-    safe = facts.newest_safe_step(state)
+    safe = copies.newest_safe_step(state)
     if safe is not None and safe > state.retained and not state.wanting:
         state.retained = safe
         for older in [step for step in state.holdings if step < safe]:
@@ -48,3 +48,10 @@ def commit_decision(state: RunState, step: Step) -> CommitCheckpoint:
         model=next(report.model for _, report in sorted(reports.items())),
         reason=f"all {len(receipts)} shards of step {step} are written",
     )
+
+
+def _written_whole(state: RunState, step: Step) -> bool:
+    """Whether every shard of a step has been written in the current generation."""
+    reports = state.written.get(step, {})
+    shards = {receipt.shard for report in reports.values() for receipt in report.receipts}
+    return len(shards) == state.shard_count()

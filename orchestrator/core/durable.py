@@ -1,0 +1,74 @@
+"""What the durable tier answers: what a search of it found, what was committed, what failed."""
+
+from __future__ import annotations
+
+from orchestrator.core.events import CheckpointCommitted, CheckpointFound, CommitFailed
+from orchestrator.core.state import Committed, RunState
+from orchestrator.protocol.ids import Seconds, Step
+
+SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
+"""A search that got no answer is repeated after this, each time after twice as long."""
+COMMIT_AGAIN_S = 2.0
+"""A commit that failed, and may succeed later, is tried again after this, while none is newer."""
+
+
+def find(state: RunState, found: CheckpointFound) -> None:
+    """Take over what the durable tier has and the journal does not know, and what it rejected."""
+    state.found = found
+    if state.incident is not None:
+        searched = state.incident.reads
+        searched["searching"] = searched.get("searching", 0) + found.reads
+    for text in found.rejected:
+        state.save_failures.append((state.now, Step(0), f"passed over: {text}"))
+    if found.step is not None and all(known.key != found.key for known in state.commits):
+        assert found.epoch is not None
+        state.commits.append(Committed(found.step, found.epoch, found.key, state.now))
+    for known in state.commits:
+        # What was committed while it searched, it may not have seen.
+        unseen = state.asked_at is not None and known.at >= state.asked_at
+        if not unseen and (found.step is None or known.step > found.step):
+            known.rejected = known.rejected or "unreadable when it was needed"
+    state.asked_at, state.search_failure, state.search_failures = None, "", 0
+
+
+def fail_search(state: RunState, reason: str, *, again: bool) -> None:
+    """Enter that a search got no answer, and when to search again, if that can help."""
+    pause_s = min(SEARCH_AGAIN_S * 2**state.search_failures, SEARCH_AGAIN_MAX_S)
+    state.search_failures = min(state.search_failures + 1, 10)
+    state.asked_at, state.search_failure = None, reason
+    state.search_again_at = Seconds(state.now + pause_s) if again else None
+
+
+def give_up_search(state: RunState) -> None:
+    """Take a search for failed that has had longer than anything may stand still."""
+    limit_s = state.timeouts.warmup_s
+    if state.asked_at is not None and state.now - state.asked_at > limit_s:
+        fail_search(state, f"no answer within {limit_s:g} s", again=True)
+
+
+def commit(state: RunState, done: CheckpointCommitted) -> None:
+    """Enter a checkpoint that exists now."""
+    state.committing.pop(done.step, None)
+    state.written.pop(done.step, None)
+    state.commit_at.pop(done.step, None)
+    if all(known.key != done.key for known in state.commits):
+        state.commits.append(Committed(done.step, done.epoch, done.key, state.now))
+
+
+def fail_commit(state: RunState, failed: CommitFailed) -> None:
+    """Enter that a checkpoint was not committed, and when to try again, if that can help."""
+    state.save_failures.append((state.now, failed.step, failed.reason))
+    if state.committing.get(failed.step) != failed.epoch:
+        return
+    del state.committing[failed.step]
+    if failed.again:
+        state.commit_at[failed.step] = Seconds(state.now + COMMIT_AGAIN_S)
+    else:
+        state.written.pop(failed.step, None)
+
+
+def pass_over(state: RunState, step: Step, reason: str) -> None:
+    """Strike off a checkpoint that could not be read when it was needed."""
+    for known in state.commits:
+        if known.step == step:
+            known.rejected = reason

@@ -8,9 +8,15 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.agent.frames import Ask, Done, Offer, cut_off
+from orchestrator.agent.frames import Ask, Done, Offer, cut_off, failed
 from orchestrator.agent.greeting import greet
-from orchestrator.agent.shards import Lineage, MalformedError, Shard, UnreachableError
+from orchestrator.agent.shards import (
+    CorruptError,
+    Lineage,
+    MalformedError,
+    Shard,
+    UnreachableError,
+)
 from orchestrator.agent.transfer import give, take
 from orchestrator.agent.wire import Wire, connect
 from orchestrator.protocol.ids import Rank, Step
@@ -77,7 +83,12 @@ class PeerClient:
             offer = await wire.hear(Offer)
             if (offer.rank, offer.step) != wanted:
                 raise MalformedError(f"{address} offers {offer}, wanted (rank, step) {wanted}")
-            shard = await take(wire, offer, path, threads)
+            try:
+                shard = await take(wire, offer, path, threads)
+            except CorruptError as error:
+                if not await _is_intact_there(wire, error):
+                    raise
+                raise UnreachableError(f"intact at {address}, and not here: {error}") from error
             wire.say_last(Done())
             return shard
 
@@ -130,3 +141,17 @@ class PeerClient:
             raise cut_off()
         if self._closed:
             raise UnreachableError("this agent is ending")
+
+
+async def _is_intact_there(wire: Wire, error: CorruptError) -> bool:
+    """Have who gave a shard that came damaged look at its own; False if it does not vouch for it.
+
+    Raises:
+        KeeperError: of the class that it says, if its own is no good.
+    """
+    try:
+        await wire.say(failed(error))
+        await wire.hear(Done)
+    except OSError:
+        return False
+    return True

@@ -9,7 +9,8 @@ passes like this, whether its holder offers it by itself (a copy) or was asked f
     taker   Done     all of it is here, verified, and a copy is held
 
 Before that a server says `Challenge` (greeting.py). Instead of what is expected, `Failed` may come:
-its sender hangs up after that.
+its sender hangs up after that. Only who finds damaged what it asked for says `Failed` and listens:
+the giver looks at its own then, and says `Done` if that is intact, or `Failed`.
 """
 
 from __future__ import annotations

@@ -10,17 +10,19 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from orchestrator.agent.calling import PeerClient
-from orchestrator.agent.durable import DurableShard, read_shard
-from orchestrator.agent.files import Files, remove
+from orchestrator.agent.durable import DurableShard
+from orchestrator.agent.files import Files
 from orchestrator.agent.peers import PeerServer
+from orchestrator.agent.reading import Reading
 from orchestrator.agent.shards import (
     SLOTS,
+    CorruptError,
     KeeperError,
     MalformedError,
     NotHeldError,
@@ -29,20 +31,17 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.agent.transfer import map_file, verify_file
+from orchestrator.agent.transfer import verify_file
+from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import Ancestor, Holding, Receipt
 from storage.blob import BlobStore
-from storage.commit import write_shard
 from storage.errors import StorageUnavailableError
-from storage.shard import decode_index
 
 Tier = Literal["own", "fetched", "durable"]
 """Where a shard was found: in this node's memory, in another's, on the durable tier."""
 
-WRITES_AT_ONCE = 2
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -73,9 +72,9 @@ class Keeper:
         self._host = host
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
-        self._writers = ThreadPoolExecutor(WRITES_AT_ONCE, "holdfast-write")
         self._files = Files(memory, self._threads)
         self._shelf = Shelf(memory, on_freed=self._freed, remove=self._files.remove_soon)
+        self._reading, self._writing = Reading(self._files), Writing(self._shelf)
         self._peers: dict[NodeId, str] = {}
         self._peers_changed = asyncio.Event()
         self._client = PeerClient(token)
@@ -85,6 +84,7 @@ class Keeper:
             new_file=partial(self._files.new, "copy"),
             threads=self._threads,
             on_copy=lambda generation, _: self.on_held(generation),
+            verify=self._verified,
             transfer_s=transfer_s,
         )
 
@@ -101,8 +101,9 @@ class Keeper:
         """Stop serving and remove every shard, within seconds; a thread may be ending still."""
         self._client.close()
         await self._server.close()
-        for threads in (self._threads, self._writers):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._reading.close()
+        self._writing.close()
         self._files.remove_all()
 
     @property
@@ -143,6 +144,10 @@ class Keeper:
     ) -> None:
         """Drop what a generation abandons in which this node has no seat; see `begin`."""
         self._shelf.begin(generation, restore, ancestors)
+
+    def holds(self, rank: Rank, step: Step) -> bool:
+        """Whether a shard is held here."""
+        return self._shelf.find(rank, step) is not None
 
     def seat(self, ranks: Iterable[Rank]) -> None:
         """Free the staging slots of all ranks but these, each as soon as nothing in it is needed.
@@ -253,11 +258,13 @@ class Keeper:
 
         Raises:
             CorruptError: if the bytes do not match the index; what was here is dropped.
+            NotHeldError: if it is not there, or its verification here took longer than `timeout_s`;
+                it is dropped then, too.
             StaleError: if another generation began meanwhile.
             UnreachableError: if the other node did not answer, or not within `timeout_s`, which
                 includes the wait for its address.
             KeeperError: of another class, for what else the other node said, or if memory is full.
-            StorageError: if it was to come from the durable tier, and could not.
+            StorageError: if it was to come from the durable tier, and could not, or not in time.
         """
         began = self._shelf.lineage.generation
         held = self._shelf.find(rank, step)
@@ -269,14 +276,11 @@ class Keeper:
                 elif source:
                     shard = await self._fetched(NodeId(source), (rank, step))
                 elif durable is not None:
-                    shard = await self._read(durable, (rank, step))
+                    shard = await self._reading.read(durable, (rank, step))
                 else:
                     raise NotHeldError(f"no source is named for rank {rank}, step {step}")
         except TimeoutError:
-            late = f"rank {rank}, step {step} is not here from {source or tier} in {timeout_s:g} s"
-            raise (
-                StorageUnavailableError(late) if tier == "durable" else UnreachableError(late)
-            ) from None
+            raise self._late(rank, step, held, source, timeout_s) from None
         if held is None:
             self._shelf.put(shard)
         if self._shelf.lineage.generation != began or shard.dropped:
@@ -295,67 +299,72 @@ class Keeper:
     ) -> Receipt:
         """Make a shard durable. Its slot is not freed before the write is over, however it ends.
 
+        Of each rank one is written at a time; until the one before is over, this one's slot may
+        be freed, and then it can not be written any more.
+
         Raises:
             NotHeldError: if the shard is not held, or was not staged by that generation.
             StorageError: if it could not be written; StorageUnavailableError after `timeout_s`.
         """
-        shard = self._shelf.require(rank, step)
-        if shard.generation != generation:
-            raise NotHeldError(
-                f"{shard} is of generation {shard.generation}, expected {generation}"
-            )
+        return await self._writing.write(store, rank, step, generation, timeout_s=timeout_s)
 
-        def work() -> Receipt:
-            index = decode_index(shard.index.encode())
-            receipt = write_shard(store, index, map_file(shard.path, shard.size))
-            return Receipt(receipt.shard, receipt.size, receipt.index_digest)
+    async def write_turn(self, rank: Rank, *, timeout_s: float) -> None:
+        """Wait until nothing of a rank is being written any more.
 
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._pinned_in(self._writers, shard, work)
-        except TimeoutError:
-            raise StorageUnavailableError(f"{shard} is not written after {timeout_s:g} s") from None
+        Raises:
+            StorageUnavailableError: after `timeout_s`; says what is being written.
+        """
+        await self._writing.turn(rank, timeout_s=timeout_s)
 
     # Inside -------------------------------------------------------------------------------
 
     async def _verified(self, shard: Shard) -> Shard:
+        """Return a shard whose bytes were checked; one that is not what was staged is dropped."""
         try:
-            await self._pinned_in(
-                self._threads, shard, lambda: verify_file(shard.path, shard.index)
-            )
-        except KeeperError:
-            self._shelf.drop(shard)
-            raise
+            await self._pinned_in_thread(shard, lambda: verify_file(shard.path, shard.index))
+        except (KeeperError, OSError) as error:
+            self._give_up(shard)
+            if isinstance(error, KeeperError):
+                raise
+            raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
         return shard
+
+    def _give_up(self, shard: Shard) -> None:
+        """Drop what is of no use, and say so before anybody counts on it again."""
+        if not shard.dropped:
+            self._shelf.drop(shard)
+            self.on_held(self._shelf.lineage.generation)
+
+    def _late(
+        self, rank: Rank, step: Step, held: Shard | None, source: str, timeout_s: float
+    ) -> KeeperError | StorageUnavailableError:
+        """Return what to say of a shard that is not ready in time."""
+        wanted, after = f"rank {rank}, step {step}", f"after {timeout_s:g} s"
+        if held is not None:
+            self._give_up(held)
+            return NotHeldError(f"{wanted}: timed out verifying what is here {after}; dropped")
+        if source:
+            return UnreachableError(f"{wanted}: timed out fetching it from {source} {after}")
+        return StorageUnavailableError(
+            f"{wanted}: timed out reading it from the durable tier {after}"
+        )
 
     async def _fetched(self, source: NodeId, wanted: tuple[Rank, Step]) -> Shard:
         address = await self._address(source)
         path = self._files.new("restore", *wanted)
         return await self._client.fetch(address, wanted, path, self._threads)
 
-    async def _read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
-        path = self._files.new("restore", *wanted)
-        reading = asyncio.get_running_loop().run_in_executor(
-            self._threads, read_shard, durable, wanted, path
-        )
-        try:
-            return await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            # A thread can not be stopped; what it still brings is removed.
-            reading.add_done_callback(lambda _: remove(path))
-            raise
-
     async def _address(self, node: NodeId) -> str:
         while node not in self._peers:
             await self._peers_changed.wait()
         return self._peers[node]
 
-    async def _pinned_in(self, threads: Executor, shard: Shard, work: Callable[[], T]) -> T:
+    async def _pinned_in_thread(self, shard: Shard, work: Callable[[], None]) -> None:
         """Run in a thread; the shard is pinned until the thread is done, not until we give up."""
         self._shelf.pin(shard)
-        running = asyncio.get_running_loop().run_in_executor(threads, work)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
         running.add_done_callback(lambda _: self._shelf.unpin(shard))
-        return await asyncio.shield(running)
+        await asyncio.shield(running)
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)

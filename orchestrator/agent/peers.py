@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from enum import Enum
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 from orchestrator.agent.frames import Ask, Done, Message, Offer, cut_off, failed
 from orchestrator.agent.greeting import WITHIN_S, admit
 from orchestrator.agent.shards import (
+    CorruptError,
     KeeperError,
     MalformedError,
     Shard,
@@ -63,6 +64,7 @@ class PeerServer:
         new_file: Callable[[Rank, Step], Path],
         threads: Executor,
         on_copy: Callable[[Generation, Shard], None],
+        verify: Callable[[Shard], Awaitable[object]],
         transfer_s: float,
     ) -> None:
         """Serve nobody yet.
@@ -73,6 +75,8 @@ class PeerServer:
             new_file: names a file for a copy.
             threads: where room is made for copies, and where they are verified.
             on_copy: called with the sender's generation for each copy that is held.
+            verify: called with a shard that came out damaged; drops it and raises CorruptError if
+                it is.
             transfer_s: see the class.
         """
         self.transfer_s = transfer_s
@@ -83,6 +87,7 @@ class PeerServer:
         self._address = ""
         self._threads = threads
         self._on_copy = on_copy
+        self._verify = verify
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._callers: dict[Wire, _State] = {}
@@ -214,11 +219,18 @@ class PeerServer:
         if self.unreachable:
             raise cut_off()
         if isinstance(wanted, Ask):
-            shard = self._shelf.require(wanted.rank, wanted.step)
-            with self._shelf.pinned(shard):
-                await give(wire, shard)
+            await self._give(wire, self._shelf.require(wanted.rank, wanted.step))
         elif isinstance(wanted, Offer):
             await self._hold(wire, wanted)
+
+    async def _give(self, wire: Wire, shard: Shard) -> None:
+        try:
+            with self._shelf.pinned(shard):
+                await give(wire, shard)
+        except CorruptError:
+            # A caller's word is not enough to drop anything; nor is it to be taken for wrong.
+            await self._verify(shard)
+            await wire.say(Done())
 
     async def _hold(self, wire: Wire, offer: Offer) -> None:
         lineage = offer.lineage

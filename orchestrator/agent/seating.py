@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from orchestrator.agent.account import CLEARED, SEATED, Account
@@ -18,13 +19,22 @@ from orchestrator.agent.exits import not_seated
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.ranks import Ranks
-from orchestrator.agent.shards import CorruptError, KeeperError, StaleError
+from orchestrator.agent.shards import (
+    CorruptError,
+    KeeperError,
+    MalformedError,
+    NoRoomError,
+    NotHeldError,
+    StaleError,
+    UnreachableError,
+)
 from orchestrator.protocol.agent import AgentConfig
-from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     Announce,
     Begin,
     Fact,
+    FailedCopy,
     NodeUnusable,
     PreparationFailed,
     Prepared,
@@ -37,6 +47,8 @@ from storage.errors import StorageError
 from storage.wrappers import CountingStore
 
 log = logging.getLogger(__name__)
+FETCH_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
+"""Pauses before a copy is asked for again at a node that did not answer."""
 Restores = dict[Rank, Restore | None]
 
 
@@ -128,10 +140,9 @@ class Seating:
             return dict.fromkeys(ranks)
         begun = time.monotonic()
         store = CountingStore(tier.store) if tier is not None else None
-        tasks = [
-            asyncio.create_task(self._prepare_one(order, order.restore, rank, store, limits))
-            for rank in ranks
-        ]
+        failed: list[FailedCopy] = []
+        bringing = partial(self._prepare_one, order, order.restore, store, limits, failed)
+        tasks = [asyncio.create_task(bringing(rank)) for rank in ranks]
         try:
             found = await asyncio.gather(*tasks)
         except StaleError as error:
@@ -151,6 +162,7 @@ class Seating:
                     step=order.restore,
                     tier="durable" if durable else "memory",
                     reason=f"{type(error).__name__}: {error}"[:2000],
+                    copies=tuple(failed),
                 )
             )
             return None
@@ -172,22 +184,39 @@ class Seating:
         return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
 
     async def _prepare_one(
-        self, order: Begin, step: Step, rank: Rank, store: BlobStore | None, limits: Timeouts
+        self,
+        order: Begin,
+        step: Step,
+        store: BlobStore | None,
+        limits: Timeouts,
+        failed: list[FailedCopy],
+        rank: Rank,
     ) -> tuple[Restore, str]:
+        """Bring the state of one rank here; enter in `failed` from which copy it was not to be had.
+
+        A copy here that is bad was dropped with that, so it is looked for elsewhere. A node out of
+        reach may be so for a moment only.
+        """
         source = order.sources[rank] if rank < len(order.sources) else ""
         durable = None
         if order.commit and store is not None:
             shard = order.shard_of[rank] if rank < len(order.shard_of) else rank
             durable = DurableShard(store=store, commit=order.commit, shard=shard)
-        within_s = limits.warmup_s
-        try:
-            return await self._keeper.prepare(rank, step, source, durable, timeout_s=within_s)
-        except CorruptError as error:
-            if source == self._config.node:
-                raise
-            # What lay here is dropped now, so this looks elsewhere.
-            log.warning("%s; trying %s", error, source or "the durable tier")
-            return await self._keeper.prepare(rank, step, source, durable, timeout_s=within_s)
+        give_up_at = time.monotonic() + limits.warmup_s
+        pauses_s = iter(FETCH_AGAIN_S)
+        while True:
+            node = self._config.node
+            holder = node if self._keeper.holds(rank, step) else NodeId(source)
+            left_s = give_up_at - time.monotonic()
+            try:
+                return await self._keeper.prepare(rank, step, source, durable, timeout_s=left_s)
+            except KeeperError as error:
+                again_s = _again_s(error, pauses_s, elsewhere=holder == node != source)
+                if again_s is None or time.monotonic() + again_s > give_up_at:
+                    failed += _failed(error, holder, node, rank)
+                    raise
+                log.warning("%s; trying %s", error, source or "the durable tier")
+                await asyncio.sleep(again_s)
 
     # Seats ----------------------------------------------------------------------------------------
 
@@ -235,6 +264,28 @@ class Seating:
             persist_within_s=terms.timeouts.persist_s,
             collective_timeout_s=terms.timeouts.collective_s,
         )
+
+
+def _again_s(error: KeeperError, pauses_s: Iterator[float], *, elsewhere: bool) -> float | None:
+    """Return after how many seconds to try again; None if that can not help."""
+    if elsewhere and isinstance(error, CorruptError):
+        return 0.0
+    return next(pauses_s, None) if isinstance(error, UnreachableError) else None
+
+
+def _failed(error: KeeperError, holder: NodeId, node: NodeId, rank: Rank) -> list[FailedCopy]:
+    """Return what an error says about the copy that `holder` was to have; nothing, if nothing."""
+    match error:
+        case NoRoomError():
+            return [FailedCopy(node, rank, "no-room")]
+        case CorruptError() | MalformedError():
+            return [FailedCopy(holder, rank, "corrupt")]
+        case NotHeldError():
+            return [FailedCopy(holder, rank, "absent")]
+        case StaleError():
+            return []
+        case _:
+            return [FailedCopy(holder, rank, "unreachable")]
 
 
 def _survivors(stuck: list[LiveRank], limits: Timeouts) -> str:

@@ -81,6 +81,27 @@ def test_a_peer_that_lies_about_a_shard_is_not_believed(tmp_path: Path, how: str
     asyncio.run(scenario())
 
 
+def test_a_shard_that_comes_damaged_from_who_has_it_intact_is_not_held_against_that_one(
+    tmp_path: Path,
+) -> None:
+    async def damage_on_the_way(end: End) -> None:
+        await end.hear()
+        await end.send(offered() + INDEX + BODY[::-1])
+        await end.hear()
+        assert (await end.hear())["type"] == "Failed"
+        await end.send(DONE)
+
+    async def scenario() -> None:
+        async with (
+            answering(damage_on_the_way) as (address, _),
+            calling(tmp_path, address) as node,
+        ):
+            with pytest.raises(UnreachableError, match=r"intact at .*, and not here: .*xxh3-128"):
+                await node.keeper.prepare(THEIRS, STEP, THERE, timeout_s=5)
+
+    asyncio.run(scenario())
+
+
 def test_who_refuses_in_the_middle_of_a_body_is_heard_and_not_asked_again(tmp_path: Path) -> None:
     async def refuse(end: End) -> None:
         await end.hear()

@@ -85,8 +85,9 @@ def test_an_own_shard_with_a_flipped_bit_is_named_and_never_used(tmp_path: Path)
             with pytest.raises(CorruptError, match=r"param/layers\.\d\.w of shard 0 of step 7"):
                 await here.keeper.prepare(RANK, STEP, THERE)
 
-            # Dropped, so that asking again looks elsewhere.
+            # Dropped, so that asking again looks elsewhere; and said, so that nobody counts on it.
             assert here.keeper.holdings() == ()
+            assert here.held == []
             assert (await here.keeper.prepare(RANK, STEP, THERE))[1] == "fetched"
             assert there.held == [(2, 0, 7)]
 
@@ -113,6 +114,9 @@ def test_a_shard_that_does_not_match_its_index_is_not_taken_over(
                 await call
             target = there if copying else here
             assert (target.files(), target.keeper.holdings()) == ([], ())
+            if not copying:
+                # Who gave it has looked at its own, and counts on it no more than who asked.
+                assert (there.keeper.holdings(), there.held) == ((), [])
 
     asyncio.run(scenario())
 

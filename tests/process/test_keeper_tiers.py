@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.agent import keeper
 from orchestrator.agent.durable import DurableShard, DurableTier
-from orchestrator.agent.keeper import WRITES_AT_ONCE
+from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.agent.shards import NoRoomError, NotHeldError
 from orchestrator.agent.transfer import allocate
+from orchestrator.agent.writing import WRITES_AT_ONCE
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import Receipt
 from storage.commit import commit, write_shard
@@ -25,7 +27,7 @@ from storage.manifest import commit_key, make_manifest
 from storage.memory import MemoryStore
 from storage.shard import index_digest, open_views
 from storage.wrappers import CountingStore, FaultyStore
-from tests.shards import GENERATION, RANK, STEP, THERE, sealed, two
+from tests.shards import GENERATION, HERE, RANK, STEP, THERE, sealed, settled, two
 
 pytestmark = pytest.mark.process
 COMMIT = commit_key(7, 2)
@@ -113,10 +115,69 @@ def test_a_durable_tier_that_does_not_answer_is_given_up_and_leaves_nothing(
             store = FaultyStore(MemoryStore())
             durable = committed(store)
             store.slow_s = 0.1
-            with pytest.raises(StorageUnavailableError, match=r"not here from durable in 0.25 s"):
+            with pytest.raises(
+                StorageUnavailableError,
+                match=r"timed out reading it from the durable tier after 0.25 s",
+            ):
                 await here.keeper.prepare(RANK, STEP, "", durable, timeout_s=0.25)
             await asyncio.sleep(0.4)
             assert here.files() == []
+
+    asyncio.run(scenario())
+
+
+def test_reads_that_hang_keep_no_memory_from_being_restored_copied_or_freed(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        released = threading.Event()
+        async with two(tmp_path) as (here, there):
+            store = FaultyStore(MemoryStore())
+            durable = committed(store)
+            store.before = lambda *_: released.wait(20) and None
+            hanging = [
+                asyncio.create_task(here.keeper.prepare(Rank(rank), STEP, "", durable))
+                for rank in range(1, READS_AT_ONCE + 2)
+            ]
+            here.stage(0, 7, 2)
+            await asyncio.sleep(0.05)
+            try:
+                assert (await here.keeper.prepare(RANK, STEP, "", timeout_s=5))[1] == "own"
+                await here.keeper.copy_to(THERE, RANK, STEP, timeout_s=5)
+                there.begin(3, {HERE: here}, 7)
+                there.stage(3, 7, 3)
+                await here.keeper.prepare(Rank(3), STEP, THERE, timeout_s=5)
+                here.stage(0, 8, 2, slot=1)
+                here.keeper.retain(Step(8))
+                await settled(lambda: not list(here.memory.glob("gone-*")))
+                with pytest.raises(StorageUnavailableError, match="timed out reading it from the"):
+                    await here.keeper.prepare(Rank(40), STEP, "", durable, timeout_s=0.05)
+            finally:
+                for task in hanging:
+                    task.cancel()
+                released.set()
+            # Of what was read after all nothing stays: only what was fetched.
+            await settled(lambda: len(list(here.memory.glob("restore-*"))) == 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_whose_verification_hangs_is_dropped_and_looked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            here.stage(0, 7, 2)
+            await here.keeper.copy_to(THERE, RANK, STEP)
+            with monkeypatch.context() as patch:
+                patch.setattr(keeper, "verify_file", lambda *_: released.wait(20))
+                with pytest.raises(NotHeldError, match=r"timed out verifying .* after 0.1 s"):
+                    await here.keeper.prepare(RANK, STEP, THERE, timeout_s=0.1)
+            assert (here.keeper.holdings(), here.held) == ((), [])
+            assert (await here.keeper.prepare(RANK, STEP, THERE))[1] == "fetched"
+            released.set()
 
     asyncio.run(scenario())
 
@@ -181,6 +242,62 @@ def test_a_write_that_takes_too_long_is_given_up_but_keeps_its_slot_until_it_end
                 await asyncio.sleep(0.005)
             # Later than the generation's seats were named, so it has to be said.
             assert here.freed == [(0, 0)]
+
+    asyncio.run(scenario())
+
+
+def test_of_each_rank_one_shard_is_written_at_a_time_and_the_next_may_be_let_go(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            released = threading.Event()
+            store = FaultyStore(MemoryStore(), before=lambda *_: released.wait(5) and None)
+            here.stage(0, 7, 2)
+            here.stage(0, 8, 2, slot=1)
+            here.stage(0, 9, 2, slot=2)
+            writes = [
+                asyncio.create_task(here.keeper.write(store, RANK, Step(step), GENERATION))
+                for step in (7, 8, 9)
+            ]
+            await asyncio.sleep(0.05)
+
+            here.keeper.retain(Step(9))
+            assert here.keeper.free_slots(RANK) == (1,)
+            released.set()
+            first, second, third = await asyncio.gather(*writes, return_exceptions=True)
+
+            assert isinstance(first, Receipt)
+            assert isinstance(second, NotHeldError)
+            assert isinstance(third, Receipt)
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_was_given_up_and_goes_on_is_not_begun_a_second_time(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            released = threading.Event()
+            calls: list[str] = []
+
+            def enter(operation: str, _: str) -> None:
+                calls.append(operation)
+                released.wait(5)
+
+            store = FaultyStore(MemoryStore(), before=enter)
+            here.stage(0, 7, 2)
+            with pytest.raises(StorageUnavailableError):
+                await here.keeper.write(store, RANK, STEP, GENERATION, timeout_s=0.05)
+            with pytest.raises(StorageUnavailableError, match="still has shard of rank 0, step 7"):
+                await here.keeper.write_turn(RANK, timeout_s=0.05)
+            released.set()
+
+            receipt = await here.keeper.write(store, RANK, STEP, GENERATION)
+
+            assert receipt.shard == 0
+            assert calls == ["put", "put"]
 
     asyncio.run(scenario())
 

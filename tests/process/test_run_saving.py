@@ -1,11 +1,17 @@
 """Whole runs in which memory or disk fails at the moment at which it is needed most."""
 
+import os
+import re
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.worlds.memory import memory_of
+from tests.programs.played import flip_a_bit, wait_for
 from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process
@@ -74,3 +80,33 @@ def test_two_nodes_lost_between_two_saves_cost_no_look_at_the_durable_tier(job: 
     assert report.losses == [(step, 1.0 / step) for step in range(1, 61)]
     assert report.divergences == []
     assert one.leftovers() == []
+
+
+def test_a_damaged_copy_of_a_dead_rank_costs_nothing_that_its_buddy_still_holds(
+    job: Start,
+) -> None:
+    one = job(steps=250, step_s=0.02, save_every=100, durable_every=250)
+    one.run["spec"]["checkpoint"] = {"everySteps": 1000, "memoryEverySteps": 100}
+    one.run["spec"]["trainer"]["steps"] = 250
+    one.start()
+    memory = memory_of(one.folder)
+    wait_for(lambda: list((memory / "node-0").glob("copy-00002-100-*")))
+    time.sleep(0.2)  # it is made before it is filled
+
+    flip_a_bit(memory / "node-1", rank=2)
+    os.kill(pid_of(one, 2), signal.SIGKILL)
+    code = one.finish()
+
+    report = one.report()
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert {incident.restored_step for incident in report.incidents} == {100}
+    assert report.incidents[-1].restored_from == "own memory (3 ranks), buddy's memory (1 ranks)"
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 251)]
+    assert one.leftovers() == []
+
+
+def pid_of(one: Job, rank: int) -> int:
+    """Return the process that took the seat of a rank first, from what it printed."""
+    log = (one.folder.root / "logs" / f"rank-{rank:05d}.log").read_text()
+    (pid,) = re.findall(rf"^pid (\d+) generation 1 rank {rank}$", log, re.MULTILINE)
+    return int(pid)

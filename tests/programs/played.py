@@ -356,6 +356,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def flip_a_bit(memory: Path, *, rank: int) -> None:
+    """Damage all that a rank has staged, in the folder of its node in shared memory."""
+    for slot in memory.glob(f"rank-{rank:05d}.slot-*"):
+        with slot.open("r+b") as file:
+            first = file.read(1)
+            file.seek(0)
+            file.write(bytes([first[0] ^ 1]))
+
+
 def newest(fact: Any, rank: int | None = None) -> int:
     """Return the last step that a fact says is held (of a rank, if one is named), 0 for none."""
     return max((h.step for h in fact.holdings if rank in (None, h.rank)), default=0)

@@ -1,0 +1,43 @@
+"""Reads shards from the durable tier into memory, in threads of their own.
+
+One that hangs in a dead file system keeps none of the threads that verify, make room and remove.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from orchestrator.agent.durable import DurableShard, read_shard
+from orchestrator.agent.files import Files, remove
+from orchestrator.agent.shards import Shard
+from orchestrator.agent.threads import DaemonThreads
+from orchestrator.protocol.ids import Rank, Step
+
+READS_AT_ONCE = 8
+
+
+class Reading:
+    """One node's. Every method belongs on the event loop.
+
+    Args:
+        files: names those that are made.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._threads = DaemonThreads(READS_AT_ONCE, "holdfast-read")
+
+    def close(self) -> None:
+        """Begin no read any more; one that is under way ends by itself."""
+        self._threads.shutdown()
+
+    async def read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
+        """Read a committed shard into a new file, verified; see `read_shard` for what it raises."""
+        path = self._files.new("restore", *wanted)
+        reading = self._threads.submit(read_shard, durable, wanted, path)
+        try:
+            return await asyncio.wrap_future(reading)
+        except asyncio.CancelledError:
+            # A thread can not be stopped; what it still brings is removed.
+            reading.add_done_callback(lambda _: remove(path))
+            raise

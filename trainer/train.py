@@ -99,7 +99,8 @@ def _step_and_save(
     elif training.world.rank == 0:
         print(  # noqa: T201 - the rank's log
             f"step {step} is not saved: {len(unready)} of {training.world.size} ranks have no free "
-            f"slot or are still busy with the save before, the first is rank {unready[0]}",
+            f"slot (their shards are on the way to the buddy node or to the durable tier) or are "
+            f"still busy with the save before, the first is rank {unready[0]}",
             file=sys.stderr,
         )
 

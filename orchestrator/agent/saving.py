@@ -59,6 +59,9 @@ class Saving:
         self._begun: Begin | None = None
         self._due = Step(0)
         """Newest step that was staged here for the durable tier, in this generation."""
+        self._waiting: dict[Rank, Staged] = {}
+        """Per rank, what is to be written next."""
+        self._writing: dict[Rank, asyncio.Task[None]] = {}
         self._copied: dict[Rank, tuple[str, Step]] = {}
         """Per rank, its newest copy elsewhere: address of the holder, and step."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,6 +72,7 @@ class Saving:
         self.close()
         self._generation = order.generation
         self._begun, self._due = order, Step(0)
+        self._waiting, self._writing = {}, {}
         buddy = order.buddies.get(self._node)
         self._buddy = buddy if buddy != self._node else None
         self._owed.begin(order, self._node)
@@ -108,7 +112,7 @@ class Saving:
             return
         self._due = max(self._due, staged.step)
         if self._owed.owes(rank):
-            self._start(self._write(rank, staged))
+            self._line_up(rank, staged)
         else:
             # Another replica writes the same shard; this rank has nothing to wait for.
             self._tell(rank, staged.step)
@@ -149,6 +153,33 @@ class Saving:
                 self._copied[rank] = (address, step)
                 return
 
+    def _line_up(self, rank: Rank, staged: Staged) -> None:
+        """Write a shard when the one before is over; what was to be next till now is not written.
+
+        Without that, a tier that takes long would hold ever more slots, and memory would get none.
+        The last shard of a run is followed by none, and so is always written.
+        """
+        passed_over = self._waiting.get(rank)
+        if passed_over is not None:
+            self._fail(
+                passed_over.step,
+                f"rank {rank}: the durable tier was not done with an older step when step "
+                f"{staged.step} was due",
+            )
+        self._waiting[rank] = staged
+        task = self._writing.get(rank)
+        if task is None or task.done():
+            self._writing[rank] = self._start(self._write_all(rank))
+
+    async def _write_all(self, rank: Rank) -> None:
+        while rank in self._waiting:
+            try:
+                await self._keeper.write_turn(rank, timeout_s=WRITE_WITHIN_S)
+            except StorageError as error:
+                self._fail(self._waiting.pop(rank).step, f"rank {rank}: {error}")
+            else:
+                await self._write(rank, self._waiting.pop(rank))
+
     async def _write(self, rank: Rank, staged: Staged) -> None:
         """Make a shard durable; try again what may succeed later, while nothing newer is due.
 
@@ -172,6 +203,10 @@ class Saving:
             return True
         try:
             receipt = await self._keeper.write(self.tier.store, rank, step, generation)
+        except NotHeldError as error:
+            why = "memory needed its slot before the durable tier took it"
+            self._fail(step, f"rank {rank}: {why}: {error}")
+            return True
         except KeeperError as error:
             self._fail(step, f"{type(error).__name__}: {error}")
             return True
@@ -195,10 +230,11 @@ class Saving:
         if live is not None:
             live.control.send(Persisted(step=step))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

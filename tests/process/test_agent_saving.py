@@ -138,14 +138,19 @@ def test_a_buddy_that_takes_a_lost_ones_place_gets_what_the_lost_one_held(
 # The durable tier ------------------------------------------------------------------------------
 
 
-def fill_disk(controller: Controller, lasts: str) -> float:
-    """Have the disk of node-0 be full from its first step on; return when it was."""
-    fault = {"when": {"step": 1}, "fault": "full-disk", "node": "node-0", "for": lasts}
-    controller.send("node-0", Arm(order="arm", faults=({"index": 0, "fault": fault},)))
-    controller.begin(1, ["node-0", "node-0"])
+def break_disk(controller: Controller, fault: str, *seats: str, **more: str) -> float:
+    """Have the disk of node-0 be bad from its first step on; return when it was."""
+    planned = {"when": {"step": 1}, "fault": fault, "node": "node-0", **more}
+    controller.send("node-0", Arm(order="arm", faults=({"index": 0, "fault": planned},)))
+    controller.begin(1, list(seats) or ["node-0", "node-0"])
     at, _ = controller.hear(FaultDue)
     controller.send("node-0", CarryOut(order="c", index=0))
     return at
+
+
+def fill_disk(controller: Controller, lasts: str) -> float:
+    """Have the disk of node-0 be full from its first step on; return when it was."""
+    return break_disk(controller, "full-disk", **{"for": lasts})
 
 
 def test_the_last_write_is_tried_again_for_as_long_as_its_ranks_wait(
@@ -181,3 +186,38 @@ def test_a_write_is_not_tried_again_when_a_newer_one_is_due(
     assert controller.messages(WriteFailed)[0].step == 60
     assert [fact.step for fact in controller.messages(ShardsWritten)] == [120]
     wait_for(lambda: agent.log.read_text().count("step 60 is not written any more") == 2)
+
+
+def test_a_durable_tier_that_hangs_does_not_keep_memory_from_saving(
+    controller: Controller, start: Start
+) -> None:
+    started(controller, start, "node-0", save_every=5, durable_every=20, step_s=0.02)
+    break_disk(controller, "slow-disk", "node-0", delay="60s")
+
+    step = 0
+    while step < 150:
+        _, fact = controller.hear(ShardsHeld, where=lambda f, known=step: newest(f) > known)
+        step = newest(fact)
+        controller.send("node-0", Retain(order="r", generation=Generation(1), step=Step(step)))
+
+    # Every one of them, and what was not written is told, with the reason.
+    held_steps = {h.step for fact in controller.messages(ShardsHeld) for h in fact.holdings}
+    assert set(range(5, 150, 5)) <= held_steps
+    _, failure = controller.hear(WriteFailed, where=lambda fact: fact.step == 40)
+    assert "the durable tier was not done with an older step when step 60 was due" in failure.reason
+    assert controller.messages(ShardsWritten) == []
+
+
+def test_the_last_write_of_a_run_is_never_passed_over(controller: Controller, start: Start) -> None:
+    controller.job.update(steps=60, step_s=0.01, durable_every=10, await_persisted=True)
+    start(ranks=1)
+    controller.hear(Joined)
+    break_disk(controller, "slow-disk", "node-0", delay="800ms")
+
+    controller.hear(RanksFinished)
+
+    written = [fact.step for fact in controller.messages(ShardsWritten)]
+    assert written[0] == 10
+    assert written[-1] == 60
+    assert len(written) < 6, "the disk was not slow"
+    assert not controller.messages(RankExited)

@@ -208,6 +208,7 @@ def test_a_slow_disk_delays_a_checkpoint_and_not_the_ranks(controller: Controlle
         controller,
         {"fault": "slow-disk", "node": "node-0", "delay": "600ms", "when": {"step": 1}},
         durable_every=50,
+        step_s=0.02,  # step 50 is a second away: the fault is there before
     )
     let_loose(controller)
 

@@ -3,7 +3,8 @@
 Saving has two halves: a copy of the state into a slot of shared memory, for which training waits,
 and its digests, made in a thread, after which the agent has it. No rank waits for another. A rank
 claims its slot while the step before is still under way, so that all of them can say whether they
-have one together with what they exchange in that step anyway, and then all save, or none.
+have one together with what they exchange in that step anyway, and then all save, or none; and all
+to the durable tier, or none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -69,6 +71,20 @@ class Keeper(Protocol):
     def stalled(self, seconds: float) -> None:
         """Count seconds for which training waited."""
 
+    @property
+    def persisting(self) -> bool:
+        """Whether a shard is still on its way to the durable tier."""
+
+
+class Readiness(IntEnum):
+    """How well a rank can save its state; of a world, the least ready rank counts."""
+
+    NOT = 0
+    """No slot is free, or the save before is still under way."""
+    MEMORY = 1
+    """In memory only: the durable tier is not done with an older step."""
+    DURABLE = 2
+
 
 class Checkpointer:
     """This rank's shard: every weight's part and what the optimizer remembers of it."""
@@ -97,6 +113,12 @@ class Checkpointer:
             return False
         keeper.stalled(time.monotonic() - begun)
         return True
+
+    def readiness(self, keeper: Keeper) -> Readiness:
+        """Claim a slot for the next save; return how well that would succeed now."""
+        if not self.claim(keeper):
+            return Readiness.NOT
+        return Readiness.MEMORY if keeper.persisting else Readiness.DURABLE
 
     def save(self, keeper: Keeper, step: int, *, durable: bool) -> bool:
         """Copy the state after `step` steps, and have it digested and handed over in a thread.

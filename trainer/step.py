@@ -81,22 +81,22 @@ class Training:
         self._warm = False
 
     def step(
-        self, step: int, reporter: Reporter, ready: Callable[[], bool] = lambda: True
+        self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
     ) -> list[int]:
         """Take optimizer step `step` (1-based) together with the other ranks, and report it.
 
         Args:
             step: its number.
             reporter: who hears of it.
-            ready: says whether this rank can save its state after this step.
+            ready: says how well this rank could save its state after this step.
 
         Returns:
-            The ranks that can not; every rank gets the same answer.
+            What each rank said to that; every rank gets the same answer.
         """
         begun = time.monotonic()
         self._announce(reporter, RankPhase.DATA)
         loss_sum = self._accumulate(step, reporter)
-        can_save = float(ready())
+        can_save = float(ready())  # a small whole number: it comes back as it was
         self._announce(reporter, RankPhase.OPTIMIZER)
         squares = self.optimizer.take_gradients()
         reporter.entered_collective()
@@ -114,7 +114,7 @@ class Training:
             tokens=self.tokens,
             seconds=time.monotonic() - begun,
         )
-        return [rank for rank, row in enumerate(rows) if not row[3]]
+        return [int(row[3]) for row in rows]
 
     def _require_same_data(self, marks: list[float]) -> None:
         others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]

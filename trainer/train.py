@@ -20,7 +20,7 @@ import numpy as np
 from orchestrator.protocol import runfile
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import parallel
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer, Cursor, Readiness, Stamp
 from trainer.config import ModelConfig, model_config
 from trainer.data import Samples, Tokens, open_tokens
 from trainer.job import Job, read_job
@@ -88,19 +88,35 @@ def _step_and_save(
         training.step(step, worker)
         return
 
-    def ready() -> bool:
+    def ready() -> int:
         worker.phase(RankPhase.CHECKPOINT)  # a slot that is used first is made first: be patient
-        return checkpointer.claim(worker)
+        return checkpointer.readiness(worker)
 
-    unready = training.step(step, worker, ready)
-    if not unready:
+    answers = training.step(step, worker, ready)
+    if min(answers) == Readiness.NOT:
+        why = (
+            "have no free slot (their shards are on the way to the buddy node or to the durable "
+            "tier) or are still busy with the save before"
+        )
+        _say_unready(f"step {step} is not saved", answers, Readiness.NOT, why, worker)
+        return
+    if durable and min(answers) < Readiness.DURABLE:
+        why = "have an older step on the way to the durable tier"
+        _say_unready(f"step {step} is not made durable", answers, Readiness.MEMORY, why, worker)
+        durable = False
+    if durable or in_memory:
         worker.phase(RankPhase.CHECKPOINT)
         checkpointer.save(worker, step, durable=durable)
-    elif training.world.rank == 0:
+
+
+def _say_unready(
+    what: str, answers: list[int], unready: Readiness, why: str, worker: Worker
+) -> None:
+    """Say in the log of rank 0 what comes to nothing, and because of whom."""
+    if worker.seat is not None and worker.seat.rank == 0:
+        ranks = [rank for rank, answer in enumerate(answers) if answer == unready]
         print(  # noqa: T201 - the rank's log
-            f"step {step} is not saved: {len(unready)} of {training.world.size} ranks have no free "
-            f"slot (their shards are on the way to the buddy node or to the durable tier) or are "
-            f"still busy with the save before, the first is rank {unready[0]}",
+            f"{what}: {len(ranks)} of {len(answers)} ranks {why}, the first is rank {ranks[0]}",
             file=sys.stderr,
         )
 

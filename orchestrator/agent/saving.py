@@ -166,6 +166,7 @@ class Saving:
                 f"rank {rank}: the durable tier was not done with an older step when step "
                 f"{staged.step} was due",
             )
+            self._tell(rank, passed_over.step, given_up=True)
         self._waiting[rank] = staged
         task = self._writing.get(rank)
         if task is None or task.done():
@@ -176,7 +177,9 @@ class Saving:
             try:
                 await self._keeper.write_turn(rank, timeout_s=WRITE_WITHIN_S)
             except StorageError as error:
-                self._fail(self._waiting.pop(rank).step, f"rank {rank}: {error}")
+                step = self._waiting.pop(rank).step
+                self._fail(step, f"rank {rank}: {error}")
+                self._tell(rank, step, given_up=True)
             else:
                 await self._write(rank, self._waiting.pop(rank))
 
@@ -193,6 +196,7 @@ class Saving:
             await asyncio.sleep(pause_s)
             if staged.step < self._due or time.monotonic() > give_up_at:
                 log.warning("rank %d, step %d is not written any more", rank, staged.step)
+                self._tell(rank, staged.step, given_up=True)
                 return
 
     async def _write_once(self, rank: Rank, staged: Staged) -> bool:
@@ -225,10 +229,10 @@ class Saving:
         if self._owed.failed(step):
             self._say(WriteFailed(generation=self._generation, step=step, reason=reason[:2000]))
 
-    def _tell(self, rank: Rank, step: Step) -> None:
+    def _tell(self, rank: Rank, step: Step, *, given_up: bool = False) -> None:
         live = self._ranks.seated().get(rank)
         if live is not None:
-            live.control.send(Persisted(step=step))
+            live.control.send(Persisted(step=step, given_up=given_up))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -101,6 +101,8 @@ class Persisted(msgspec.Struct, frozen=True, kw_only=True, tag="persisted"):
     """To a rank: its staged shard of `step` is on the durable tier."""
 
     step: Step
+    given_up: bool = False
+    """It is not, and will not be."""
 
 
 class Misbehave(msgspec.Struct, frozen=True, kw_only=True, tag="misbehave"):

@@ -43,6 +43,9 @@ class Orders:
         self._abort_before = Generation(0)
         self._rendezvous: Rendezvous | None = None
         self._persisted: set[Step] = set()
+        self._persisting: set[Step] = set()
+        """Staged to be durable, and neither that nor given up."""
+        self._given_up: set[Step] = set()
 
     def take(self, message: ToRank) -> None:
         """Write down what the agent says."""
@@ -62,8 +65,9 @@ class Orders:
                     self._rendezvous = message
                 case SlotFreed(slot=slot):
                     self._slots.freed(slot)
-                case Persisted(step=step):
-                    self._persisted.add(step)
+                case Persisted(step=step, given_up=given_up):
+                    self._persisting.discard(step)
+                    (self._given_up if given_up else self._persisted).add(step)
                 case Misbehave(how=how):
                     self.misbehave = how
                 case Retire():
@@ -103,6 +107,8 @@ class Orders:
             if seat.generation >= self._abort_before:
                 self._slots.begin(Rank(seat.rank), seat.free_slots)
                 self._persisted.clear()
+                self._persisting.clear()
+                self._given_up.clear()
                 # Under the lock: an abort finds the seat either not taken or here.
                 self.seat = seat
             return seat
@@ -123,8 +129,23 @@ class Orders:
                 raise TimeoutError(f"no rendezvous for generation {generation} in {within_s} s")
             return self._rendezvous.address if self._rendezvous and not self.aborted else None
 
+    def staged(self, step: Step) -> None:
+        """Note that this rank's shard of `step` is about to be handed over, to be durable."""
+        with self._changed:
+            self._persisting.add(step)
+
+    @property
+    def persisting(self) -> bool:
+        """Whether a shard of this rank is on its way to the durable tier."""
+        with self._changed:
+            return bool(self._persisting)
+
     def await_persisted(self, step: Step, within_s: float) -> bool:
         """Wait until this rank's shard of `step` is durable; return whether it is."""
+
+        def known() -> bool:
+            return self.aborted or step in self._persisted or step in self._given_up
+
         with self._changed:
-            self._changed.wait_for(lambda: step in self._persisted or self.aborted, within_s)
+            self._changed.wait_for(known, within_s)
             return step in self._persisted

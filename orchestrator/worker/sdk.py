@@ -251,6 +251,8 @@ class Worker:
 
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         """Hand a filled and digested slot over to the agent. Any thread."""
+        if durable:
+            self._orders.staged(Step(step))
         self._send(
             Staged(
                 generation=Generation(generation),
@@ -265,8 +267,20 @@ class Worker:
         """Add to the time for which saving kept training waiting."""
         self._beacon.update(stall_s=self._beacon.now.stall_s + seconds)
 
+    @property
+    def persisting(self) -> bool:
+        """Whether a shard of this rank is still on its way to the durable tier.
+
+        While one is, no other begins. Best have a step made durable by all ranks or by none: ranks
+        that skipped steps one by one could leave none that is whole.
+        """
+        return self._orders.persisting
+
     def await_persisted(self, step: int, timeout_s: float) -> bool:
-        """Wait until this rank's shard of `step` is durable; False after `timeout_s`."""
+        """Wait until this rank's shard of `step` is durable; False after `timeout_s`.
+
+        False at once if it was given up.
+        """
         persisted = self._orders.await_persisted(Step(step), timeout_s)
         self.check()
         return persisted

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator.worlds.memory import memory_of
+from tests import tiny
 from tests.programs.played import flip_a_bit, wait_for
 from tests.runs import Job, steps_job
 
@@ -110,3 +111,27 @@ def pid_of(one: Job, rank: int) -> int:
     log = (one.folder.root / "logs" / f"rank-{rank:05d}.log").read_text()
     (pid,) = re.findall(rf"^pid (\d+) generation 1 rank {rank}$", log, re.MULTILINE)
     return int(pid)
+
+
+def test_a_tier_that_is_slow_on_one_node_gets_fewer_steps_and_each_of_them_whole(
+    tmp_path: Path,
+) -> None:
+    """Ranks that each skipped what they are too slow for would have hardly a step in common."""
+    changes = {
+        "parallelism": {"dpReplicate": 1, "dpShard": 4},
+        "checkpoint": {"everySteps": 2, "memoryEverySteps": 2},
+    }
+    run = tiny.RUN | {"spec": tiny.RUN["spec"] | changes}
+    slow = at(1, "slow-disk", node="node-1", delay="150ms", **{"for": "60s"})
+    one = Job(tmp_path, run, [slow])
+    try:
+        code, report = one.conduct("--quiet", timeout_s=120)
+        words = one.folder.rank_log(0).read_text()
+    finally:
+        one.close()
+
+    assert code == 0, report.reason
+    assert "is not made durable" in words
+    # How many there are is the machine's affair; that none but the last is whole would be ours.
+    assert len(report.checkpoints) > 2
+    assert report.save_failures == []

@@ -38,6 +38,7 @@ class Agent:
         self.index = ""
         self.stalled_s = 0.0
         self.taken: Slot | None = None
+        self.busy = False
 
     def slot(self, size: int) -> Slot | None:
         if not self.slots:
@@ -52,6 +53,10 @@ class Agent:
 
     def stalled(self, seconds: float) -> None:
         self.stalled_s += seconds
+
+    @property
+    def persisting(self) -> bool:
+        return self.busy
 
 
 class Trained:

@@ -105,11 +105,11 @@ def test_a_step_says_which_ranks_can_not_save_with_the_exchange_that_it_makes_an
 
     answers = [
         training.step(1, recorder),
-        training.step(2, recorder, lambda: False),
-        training.step(3, recorder, lambda: True),
+        training.step(2, recorder, lambda: 1),
+        training.step(3, recorder, lambda: 2),
     ]
 
-    assert answers == [[], [0], []]
+    assert answers == [[0], [1], [2]]
     assert len(exchanged) == 3
     monkeypatch.undo()
     assert recorder.steps == train(world, job(), 3)

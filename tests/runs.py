@@ -14,10 +14,12 @@ from typing import Any
 import msgspec
 import yaml
 
+from orchestrator.core import journal
 from orchestrator.core.report import Report
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.memory import memory_of
 from tests import runfiles
+from tests.programs.played import restores
 
 REPOSITORY = Path(__file__).parent.parent
 HEEDING = ("env", "--default-signal=INT,TERM,HUP")
@@ -103,6 +105,33 @@ class Job:
     def report(self) -> Report:
         """Return the report of the run that has ended."""
         return msgspec.json.decode(self.folder.report.read_bytes(), type=Report)
+
+    def entries(self) -> list[journal.Entry]:
+        """Return what is in the journal."""
+        return journal.read(self.folder.journal.read_bytes()).entries
+
+    def restored(self, generation: int) -> list[tuple[int, int]]:
+        """Return step and generation of what each rank of a generation restored."""
+        logs = [self.folder.rank_log(rank).read_text() for rank in range(4)]
+        return [(step, by) for log in logs for g, step, by in restores(log) if g == generation]
+
+    def hush(self, node: str, seconds: float) -> tuple[int, Report]:
+        """Run it; once it trains, keep a node's agent from running for a while."""
+        self.start("--quiet")
+        reached = Path(self.run["spec"]["trainer"]["options"]["lockstep"]) / "1.0"
+        deadline = time.monotonic() + 30
+        while not reached.exists() or int(reached.read_text() or 0) < 10:
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.05)
+        born = (self.folder.nodes / node / "born.json").read_text()
+        agents = [p for p, c in self.processes() if "orchestrator.agent" in c and str(p) in born]
+        (pid,) = agents
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        return self.finish(), self.report()
 
     def output(self) -> str:
         """Return what the command has printed."""

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -123,6 +124,20 @@ class Shard:
         return f"shard of rank {self.rank}, step {self.step}"
 
 
+class Named(Protocol):
+    """What says of which state something is a part."""
+
+    @property
+    def step(self) -> Step:
+        """Steps after which it was staged."""
+        ...
+
+    @property
+    def generation(self) -> Generation:
+        """Who staged it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """Which states count: those of `generation`, and those that it continues.
@@ -143,7 +158,7 @@ class Lineage:
         start = "the seed" if self.restore is None else f"step {self.restore}"
         return f"generation {self.generation} from {start}, retaining step {self.retained} and up"
 
-    def has(self, shard: Shard) -> bool:
+    def has(self, shard: Named) -> bool:
         """Whether a generation that starts now, or this one, could continue from the shard."""
         if shard.step < self.retained:
             return False

@@ -3,34 +3,31 @@
 Worlds to come are added to `WORLDS`; a run file and a fault plan mean the same in each of them.
 """
 
-import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.core import journal
 from orchestrator.core.events import Reported
 from orchestrator.core.report import Report
 from orchestrator.protocol.messages import FaultCarriedOut
-from tests.programs.played import restores
 from tests.runs import Job, steps_job
+from tests.simulated import SimulatedJob
 
 pytestmark = pytest.mark.process
-WORLDS = ("local",)
-Start = Callable[..., Job]
+WORLDS = ("local", "simulated")
+Start = Callable[..., Job | SimulatedJob]
 
 
 @pytest.fixture(params=WORLDS)
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
-    made: list[Job] = []
-    assert request.param == "local"  # the command line runs jobs in the local world
+    made: list[Job | SimulatedJob] = []
 
-    def make(*faults: dict[str, Any], **changes: Any) -> Job:
+    def make(*faults: dict[str, Any], **changes: Any) -> Job | SimulatedJob:
         run = steps_job(**changes)
+        if request.param == "simulated":
+            return SimulatedJob(run, list(faults))
         one = Job(tmp_path / str(len(made)), run, list(faults))
         (one.root / "lockstep").mkdir(parents=True)
         run["spec"]["trainer"]["options"]["lockstep"] = str(one.root / "lockstep")
@@ -54,13 +51,9 @@ def assert_whole(report: Report, steps: int = 60) -> None:
     assert sum(round(s * 1e6) for s in report.ledger.values()) == round(report.wall_s * 1e6)
 
 
-def carried_out(one: Job) -> set[tuple[int, str]]:
+def carried_out(one: Job | SimulatedJob) -> set[tuple[int, str]]:
     """Return the planned faults that agents say they carried out, and what stood in the way."""
-    facts = [
-        entry.event.fact
-        for entry in journal.read(one.folder.journal.read_bytes()).entries
-        if isinstance(entry.event, Reported)
-    ]
+    facts = [entry.event.fact for entry in one.entries() if isinstance(entry.event, Reported)]
     return {(fact.index, fact.problem) for fact in facts if isinstance(fact, FaultCarriedOut)}
 
 
@@ -182,8 +175,7 @@ def test_a_node_that_missed_a_generation_comes_back_to_what_that_one_has_done(jo
 
     assert_whole(report)
     assert report.generations == 3
-    logs = [one.folder.rank_log(rank) for rank in range(4)]
-    restored = [r[1:] for log in logs for r in restores(log.read_text()) if r[0] == 3]
+    restored = one.restored(3)
     assert len(restored) == 4
     ((_, saved_by),) = set(restored)
     assert saved_by == 2
@@ -273,28 +265,6 @@ def test_a_run_without_spares_gives_up_when_it_needs_one_and_says_so(job: Start)
     assert one.leftovers() == []
 
 
-def agent_of(one: Job, node: str) -> int:
-    """Return the process of a node's agent."""
-    born = (one.folder.nodes / node / "born.json").read_text()
-    (pid,) = [p for p, c in one.processes() if "orchestrator.agent" in c and str(p) in born]
-    return pid
-
-
-def stop_agent(one: Job, node: str, seconds: float) -> None:
-    """Once the run trains, keep a node's agent from running for a while; its ranks run on."""
-    reached = Path(one.run["spec"]["trainer"]["options"]["lockstep"]) / "1.0"
-    deadline = time.monotonic() + 30
-    while not reached.exists() or int(reached.read_text() or 0) < 10:
-        assert time.monotonic() < deadline, one.output()
-        time.sleep(0.05)
-    pid = agent_of(one, node)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        time.sleep(seconds)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def long(**more: Any) -> dict[str, Any]:
     """Options of a run that lasts 8 s."""
     return {"steps": 400, "step_s": 0.02, "save_every": 5, "durable_every": 200, **more}
@@ -309,12 +279,9 @@ def test_a_node_whose_agent_did_not_run_for_a_while_has_its_seats_again_when_it_
         trainer__options=long(),
         recovery={"spareWait": "10s"},
     )
-    one.start("--quiet")
 
-    stop_agent(one, "node-1", 3)
-    one.finish()
+    _, report = one.hush("node-1", 3)
 
-    report = one.report()
     assert_whole(report, 400)
     assert [incident.kind for incident in report.incidents] == ["node-silent"]
     assert report.incidents[0].suspects[-1] == "node-1"
@@ -330,12 +297,9 @@ def test_a_spare_whose_agent_did_not_run_for_a_while_is_one_again_when_it_does(
         trainer__steps=400,
         trainer__options=long(),
     )
-    one.start("--quiet")
 
-    stop_agent(one, "node-2", 3)
-    one.finish()
+    _, report = one.hush("node-2", 3)
 
-    report = one.report()
     assert_whole(report, 400)
     assert [incident.kind for incident in report.incidents] == ["node-lost"]
     assert report.rungs == {"start": 1, "swap for a spare": 1}

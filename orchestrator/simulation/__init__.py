@@ -1,0 +1,1 @@
+"""Whole runs in virtual time: the real controller, driven through simulated worlds."""

@@ -1,0 +1,131 @@
+"""Drives a controller through a simulated world, and kills it where it hurts.
+
+The loop is the one that drives real worlds: decide, put on record, carry out. What is different is
+that time is virtual, and that a controller may be killed between any two of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from orchestrator import compose
+from orchestrator.core import journal
+from orchestrator.core.controller import Controller
+from orchestrator.core.decisions import Decision
+from orchestrator.core.events import ControllerStarted, Event
+from orchestrator.protocol.ids import Seconds
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worlds.simulated.world import SimulatedWorld
+
+
+class Checker(Protocol):
+    """Looks at every event and what was decided about it; raises AssertionError in its words."""
+
+    def __call__(self, controller: Controller, event: Event, decisions: Sequence[Decision]) -> None:
+        """Check one event that was handled."""
+        ...
+
+
+class Dying:
+    """Decides when controllers are killed.
+
+    Args:
+        chance: every draw comes from it.
+        rate: share of events at which it happens.
+        until: not after this moment.
+        down_s: longest that no controller is there.
+    """
+
+    def __init__(
+        self, chance: np.random.Generator, rate: float, until: Seconds, down_s: float
+    ) -> None:
+        self._chance, self._rate, self._until, self._down_s = chance, rate, until, down_s
+
+    def strikes(self, at: Seconds) -> bool:
+        """Whether the controller is killed at this event."""
+        return self._rate > 0 and at < self._until and self._chance.random() < self._rate
+
+    def where(self, decisions: int) -> int:
+        """Return at which line: -1 before it is on record, else after so many decisions."""
+        return int(self._chance.integers(-1, decisions + 1))
+
+    def down_s(self) -> float:
+        """Return for how long nobody decides."""
+        return float(self._chance.uniform(0.1, self._down_s))
+
+
+class Simulation:
+    """One run in virtual time.
+
+    Attributes:
+        controller: the one that decides at present.
+        entries: the journal.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        world: SimulatedWorld,
+        *,
+        checkers: Sequence[Checker] = (),
+        dying: Dying | None = None,
+        record: Callable[[journal.Entry], None] | None = None,
+    ) -> None:
+        self._run, self._world = run, world
+        self._checkers, self._dying, self._record = tuple(checkers), dying, record
+        self.controller = compose.controller(run)
+        self.entries: list[journal.Entry] = []
+        self._killed = False
+
+    def conduct(self, until: Seconds) -> bool:
+        """Run to the end, at most until a moment; return whether it has ended by then."""
+        self._handle(ControllerStarted(at=self._world.now, incarnation=1))
+        for event in self._world.events():
+            self._handle(event)
+            if self._killed or self._world.controller_killed:
+                self._succeed()
+            if self.controller.state.phase.final:
+                return True
+            if self._world.now > until:
+                return False
+        return self.controller.state.phase.final
+
+    def _handle(self, event: Event) -> None:
+        decisions = self.controller.handle(event)
+        dies_at = len(decisions) + 1
+        if self._dying is not None and self._dying.strikes(self._world.now):
+            dies_at = self._dying.where(len(decisions))
+        if dies_at < 0:
+            self._killed = True
+            return
+        self._append(event, decisions)
+        # What is not on record was never decided.
+        for check in self._checkers:
+            check(self.controller, event, decisions)
+        for number, decision in enumerate(decisions):
+            if number == dies_at:
+                self._killed = True
+                return
+            self._world.carry_out(decision)
+        self._killed = dies_at == len(decisions)
+
+    def _append(self, event: Event, decisions: Sequence[Decision]) -> None:
+        entry = journal.Entry(seq=len(self.entries) + 1, event=event, decisions=tuple(decisions))
+        self.entries.append(entry)
+        if self._record is not None:
+            self._record(entry)
+
+    def _succeed(self) -> None:
+        """Have another controller take over from what is on record."""
+        down_s = self._dying.down_s() if self._dying is not None else 0.5
+        self._world.outlive_controller(down_s)
+        self._killed = False
+        self.controller = compose.controller(self._run)
+        mismatches = journal.replay(self.controller, self.entries)
+        assert not mismatches, f"event {mismatches[0].seq} is decided otherwise when replayed"
+        self._world.resume(self.controller.state, self.entries)
+        incarnation = self.controller.state.incarnation + 1
+        self._handle(ControllerStarted(at=self._world.now, incarnation=incarnation))

@@ -1,0 +1,216 @@
+"""The machines of a simulated cluster: who is alive, who can be reached, what gets through.
+
+A connection is like a real one: what is said on it arrives in order, what is on its way when it
+breaks is lost, and a node that connects again says everything it knows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from orchestrator.core.events import Event, NodeDisconnected, NodeLost, Reported
+from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.messages import Fact
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.simulated.agenda import Act, Agenda
+from orchestrator.worlds.simulated.node import SimNode
+from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.store import SimStore
+
+Nodes = Sequence[SimNode]
+RECONNECT_S = 0.5
+"""Longest that an agent waits before it calls again."""
+
+
+class Cluster:
+    """Nodes, their connections to the controller, and a durable tier.
+
+    Args:
+        names: of the nodes.
+        store: the durable tier.
+        timeouts: of the run.
+        profile: how long things take.
+        chance: every draw comes from it.
+        jitter: by which share times differ between nodes; 0 for not at all, and for speed.
+
+    Attributes:
+        agenda: what happens when.
+        out: what the controller is about to be told.
+        listening: whether there is a controller.
+        before: called before anything is said, to say first what came first.
+        connected: called with a node that has connected.
+        lost: called with a node that is lost.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[NodeId],
+        store: SimStore,
+        timeouts: Timeouts,
+        profile: Profile,
+        *,
+        chance: np.random.Generator,
+        jitter: float,
+    ) -> None:
+        self.nodes = {name: SimNode(name) for name in names}
+        self.store, self.timeouts, self.profile = store, timeouts, profile
+        self.agenda = Agenda()
+        self.out: deque[Event] = deque()
+        self.listening = True
+        self._chance, self._jitter = chance, jitter
+        self.before: Act = _nothing
+        self.connected: Callable[[SimNode], None] = _nobody
+        self.lost: Callable[[SimNode], None] = _nobody
+
+    @property
+    def now(self) -> Seconds:
+        """The run's clock."""
+        return self.agenda.now
+
+    # Chance and time ----------------------------------------------------------------------------
+
+    @property
+    def in_step(self) -> bool:
+        """Whether nodes take equally long for the same thing."""
+        return self._jitter == 0
+
+    def lasts(self, constant: Constant) -> float:
+        """Return how long something takes this time, seconds."""
+        if self.in_step:
+            return constant.value
+        return constant.value * float(1 + self._jitter * self._chance.random())
+
+    def later(self, takes: Constant, act: Act) -> None:
+        """Have something happen once it has had its time."""
+        self.agenda.after(self.lasts(takes), act)
+
+    def each_later(self, takes: Constant, nodes: Nodes, act: Callable[[Nodes], None]) -> None:
+        """Have something happen to nodes: to all of them at once, if they are in step."""
+        if self.in_step and nodes:
+            self.later(takes, partial(act, nodes))
+            return
+        for node in nodes:
+            self.later(takes, partial(act, [node]))
+
+    def _soon(self, act: Act) -> None:
+        share = 0.0 if self.in_step else float(self._chance.random())
+        self.agenda.after(RECONNECT_S * share, act)
+
+    # What gets through --------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """Have the controller know something, if there is one."""
+        if self.listening:
+            self.out.append(event)
+
+    def say(self, nodes: Nodes, fact: Fact) -> None:
+        """Have nodes say the same; who is not heard says it on its next connection."""
+        for node in nodes:
+            node.keep(fact)
+        heard = [node for node in nodes if node.heard]
+        if heard:
+            self.before()
+        for node in heard:
+            self.emit(Reported(at=self.now, node=node.id, fact=fact))
+
+    def send(self, nodes: Nodes, act: Callable[[Nodes], None]) -> None:
+        """Have nodes obey an order, once it has reached them on the connections they have now."""
+        connections = {node.id: node.connection for node in nodes}
+
+        def reach(those: Nodes) -> None:
+            act([n for n in those if n.heard and n.connection == connections[n.id]])
+
+        self.each_later(self.profile.order, [node for node in nodes if node.heard], reach)
+
+    # Connections ----------------------------------------------------------------------------------
+
+    def connect_all(self) -> None:
+        """Have every agent call, each in its own time."""
+        for node in self.nodes.values():
+            self._soon(partial(self.connect, node))
+
+    def connect(self, node: SimNode) -> None:
+        """Connect an agent that lives, and have it tell everything it knows."""
+        if not (self.listening and node.alive and node.reachable) or node.connected:
+            return
+        node.connected = True
+        node.connection += 1
+        self.before()
+        self.emit(Reported(at=self.now, node=node.id, fact=node.joined()))
+        for fact in node.standing():
+            self.emit(Reported(at=self.now, node=node.id, fact=fact))
+        self.connected(node)
+
+    def cut(self, node: SimNode, *, told: bool = True) -> None:
+        """Break the connection of a node; it calls again, if it can."""
+        if node.connected:
+            node.connected = False
+            if told:
+                self.emit(NodeDisconnected(at=self.now, node=node.id))
+            self._soon(partial(self.connect, node))
+
+    def part(self, node: SimNode) -> None:
+        """Have nobody reach a node any more; its ranks train on."""
+        node.reachable = False
+        self.cut(node, told=False)
+
+    def rejoin(self, node: SimNode) -> None:
+        """Have a node be reached again."""
+        node.reachable = True
+        self._soon(partial(self.connect, node))
+
+    def hush(self, node: SimNode, seconds: float) -> None:
+        """Have an agent not run for a while: nothing is heard on a connection that stays open."""
+        node.reachable = False
+        self.agenda.after(seconds, partial(self.rejoin, node))
+
+    def disconnect_all(self) -> None:
+        """End every connection: nobody listens any more."""
+        self.listening = False
+        self.out.clear()
+        for node in self.nodes.values():
+            node.connected = False
+
+    # Loss and repair ------------------------------------------------------------------------------
+
+    def lose(self, node: SimNode, *, back: bool) -> None:
+        """Have a node's agent die, with its ranks and its memory; another may start there."""
+        if not node.alive:
+            return
+        connected = node.connected
+        node.die()
+        self.lost(node)
+        if connected:
+            self.emit(NodeDisconnected(at=self.now, node=node.id))
+        gone_s = self.lasts(self.profile.gone)
+        if gone_s < self.timeouts.silence_s:
+            self.agenda.after(gone_s, partial(self._report_lost, node, node.incarnation))
+        if back:
+            self.later(self.profile.reboot, partial(self._reboot, node, node.incarnation))
+
+    def repair(self, node: SimNode) -> None:
+        """Bring a node back that was lost."""
+        self._reboot(node, node.incarnation)
+
+    def _report_lost(self, node: SimNode, incarnation: int) -> None:
+        if node.incarnation == incarnation:
+            evidence = f"agent of {node.id} is gone"
+            self.emit(NodeLost(at=self.now, node=node.id, evidence=evidence))
+
+    def _reboot(self, node: SimNode, incarnation: int) -> None:
+        if not node.alive and node.incarnation == incarnation:
+            node.reboot()
+            self.connect(node)
+
+
+def _nothing() -> None:
+    """Have nothing to say first."""
+
+
+def _nobody(node: SimNode) -> None:
+    """Take no interest in a node."""
+    del node

@@ -1,0 +1,80 @@
+"""Brings what a generation continues from to a node: from itself, from others, or the store."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.messages import Begin, FailedCopy, PreparationFailed
+from orchestrator.worlds.simulated.cluster import Cluster
+from orchestrator.worlds.simulated.node import Save, SimNode
+
+
+class Tiers(NamedTuple):
+    """How many shards of a node came from where."""
+
+    own: int = 0
+    fetched: int = 0
+    durable: int = 0
+
+
+class _Missing(NamedTuple):
+    kind: Literal["absent", "unreachable"]
+    words: str
+
+
+def tier_of(order: Begin, node: SimNode) -> str:
+    """Return the slowest tier that a node has to wait for: own, fetched or durable."""
+    sources = {order.sources[rank] for rank in node.ranks} if order.sources else {node.id}
+    if "" in sources:
+        return "durable"
+    return "own" if sources == {node.id} else "fetched"
+
+
+def bring(
+    cluster: Cluster, order: Begin, node: SimNode, origins: dict[Rank, Save]
+) -> Tiers | PreparationFailed:
+    """Put the shards of a node's ranks into its memory.
+
+    Args:
+        cluster: the machines.
+        order: says what from where.
+        node: where to.
+        origins: what each rank gets is entered here.
+    """
+    step = order.restore
+    if step is None:
+        return Tiers()
+    counts = {"own": 0, "fetched": 0, "durable": 0}
+    for rank in node.ranks:
+        source = order.sources[rank]
+        found = _fetch(cluster, order, node, rank, step)
+        if isinstance(found, _Missing):
+            copies = (FailedCopy(node=NodeId(source), rank=rank, kind=found.kind),)
+            return PreparationFailed(
+                generation=order.generation,
+                step=step,
+                tier="memory" if source else "durable",
+                reason=f"rank {rank}: {found.words}",
+                copies=copies if source else (),
+            )
+        counts["own" if source == node.id else "fetched" if source else "durable"] += 1
+        origins[rank] = found
+        node.put(found, (rank,))
+    return Tiers(**counts)
+
+
+def _fetch(
+    cluster: Cluster, order: Begin, node: SimNode, rank: Rank, step: Step
+) -> Save | _Missing:
+    source = order.sources[rank]
+    if not source:
+        stored = cluster.store.find(order.commit)
+        if stored is None:
+            return _Missing("absent", f"{order.commit} can not be read")
+        return Save(stored.step, stored.epoch)
+    there = cluster.nodes[NodeId(source)]
+    if there is not node and not (there.alive and there.reachable and node.reachable):
+        return _Missing("unreachable", f"{source} does not answer")
+    found = there.find(rank, step)
+    return found or _Missing("absent", f"{source} has no shard of step {step}")

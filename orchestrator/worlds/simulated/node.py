@@ -1,0 +1,163 @@
+"""One simulated node: an agent, what it keeps in memory, and whether anybody can reach it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from orchestrator.agent.shards import Lineage
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ancestor,
+    Fact,
+    Holding,
+    Joined,
+    RankExited,
+    RendezvousOffered,
+    ShardsWritten,
+)
+
+SAVES_MAX = 3
+"""Steps of which a node keeps shards: what is safe, what becomes so, and what is being staged."""
+_STANDING = (RankExited, ShardsWritten)
+"""Facts that are said again on a new connection, and that `Joined` does not contain."""
+
+
+class Save(NamedTuple):
+    """State of one generation after `step` steps."""
+
+    step: Step
+    generation: Generation
+
+
+class SimNode:
+    """What a node's agent knows, and what becomes of it.
+
+    Attributes:
+        alive: whether its agent runs.
+        reachable: whether the controller and other nodes can talk to it.
+        connected: whether the controller has a connection to it.
+        connection: how many there have been; what is on its way on one is lost with it.
+        shelf: ranks whose shards it holds, by save.
+        fresh: whether its processes have never had a seat.
+        slow: times longer that a step takes because of it, 1.0 if it is well.
+    """
+
+    def __init__(self, name: NodeId) -> None:
+        self.id = name
+        self.alive = self.reachable = True
+        self.connected = False
+        self.incarnation = 1
+        self.connection = 0
+        self.slow = 1.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.generation, self.mark = Generation(0), 0
+        self.ranks: tuple[Rank, ...] = ()
+        self.lanes: tuple[tuple[int, int], ...] = ()
+        self.offered = ""
+        self.lineage = Lineage()
+        self.shelf: dict[Save, frozenset[Rank]] = {}
+        self.fresh = True
+        self._news: list[Fact] = []
+
+    def die(self) -> None:
+        """Lose the agent, its processes and its memory."""
+        self.alive = self.connected = False
+        self._forget()
+
+    def reboot(self) -> None:
+        """Start another agent."""
+        self.alive = True
+        self.incarnation += 1
+
+    @property
+    def heard(self) -> bool:
+        """Whether what it says reaches the controller."""
+        return self.alive and self.reachable and self.connected
+
+    # Orders -------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        generation: Generation,
+        ranks: tuple[Rank, ...],
+        restore: Step | None,
+        ancestors: tuple[Ancestor, ...] | None,
+    ) -> None:
+        """Enter a generation, with ranks or without: what it abandons is dropped."""
+        self.generation, self.ranks, self.mark = generation, ranks, 0
+        self.offered, self.lanes, self._news = "", (), []
+        back_to = Step(-1) if restore is None else restore
+        retained = Step(min(self.lineage.retained, back_to))
+        self.lineage = Lineage(generation, restore, retained, ancestors)
+        self._drop_outside()
+
+    def retain(self, step: Step) -> None:
+        """Drop what is older than `step`."""
+        kept = self.lineage
+        self.lineage = Lineage(
+            kept.generation, kept.restore, Step(max(step, kept.retained)), kept.ancestors
+        )
+        self._drop_outside()
+
+    # Memory -------------------------------------------------------------------------------------
+
+    def put(self, save: Save, ranks: tuple[Rank, ...]) -> bool:
+        """Hold these shards, too; return whether they count here."""
+        if not self.lineage.has(save):
+            return False
+        self.shelf[save] = self.shelf.get(save, frozenset()) | frozenset(ranks)
+        for oldest in sorted(self.shelf)[:-SAVES_MAX]:
+            if oldest.step != self.lineage.retained:
+                del self.shelf[oldest]
+        return True
+
+    def find(self, rank: Rank, step: Step) -> Save | None:
+        """Return the save from which this node can serve a rank's shard; None if it has none."""
+        for save, ranks in self.shelf.items():
+            if save.step == step and rank in ranks:
+                return save
+        return None
+
+    def holdings(self) -> tuple[Holding, ...]:
+        """Return all that it holds."""
+        return tuple(
+            Holding(rank, save.step)
+            for save in sorted(self.shelf)
+            for rank in sorted(self.shelf[save])
+        )
+
+    def _drop_outside(self) -> None:
+        for save in [s for s in self.shelf if not self.lineage.has(s)]:
+            del self.shelf[save]
+
+    # What it says -------------------------------------------------------------------------------
+
+    def keep(self, fact: Fact) -> None:
+        """Remember what has to be said again on the next connection."""
+        if isinstance(fact, RendezvousOffered):
+            self.offered = fact.address
+        elif isinstance(fact, _STANDING):
+            self._news.append(fact)
+
+    def standing(self) -> tuple[Fact, ...]:
+        """Return what it says again after `joined`."""
+        return tuple(self._news)
+
+    def joined(self) -> Joined:
+        """Return the first message of a connection."""
+        return Joined(
+            node=self.id,
+            version=PROTOCOL_VERSION,
+            incarnation=self.incarnation,
+            pid=self.incarnation,
+            peer_address=f"{self.id}:1",
+            generation=self.generation,
+            mark=self.mark,
+            ranks=self.ranks,
+            holdings=self.holdings(),
+            offered=self.offered,
+            lanes=self.lanes,
+        )

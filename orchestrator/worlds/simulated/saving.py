@@ -1,0 +1,135 @@
+"""What becomes of the states that a team stages: held here, copied to buddies, made durable."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from orchestrator.protocol.ids import Rank, Seconds, Step
+from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worlds.simulated.cluster import Cluster
+from orchestrator.worlds.simulated.node import SAVES_MAX, Save, SimNode
+from orchestrator.worlds.simulated.store import OUTAGE
+from orchestrator.worlds.simulated.team import Team
+
+MODEL = "simulated"
+
+
+class _Pending(NamedTuple):
+    at: Seconds
+    save: Save
+
+
+class Saving:
+    """The saves of one team.
+
+    Attributes:
+        last_written: whether the last step of the run is durable, as far as ranks know.
+
+    Args:
+        cluster: the machines.
+        team: whose.
+        run: how often it saves, and into how many shards.
+    """
+
+    def __init__(self, cluster: Cluster, team: Team, run: TrainingRun) -> None:
+        self._cluster, self._team = cluster, team
+        every = run.spec.checkpoint
+        self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
+        self._steps = run.spec.trainer.steps
+        self._shards = run.world_size // run.spec.parallelism.dp_replicate
+        self._seen = team.start
+        self._owes_last = True
+        self.last_written = False
+        self._copies: list[_Pending] = []
+        self._writes: list[_Pending] = []
+
+    def settle(self, done: Step) -> None:
+        """Enter whatever has come about since the last call; `done` steps are complete."""
+        pace, now = self._team.pace, self._cluster.agenda.now
+        if pace is None:
+            return
+        # Of many that nobody looked at, only the last ones are still anywhere.
+        for step in self._due(self._memory_every, done)[-SAVES_MAX:]:
+            self._stage(step, min(pace.moment(step), now))
+        for step in self._due(self._durable_every, done)[-1:]:
+            write_s = self._cluster.lasts(self._cluster.profile.write) + self._cluster.store.delay_s
+            at = min(pace.moment(step), now) + write_s
+            self._writes.append(_Pending(Seconds(at), Save(step, self._team.generation)))
+        self._seen = Step(max(self._seen, done))
+        self._owes_last = self._owes_last and done < self._steps
+        self._copy(now)
+        self._write(now)
+
+    @property
+    def next_at(self) -> Seconds | None:
+        """When something will have come about that is under way now."""
+        return min((p.at for p in (*self._copies, *self._writes)), default=None)
+
+    def _due(self, every: int, done: Step) -> list[Step]:
+        first = (self._seen // every + 1) * every
+        steps = [Step(step) for step in range(first, done + 1, every)]
+        # The last step is saved in every way, whatever it is a multiple of, and also by ranks that
+        # were restored behind it.
+        if done >= self._steps and self._owes_last and self._steps not in steps:
+            steps.append(Step(self._steps))
+        return steps
+
+    def _present(self) -> list[SimNode]:
+        team = self._team
+        return [n for n in team.members if n.alive and n.generation == team.generation]
+
+    def _stage(self, step: Step, at: Seconds) -> None:
+        save = Save(step, self._team.generation)
+        nodes = self._present()
+        for node in nodes:
+            node.put(save, node.ranks)
+        self._tell(nodes)
+        copied_at = Seconds(at + self._cluster.lasts(self._cluster.profile.copy))
+        self._copies.append(_Pending(copied_at, save))
+
+    def _copy(self, now: Seconds) -> None:
+        for pending in [p for p in self._copies if p.at <= now]:
+            self._copies.remove(pending)
+            told = []
+            for node in self._present():
+                buddy = self._cluster.nodes.get(self._team.buddy_of(node.id) or node.id)
+                if buddy is None or buddy is node or not (node.reachable and buddy.reachable):
+                    continue
+                # A spare that keeps copies is of no generation, or of an older one.
+                sent = buddy.alive and pending.save in node.shelf
+                if sent and buddy.put(pending.save, node.ranks):
+                    told.append(buddy)
+            self._tell(told)
+
+    def _tell(self, nodes: list[SimNode]) -> None:
+        """Each says what it holds."""
+        for node in nodes:
+            fact = ShardsHeld(generation=self._team.generation, holdings=node.holdings())
+            self._cluster.say([node], fact)
+
+    def _write(self, now: Seconds) -> None:
+        for pending in [p for p in self._writes if p.at <= now]:
+            self._writes.remove(pending)
+            step = pending.save.step
+            if self._cluster.store.down or self._cluster.store.full:
+                why = OUTAGE if self._cluster.store.down else "no space left on device"
+                failed = WriteFailed(generation=self._team.generation, step=step, reason=why)
+                self._cluster.say(self._present()[:1], failed)
+                retry = self._cluster.lasts(self._cluster.profile.write)
+                self._writes.append(_Pending(Seconds(now + retry), pending.save))
+                continue
+            self._cluster.store.wrote(self._team.generation)
+            self.last_written = self.last_written or step == self._steps
+            for node in self._present():
+                owed = [rank for rank in node.ranks if rank < self._shards]
+                if owed:
+                    self._cluster.say([node], self._written(step, owed))
+
+    def _written(self, step: Step, ranks: list[Rank]) -> ShardsWritten:
+        return ShardsWritten(
+            generation=self._team.generation,
+            step=step,
+            receipts=tuple(Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in ranks),
+            model=MODEL,
+        )

@@ -1,0 +1,327 @@
+"""The simulated world: what nodes do becomes events, decisions become orders, in virtual time.
+
+The same seed gives the same events. Nothing is simulated that nobody would see: a world that
+trains is a formula, which is looked at once a beat.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from orchestrator.core.decisions import (
+    AnnounceRendezvous,
+    CarryOutFault,
+    CommitCheckpoint,
+    Decision,
+    DisconnectNode,
+    EndRun,
+    FenceNode,
+    RetainMemory,
+    SearchCheckpoints,
+    StartGeneration,
+    WakeAt,
+)
+from orchestrator.core.events import Event, StopRequested, Telemetry, Tick
+from orchestrator.core.journal import Entry
+from orchestrator.core.state import RunState
+from orchestrator.faults.plan import ArmedFault
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.messages import RanksFinished, StepReport
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.orders import Orders
+from orchestrator.worlds.simulated.agenda import NEVER
+from orchestrator.worlds.simulated.breaking import Breaking
+from orchestrator.worlds.simulated.cluster import Cluster, Nodes
+from orchestrator.worlds.simulated.flaws import Flaws
+from orchestrator.worlds.simulated.node import SimNode
+from orchestrator.worlds.simulated.profile import Profile
+from orchestrator.worlds.simulated.saving import Saving
+from orchestrator.worlds.simulated.store import SimStore
+from orchestrator.worlds.simulated.team import Team
+from orchestrator.worlds.simulated.view import telemetry
+
+_BEFORE_S = 1e-6
+
+
+class SimulatedWorld:
+    """A cluster for one run.
+
+    Args:
+        run: what is to be run.
+        timeouts: derived from it.
+        profile: how long things take.
+        chance: every draw comes from it.
+        faults: planned ones.
+        jitter: by which share times differ between nodes; 0 for not at all, and for speed.
+        flaws: what is wrong with the job itself; default nothing.
+
+    Attributes:
+        cluster: the machines.
+        team: the ranks of the newest generation; None before the first.
+        controller_killed: whether a fault has killed the controller, which whoever drives it does.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        timeouts: Timeouts,
+        profile: Profile,
+        *,
+        chance: np.random.Generator,
+        faults: Sequence[ArmedFault] = (),
+        jitter: float = 0.0,
+        flaws: Flaws | None = None,
+    ) -> None:
+        nodes = run.spec.nodes
+        names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
+        store = SimStore(run.spec.checkpoint.keep_last)
+        self.cluster = Cluster(names, store, timeouts, profile, chance=chance, jitter=jitter)
+        self.cluster.before = self._steps_first
+        self.cluster.connected = self._remind
+        self.cluster.lost = self._lose
+        self._run, self._timeouts, self._profile = run, timeouts, profile
+        self._flaws = flaws or Flaws()
+        self.team: Team | None = None
+        self._saving: Saving | None = None
+        self._orders = Orders(run)
+        self._wakes: list[Seconds] = []
+        self._reported = Step(0)
+        self._heard: set[NodeId] = set()
+        self._over = False
+        self.controller_killed = False
+        self.breaking = Breaking(self, faults)
+        self.cluster.connect_all()
+
+    @property
+    def now(self) -> Seconds:
+        """The run's clock."""
+        return self.cluster.now
+
+    @property
+    def _generation(self) -> Generation:
+        started = self._orders.started
+        return started.generation if started else Generation(0)
+
+    # The world ------------------------------------------------------------------------------------
+
+    def events(self) -> Iterator[Event]:
+        """Yield what happens, until the run has ended."""
+        agenda, out = self.cluster.agenda, self.cluster.out
+        tick_at = self.now
+        while not self._over:
+            if out:
+                yield out.popleft()
+                continue
+            wake_at = self._wakes[0] if self._wakes else NEVER
+            tick_at = Seconds(max(min(tick_at, wake_at), self.now))
+            if agenda.next_at <= tick_at:
+                agenda.perform()
+                continue
+            agenda.advance(tick_at)
+            while self._wakes and self._wakes[0] <= tick_at:
+                heapq.heappop(self._wakes)
+            self._look()
+            tick_at = Seconds(tick_at + self._timeouts.tick_s)
+
+    def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
+        """Carry out a decision; what comes of it comes back as an event."""
+        cluster = self.cluster
+        match decision:
+            case StartGeneration():
+                self._start(decision)
+            case AnnounceRendezvous(generation=generation):
+                members = self.team.members if self.team else ()
+                cluster.send(members, partial(self._announce, generation=generation))
+            case FenceNode(generation=generation, node=node):
+                fence = partial(self._fence, generation=generation)
+                cluster.send([cluster.nodes[node]], fence)
+            case DisconnectNode(node=node):
+                cluster.cut(cluster.nodes[node], told=False)
+            case RetainMemory(generation=generation, step=step):
+                retain = partial(self._retain, generation=generation, step=step)
+                cluster.send(list(cluster.nodes.values()), retain)
+            case SearchCheckpoints(generation=generation):
+                cluster.later(self._profile.search, partial(self._search, generation))
+            case CommitCheckpoint():
+                cluster.later(self._profile.commit, partial(self._commit, decision))
+            case CarryOutFault(index=index, node=node):
+                cluster.later(self._profile.order, partial(self.breaking.carry_out, index, node))
+            case EndRun():
+                self._over = True
+            case WakeAt(at=at):
+                heapq.heappush(self._wakes, at)
+
+    def stop(self, by: str) -> None:
+        """Ask for the run to be stopped."""
+        self.cluster.emit(StopRequested(at=self.now, by=by))
+
+    def outlive_controller(self, seconds: float) -> None:
+        """Go on without a controller for a while; whatever it did not know yet, it never will."""
+        self.controller_killed = False
+        self._wakes.clear()
+        self.cluster.disconnect_all()
+        agenda = self.cluster.agenda
+        back_at = Seconds(self.now + seconds)
+        while agenda.next_at <= back_at:
+            agenda.perform()
+        agenda.advance(back_at)
+        self.settle()
+
+    def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
+        """Have another controller be listened to, which knows what a journal says."""
+        self.cluster.listening = True
+        self._orders.resume(state, entries)
+        self._reported = state.reached_step
+        self._heard = set()
+        self.breaking.resume(entries)
+        self.cluster.connect_all()
+
+    # Looking --------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Bring what trained meanwhile up to now."""
+        team, saving = self.team, self._saving
+        if team is None or saving is None or team.pace is None:
+            return
+        done = team.pace.done(self.now)
+        saving.settle(done)
+        if done < team.pace.last or team.finished or not team.whole:
+            return
+        # Ranks wait for their last state to be durable, but not for ever.
+        waited_s = self.now - team.pace.moment(team.pace.last)
+        if saving.last_written or waited_s > self._timeouts.persist_s:
+            self._finish(team)
+
+    def _finish(self, team: Team) -> None:
+        """All steps are done: say so, with what each rank's part of the state digest is."""
+        last = Step(self._run.spec.trainer.steps)
+        team.finish()
+        for node in team.members:
+            # Replicas say the same, as they should.
+            node.lanes = tuple((last, rank % self._shards) for rank in node.ranks)
+            fact = RanksFinished(
+                generation=team.generation, step=last, ranks=node.ranks, lanes=node.lanes
+            )
+            self.cluster.say([node], fact)
+
+    @property
+    def _shards(self) -> int:
+        return self._run.world_size // self._run.spec.parallelism.dp_replicate
+
+    def _look(self) -> None:
+        self.settle()
+        self._heard |= {node.id for node in self.cluster.nodes.values() if node.heard}
+        self.cluster.emit(self._telemetry() or Tick(at=self.now))
+        self.breaking.look()
+
+    def _telemetry(self) -> Telemetry | None:
+        """Return everything since the last tick; None if nobody was heard."""
+        team = self.team
+        if team is None or not self._heard:
+            return None
+        reports: tuple[StepReport, ...] = ()
+        if team.pace is not None and any(node.id in self._heard for node in team.members):
+            done = team.pace.done(self.now)
+            reports = tuple(self._report(Step(s)) for s in range(self._reported + 1, done + 1))
+            self._reported = Step(max(self._reported, done))
+        every = self._run.spec.checkpoint.memory_every_steps
+        saves = sum(report.step % every == 0 for report in reports)
+        stall_s = saves * self._profile.stall.value
+        event = telemetry(team, self.now, heard=self._heard, reports=reports, stall_s=stall_s)
+        self._heard = set()
+        return event
+
+    def _report(self, step: Step) -> StepReport:
+        trainer = self._run.spec.trainer
+        tokens = trainer.global_batch * trainer.seq_len
+        return StepReport(step, 1.0 / step, 1.0, tokens, self._profile.step.value)
+
+    def _steps_first(self) -> None:
+        """Tell of steps before anything that came after them."""
+        team = self.team
+        if team is not None and team.pace is not None and team.pace.done(self.now) > self._reported:
+            self._heard |= {node.id for node in team.members if node.heard}
+            event = self._telemetry()
+            if event is not None:
+                self.cluster.emit(event)
+
+    # Orders ---------------------------------------------------------------------------------------
+
+    def _start(self, decision: StartGeneration) -> None:
+        if decision.generation > self._generation:
+            self._orders.start(decision)
+        if self.team is None or decision.generation > self.team.generation:
+            self.settle()
+            order = self._orders.begin("", {})
+            steps = self._run.spec.trainer.steps
+            self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
+            self._saving = Saving(self.cluster, self.team, self._run)
+            self._reported = self.team.start
+            self.change_speed()
+        self.cluster.send(self.team.members, self.team.begin)
+
+    def _remind(self, node: SimNode) -> None:
+        """Send again what an earlier connection, or an earlier controller, may have lost."""
+        for index in self.breaking.owed(node.id):
+            owed = partial(self.breaking.carry_out, index, node.id)
+            self.cluster.later(self._profile.order, owed)
+        team = self.team
+        if team is not None and node.generation == team.generation and node in team.members:
+            self.cluster.send([node], team.begin)
+
+    def _announce(self, nodes: Nodes, *, generation: Generation) -> None:
+        if self.team is not None and self.team.generation == generation:
+            self.team.announce(nodes)
+
+    def _fence(self, nodes: Nodes, *, generation: Generation) -> None:
+        for node in nodes:
+            if node.generation < generation:
+                order = self._orders.fence("", generation)
+                node.begin(generation, (), order.restore, order.ancestors)
+
+    def _retain(self, nodes: Nodes, *, generation: Generation, step: Step) -> None:
+        for node in nodes:
+            if node.generation <= generation:
+                node.retain(step)
+
+    def _commit(self, order: CommitCheckpoint) -> None:
+        self.cluster.emit(self.cluster.store.commit(order, self._generation, self.now))
+
+    def _search(self, generation: Generation) -> None:
+        self.cluster.emit(self.cluster.store.search(generation, self.now))
+
+    # What holds it up -----------------------------------------------------------------------------
+
+    def _lose(self, node: SimNode) -> None:
+        self.settle()
+        if self.team is not None:
+            self.team.lose(node)
+
+    def change_speed(self) -> None:
+        """Have the team go as fast as its slowest node, and count what its saves cost."""
+        if self.team is None:
+            return
+        slow = max(node.slow for node in self.team.members)
+        every = self._run.spec.checkpoint.memory_every_steps
+        self.team.set_speed(slow * self._profile.step.value + self._profile.stall.value / every)
+
+    def _foresee(self, team: Team) -> None:
+        """Look exactly when steps are done that something waits for."""
+        if team is not self.team or team.pace is None:
+            return
+        self.breaking.foresee(team)
+        if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
+            moment = team.pace.moment(team.raises_at)
+            if moment < NEVER:
+                # Just before it is done: it never is.
+                self.cluster.agenda.at(Seconds(moment - _BEFORE_S), partial(self._fail, team))
+
+    def _fail(self, team: Team) -> None:
+        self.settle()
+        if team is self.team and team.whole:
+            team.fail()

@@ -1,0 +1,114 @@
+"""Conducts in a simulated world what `tests.runs` conducts on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from orchestrator import compose
+from orchestrator.cli.errors import Exit
+from orchestrator.core.journal import Entry
+from orchestrator.core.report import Report, report
+from orchestrator.faults.plan import FaultPlan
+from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.simulation.checkers import Invariants
+from orchestrator.simulation.drive import Simulation
+from orchestrator.worlds.simulated.flaws import Flaws
+from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.world import SimulatedWorld
+
+LIMIT_S = Seconds(600.0)
+_CODES = {"Succeeded": Exit.OK, "Failed": Exit.RUN_FAILED, "Stopped": Exit.INTERRUPTED}
+
+
+def constant(seconds: float) -> Constant:
+    return Constant(seconds, "assumed", "about what a small machine takes")
+
+
+LOCAL = Profile(
+    name="one machine", order=constant(0.002), exit=constant(0.005), trouble=constant(0.1),
+    stop=constant(0.02), seat=constant(0.01), warm=constant(0.05), rendezvous=constant(0.02),
+    load=constant(0.02), fetch=constant(0.02), read=constant(0.1), first_step=constant(0.02),
+    step=constant(0.02), stall=constant(0.0005), copy=constant(0.01), write=constant(0.02),
+    commit=constant(0.01), search=constant(0.02), reboot=constant(1.0), gone=constant(0.01),
+)  # fmt: skip
+
+
+@dataclass
+class SimulatedJob:
+    """One run in virtual time, with the run file and the plan of a real one."""
+
+    run: dict[str, Any]
+    faults: list[dict[str, Any]]
+    journal: list[Entry] = field(default_factory=list)
+    world: SimulatedWorld | None = None
+    hushed: tuple[str, float] | None = None
+
+    def conduct(self, *_options: str) -> tuple[int, Report]:
+        """Run it to its end; return exit code and report."""
+        run = msgspec.convert(self.run, TrainingRun)
+        plan = msgspec.convert({"kind": "FaultPlan", "faults": self.faults}, FaultPlan)
+        options = run.spec.trainer.options
+        profile = msgspec.structs.replace(
+            LOCAL,
+            step=constant(options.get("step_s", 0.005)),
+            load=constant(LOCAL.load.value + options.get("restore_s", 0.0)),
+        )
+        raises_at = options.get("raise_at")
+        self.world = SimulatedWorld(
+            run,
+            compose.check(run, "the run file of a test"),
+            profile,
+            chance=np.random.Generator(np.random.Philox(0)),
+            faults=plan.drawn(),
+            flaws=Flaws(
+                "vocabulary is 10, expected 20" if options.get("refuse") else "",
+                None if raises_at is None else Step(raises_at),
+            ),
+        )
+        if self.hushed is not None:
+            self._hush_in_time()
+        simulation = Simulation(run, self.world, checkers=[Invariants()])
+        over = simulation.conduct(LIMIT_S)
+        self.journal = simulation.entries
+        told = report(simulation.controller.state)
+        assert over, f"still {told.state} after {LIMIT_S:g} s"
+        return int(_CODES[told.state]), told
+
+    def hush(self, node: str, seconds: float) -> tuple[int, Report]:
+        """Run it; once it trains, keep a node's agent from running for a while."""
+        self.hushed = (node, seconds)
+        return self.conduct()
+
+    def _hush_in_time(self) -> None:
+        world = self.world
+        assert world is not None
+        assert self.hushed is not None
+        team = world.team
+        if team is None or team.pace is None or team.pace.done(world.now) < 10:
+            world.cluster.agenda.after(0.02, self._hush_in_time)
+            return
+        node, seconds = self.hushed
+        world.cluster.hush(world.cluster.nodes[NodeId(node)], seconds)
+
+    def entries(self) -> list[Entry]:
+        """Return the journal."""
+        return self.journal
+
+    def restored(self, generation: int) -> list[tuple[int, int]]:
+        """Return step and generation of what each rank of the last generation restored."""
+        assert self.world is not None
+        assert self.world.team is not None
+        assert self.world.team.generation == generation
+        return [(save.step, save.generation) for save in self.world.team.origins.values()]
+
+    def leftovers(self) -> list[str]:
+        """Return nothing: there is nothing outside this process."""
+        return []
+
+    def close(self) -> None:
+        """Have nothing to end."""

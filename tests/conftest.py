@@ -46,6 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seeds", type=int, default=2, help="fault plans to draw for whole runs (default 2)"
     )
+    parser.addoption(
+        "--rewrite", action="store_true", help="write golden scenarios anew; review the diff"
+    )
 
 
 class Cluster:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli import plan as planning
+from orchestrator.cli import simulate as simulating
 from orchestrator.cli.choices import Form, Output
 from orchestrator.cli.errors import CliError, Commands, Exit
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(planning.app)
+app.add_typer(simulating.app)
 
 
 @app.command()

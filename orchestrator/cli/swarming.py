@@ -1,0 +1,125 @@
+"""Searches seeds for what the controller gets wrong, and tells what came of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import msgspec
+
+from orchestrator.cli import units
+from orchestrator.cli.choices import Form
+from orchestrator.simulation.swarm import Broken, Outcome, attempt, tell
+
+BATCH = 20
+"""Seeds to a task: few enough to see progress, enough not to pay for it."""
+PROGRESS_S = 2.0
+
+
+@dataclass(slots=True)
+class Search:
+    """What came of the seeds that were tried."""
+
+    seeds: int = 0
+    events: int = 0
+    generations: int = 0
+    controllers: int = 0
+    virtual_s: float = 0.0
+    wall_s: float = 0.0
+    states: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    failed: list[Broken] = field(default_factory=list)
+
+    def take(self, results: Sequence[Outcome | Broken]) -> None:
+        """Count what came of some seeds."""
+        for result in results:
+            self.seeds += 1
+            if isinstance(result, Broken):
+                self.failed.append(result)
+                continue
+            self.events += result.events
+            self.generations += result.generations
+            self.controllers += result.controllers
+            self.virtual_s += result.virtual_s
+            self.states[result.state] += 1
+            if result.state != "Succeeded":
+                self.reasons[result.reason.split(":")[0].rstrip("0123456789 ")] += 1
+
+
+def search(seeds: range, *, jobs: int, progress: TextIO) -> Search:
+    """Try every seed; whatever interrupts it leaves no process behind."""
+    result, started = Search(), time.monotonic()
+    told_at = started
+    batches = [seeds[at : at + BATCH] for at in range(0, len(seeds), BATCH)]
+    # Not forked: what a parent's threads hold at that moment, a child would hold for ever.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(jobs, len(batches)), mp_context=context)
+    try:
+        tasks: list[Future[list[Outcome | Broken]]] = [pool.submit(_batch, b) for b in batches]
+        for task in as_completed(tasks):
+            result.take(task.result())
+            now = time.monotonic()
+            if now - told_at > PROGRESS_S:
+                told_at = now
+                words = f"{result.seeds} of {len(seeds)} seeds, {len(result.failed)} failed"
+                progress.write(f"{words}\n")
+                progress.flush()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    result.failed.sort()
+    result.wall_s = time.monotonic() - started
+    return result
+
+
+def _batch(seeds: range) -> list[Outcome | Broken]:
+    return [attempt(seed) for seed in seeds]
+
+
+def story(seed: int) -> Iterator[str]:
+    """Yield all that happens in one seed, an event or decision a line."""
+    yield from tell(seed)
+
+
+def shown(result: Search, form: Form) -> str:
+    """Return what came of a search in the asked form."""
+    if form is Form.JSON:
+        told = {
+            "seeds": result.seeds,
+            "failed": [{"seed": f.seed, "what": f.what} for f in result.failed],
+            "states": dict(sorted(result.states.items())),
+            "reasons": dict(sorted(result.reasons.items())),
+            "events": result.events,
+            "generations": result.generations,
+            "controllers": result.controllers,
+            "virtual_s": round(result.virtual_s, 3),
+            "wall_s": round(result.wall_s, 3),
+        }
+        return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+    tried = (
+        units.count(result.seeds, "seed"),
+        units.count(result.events, "event"),
+        units.count(result.generations, "generation"),
+        units.count(result.controllers, "controller"),
+        f"{units.seconds(result.virtual_s)} of virtual time in {units.seconds(result.wall_s)}",
+    )
+    lines = [
+        ", ".join(tried),
+        *(f"  {count:6}  {state}" for state, count in sorted(result.states.items())),
+        *(f"          {count:6}  {why}" for why, count in result.reasons.most_common()),
+        f"  {len(result.failed):6}  broken",
+    ]
+    for broken in result.failed:
+        lines += [
+            f"seed {broken.seed}: {broken.what}",
+            f"  holdfast simulate swarm --seed {broken.seed} --story",
+        ]
+    return "\n".join(lines)

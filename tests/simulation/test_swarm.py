@@ -1,0 +1,93 @@
+"""Worlds drawn by seed: whatever breaks, nothing illegal happens, and then the run ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.core import journal
+from orchestrator.core.journal import Entry
+from orchestrator.simulation.swarm import Broken, attempt, conduct, draw
+from tests.journals import holdfast
+
+SEEDS_EACH = 50
+PROGRAM = """
+import sys, xxhash
+from orchestrator.core.journal import line
+from orchestrator.simulation.swarm import conduct
+digest = xxhash.xxh3_128()
+for seed in map(int, sys.argv[1:]):
+    conduct(seed, record=lambda entry: digest.update(line(entry)))
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("batch", range(5))
+def test_nothing_illegal_happens_and_every_run_ends(batch: int) -> None:
+    seeds = range(batch * SEEDS_EACH, (batch + 1) * SEEDS_EACH)
+
+    broken = [result for result in map(attempt, seeds) if isinstance(result, Broken)]
+
+    assert not broken, f"holdfast simulate swarm --seed {broken[0].seed} --story: {broken[0].what}"
+
+
+def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:
+    digests = set()
+    for hash_seed in ("0", "1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, "3", "11", "21"],
+            env=dict(os.environ, PYTHONHASHSEED=hash_seed),
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        digests.add(done.stdout.strip())
+
+    assert len(digests) == 1
+
+
+def test_seeds_draw_different_worlds() -> None:
+    drawn = [draw(seed) for seed in range(60)]
+
+    assert len({d.run.world_size for d in drawn}) > 5
+    assert {fault.fault for d in drawn for fault in d.plan.faults} >= {"lose-node", "spin-rank"}
+    assert any(d.death_rate for d in drawn)
+    assert any(d.cut_rate for d in drawn)
+    assert any(d.outages for d in drawn)
+
+
+def test_a_journal_of_a_swarm_can_be_written_and_read() -> None:
+    entries: list[Entry] = []
+
+    conduct(5, record=entries.append)
+
+    header = journal.line(journal.Header(run_id="swarm", run=draw(5).run))
+    read = journal.read(header + b"".join(map(journal.line, entries)))
+    assert read.entries == entries
+
+
+def test_the_command_counts_what_it_tried() -> None:
+    result = holdfast("simulate", "swarm", "--seeds", "3", "--jobs", "1", "-o", "json")
+
+    assert result.exit_code == 0
+    assert '"seeds": 3' in result.stdout
+    assert '"failed": []' in result.stdout
+
+
+def test_the_command_tells_the_story_of_one_seed() -> None:
+    result = holdfast("simulate", "swarm", "--seed", "5", "--story")
+
+    assert result.exit_code == 0
+    assert "ControllerStarted" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Outcome(seed=5")
+
+
+def test_a_story_needs_a_seed() -> None:
+    result = holdfast("simulate", "swarm", "--story")
+
+    assert result.exit_code == 2
+    assert "--story needs one --seed" in result.output

@@ -47,7 +47,7 @@ def run_file() -> dict[str, Any]:
         "overhead",
         nodes={"count": 2, "ranksPerNode": 1, "spares": 1},
         parallelism={"dpReplicate": 2, "dpShard": 1},
-        trainer={"model": "debug", "steps": 100_000, "seqLen": 512, "globalBatch": 4},
+        trainer={"model": "debug", "steps": 100_000, "seqLen": 768, "globalBatch": 4},
         checkpoint={"everySteps": 20, "memoryEverySteps": 5},
     )
 

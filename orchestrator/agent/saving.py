@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from enum import Enum, auto
 from typing import Any
 
 import msgspec
@@ -32,6 +33,15 @@ WRITE_WITHIN_S = 3600.0
 
 class _Head(msgspec.Struct):
     model: str
+
+
+class _Went(Enum):
+    """How a write went."""
+
+    WELL = auto()
+    MAYBE_LATER = auto()
+    """The same write may go well later."""
+    NOT = auto()
 
 
 class Saving:
@@ -181,9 +191,21 @@ class Saving:
                 self._fail(step, f"rank {rank}: {error}")
                 self._tell(rank, step, given_up=True)
             else:
-                await self._write(rank, self._waiting.pop(rank))
+                await self._write_or_tell(rank, self._waiting.pop(rank))
 
-    async def _write(self, rank: Rank, staged: Staged) -> None:
+    async def _write_or_tell(self, rank: Rank, staged: Staged) -> None:
+        """Make a shard durable; tell its rank if it is not, whatever kept it from that.
+
+        A rank that waited for the answer for ever would have all ranks save nothing durable.
+        """
+        went = _Went.NOT
+        try:
+            went = await self._write(rank, staged)
+        finally:
+            if went is not _Went.WELL and staged.generation == self._generation:
+                self._tell(rank, staged.step, given_up=True)
+
+    async def _write(self, rank: Rank, staged: Staged) -> _Went:
         """Make a shard durable; try again what may succeed later, while nothing newer is due.
 
         So a store that fails for a while costs the checkpoints of that while, but not the last
@@ -191,38 +213,39 @@ class Saving:
         """
         give_up_at = time.monotonic() + WRITE_WITHIN_S
         for pause_s in itertools.chain(WRITE_AGAIN_S, itertools.repeat(WRITE_AGAIN_S[-1])):
-            if await self._write_once(rank, staged):
-                return
+            went = await self._write_once(rank, staged)
+            if went is not _Went.MAYBE_LATER:
+                return went
             await asyncio.sleep(pause_s)
             if staged.step < self._due or time.monotonic() > give_up_at:
-                log.warning("rank %d, step %d is not written any more", rank, staged.step)
-                self._tell(rank, staged.step, given_up=True)
-                return
+                break
+        log.warning("rank %d, step %d is not written any more", rank, staged.step)
+        return _Went.NOT
 
-    async def _write_once(self, rank: Rank, staged: Staged) -> bool:
-        """Write a shard, and say how that went; return whether it would go the same again."""
+    async def _write_once(self, rank: Rank, staged: Staged) -> _Went:
+        """Write a shard, and say how that went."""
         step, generation = staged.step, staged.generation
         if self.tier is None:
             self._fail(step, "there is no durable tier")
-            return True
+            return _Went.NOT
         try:
             receipt = await self._keeper.write(self.tier.store, rank, step, generation)
         except NotHeldError as error:
             why = "memory needed its slot before the durable tier took it"
             self._fail(step, f"rank {rank}: {why}: {error}")
-            return True
+            return _Went.NOT
         except KeeperError as error:
             self._fail(step, f"{type(error).__name__}: {error}")
-            return True
+            return _Went.NOT
         except StorageError as error:
             self._fail(step, f"{type(error).__name__}: {error}")
-            return not error.retryable
+            return _Went.MAYBE_LATER if error.retryable else _Went.NOT
         self._tell(rank, step)
         model = msgspec.json.decode(staged.index, type=_Head).model
         fact = self._owed.written(rank, step, receipt, model)
         if fact is not None:
             self._say(fact)
-        return True
+        return _Went.WELL
 
     def _fail(self, step: Step, reason: str) -> None:
         log.warning("step %d could not be written: %s", step, reason)

@@ -65,6 +65,9 @@ class DisconnectNode(_Decision, frozen=True, kw_only=True):
 class SearchCheckpoints(_Decision, frozen=True, kw_only=True):
     """Find the newest verified checkpoint of the durable tier; answered by CheckpointFound."""
 
+    number: int = 0
+    """Counts the searches of a run; its answer names it."""
+
 
 class CommitCheckpoint(_Decision, frozen=True, kw_only=True):
     """Publish the commit record: all shards of `step` are written."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from orchestrator.core.events import CheckpointCommitted, CheckpointFound, CommitFailed
+from orchestrator.core.events import (
+    CheckpointCommitted,
+    CheckpointFound,
+    CommitFailed,
+    SearchFailed,
+)
 from orchestrator.core.state import Committed, RunState
 from orchestrator.protocol.ids import Seconds, Step
 
@@ -10,6 +15,13 @@ SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
 """A search that got no answer is repeated after this, each time after twice as long."""
 COMMIT_AGAIN_S = 2.0
 """A commit that failed, and may succeed later, is tried again after this, while none is newer."""
+
+
+def answers(state: RunState, event: CheckpointFound | SearchFailed) -> bool:
+    """Whether an event answers the search that is under way, as far as it says."""
+    if event.number:
+        return event.number == state.searches and state.asked_at is not None
+    return not 0 < event.generation < state.generation
 
 
 def find(state: RunState, found: CheckpointFound) -> None:

@@ -106,6 +106,8 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """The newest epoch of which anything is there, however useless; 0 if nothing is."""
     generation: Generation = Generation(0)
     """Which one asked; 0 if it was not said, or before the first."""
+    number: int = 0
+    """Which search it answers; 0 if it was not said."""
 
 
 class SearchFailed(_Event, frozen=True, kw_only=True):
@@ -116,6 +118,8 @@ class SearchFailed(_Event, frozen=True, kw_only=True):
     """Whether it may answer later, with nothing changed."""
     generation: Generation = Generation(0)
     """Which one asked; 0 if it was not said, or before the first."""
+    number: int = 0
+    """Which search it answers; 0 if it was not said."""
 
 
 class CheckpointCommitted(_Event, frozen=True, kw_only=True):

@@ -65,7 +65,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
                 copies.forget(state, node)
         case Telemetry():
             _observe(state, event)
-        case CheckpointFound() | SearchFailed() if 0 < event.generation < state.generation:
+        case CheckpointFound() | SearchFailed() if not durable.answers(state, event):
             pass  # its search was given up; what has happened since it does not know
         case CheckpointFound():
             durable.find(state, event)

@@ -89,7 +89,8 @@ class Recovery:
     def search(self, reason: str) -> SearchCheckpoints:
         """Return the order to search the durable tier, from now on."""
         self._state.asked_at = self._state.now
-        return decide(self._state, SearchCheckpoints, reason)
+        self._state.searches += 1
+        return decide(self._state, SearchCheckpoints, reason, number=self._state.searches)
 
     def _restart(self, plan: Restart) -> list[Decision]:
         state = self._state

@@ -129,6 +129,8 @@ class RunState:
     """Why the search for the present need got no answer; "" if it did or was not asked."""
     asked_at: Seconds | None = None
     """When the search was ordered that is not answered yet; None if none is under way."""
+    searches: int = 0
+    """How many were ordered; the number of the newest."""
     search_failures: int = 0
     """Searches in a row that got no answer."""
     search_again_at: Seconds | None = None

@@ -183,8 +183,8 @@ class AgentWorld:
             case RetainMemory(generation=generation, step=step):
                 for node in self._links:
                     self._links.send(node, Retain(order=order, generation=generation, step=step))
-            case SearchCheckpoints():
-                self._vault.search(self.know)
+            case SearchCheckpoints(number=number):
+                self._vault.search(self.know, number)
             case CommitCheckpoint():
                 self._vault.commit(decision, self.know)
             case CarryOutFault(index=index, node=node):

@@ -88,23 +88,27 @@ class Vault:
         """Delete nothing until a later generation than the present one commits."""
         self._guard.hold(self._generation)
 
-    def search(self, tell: Tell) -> None:
+    def search(self, tell: Tell, number: int = 0) -> None:
         """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed.
 
         It comes after the commits that were ordered before it, be they done or late. One that hangs
         keeps no other one waiting, and nobody waits for it to end.
+
+        Args:
+            tell: takes the answer.
+            number: of the search; its answer names it.
         """
         generation = self._generation
         going, earlier = self._guard.hold(generation), self._commits.latest()
         if not self._searching.acquire(blocking=False):
             why = f"{SEARCHES_MAX} searches hang already"
-            tell(SearchFailed(at=self._clock(), generation=generation, reason=why, again=True))
+            tell(self._failed(generation, number, why, again=True))
             return
 
         def work() -> None:
             try:
                 earlier.wait(self._limits.commit_s)
-                tell(self._look(generation, going))
+                tell(self._look(generation, number, going))
             finally:
                 self._searching.release()
 
@@ -154,16 +158,18 @@ class Vault:
 
     # In threads -----------------------------------------------------------------------------
 
-    def _look(self, generation: Generation, going: frozenset[_Where]) -> Event:
+    def _look(self, generation: Generation, number: int, going: frozenset[_Where]) -> Event:
         try:
-            return self._find(generation, going)
+            return self._find(generation, number, going)
         except Exception as error:  # noqa: BLE001 - the same
             hint = getattr(error, "hint", type(error).__name__)
             again = isinstance(error, StorageError) and error.retryable
             why = f"{error} ({hint})"
-            return SearchFailed(at=self._clock(), generation=generation, reason=why, again=again)
+            return self._failed(generation, number, why, again=again)
 
-    def _find(self, generation: Generation, going: frozenset[_Where]) -> CheckpointFound:
+    def _find(
+        self, generation: Generation, number: int, going: frozenset[_Where]
+    ) -> CheckpointFound:
         name = self._run.metadata.name
         store = CountingStore(self._store)
         catalog = Catalog(store)
@@ -185,6 +191,14 @@ class Vault:
             reads=store.reads,
             shards=found.shards if found else 0,
             epoch_seen=Generation(epoch_seen),
+            number=number,
+        )
+
+    def _failed(
+        self, generation: Generation, number: int, why: str, *, again: bool
+    ) -> SearchFailed:
+        return SearchFailed(
+            at=self._clock(), generation=generation, number=number, reason=why, again=again
         )
 
     def _manifest(self, order: CommitCheckpoint) -> Manifest:

@@ -135,3 +135,22 @@ def test_a_tier_that_is_slow_on_one_node_gets_fewer_steps_and_each_of_them_whole
     # How many there are is the machine's affair; that none but the last is whole would be ours.
     assert len(report.checkpoints) > 2
     assert report.save_failures == []
+
+
+def test_a_tier_that_failed_for_a_while_gets_checkpoints_again_afterwards(tmp_path: Path) -> None:
+    """Each rank hears that its shard was given up, and does not wait for it for ever."""
+    changes = {
+        "parallelism": {"dpReplicate": 1, "dpShard": 4},
+        "trainer": tiny.RUN["spec"]["trainer"] | {"steps": 120},
+        "checkpoint": {"everySteps": 10, "memoryEverySteps": 2},
+    }
+    run = tiny.RUN | {"spec": tiny.RUN["spec"] | changes}
+    one = Job(tmp_path, run, [at(29, "full-disk", node="node-0", **{"for": "2s"})])
+    try:
+        code, report = one.conduct("--quiet", timeout_s=120)
+    finally:
+        one.close()
+
+    assert code == 0, report.reason
+    assert report.save_failures
+    assert len([c for c in report.checkpoints if 30 < c.step < 120]) >= 2

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.core.decisions import EndRun, SearchCheckpoints, StartGeneration
-from orchestrator.core.events import CheckpointFound, SearchFailed
+from orchestrator.core.events import CheckpointFound, ControllerStarted, SearchFailed
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Generation, Step
+from tests import runfiles
+from tests.conftest import Cluster
 from tests.journals import commit
 
 
@@ -123,3 +126,30 @@ def test_the_answer_to_an_earlier_search_is_none_to_the_present_one(cluster: Any
 
     (order,) = [d for d in cluster.after(0.1).found(30) if isinstance(d, StartGeneration)]
     assert order.restore.step == 30
+
+
+def test_the_answer_to_a_search_that_was_given_up_is_news_to_nobody() -> None:
+    """Not even before the first generation, nor within the one that asked again."""
+    cluster = Cluster(runfiles.text(trainer={"steps": 1000}, recovery={"spareWait": "30m"}))
+    cluster.tell(ControllerStarted(at=cluster.at(), incarnation=1))
+    decisions = [d for node in ("node-0", "node-1", "node-2") for d in cluster.join(node)]
+    (first,) = [d for d in decisions if isinstance(d, SearchCheckpoints)]
+    again: list[SearchCheckpoints] = []
+    while not again:
+        again = [d for d in cluster.after(1).tick() if isinstance(d, SearchCheckpoints)]
+        for node in ("node-0", "node-1", "node-2"):
+            cluster.join(node)
+    late = CheckpointFound(
+        at=cluster.at(), step=None, epoch=None, key="", generation=first.generation,
+        number=first.number,
+    )  # fmt: skip
+
+    assert cluster.tell(late) == []
+
+    answer = msgspec.structs.replace(late, number=again[0].number)
+    assert any(isinstance(d, StartGeneration) for d in cluster.tell(answer))
+    cluster.resume()
+    cluster.train(50)
+    commit(cluster, 50)
+    cluster.after(1).tell(msgspec.structs.replace(late, at=cluster.at()))
+    assert cluster.state.committed(Step(50))

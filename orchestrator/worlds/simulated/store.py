@@ -80,10 +80,10 @@ class SimStore:
             del self._commits[old.key]
         return CheckpointCommitted(at=at, step=step, epoch=epoch, key=stored.key)
 
-    def search(self, generation: Generation, at: Seconds) -> CheckpointFound | SearchFailed:
+    def search(self, number: int, at: Seconds) -> CheckpointFound | SearchFailed:
         """Return the newest sound checkpoint, and what was passed over, to whoever asked."""
         if self.down:
-            return SearchFailed(at=at, reason=OUTAGE, again=True, generation=generation)
+            return SearchFailed(at=at, reason=OUTAGE, again=True, number=number)
         rejected = []
         for stored in sorted(self._commits.values(), reverse=True):
             if stored.key not in self.corrupt:
@@ -100,5 +100,5 @@ class SimStore:
             reads=1 + len(self._commits),
             shards=stored.shards if stored else 0,
             epoch_seen=self._epoch_seen,
-            generation=generation,
+            number=number,
         )

@@ -145,8 +145,8 @@ class SimulatedWorld:
             case RetainMemory(generation=generation, step=step):
                 retain = partial(self._retain, generation=generation, step=step)
                 cluster.send(list(cluster.nodes.values()), retain)
-            case SearchCheckpoints(generation=generation):
-                cluster.later(self._profile.search, partial(self._search, generation))
+            case SearchCheckpoints(number=number):
+                cluster.later(self._profile.search, partial(self._search, number))
             case CommitCheckpoint():
                 cluster.later(self._profile.commit, partial(self._commit, decision))
             case CarryOutFault(index=index, node=node):
@@ -292,8 +292,8 @@ class SimulatedWorld:
     def _commit(self, order: CommitCheckpoint) -> None:
         self.cluster.emit(self.cluster.store.commit(order, self._generation, self.now))
 
-    def _search(self, generation: Generation) -> None:
-        self.cluster.emit(self.cluster.store.search(generation, self.now))
+    def _search(self, number: int) -> None:
+        self.cluster.emit(self.cluster.store.search(number, self.now))
 
     # What holds it up -----------------------------------------------------------------------------
 

@@ -31,11 +31,12 @@ def swarm(
     """Draw worlds, faults and timings by seed, and check every event; name the seeds that fail."""
     from orchestrator.cli import swarming
     from orchestrator.cli.errors import CliError, Exit
+    from orchestrator.simulation.swarm import tell
 
     if story and seed is None:
         raise CliError("--story needs one --seed", "name the seed to tell of", Exit.USAGE)
     if seed is not None and story:
-        for line in swarming.story(seed):
+        for line in tell(seed):
             typer.echo(line)
         return
     drawn = range(first, first + seeds) if seed is None else range(seed, seed + 1)

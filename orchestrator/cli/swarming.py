@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -14,7 +14,7 @@ import msgspec
 
 from orchestrator.cli import units
 from orchestrator.cli.choices import Form
-from orchestrator.simulation.swarm import Broken, Outcome, attempt, tell
+from orchestrator.simulation.swarm import Broken, Outcome, attempt
 
 BATCH = 20
 """Seeds to a task: few enough to see progress, enough not to pay for it."""
@@ -82,11 +82,6 @@ def search(seeds: range, *, jobs: int, progress: TextIO) -> Search:
 
 def _batch(seeds: range) -> list[Outcome | Broken]:
     return [attempt(seed) for seed in seeds]
-
-
-def story(seed: int) -> Iterator[str]:
-    """Yield all that happens in one seed, an event or decision a line."""
-    yield from tell(seed)
 
 
 def shown(result: Search, form: Form) -> str:

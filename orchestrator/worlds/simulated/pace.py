@@ -28,11 +28,6 @@ class Pace:
         self._done = self.progress(at)
         self._at, self._step_s = at, step_s
 
-    @property
-    def step_s(self) -> float:
-        """Seconds for a step at present."""
-        return self._step_s
-
     def done(self, at: Seconds) -> Step:
         """Return the steps that are complete at a moment."""
         return Step(min(int(self.progress(at) + _ROUNDING), self.last))

@@ -61,11 +61,6 @@ class Saving:
         self._copy(now)
         self._write(now)
 
-    @property
-    def next_at(self) -> Seconds | None:
-        """When something will have come about that is under way now."""
-        return min((p.at for p in (*self._copies, *self._writes)), default=None)
-
     def _due(self, every: int, done: Step) -> list[Step]:
         first = (self._seen // every + 1) * every
         steps = [Step(step) for step in range(first, done + 1, every)]

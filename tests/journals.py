@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.commands import app
 from orchestrator.core import journal
+from orchestrator.core.decisions import CommitCheckpoint, Decision
 from orchestrator.core.events import CheckpointCommitted, FaultInjected
 from orchestrator.protocol.ids import NodeId, Step
-from orchestrator.protocol.messages import RanksFinished
+from orchestrator.protocol.messages import RanksFinished, Receipt, ShardsWritten
 from orchestrator.worlds.folder import RunFolder
 from tests import runfiles
 from tests.conftest import Cluster
@@ -52,6 +53,42 @@ def commit(cluster: Cluster, step: int) -> None:
             key=f"commits/{step}",
         )
     )
+
+
+def write_step(cluster: Cluster, step: int) -> list[Step]:
+    """Both shards of a step are written; returns the steps whose commit is ordered then."""
+    decisions: list[Decision] = []
+    for node, shard in zip(cluster.state.world, (0, 1), strict=True):
+        fact = ShardsWritten(
+            generation=cluster.state.generation,
+            step=Step(step),
+            receipts=(Receipt(shard, 10, "d"),),
+            model="m",
+        )
+        decisions += cluster.say(node, fact)
+    return [d.step for d in decisions if isinstance(d, CommitCheckpoint)]
+
+
+def answer(cluster: Cluster, step: int) -> list[Decision]:
+    """The commit of a step, by the present generation, is there."""
+    epoch = cluster.state.generation
+    key = f"commits/{step}-{epoch}"
+    return cluster.tell(CheckpointCommitted(at=cluster.at(), step=Step(step), epoch=epoch, key=key))
+
+
+def be_done(cluster: Cluster) -> list[Decision]:
+    """Every rank is done; returns what is decided then."""
+    decisions: list[Decision] = []
+    for node in cluster.state.world:
+        ranks = cluster.state.ranks_of(node)
+        fact = RanksFinished(
+            generation=cluster.state.generation,
+            step=cluster.state.reached_step,
+            ranks=ranks,
+            lanes=((1, 2),) * len(ranks),
+        )
+        decisions += cluster.say(node, fact)
+    return decisions
 
 
 def finish(cluster: Cluster, lanes: dict[int, tuple[int, int]]) -> None:

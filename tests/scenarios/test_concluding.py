@@ -5,49 +5,16 @@ from typing import Any
 import pytest
 
 from orchestrator.core.decisions import CommitCheckpoint, Decision, EndRun
-from orchestrator.core.events import CheckpointCommitted, CommitFailed, ControllerStarted
+from orchestrator.core.events import CommitFailed, ControllerStarted
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Step
-from orchestrator.protocol.messages import RanksFinished, Receipt, ShardsWritten, WriteFailed
+from orchestrator.protocol.messages import WriteFailed
 from orchestrator.protocol.phases import RankPhase
 from tests.conftest import Cluster
-from tests.journals import SHORT
+from tests.journals import SHORT, answer, be_done, write_step
 
 LAST = 20
 DONE = dict.fromkeys(range(4), RankPhase.DONE)
-
-
-def write(cluster: Cluster, step: int) -> list[Any]:
-    decisions: list[Any] = []
-    for node, shard in zip(cluster.state.world, (0, 1), strict=True):
-        fact = ShardsWritten(
-            generation=cluster.state.generation,
-            step=Step(step),
-            receipts=(Receipt(shard, 10, "d"),),
-            model="m",
-        )
-        decisions += cluster.say(node, fact)
-    return [d for d in decisions if isinstance(d, CommitCheckpoint)]
-
-
-def answer(cluster: Cluster, step: int) -> list[Any]:
-    epoch = cluster.state.generation
-    event = CheckpointCommitted(
-        at=cluster.at(), step=Step(step), epoch=epoch, key=f"commits/{step}-{epoch}"
-    )
-    return cluster.tell(event)
-
-
-def finish(cluster: Cluster) -> None:
-    for node in cluster.state.world:
-        ranks = cluster.state.ranks_of(node)
-        fact = RanksFinished(
-            generation=cluster.state.generation,
-            step=cluster.state.reached_step,
-            ranks=ranks,
-            lanes=((1, 2),) * len(ranks),
-        )
-        cluster.say(node, fact)
 
 
 def wait(cluster: Cluster, seconds: float) -> list[Any]:
@@ -76,8 +43,8 @@ def done() -> Cluster:
     cluster.start()
     cluster.train(LAST)
     cluster.hold(LAST)
-    assert write(cluster, LAST)
-    finish(cluster)
+    assert write_step(cluster, LAST)
+    be_done(cluster)
     assert cluster.state.phase is RunPhase.FINISHING
     return cluster
 
@@ -106,7 +73,7 @@ def test_a_node_lost_before_its_last_shard_is_durable_is_replaced() -> None:
     cluster.start()
     cluster.train(LAST)
     cluster.hold(LAST)
-    finish(cluster)
+    be_done(cluster)
 
     cluster.after(0.5).lose("node-1")
 
@@ -130,7 +97,7 @@ def test_a_checkpoint_that_nobody_wrote_is_not_blamed_on_an_older_one() -> None:
     cluster.train(LAST)
     fact = WriteFailed(generation=cluster.state.generation, step=Step(5), reason="full")
     cluster.say("node-0", fact)
-    finish(cluster)
+    be_done(cluster)
 
     reason = end(wait(cluster, cluster.state.timeouts.save_s + 2)).reason
 
@@ -142,11 +109,11 @@ def test_a_commit_that_is_tried_again_is_not_forgotten_by_a_newer_one() -> None:
     cluster = Cluster(SHORT)
     cluster.start()
     cluster.train(10)
-    write(cluster, 5)
+    write_step(cluster, 5)
     epoch = cluster.state.generation
     failed = CommitFailed(at=cluster.at(), step=Step(5), epoch=epoch, reason="503", again=True)
     cluster.tell(failed)
-    write(cluster, 10)
+    write_step(cluster, 10)
     again = cluster.after(2.1).tick()
     assert [d.step for d in again if isinstance(d, CommitCheckpoint)] == [5]
     answer(cluster, 10)

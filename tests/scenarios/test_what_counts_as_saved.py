@@ -5,54 +5,15 @@ from typing import Any
 import pytest
 
 from orchestrator.core.decisions import CommitCheckpoint, EndRun, RetainMemory, StartGeneration
-from orchestrator.core.events import CheckpointCommitted, CommitFailed, ControllerStarted
+from orchestrator.core.events import CommitFailed, ControllerStarted
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.messages import (
     Holding,
     PreparationFailed,
-    RanksFinished,
-    Receipt,
-    ShardsWritten,
 )
 from tests.conftest import Cluster
-from tests.journals import SHORT
-
-
-def written(cluster: Any, step: int) -> list[int]:
-    """Both shards of a step are written; returns the steps whose commit is ordered then."""
-    decisions: list[Any] = []
-    for node, shard in zip(cluster.state.world, (0, 1), strict=True):
-        fact = ShardsWritten(
-            generation=cluster.state.generation,
-            step=Step(step),
-            receipts=(Receipt(shard, 10, "d"),),
-            model="m",
-        )
-        decisions += cluster.say(node, fact)
-    return [d.step for d in decisions if isinstance(d, CommitCheckpoint)]
-
-
-def committed(cluster: Any, step: int) -> list[Any]:
-    epoch = cluster.state.generation
-    key = f"commits/{step}-{epoch}"
-    event = CheckpointCommitted(at=cluster.at(), step=Step(step), epoch=epoch, key=key)
-    decisions: list[Any] = cluster.tell(event)
-    return decisions
-
-
-def done(cluster: Any) -> list[Any]:
-    decisions: list[Any] = []
-    for node in cluster.state.world:
-        ranks = cluster.state.ranks_of(node)
-        fact = RanksFinished(
-            generation=cluster.state.generation,
-            step=cluster.state.reached_step,
-            ranks=ranks,
-            lanes=((1, 2),) * len(ranks),
-        )
-        decisions += cluster.say(node, fact)
-    return decisions
+from tests.journals import SHORT, answer, be_done, write_step
 
 
 @pytest.fixture
@@ -61,10 +22,10 @@ def rejected() -> Cluster:
     cluster = Cluster(SHORT)
     cluster.start()
     cluster.train(10)
-    committed(cluster, 10)
+    answer(cluster, 10)
     cluster.train(10)
-    assert written(cluster, 20) == [20]
-    committed(cluster, 20)
+    assert write_step(cluster, 20) == [20]
+    answer(cluster, 20)
     cluster.after(0.1).exit(1, step=20)
     cluster.after(0.1).found(10, rejected=("step 20, epoch 1: shard 1 is corrupt",))
     assert (cluster.state.generation, cluster.state.start_step) == (2, 10)
@@ -74,22 +35,22 @@ def rejected() -> Cluster:
 
 
 def test_a_run_does_not_succeed_on_a_checkpoint_that_was_rejected(rejected: Cluster) -> None:
-    assert not [d for d in done(rejected) if isinstance(d, EndRun)]
+    assert not [d for d in be_done(rejected) if isinstance(d, EndRun)]
     assert rejected.state.phase is RunPhase.FINISHING
 
 
 def test_a_step_whose_checkpoint_was_rejected_is_committed_again(rejected: Cluster) -> None:
-    assert written(rejected, 20) == [20]
-    committed(rejected, 20)
+    assert write_step(rejected, 20) == [20]
+    answer(rejected, 20)
 
-    (end,) = [d for d in done(rejected) if isinstance(d, EndRun)]
+    (end,) = [d for d in be_done(rejected) if isinstance(d, EndRun)]
     assert end.state == "Succeeded"
 
 
 def test_a_rejected_checkpoint_is_no_reason_to_give_up_the_commit_of_an_older_step(
     rejected: Cluster,
 ) -> None:
-    assert written(rejected, 15) == [15]
+    assert write_step(rejected, 15) == [15]
     step, epoch = Step(15), rejected.state.generation
     failure = {"step": step, "epoch": epoch, "reason": "no space", "again": True}
     rejected.tell(CommitFailed(at=rejected.at(), **failure))

@@ -19,6 +19,8 @@ from orchestrator.simulation.swarm import Broken, Outcome, attempt
 BATCH = 20
 """Seeds to a task: few enough to see progress, enough not to pay for it."""
 PROGRESS_S = 2.0
+REAP_S = 5.0
+"""A worker that was killed is gone long before."""
 
 
 @dataclass(slots=True)
@@ -70,8 +72,11 @@ def search(seeds: range, *, jobs: int, progress: TextIO) -> Search:
                 progress.write(f"{words}\n")
                 progress.flush()
     except BaseException:
-        for process in multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        for process in workers:
             process.kill()
+        for process in workers:
+            process.join(REAP_S)
         raise
     finally:
         pool.shutdown(cancel_futures=True)

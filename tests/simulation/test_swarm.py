@@ -1,6 +1,7 @@
 """Worlds drawn by seed: whatever breaks, nothing illegal happens, and then the run ends."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from orchestrator.core import journal
 from orchestrator.core.journal import Entry
 from orchestrator.simulation.swarm import Broken, attempt, conduct, draw
 from tests.journals import holdfast
+from tests.runs import HEEDING
 
 SEEDS_EACH = 50
 PROGRAM = """
@@ -91,3 +93,45 @@ def test_a_story_needs_a_seed() -> None:
 
     assert result.exit_code == 2
     assert "--story needs one --seed" in result.output
+
+
+def test_an_interrupted_search_ends_its_workers() -> None:
+    program = "from orchestrator.cli.main import main; main()"
+    command = [*HEEDING, sys.executable, "-c", program, "simulate", "swarm", "--seeds", "100000"]
+    search = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert search.stderr is not None
+    try:
+        assert "seeds, 0 failed" in search.stderr.readline()
+        assert workers_of(search.pid)
+        search.send_signal(signal.SIGINT)
+        assert search.wait(30) == 130
+        assert workers_of(search.pid) == []
+    finally:
+        if search.poll() is None:
+            search.kill()
+            search.wait(10)
+        search.stderr.close()
+        for pid in workers_of(search.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def workers_of(session: int) -> list[int]:
+    """Return the living processes of a session that try seeds."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                words = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(stat[3]) == session and "spawn_main" in words:
+                found.append(int(entry.name))
+    return found

@@ -28,6 +28,7 @@ from orchestrator.protocol.rank import (
     BEACON_VARIABLE,
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
+    STAND_BY_VARIABLE,
     Died,
     FromRank,
     JobAhead,
@@ -122,7 +123,7 @@ class Ranks:
         try:
             while not (parked := self.parked()):
                 if len(self._forking) < self._takers:
-                    self._fork()
+                    self._fork({})
                 done, _ = await asyncio.wait(self._forking, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -153,7 +154,7 @@ class Ranks:
         for live in parked[wanted:]:
             live.kill()
         for _ in range(wanted - len(parked) - len(self._forking)):
-            self._fork()
+            self._fork({STAND_BY_VARIABLE: "1"})
         if self._forking:
             done, _ = await asyncio.wait(self._forking)
             for task in done:
@@ -229,16 +230,16 @@ class Ranks:
 
     # Birth and death ----------------------------------------------------------------------------
 
-    def _fork(self) -> None:
+    def _fork(self, purpose: dict[str, str]) -> None:
         """Start forking one more. A task of its own: whoever waits for it may be cancelled."""
-        task = asyncio.create_task(self._park_one())
+        task = asyncio.create_task(self._park_one(purpose))
         self._forking.add(task)
         task.add_done_callback(self._forking.discard)
         task.add_done_callback(_retrieve)
 
-    async def _park_one(self) -> None:
+    async def _park_one(self, purpose: dict[str, str]) -> None:
         page = self._memory / "beacons" / f"{os.getpid()}-{next(self._numbers)}"
-        environment = {BEACON_VARIABLE: str(page), MEMORY_VARIABLE: str(self._memory)}
+        environment = {BEACON_VARIABLE: str(page), MEMORY_VARIABLE: str(self._memory)} | purpose
         with contextlib.ExitStack() as undo:
             create(page)
             undo.callback(page.unlink)

@@ -17,6 +17,8 @@ from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 CONTROL_FD_VARIABLE = "HOLDFAST_CONTROL_FD"
 BEACON_VARIABLE = "HOLDFAST_BEACON"
 MEMORY_VARIABLE = "HOLDFAST_MEMORY"
+STAND_BY_VARIABLE = "HOLDFAST_STAND_BY"
+"""Set for a process that is made for no seat yet; it has the time to rehearse."""
 """Folder in shared memory where the rank makes its staging slots; owned by its agent."""
 
 FRAME_MAX_BYTES = 8 << 20

@@ -29,6 +29,7 @@ from orchestrator.protocol.rank import (
     BEACON_VARIABLE,
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
+    STAND_BY_VARIABLE,
     Died,
     Finished,
     FromRank,
@@ -120,6 +121,11 @@ class Worker:
             collectives=0,
         )
         return seat
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether this process was made for no seat, and none has come since."""
+        return STAND_BY_VARIABLE in os.environ and not self.expected
 
     @property
     def expected(self) -> bool:

@@ -29,14 +29,14 @@ def serve(
 
     Args:
         train: one generation, from its seat to the last step, and to `Worker.finished`.
-        rehearse: run once before the first wait, unless a seat is there already: whatever a first
-            step pays for only once should be paid for here, by a process that nobody waits for.
+        rehearse: run once before the first wait by a process that was made for no seat: whatever a
+            first step pays for only once should be paid for here, where nobody waits for it.
         prepare: called between seats with the job that a seat would be of; see `sdk.Prepare`. A
             spare node gets its data here, and not when training waits for it.
     """
     worker = Worker.connect()
     try:
-        if rehearse is not None and not worker.expected:
+        if rehearse is not None and worker.stands_by:
             rehearse()
         while (seat := worker.next_seat(prepare)) is not None:
             try:

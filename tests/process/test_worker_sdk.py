@@ -221,10 +221,7 @@ def test_a_seat_that_is_over_before_it_is_taken_is_left_at_once(agent: Agent) ->
 
 
 def test_a_process_rehearses_before_it_waits_for_its_first_seat(agent: Agent) -> None:
-    deadline = time.monotonic() + 10
-    while agent.beacon.read().phase is not RankPhase.WAITING:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    agent.until_waiting()
 
     assert (agent.folder / "rehearsed").exists()
     assert agent.rank.poll() is None
@@ -233,6 +230,20 @@ def test_a_process_rehearses_before_it_waits_for_its_first_seat(agent: Agent) ->
 def test_a_process_whose_seat_is_there_already_does_not_rehearse(tmp_path: Path) -> None:
     agent = Agent(tmp_path, seated=True)
     try:
+        agent.hear(Finished)
+    finally:
+        agent.close()
+
+    assert not (tmp_path / "rehearsed").exists()
+
+
+def test_a_process_that_is_made_for_a_seat_does_not_rehearse_before_that_comes(
+    tmp_path: Path,
+) -> None:
+    agent = Agent(tmp_path, wanted=True)
+    try:
+        agent.until_waiting()
+        agent.seat(1, steps=3)
         agent.hear(Finished)
     finally:
         agent.close()

@@ -5,14 +5,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.protocol.ids import Generation, NodeId, Rank
+from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import (
     BEACON_VARIABLE,
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
+    STAND_BY_VARIABLE,
     Framer,
     FromRank,
     Seat,
@@ -87,9 +90,18 @@ sys.exit(serve(train_or_swallow, rehearse, prepare))
 
 
 class Agent:
-    """The agent's end of one rank."""
+    """The agent's end of one rank.
 
-    def __init__(self, folder: Path, *, seated: bool = False, descriptor: int = 0) -> None:
+    Args:
+        folder: the rank's memory, beacon and working directory.
+        seated: whether its seat lies there before it begins.
+        wanted: whether it is made for a seat, which may come later than it begins.
+        descriptor: the lowest number that its socket may have.
+    """
+
+    def __init__(
+        self, folder: Path, *, seated: bool = False, wanted: bool = False, descriptor: int = 0
+    ) -> None:
         self.folder = folder
         create(folder / "beacon")
         self.control, theirs = socket.socketpair()
@@ -107,6 +119,8 @@ class Agent:
                 MEMORY_VARIABLE: str(folder),
             },
         )
+        if not wanted:
+            environment[STAND_BY_VARIABLE] = "1"
         self.rank = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             env=environment,
@@ -155,6 +169,13 @@ class Agent:
             data = self.control.recv(1 << 16)
             assert data, f"the rank left before it said {kind.__name__}"
             self.heard += [read_from_rank(body) for body in self.framer.feed(data)]
+
+    def until_waiting(self, within_s: float = 20) -> None:
+        """Wait until the process waits for a seat."""
+        deadline = time.monotonic() + within_s
+        while self.beacon.read().phase is not RankPhase.WAITING:
+            assert time.monotonic() < deadline, f"{self.beacon.read()} after {within_s} s"
+            time.sleep(0.01)
 
     def close(self) -> None:
         self.rank.kill()

@@ -260,8 +260,8 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
             ),
         ]
         lines += section("Durable tier", facts(told))
-    ranks = {} if state.phase.final else state.holdings.get(step, {})
-    rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in sorted(ranks)]
+    ranks = [] if state.phase.final else state.holdings.of(step).ranks()
+    rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in ranks]
     if rows:
         lines += section("Memory", grid(["SHARD OF RANK", "HELD BY"], rows).splitlines())
     return lines

@@ -13,7 +13,7 @@ from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import Node, RunState
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.worlds.folder import RunFolder
@@ -124,19 +124,13 @@ def condition(state: RunState, node: Node) -> str:
     """Return the condition of a node in one word; with the run, what it did has ended, too."""
     if state.phase.final and not node.unusable and not node.lost:
         return "Ended"
-    return node.condition(state.seats)
+    return node.condition(state.seated)
 
 
-def held_by(state: RunState, node: str) -> dict[Step, list[Rank]]:
+def held_by(state: RunState, node: NodeId) -> dict[Step, list[Rank]]:
     """Return the shards in a node's memory: for each step, whose. None once the run is over."""
-    held: dict[Step, list[Rank]] = {}
-    if state.phase.final:
-        return held
-    for step, ranks in sorted(state.holdings.items()):
-        mine = sorted(rank for rank, holders in ranks.items() if node in holders)
-        if mine:
-            held[step] = mine
-    return held
+    held = {} if state.phase.final else state.holdings.held_by(node)
+    return {step: sorted(ranks) for step, ranks in held.items()}
 
 
 NODE = Kind(
@@ -167,7 +161,7 @@ def rank_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "phase": "ended" if over else RankPhase(int(fleet.phase_R[rank])).name.lower(),
             "step": fleet.step_of(Rank(rank)),
             "still_s": None if over else _still_s(state, rank),
-            "process": None if over else fleet.states[rank],
+            "process": None if over else fleet.state_of(Rank(rank)),
             "cpu_s": round(float(fleet.cpu_s_R[rank]), 3),
             "log": str(folder.rank_log(rank)),
         }

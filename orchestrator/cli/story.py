@@ -11,6 +11,7 @@ from orchestrator.core.events import (
     CheckpointFound,
     CommitFailed,
     ControllerStarted,
+    CopiesHeld,
     Event,
     FaultInjected,
     Inherited,
@@ -21,6 +22,7 @@ from orchestrator.core.events import (
     StopRequested,
     Telemetry,
     Tick,
+    Together,
 )
 from orchestrator.protocol.messages import (
     MARKS,
@@ -45,7 +47,7 @@ from orchestrator.protocol.messages import (
 
 def kind(event: Event) -> str:
     """Return the name of what happened; of a report, the fact that was reported."""
-    return type(event.fact if isinstance(event, Reported) else event).__name__
+    return type(event.fact if isinstance(event, Reported | Together) else event).__name__
 
 
 def node(event: Event) -> str:
@@ -70,6 +72,13 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"a former life of this run ended in generation {generation}, with {known}"
         case Reported(node=name, fact=fact):
             return _fact(str(name), fact)
+        case Together(nodes=names, fact=fact):
+            who = units.count(len(names), "node") if names else "every node of the world"
+            return _fact(who, fact)
+        case CopiesHeld(step=step, copied=copied, missing=missing):
+            whose = "its ranks', and those it is the buddy of" if copied else "its ranks'"
+            apart = f", but for {', '.join(missing)}" if missing else ""
+            return f"every node of the world holds the shards of step {step}: {whose}{apart}"
         case NodeDisconnected(node=name):
             return f"connection to {name} closed"
         case NodeLost(evidence=evidence):

@@ -25,6 +25,8 @@ from orchestrator.core.events import (
     FaultInjected,
     Reported,
     StopRequested,
+    Telemetry,
+    Tick,
 )
 from orchestrator.core.phases import BUCKET_OF, Bucket, RunPhase
 from orchestrator.core.plans import Detector, Policy
@@ -82,7 +84,7 @@ class Controller:
         durable.give_up_search(state)
         decisions += self._answer(event)
         self._casebook.look(event)
-        decisions += self._hang_up()
+        decisions += self._hang_up(event)
         decisions += saving.save(state)
         course.advance(state)
         if isinstance(event, StopRequested):
@@ -109,7 +111,10 @@ class Controller:
         state.ledger.charge(at, bucket, incident)
         gap = at - state.now
         self._heard_before, state.now = state.now, at
-        if gap > BLIND_BEATS * state.timeouts.beat_s or isinstance(event, ControllerStarted):
+        watched_s = event.watched_s if isinstance(event, Telemetry | Tick) else 0.0
+        if gap - watched_s > BLIND_BEATS * state.timeouts.beat_s or isinstance(
+            event, ControllerStarted
+        ):
             patience.forgive(state, gap)
 
     # Facts that are answered at once ----------------------------------------------------------
@@ -135,8 +140,10 @@ class Controller:
                 pass
         return decisions
 
-    def _hang_up(self) -> list[Decision]:
+    def _hang_up(self, event: Event) -> list[Decision]:
         """Have nodes call again that are not heard on the connection they have."""
+        if not isinstance(event, Telemetry | Tick):
+            return []  # of no other event the controller learns that time has passed in silence
         limit_s = self.state.timeouts.silence_s
         return [
             decide(self.state, DisconnectNode, f"{node} not heard for {limit_s:g} s", node=node)
@@ -149,7 +156,7 @@ class Controller:
         # What was reborn waits for the next generation: in this one its seats are taken.
         behind = joined.generation < state.generation and not state.nodes[node].reborn
         if behind and self._recovery.started is not None:
-            if node in state.seats and not state.wanting and not state.nodes[node].lost:
+            if node in state.seated and not state.wanting and not state.nodes[node].lost:
                 decisions.append(self._recovery.started)
             else:
                 decisions.append(
@@ -162,7 +169,7 @@ class Controller:
                 )
         if joined.generation == state.generation and joined.offered and not state.offered:
             state.offered = joined.offered
-        if node in state.seats and state.offered:
+        if node in state.seated and state.offered:
             decisions.append(self._announce())
         return decisions
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from orchestrator.core.events import CopiesHeld
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed
@@ -27,17 +28,35 @@ def strike(state: RunState, node: NodeId, fact: PreparationFailed) -> None:
         state.struck.setdefault(mark, generation)
     for copy in fact.copies:
         if copy.kind in _GONE:
-            state.holdings.get(fact.step, {}).get(copy.rank, set()).discard(copy.node)
+            state.holdings.discard(fact.step, copy.node, frozenset((copy.rank,)))
 
 
 def hold(state: RunState, node: NodeId, holdings: Iterable[Holding]) -> None:
     """Enter what a node holds, as far as it counts."""
     bad = {(s, copy.rank) for s, _, copy in state.struck if _is_gone_from(node, copy)}
+    ranks: dict[Step, set[Rank]] = {}
     for holding in holdings:
-        useless = holding.step < state.retained or holding.step in state.condemned_memory
-        if not useless and (holding.step, holding.rank) not in bad:
-            ranks = state.holdings.setdefault(holding.step, {})
-            ranks.setdefault(holding.rank, set()).add(node)
+        if counts(state, holding.step) and (holding.step, holding.rank) not in bad:
+            ranks.setdefault(holding.step, set()).add(holding.rank)
+    for step, held in ranks.items():
+        state.holdings.add(step, node, frozenset(held))
+
+
+def hold_together(state: RunState, held: CopiesHeld) -> None:
+    """Enter that the world holds a step, but for what is missing."""
+    if not counts(state, held.step):
+        return
+    state.holdings.spread(held.step, state.copied if held.copied else state.staged)
+    for node in held.missing:
+        state.holdings.discard(held.step, node, state.holdings.of(held.step).of(node))
+    for step, _, copy in state.struck:
+        if step == held.step and copy.kind in _GONE:
+            state.holdings.discard(step, copy.node, frozenset((copy.rank,)))
+
+
+def counts(state: RunState, step: Step) -> bool:
+    """Whether copies of a step are worth knowing of."""
+    return step >= state.retained and step not in state.condemned_memory
 
 
 def hold_only(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
@@ -58,14 +77,13 @@ def hold_verified(state: RunState, node: NodeId, step: Step) -> None:
         found, taker, copy = mark
         if found == step and (taker == node or (copy.node == node and copy.rank in ranks)):
             del state.struck[mark]
-    hold(state, node, (Holding(rank, step) for rank in ranks))
+    if counts(state, step):
+        state.holdings.add(step, node, frozenset(ranks))
 
 
 def forget(state: RunState, node: NodeId) -> None:
     """Forget all that a node holds."""
-    for ranks in state.holdings.values():
-        for holders in ranks.values():
-            holders.discard(node)
+    state.holdings.forget(node)
 
 
 def of_this_lineage(state: RunState, joined: Joined) -> tuple[Holding, ...]:
@@ -99,14 +117,17 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
 
     Its own node's if that has one, else that of the first node that does.
     """
+    copies, bad = state.holdings.of(step), frozenset(state.out_of_use())
+    if not copies.count_R(bad).all():
+        return None
     found: list[NodeId] = []
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
     for rank, seat in enumerate(seats):
-        holders = state.holders(step, Rank(rank))
-        if seat in holders:
+        if rank in copies.of(seat) and seat not in bad:
             found.append(seat)
             continue
+        holders = state.holders(step, Rank(rank))
         reachable = [holder for holder in holders if (seat, holder) not in cut_off]
         if seat in cramped or not reachable:
             return None
@@ -115,22 +136,31 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
 
 
 def newest_safe_step(state: RunState) -> Step | None:
-    """Return the newest step that memory can restore after the loss of any one node.
+    """Return the newest step, of those not retained yet, that survives the loss of any one node.
 
     With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
-    A node that may be back at once is part of the cluster: after a controller died, all are.
     """
-    patience_s = state.timeouts.silence_s
-    cluster = [
-        node
-        for node in state.nodes.values()
-        if node.usable or not (node.lost or node.unusable or state.now - node.heard_at > patience_s)
-    ]
-    wanted = 2 if len(cluster) > 1 else 1
-    for step in sorted(state.holdings, reverse=True):
-        ranks = state.holdings[step]
-        if len(ranks) == state.run.world_size and all(
-            len(state.holders(step, Rank(rank))) >= wanted for rank in ranks
-        ):
+    newer = sorted((step for step in state.holdings if step > state.retained), reverse=True)
+    held_R = {step: state.holdings.of(step).count_R() for step in newer}
+    # Asked for at every event: nearly always, nothing new is held by everybody.
+    if not any(bool(count_R.all()) for count_R in held_R.values()):
+        return None
+    wanted, bad = _copies_wanted(state), state.out_of_use()
+    for step in newer:
+        if bool((state.holdings.of(step).count_R(bad) >= wanted).all()):
             return step
     return None
+
+
+def _copies_wanted(state: RunState) -> int:
+    """Return how many copies make a shard safe: two, unless the cluster has one node.
+
+    A node that may be back at once is part of the cluster: after a controller died, all are.
+    """
+    patience_s, members = state.timeouts.silence_s, 0
+    for node in state.nodes.values():
+        gone = node.lost or node.unusable or state.now - node.heard_at > patience_s
+        members += node.usable or not gone
+        if members > 1:
+            return 2
+    return 1

@@ -9,7 +9,13 @@ from __future__ import annotations
 import msgspec
 
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
-from orchestrator.protocol.messages import Fact, StepReport
+from orchestrator.protocol.messages import (
+    Fact,
+    Prepared,
+    RanksTroubled,
+    Reached,
+    StepReport,
+)
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -57,6 +63,28 @@ class Reported(_Event, frozen=True, kw_only=True):
     fact: Fact
 
 
+class Together(_Event, frozen=True, kw_only=True):
+    """Many nodes reported the same fact at the same moment. A world may always say it singly."""
+
+    fact: Reached | Prepared | RanksTroubled
+    nodes: tuple[NodeId, ...] = ()
+    """Who; empty for every node of the generation that the fact is about."""
+
+
+class CopiesHeld(_Event, frozen=True, kw_only=True):
+    """Every node of a generation holds what its ranks staged after `step` steps.
+
+    What `ShardsHeld` of every node would say of that step. It takes back nothing.
+    """
+
+    generation: Generation
+    step: Step
+    copied: bool
+    """Whether their buddies hold it, too."""
+    missing: tuple[NodeId, ...] = ()
+    """Nodes that hold none of it."""
+
+
 class NodeDisconnected(_Event, frozen=True, kw_only=True):
     """The connection to an agent closed. By itself no loss: it may be back at once."""
 
@@ -71,7 +99,10 @@ class NodeLost(_Event, frozen=True, kw_only=True):
 
 
 class Telemetry(_Event, frozen=True, kw_only=True):
-    """One tick of the whole world. Columns are indexed by rank, -1 or "?" where unknown."""
+    """One tick of the whole world. Columns are indexed by rank, -1 or "?" where unknown.
+
+    A column of length one says the same of every rank.
+    """
 
     generation: Generation
     heard: tuple[NodeId, ...]
@@ -85,6 +116,10 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     """Longest time, over the ranks, for which saving kept training waiting since the last tick."""
     reports: tuple[StepReport, ...] = ()
     """Steps completed in this generation and not reported before, ascending."""
+    since_step_s: float = 0.0
+    """How long ago the last of them was complete."""
+    watched_s: float = 0.0
+    """For how long before this somebody watched, and had nothing to tell."""
 
 
 class CheckpointFound(_Event, frozen=True, kw_only=True):
@@ -160,11 +195,16 @@ class StopRequested(_Event, frozen=True, kw_only=True):
 class Tick(_Event, frozen=True, kw_only=True):
     """Time passed."""
 
+    watched_s: float = 0.0
+    """For how long before this somebody watched, and had nothing to tell."""
+
 
 Event = (
     ControllerStarted
     | Inherited
     | Reported
+    | Together
+    | CopiesHeld
     | NodeDisconnected
     | NodeLost
     | Telemetry

@@ -9,6 +9,7 @@ from orchestrator.core.events import (
     CheckpointFound,
     CommitFailed,
     ControllerStarted,
+    CopiesHeld,
     Event,
     FaultInjected,
     Inherited,
@@ -17,6 +18,7 @@ from orchestrator.core.events import (
     Reported,
     SearchFailed,
     Telemetry,
+    Together,
 )
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.state import Node, RunState
@@ -56,6 +58,11 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             if node in state.nodes:
                 _hear(state, state.nodes[node])
                 _take(state, state.nodes[node], fact)
+        case Together(nodes=nodes, fact=fact):
+            _take_together(state, nodes, fact)
+        case CopiesHeld(generation=generation):
+            if generation == state.generation:
+                copies.hold_together(state, event)
         case NodeDisconnected(node=node):
             if node in state.nodes:
                 state.nodes[node].connected = False
@@ -86,7 +93,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     if node is None:
         node = Node(node_id, joined.incarnation, joined_at=state.now, heard_at=state.now)
         state.nodes[node_id] = node
-    seated = node_id in state.seats and not state.wanting
+    seated = node_id in state.seated and not state.wanting
     if joined.incarnation > node.incarnation:
         copies.hold_only(state, node_id, ())
         node.lost = node.unusable = ""
@@ -103,6 +110,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     _hear(state, node)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
+    _moved(state, node)
     copies.hold(state, node_id, copies.of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
@@ -129,10 +137,9 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case Reached(mark=mark):
             node.mark = max(node.mark, mark) if node.generation == generation else mark
             node.generation = generation
+            _moved(state, node)
         case Prepared(step=step, reads=reads):
-            for incident in (i for i in state.incidents if i.restarted_as == generation):
-                # Entered, not added: agents say it again when they reconnect.
-                incident.reads[f"{node.id} in generation {generation}"] = reads
+            _count_reads(state, f"{node.id} in generation {generation}", reads)
             copies.hold_verified(state, node.id, step)
         case PreparationFailed(step=step, tier=tier, reason=reason):
             state.failed_preparation = f"{node.id}: {reason}"
@@ -141,7 +148,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             else:
                 copies.strike(state, node.id, fact)
         case RankExited():
-            if node.id in state.seats and _news(state, fact):
+            if node.id in state.seated and _news(state, fact):
                 state.exits.append(fact)
                 state.exited_at.append(state.now)
         case RanksTroubled(message=message):
@@ -160,8 +167,34 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             state.lanes.update(zip(ranks, lanes, strict=True))
             node.finished = True
             node.generation, node.mark = generation, len(MARKS) - 1
+            _moved(state, node)
         case _:
             pass
+
+
+def _take_together(
+    state: RunState, names: tuple[NodeId, ...], fact: Reached | Prepared | RanksTroubled
+) -> None:
+    """Apply one fact that many nodes report."""
+    if not names and fact.generation != state.generation:
+        return
+    nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
+    for node in nodes:
+        _hear(state, node)
+        if not isinstance(fact, Prepared):
+            _take(state, node, fact)
+        elif fact.generation == state.generation:
+            copies.hold_verified(state, node.id, fact.step)
+    if isinstance(fact, Prepared) and fact.generation == state.generation:
+        who = f"{len(nodes)} nodes in generation {fact.generation}"
+        _count_reads(state, who, fact.reads * len(nodes))
+
+
+def _count_reads(state: RunState, who: str, reads: int) -> None:
+    """Enter how often the durable tier was asked, of all that led to the present generation."""
+    for incident in (i for i in state.incidents if i.restarted_as == state.generation):
+        # Entered, not added: agents say it again when they reconnect.
+        incident.reads[who] = reads
 
 
 def _exit_late(state: RunState, node: NodeId, fact: RankExited) -> None:
@@ -193,11 +226,16 @@ def _observe(state: RunState, event: Telemetry) -> None:
     )
     if event.stall_s > 0:
         state.ledger.move(event.stall_s, Bucket.EFFECTIVE, Bucket.CHECKPOINT_STALL)
-    for report in event.reports:
-        _complete(state, report)
+    since_s = event.since_step_s
+    ago_s: list[float] = []
+    for report in reversed(event.reports):
+        ago_s.append(since_s)
+        since_s += report.seconds
+    for report, since_s in zip(event.reports, reversed(ago_s), strict=True):
+        _complete(state, report, Seconds(state.now - since_s))
 
 
-def _complete(state: RunState, report: StepReport) -> None:
+def _complete(state: RunState, report: StepReport, at: Seconds) -> None:
     """Enter one completed step into the current lineage."""
     step = report.step
     if step <= state.reached_step:
@@ -207,7 +245,7 @@ def _complete(state: RunState, report: StepReport) -> None:
     state.losses[step] = report.loss
     state.grad_norms[step] = report.grad_norm
     state.reached_step = step
-    state.step_log.append((step, state.now))
+    state.step_log.append((step, at))
     if step > state.start_step + 1:
         # The first step of a generation warms up; it says nothing about the others.
         state.step_times.learn(report.seconds)
@@ -250,13 +288,16 @@ def disconnect_silent(state: RunState) -> list[NodeId]:
 
 
 def reset_for_generation(
-    state: RunState, seats: tuple[NodeId, ...], restore: RestoreFrom | None
+    state: RunState,
+    seats: tuple[NodeId, ...],
+    buddies: dict[NodeId, NodeId],
+    restore: RestoreFrom | None,
 ) -> None:
     """Forget what was known of the ranks of the old generation; keep what outlives it."""
     restored = restore.step if restore else Step(0)
     # A checkpoint may be of another lineage than what memory has, even of the same step.
     kept = restore.step if restore and not restore.commit else Step(-1)
-    state.seats = seats
+    state.seat(seats, buddies)
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.exits_known = set()
     state.failed_preparation = ""
@@ -271,16 +312,40 @@ def reset_for_generation(
         node.finished = False
         node.reborn = ""
         node.mark = 0
-    for abandoned in [step for step in state.holdings if step > kept]:
-        del state.holdings[abandoned]
+    state.holdings.drop(step for step in state.holdings if step > kept)
     state.retained = Step(min(state.retained, restored))
     copies.forget_beyond(state, kept)
 
 
 def world_mark(state: RunState) -> int:
     """Return how far the least advanced node of the world has come in this generation."""
-    nodes = [state.nodes[node] for node in state.world]
-    return min(n.mark if n.generation == state.generation else 0 for n in nodes)
+    return state.lowest_mark
+
+
+def _moved(state: RunState, node: Node) -> None:
+    """Keep up which node of the world is the least advanced, now that one is elsewhere."""
+    if node.id not in state.seated:
+        return
+    mark = _mark_of(state, node.id)
+    if mark < state.lowest_mark:
+        state.lowest_mark, state.behind = mark, {node.id}
+    elif mark == state.lowest_mark:
+        state.behind.add(node.id)
+    else:
+        state.behind.discard(node.id)
+        if not state.behind:
+            _find_lowest(state)
+
+
+def _find_lowest(state: RunState) -> None:
+    marks = {node: _mark_of(state, node) for node in state.seated}
+    state.lowest_mark = min(marks.values())
+    state.behind = {node for node, mark in marks.items() if mark == state.lowest_mark}
+
+
+def _mark_of(state: RunState, name: NodeId) -> int:
+    node = state.nodes[name]
+    return node.mark if node.generation == state.generation else 0
 
 
 def since_last_progress(state: RunState) -> Seconds:

@@ -31,7 +31,7 @@ class Fleet:
         self.moved_at_R = np.full(world_size, at)
         self.stopped_since_R = np.full(world_size, np.inf)
         """Since when the kernel has shown the process as stopped; inf if it does not."""
-        self.states = "?" * world_size
+        self._letter_R = np.full(world_size, ord("?"), np.uint8)
 
     def observe(
         self,
@@ -43,7 +43,10 @@ class Fleet:
         states: str,
         cpu_s: tuple[float, ...],
     ) -> None:
-        """Take in one tick of columns over all ranks; -1 and "?" leave a rank as it was."""
+        """Take in one tick of columns over all ranks; -1 and "?" leave a rank as it was.
+
+        A column of length one says the same of every rank.
+        """
         progress_R = np.asarray(progress, np.int64)
         known_R = progress_R >= 0
         moved_R = known_R & (progress_R != self.progress_R)
@@ -55,13 +58,20 @@ class Fleet:
         self.moved_at_R = np.where(moved_R, at, self.moved_at_R)
         self.cpu_at_move_s_R = np.where(moved_R, cpu_R, self.cpu_at_move_s_R)
         # Not every tick hears of every rank: what is unknown is as it was.
-        self.states = "".join(
-            new if known else old
-            for new, old, known in zip(states, self.states, known_R, strict=True)
-        )
-        stopped_R = np.array([letter in "Tt" for letter in self.states]) & ~moved_R
+        letter_R = np.frombuffer(states.encode("ascii", "replace"), np.uint8)
+        self._letter_R = np.where(known_R, letter_R, self._letter_R)
+        stopped_R = ((self._letter_R == ord("T")) | (self._letter_R == ord("t"))) & ~moved_R
         since_R = np.minimum(self.stopped_since_R, at)
         self.stopped_since_R = np.where(stopped_R, since_R, np.inf)
+
+    @property
+    def states(self) -> str:
+        """Return the kernel's process state of each rank, one letter each, "?" where unknown."""
+        return self._letter_R.tobytes().decode("ascii")
+
+    def state_of(self, rank: Rank) -> str:
+        """Return the kernel's process state of a rank."""
+        return chr(self._letter_R[rank])
 
     def forgive(self, at: Seconds) -> None:
         """Count standing still from `at` on: until then nobody was looking."""

@@ -104,7 +104,7 @@ class Recovery:
         state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)
         self._write_off(plan, restored)
-        facts.reset_for_generation(state, plan.seats, plan.restore)
+        facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
         state.fleet = Fleet(state.run.world_size, state.now)
         state.wanting = False
         state.found = state.asked_at = None
@@ -115,7 +115,7 @@ class Recovery:
             state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
             state.futile_restarts += 1
         course.enter(state, RunPhase.STOPPING)
-        new = any(state.nodes[seat].generation == 0 for seat in plan.seats)
+        new = any(state.nodes[node].generation == 0 for node in state.seated)
         state.way = f"{plan.rung}, on a new node" if new else plan.rung
         self.started = decide(
             state,
@@ -130,7 +130,7 @@ class Recovery:
         decisions += [
             decide(state, FenceNode, f"{node.id} has no seat", node=node.id)
             for _, node in sorted(state.nodes.items())
-            if node.id not in plan.seats and node.generation > 0 and node.connected
+            if node.id not in state.seated and node.generation > 0 and node.connected
         ]
         return decisions
 

@@ -26,8 +26,7 @@ def save(state: RunState) -> list[Decision]:
     safe = copies.newest_safe_step(state)
     if safe is not None and safe > state.retained and not state.wanting:
         state.retained = safe
-        for older in [step for step in state.holdings if step < safe]:
-            del state.holdings[older]
+        state.holdings.drop(step for step in state.holdings if step < safe)
         words = f"step {safe} is held by every node"
         decisions.append(decide(state, RetainMemory, words, step=safe))
     return decisions

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
 from orchestrator.core.fleet import Fleet, StepTimes
+from orchestrator.core.holdings import Copies, Holdings, Share
 from orchestrator.core.incident import Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
@@ -51,7 +53,7 @@ class Node:
         """Whether a generation may be started on it."""
         return self.connected and not self.lost and not self.unusable
 
-    def condition(self, seats: tuple[NodeId, ...]) -> str:
+    def condition(self, seats: Container[NodeId]) -> str:
         """Return its condition in one word."""
         if self.unusable:
             return "Unusable"
@@ -113,6 +115,19 @@ class RunState:
     """When the present one began."""
     generation: Generation = Generation(0)
     seats: tuple[NodeId, ...] = ()
+    """Node of each rank of the current world."""
+    seated: dict[NodeId, tuple[Rank, ...]] = field(default_factory=dict)
+    """Ranks of each node of the current world, in rank order."""
+    buddies: dict[NodeId, NodeId] = field(default_factory=dict)
+    """Where each of them copies what its ranks stage."""
+    staged: Copies = field(default_factory=lambda: Copies(0))
+    """What they hold of a step when every rank has staged it."""
+    copied: Copies = field(default_factory=lambda: Copies(0))
+    """What is held of it when their buddies have it, too."""
+    lowest_mark: int = 0
+    """How far the least advanced of them has come in this generation."""
+    behind: set[NodeId] = field(default_factory=set)
+    """Those that are no further."""
     nodes: dict[NodeId, Node] = field(default_factory=dict)
     fleet: Fleet = field(default_factory=lambda: Fleet(0, Seconds(0.0)))
     step_times: StepTimes = field(default_factory=StepTimes)
@@ -150,7 +165,7 @@ class RunState:
     """Steps from whose copies in memory nothing could be started, for whatever reason."""
     struck: dict[tuple[Step, NodeId, FailedCopy], Generation] = field(default_factory=dict)
     """Copies that were of no use: of which step, for which node; in which generation first."""
-    holdings: dict[Step, dict[Rank, set[NodeId]]] = field(default_factory=dict)
+    holdings: Holdings = field(init=False)
     retained: Step = Step(-1)
     written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)
     committing: dict[Step, Generation] = field(default_factory=dict)
@@ -206,6 +221,9 @@ class RunState:
     """Those of them that their agent has confirmed."""
     rungs: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.holdings = Holdings(self.run.world_size)
+
     @property
     def incident(self) -> Incident | None:
         """The newest incident that training has not recovered from."""
@@ -216,21 +234,39 @@ class RunState:
     @property
     def world(self) -> tuple[NodeId, ...]:
         """The nodes of the current world, each once, in rank order."""
-        return tuple(dict.fromkeys(self.seats))
+        return tuple(self.seated)
 
     def ranks_of(self, node: NodeId) -> tuple[Rank, ...]:
         """Return the ranks that have their seat on `node`."""
-        return tuple(Rank(rank) for rank, seat in enumerate(self.seats) if seat == node)
+        return self.seated.get(node, ())
+
+    def seat(self, seats: tuple[NodeId, ...], buddies: dict[NodeId, NodeId]) -> None:
+        """Enter the world of a new generation, none of whose nodes has come anywhere yet."""
+        ranks: dict[NodeId, list[Rank]] = {}
+        for rank, node in enumerate(seats):
+            ranks.setdefault(node, []).append(Rank(rank))
+        self.seats, self.buddies = seats, buddies
+        self.seated = {node: tuple(own) for node, own in ranks.items()}
+        self.lowest_mark, self.behind = 0, set(self.seated)
+        own = {node: frozenset(ranks) for node, ranks in self.seated.items()}
+        both: dict[NodeId, Share] = dict(own)
+        for node, buddy in buddies.items():
+            both[buddy] = both.get(buddy, frozenset()) | own[node]
+        self.staged, self.copied = Copies(len(seats), own), Copies(len(seats), both)
 
     def spares(self) -> tuple[NodeId, ...]:
         """Return the usable nodes without a seat, sorted."""
-        seated = set(self.seats)
-        return tuple(sorted(n.id for n in self.nodes.values() if n.usable and n.id not in seated))
+        return tuple(
+            sorted(n.id for n in self.nodes.values() if n.usable and n.id not in self.seated)
+        )
+
+    def out_of_use(self) -> list[NodeId]:
+        """Return the nodes on which no generation may be started."""
+        return [node.id for node in self.nodes.values() if not node.usable]
 
     def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
         """Return the usable nodes whose memory holds this shard, sorted."""
-        held = self.holdings.get(step, {}).get(rank, set())
-        return tuple(sorted(node for node in held if self.nodes[node].usable))
+        return tuple(n for n in self.holdings.of(step).holders(rank) if self.nodes[n].usable)
 
     def committed(self, step: Step) -> bool:
         """Whether the durable tier has a checkpoint of this step that nobody found bad."""
@@ -266,7 +302,7 @@ def violations(state: RunState) -> list[str]:
     if state.seats and len(state.seats) != state.run.world_size:
         broken.append(f"world has {len(state.seats)} seats, run has {state.run.world_size} ranks")
     per_node = state.run.spec.nodes.ranks_per_node
-    crowded = [n for n in state.world if len(state.ranks_of(n)) != per_node]
+    crowded = [n for n, ranks in state.seated.items() if len(ranks) != per_node]
     if crowded:
         broken.append(f"not {per_node} ranks each: {', '.join(crowded)}")
     if sum(state.ledger.totals().values()) != state.ledger.end_us:

@@ -128,7 +128,7 @@ def stuck_recovery(state: RunState) -> list[Finding]:
         return []
     mark = world_mark(state)
     slow = tuple(n for n in state.world if state.nodes[n].mark <= mark)
-    everyone = len(slow) == len(state.world)
+    everyone = len(slow) == len(state.seated)
     ranks = () if everyone else tuple(r for n in slow for r in state.ranks_of(NodeId(n)))
     words = (
         f"{state.phase} for {spent_s:.1f} s, limit {limit_s:.1f} s; "
@@ -176,7 +176,7 @@ def _finding(state: RunState, ranks: tuple[Rank, ...], since: Seconds, words: st
     fleet = state.fleet
     places = [
         f"rank {rank} on {state.seats[rank]}: {RankPhase(int(fleet.phase_R[rank])).name.lower()} "
-        f"after step {fleet.step_of(rank)}, state {fleet.states[rank]}"
+        f"after step {fleet.step_of(rank)}, state {fleet.state_of(rank)}"
         for rank in ranks[:8]
     ]
     who = "; ".join(places) if places else "no rank stands out"

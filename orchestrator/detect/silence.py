@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, Reported
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.state import Node, RunState
 from orchestrator.protocol.ids import Seconds
+from orchestrator.protocol.messages import Joined, NodeUnusable
 
 
 class Silence:
@@ -20,9 +21,10 @@ class Silence:
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding per node of the world that is gone."""
-        del event  # the state has it all
+        if isinstance(event, Reported) and not isinstance(event.fact, Joined | NodeUnusable):
+            return []  # says nothing of any node but that it was heard
         findings = []
-        for name in state.world:
+        for name in state.seated:
             node = state.nodes[name]
             quiet_s = state.now - node.heard_at
             if node.unusable:

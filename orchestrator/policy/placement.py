@@ -25,7 +25,7 @@ def place(state: RunState) -> Placement | None:
     """Return the seats of the next generation; None while nodes are missing."""
     if not state.seats:
         return _first(state)
-    gone = [node for node in state.world if not state.nodes[node].usable]
+    gone = [node for node in state.seated if not state.nodes[node].usable]
     if any(_may_return(state.nodes[node]) for node in gone):
         return None  # disconnected, and may be back at once; silence decides
     guilty = blamed(state) | strained(state)
@@ -36,9 +36,9 @@ def place(state: RunState) -> Placement | None:
     # What is left is for nodes that could go on. A spare that is under suspicion itself would
     # show nothing, and the two would change places at every restart.
     clean = [node for node in spares[len(gone) :] if node not in guilty]
-    suspects = [node for node in state.world if node in guilty and node not in swaps]
+    suspects = [node for node in state.seated if node in guilty and node not in swaps]
     swaps |= dict(zip(suspects, clean, strict=False))
-    seats = tuple(swaps.get(node, node) for node in state.seats)
+    seats = tuple(swaps.get(node, node) for node in state.seats) if swaps else state.seats
     return Placement(seats=seats, replaced=tuple(sorted(swaps.items())))
 
 
@@ -98,6 +98,8 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
 
 def _first(state: RunState) -> Placement | None:
     nodes = state.run.spec.nodes
+    if len(state.nodes) < nodes.count:
+        return None
     usable = sorted(n.id for n in state.nodes.values() if n.usable)[: nodes.count]
     if len(usable) < nodes.count:
         return None

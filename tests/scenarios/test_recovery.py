@@ -331,7 +331,7 @@ def test_memory_counts_for_nothing_once_a_run_went_back_to_a_checkpoint(cluster:
     cluster.join("node-2", generation=1, holdings=held)
 
     assert cluster.state.start_step == 8
-    assert cluster.state.holdings == {}
+    assert not cluster.state.holdings
 
 
 def test_survivors_complaining_about_a_dead_peer_are_a_symptom_not_an_incident(

@@ -23,7 +23,7 @@ def searching(cluster: Any, held: int | None) -> None:
     cluster.train(10)
     commit(cluster, 15)
     if held is None:
-        cluster.state.holdings.clear()
+        cluster.state.holdings.drop(cluster.state.holdings)
     assert [type(d) for d in cluster.after(0.1).exit(1)] == [SearchCheckpoints]
 
 
@@ -115,7 +115,7 @@ def test_the_answer_to_an_earlier_search_is_none_to_the_present_one(cluster: Any
     cluster.resume()
     cluster.train(20)
     commit(cluster, 30)
-    cluster.state.holdings.clear()
+    cluster.state.holdings.drop(cluster.state.holdings)
     assert [type(d) for d in cluster.after(0.1).exit(1)] == [SearchCheckpoints]
 
     assert cluster.tell(late(cluster, 15)) == []

@@ -109,7 +109,7 @@ def test_a_controller_that_takes_over_keeps_what_its_predecessor_may_have_found(
     tier.commit(before, 20, epoch=1)
     cluster = Cluster()
     cluster.start()
-    cluster.state.holdings.clear()
+    cluster.state.holdings.drop(cluster.state.holdings)
     cluster.lose("node-0")
     cluster.lose("node-1")
     found = tier.search(before)

@@ -1,0 +1,144 @@
+"""Which node's memory holds which shard: per step, by node, with the number of copies kept.
+
+Asked from both sides: what is lost with a node, and whether every rank still has a copy. So what
+nodes hold is entered by node, and how many hold it is one array over the ranks. A state that all
+nodes hold alike, which is nearly every one, is entered in one stroke.
+
+Letters in array names: R ranks of the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.protocol.ids import NodeId, Rank, Step
+
+Share = frozenset[Rank]
+"""Ranks whose shards a node holds."""
+
+
+class Copies:
+    """The copies of one step.
+
+    Args:
+        world_size: ranks of the world.
+        held: what each node holds.
+    """
+
+    def __init__(self, world_size: int, held: Mapping[NodeId, Share] | None = None) -> None:
+        self._held: dict[NodeId, Share] = dict(held or {})
+        self._count_R = np.zeros(world_size, np.int32)
+        for ranks in self._held.values():
+            self._count_R[list(ranks)] += 1
+
+    def copy(self) -> Copies:
+        """Return the same once more."""
+        twin = Copies(0)
+        twin._held, twin._count_R = dict(self._held), self._count_R.copy()
+        return twin
+
+    def add(self, node: NodeId, ranks: Share) -> None:
+        """Enter that a node holds these, too."""
+        before = self._held.get(node, frozenset())
+        if new := ranks - before:
+            self._held[node] = before | new
+            self._count_R[list(new)] += 1
+
+    def add_all(self, other: Copies) -> None:
+        """Enter all that `other` has."""
+        for node, ranks in other._held.items():
+            self.add(node, ranks)
+
+    def discard(self, node: NodeId, ranks: Share | None = None) -> None:
+        """Strike off what a node holds of `ranks`; default all of it."""
+        before = self._held.pop(node, frozenset())
+        gone = before if ranks is None else before & ranks
+        if left := before - gone:
+            self._held[node] = left
+        self._count_R[list(gone)] -= 1
+
+    def of(self, node: NodeId) -> Share:
+        """Return what a node holds."""
+        return self._held.get(node, frozenset())
+
+    def holders(self, rank: Rank) -> list[NodeId]:
+        """Return who holds a shard, sorted."""
+        if not self._count_R[rank]:
+            return []
+        return sorted(node for node, ranks in self._held.items() if rank in ranks)
+
+    def nodes(self) -> Iterator[NodeId]:
+        """Yield every node that holds any."""
+        yield from self._held
+
+    def ranks(self) -> list[Rank]:
+        """Return the ranks of which there is a copy, ascending."""
+        return [Rank(int(rank)) for rank in np.flatnonzero(self._count_R)]
+
+    def count_R(self, without: Iterable[NodeId] = ()) -> npt.NDArray[np.int32]:
+        """Return how many copies each rank has, not counting those of some nodes."""
+        counted_R = self._count_R.copy()
+        for node in without:
+            counted_R[list(self.of(node))] -= 1
+        return counted_R
+
+
+class Holdings:
+    """The copies of every step that is in memory anywhere.
+
+    Args:
+        world_size: ranks of the world.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._steps: dict[Step, Copies] = {}
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, step: object) -> bool:
+        return step in self._steps
+
+    def of(self, step: Step) -> Copies:
+        """Return the copies of a step; none, if there is none."""
+        return self._steps.get(step) or Copies(self._world_size)
+
+    def add(self, step: Step, node: NodeId, ranks: Share) -> None:
+        """Enter that a node holds these shards of a step, too."""
+        if ranks:
+            self._steps.setdefault(step, Copies(self._world_size)).add(node, ranks)
+
+    def spread(self, step: Step, copies: Copies) -> None:
+        """Enter that these copies of a step are there, besides those that are known."""
+        if (known := self._steps.get(step)) is not None:
+            known.add_all(copies)
+        else:
+            self._steps[step] = copies.copy()
+
+    def discard(self, step: Step, node: NodeId, ranks: Share) -> None:
+        """Strike off copies of a step."""
+        if step in self._steps:
+            self._steps[step].discard(node, ranks)
+
+    def forget(self, node: NodeId) -> None:
+        """Strike off all that a node holds."""
+        for copies in self._steps.values():
+            copies.discard(node)
+
+    def drop(self, steps: Iterable[Step]) -> None:
+        """Strike off all copies of some steps."""
+        for step in tuple(steps):
+            self._steps.pop(step, None)
+
+    def held_by(self, node: NodeId) -> dict[Step, Share]:
+        """Return what a node holds, by step, ascending."""
+        return {
+            step: ranks for step in sorted(self._steps) if (ranks := self._steps[step].of(node))
+        }

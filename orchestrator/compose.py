@@ -6,12 +6,8 @@ found, where, and the nearest name for a misspelt one.
 
 from __future__ import annotations
 
-import difflib
-import re
 from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from orchestrator import document, faults
 from orchestrator.core.controller import Controller
@@ -34,7 +30,6 @@ from storage.local import open_store
 T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
 PACKAGED = Path(faults.__file__).parent / "data"
 """Fault models and records that come with holdfast."""
-_UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
 
 def read_run(path: Path) -> TrainingRun:
@@ -83,19 +78,7 @@ def packaged_record(model: FaultModel, name: str = "llama3") -> FaultRecord:
 
 def parse(text: str, kind: type[T], where: str) -> T:
     """Read YAML text as a file of that kind. Raises BadFileError if it is none."""
-    data = document.parse(text, where)
-    if not isinstance(data, dict):
-        found = "nothing" if data is None else f"a {type(data).__name__}"
-        raise BadFileError(
-            f"found {found}, expected fields `kind:`, ...: {where}",
-            f"a {kind.__name__} file starts with `kind: {kind.__name__}`",
-        )
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        raise BadFileError(
-            f"{_plain(str(error))}: {where}", _hint(str(error), data, kind)
-        ) from error
+    return document.shape(document.fields(text, kind.__name__, where), kind, where)
 
 
 def check(run: TrainingRun, where: str) -> Timeouts:
@@ -124,7 +107,7 @@ def _check_uri(uri: str | None, where: str) -> None:
         open_store(uri)
     except UnsupportedUriError as error:
         raise BadFileError(
-            _printable(f"spec.checkpoint.uri: {error}: {where}"), error.hint
+            document.printable(f"spec.checkpoint.uri: {error}: {where}"), error.hint
         ) from error
     except ValueError as error:
         raise BadFileError(
@@ -161,50 +144,3 @@ def _timeouts(run: TrainingRun, where: str) -> Timeouts:
         return derive(seconds(spec.detection.detect_within), seconds(spec.detection.warmup_limit))
     except ValueError as error:
         raise BadFileError(f"spec.detection: {error}: {where}", "10s suits most runs") from error
-
-
-def _plain(message: str) -> str:
-    """Say it in the words of the file instead of those of the library."""
-    message = message.replace("Object contains unknown", "unknown").replace(" - at `$.", " at `")
-    plain = _printable(message)
-    return plain[:1].lower() + plain[1:]
-
-
-def _printable(message: str) -> str:
-    # What is quoted from the file may have line ends and worse in it.
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
-
-
-def _hint(message: str, data: dict[Any, Any], kind: type) -> str:
-    unknown = _UNKNOWN_FIELD.search(message)
-    if unknown is None:
-        return "`holdfast explain` has the fields, their types and units"
-    known = _fields(kind, (unknown["path"] or "").split("."))
-    near = difflib.get_close_matches(unknown["field"], known, 1, 0.5)
-    if near:
-        return f"did you mean `{near[0]}`?"
-    return f"known fields here: {', '.join(known)}" if known else f"remove it; {len(data)} fields"
-
-
-def _fields(kind: type, path: list[str]) -> list[str]:
-    """Return the names that a section of the file may have, as written there."""
-    for name in path:
-        name, _, _ = name.partition("[")  # noqa: PLW2901 - `faults[...]` is the list's name
-        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-        if name not in fields:
-            continue
-        inner = _struct_in(fields[name].type)
-        if inner is None:
-            return []
-        kind = inner
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
-
-
-def _struct_in(annotation: Any) -> type | None:  # noqa: ANN401 - a type expression
-    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _struct_in(argument)
-        if found is not None:
-            return found
-    return None

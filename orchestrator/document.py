@@ -1,4 +1,4 @@
-"""Reads a file that a user wrote as plain data: YAML that can not surprise, or JSON.
+"""Reads a file that a user wrote: YAML that can not surprise, or JSON, as what it should be.
 
 What is read becomes JSON in a run's folder and in its journal, so only what JSON can say is taken.
 Aliases, tags and doubled names are refused: the first can make a page of text fill the memory, and
@@ -7,11 +7,13 @@ of two values under one name one would silently do nothing.
 
 from __future__ import annotations
 
+import difflib
 import re
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import yaml
 
 FILE_MAX_BYTES = 32 << 10
@@ -21,6 +23,10 @@ DEPTH_MAX = 32
 INTEGER_MAX = (1 << 63) - 1
 _INTEGER_MAX_CHARS = 80
 _SHOWN_CHARS = 24
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+_UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
 
 class BadFileError(Exception):
@@ -107,6 +113,89 @@ def _load(text: str, where: str) -> object:
 def _place(error: yaml.MarkedYAMLError, where: str) -> str:
     mark = error.problem_mark or error.context_mark
     return f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+
+
+# What it must look like -------------------------------------------------------------------------
+
+
+def fields(text: str, kind: str, where: str) -> dict[Any, Any]:
+    """Return the fields of a file of some kind. Raises BadFileError if it has none."""
+    data = parse(text, where)
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise BadFileError(
+            f"found {found}, expected fields `kind:`, ...: {where}",
+            f"a {kind} file starts with `kind: {kind}`",
+        )
+    return data
+
+
+def shape(data: object, kind: type[S], where: str) -> S:
+    """Return plain data as a section of that kind.
+
+    Args:
+        data: what `parse` returned, or a part of it.
+        kind: what it should be.
+        where: the file's name, and the section's if it is a part, for the message.
+
+    Raises:
+        BadFileError: naming what was expected, found and where, and the nearest known field.
+    """
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise BadFileError(f"{_plain(str(error))}: {where}", _hint(str(error), kind)) from error
+
+
+def printable(message: str) -> str:
+    """Return a message without what would do something to a terminal."""
+    # What is quoted from the file may have line ends and worse in it.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+
+
+def _plain(message: str) -> str:
+    """Say it in the words of the file instead of those of the library."""
+    message = message.replace("Object contains unknown", "unknown").replace(" - at `$.", " at `")
+    plain = printable(message)
+    return plain[:1].lower() + plain[1:]
+
+
+def _hint(message: str, kind: type) -> str:
+    unknown = _UNKNOWN_FIELD.search(message)
+    if unknown is None:
+        return "`holdfast explain` has the fields, their types and units"
+    known = _fields(kind, (unknown["path"] or "").split("."))
+    near = difflib.get_close_matches(unknown["field"], known, 1, 0.5)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"known fields here: {', '.join(known)}" if known else "remove it"
+
+
+def _fields(kind: type, path: list[str]) -> list[str]:
+    """Return the names that a section of the file may have, as written there."""
+    for name in path:
+        name, _, _ = name.partition("[")  # noqa: PLW2901 - `faults[...]` is the list's name
+        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+        if name not in fields:
+            continue
+        inner = _struct_in(fields[name].type)
+        if inner is None:
+            return []
+        kind = inner
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def _struct_in(annotation: Any) -> type | None:  # noqa: ANN401 - a type expression
+    if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _struct_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+# The YAML that is taken -----------------------------------------------------------------------
 
 
 class _RefusedError(yaml.MarkedYAMLError):

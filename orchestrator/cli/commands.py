@@ -221,11 +221,11 @@ def explain(
         str | None,
         typer.Argument(
             metavar="[FIELD.PATH]",
-            help="For example spec.checkpoint, plan.faults, model.classes, record.rows.",
+            help="For example spec.checkpoint, plan.faults, model.classes, profile.habits.",
         ),
     ] = None,
 ) -> None:
-    """Explain the fields of run files, fault plans, fault models and fault records."""
+    """Explain the fields of run files, fault plans, models and records, and profiles."""
     from orchestrator.cli import explain
 
     typer.echo(explain.explain(path))

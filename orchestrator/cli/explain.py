@@ -16,12 +16,14 @@ from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.faults.record import FaultRecord
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worlds.simulated.profiles import ProfileFile
 
 ROOTS: dict[str, type[msgspec.Struct]] = {
     "run": TrainingRun,
     "plan": FaultPlan,
     "model": FaultModel,
     "record": FaultRecord,
+    "profile": ProfileFile,
 }
 
 
@@ -30,7 +32,7 @@ def explain(path: str | None) -> str:
 
     Args:
         path: such as `spec.checkpoint.everySteps`; those of other files begin with `plan`,
-            `model` or `record`.
+            `model`, `record` or `profile`.
 
     Raises:
         CliError: if there is no such field.

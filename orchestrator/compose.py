@@ -20,6 +20,8 @@ from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.sections import ModelError
+from orchestrator.policy import switches
+from orchestrator.policy.planned import PlannedSwap
 from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.fitting import misfits
 from orchestrator.protocol.runfile import TrainingRun, seconds
@@ -91,6 +93,12 @@ def check(run: TrainingRun, where: str) -> Timeouts:
     for misfit in misfits(run):
         raise BadFileError(f"{misfit.message}: {where}", misfit.hint)
     _check_uri(run.spec.checkpoint.uri, where)
+    try:
+        switches.check(run.spec.recovery.disable)
+    except switches.UnknownPolicyError as error:
+        raise BadFileError(
+            document.printable(f"spec.recovery.disable: {error}: {where}"), error.hint
+        ) from error
     return timeouts
 
 
@@ -121,7 +129,7 @@ def controller(run: TrainingRun) -> Controller:
     Only its timeouts are looked at again: a journal stays readable when more is checked than was
     when it was written.
     """
-    detectors = (Exits(), Silence(), Preparation(), Hang())
+    detectors = (Exits(), Silence(), Preparation(), Hang(), PlannedSwap())
     return Controller(run, _timeouts(run, run.metadata.name), detectors, ladder())
 
 

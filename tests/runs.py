@@ -115,14 +115,31 @@ class Job:
         logs = [self.folder.rank_log(rank).read_text() for rank in range(4)]
         return [(step, by) for log in logs for g, step, by in restores(log) if g == generation]
 
-    def hush(self, node: str, seconds: float) -> tuple[int, Report]:
-        """Run it; once it trains, keep a node's agent from running for a while."""
+    def train(self) -> None:
+        """Start it, and wait until it trains."""
         self.start("--quiet")
         reached = Path(self.run["spec"]["trainer"]["options"]["lockstep"]) / "1.0"
         deadline = time.monotonic() + 30
         while not reached.exists() or int(reached.read_text() or 0) < 10:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
+
+    def drain(self, *nodes: str) -> tuple[int, Report]:
+        """Run it; once it trains, have nodes be free of it."""
+        self.train()
+        done = self.holdfast("drain", "node", *nodes, "--reason", "a test", "--wait", "20s")
+        assert done.returncode == 0, done.stderr
+        return self.finish(), self.report()
+
+    def holdfast(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Call the command line, about this run."""
+        command = [str(Path(sys.executable).with_name("holdfast")), *arguments]
+        command += ["--run", str(self.folder.root)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def hush(self, node: str, seconds: float) -> tuple[int, Report]:
+        """Run it; once it trains, keep a node's agent from running for a while."""
+        self.train()
         born = (self.folder.nodes / node / "born.json").read_text()
         agents = [p for p, c in self.processes() if "orchestrator.agent" in c and str(p) in born]
         (pid,) = agents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.report import Report, report
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.ids import NodeId, Seconds, Step
-from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.drive import Simulation
 from orchestrator.worlds.simulated.flaws import Flaws
@@ -47,6 +48,9 @@ class SimulatedJob:
     journal: list[Entry] = field(default_factory=list)
     world: SimulatedWorld | None = None
     hushed: tuple[str, float] | None = None
+    operations: list[dict[str, Any]] = field(default_factory=list)
+    """What operators ask for: `{at: seconds, drain: [node], within: span, reason: text}`, or
+    `{at: seconds, uncordon: [node]}`."""
 
     def conduct(self, *_options: str) -> tuple[int, Report]:
         """Run it to its end; return exit code and report."""
@@ -72,12 +76,37 @@ class SimulatedJob:
         )
         if self.hushed is not None:
             self._hush_in_time()
+        for operation in self.operations:
+            self._ask_in_time(**operation)
         simulation = Simulation(run, self.world, checkers=[Invariants()])
         over = simulation.conduct(LIMIT_S)
         self.journal = simulation.entries
         told = report(simulation.controller.state)
         assert over, f"still {told.state} after {LIMIT_S:g} s"
         return int(_CODES[told.state]), told
+
+    def _ask_in_time(
+        self,
+        *,
+        at: float,
+        drain: list[str] | None = None,
+        uncordon: list[str] | None = None,
+        reason: str = "",
+        within: str | None = None,
+    ) -> None:
+        world = self.world
+        assert world is not None
+        nodes = [NodeId(node) for node in drain or uncordon or ()]
+        ask = partial(world.uncordon, nodes, "ann")
+        if drain is not None:
+            within_s = None if within is None else seconds(within)
+            ask = partial(world.drain, nodes, "ann", reason, within_s)
+        world.cluster.agenda.at(Seconds(at), ask)
+
+    def drain(self, *nodes: str) -> tuple[int, Report]:
+        """Run it; once it trains, have nodes be free of it."""
+        self.operations = [{"at": 1.0, "drain": list(nodes), "reason": "a test"}]
+        return self.conduct()
 
     def hush(self, node: str, seconds: float) -> tuple[int, Report]:
         """Run it; once it trains, keep a node's agent from running for a while."""

@@ -215,6 +215,52 @@ def stop(
     typer.echo(stop.stop(run, wait_s))
 
 
+NodeKind = Annotated[str, typer.Argument(metavar="node", help="What is named: nodes.")]
+NodeNames = Annotated[list[str], typer.Argument(metavar="NAME...", help="Which nodes.")]
+
+
+@app.command()
+def drain(
+    what: NodeKind,
+    names: NodeNames,
+    run: RunOption = None,
+    within: Annotated[
+        str | None, typer.Option(help="They are taken after this long, whatever runs there.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads of it.")] = "",
+    wait: Annotated[str, typer.Option(help="Wait this long for them to be free.")] = "10m",
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+) -> None:
+    """Have nodes be free of a run, at the moment that costs it least; they stay cordoned."""
+    from orchestrator.cli import draining, intake
+
+    told = draining.drain(
+        what,
+        names,
+        run,
+        reason=reason,
+        within_s=None if within is None else intake.span_s("--within", within),
+        wait_s=intake.span_s("--wait", wait),
+        output=output,
+    )
+    typer.echo(told)
+
+
+@app.command()
+def uncordon(
+    what: NodeKind,
+    names: NodeNames,
+    run: RunOption = None,
+    wait: Annotated[str, typer.Option(help="Wait this long for it to be on record.")] = "10s",
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+) -> None:
+    """Have nodes be used again: drained ones become spares, others stay."""
+    from orchestrator.cli import draining, intake
+
+    wait_s = intake.span_s("--wait", wait)
+    typer.echo(draining.uncordon(what, names, run, wait_s=wait_s, output=output))
+
+
 @app.command()
 def explain(
     path: Annotated[

@@ -141,7 +141,7 @@ def _world(state: RunState) -> list[str]:
             node.id,
             listing.condition(state, node),
             ", ".join(map(str, state.ranks_of(node.id))) or "-",
-            units.first_line(node.unusable or node.lost) or "-",
+            units.first_line(listing.why(state, node)) or "-",
         ]
         for _, node in sorted(state.nodes.items())
     ]
@@ -211,7 +211,7 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
                 ("Name", str(node_id)),
                 ("Run", state.run.metadata.name),
                 ("Condition", listing.condition(state, node)),
-                ("Why", node.unusable or node.lost),
+                ("Why", listing.why(state, node)),
                 ("Ranks", ", ".join(map(str, state.ranks_of(node_id)))),
                 ("Came as far as", mark),
                 ("Incarnation", f"{node.incarnation} (starts of its agent)"),

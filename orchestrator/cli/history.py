@@ -11,6 +11,8 @@ from orchestrator.core.decisions import (
 )
 from orchestrator.core.events import (
     ControllerStarted,
+    DrainCancelled,
+    DrainRequested,
     FaultInjected,
     Inherited,
     NodeDisconnected,
@@ -63,6 +65,9 @@ class History:
             isinstance(event, Reported) and isinstance(event.fact, _TOLD_FACTS)
         ):
             self._add(state.now, story.node(event), units.first_line(story.words(event)))
+        if isinstance(event, DrainRequested | DrainCancelled):
+            for node in event.nodes:
+                self._add(state.now, node, units.first_line(story.words(event)))
         for decision in entry.decisions:
             if isinstance(decision, CommitCheckpoint):
                 self.commits[decision.step] = decision

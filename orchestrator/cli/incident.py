@@ -16,6 +16,8 @@ RUNGS = {
     "processes, with the state that is in memory",
     "swap for a spare": "a node is gone or blamed, and a spare is free; its ranks' state comes "
     "from the copy on another node",
+    "planned swap": "a node is to be free, and a spare is; the state comes from memory, at "
+    "the moment at which least has to be done again",
     "resume from the durable tier": "no whole copy is left in memory, so the newest verified "
     "checkpoint is read",
     "start over from the seed": "there is no state to continue from, neither in memory nor on "
@@ -57,7 +59,7 @@ def _outcome(incident: Incident, state: RunState) -> str:
 
 def _payment(incident: Incident, state: RunState) -> str:
     """Say what was paid: a restart costs one of a budget, and nothing else does."""
-    if incident.rung in ("none", "stop"):
+    if incident.rung in ("none", "stop") or incident.cause not in BUDGET_OF:
         return "nothing was paid"
     return f"{'paid' if incident.rung else 'to be paid'} from the {_budget(incident, state)}"
 

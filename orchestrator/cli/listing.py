@@ -13,6 +13,7 @@ from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import Node, RunState
+from orchestrator.policy import planned
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -114,7 +115,7 @@ def node_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "incarnation": node.incarnation,
             "heard_s": round(state.now - node.heard_at, 6),
             "memory_steps": sorted(held_by(state, node.id)),
-            "why": node.unusable or node.lost,
+            "why": why(state, node),
         }
         for _, node in sorted(state.nodes.items())
     ]
@@ -124,7 +125,15 @@ def condition(state: RunState, node: Node) -> str:
     """Return the condition of a node in one word; with the run, what it did has ended, too."""
     if state.phase.final and not node.unusable and not node.lost:
         return "Ended"
-    return node.condition(state.seated)
+    told = node.condition(state.seated)
+    if node.id in state.drains:
+        return {"Training": "Draining", "Spare": "Drained"}.get(told, told)
+    return told
+
+
+def why(state: RunState, node: Node) -> str:
+    """Return why a node is in another condition than it might be; "" if it is not."""
+    return "; ".join(filter(None, (node.unusable or node.lost, planned.standing(state, node.id))))
 
 
 def held_by(state: RunState, node: NodeId) -> dict[Step, list[Rank]]:

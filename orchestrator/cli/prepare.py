@@ -70,6 +70,8 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
         # Nobody who lives knows the old one: both locks are ours.
         _write(folder.token, secrets.token_urlsafe(TOKEN_BYTES).encode())
     folder.stop_request.unlink(missing_ok=True)
+    for path in folder.requests.glob("*"):
+        path.unlink()  # of a former life; its controllers are gone
 
 
 def _require_ours(folder: RunFolder) -> None:

@@ -44,7 +44,7 @@ def stop(run: str | None, wait_s: float) -> str:
     if damage is not None and runs.controller_pid(follower.folder) is not None:
         # Its end could not be read: to ask for it would be to wait for nothing.
         runs.require_whole(damage)
-    ask(follower.folder, f"{_user()} with `holdfast stop`")
+    ask(follower.folder, f"{user()} with `holdfast stop`")
     return _await_end(follower, wait_s)
 
 
@@ -117,7 +117,8 @@ def ask(folder: RunFolder, by: str) -> None:
         temporary.unlink()
 
 
-def _user() -> str:
+def user() -> str:
+    """Return who asks, in words."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may have no name for its user

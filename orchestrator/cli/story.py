@@ -12,6 +12,8 @@ from orchestrator.core.events import (
     CommitFailed,
     ControllerStarted,
     CopiesHeld,
+    DrainCancelled,
+    DrainRequested,
     Event,
     FaultInjected,
     Inherited,
@@ -99,6 +101,12 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"planned fault: {text}"
         case StopRequested(by=by):
             return f"stop requested by {by}"
+        case DrainRequested(nodes=nodes, by=by, reason=reason, within_s=within_s):
+            when = "" if within_s is None else f" within {units.seconds(within_s)}"
+            why = f": {reason}" if reason else ""
+            return f"{', '.join(nodes)} to be free{when}, asked for by {by}{why}"
+        case DrainCancelled(nodes=nodes, by=by):
+            return f"{', '.join(nodes)} may be used again, says {by}"
         case Tick():
             return "time passed"
         case _:

@@ -40,9 +40,9 @@ class Casebook:
 
     def look(self, event: Event) -> None:
         """Ask every detector what is wrong as of now, and enter what they find."""
+        self._judge(event)
         for finding in self._detect(event):
             self._admit(finding)
-        self._judge(event)
 
     def note_restart(self, incarnation: int, since: Seconds) -> None:
         """Enter that the controller before `incarnation` ended, having last heard at `since`.

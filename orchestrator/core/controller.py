@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import course, durable, facts, patience, saving
+from orchestrator.core import course, drains, durable, facts, patience, saving
 from orchestrator.core.casebook import RESTARTED, Casebook
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
@@ -21,6 +21,7 @@ from orchestrator.core.decisions import (
 )
 from orchestrator.core.events import (
     ControllerStarted,
+    DrainRequested,
     Event,
     FaultInjected,
     Reported,
@@ -134,6 +135,8 @@ class Controller:
                 decisions.append(
                     decide(state, CarryOutFault, f"planned: {text}", index=index, node=node)
                 )
+            case DrainRequested():
+                decisions += drains.wake(state)
             case ControllerStarted(incarnation=incarnation) if incarnation > 1:
                 decisions += self._take_over(incarnation)
             case _:
@@ -190,4 +193,4 @@ class Controller:
         # Not by the phase: nodes that are not back yet may have moved it on.
         if state.asked_at is not None:
             decisions.append(self._recovery.search("asked again by the next controller"))
-        return decisions
+        return decisions + drains.wake(state)

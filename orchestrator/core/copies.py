@@ -155,12 +155,13 @@ def newest_safe_step(state: RunState) -> Step | None:
 def _copies_wanted(state: RunState) -> int:
     """Return how many copies make a shard safe: two, unless the cluster has one node.
 
-    A node that may be back at once is part of the cluster: after a controller died, all are.
+    A node that may be back at once is part of the cluster: after a controller died, all are. One
+    that was drained is not.
     """
     patience_s, members = state.timeouts.silence_s, 0
     for node in state.nodes.values():
         gone = node.lost or node.unusable or state.now - node.heard_at > patience_s
-        members += node.usable or not gone
+        members += (node.usable or not gone) and not state.drained(node.id)
         if members > 1:
             return 2
     return 1

@@ -192,6 +192,27 @@ class StopRequested(_Event, frozen=True, kw_only=True):
     by: str
 
 
+class DrainRequested(_Event, frozen=True, kw_only=True):
+    """Somebody asked for nodes to be free of this run: for maintenance, or since they will be gone.
+
+    Asked again, the newest word counts.
+    """
+
+    nodes: tuple[NodeId, ...]
+    by: str
+    reason: str = ""
+    """Why, in their words; "" if they did not say."""
+    within_s: float | None = None
+    """Seconds until they will be taken, whatever runs there; None for as soon as is cheap."""
+
+
+class DrainCancelled(_Event, frozen=True, kw_only=True):
+    """Somebody said that nodes may be used again: a drain is not needed any more, or it is over."""
+
+    nodes: tuple[NodeId, ...]
+    by: str
+
+
 class Tick(_Event, frozen=True, kw_only=True):
     """Time passed."""
 
@@ -214,5 +235,7 @@ Event = (
     | CommitFailed
     | FaultInjected
     | StopRequested
+    | DrainRequested
+    | DrainCancelled
     | Tick
 )

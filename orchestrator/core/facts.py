@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, durable, heritage
+from orchestrator.core import copies, drains, durable, heritage
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -10,6 +10,8 @@ from orchestrator.core.events import (
     CommitFailed,
     ControllerStarted,
     CopiesHeld,
+    DrainCancelled,
+    DrainRequested,
     Event,
     FaultInjected,
     Inherited,
@@ -84,6 +86,10 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             durable.fail_commit(state, event)
         case FaultInjected(index=index, description=text, target=target):
             state.injected.setdefault(index, (state.now, text, target))
+        case DrainRequested():
+            drains.request(state, event)
+        case DrainCancelled(nodes=nodes):
+            drains.cancel(state, nodes)
         case _:
             pass
 

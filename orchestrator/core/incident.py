@@ -18,6 +18,8 @@ class Cause(StrEnum):
     SOFTWARE = "software"
     NUMERICS = "numerics"
     PREEMPTION = "preemption"
+    PLANNED = "planned"
+    """Nobody's fault: somebody asked for it."""
     UNKNOWN = "unknown"
 
 
@@ -30,7 +32,7 @@ BUDGET_OF: dict[Cause, str] = {
     Cause.NUMERICS: "software",
     Cause.PREEMPTION: "preemption",
 }
-"""Which budget pays for a restart after an incident of this cause."""
+"""Which budget pays for a restart after an incident of this cause; what is planned costs none."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +42,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     since: Seconds
     """When it began, as far as the evidence says; never after `at`."""
     kind: str
-    """crash, exception, node-lost, node-silent, hang, start-failure, misconfigured, ..."""
+    """crash, exception, node-lost, node-silent, hang, misconfigured, planned, ..."""
     cause: Cause
     ranks: tuple[Rank, ...] = ()
     nodes: tuple[NodeId, ...] = ()

@@ -111,7 +111,7 @@ class Recovery:
         state.search_failure, state.search_failures = "", 0
         state.pause_until = None
         state.rungs[plan.rung] = state.rungs.get(plan.rung, 0) + 1
-        if state.incident is not None:
+        if state.incident is not None and state.incident.cause in BUDGET_OF:
             state.budgets[BUDGET_OF[state.incident.cause]].spent += 1
             state.futile_restarts += 1
         course.enter(state, RunPhase.STOPPING)

@@ -36,7 +36,15 @@ SHOWS_AS: dict[str, frozenset[str]] = {
 make saves fail, which is no incident."""
 
 WITNESSED = frozenset(
-    {"crash", "exception", "misconfigured", "node-lost", "unrestorable", "controller-restart"}
+    {
+        "crash",
+        "exception",
+        "misconfigured",
+        "node-lost",
+        "unrestorable",
+        "controller-restart",
+        "planned",
+    }
 )
 """Kinds of incident that rest on something that happened."""
 

@@ -87,6 +87,20 @@ class Occurrence:
     nodes: set[NodeId] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """A node that is to be free of this run. It is cordoned: as long as that it gets no seat."""
+
+    node: NodeId
+    asked_at: Seconds
+    by: str
+    reason: str
+    until: Seconds | None
+    """When it will be taken, whatever runs there; None if nobody said."""
+    incarnation: int
+    """Of its agent, when it was asked for first; 0 if it had none."""
+
+
 @dataclass(slots=True)
 class Budget:
     """Restarts left for faults of one origin."""
@@ -220,6 +234,8 @@ class RunState:
     carried_out: set[int] = field(default_factory=set)
     """Those of them that their agent has confirmed."""
     rungs: dict[str, int] = field(default_factory=dict)
+    drains: dict[NodeId, Drain] = field(default_factory=dict)
+    """Cordoned nodes, whether they have joined or not."""
 
     def __post_init__(self) -> None:
         self.holdings = Holdings(self.run.world_size)
@@ -255,14 +271,28 @@ class RunState:
         self.staged, self.copied = Copies(len(seats), own), Copies(len(seats), both)
 
     def spares(self) -> tuple[NodeId, ...]:
-        """Return the usable nodes without a seat, sorted."""
+        """Return the usable nodes without a seat that are not cordoned, sorted."""
         return tuple(
-            sorted(n.id for n in self.nodes.values() if n.usable and n.id not in self.seated)
+            sorted(
+                n.id
+                for n in self.nodes.values()
+                if n.usable and n.id not in self.seated and n.id not in self.drains
+            )
         )
 
     def out_of_use(self) -> list[NodeId]:
         """Return the nodes on which no generation may be started."""
         return [node.id for node in self.nodes.values() if not node.usable]
+
+    def drained(self, node: NodeId) -> bool:
+        """Whether a node is cordoned and runs nothing: then nothing is put there any more.
+
+        It has no seat, or it was taken while it had one, and another agent is there now.
+        """
+        drain = self.drains.get(node)
+        if drain is None:
+            return False
+        return node not in self.seated or self.nodes[node].incarnation > drain.incarnation
 
     def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
         """Return the usable nodes whose memory holds this shard, sorted."""

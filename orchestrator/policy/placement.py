@@ -8,6 +8,7 @@ from orchestrator.core.copies import strained
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
+from orchestrator.policy.planned import leaving
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.runfile import seconds
 
@@ -25,17 +26,18 @@ def place(state: RunState) -> Placement | None:
     """Return the seats of the next generation; None while nodes are missing."""
     if not state.seats:
         return _first(state)
-    gone = [node for node in state.seated if not state.nodes[node].usable]
+    gone = _gone(state)
     if any(_may_return(state.nodes[node]) for node in gone):
         return None  # disconnected, and may be back at once; silence decides
     guilty = blamed(state) | strained(state)
     spares = sorted(state.spares(), key=lambda node: node in guilty)
     if len(spares) < len(gone):
         return None
-    swaps = dict(zip(gone, spares, strict=False))
+    out = list(dict.fromkeys([*gone, *leaving(state)]))
+    swaps = dict(zip(out, spares, strict=False))
     # What is left is for nodes that could go on. A spare that is under suspicion itself would
     # show nothing, and the two would change places at every restart.
-    clean = [node for node in spares[len(gone) :] if node not in guilty]
+    clean = [node for node in spares[len(out) :] if node not in guilty]
     suspects = [node for node in state.seated if node in guilty and node not in swaps]
     swaps |= dict(zip(suspects, clean, strict=False))
     seats = tuple(swaps.get(node, node) for node in state.seats) if swaps else state.seats
@@ -76,7 +78,7 @@ def wait_for_nodes(state: RunState) -> Plan | None:
         nodes = state.run.spec.nodes
         there = f"{_usable(state)} of {nodes.count + nodes.spares}"
         return WaitForNodes(until=until, reason=f"waiting for nodes: {there} are there")
-    gone = [n for n in state.world if not state.nodes[n].usable]
+    gone = _gone(state)
     return WaitForNodes(
         until=until,
         reason=f"waiting for a node in place of {', '.join(gone)}: "
@@ -92,7 +94,8 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
     world = list(dict.fromkeys(seats))
     if len(world) > 1:
         return {node: world[(i + 1) % len(world)] for i, node in enumerate(world)}
-    others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in world]
+    kept_out = {*world, *state.drains}
+    others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in kept_out]
     return {world[0]: others[0]} if others else {}
 
 
@@ -100,15 +103,19 @@ def _first(state: RunState) -> Placement | None:
     nodes = state.run.spec.nodes
     if len(state.nodes) < nodes.count:
         return None
-    usable = sorted(n.id for n in state.nodes.values() if n.usable)[: nodes.count]
+    usable = state.spares()[: nodes.count]
     if len(usable) < nodes.count:
         return None
     ranks = range(state.run.world_size)
     return Placement(seats=tuple(usable[Rank(r) // nodes.ranks_per_node] for r in ranks))
 
 
+def _gone(state: RunState) -> list[NodeId]:
+    return [n for n in state.seated if not state.nodes[n].usable or state.drained(n)]
+
+
 def _usable(state: RunState) -> int:
-    return sum(node.usable for node in state.nodes.values())
+    return sum(node.usable and not state.drained(node.id) for node in state.nodes.values())
 
 
 def _spares_to_come(state: RunState) -> bool:
@@ -132,7 +139,9 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
 
 
 def _give_up(state: RunState, patience_s: float) -> Plan:
-    last = f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
+    kept_out = [node for node in sorted(state.drains) if state.drained(node)]
+    last = f"; cordoned: {', '.join(kept_out)}" if kept_out else ""
+    last += f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
     return End(
         state="Failed",
         reason=f"needs {state.run.spec.nodes.count} nodes and has {_usable(state)}, "

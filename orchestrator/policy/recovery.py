@@ -9,6 +9,7 @@ from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
+from orchestrator.policy import planned
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
 from orchestrator.protocol.ids import Rank, Step
@@ -157,7 +158,9 @@ def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) ->
         return "start over from the seed"
     if restore.commit:
         return "resume from the durable tier"
-    return "swap for a spare" if placement.replaced else "restart in place"
+    if not placement.replaced:
+        return "restart in place"
+    return "planned swap" if state.incident.kind == planned.KIND else "swap for a spare"
 
 
 def _dismissed(state: RunState) -> tuple[Rank, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core.incident import BUDGET_OF
+from orchestrator.core.incident import BUDGET_OF, Cause
 from orchestrator.core.plans import End, Pause, Plan
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
@@ -46,7 +46,7 @@ def stop_poison(state: RunState) -> Plan | None:
 
 def stop_budget(state: RunState) -> Plan | None:
     """End a run that spent its restarts for faults of this origin."""
-    if state.incident is None:
+    if state.incident is None or state.incident.cause not in BUDGET_OF:
         return None
     origin = BUDGET_OF[state.incident.cause]
     budget = state.budgets[origin]
@@ -67,7 +67,7 @@ def back_off(state: RunState) -> Plan | None:
     such as memory that is short for a while, needs time to pass. The first restart is at once.
     """
     futile = state.futile_restarts
-    if state.incident is None or futile == 0:
+    if state.incident is None or futile == 0 or state.incident.cause is Cause.PLANNED:
         return None
     recovery = state.run.spec.recovery
     first_s, longest_s = seconds(recovery.backoff), seconds(recovery.backoff_max)

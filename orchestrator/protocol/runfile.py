@@ -135,6 +135,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     spare_wait: Duration = "1m"
     """How long to wait for a node when none is free, or for room for the journal on a full disk,
     before giving up."""
+    disable: tuple[str, ...] = ()
+    """Policies to do without, to see what they are worth: `planned-swap`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.folder import RunFolder, former_journals
 from orchestrator.worlds.local import LocalWorld
+from orchestrator.worlds.requests import Inbox
 from orchestrator.worlds.vault import Vault
 
 log = logging.getLogger("holdfast.controller")
@@ -44,7 +45,7 @@ EXIT_ALREADY_RUNNING = 4
 EXIT_UNTRUSTED = 5
 EXIT_NO_ROOM = 6
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-STOP_LOOK_S = 0.2
+REQUEST_LOOK_S = 0.2
 SETTLE_S = 1.0
 """At the end the durable tier has so long to do what was ordered, and more if agents left early."""
 T = TypeVar("T", TrainingRun, FaultPlan)
@@ -155,7 +156,8 @@ def _drive(
     ended = controller.state.phase.final
     address = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
     _publish(folder.address, msgspec.json.encode(address))
-    threading.Thread(target=_watch_for_stop, args=(folder, world), daemon=True).start()
+    inbox = Inbox(folder.requests)
+    threading.Thread(target=_watch_for_requests, args=(folder, world, inbox), daemon=True).start()
     if ended:
         # The predecessor decided to end the run and died before every agent knew.
         state = controller.state
@@ -169,6 +171,7 @@ def _drive(
         _handle(controller, world, file, started)
         for event in world.events():
             _handle(controller, world, file, event)
+            inbox.settle(event)
     t = controller.state.timeouts
     deadline = time.monotonic() + t.abort_s + t.terminate_s + t.kill_s
     left = world.see_off(deadline - time.monotonic(), expected)
@@ -185,9 +188,11 @@ def _handle(controller: Controller, world: AgentWorld, file: JournalFile, event:
         world.carry_out(decision)
 
 
-def _watch_for_stop(folder: RunFolder, world: AgentWorld) -> None:
+def _watch_for_requests(folder: RunFolder, world: AgentWorld, inbox: Inbox) -> None:
     while not folder.stop_request.exists():
-        time.sleep(STOP_LOOK_S)
+        for event in inbox.look(world.clock()):
+            world.know(event)
+        time.sleep(REQUEST_LOOK_S)
     by = folder.stop_request.read_text(encoding="utf-8", errors="replace").strip()
     world.stop(by or "request")
 

@@ -49,8 +49,12 @@ class Invariants:
         newest = max(self._ordered, default=Generation(0))
         assert order.generation > newest, f"generation {order.generation} after {newest}"
         self._ordered[order.generation] = order
-        bad = sorted({seat for seat in order.seats if not state.nodes[seat].usable})
+        nodes = {seat: state.nodes[seat] for seat in order.seats}
+        bad = sorted(seat for seat, node in nodes.items() if not node.usable or state.drained(seat))
         assert not bad, f"seats on nodes that can not be used: {', '.join(bad)}"
+        before = self._ordered[newest].seats if newest in self._ordered else ()
+        cordoned = sorted({*order.seats} & {*state.drains} - {*before})
+        assert not cordoned, f"new seats on nodes that are cordoned: {', '.join(cordoned)}"
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
         if order.restore is not None and not order.restore.commit:
@@ -62,7 +66,8 @@ class Invariants:
             "an incident ends without a reason"
         )
         if end == "Failed" and state.end_reason.startswith("needs "):
-            usable = sum(node.usable for node in state.nodes.values())
+            nodes = state.nodes.values()
+            usable = sum(node.usable and not state.drained(node.id) for node in nodes)
             assert usable < state.run.spec.nodes.count, (
                 f"gave up with enough nodes: {state.end_reason}"
             )

@@ -18,7 +18,8 @@ from orchestrator import compose
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import report
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.protocol.ids import Seconds
+from orchestrator.policy.switches import SWITCHABLE, without
+from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation import story
 from orchestrator.simulation.checkers import Invariants
@@ -30,11 +31,25 @@ RAGE_S = (30.0, 600.0)
 REPAIR_S = 30.0
 PATIENCE = 40.0
 """How many times the longest limit of a run a world without faults may take to its end."""
+OFF_SHARE = 0.1
+"""Of the worlds in which a policy that can be switched off is."""
 _KINDS = (
     "kill-rank", "exit-rank", "segfault-rank", "freeze-rank", "spin-rank", "slow-rank",
     "kill-agent", "lose-node", "partition-node", "kill-controller", "corrupt-shard",
     "full-disk", "slow-disk",
 )  # fmt: skip
+
+
+class DrawnDrain(NamedTuple):
+    """Nodes that are to be free for a while. Moments and spans are virtual seconds."""
+
+    at: float
+    nodes: tuple[NodeId, ...]
+    within_s: float | None
+    taken: bool
+    """Whether they are taken once their time is up, whatever runs there."""
+    back_at: float
+    """When they may be used again."""
 
 
 class Drawn(NamedTuple):
@@ -47,6 +62,7 @@ class Drawn(NamedTuple):
     death_rate: float
     cut_rate: float
     outages: tuple[tuple[float, float], ...]
+    drains: tuple[DrawnDrain, ...]
     rage_s: float
 
 
@@ -112,7 +128,7 @@ def draw(seed: int) -> Drawn:
         )
         for _ in range(int(chance.integers(0, 3)))
     )
-    return Drawn(
+    drawn = Drawn(
         run=run,
         plan=plan,
         profile=_profile(chance, run),
@@ -120,8 +136,11 @@ def draw(seed: int) -> Drawn:
         death_rate=float(chance.choice([0.0, 0.0, 0.001, 0.01])),
         cut_rate=float(chance.choice([0.0, 0.0, 0.005, 0.02])),
         outages=outages,
+        drains=tuple(_drain(chance, names, rage_s) for _ in range(int(chance.integers(0, 4)))),
         rage_s=rage_s,
     )
+    off = [name for name in SWITCHABLE if chance.random() < OFF_SHARE]
+    return drawn._replace(run=without(run, off))
 
 
 def _run(chance: np.random.Generator) -> TrainingRun:
@@ -181,6 +200,19 @@ def _fault(
     if kind == "slow-rank":
         fault["share"] = float(chance.uniform(0.2, 0.9))
     return fault
+
+
+def _drain(chance: np.random.Generator, nodes: list[str], rage_s: float) -> DrawnDrain:
+    at = float(chance.uniform(0, rage_s))
+    within_s = float(chance.exponential(30)) if chance.random() < 0.5 else None
+    several = chance.permutation(nodes)[: 1 + int(chance.integers(0, 2))]
+    return DrawnDrain(
+        at=at,
+        nodes=tuple(NodeId(str(node)) for node in sorted(several)),
+        within_s=within_s,
+        taken=bool(chance.random() < 0.5),
+        back_at=min(at + float(chance.exponential(60)), rage_s),
+    )
 
 
 def _profile(chance: np.random.Generator, run: TrainingRun) -> Profile:
@@ -249,12 +281,21 @@ def _within(drawn: Drawn, warmup_s: float) -> float:
 
 
 def _disturb(world: SimulatedWorld, drawn: Drawn, chance: np.random.Generator) -> None:
-    """Enter what is not in the plan: outages of the store, and connections that break."""
+    """Enter what is not in the plan: outages of the store, drains, connections that break."""
     cluster = world.cluster
     for start, end in drawn.outages:
         cluster.agenda.at(Seconds(start), partial(setattr, cluster.store, "down", True))
         cluster.agenda.at(Seconds(end), partial(setattr, cluster.store, "down", False))
     cuts = chance.poisson(drawn.cut_rate * drawn.rage_s * len(cluster.nodes))
+    for drain in drawn.drains:
+        ask = partial(world.drain, drain.nodes, "the swarm", "drawn", drain.within_s)
+        cluster.agenda.at(Seconds(drain.at), ask)
+        back = partial(world.uncordon, drain.nodes, "the swarm")
+        cluster.agenda.at(Seconds(drain.back_at), back)
+        if drain.taken and drain.within_s is not None:
+            for name in drain.nodes:
+                take = partial(cluster.lose, cluster.nodes[name], back=True)
+                cluster.agenda.at(Seconds(drain.at + drain.within_s), take)
     names = sorted(cluster.nodes)
     for at in sorted(chance.uniform(0, drawn.rage_s, cuts).tolist()):
         node = cluster.nodes[names[int(chance.integers(len(names)))]]

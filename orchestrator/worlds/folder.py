@@ -39,6 +39,8 @@ class RunFolder:
         """Held (flock) by `holdfast run`."""
         self.stop_request = self.root / "stop-requested"
         """Appears when somebody asks for the run to be stopped; says who."""
+        self.requests = self.root / "requests"
+        """What operators ask for while the run goes on (worlds.requests)."""
         self.report = self.root / "report.json"
         self.logs = self.root / "logs"
         self.nodes = self.root / "nodes"

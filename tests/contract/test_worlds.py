@@ -305,6 +305,25 @@ def test_a_spare_whose_agent_did_not_run_for_a_while_is_one_again_when_it_does(
     assert report.rungs == {"start": 1, "swap for a spare": 1}
 
 
+def test_a_node_that_is_to_be_free_is_swapped_for_the_spare_and_that_is_paid_by_nobody(
+    job: Start,
+) -> None:
+    one = job(trainer__steps=400, trainer__options=long())
+
+    code, report = one.drain("node-1")
+
+    assert code == 0
+    assert_whole(report, 400)
+    assert report.rungs == {"start": 1, "planned swap": 1}
+    (incident,) = report.incidents
+    assert (incident.kind, incident.cause, incident.suspects) == ("planned", "planned", ["node-1"])
+    assert not incident.false_alarm
+    # Saves are five steps apart, and less than one of these intervals has to be done again.
+    assert incident.lost_steps < 5
+    assert incident.durable_reads == 0
+    assert one.leftovers() == []
+
+
 def test_a_restore_that_takes_longer_than_any_before_is_not_taken_for_a_hang(job: Start) -> None:
     # detectWithin is 2 s, so form_s is 5 s.
     options = {"steps": 60, "step_s": 0.02, "save_every": 5, "durable_every": 20, "restore_s": 7}

@@ -13,6 +13,8 @@ from orchestrator.core.events import (
     CheckpointCommitted,
     CommitFailed,
     ControllerStarted,
+    DrainCancelled,
+    DrainRequested,
     NodeDisconnected,
     StopRequested,
 )
@@ -62,6 +64,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("successor"), st.integers(2, 5)),
     st.tuples(st.just("outage"), st.floats(1, 2000)),
     st.tuples(st.just("silent"), NODES, st.integers(1, 80)),
+    st.tuples(st.just("drain"), NODES, st.none() | st.floats(0, 100)),
+    st.tuples(st.just("uncordon"), NODES),
 )
 
 
@@ -139,6 +143,12 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, 
         case ("outage", seconds):
             incarnation = state.incarnation + 1
             cluster.after(seconds).tell(ControllerStarted(at=cluster.at(), incarnation=incarnation))
+        case ("drain", node, within_s):
+            cluster.tell(
+                DrainRequested(at=cluster.at(), nodes=(NodeId(node),), by="ann", within_s=within_s)
+            )
+        case ("uncordon", node):
+            cluster.tell(DrainCancelled(at=cluster.at(), nodes=(NodeId(node),), by="ann"))
         case ("silent", node, seconds):
             # Its connection stays open, for all that anybody can see.
             for _ in range(seconds):
@@ -225,6 +235,9 @@ def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended_for_
     cluster.start()
     for action in actions:
         act(cluster, action)
+    if not cluster.state.phase.final:
+        cordoned = tuple(sorted(cluster.state.drains))
+        cluster.tell(DrainCancelled(at=cluster.at(), nodes=cordoned, by="ann"))
 
     for _ in range(12):
         if cluster.state.phase is RunPhase.TRAINING or cluster.state.phase.final:

@@ -21,7 +21,11 @@ DASHES = "-" * 40
 def told(given: str) -> str:
     """Return what happens in a scenario, from what is written above its line."""
     described = yaml.safe_load(given)
-    job = SimulatedJob(steps_job(**described.get("run", {})), described.get("faults", []))
+    job = SimulatedJob(
+        steps_job(**described.get("run", {})),
+        described.get("faults", []),
+        operations=described.get("operations", []),
+    )
     _, report = job.conduct()
     incidents = [f"{i.id} {i.kind} ({i.cause}): {i.rung}" for i in report.incidents]
     ended = f"{report.state}: {report.reason}"

@@ -25,7 +25,14 @@ from orchestrator.core.decisions import (
     StartGeneration,
     WakeAt,
 )
-from orchestrator.core.events import Event, StopRequested, Telemetry, Tick
+from orchestrator.core.events import (
+    DrainCancelled,
+    DrainRequested,
+    Event,
+    StopRequested,
+    Telemetry,
+    Tick,
+)
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import ArmedFault
@@ -46,6 +53,7 @@ from orchestrator.worlds.simulated.team import Team
 from orchestrator.worlds.simulated.view import telemetry
 
 _BEFORE_S = 1e-6
+_Request = DrainRequested | DrainCancelled
 
 
 class SimulatedWorld:
@@ -93,6 +101,7 @@ class SimulatedWorld:
         self._reported = Step(0)
         self._heard: set[NodeId] = set()
         self._over = False
+        self._requests: list[_Request] = []
         self.controller_killed = False
         self.breaking = Breaking(self, faults)
         self.cluster.connect_all()
@@ -160,6 +169,23 @@ class SimulatedWorld:
         """Ask for the run to be stopped."""
         self.cluster.emit(StopRequested(at=self.now, by=by))
 
+    def drain(
+        self, nodes: Sequence[NodeId], by: str, reason: str = "", within_s: float | None = None
+    ) -> None:
+        """Ask for nodes to be free, within so many seconds if they will be taken then."""
+        asked = DrainRequested(
+            at=self.now, nodes=tuple(nodes), by=by, reason=reason, within_s=within_s
+        )
+        self._ask(asked)
+
+    def uncordon(self, nodes: Sequence[NodeId], by: str) -> None:
+        """Say that nodes may be used again."""
+        self._ask(DrainCancelled(at=self.now, nodes=tuple(nodes), by=by))
+
+    def _ask(self, request: _Request) -> None:
+        self._requests.append(request)
+        self.cluster.emit(request)
+
     def outlive_controller(self, seconds: float) -> None:
         """Go on without a controller for a while; whatever it did not know yet, it never will."""
         self.controller_killed = False
@@ -179,6 +205,11 @@ class SimulatedWorld:
         self._reported = state.reached_step
         self._heard = set()
         self.breaking.resume(entries)
+        # A request stands until it is on record.
+        heard = [entry.event for entry in entries if isinstance(entry.event, _Request)]
+        self._requests = [request for request in self._requests if request not in heard]
+        for request in self._requests:
+            self.cluster.emit(request)
         self.cluster.connect_all()
 
     # Looking --------------------------------------------------------------------------------------

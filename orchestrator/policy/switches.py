@@ -1,0 +1,60 @@
+"""Policies that a run can do without, by name: to measure what each of them is worth."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import msgspec
+
+from orchestrator.core.state import RunState
+from orchestrator.protocol.runfile import TrainingRun
+
+PLANNED_SWAP = "planned-swap"
+SWITCHABLE: dict[str, str] = {
+    PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
+    "it, it is kept until it is lost",
+}
+"""What each of them does, and what happens without; the names stand in `spec.recovery.disable`."""
+
+
+class UnknownPolicyError(ValueError):
+    """There is no policy of that name that could be switched off.
+
+    Attributes:
+        hint: the nearest there is, or what else to do.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no policy {name!r}, expected some of {', '.join(SWITCHABLE)}")
+        near = difflib.get_close_matches(name, SWITCHABLE, 1, 0.5)
+        self.hint = f"did you mean `{near[0]}`?" if near else "leave it out to use every policy"
+
+
+def check(names: Iterable[str]) -> None:
+    """Refuse to do without a policy that there is not: it would be taken for measured.
+
+    Raises:
+        UnknownPolicyError: naming the first that there is not.
+    """
+    for name in names:
+        if name not in SWITCHABLE:
+            raise UnknownPolicyError(name)
+
+
+def enabled(state: RunState, name: str) -> bool:
+    """Whether the run makes use of a policy."""
+    return name not in state.run.spec.recovery.disable
+
+
+def without(run: TrainingRun, names: Iterable[str]) -> TrainingRun:
+    """Return the same run without policies, in addition to those it does without already.
+
+    Raises:
+        UnknownPolicyError: naming the first that there is not.
+    """
+    disable = tuple(sorted({*run.spec.recovery.disable, *names}))
+    check(disable)
+    recovery = msgspec.structs.replace(run.spec.recovery, disable=disable)
+    spec = msgspec.structs.replace(run.spec, recovery=recovery)
+    return msgspec.structs.replace(run, spec=spec)

@@ -262,6 +262,43 @@ def uncordon(
 
 
 @app.command()
+def measure(
+    run_file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN.yaml]", help="A run of your own; default a small Llama on two nodes."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the profile here: .json or .yaml."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=60, max=10_000, help="Of each run, without a run file; default 90."),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, max=100, help="How many runs.")] = 2,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The profile to fill; default the one that comes with holdfast."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Measure in small live runs what restarts and saves take, for simulations."""
+    from orchestrator.cli import measure, progress
+
+    shown = [progress.progress_on(sys.stderr, quiet=quiet) for _ in range(repeat)]
+    measured = measure.measure(
+        run_file=run_file, steps=steps, base=base, file=output, progress=shown
+    )
+    typer.echo(measured.table)
+
+
+@app.command()
 def explain(
     path: Annotated[
         str | None,

@@ -49,9 +49,8 @@ def test_what_the_issue_names_comes_with_holdfast() -> None:
 @pytest.mark.parametrize("name", profiles.names())
 def test_a_profile_that_is_written_is_read_back_the_same(name: str, tmp_path: Path) -> None:
     profile = profiles.packaged(name)
-    plain = profiles.plain(profile)
-    (tmp_path / "one.json").write_bytes(msgspec.json.format(msgspec.json.encode(plain)))
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    (tmp_path / "one.json").write_text(profiles.text(profile, json=True))
+    (tmp_path / "one.yaml").write_text(profiles.text(profile, json=False))
 
     assert profiles.read(tmp_path / "one.json") == profile
     assert profiles.read(tmp_path / "one.yaml") == profile

@@ -64,6 +64,12 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         words = f"power law {'between' if between else 'beyond'} {told}"
         return self._like(value, origin if between else "assumed", words, 0)
 
+    @classmethod
+    def through(cls, points: Sequence[Point]) -> Constant:
+        """Return the constant with these points, two or more; its own value is that at GPUS."""
+        first = points[0]
+        return cls(first.value, first.origin, first.source, 0, tuple(points)).at(GPUS)
+
     def _like(self, value: float, origin: Origin, source: str, samples: int) -> Constant:
         return Constant(value, origin, source, samples, self.points)
 
@@ -165,6 +171,8 @@ class Profile(
     about: str = ""
     """What it is to be like, in a few sentences."""
     habits: Habits | None = None
+    observed: Mapping[str, Constant] = msgspec.field(default_factory=dict)
+    """What was measured beside its constants, for who reads them: detection by fault, decisions."""
     order: Constant
     """From a decision until every node has it."""
     exit: Constant
@@ -217,6 +225,6 @@ class Profile(
 CONSTANTS: dict[str, str] = {
     field.name: field.encode_name
     for field in msgspec.structs.fields(Profile)
-    if field.name not in ("name", "about", "habits")
+    if field.name not in ("name", "about", "habits", "observed")
 }
 """Names of the constants of a profile, and how files write them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+import yaml
 
 from orchestrator import document
 from orchestrator.document import BadFileError
@@ -19,7 +20,6 @@ from orchestrator.faults.quantities import span_s
 from orchestrator.faults.sections import ClassName, Section, Words
 from orchestrator.worlds.simulated.profile import (
     CONSTANTS,
-    GPUS,
     Choice,
     Constant,
     Habits,
@@ -101,6 +101,8 @@ class ProfileFile(Section, frozen=True, kw_only=True):
     constants: dict[str, Any]
     """By name: order, exit, stop, rendezvous, ...; each with its value, origin and source."""
     habits: HabitsEntry
+    observed: dict[str, ConstantEntry] = msgspec.field(default_factory=dict)
+    """What was measured beside the constants; nothing uses it."""
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -156,9 +158,11 @@ def parse(text: str, where: str) -> Profile:
         )
         for name, written in CONSTANTS.items()
     }
-    return Profile(
-        name=file.name, about=file.about, habits=_habits(file.habits, where), **constants
-    )
+    observed = {
+        name: _constant(entry, f"observed.{name}", where) for name, entry in file.observed.items()
+    }
+    told: dict[str, Any] = {"about": file.about, "observed": observed, **constants}
+    return Profile(name=file.name, habits=_habits(file.habits, where), **told)
 
 
 def plain(profile: Profile) -> dict[str, Any]:
@@ -176,13 +180,24 @@ def plain(profile: Profile) -> dict[str, Any]:
         "detect": {kind: _entry(each) for kind, each in habits.detect.items()},
         "localise": {kind: _entry(each) for kind, each in habits.localise.items()},
     }
-    return {
+    told = {
         "kind": "Profile",
         "name": profile.name,
         "about": profile.about,
         "constants": {CONSTANTS[n]: _entry(c) for n, c in profile.constants().items()},
         "habits": {name: entry for name, entry in entries.items() if entry},
     }
+    if profile.observed:
+        told["observed"] = {name: _entry(each) for name, each in profile.observed.items()}
+    return told
+
+
+def text(profile: Profile, *, json: bool) -> str:
+    """Return the text of a profile's file: JSON, or else YAML."""
+    told = plain(profile)
+    if json:
+        return msgspec.json.format(msgspec.json.encode(told), indent=2).decode() + "\n"
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100)
 
 
 def span(value_s: float) -> str:
@@ -281,9 +296,7 @@ def _constant(entry: ConstantEntry, name: str, where: str) -> Constant:
             )
         )
     _require_growth(points, name, where)
-    # Its own fields are those at GPUS: whoever does not ask for a size gets that one.
-    first = points[0]
-    return Constant(first.value, first.origin, first.source, 0, tuple(points)).at(GPUS)
+    return Constant.through(points)
 
 
 def _seconds(given: str | float | None, name: str, where: str) -> float:

@@ -32,7 +32,7 @@ from orchestrator.measuring.filling import filled, rows
 from orchestrator.measuring.orders import order_all_s
 from orchestrator.measuring.samples import Samples
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from orchestrator.worlds.machine import node_names
 from orchestrator.worlds.simulated import profiles
 from orchestrator.worlds.simulated.profile import GPUS, Profile
@@ -181,11 +181,21 @@ def _plan(run: TrainingRun) -> FaultPlan:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Make a folder for the runs that is gone afterwards, whatever happens."""
+    """Make a folder for the runs that is gone afterwards, whatever happens.
+
+    It is a home of its own as well: these runs are not to be listed among those of the user, nor
+    to be in the way of one that has their name.
+    """
     root = Path(tempfile.mkdtemp(prefix="holdfast-measure-"))
+    before = os.environ.get(HOME_VARIABLE)
+    os.environ[HOME_VARIABLE] = str(root)
     try:
         yield root
     finally:
+        if before is None:
+            del os.environ[HOME_VARIABLE]
+        else:
+            os.environ[HOME_VARIABLE] = before
         shutil.rmtree(root)
 
 

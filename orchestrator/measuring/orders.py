@@ -6,7 +6,6 @@ The very objects of the controller do it, for jobs of any size; only nobody is a
 from __future__ import annotations
 
 import time
-from itertools import islice
 
 import msgspec
 
@@ -19,6 +18,8 @@ from orchestrator.worlds.orders import Orders
 
 SAMPLE = 16
 """Nodes for which it is done; the others cost the same."""
+ROUNDS = 4
+"""Of so many, each with other nodes, the least counts: whatever else runs here only adds to it."""
 GPUS_PER_NODE = 8
 
 
@@ -42,11 +43,14 @@ def order_all_s(gpus: int) -> float:
     for node in nodes:
         links.join(node, _Nowhere())
         addresses.joined(node, f"{node}:40000")
-    sample = list(islice(nodes, SAMPLE))
-    began = time.perf_counter()
-    for node in sample:
-        links.send(node, orders.begin("1.1", addresses.news(node, links) or {}))
-    return (time.perf_counter() - began) * len(nodes) / len(sample)
+    least_s = float("inf")
+    for first in range(0, min(ROUNDS * SAMPLE, len(nodes)), SAMPLE):
+        sample = nodes[first : first + SAMPLE]
+        began = time.perf_counter()
+        for node in sample:
+            links.send(node, orders.begin("1.1", addresses.news(node, links) or {}))
+        least_s = min(least_s, (time.perf_counter() - began) / len(sample))
+    return least_s * len(nodes)
 
 
 def _restart(nodes: list[NodeId]) -> StartGeneration:

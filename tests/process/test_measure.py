@@ -42,7 +42,8 @@ def started(folder: Path, *options: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TMPDIR": str(folder / "temporary")},
+        env=os.environ
+        | {"TMPDIR": str(folder / "temporary"), "HOLDFAST_HOME": str(folder / "home")},
     )
 
 
@@ -65,6 +66,7 @@ def test_a_live_run_becomes_a_profile_that_simulations_read(tmp_path: Path) -> N
     assert out.startswith("1 run of 60 steps with 4 ranks; used at 16384 GPUs unless scaled\n")
     assert "Succeeded" in err
     assert list((tmp_path / "temporary").iterdir()) == []
+    assert not (tmp_path / "home").exists()  # it is none of the user's runs
 
 
 def test_ctrl_c_ends_the_run_that_is_measured_and_leaves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator import compose
 from orchestrator.document import BadFileError
@@ -206,6 +208,7 @@ def setting(path: str, value: Any) -> Any:
         ("constants/seat/points/0/gpus", 100_000, "37s at 100000 GPUs is followed by", "ascending"),
         ("constants/seat/points/0/value", "600s", "600s at 16384 GPUs is followed", "ascending"),
         ("constants/seat/points/0/value", "0s", "expected more than 0s, growing", "ascending"),
+        ("constants/seat/points/1/gpus", 16_385, "no more than with the power of 8", "far enough"),
         ("constants/seat/points/0/value", 37, "points[0]: value is 37 without a unit", "unit"),
         ("habits/spares/value", "hot", "habits.spares.value is 'hot', expected one of", "profiles"),
         ("habits/spares/value", "requeue", "habits.requeue is missing", "scheduler"),
@@ -239,3 +242,46 @@ def test_a_profile_that_is_not_there_is_refused_with_the_nearest_that_is() -> No
         profiles.packaged("lama-like")
 
     assert "'llama-like'" in caught.value.hint
+
+
+@given(st.text(max_size=200) | st.binary(max_size=200).map(lambda data: data.decode("latin-1")))
+def test_any_text_is_a_profile_or_refused(text: str) -> None:
+    with pytest.raises(BadFileError):
+        profiles.parse(text, "mine.yaml")
+
+
+ANY = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+SPANS = st.sampled_from(["0s", "1us", "0.000000001ms", "5ms", "999999999d", "-1s", "s"])
+
+
+@given(
+    st.sampled_from(["value", "origin", "source", "samples", "points", "other"]),
+    ANY | SPANS | st.lists(st.fixed_dictionaries({"gpus": ANY, "value": SPANS}), max_size=3),
+    st.sampled_from(["constants/stop", "constants/seat", "habits/durable", "habits/detect/sdc"]),
+)
+def test_whatever_stands_in_one_place_it_is_taken_or_refused(
+    field: str, value: Any, path: str
+) -> None:
+    data = msgspec.json.decode(msgspec.json.encode(SOUND))
+    setting(f"{path}/{field}", value)(data)
+    refusal = None
+    try:
+        profile = profiles.parse(msgspec.json.encode(data).decode(), "mine.json")
+    except BadFileError as error:
+        refusal = error
+    if refusal is not None:
+        assert ": mine.json" in str(refusal)
+        assert refusal.hint
+    else:
+        assert profile.scaled(gpus=1 << 24).constants().keys() == profile.constants().keys()
+
+
+def test_growth_as_steep_as_is_taken_can_be_scaled_to_any_size() -> None:
+    data = msgspec.json.decode(msgspec.json.encode(SOUND))
+    for index, (gpus, value) in enumerate([(8, "0.001ms"), (4096, "999999999d")]):
+        setting(f"constants/seat/points/{index}/gpus", gpus)(data)
+        setting(f"constants/seat/points/{index}/value", value)(data)
+
+    scaled = profiles.parse(yaml.safe_dump(data), "mine").scaled(gpus=1 << 24)
+
+    assert scaled.seat.value > 1e13

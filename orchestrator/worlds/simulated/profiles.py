@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,6 +31,8 @@ from orchestrator.worlds.simulated.profile import (
 )
 
 PACKAGED = Path(__file__).parent / "profiles"
+POWER_MAX = 8
+"""Of the size of a job with which something may grow: no algorithm of ours is worse."""
 _SPAN_HINT = "write a number with its unit, such as 5ms, 17s, 10m or 2h"
 _ORIGIN_HINT = "say for each number whether it is measured, published or assumed, and its source"
 
@@ -325,11 +328,16 @@ def _require_growth(points: list[Point], name: str, where: str) -> None:
     if len(points) < 2:
         raise BadFileError(f"{name}.points has one point, expected two or more: {where}", hint)
     for low, high in pairwise(points):
+        told = (
+            f"{name}.points: {span(low.value)} at {low.gpus} GPUs is followed by "
+            f"{span(high.value)} at {high.gpus}, expected"
+        )
         if high.gpus <= low.gpus or high.value < low.value or low.value <= 0:
+            raise BadFileError(f"{told} more than 0s, growing: {where}", hint)
+        if log(high.value / low.value) > POWER_MAX * log(high.gpus / low.gpus):
             raise BadFileError(
-                f"{name}.points: {span(low.value)} at {low.gpus} GPUs is followed by "
-                f"{span(high.value)} at {high.gpus}, expected more than 0s, growing: {where}",
-                hint,
+                f"{told} no more than with the power of {POWER_MAX}: {where}",
+                "other sizes would take longer than can be said; are the two far enough apart?",
             )
 
 

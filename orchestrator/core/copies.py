@@ -158,9 +158,9 @@ def _copies_wanted(state: RunState) -> int:
     A node that may be back at once is part of the cluster: after a controller died, all are. One
     that was drained is not.
     """
-    patience_s, members = state.timeouts.silence_s, 0
+    silent, members = state.silent(), 0
     for node in state.nodes.values():
-        gone = node.lost or node.unusable or state.now - node.heard_at > patience_s
+        gone = node.lost or node.unusable or node.id in silent
         members += (node.usable or not gone) and not state.drained(node.id)
         if members > 1:
             return 2

@@ -34,12 +34,13 @@ def find(state: RunState, found: CheckpointFound) -> None:
         state.save_failures.append((state.now, Step(0), f"passed over: {text}"))
     if found.step is not None and all(known.key != found.key for known in state.commits):
         assert found.epoch is not None
-        state.commits.append(Committed(found.step, found.epoch, found.key, state.now))
+        state.know_commits([Committed(found.step, found.epoch, found.key, state.now)])
     for known in state.commits:
         # What was committed while it searched, it may not have seen.
         unseen = state.asked_at is not None and known.at >= state.asked_at
         if not unseen and (found.step is None or known.step > found.step):
             known.rejected = known.rejected or "unreadable when it was needed"
+    state.judge_commits()
     state.asked_at, state.search_failure, state.search_failures = None, "", 0
 
 
@@ -64,7 +65,7 @@ def commit(state: RunState, done: CheckpointCommitted) -> None:
     state.written.pop(done.step, None)
     state.commit_at.pop(done.step, None)
     if all(known.key != done.key for known in state.commits):
-        state.commits.append(Committed(done.step, done.epoch, done.key, state.now))
+        state.know_commits([Committed(done.step, done.epoch, done.key, state.now)])
 
 
 def fail_commit(state: RunState, failed: CommitFailed) -> None:
@@ -84,3 +85,4 @@ def pass_over(state: RunState, step: Step, reason: str) -> None:
     for known in state.commits:
         if known.step == step:
             known.rejected = reason
+    state.judge_commits()

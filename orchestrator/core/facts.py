@@ -58,7 +58,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             _join(state, node, joined)
         case Reported(node=node, fact=fact):
             if node in state.nodes:
-                _hear(state, state.nodes[node])
+                state.hear((node,))
                 _take(state, state.nodes[node], fact)
         case Together(nodes=nodes, fact=fact):
             _take_together(state, nodes, fact)
@@ -97,7 +97,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
 def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     node = state.nodes.get(node_id)
     if node is None:
-        node = Node(node_id, joined.incarnation, joined_at=state.now, heard_at=state.now)
+        node = Node(node_id, joined.incarnation, joined_at=state.now)
         state.nodes[node_id] = node
     seated = node_id in state.seated and not state.wanting
     if joined.incarnation > node.incarnation:
@@ -107,23 +107,19 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
             # Even if it never said that it took this generation up: its ranks may have been seen
             # by others, and nobody gets one seat twice.
             node.reborn = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
-            node.died_after = node.spoke_at
+            node.died_after = state.spoke_at[node_id]
         node.incarnation = joined.incarnation
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
         node.lost = ""
     node.connected = True
-    _hear(state, node)
+    state.hear((node_id,))
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
     _moved(state, node)
     copies.hold(state, node_id, copies.of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
-
-
-def _hear(state: RunState, node: Node) -> None:
-    node.heard_at = node.spoke_at = state.now
 
 
 def _take(  # noqa: C901, PLR0912 - one line per fact
@@ -185,8 +181,8 @@ def _take_together(
     if not names and fact.generation != state.generation:
         return
     nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
+    state.hear(node.id for node in nodes)
     for node in nodes:
-        _hear(state, node)
         if not isinstance(fact, Prepared):
             _take(state, node, fact)
         elif fact.generation == state.generation:
@@ -217,9 +213,7 @@ def _news(state: RunState, fact: RankExited) -> bool:
 
 
 def _observe(state: RunState, event: Telemetry) -> None:
-    for node in event.heard:
-        if node in state.nodes:
-            _hear(state, state.nodes[node])
+    state.hear(filter(state.nodes.__contains__, event.heard))
     if event.generation != state.generation or not state.seats:
         return
     state.fleet.observe(
@@ -251,7 +245,8 @@ def _complete(state: RunState, report: StepReport, at: Seconds) -> None:
     state.losses[step] = report.loss
     state.grad_norms[step] = report.grad_norm
     state.reached_step = step
-    state.step_log.append((step, at))
+    before = state.step_log[-1][1] if state.step_log else at
+    state.step_log.append((step, Seconds(max(at, before))))
     if step > state.start_step + 1:
         # The first step of a generation warms up; it says nothing about the others.
         state.step_times.learn(report.seconds)
@@ -286,8 +281,7 @@ def disconnect_silent(state: RunState) -> list[NodeId]:
     Returns:
         Whose it was. A node says that it is there again only on a new one, so close the old one.
     """
-    limit_s = state.timeouts.silence_s
-    silent = [n for n in state.nodes.values() if n.connected and state.now - n.heard_at > limit_s]
+    silent = [node for name in state.silent() if (node := state.nodes[name]).connected]
     for node in silent:
         node.connected = False
     return sorted(node.id for node in silent)

@@ -15,8 +15,6 @@ from orchestrator.protocol.ids import Seconds, Step
 
 LOSSES_MAX = 100_000
 """Of one event: a few megabytes of journal."""
-COMMITS_MAX = 1000
-"""Older ones have been deleted long ago (spec.checkpoint.keepLast)."""
 
 
 def left_by(former: RunState, at: Seconds) -> list[Inherited]:
@@ -25,7 +23,7 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
     All losses that it knew: where its end was does not say where the next one will go on.
     """
     losses = sorted(former.losses.items())
-    commits = tuple(CommitLeft(c.step, c.epoch, c.key) for c in former.commits[-COMMITS_MAX:])
+    commits = tuple(CommitLeft(c.step, c.epoch, c.key) for c in former.commits)
     starts = range(0, max(len(losses), 1), LOSSES_MAX)
     return [
         Inherited(
@@ -47,7 +45,8 @@ def inherit(state: RunState, left: Inherited) -> None:
     state.losses.update(left.losses)
     state.divergences = list(left.divergences)
     # Without what was found wrong with them: the durable tier is asked anew.
-    state.commits = [Committed(c.step, c.epoch, c.key, state.now) for c in left.commits]
+    state.commits = []
+    state.know_commits(Committed(c.step, c.epoch, c.key, state.now) for c in left.commits)
 
 
 def continue_from(state: RunState, restore: RestoreFrom | None) -> None:

@@ -94,7 +94,7 @@ class Holdings:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._world_size = world_size
+        self._none = Copies(world_size)
         self._steps: dict[Step, Copies] = {}
 
     def __iter__(self) -> Iterator[Step]:
@@ -107,13 +107,15 @@ class Holdings:
         return step in self._steps
 
     def of(self, step: Step) -> Copies:
-        """Return the copies of a step; none, if there is none."""
-        return self._steps.get(step) or Copies(self._world_size)
+        """Return the copies of a step, to be read; none, if there is none."""
+        return self._steps.get(step, self._none)
 
     def add(self, step: Step, node: NodeId, ranks: Share) -> None:
         """Enter that a node holds these shards of a step, too."""
         if ranks:
-            self._steps.setdefault(step, Copies(self._world_size)).add(node, ranks)
+            if step not in self._steps:
+                self._steps[step] = self._none.copy()
+            self._steps[step].add(node, ranks)
 
     def spread(self, step: Step, copies: Copies) -> None:
         """Enter that these copies of a step are there, besides those that are known."""

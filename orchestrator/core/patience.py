@@ -39,8 +39,7 @@ def forgive(state: RunState, gap_s: float) -> None:
     Back-off is no limit on anybody, and goes on.
     """
     state.fleet.forgive(state.now)
-    for node in state.nodes.values():
-        node.heard_at = state.now
+    state.heard_at = dict.fromkeys(state.nodes, state.now)
     state.unseen_s += gap_s
     state.phase_since = Seconds(state.phase_since + gap_s)
     state.wanted_since = Seconds(state.wanted_since + gap_s)

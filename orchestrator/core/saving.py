@@ -11,7 +11,7 @@ from orchestrator.protocol.ids import Step
 def save(state: RunState) -> list[Decision]:
     """Commit what is wholly written; release what memory no longer needs."""
     decisions: list[Decision] = []
-    newest = max((c.step for c in state.commits if not c.rejected), default=Step(0))
+    newest = max(state.sound_commits, default=Step(0)) if state.commit_at else Step(0)
     for step in [step for step in state.commit_at if step < newest]:
         # It failed, and what it was for is served better by now.
         del state.commit_at[step]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from orchestrator.protocol.timeouts import Timeouts
 
 D = TypeVar("D", bound=Decision)
 STEP_LOG_LENGTH = 200_000
+COMMITS_MAX = 1000
+"""Checkpoints that are remembered: older ones were deleted (spec.checkpoint.keepLast)."""
 
 
 @dataclass(slots=True)
@@ -30,10 +32,6 @@ class Node:
     id: NodeId
     incarnation: int
     joined_at: Seconds
-    heard_at: Seconds
-    """When it was heard last, or when somebody looked again: silence is counted from here."""
-    spoke_at: Seconds = Seconds(0.0)
-    """When it was heard last."""
     died_after: Seconds = Seconds(0.0)
     """When it was heard last before it was `reborn`."""
     connected: bool = True
@@ -143,6 +141,10 @@ class RunState:
     behind: set[NodeId] = field(default_factory=set)
     """Those that are no further."""
     nodes: dict[NodeId, Node] = field(default_factory=dict)
+    heard_at: dict[NodeId, Seconds] = field(default_factory=dict)
+    """When each was heard last, or when somebody looked again: silence is counted from here."""
+    spoke_at: dict[NodeId, Seconds] = field(default_factory=dict)
+    """When each was heard last."""
     fleet: Fleet = field(default_factory=lambda: Fleet(0, Seconds(0.0)))
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
@@ -186,6 +188,9 @@ class RunState:
     commit_at: dict[Step, Seconds] = field(default_factory=dict)
     """Steps whose commit failed for a while: when it is tried again."""
     commits: list[Committed] = field(default_factory=list)
+    """Checkpoints of the durable tier, the newest ones."""
+    sound_commits: set[Step] = field(default_factory=set)
+    """Their steps, but for those that were found bad."""
     save_failures: list[tuple[Seconds, Step, str]] = field(default_factory=list)
     offered: str = ""
     lanes: dict[Rank, tuple[int, int]] = field(default_factory=dict)
@@ -280,6 +285,17 @@ class RunState:
             )
         )
 
+    def hear(self, nodes: Iterable[NodeId]) -> None:
+        """Enter that nodes were heard just now."""
+        heard = dict.fromkeys(nodes, self.now)
+        self.heard_at.update(heard)
+        self.spoke_at.update(heard)
+
+    def silent(self) -> set[NodeId]:
+        """Return the nodes that have not been heard for longer than `silence_s`."""
+        limit_s = self.timeouts.silence_s
+        return {node for node, at in self.heard_at.items() if self.now - at > limit_s}
+
     def out_of_use(self) -> list[NodeId]:
         """Return the nodes on which no generation may be started."""
         return [node.id for node in self.nodes.values() if not node.usable]
@@ -298,9 +314,18 @@ class RunState:
         """Return the usable nodes whose memory holds this shard, sorted."""
         return tuple(n for n in self.holdings.of(step).holders(rank) if self.nodes[n].usable)
 
+    def know_commits(self, commits: Iterable[Committed]) -> None:
+        """Enter checkpoints that are durable; forget those that were deleted long ago."""
+        self.commits = [*self.commits, *commits][-COMMITS_MAX:]
+        self.judge_commits()
+
+    def judge_commits(self) -> None:
+        """Keep up which of them nobody found bad."""
+        self.sound_commits = {known.step for known in self.commits if not known.rejected}
+
     def committed(self, step: Step) -> bool:
         """Whether the durable tier has a checkpoint of this step that nobody found bad."""
-        return any(known.step == step and not known.rejected for known in self.commits)
+        return step in self.sound_commits
 
     def shard_count(self) -> int:
         """Return how many different shards the state of the world has: replicas share theirs."""

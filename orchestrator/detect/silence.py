@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core.events import Event, Reported
+from orchestrator.core.events import (
+    ControllerStarted,
+    Event,
+    NodeDisconnected,
+    NodeLost,
+    Reported,
+    Telemetry,
+    Tick,
+)
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.state import Node, RunState
 from orchestrator.protocol.ids import Seconds
@@ -21,12 +29,12 @@ class Silence:
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding per node of the world that is gone."""
-        if isinstance(event, Reported) and not isinstance(event.fact, Joined | NodeUnusable):
-            return []  # says nothing of any node but that it was heard
+        if not _telling(state, event):
+            return []
         findings = []
+        silent = state.silent()
         for name in state.seated:
             node = state.nodes[name]
-            quiet_s = state.now - node.heard_at
             if node.unusable:
                 findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.unusable))
             elif node.lost:
@@ -35,7 +43,8 @@ class Silence:
                     findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.lost))
             elif node.reborn:
                 findings.append(_reborn(state, node))
-            elif quiet_s > state.timeouts.silence_s:
+            elif name in silent:
+                quiet_s = state.now - state.heard_at[name]
                 text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
                 findings.append(
                     _gone(state, node, "node-silent", Cause.NETWORK, f"{text}{_SILENT}")
@@ -44,6 +53,14 @@ class Silence:
 
 
 _SILENT = "; taken for lost"
+_OF_TIME = (Telemetry, Tick, NodeLost, NodeDisconnected, ControllerStarted)
+
+
+def _telling(state: RunState, event: Event) -> bool:
+    """Whether a node may be gone that was not before: asked of every event, of thousands."""
+    if isinstance(event, Reported) and isinstance(event.fact, Joined | NodeUnusable):
+        return event.node in state.seated
+    return isinstance(event, _OF_TIME)
 
 
 def _reborn(state: RunState, node: Node) -> Finding:
@@ -59,8 +76,8 @@ def _since(state: RunState, node: Node) -> Seconds:
 
     If nobody looked for a while after that, not before the last step that is known of.
     """
-    spoke_at = node.died_after if node.reborn else node.spoke_at
-    if not node.reborn and node.heard_at == spoke_at:
+    spoke_at = node.died_after if node.reborn else state.spoke_at[node.id]
+    if not node.reborn and state.heard_at[node.id] == spoke_at:
         return spoke_at
     stepped_at = state.step_log[-1][1] if state.step_log else spoke_at
     return Seconds(min(max(spoke_at, stepped_at), state.now))

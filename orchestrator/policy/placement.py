@@ -71,6 +71,8 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     spare_wait_s = seconds(state.run.spec.recovery.spare_wait)
     patience_s = state.timeouts.warmup_s if starting else spare_wait_s
     since = state.phase_since if state.phase is RunPhase.GATHERING else state.now
+    if not placed and state.phase is RunPhase.GATHERING and state.now < since + patience_s:
+        return WaitForNodes(until=Seconds(since + patience_s), reason="nodes are still missing")
     until = settled_at if placed else _give_up_at(state, since + patience_s)
     if state.now >= until:
         return _give_up(state, patience_s)
@@ -134,7 +136,9 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
     A controller that starts has none connected, and they have until silence to call it.
     """
     silence_s = state.timeouts.silence_s
-    known = [node.heard_at + silence_s for node in state.nodes.values() if _may_return(node)]
+    known = [
+        state.heard_at[node.id] + silence_s for node in state.nodes.values() if _may_return(node)
+    ]
     return Seconds(max([at, *known]))
 
 

@@ -15,6 +15,9 @@ from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigur
 from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.runfile import seconds
 
+NAMED_MAX = 16
+"""Of more nodes than this, a reason says how many they are."""
+
 
 def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per rung
     """Start a generation from the newest state there is: memory first, then the durable tier."""
@@ -25,7 +28,7 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     # Step 0 in memory is no more than the seed.
     if not step and (why := _nothing_of_ours(state)):
         return End(state="Failed", reason=why)
-    newest_commit = max((c.step for c in state.commits if not c.rejected), default=Step(-1))
+    newest_commit = max(state.sound_commits, default=Step(-1))
     if step is not None and step >= newest_commit:
         return _restart(state, placement, _from_memory(state, placement, step))
     if state.search_failure:
@@ -131,7 +134,9 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
     swaps = "".join(f", {new} in place of {old}" for old, new in placement.replaced)
     incident = state.incident
     if incident is None:
-        reason = f"starting {where} on {', '.join(dict.fromkeys(placement.seats))}"
+        nodes = list(dict.fromkeys(placement.seats))
+        named = ", ".join(nodes) if len(nodes) <= NAMED_MAX else f"{len(nodes)} nodes"
+        reason = f"starting {where} on {named}"
         reason += "".join(f"; passed over {text}" for text in _rejections(state))
     else:
         lost = state.reached_step - (restore.step if restore else 0)

@@ -174,7 +174,11 @@ def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
         assert not lost or cluster.state.wanting or cluster.state.phase.final
         limit_s = cluster.state.timeouts.silence_s
         nodes = cluster.state.nodes.values()
-        assert not [n for n in nodes if n.connected and cluster.state.now - n.heard_at > limit_s]
+        assert not [
+            n
+            for n in nodes
+            if n.connected and cluster.state.now - cluster.state.heard_at[n.id] > limit_s
+        ]
 
     assert generations == sorted(generations)
     assert cluster.controller.disabled == {}

@@ -46,7 +46,7 @@ def ordered(cluster: Any) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "everybody"])
-def test_marks_that_are_reached_together(cluster: Any, named: bool) -> None:
+def test_marks_that_are_reached_together(cluster: Any, *, named: bool) -> None:
     ordered(cluster)
     singly, together = twins(cluster)
     nodes = singly.state.world if named else ()

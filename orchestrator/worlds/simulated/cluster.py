@@ -12,18 +12,20 @@ from functools import partial
 
 import numpy as np
 
-from orchestrator.core.events import Event, NodeDisconnected, NodeLost, Reported
-from orchestrator.protocol.ids import NodeId, Seconds
-from orchestrator.protocol.messages import Fact
+from orchestrator.core.events import Event, NodeDisconnected, NodeLost, Reported, Together
+from orchestrator.protocol.ids import Generation, NodeId, Seconds
+from orchestrator.protocol.messages import Fact, Prepared, RanksTroubled, Reached
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.simulated.agenda import Act, Agenda
-from orchestrator.worlds.simulated.node import SimNode
+from orchestrator.worlds.simulated.node import SimNode, stands
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.store import SimStore
 
 Nodes = Sequence[SimNode]
 RECONNECT_S = 0.5
 """Longest that an agent waits before it calls again."""
+TOGETHER_MIN = 32
+"""Of so many nodes or more, what they say alike is told in one event."""
 
 
 class Cluster:
@@ -41,7 +43,11 @@ class Cluster:
         agenda: what happens when.
         out: what the controller is about to be told.
         listening: whether there is a controller.
+        members: nodes of the present generation, and which one that is.
         before: called before anything is said, to say first what came first.
+        disturbed: called before anything happens to a node that others are spared.
+        disturbances: how often that was.
+        unexplained: nodes that are not heard, and of which nobody was told: since when.
         connected: called with a node that has connected.
         lost: called with a node that is lost.
     """
@@ -62,7 +68,12 @@ class Cluster:
         self.out: deque[Event] = deque()
         self.listening = True
         self._chance, self._jitter = chance, jitter
+        self.members: tuple[Generation, int] = (Generation(0), 0)
+        self._hearing: tuple[NodeId, ...] | None = None
         self.before: Act = _nothing
+        self.disturbed: Act = _nothing
+        self.disturbances = 0
+        self.unexplained: dict[NodeId, Seconds] = {}
         self.connected: Callable[[SimNode], None] = _nobody
         self.lost: Callable[[SimNode], None] = _nobody
 
@@ -103,17 +114,33 @@ class Cluster:
     # What gets through --------------------------------------------------------------------------
 
     def emit(self, event: Event) -> None:
-        """Have the controller know something, if there is one."""
+        """Have the controller know something, if there is one, after whatever came before."""
         if self.listening:
+            self.before()
             self.out.append(event)
+
+    def heard(self) -> tuple[NodeId, ...]:
+        """Return the nodes whose words reach the controller as of now, sorted."""
+        if self._hearing is None:
+            self._hearing = tuple(sorted(n.id for n in self.nodes.values() if n.heard))
+        return self._hearing
+
+    def disturb(self) -> None:
+        """Have something happen to some nodes only."""
+        self.disturbed()
+        self.disturbances += 1
+        self._hearing = None
 
     def say(self, nodes: Nodes, fact: Fact) -> None:
         """Have nodes say the same; who is not heard says it on its next connection."""
-        for node in nodes:
+        for node in nodes if stands(fact) else ():
             node.keep(fact)
         heard = [node for node in nodes if node.heard]
-        if heard:
-            self.before()
+        if len(heard) >= TOGETHER_MIN and isinstance(fact, Reached | Prepared | RanksTroubled):
+            everybody = self.members == (fact.generation, len(heard))
+            names = () if everybody else tuple(node.id for node in heard)
+            self.emit(Together(at=self.now, nodes=names, fact=fact))
+            return
         for node in heard:
             self.emit(Reported(at=self.now, node=node.id, fact=fact))
 
@@ -137,9 +164,10 @@ class Cluster:
         """Connect an agent that lives, and have it tell everything it knows."""
         if not (self.listening and node.alive and node.reachable) or node.connected:
             return
+        self.disturb()
         node.connected = True
         node.connection += 1
-        self.before()
+        self.unexplained.pop(node.id, None)
         self.emit(Reported(at=self.now, node=node.id, fact=node.joined()))
         for fact in node.standing():
             self.emit(Reported(at=self.now, node=node.id, fact=fact))
@@ -148,28 +176,35 @@ class Cluster:
     def cut(self, node: SimNode, *, told: bool = True) -> None:
         """Break the connection of a node; it calls again, if it can."""
         if node.connected:
+            self.disturb()
             node.connected = False
             if told:
                 self.emit(NodeDisconnected(at=self.now, node=node.id))
+            self.unexplained[node.id] = self.now
             self._soon(partial(self.connect, node))
 
     def part(self, node: SimNode) -> None:
         """Have nobody reach a node any more; its ranks train on."""
+        self.disturb()
         node.reachable = False
         self.cut(node, told=False)
 
     def rejoin(self, node: SimNode) -> None:
         """Have a node be reached again."""
+        self.disturb()
         node.reachable = True
         self._soon(partial(self.connect, node))
 
     def hush(self, node: SimNode, seconds: float) -> None:
         """Have an agent not run for a while: nothing is heard on a connection that stays open."""
+        self.disturb()
         node.reachable = False
+        self.unexplained[node.id] = self.now
         self.agenda.after(seconds, partial(self.rejoin, node))
 
     def disconnect_all(self) -> None:
         """End every connection: nobody listens any more."""
+        self.disturb()
         self.listening = False
         self.out.clear()
         for node in self.nodes.values():
@@ -181,8 +216,10 @@ class Cluster:
         """Have a node's agent die, with its ranks and its memory; another may start there."""
         if not node.alive:
             return
+        self.disturb()
         connected = node.connected
         node.die()
+        self.unexplained[node.id] = self.now
         self.lost(node)
         if connected:
             self.emit(NodeDisconnected(at=self.now, node=node.id))
@@ -199,6 +236,7 @@ class Cluster:
     def _report_lost(self, node: SimNode, incarnation: int) -> None:
         if node.incarnation == incarnation:
             evidence = f"agent of {node.id} is gone"
+            self.unexplained.pop(node.id, None)
             self.emit(NodeLost(at=self.now, node=node.id, evidence=evidence))
 
     def _reboot(self, node: SimNode, incarnation: int) -> None:

@@ -45,6 +45,9 @@ def bring(
     step = order.restore
     if step is None:
         return Tiers()
+    if own := _own(order, node, step):
+        origins.update(dict.fromkeys(node.ranks, own))
+        return Tiers(own=len(node.ranks))
     counts = {"own": 0, "fetched": 0, "durable": 0}
     for rank in node.ranks:
         source = order.sources[rank]
@@ -62,6 +65,14 @@ def bring(
         origins[rank] = found
         node.put(found, (rank,))
     return Tiers(**counts)
+
+
+def _own(order: Begin, node: SimNode, step: Step) -> Save | None:
+    """Return the save that has all shards of a node, if it is to have them from itself."""
+    if any(order.sources[rank] != node.id for rank in node.ranks):
+        return None
+    found = (s for s, held in node.shelf.items() if s.step == step and held.issuperset(node.ranks))
+    return next(found, None)
 
 
 def _fetch(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from orchestrator.agent.shards import Lineage
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     PROTOCOL_VERSION,
-    Ancestor,
     Fact,
     Holding,
     Joined,
@@ -23,11 +23,44 @@ _STANDING = (RankExited, ShardsWritten)
 """Facts that are said again on a new connection, and that `Joined` does not contain."""
 
 
+def stands(fact: Fact) -> bool:
+    """Whether a fact has to be said again on a new connection."""
+    return isinstance(fact, (RendezvousOffered, *_STANDING))
+
+
 class Save(NamedTuple):
     """State of one generation after `step` steps."""
 
     step: Step
     generation: Generation
+
+
+class Judge:
+    """Says what counts for a generation, and remembers what it said: thousands of nodes ask."""
+
+    def __init__(self, lineage: Lineage) -> None:
+        self.lineage = lineage
+        self._said: dict[Save, bool] = {}
+        self._retaining: dict[Step, Judge] = {}
+
+    def has(self, save: Save) -> bool:
+        """Whether a save counts."""
+        if save not in self._said:
+            self._said[save] = self.lineage.has(save)
+        return self._said[save]
+
+    def retaining(self, step: Step) -> Judge:
+        """Return one for which nothing counts before `step`, either."""
+        if step <= self.lineage.retained:
+            return self
+        if step not in self._retaining:
+            mine = self.lineage
+            theirs = Lineage(mine.generation, mine.restore, step, mine.ancestors)
+            self._retaining[step] = Judge(theirs)
+        return self._retaining[step]
+
+
+_ANYTHING = Judge(Lineage())
 
 
 class SimNode:
@@ -57,7 +90,7 @@ class SimNode:
         self.ranks: tuple[Rank, ...] = ()
         self.lanes: tuple[tuple[int, int], ...] = ()
         self.offered = ""
-        self.lineage = Lineage()
+        self.judge = _ANYTHING
         self.shelf: dict[Save, frozenset[Rank]] = {}
         self.fresh = True
         self._news: list[Fact] = []
@@ -81,38 +114,46 @@ class SimNode:
 
     def begin(
         self,
-        generation: Generation,
         ranks: tuple[Rank, ...],
-        restore: Step | None,
-        ancestors: tuple[Ancestor, ...] | None,
+        judge: Judge,
     ) -> None:
-        """Enter a generation, with ranks or without: what it abandons is dropped."""
-        self.generation, self.ranks, self.mark = generation, ranks, 0
+        """Enter a generation, with ranks or without: what it abandons is dropped.
+
+        Args:
+            ranks: those of this node.
+            judge: of the generation, for which every step counts.
+        """
+        back_to = judge.lineage.restore
+        retained = min(self.judge.lineage.retained, Step(-1) if back_to is None else back_to)
+        self.generation, self.ranks, self.mark = judge.lineage.generation, ranks, 0
         self.offered, self.lanes, self._news = "", (), []
-        back_to = Step(-1) if restore is None else restore
-        retained = Step(min(self.lineage.retained, back_to))
-        self.lineage = Lineage(generation, restore, retained, ancestors)
+        self.judge = judge.retaining(retained)
         self._drop_outside()
 
     def retain(self, step: Step) -> None:
         """Drop what is older than `step`."""
-        kept = self.lineage
-        self.lineage = Lineage(
-            kept.generation, kept.restore, Step(max(step, kept.retained)), kept.ancestors
-        )
+        self.judge = self.judge.retaining(step)
         self._drop_outside()
 
     # Memory -------------------------------------------------------------------------------------
 
-    def put(self, save: Save, ranks: tuple[Rank, ...]) -> bool:
+    def put(self, save: Save, ranks: Collection[Rank]) -> bool:
         """Hold these shards, too; return whether they count here."""
-        if not self.lineage.has(save):
+        if not self.judge.has(save):
             return False
-        self.shelf[save] = self.shelf.get(save, frozenset()) | frozenset(ranks)
+        held = self.shelf.get(save, frozenset())
+        if held.issuperset(ranks):
+            return True
+        self.shelf[save] = held.union(ranks)
         for oldest in sorted(self.shelf)[:-SAVES_MAX]:
-            if oldest.step != self.lineage.retained:
+            if oldest.step != self.judge.lineage.retained:
                 del self.shelf[oldest]
         return True
+
+    def replace(self, shelf: dict[Save, frozenset[Rank]]) -> None:
+        """Hold these shards and no others, as far as they count."""
+        self.shelf = shelf
+        self._drop_outside()
 
     def find(self, rank: Rank, step: Step) -> Save | None:
         """Return the save from which this node can serve a rank's shard; None if it has none."""
@@ -130,7 +171,7 @@ class SimNode:
         )
 
     def _drop_outside(self) -> None:
-        for save in [s for s in self.shelf if not self.lineage.has(s)]:
+        for save in [s for s in self.shelf if not self.judge.has(s)]:
             del self.shelf[save]
 
     # What it says -------------------------------------------------------------------------------

@@ -22,11 +22,15 @@ class Pace:
     def __init__(self, at: Seconds, step: Step, last: Step, step_s: float) -> None:
         self._at, self._done, self.last = at, float(step), last
         self._step_s = step_s
+        self.usual_s = step_s
+        """Seconds for a step while nothing holds it up."""
 
     def change(self, at: Seconds, step_s: float) -> None:
         """Go on from `at` with another number of seconds for a step; infinite to stand still."""
         self._done = self.progress(at)
         self._at, self._step_s = at, step_s
+        if step_s < NEVER:
+            self.usual_s = step_s
 
     def done(self, at: Seconds) -> Step:
         """Return the steps that are complete at a moment."""
@@ -38,6 +42,15 @@ class Pace:
         if left <= 0:
             return self._at
         return NEVER if self._step_s == float("inf") else Seconds(self._at + left * self._step_s)
+
+    def since(self, at: Seconds) -> float:
+        """Return how long ago the last step was complete, seconds."""
+        begun = self.progress(at) - self.done(at)
+        if self._step_s == NEVER:
+            return max(begun, 0.0) * self.usual_s + at - self._at
+        if self.done(at) == self.last:
+            return max(at - self.moment(self.last), 0.0)
+        return max(begun, 0.0) * self._step_s
 
     def progress(self, at: Seconds) -> float:
         """Return the steps done at a moment, the one under way as a fraction."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from orchestrator.core.events import CopiesHeld
 from orchestrator.protocol.ids import Rank, Seconds, Step
 from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worlds.simulated.alike import Alike
 from orchestrator.worlds.simulated.cluster import Cluster
 from orchestrator.worlds.simulated.node import SAVES_MAX, Save, SimNode
 from orchestrator.worlds.simulated.store import OUTAGE
@@ -24,6 +26,7 @@ class Saving:
     """The saves of one team.
 
     Attributes:
+        alike: what all of its nodes hold alike.
         last_written: whether the last step of the run is durable, as far as ranks know.
 
     Args:
@@ -38,9 +41,11 @@ class Saving:
         self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
         self._steps = run.spec.trainer.steps
         self._shards = run.world_size // run.spec.parallelism.dp_replicate
+        self._writers = [n for n in team.members if min(team.ranks[n.id]) < self._shards]
         self._seen = team.start
         self._owes_last = True
         self.last_written = False
+        self.alike = Alike(cluster, team)
         self._copies: list[_Pending] = []
         self._writes: list[_Pending] = []
 
@@ -76,16 +81,24 @@ class Saving:
 
     def _stage(self, step: Step, at: Seconds) -> None:
         save = Save(step, self._team.generation)
+        copied_at = Seconds(at + self._cluster.lasts(self._cluster.profile.copy))
+        self._copies.append(_Pending(copied_at, save))
+        if self.alike.possible:
+            self.alike.stage(save)
+            if copied_at > self._cluster.now:
+                self._tell_together(save, copied=False)
+            return
         nodes = self._present()
         for node in nodes:
             node.put(save, node.ranks)
         self._tell(nodes)
-        copied_at = Seconds(at + self._cluster.lasts(self._cluster.profile.copy))
-        self._copies.append(_Pending(copied_at, save))
 
     def _copy(self, now: Seconds) -> None:
         for pending in [p for p in self._copies if p.at <= now]:
             self._copies.remove(pending)
+            if self.alike.possible and self.alike.copy(pending.save):
+                self._tell_together(pending.save, copied=True)
+                continue
             told = []
             for node in self._present():
                 buddy = self._cluster.nodes.get(self._team.buddy_of(node.id) or node.id)
@@ -96,6 +109,12 @@ class Saving:
                 if sent and buddy.put(pending.save, node.ranks):
                     told.append(buddy)
             self._tell(told)
+
+    def _tell_together(self, save: Save, *, copied: bool) -> None:
+        held = CopiesHeld(
+            at=self._cluster.now, generation=save.generation, step=save.step, copied=copied
+        )
+        self._cluster.emit(held)
 
     def _tell(self, nodes: list[SimNode]) -> None:
         """Each says what it holds."""
@@ -116,9 +135,9 @@ class Saving:
                 continue
             self._cluster.store.wrote(self._team.generation)
             self.last_written = self.last_written or step == self._steps
-            for node in self._present():
-                owed = [rank for rank in node.ranks if rank < self._shards]
-                if owed:
+            for node in self._writers:
+                if node.alive and node.generation == self._team.generation:
+                    owed = [rank for rank in node.ranks if rank < self._shards]
                     self._cluster.say([node], self._written(step, owed))
 
     def _written(self, step: Step, ranks: list[Rank]) -> ShardsWritten:

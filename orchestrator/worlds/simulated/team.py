@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from orchestrator.agent.shards import Lineage
 from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
@@ -24,7 +25,7 @@ from orchestrator.protocol.phases import RankPhase
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.fetching import Tiers, bring, tier_of
 from orchestrator.worlds.simulated.flaws import Death, Flaws
-from orchestrator.worlds.simulated.node import Save, SimNode
+from orchestrator.worlds.simulated.node import Judge, Save, SimNode
 from orchestrator.worlds.simulated.pace import Pace
 from orchestrator.worlds.simulated.profile import Constant
 
@@ -48,6 +49,7 @@ class Team:
         generation: which.
         seats: node of each rank.
         members: its nodes, in rank order.
+        ranks: those of each of them.
         dead: ranks whose process ended.
         still: ranks that do not move: the state that the kernel shows of them, T or R (it spins).
         pace: how far it has trained; None before its first step.
@@ -66,11 +68,14 @@ class Team:
         self._flaws = flaws
         self.generation, self.seats = order.generation, order.seats
         self.members = [cluster.nodes[name] for name in dict.fromkeys(order.seats)]
-        self._ranks: dict[NodeId, list[Rank]] = {node.id: [] for node in self.members}
+        ranks: dict[NodeId, list[Rank]] = {node.id: [] for node in self.members}
         for rank, seat in enumerate(order.seats):
-            self._ranks[seat].append(Rank(rank))
+            ranks[seat].append(Rank(rank))
+        self.ranks = {node: tuple(own) for node, own in ranks.items()}
+        cluster.members = (order.generation, len(self.members))
         self._steps, self._step_s = Step(steps), float("inf")
         self._marks = {node.id: 0 for node in self.members}
+        self._at_mark = {0: len(self.members)}
         self._announced: set[NodeId] = set()
         self._prepared: set[NodeId] = set()
         self._gone: set[NodeId] = set()
@@ -79,7 +84,10 @@ class Team:
         self.pace: Pace | None = None
         self.stopped_at: Seconds | None = None
         self.origins: dict[Rank, Save] = {}
+        lineage = Lineage(order.generation, order.restore, Step(-1), order.ancestors)
+        self._judge = Judge(lineage)
         self._expected = -1
+        self._under_way = 0
 
     @property
     def start(self) -> Step:
@@ -93,7 +101,7 @@ class Team:
 
     def ranks_of(self, node: NodeId) -> tuple[Rank, ...]:
         """Return the ranks that have their seat on a node."""
-        return tuple(self._ranks.get(node, ()))
+        return self.ranks.get(node, ())
 
     def buddy_of(self, node: NodeId) -> NodeId | None:
         """Return where a node copies what its ranks stage."""
@@ -114,6 +122,11 @@ class Team:
         return not (self.dead or self.still or self._gone)
 
     @property
+    def going_on(self) -> bool:
+        """Whether something is under way that all of it waits for."""
+        return self._under_way > 0
+
+    @property
     def training(self) -> bool:
         """Whether it has done its first step."""
         return self.pace is not None
@@ -125,7 +138,7 @@ class Team:
         new = [n for n in nodes if n.alive and n.generation < self.generation]
         had = [n for n in new if n.ranks]
         for node in new:
-            node.begin(self.generation, self.ranks_of(node.id), self.restore, self._order.ancestors)
+            node.begin(self.ranks_of(node.id), self._judge)
         profile = self._cluster.profile
         self._after(profile.stop, had, self._clear)
         # Not `not n.ranks`: by now they have the new ones.
@@ -166,7 +179,7 @@ class Team:
         """Go on with whatever all have waited for, if nothing holds it up any more."""
         if not self.whole:
             return
-        lowest = min(self._marks.values())
+        lowest = self.lowest
         profile = self._cluster.profile
         if lowest == SEATED and len(self._announced) == len(self.members):
             self._once(FORMED, profile.rendezvous, self._form)
@@ -199,26 +212,40 @@ class Team:
 
     def _step(self, nodes: Nodes) -> None:
         self._reach(nodes, STEPPED)
-        if self.pace is None and min(self._marks.values()) >= STEPPED:
+        if self.pace is None and self.lowest >= STEPPED:
             first = Step(min(self.start + 1, self._steps))
             self.pace = Pace(self._cluster.agenda.now, first, self._steps, self._step_s)
             self._moved(self)
 
     def _reach(self, nodes: Nodes, mark: int) -> None:
-        for node in nodes:
-            node.mark = self._marks[node.id] = mark
+        self._mark(nodes, mark)
         if nodes:
             self._cluster.say(nodes, Reached(generation=self.generation, mark=mark))
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done and every node has said so."""
-        return min(self._marks.values()) == FINISHED
+        return self.lowest == FINISHED
 
     def finish(self) -> None:
         """Enter that all steps are done."""
-        for node in self.members:
-            node.mark = self._marks[node.id] = FINISHED
+        self._mark(self.members, FINISHED)
+
+    def _mark(self, nodes: Nodes, mark: int) -> None:
+        for node in nodes:
+            self._at_mark[self._marks[node.id]] -= 1
+            node.mark = self._marks[node.id] = mark
+        self._at_mark[mark] = self._at_mark.get(mark, 0) + len(nodes)
+
+    @property
+    def lowest(self) -> int:
+        """How far its least advanced node has come, index into MARKS."""
+        return min(mark for mark, count in self._at_mark.items() if count)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether its nodes have all come as far."""
+        return sum(count > 0 for count in self._at_mark.values()) == 1
 
     # State --------------------------------------------------------------------------------------
 
@@ -340,8 +367,10 @@ class Team:
 
     def _after(self, takes: Constant, nodes: Nodes, act: Callable[[Nodes], None]) -> None:
         """Do something with nodes once each has had its time, if they are still of this team."""
+        self._under_way += 1
 
         def due(those: Nodes) -> None:
+            self._under_way -= 1
             left = [n for n in those if n.alive and n.generation == self.generation]
             if left:
                 act(left)

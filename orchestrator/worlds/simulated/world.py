@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from orchestrator.agent.shards import Lineage
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
@@ -45,14 +46,15 @@ from orchestrator.worlds.simulated.agenda import NEVER
 from orchestrator.worlds.simulated.breaking import Breaking
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.flaws import Flaws
-from orchestrator.worlds.simulated.node import SimNode
+from orchestrator.worlds.simulated.node import Judge, SimNode
 from orchestrator.worlds.simulated.profile import Profile
 from orchestrator.worlds.simulated.saving import Saving
 from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
-from orchestrator.worlds.simulated.view import telemetry
+from orchestrator.worlds.simulated.view import News, telemetry
 
 _BEFORE_S = 1e-6
+_ROUNDING = 1e-6
 _Request = DrainRequested | DrainCancelled
 
 
@@ -67,6 +69,7 @@ class SimulatedWorld:
         faults: planned ones.
         jitter: by which share times differ between nodes; 0 for not at all, and for speed.
         flaws: what is wrong with the job itself; default nothing.
+        look_every_s: seconds between two looks while nothing is amiss; default once a beat.
 
     Attributes:
         cluster: the machines.
@@ -74,7 +77,7 @@ class SimulatedWorld:
         controller_killed: whether a fault has killed the controller, which whoever drives it does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one knob of an experiment
         self,
         run: TrainingRun,
         timeouts: Timeouts,
@@ -84,12 +87,14 @@ class SimulatedWorld:
         faults: Sequence[ArmedFault] = (),
         jitter: float = 0.0,
         flaws: Flaws | None = None,
+        look_every_s: float = 0.0,
     ) -> None:
         nodes = run.spec.nodes
         names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
         store = SimStore(run.spec.checkpoint.keep_last)
         self.cluster = Cluster(names, store, timeouts, profile, chance=chance, jitter=jitter)
-        self.cluster.before = self._steps_first
+        self.cluster.before = self._tell_first
+        self.cluster.disturbed = self._enter_all
         self.cluster.connected = self._remind
         self.cluster.lost = self._lose
         self._run, self._timeouts, self._profile = run, timeouts, profile
@@ -100,6 +105,10 @@ class SimulatedWorld:
         self._wakes: list[Seconds] = []
         self._reported = Step(0)
         self._heard: set[NodeId] = set()
+        self._told_at, self._looked_at = self.now, Seconds(-timeouts.tick_s)
+        self._look_every_s = max(look_every_s, timeouts.tick_s)
+        self._troubled_until = Seconds(0.0)
+        self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
         self.controller_killed = False
@@ -121,21 +130,42 @@ class SimulatedWorld:
     def events(self) -> Iterator[Event]:
         """Yield what happens, until the run has ended."""
         agenda, out = self.cluster.agenda, self.cluster.out
-        tick_at = self.now
         while not self._over:
             if out:
                 yield out.popleft()
                 continue
             wake_at = self._wakes[0] if self._wakes else NEVER
-            tick_at = Seconds(max(min(tick_at, wake_at), self.now))
-            if agenda.next_at <= tick_at:
+            look_at = Seconds(max(min(self._look_at(), wake_at), self.now))
+            if agenda.next_at <= look_at:
+                self._await(agenda.next_at)
                 agenda.perform()
                 continue
-            agenda.advance(tick_at)
-            while self._wakes and self._wakes[0] <= tick_at:
+            agenda.advance(look_at)
+            while self._wakes and self._wakes[0] <= look_at:
                 heapq.heappop(self._wakes)
             self._look()
-            tick_at = Seconds(tick_at + self._timeouts.tick_s)
+
+    def _look_at(self) -> Seconds:
+        """Return when to look again: often while anything is amiss, or hardly ever."""
+        every_s = self._timeouts.tick_s if self._troubled() else self._look_every_s
+        return Seconds(self._looked_at + every_s)
+
+    def _troubled(self) -> bool:
+        """Whether the controller has to see each moment, to find what it does not know yet."""
+        if self._look_every_s <= self._timeouts.tick_s or self.now < self._troubled_until:
+            return True
+        # For so long that the controller can not but know.
+        within_s = 3 * self._timeouts.silence_s
+        if any(self.now - since < within_s for since in self.cluster.unexplained.values()):
+            return True
+        team = self.team
+        return team is not None and not (team.whole and (team.training or team.going_on))
+
+    def _await(self, moment: Seconds) -> None:
+        """Let time pass until something happens, and look before it does, after a quiet while."""
+        self.cluster.agenda.advance(moment)
+        if self._watched_s() > 0:
+            self._look()
 
     def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
         """Carry out a decision; what comes of it comes back as an event."""
@@ -152,8 +182,7 @@ class SimulatedWorld:
             case DisconnectNode(node=node):
                 cluster.cut(cluster.nodes[node], told=False)
             case RetainMemory(generation=generation, step=step):
-                retain = partial(self._retain, generation=generation, step=step)
-                cluster.send(list(cluster.nodes.values()), retain)
+                self._order_retain(generation, step)
             case SearchCheckpoints(number=number):
                 cluster.later(self._profile.search, partial(self._search, number))
             case CommitCheckpoint():
@@ -197,6 +226,8 @@ class SimulatedWorld:
             agenda.perform()
         agenda.advance(back_at)
         self.settle()
+        # Until somebody listens again, nobody watches.
+        self._told_at = back_at
 
     def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
         """Have another controller be listened to, which knows what a journal says."""
@@ -246,40 +277,53 @@ class SimulatedWorld:
 
     def _look(self) -> None:
         self.settle()
-        self._heard |= {node.id for node in self.cluster.nodes.values() if node.heard}
-        self.cluster.emit(self._telemetry() or Tick(at=self.now))
+        self._looked_at = self.now
+        self._tell_first(always=True)
         self.breaking.look()
+
+    def _tell_first(self, *, always: bool = False) -> None:
+        """Tell of what came before anything else is told: steps, and that somebody watched."""
+        team = self.team
+        steps = team is not None and team.pace is not None and team.pace.done(self.now)
+        if not (always or (steps or 0) > self._reported or self._watched_s() > 0):
+            return
+        self._heard.update(self.cluster.heard())
+        self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=self._watched_s()))
+        self._told_at = self.now
+
+    def _watched_s(self) -> float:
+        """Return for how long nobody has been told anything, if that is longer than a tick."""
+        quiet_s = self.now - self._told_at
+        return quiet_s if quiet_s > self._timeouts.tick_s * (1 + _ROUNDING) else 0.0
 
     def _telemetry(self) -> Telemetry | None:
         """Return everything since the last tick; None if nobody was heard."""
         team = self.team
-        if team is None or not self._heard:
+        if not self._heard:
             return None
         reports: tuple[StepReport, ...] = ()
-        if team.pace is not None and any(node.id in self._heard for node in team.members):
+        since_s = 0.0
+        if team is not None and team.pace is not None and not self._heard.isdisjoint(team.ranks):
+            since_s = team.pace.since(self.now)
             done = team.pace.done(self.now)
             reports = tuple(self._report(Step(s)) for s in range(self._reported + 1, done + 1))
             self._reported = Step(max(self._reported, done))
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
-        event = telemetry(team, self.now, heard=self._heard, reports=reports, stall_s=stall_s)
+        news = News(self._heard, reports, since_s, stall_s, self._watched_s())
         self._heard = set()
-        return event
+        return telemetry(team, self.now, news)
 
     def _report(self, step: Step) -> StepReport:
         trainer = self._run.spec.trainer
         tokens = trainer.global_batch * trainer.seq_len
-        return StepReport(step, 1.0 / step, 1.0, tokens, self._profile.step.value)
+        return StepReport(step, 1.0 / step, 1.0, tokens, self._step_s)
 
-    def _steps_first(self) -> None:
-        """Tell of steps before anything that came after them."""
-        team = self.team
-        if team is not None and team.pace is not None and team.pace.done(self.now) > self._reported:
-            self._heard |= {node.id for node in team.members if node.heard}
-            event = self._telemetry()
-            if event is not None:
-                self.cluster.emit(event)
+    def _enter_all(self) -> None:
+        """Enter what all nodes hold alike, before one of them is another than the others."""
+        if self._saving is not None:
+            self._saving.alike.enter()
 
     # Orders ---------------------------------------------------------------------------------------
 
@@ -288,6 +332,7 @@ class SimulatedWorld:
             self._orders.start(decision)
         if self.team is None or decision.generation > self.team.generation:
             self.settle()
+            self._enter_all()
             order = self._orders.begin("", {})
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
@@ -313,7 +358,16 @@ class SimulatedWorld:
         for node in nodes:
             if node.generation < generation:
                 order = self._orders.fence("", generation)
-                node.begin(generation, (), order.restore, order.ancestors)
+                lineage = Lineage(generation, order.restore, Step(-1), order.ancestors)
+                node.begin((), Judge(lineage))
+
+    def _order_retain(self, generation: Generation, step: Step) -> None:
+        saving = self._saving
+        if saving is not None and saving.alike.possible:
+            saving.alike.retain(generation, step)
+            return
+        retain = partial(self._retain, generation=generation, step=step)
+        self.cluster.send(list(self.cluster.nodes.values()), retain)
 
     def _retain(self, nodes: Nodes, *, generation: Generation, step: Step) -> None:
         for node in nodes:
@@ -339,12 +393,15 @@ class SimulatedWorld:
             return
         slow = max(node.slow for node in self.team.members)
         every = self._run.spec.checkpoint.memory_every_steps
-        self.team.set_speed(slow * self._profile.step.value + self._profile.stall.value / every)
+        self._step_s = slow * self._profile.step.value + self._profile.stall.value / every
+        self.team.set_speed(self._step_s)
 
     def _foresee(self, team: Team) -> None:
         """Look exactly when steps are done that something waits for."""
         if team is not self.team or team.pace is None:
             return
+        # Steps that are done are soon known.
+        self._troubled_until = Seconds(self.now + self._timeouts.tick_s)
         self.breaking.foresee(team)
         if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
             moment = team.pace.moment(team.raises_at)

@@ -82,6 +82,7 @@ class Simulation:
 
     def conduct(self, until: Seconds) -> bool:
         """Run to the end, at most until a moment; return whether it has ended by then."""
+        self._world.look_at(until)
         self._handle(ControllerStarted(at=self._world.now, incarnation=1))
         for event in self._world.events():
             self._handle(event)
@@ -89,7 +90,7 @@ class Simulation:
                 self._succeed()
             if self.controller.state.phase.final:
                 return True
-            if self._world.now > until:
+            if self._world.now >= until:
                 return False
         return self.controller.state.phase.final
 

@@ -215,6 +215,10 @@ class SimulatedWorld:
         self._requests.append(request)
         self.cluster.emit(request)
 
+    def look_at(self, moment: Seconds) -> None:
+        """Have the controller told at a moment how things are, however quiet it is."""
+        self.cluster.agenda.at(moment, self._look)
+
     def outlive_controller(self, seconds: float) -> None:
         """Go on without a controller for a while; whatever it did not know yet, it never will."""
         self.controller_killed = False

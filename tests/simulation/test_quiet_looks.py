@@ -1,0 +1,99 @@
+"""A world that is hardly looked at while nothing is amiss tells the same story as one that is."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from orchestrator import compose
+from orchestrator.core.events import CopiesHeld, Telemetry, Together
+from orchestrator.core.report import Report, report
+from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.simulation.checkers import Invariants
+from orchestrator.simulation.drive import Simulation
+from orchestrator.worlds.simulated import profiles
+from orchestrator.worlds.simulated.world import SimulatedWorld
+
+NODES = 40
+UNTIL_S = Seconds(2400.0)
+Fault = Callable[[SimulatedWorld], None]
+
+
+def run_of(nodes: int) -> TrainingRun:
+    text: dict[str, Any] = {
+        "apiVersion": "holdfast.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": "quiet"},
+        "spec": {
+            "nodes": {"count": nodes, "ranksPerNode": 2, "spares": 2},
+            "parallelism": {"dpReplicate": nodes // 4},
+            "trainer": {"steps": 1_000_000, "globalBatch": 2 * nodes},
+            "checkpoint": {"everySteps": 60, "memoryEverySteps": 6, "keepLast": 2},
+            "detection": {"detectWithin": "10s", "warmupLimit": "600s"},
+            "recovery": {"hardwareBudget": 100, "softwareBudget": 100},
+        },
+    }
+    return msgspec.convert(text, TrainingRun)
+
+
+def conduct(fault: Fault | None, look_every_s: float, nodes: int = NODES) -> tuple[Report, Any]:
+    run = run_of(nodes)
+    world = SimulatedWorld(
+        run,
+        compose.check(run, "the run of a test"),
+        profiles.packaged("measured"),
+        chance=np.random.Generator(np.random.Philox(1)),
+        look_every_s=look_every_s,
+    )
+    if fault is not None:
+        world.cluster.agenda.at(Seconds(1003.3), partial(fault, world))
+    simulation = Simulation(run, world, checkers=[Invariants()])
+    assert not simulation.conduct(UNTIL_S)
+    return report(simulation.controller.state), [entry.event for entry in simulation.entries]
+
+
+def lose(world: SimulatedWorld) -> None:
+    world.cluster.lose(world.cluster.nodes[NodeId("node-7")], back=True)
+
+
+def part(world: SimulatedWorld) -> None:
+    world.cluster.part(world.cluster.nodes[NodeId("node-7")])
+
+
+def freeze(world: SimulatedWorld) -> None:
+    assert world.team is not None
+    world.settle()
+    world.team.freeze(Rank(13), "T")
+
+
+def nothing_known(world: SimulatedWorld) -> None:
+    assert world.team is not None
+    world.settle()
+    world.team.freeze(Rank(13), "S")
+
+
+@pytest.mark.parametrize("fault", [None, lose, part, freeze, nothing_known])
+def test_hardly_looking_changes_nothing_but_how_much_is_told(fault: Fault | None) -> None:
+    often, events = conduct(fault, 0.0)
+    seldom, few = conduct(fault, 600.0)
+
+    assert [i.kind for i in seldom.incidents] == [i.kind for i in often.incidents]
+    assert [i.rung for i in seldom.incidents] == [i.rung for i in often.incidents]
+    for one, other in zip(seldom.incidents, often.incidents, strict=True):
+        assert one.detected_after_s == pytest.approx(other.detected_after_s, abs=2.0)
+        assert one.lost_steps == pytest.approx(other.lost_steps, abs=1)
+    for bucket, spent_s in often.ledger.items():
+        assert seldom.ledger[bucket] == pytest.approx(spent_s, abs=8.0), bucket
+    assert len([e for e in few if isinstance(e, Telemetry)]) < 0.05 * len(events)
+    assert any(isinstance(e, Together) for e in few)
+    assert any(isinstance(e, CopiesHeld) and e.copied for e in few)
+
+
+def test_a_small_world_is_told_of_node_by_node() -> None:
+    _, events = conduct(lose, 600.0, nodes=8)
+
+    assert not any(isinstance(e, Together | CopiesHeld) for e in events)

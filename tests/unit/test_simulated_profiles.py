@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -14,7 +14,7 @@ from orchestrator import compose
 from orchestrator.document import BadFileError
 from orchestrator.faults.cluster import Cluster
 from orchestrator.worlds.simulated import profiles
-from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.profile import Constant, Kind, Profile, kind_of
 
 SIZES = (8, 512, 2_048, 16_384, 40_000, 98_304, 131_072)
 
@@ -161,6 +161,51 @@ def test_habits_leave_to_the_detectors_what_they_find_themselves() -> None:
     assert legacy.detect_s(model.class_named("gpu-fault")) == 600.0
     assert legacy.detect_s(model.class_named("nccl-watchdog")) == 1800.0
     assert legacy.localise_s(model.class_named("gpu-fault")) == 0.0
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_what_is_counted_in_detection_is_not_counted_twice(name: str) -> None:
+    profile = profiles.packaged(name)
+    assert profile.habits is not None
+    own = profile.habits.notice.value == "own"
+
+    assert (profile.exit.value > 0) is own
+    assert (profile.gone.value > 0) is own
+
+
+def test_habits_say_of_each_kind_of_fault_how_it_is_found_and_understood() -> None:
+    model, habits = compose.packaged_model(), profiles.packaged("byterobust-like").habits
+    assert habits is not None
+    spans = {
+        name: (habits.detect_s(each), habits.localise_s(each))
+        for name in (
+            "gpu-fault",
+            "link",
+            "software-bug",
+            "nccl-watchdog",
+            "sdc-onset",
+            "preemption",
+        )
+        for each in [model.class_named(name)]
+    }
+
+    assert spans == {
+        "gpu-fault": (10.0, 53.0),
+        "link": (30.0, 60.0),
+        "software-bug": (60.0, 93.0),
+        "nccl-watchdog": (600.0, 60.0),
+        "sdc-onset": (600.0, 4289.0),
+        "preemption": (0.0, 0.0),
+    }
+    assert habits.detect_s(model.class_named("planned-operation")) == 0.0
+
+
+def test_every_class_of_the_fault_model_is_of_a_kind_that_habits_know() -> None:
+    kinds = {each.name: kind_of(each) for each in compose.packaged_model().classes}
+
+    assert set(kinds.values()) == set(get_args(Kind))
+    assert kinds["storage-stall"] == "storage"
+    assert kinds["sdc-false-alarm"] == "sdc"
 
 
 SOUND = profiles.plain(profiles.packaged("llama-like"))

@@ -41,7 +41,9 @@ def test_the_times_of_a_simulated_cluster_are_found_in_its_journal_again() -> No
         value_s = LOCAL.constants()[name].value
         assert value_s - 1e-6 <= found[name].median <= value_s + order_s + 1e-6, name
     assert found["order"].least == pytest.approx(order_s, abs=1e-6)
-    assert found["step"].median == pytest.approx(0.05)
+    # A step has its part of what saving stalls.
+    stall_s = LOCAL.stall.value / 5
+    assert 0.05 <= found["step"].median <= 0.05 + stall_s + 1e-6
     reboot_s = LOCAL.reboot.value + LOCAL.warm.value + order_s
     assert found["reboot"].median == pytest.approx(reboot_s, abs=1e-6)
 

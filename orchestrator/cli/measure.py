@@ -207,7 +207,7 @@ def _conduct(run: TrainingRun, plan: FaultPlan, root: Path, progress: Progress) 
     folder = RunFolder(root)
     entries = journal.read(folder.journal.read_bytes()).entries
     samples = saves.take(entries, run.spec.checkpoint.memory_every_steps)
-    samples.extend(restarts.take(entries, samples.middle("step")))
+    samples.extend(restarts.take(entries))
     _observe(msgspec.json.decode(folder.report.read_bytes(), type=Report), samples)
     return samples
 

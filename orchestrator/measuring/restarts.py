@@ -74,7 +74,7 @@ class _Restart:
             case RendezvousOffered():
                 self._offered_at = at
 
-    def spans(self, step_s: float) -> Iterator[tuple[str, float]]:
+    def spans(self) -> Iterator[tuple[str, float]]:
         """Yield what each phase took, of the slowest node; nothing if it did not get through."""
         cleared, seated, formed, restored, stepped = (
             self._reached[mark] for mark in ("cleared", "seated", "formed", "restored", "stepped")
@@ -99,15 +99,14 @@ class _Restart:
         yield "rendezvous", max(formed.values()) - begun
         ready = max(*formed.values(), *self._prepared.values())
         yield "load", max(restored.values()) - ready
-        yield "first_step", max(stepped.values()) - max(restored.values()) - step_s
+        yield "first_step", max(stepped.values()) - max(restored.values())
 
 
 class _Taking:
     """Goes through a journal once."""
 
-    def __init__(self, step_s: float) -> None:
+    def __init__(self) -> None:
         self.samples = Samples()
-        self._step_s = step_s
         self._restart: _Restart | None = None
         self._faults: dict[int, FaultInjected] = {}
         self._fault: FaultInjected | None = None
@@ -129,7 +128,7 @@ class _Taking:
     def close(self) -> None:
         """Take what the generation that is over, or the last one, took."""
         if self._restart is not None:
-            self.samples.add_all(self._restart.spans(self._step_s))
+            self.samples.add_all(self._restart.spans())
             self._restart = None
 
     def _begin(self, at: Seconds, order: StartGeneration) -> None:
@@ -174,14 +173,9 @@ class _Taking:
                 self._fault = None  # of several ranks the first counts
 
 
-def take(entries: Iterable[Entry], step_s: float) -> Samples:
-    """Return what restarts took.
-
-    Args:
-        entries: of the journal of a live run, in order.
-        step_s: what a step takes, of which the first one of a generation has more.
-    """
-    taking = _Taking(step_s)
+def take(entries: Iterable[Entry]) -> Samples:
+    """Return what restarts took; of the journal of a live run, in order."""
+    taking = _Taking()
     for entry in entries:
         taking.see(entry)
     taking.close()

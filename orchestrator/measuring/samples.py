@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -35,16 +35,6 @@ class Samples:
         """Take in those of another run."""
         for name, seconds in other._seconds.items():
             self._seconds.setdefault(name, []).extend(seconds)
-
-    def middle(self, name: str) -> float:
-        """Return the median of one; 0 if there is none."""
-        return statistics.median(self._seconds.get(name, [0.0]))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._seconds
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._seconds)
 
     def taken(self) -> dict[str, Taken]:
         """Return them by name, to the microsecond: files have no more."""

@@ -26,7 +26,7 @@ def taken(*faults: dict[str, object]) -> dict[str, Taken]:
     code, _ = job.conduct()
     assert code == 0
     samples = saves.take(job.entries(), job.run["spec"]["checkpoint"]["memoryEverySteps"])
-    samples.extend(restarts.take(job.entries(), samples.middle("step")))
+    samples.extend(restarts.take(job.entries()))
     return samples.taken()
 
 
@@ -34,7 +34,7 @@ def test_the_times_of_a_simulated_cluster_are_found_in_its_journal_again() -> No
     found = taken(KILL, LOSE, *DIE)
 
     order_s = LOCAL.order.value
-    for name in ("seat", "warm", "load", "commit", "search", "stall"):
+    for name in ("seat", "warm", "load", "first_step", "commit", "search", "stall"):
         assert found[name].median == pytest.approx(LOCAL.constants()[name].value, abs=1e-6), name
     for name in ("rendezvous", "stop", "exit", "gone", "fetch", "read"):
         # An order may be on its way first.

@@ -193,7 +193,7 @@ class Profile(
     read: Constant
     """A shard comes from the durable tier."""
     first_step: Constant
-    """What the first step of a generation takes beyond a step."""
+    """The first step of a generation, the whole of it."""
     step: Constant
     stall: Constant
     """A save keeps training waiting."""

@@ -13,7 +13,7 @@ from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import Node, RunState
-from orchestrator.policy import planned
+from orchestrator.policy import lemons, planned
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -128,12 +128,19 @@ def condition(state: RunState, node: Node) -> str:
     told = node.condition(state.seated)
     if node.id in state.drains:
         return {"Training": "Draining", "Spare": "Drained"}.get(told, told)
+    if told == "Spare" and lemons.standing(state, node.id):
+        return "Retired"
     return told
 
 
 def why(state: RunState, node: Node) -> str:
     """Return why a node is in another condition than it might be; "" if it is not."""
-    return "; ".join(filter(None, (node.unusable or node.lost, planned.standing(state, node.id))))
+    told = (
+        node.unusable or node.lost,
+        planned.standing(state, node.id),
+        lemons.standing(state, node.id),
+    )
+    return "; ".join(filter(None, told))
 
 
 def held_by(state: RunState, node: NodeId) -> dict[Step, list[Rank]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.core import facts
 from orchestrator.core.events import Event, Telemetry
-from orchestrator.core.incident import Cause, Finding, Incident, Note
+from orchestrator.core.incident import LOST, Cause, Finding, Incident, Note
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import Detector
 from orchestrator.core.state import Occurrence, RunState
@@ -136,6 +136,7 @@ class Casebook:
             return False
         known.add(_mark(finding))
         incident.findings.append(finding)
+        self._name(incident, finding)
         incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
         return True
 
@@ -159,10 +160,22 @@ class Casebook:
             restart.reason = f"training did not outlive it: {incident.id}"
         state.incidents.append(incident)
         self._known[incident.id] = {_mark(finding)}
+        self._name(incident, finding)
         # While no controller lived, ranks trained on: nothing was lost until it came back.
         if finding.kind != RESTARTED:
             state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
         return incident
+
+    def _name(self, incident: Incident, finding: Finding) -> None:
+        """Enter a finding with the nodes that it names; what was announced tells nothing of one."""
+        state = self._state
+        mark = (finding.kind, finding.signature, finding.step)
+        for node in finding.nodes:
+            if node not in state.drains:
+                found = state.named.setdefault(node, {}).setdefault(incident.id, {})
+                found.setdefault(mark, finding)
+        if finding.kind in LOST:
+            state.lost_in.setdefault(incident.id, set()).update(finding.nodes)
 
 
 def _mark(finding: Finding) -> _Mark:

@@ -35,6 +35,12 @@ BUDGET_OF: dict[Cause, str] = {
 """Which budget pays for a restart after an incident of this cause; what is planned costs none."""
 
 
+LOST = ("node-lost", "node-silent")
+"""Kinds of findings that take a node out of the world."""
+Mark = tuple[str, str, Step]
+"""Kind, signature and step of a finding about a node."""
+
+
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """A detector's claim, with what it rests on."""
 

@@ -11,10 +11,10 @@ from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
 from orchestrator.core.fleet import Fleet, StepTimes
 from orchestrator.core.holdings import Copies, Holdings, Share
-from orchestrator.core.incident import Incident
+from orchestrator.core.incident import Finding, Incident, Mark
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
-from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Ancestor, FailedCopy, RankExited, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -149,6 +149,10 @@ class RunState:
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
     incidents: list[Incident] = field(default_factory=list)
+    named: dict[NodeId, dict[IncidentId, dict[Mark, Finding]]] = field(default_factory=dict)
+    """What each incident found about a node that was not cordoned; the first of what is alike."""
+    lost_in: dict[IncidentId, set[NodeId]] = field(default_factory=dict)
+    """Nodes that each incident lost."""
     wanting: bool = True
     """Whether a new generation is needed and has not been ordered yet."""
     wanted_since: Seconds = Seconds(0.0)

@@ -139,6 +139,17 @@ def spares_poisson(*, removals_per_day: float, out_s: float, quantile: float = 0
     mean = removals_per_day * out_s / DAY_S
     if mean > OUT_MAX:
         raise ValueError(f"{mean:.3g} nodes are out on average, expected at most {OUT_MAX:g}")
+    return poisson_quantile(mean, quantile)
+
+
+def poisson_quantile(mean: float, quantile: float) -> int:
+    """Return how many of what happens `mean` times on average happen, at most, with a probability.
+
+    Raises ValueError if the probability is not in (0, 1).
+
+    >>> poisson_quantile(0.106, 0.999)
+    2
+    """
     if mean == 0:
         return _smallest(quantile, lambda _: 0.0, 0.0)
     return _smallest(quantile, lambda k: k * log(mean) - mean - lgamma(k + 1), mean)

@@ -8,6 +8,7 @@ from orchestrator.core.copies import strained
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
+from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.runfile import seconds
@@ -29,8 +30,9 @@ def place(state: RunState) -> Placement | None:
     gone = _gone(state)
     if any(_may_return(state.nodes[node]) for node in gone):
         return None  # disconnected, and may be back at once; silence decides
-    guilty = blamed(state) | strained(state)
-    spares = sorted(state.spares(), key=lambda node: node in guilty)
+    lemons = retired(state)
+    guilty = blamed(state) | strained(state) | lemons
+    spares = sorted(state.spares(), key=lambda node: (node in lemons, node in guilty))
     if len(spares) < len(gone):
         return None
     out = list(dict.fromkeys([*gone, *leaving(state)]))
@@ -39,6 +41,7 @@ def place(state: RunState) -> Placement | None:
     # show nothing, and the two would change places at every restart.
     clean = [node for node in spares[len(out) :] if node not in guilty]
     suspects = [node for node in state.seated if node in guilty and node not in swaps]
+    suspects.sort(key=lambda node: node not in lemons)
     swaps |= dict(zip(suspects, clean, strict=False))
     seats = tuple(swaps.get(node, node) for node in state.seats) if swaps else state.seats
     return Placement(seats=seats, replaced=tuple(sorted(swaps.items())))
@@ -49,12 +52,7 @@ def blamed(state: RunState) -> frozenset[NodeId]:
 
     Moving the rank tells hardware from software: if the fault comes along, it is the job's.
     """
-    return frozenset(
-        node
-        for fault in state.occurrences.values()
-        if len(fault.generations) > 1 and len(fault.nodes) == 1
-        for node in fault.nodes
-    )
+    return frozenset(node for fault in repeated(state) for node in fault.nodes)
 
 
 def wait_for_nodes(state: RunState) -> Plan | None:

@@ -9,10 +9,10 @@ from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
-from orchestrator.policy import planned
+from orchestrator.policy import lemons, planned
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.runfile import seconds
 
 NAMED_MAX = 16
@@ -131,7 +131,10 @@ def _from_memory(state: RunState, placement: Placement, step: Step) -> RestoreFr
 def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None) -> Restart:
     rung = _rung(state, placement, restore)
     where = f"from step {restore.step}" if restore else "from the seed"
-    swaps = "".join(f", {new} in place of {old}" for old, new in placement.replaced)
+    swaps = "".join(
+        f", {_named(state, new)} in place of {_named(state, old)}"
+        for old, new in placement.replaced
+    )
     incident = state.incident
     if incident is None:
         nodes = list(dict.fromkeys(placement.seats))
@@ -154,6 +157,12 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         rung=rung,
         reason=reason,
     )
+
+
+def _named(state: RunState, node: NodeId) -> str:
+    """Return a node, with why it is not to be relied on, if it is not."""
+    why = lemons.standing(state, node)
+    return f"{node} ({why})" if why else node
 
 
 def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) -> str:

@@ -11,9 +11,12 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.runfile import TrainingRun
 
 PLANNED_SWAP = "planned-swap"
+LEMON_RETIREMENT = "lemon-retirement"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
+    LEMON_RETIREMENT: "a node that failed far more often than others gets a seat only if no other "
+    "node is free; without it, it is a spare like any other",
 }
 """What each of them does, and what happens without; the names stand in `spec.recovery.disable`."""
 

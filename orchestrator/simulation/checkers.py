@@ -8,6 +8,7 @@ from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import CommitCheckpoint, Decision, EndRun, StartGeneration
 from orchestrator.core.events import CheckpointCommitted, Event
 from orchestrator.core.state import RunState, violations
+from orchestrator.policy.lemons import retired
 from orchestrator.protocol.ids import Generation, NodeId, Step
 
 
@@ -55,6 +56,9 @@ class Invariants:
         before = self._ordered[newest].seats if newest in self._ordered else ()
         cordoned = sorted({*order.seats} & {*state.drains} - {*before})
         assert not cordoned, f"new seats on nodes that are cordoned: {', '.join(cordoned)}"
+        left = {*state.spares()} - (lemons := retired(state))
+        relied_on = sorted(({*order.seats} - {*before}) & lemons)
+        assert not (left and relied_on), f"seats on {relied_on}, retired; {sorted(left)} are free"
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
         if order.restore is not None and not order.restore.commit:

@@ -1,0 +1,84 @@
+"""Which nodes fail far more often than others, and are not relied on while there are others.
+
+A lemon passes its tests: what tells is that it fails again. A node that has failed more often in a
+window than a sound one ever would is retired. It gets a seat only if no other node is free, and
+gives it up at the next restart at which one is. Nothing condemns it: it is better than no node.
+Repairs take nothing back: nodes come from them as likely to fail as before, or more (SuperBench).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.core.incident import LOST, Cause, Finding
+from orchestrator.core.state import Occurrence, RunState
+from orchestrator.policy.arithmetic import DAY_S, poisson_quantile
+from orchestrator.policy.switches import LEMON_RETIREMENT, enabled
+from orchestrator.protocol.ids import IncidentId, NodeId
+
+WINDOW_DAYS = 28
+"""Source: Kokolis et al., arXiv 2410.21680: of the nodes that failures within 28 days named, more
+than 85 % were lemons; these were 1.2 % of the nodes."""
+FAILURES_PER_NODE_DAY = 419 / (2048 * 54)
+"""Of a sound node, at most. Source: Llama 3, arXiv 2407.21783, Table 5: all 419 unexpected
+interruptions of 2,048 nodes in 54 days, those that were the job's own or a lemon's included."""
+SOUND = 0.999
+"""Share of the sound nodes that are not retired within a window, at least. With lemons that are
+1.2 % of the nodes and fail 20 times as often (assumed), 96 % of what is retired are some."""
+
+
+def limit() -> int:
+    """Return how many failures within the window retire a node: one more than a sound one has.
+
+    >>> limit()
+    3
+    """
+    return poisson_quantile(FAILURES_PER_NODE_DAY * WINDOW_DAYS, SOUND) + 1
+
+
+LIMIT = limit()
+
+
+def retired(state: RunState) -> frozenset[NodeId]:
+    """Return the nodes that failed too often to be relied on."""
+    if not enabled(state, LEMON_RETIREMENT):
+        return frozenset()
+    # Nearly no node was named by so many, and only of those there is anything to look at.
+    often = [node for node, named in state.named.items() if len(named) >= LIMIT]
+    return frozenset(node for node in often if failures(state, node) >= LIMIT)
+
+
+def failures(state: RunState, node: NodeId) -> int:
+    """Return how many incidents within the window tell against a node."""
+    since = state.now - WINDOW_DAYS * DAY_S
+    return sum(
+        any(f.at >= since and _tells(state, node, incident, f) for f in found.values())
+        for incident, found in state.named.get(node, {}).items()
+    )
+
+
+def standing(state: RunState, node: NodeId) -> str:
+    """Return why a node is retired, in words; "" if it is not."""
+    if node not in retired(state):
+        return ""
+    return f"retired: {failures(state, node)} failures in {WINDOW_DAYS} days, limit {LIMIT}"
+
+
+def repeated(state: RunState) -> Iterator[Occurrence]:
+    """Yield the faults that struck more than once, and one node only."""
+    for fault in state.occurrences.values():
+        if len(fault.generations) > 1 and len(fault.nodes) == 1:
+            yield fault
+
+
+def _tells(state: RunState, node: NodeId, incident: IncidentId, finding: Finding) -> bool:
+    """Whether a finding is the node's own failure, as far as can be told."""
+    if finding.kind in LOST:
+        # Several at once are one failure of what they share: a switch, a power supply.
+        alone = len(state.lost_in[incident]) == 1
+        return alone and finding.cause in (Cause.HARDWARE, Cause.NETWORK)
+    if not finding.signature:
+        return False
+    # One crash may be the job's fault; the same one again, here and nowhere else, is not.
+    same = (fault for fault in repeated(state) if node in fault.nodes)
+    return any((f.signature, f.step) == (finding.signature, finding.step) for f in same)

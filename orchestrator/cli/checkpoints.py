@@ -65,7 +65,7 @@ def _why_expired(state: RunState, commit: Committed) -> str:
 
 def copies(state: RunState, step: Step) -> list[int]:
     """Return, for each rank whose shard of a step is in memory anywhere, on how many nodes."""
-    counts = state.holdings.of(step).count_R(state.out_of_use()).tolist()
+    counts = state.holdings.of(step).count_R(state.unfit).tolist()
     return [count for count in counts if count]
 
 

@@ -117,21 +117,25 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
 
     Its own node's if that has one, else that of the first node that does.
     """
-    copies, bad = state.holdings.of(step), frozenset(state.out_of_use())
-    if not copies.count_R(bad).all():
+    copies = state.holdings.of(step)
+    if not copies.count_R(state.unfit).all():
         return None
-    found: list[NodeId] = []
+    ranks: dict[NodeId, list[Rank]] = {}
+    for rank, seat in enumerate(seats):
+        ranks.setdefault(seat, []).append(Rank(rank))
+    found = list(seats)
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
-    for rank, seat in enumerate(seats):
-        if rank in copies.of(seat) and seat not in bad:
-            found.append(seat)
-            continue
-        holders = state.holders(step, Rank(rank))
-        reachable = [holder for holder in holders if (seat, holder) not in cut_off]
-        if seat in cramped or not reachable:
-            return None
-        found.append(reachable[0])
+    for seat, own in ranks.items():
+        held = frozenset() if seat in state.unfit else copies.of(seat)
+        for rank in own if not held.issuperset(own) else ():
+            if rank in held:
+                continue
+            holders = state.holders(step, rank)
+            reachable = [holder for holder in holders if (seat, holder) not in cut_off]
+            if seat in cramped or not reachable:
+                return None
+            found[rank] = reachable[0]
     return tuple(found)
 
 
@@ -145,9 +149,9 @@ def newest_safe_step(state: RunState) -> Step | None:
     # Asked for at every event: nearly always, nothing new is held by everybody.
     if not any(bool(count_R.all()) for count_R in held_R.values()):
         return None
-    wanted, bad = _copies_wanted(state), state.out_of_use()
+    wanted = _copies_wanted(state)
     for step in newer:
-        if bool((state.holdings.of(step).count_R(bad) >= wanted).all()):
+        if bool((state.holdings.of(step).count_R(state.unfit) >= wanted).all()):
             return step
     return None
 
@@ -158,7 +162,7 @@ def _copies_wanted(state: RunState) -> int:
     A node that may be back at once is part of the cluster: after a controller died, all are. One
     that was drained is not.
     """
-    silent, members = state.silent(), 0
+    silent, members = state.hearing.silent(state.now), 0
     for node in state.nodes.values():
         gone = node.lost or node.unusable or node.id in silent
         members += (node.usable or not gone) and not state.drained(node.id)

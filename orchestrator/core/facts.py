@@ -24,7 +24,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.state import Node, RunState
-from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
     Fact,
@@ -52,13 +52,14 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             # Every connection died with the predecessor; agents come back by themselves.
             for known in state.nodes.values():
                 known.connected = False
+                state.weigh(known)
         case Inherited():
             heritage.inherit(state, event)
         case Reported(node=node, fact=Joined() as joined):
             _join(state, node, joined)
         case Reported(node=node, fact=fact):
             if node in state.nodes:
-                state.hear((node,))
+                state.hearing.hear((node,), state.now)
                 _take(state, state.nodes[node], fact)
         case Together(nodes=nodes, fact=fact):
             _take_together(state, nodes, fact)
@@ -68,10 +69,10 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case NodeDisconnected(node=node):
             if node in state.nodes:
                 state.nodes[node].connected = False
+                state.weigh(state.nodes[node])
         case NodeLost(node=node, evidence=evidence):
             if node in state.nodes:
-                state.nodes[node].lost = evidence
-                copies.forget(state, node)
+                give_up(state, node, evidence)
         case Telemetry():
             _observe(state, event)
         case CheckpointFound() | SearchFailed() if not durable.answers(state, event):
@@ -107,13 +108,15 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
             # Even if it never said that it took this generation up: its ranks may have been seen
             # by others, and nobody gets one seat twice.
             node.reborn = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
-            node.died_after = state.spoke_at[node_id]
+            state.reborn.add(node_id)
+            node.died_after = state.hearing.spoke_at[node_id]
         node.incarnation = joined.incarnation
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
         node.lost = ""
     node.connected = True
-    state.hear((node_id,))
+    state.weigh(node)
+    state.hearing.hear((node_id,), state.now)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
     _moved(state, node)
@@ -128,6 +131,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
     """Apply a fact of the current generation; drop one of an older."""
     if isinstance(fact, NodeUnusable):
         node.unusable = fact.reason
+        state.weigh(node)
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:
@@ -137,8 +141,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         return
     match fact:
         case Reached(mark=mark):
-            node.mark = max(node.mark, mark) if node.generation == generation else mark
-            node.generation = generation
+            _reach(node, generation, mark)
             _moved(state, node)
         case Prepared(step=step, reads=reads):
             _count_reads(state, f"{node.id} in generation {generation}", reads)
@@ -181,15 +184,28 @@ def _take_together(
     if not names and fact.generation != state.generation:
         return
     nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
-    state.hear(node.id for node in nodes)
-    for node in nodes:
-        if not isinstance(fact, Prepared):
-            _take(state, node, fact)
-        elif fact.generation == state.generation:
-            copies.hold_verified(state, node.id, fact.step)
-    if isinstance(fact, Prepared) and fact.generation == state.generation:
-        who = f"{len(nodes)} nodes in generation {fact.generation}"
-        _count_reads(state, who, fact.reads * len(nodes))
+    state.hearing.hear((node.id for node in nodes), state.now)
+    if fact.generation != state.generation:
+        return
+    match fact:
+        case Reached(mark=mark):
+            for node in nodes:
+                _reach(node, fact.generation, mark)
+            _find_lowest(state)
+        case Prepared(step=step, reads=reads):
+            _count_reads(
+                state, f"{len(nodes)} nodes in generation {fact.generation}", reads * len(nodes)
+            )
+            for node in nodes:
+                copies.hold_verified(state, node.id, step)
+        case RanksTroubled():
+            for node in nodes:
+                _take(state, node, fact)
+
+
+def _reach(node: Node, generation: Generation, mark: int) -> None:
+    node.mark = max(node.mark, mark) if node.generation == generation else mark
+    node.generation = generation
 
 
 def _count_reads(state: RunState, who: str, reads: int) -> None:
@@ -213,7 +229,7 @@ def _news(state: RunState, fact: RankExited) -> bool:
 
 
 def _observe(state: RunState, event: Telemetry) -> None:
-    state.hear(filter(state.nodes.__contains__, event.heard))
+    state.hearing.hear(filter(state.nodes.__contains__, event.heard), state.now)
     if event.generation != state.generation or not state.seats:
         return
     state.fleet.observe(
@@ -272,6 +288,7 @@ def _refill(state: RunState) -> None:
 def give_up(state: RunState, node: NodeId, evidence: str) -> None:
     """Take a node for lost until it joins again: what it ran and what it held."""
     state.nodes[node].lost = evidence
+    state.weigh(state.nodes[node])
     copies.forget(state, node)
 
 
@@ -281,9 +298,12 @@ def disconnect_silent(state: RunState) -> list[NodeId]:
     Returns:
         Whose it was. A node says that it is there again only on a new one, so close the old one.
     """
-    silent = [node for name in state.silent() if (node := state.nodes[name]).connected]
+    silent = [
+        node for name in state.hearing.silent(state.now) if (node := state.nodes[name]).connected
+    ]
     for node in silent:
         node.connected = False
+        state.weigh(node)
     return sorted(node.id for node in silent)
 
 
@@ -308,6 +328,7 @@ def reset_for_generation(
     state.start_step = state.reached_step = restored
     heritage.continue_from(state, restore)
     state.kept[state.generation] = kept
+    state.reborn = set()
     for node in state.nodes.values():
         node.finished = False
         node.reborn = ""

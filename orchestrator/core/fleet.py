@@ -47,6 +47,9 @@ class Fleet:
 
         A column of length one says the same of every rank.
         """
+        if len(progress) == 1 and progress[0] >= 0:
+            self._observe_alike(at, phases[0], steps[0], progress[0], states, cpu_s[0])
+            return
         progress_R = np.asarray(progress, np.int64)
         known_R = progress_R >= 0
         moved_R = known_R & (progress_R != self.progress_R)
@@ -63,6 +66,20 @@ class Fleet:
         stopped_R = ((self._letter_R == ord("T")) | (self._letter_R == ord("t"))) & ~moved_R
         since_R = np.minimum(self.stopped_since_R, at)
         self.stopped_since_R = np.where(stopped_R, since_R, np.inf)
+
+    def _observe_alike(
+        self, at: Seconds, phase: int, step: int, progress: int, state: str, cpu_s: float
+    ) -> None:
+        """Take in one tick in which every rank does the same: nearly every one."""
+        moved_R = self.progress_R != progress
+        self.phase_R[:], self.step_R[:], self.progress_R[:] = phase, step, progress
+        self.cpu_s_R[:], self._letter_R[:] = cpu_s, ord(state)
+        self.moved_at_R[moved_R] = at
+        self.cpu_at_move_s_R[moved_R] = cpu_s
+        if state in "Tt":
+            self.stopped_since_R = np.where(moved_R, np.inf, np.minimum(self.stopped_since_R, at))
+        else:
+            self.stopped_since_R[:] = np.inf
 
     @property
     def states(self) -> str:

@@ -10,6 +10,7 @@ Letters in array names: R ranks of the world.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,8 @@ class Copies:
 
     def __init__(self, world_size: int, held: Mapping[NodeId, Share] | None = None) -> None:
         self._held: dict[NodeId, Share] = dict(held or {})
-        self._count_R = np.zeros(world_size, np.int32)
-        for ranks in self._held.values():
-            self._count_R[list(ranks)] += 1
+        ranks = np.fromiter(chain.from_iterable(self._held.values()), np.int64)
+        self._count_R = np.bincount(ranks, minlength=world_size).astype(np.int32)
 
     def copy(self) -> Copies:
         """Return the same once more."""

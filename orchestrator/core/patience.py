@@ -39,7 +39,7 @@ def forgive(state: RunState, gap_s: float) -> None:
     Back-off is no limit on anybody, and goes on.
     """
     state.fleet.forgive(state.now)
-    state.heard_at = dict.fromkeys(state.nodes, state.now)
+    state.hearing.forgive(state.now)
     state.unseen_s += gap_s
     state.phase_since = Seconds(state.phase_since + gap_s)
     state.wanted_since = Seconds(state.wanted_since + gap_s)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
 from orchestrator.core.fleet import Fleet, StepTimes
+from orchestrator.core.hearing import Hearing
 from orchestrator.core.holdings import Copies, Holdings, Share
 from orchestrator.core.incident import Finding, Incident, Mark
 from orchestrator.core.ledger import Ledger
@@ -141,10 +142,11 @@ class RunState:
     behind: set[NodeId] = field(default_factory=set)
     """Those that are no further."""
     nodes: dict[NodeId, Node] = field(default_factory=dict)
-    heard_at: dict[NodeId, Seconds] = field(default_factory=dict)
-    """When each was heard last, or when somebody looked again: silence is counted from here."""
-    spoke_at: dict[NodeId, Seconds] = field(default_factory=dict)
-    """When each was heard last."""
+    unfit: set[NodeId] = field(default_factory=set)
+    """Those on which no generation may be started; kept up by `weigh`."""
+    reborn: set[NodeId] = field(default_factory=set)
+    """Those that are here, and what they ran in this generation is gone."""
+    hearing: Hearing = field(init=False)
     fleet: Fleet = field(default_factory=lambda: Fleet(0, Seconds(0.0)))
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
@@ -248,6 +250,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self.holdings = Holdings(self.run.world_size)
+        self.hearing = Hearing(self.timeouts.silence_s)
 
     @property
     def incident(self) -> Incident | None:
@@ -267,12 +270,14 @@ class RunState:
 
     def seat(self, seats: tuple[NodeId, ...], buddies: dict[NodeId, NodeId]) -> None:
         """Enter the world of a new generation, none of whose nodes has come anywhere yet."""
+        self.lowest_mark, self.behind = 0, set(seats)
+        if (seats, buddies) == (self.seats, self.buddies):
+            return
         ranks: dict[NodeId, list[Rank]] = {}
         for rank, node in enumerate(seats):
             ranks.setdefault(node, []).append(Rank(rank))
         self.seats, self.buddies = seats, buddies
         self.seated = {node: tuple(own) for node, own in ranks.items()}
-        self.lowest_mark, self.behind = 0, set(self.seated)
         own = {node: frozenset(ranks) for node, ranks in self.seated.items()}
         both: dict[NodeId, Share] = dict(own)
         for node, buddy in buddies.items():
@@ -282,27 +287,15 @@ class RunState:
     def spares(self) -> tuple[NodeId, ...]:
         """Return the usable nodes without a seat that are not cordoned, sorted."""
         return tuple(
-            sorted(
-                n.id
-                for n in self.nodes.values()
-                if n.usable and n.id not in self.seated and n.id not in self.drains
-            )
+            sorted(self.nodes.keys() - self.seated.keys() - self.unfit - self.drains.keys())
         )
 
-    def hear(self, nodes: Iterable[NodeId]) -> None:
-        """Enter that nodes were heard just now."""
-        heard = dict.fromkeys(nodes, self.now)
-        self.heard_at.update(heard)
-        self.spoke_at.update(heard)
-
-    def silent(self) -> set[NodeId]:
-        """Return the nodes that have not been heard for longer than `silence_s`."""
-        limit_s = self.timeouts.silence_s
-        return {node for node, at in self.heard_at.items() if self.now - at > limit_s}
-
-    def out_of_use(self) -> list[NodeId]:
-        """Return the nodes on which no generation may be started."""
-        return [node.id for node in self.nodes.values() if not node.usable]
+    def weigh(self, node: Node) -> None:
+        """Keep up whether a generation may be started on a node, after anything that decides it."""
+        if node.usable:
+            self.unfit.discard(node.id)
+        else:
+            self.unfit.add(node.id)
 
     def drained(self, node: NodeId) -> bool:
         """Whether a node is cordoned and runs nothing: then nothing is put there any more.
@@ -313,6 +306,10 @@ class RunState:
         if drain is None:
             return False
         return node not in self.seated or self.nodes[node].incarnation > drain.incarnation
+
+    def cordoned(self) -> set[NodeId]:
+        """Return the drained nodes."""
+        return {node for node in self.drains if self.drained(node)}
 
     def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
         """Return the usable nodes whose memory holds this shard, sorted."""
@@ -366,6 +363,8 @@ def violations(state: RunState) -> list[str]:
         broken.append(f"not {per_node} ranks each: {', '.join(crowded)}")
     if sum(state.ledger.totals().values()) != state.ledger.end_us:
         broken.append("ledger buckets do not sum to the wall clock")
+    if state.unfit != {node.id for node in state.nodes.values() if not node.usable}:
+        broken.append("which nodes are usable was not kept up")
     if any(budget.spent < 0 for budget in state.budgets.values()):
         broken.append("a budget has more than its limit left")
     if state.phase.final and not state.end_state:

@@ -111,11 +111,12 @@ def _first(state: RunState) -> Placement | None:
 
 
 def _gone(state: RunState) -> list[NodeId]:
-    return [n for n in state.seated if not state.nodes[n].usable or state.drained(n)]
+    gone = (state.unfit | state.cordoned()) & state.seated.keys()
+    return sorted(gone, key=lambda node: state.seated[node][0])
 
 
 def _usable(state: RunState) -> int:
-    return sum(node.usable and not state.drained(node.id) for node in state.nodes.values())
+    return len(state.nodes.keys() - state.unfit - state.cordoned())
 
 
 def _spares_to_come(state: RunState) -> bool:
@@ -135,7 +136,9 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
     """
     silence_s = state.timeouts.silence_s
     known = [
-        state.heard_at[node.id] + silence_s for node in state.nodes.values() if _may_return(node)
+        state.hearing.heard_at[node.id] + silence_s
+        for node in state.nodes.values()
+        if _may_return(node)
     ]
     return Seconds(max([at, *known]))
 

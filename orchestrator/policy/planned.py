@@ -70,7 +70,7 @@ class PlannedSwap:
             return ()
         nodes = nodes[: len(state.spares())]
         # A restart would have to wait for one that may be back at once.
-        if not nodes or not all(state.nodes[node].usable for node in state.seated):
+        if not nodes or not state.unfit.isdisjoint(state.seated):
             return ()
         return (_finding(state, nodes, why),)
 

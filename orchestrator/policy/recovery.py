@@ -24,15 +24,16 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     placement = place(state)
     if placement is None:
         return None
-    step = newest_in_memory(state, placement)
+    memory = newest_in_memory(state, placement)
+    step = memory.step if memory else None
     # Step 0 in memory is no more than the seed.
     if not step and (why := _nothing_of_ours(state)):
         return End(state="Failed", reason=why)
     newest_commit = max(state.sound_commits, default=Step(-1))
-    if step is not None and step >= newest_commit:
-        return _restart(state, placement, _from_memory(state, placement, step))
+    if memory is not None and memory.step >= newest_commit:
+        return _restart(state, placement, memory)
     if state.search_failure:
-        return _without_durable(state, placement, step)
+        return _without_durable(state, placement, memory)
     if state.found is None:
         if not state.seats:
             return Search(reason="looking for a checkpoint of an earlier life of this run")
@@ -49,12 +50,10 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
             commit=state.found.key,
         )
         return _restart(state, placement, restore)
-    if step is not None:
-        return _restart(state, placement, _from_memory(state, placement, step))
-    return _restart(state, placement, None)
+    return _restart(state, placement, memory)
 
 
-def _without_durable(state: RunState, placement: Placement, step: Step | None) -> Plan:
+def _without_durable(state: RunState, placement: Placement, memory: RestoreFrom | None) -> Plan:
     """Ask a silent durable tier again until `recovery.spareWait`, then take what memory has."""
     since = state.phase_since if state.phase is RunPhase.SEARCHING else state.now
     patience_s = seconds(state.run.spec.recovery.spare_wait)
@@ -62,12 +61,12 @@ def _without_durable(state: RunState, placement: Placement, step: Step | None) -
     again = state.search_again_at
     if again is not None and again - since <= patience_s:
         return Search(at=again, reason=f"{words}; asking again for up to {patience_s:g} s")
-    if step is not None:
-        plan = _restart(state, placement, _from_memory(state, placement, step))
+    if memory is not None:
+        plan = _restart(state, placement, memory)
         return replace(plan, reason=f"{plan.reason}; {words}")
     return End(
         state="Failed",
-        reason=f"the durable tier does not answer, and memory has {_words(step)}: "
+        reason=f"the durable tier does not answer, and memory has {_words(None)}: "
         f"{state.search_failure}; nothing was deleted, run it again when the store is back",
     )
 
@@ -114,18 +113,12 @@ def _cut_otherwise(state: RunState) -> str:
     )
 
 
-def newest_in_memory(state: RunState, placement: Placement) -> Step | None:
+def newest_in_memory(state: RunState, placement: Placement) -> RestoreFrom | None:
     """Return the newest step of which every seat can have its shard from some node's memory."""
     for step in sorted(state.holdings, reverse=True):
-        if step not in state.condemned_memory and sources(state, placement.seats, step):
-            return step
+        if step not in state.condemned_memory and (found := sources(state, placement.seats, step)):
+            return RestoreFrom(step=step, sources=found)
     return None
-
-
-def _from_memory(state: RunState, placement: Placement, step: Step) -> RestoreFrom:
-    found = sources(state, placement.seats, step)
-    assert found is not None, f"step {step} is not in memory"
-    return RestoreFrom(step=step, sources=found)
 
 
 def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None) -> Restart:

@@ -1,6 +1,8 @@
 """Columns over all ranks, of which every tick hears only some."""
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.core.fleet import Fleet
 from orchestrator.protocol.ids import Seconds
@@ -39,3 +41,23 @@ def test_a_rank_that_was_continued_is_not_stopped_any_more() -> None:
     observe(fleet, 1.1, (5,), "S")
 
     assert np.isinf(fleet.stopped_since_R[0])
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 3), st.integers(0, 6), st.sampled_from("STRt?"), st.floats(0, 9)),
+        max_size=12,
+    )
+)
+def test_one_number_for_all_ranks_is_as_good_as_one_for_each(told: list) -> None:
+    long, short = Fleet(3, Seconds(0.0)), Fleet(3, Seconds(0.0))
+    for tick, (progress, phase, state, cpu_s) in enumerate(told):
+        for fleet, size in ((long, 3), (short, 1)):
+            fleet.observe(
+                Seconds(float(tick)), phases=(phase,) * size, steps=(7,) * size,
+                progress=(progress,) * size, states=state * size, cpu_s=(cpu_s,) * size,
+            )  # fmt: skip
+        for name in ("phase_R", "step_R", "progress_R", "cpu_s_R", "moved_at_R",
+                     "cpu_at_move_s_R", "stopped_since_R"):  # fmt: skip
+            assert getattr(short, name).tolist() == getattr(long, name).tolist(), name
+        assert short.states == long.states

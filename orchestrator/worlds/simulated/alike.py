@@ -63,18 +63,18 @@ class Alike:
 
     def enter(self) -> None:
         """Enter at each node what has been noted."""
+        newest = [(save, self._share(copied=self._saves[save])) for save in sorted(self._saves)]
+        for node in self._team.members if newest else ():
+            if len(newest) == SAVES_MAX:
+                node.shelf = {save: shares[node.id] for save, shares in newest}
+                continue
+            for save, shares in newest:
+                node.put(save, shares[node.id])
         if self._retained is not None:
             generation, step = self._retained
             for node in self._cluster.nodes.values():
                 if node.heard and node.generation <= generation:
                     node.retain(step)
-        newest = [(save, self._share(copied=self._saves[save])) for save in sorted(self._saves)]
-        for node in self._team.members if newest else ():
-            if len(newest) == SAVES_MAX:
-                node.replace({save: shares[node.id] for save, shares in newest})
-                continue
-            for save, shares in newest:
-                node.put(save, shares[node.id])
         self._retained, self._saves = None, {}
 
     def _share(self, *, copied: bool) -> dict[NodeId, frozenset[Rank]]:

@@ -58,6 +58,8 @@ class Breaking:
 
     def look(self) -> None:
         """Put on record what is due now; it happens when the controller has it on record."""
+        if not self._schedule.left():
+            return
         world, team = self._world, self._world.team
         reached = team.pace.done(world.cluster.now) if team and team.pace else Step(0)
         seated = {n.id for n in team.members} if team else set()

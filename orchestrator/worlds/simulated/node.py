@@ -150,11 +150,6 @@ class SimNode:
                 del self.shelf[oldest]
         return True
 
-    def replace(self, shelf: dict[Save, frozenset[Rank]]) -> None:
-        """Hold these shards and no others, as far as they count."""
-        self.shelf = shelf
-        self._drop_outside()
-
     def find(self, rank: Rank, step: Step) -> Save | None:
         """Return the save from which this node can serve a rank's shard; None if it has none."""
         for save, ranks in self.shelf.items():
@@ -171,8 +166,9 @@ class SimNode:
         )
 
     def _drop_outside(self) -> None:
-        for save in [s for s in self.shelf if not self.judge.has(s)]:
-            del self.shelf[save]
+        has = self.judge.has
+        if not all(map(has, self.shelf)):
+            self.shelf = {save: ranks for save, ranks in self.shelf.items() if has(save)}
 
     # What it says -------------------------------------------------------------------------------
 

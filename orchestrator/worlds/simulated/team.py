@@ -6,8 +6,11 @@ of nodes costs what one of a few does; with jitter each node is an entry of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
+
+import numpy as np
 
 from orchestrator.agent.shards import Lineage
 from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
@@ -50,6 +53,7 @@ class Team:
         seats: node of each rank.
         members: its nodes, in rank order.
         ranks: those of each of them.
+        place_R: which of them each rank is on, index into `members`.
         dead: ranks whose process ended.
         still: ranks that do not move: the state that the kernel shows of them, T or R (it spins).
         pace: how far it has trained; None before its first step.
@@ -88,6 +92,11 @@ class Team:
         self._judge = Judge(lineage)
         self._expected = -1
         self._under_way = 0
+        counts = [len(own) for own in self.ranks.values()]
+        self.place_R = np.empty(len(order.seats), np.int64)
+        self.place_R[np.fromiter(chain.from_iterable(self.ranks.values()), np.int64)] = np.repeat(
+            np.arange(len(counts)), counts
+        )
 
     @property
     def start(self) -> Step:
@@ -107,9 +116,10 @@ class Team:
         """Return where a node copies what its ranks stage."""
         return self._order.buddies.get(node)
 
-    def mark_of(self, node: NodeId) -> int:
-        """Return how far a node has come, index into MARKS."""
-        return self._marks[node]
+    @property
+    def marks(self) -> Iterable[int]:
+        """How far each of its nodes has come, index into MARKS."""
+        return self._marks.values()
 
     @property
     def raises_at(self) -> Step | None:
@@ -137,20 +147,21 @@ class Team:
         """Have nodes take up the order; those that did before are not touched."""
         new = [n for n in nodes if n.alive and n.generation < self.generation]
         had = [n for n in new if n.ranks]
+        # Not `not n.ranks` once they have begun: by then they have the new ones.
+        had_none = [n for n in new if not n.ranks]
         for node in new:
             node.begin(self.ranks_of(node.id), self._judge)
         profile = self._cluster.profile
         self._after(profile.stop, had, self._clear)
-        # Not `not n.ranks`: by now they have the new ones.
-        self._clear([n for n in new if n not in had])
+        self._clear(had_none)
 
     def _clear(self, nodes: Nodes) -> None:
         self._reach(nodes, CLEARED)
         dismissed = {self.seats[rank] for rank in self._order.dismiss}
-        cold = [n for n in nodes if n.fresh or n.id in dismissed]
+        cold = {n.id: n for n in nodes if n.fresh or n.id in dismissed}
         profile = self._cluster.profile
-        self._after(profile.warm, cold, self._seat)
-        self._after(profile.seat, [n for n in nodes if n not in cold], self._seat)
+        self._after(profile.warm, list(cold.values()), self._seat)
+        self._after(profile.seat, [n for n in nodes if n.id not in cold], self._seat)
         self._prepare(nodes)
 
     def _seat(self, nodes: Nodes) -> None:

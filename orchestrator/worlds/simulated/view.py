@@ -1,6 +1,6 @@
 """What agents would see of their ranks, as columns over the world.
 
-Letters in array names: R ranks of the world, N nodes of the world in rank order.
+Letters in array names: R ranks of the world.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from orchestrator.core.events import Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
-from orchestrator.protocol.messages import StepReport
+from orchestrator.protocol.messages import MARKS, StepReport
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.worlds.simulated.team import FINISHED, FORMED, RESTORED, SEATED, Team
 
@@ -30,7 +30,8 @@ _PHASE_AT = {
 class News(NamedTuple):
     """What there is to tell besides what ranks do."""
 
-    heard: set[NodeId]
+    heard: tuple[NodeId, ...]
+    """Sorted."""
     reports: tuple[StepReport, ...]
     since_step_s: float
     stall_s: float
@@ -52,12 +53,13 @@ def telemetry(team: Team | None, at: Seconds, news: News) -> Telemetry:
     """Return one tick of a team, as far as its nodes are heard."""
     columns = _NOBODY
     if team is not None:
-        alike = team.whole and team.in_step and news.heard.issuperset(team.ranks)
-        columns = (_alike if alike else _each)(team, at, news.heard)
+        silent = team.ranks.keys() - frozenset(news.heard)
+        alike = team.whole and team.in_step and not silent
+        columns = _alike(team, at) if alike else _each(team, at, silent)
     return Telemetry(
         at=at,
         generation=team.generation if team is not None else Generation(0),
-        heard=tuple(sorted(news.heard)),
+        heard=news.heard,
         phases=columns.phases,
         steps=columns.steps,
         progress=columns.progress,
@@ -70,26 +72,21 @@ def telemetry(team: Team | None, at: Seconds, news: News) -> Telemetry:
     )
 
 
-def _alike(team: Team, at: Seconds, heard: set[NodeId]) -> _Columns:
+def _alike(team: Team, at: Seconds) -> _Columns:
     """Return columns of length one: every rank does the same, and is heard."""
-    del heard
     step, moves, busy_s = _progress(team, at)
     phase = _phase(team, team.lowest, step)
     return _Columns((phase,), (step,), (team.lowest + 10 + moves,), "S", (busy_s,))
 
 
-def _each(team: Team, at: Seconds, heard: set[NodeId]) -> _Columns:
+def _each(team: Team, at: Seconds, silent: set[NodeId]) -> _Columns:
     """Return one number per rank."""
     step, moves, busy_s = _progress(team, at)
-    counts_N = np.array([len(team.ranks[node.id]) for node in team.members])
-    place_R = np.empty(len(team.seats), np.int64)
-    place_R[np.concatenate([team.ranks[node.id] for node in team.members])] = np.repeat(
-        np.arange(len(counts_N)), counts_N
-    )
-    marks_N = np.array([team.mark_of(node.id) for node in team.members])
-    phases_N = np.array([_phase(team, int(mark), step) for mark in marks_N])
-    silent_N = np.array([node.id not in heard for node in team.members])
-    phase_R, silent_R = phases_N[place_R], silent_N[place_R]
+    mark_R = np.fromiter(team.marks, np.int64)[team.place_R]
+    phase_R = np.array([_phase(team, mark, step) for mark in range(len(MARKS))])[mark_R]
+    silent_R = np.zeros(len(team.seats), np.bool_)
+    for node in silent:
+        silent_R[list(team.ranks[node])] = True
     cpu_s_R = np.full(len(team.seats), busy_s)
     letter_R = np.full(len(team.seats), ord("S"), np.uint8)
     for rank in sorted(team.still):
@@ -103,7 +100,7 @@ def _each(team: Team, at: Seconds, heard: set[NodeId]) -> _Columns:
     return _Columns(
         phases=tuple(np.where(silent_R, -1, phase_R).tolist()),
         steps=tuple(np.where(silent_R, -1, step).tolist()),
-        progress=tuple(np.where(silent_R, -1, marks_N[place_R] + 10 + moves).tolist()),
+        progress=tuple(np.where(silent_R, -1, mark_R + 10 + moves).tolist()),
         states=np.where(silent_R, np.uint8(ord("?")), letter_R).tobytes().decode("ascii"),
         cpu_s=tuple(np.where(silent_R, 0.0, cpu_s_R).tolist()),
     )

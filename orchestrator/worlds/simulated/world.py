@@ -104,7 +104,6 @@ class SimulatedWorld:
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
         self._reported = Step(0)
-        self._heard: set[NodeId] = set()
         self._told_at, self._looked_at = self.now, Seconds(-timeouts.tick_s)
         self._look_every_s = max(look_every_s, timeouts.tick_s)
         self._troubled_until = Seconds(0.0)
@@ -238,7 +237,6 @@ class SimulatedWorld:
         self.cluster.listening = True
         self._orders.resume(state, entries)
         self._reported = state.reached_step
-        self._heard = set()
         self.breaking.resume(entries)
         # A request stands until it is on record.
         heard = [entry.event for entry in entries if isinstance(entry.event, _Request)]
@@ -291,7 +289,6 @@ class SimulatedWorld:
         steps = team is not None and team.pace is not None and team.pace.done(self.now)
         if not (always or (steps or 0) > self._reported or self._watched_s() > 0):
             return
-        self._heard.update(self.cluster.heard())
         self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=self._watched_s()))
         self._told_at = self.now
 
@@ -303,11 +300,12 @@ class SimulatedWorld:
     def _telemetry(self) -> Telemetry | None:
         """Return everything since the last tick; None if nobody was heard."""
         team = self.team
-        if not self._heard:
+        heard = self.cluster.heard()
+        if not heard:
             return None
         reports: tuple[StepReport, ...] = ()
         since_s = 0.0
-        if team is not None and team.pace is not None and not self._heard.isdisjoint(team.ranks):
+        if team is not None and team.pace is not None and not team.ranks.keys().isdisjoint(heard):
             since_s = team.pace.since(self.now)
             done = team.pace.done(self.now)
             reports = tuple(self._report(Step(s)) for s in range(self._reported + 1, done + 1))
@@ -315,8 +313,7 @@ class SimulatedWorld:
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
-        news = News(self._heard, reports, since_s, stall_s, self._watched_s())
-        self._heard = set()
+        news = News(heard, reports, since_s, stall_s, self._watched_s())
         return telemetry(team, self.now, news)
 
     def _report(self, step: Step) -> StepReport:

@@ -76,7 +76,15 @@ def nothing_known(world: SimulatedWorld) -> None:
     world.team.freeze(Rank(13), "S")
 
 
-@pytest.mark.parametrize("fault", [None, lose, part, freeze, nothing_known])
+def drain(world: SimulatedWorld) -> None:
+    world.drain([NodeId("node-7")], "ann", within_s=600.0)
+
+
+def hurry(world: SimulatedWorld) -> None:
+    world.drain([NodeId("node-7")], "ann", within_s=15.0)
+
+
+@pytest.mark.parametrize("fault", [None, lose, part, freeze, nothing_known, drain, hurry])
 def test_hardly_looking_changes_nothing_but_how_much_is_told(fault: Fault | None) -> None:
     often, events = conduct(fault, 0.0)
     seldom, few = conduct(fault, 600.0)

@@ -110,6 +110,7 @@ class SimulatedWorld:
         self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
+        self._to_be_free: set[NodeId] = set()
         self.controller_killed = False
         self.breaking = Breaking(self, faults)
         self.cluster.connect_all()
@@ -158,6 +159,9 @@ class SimulatedWorld:
         if any(self.now - since < within_s for since in self.cluster.unexplained.values()):
             return True
         team = self.team
+        if team is not None and not self._to_be_free.isdisjoint(team.ranks):
+            # It waits for the moment at which memory comes to have a newer step.
+            return True
         return team is not None and not (team.whole and (team.training or team.going_on))
 
     def _await(self, moment: Seconds) -> None:
@@ -211,6 +215,10 @@ class SimulatedWorld:
         self._ask(DrainCancelled(at=self.now, nodes=tuple(nodes), by=by))
 
     def _ask(self, request: _Request) -> None:
+        if isinstance(request, DrainRequested):
+            self._to_be_free.update(request.nodes)
+        else:
+            self._to_be_free.difference_update(request.nodes)
         self._requests.append(request)
         self.cluster.emit(request)
 

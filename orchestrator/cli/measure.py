@@ -202,8 +202,12 @@ def _folder() -> Iterator[Path]:
 def _conduct(run: TrainingRun, plan: FaultPlan, root: Path, progress: Progress) -> Samples:
     ended = supervise(run, plan, out=root, report=None, timeout_s=TIMEOUT_S, progress=progress)
     if ended.code is not Exit.OK:
-        hint = "nothing was measured; try again on a machine that is less busy"
-        raise CliError(ended.message, hint, ended.code)
+        # Its folder will be gone; what it told is all that is left.
+        raise CliError(
+            ended.message.replace(f": {root}", ""),
+            "nothing was measured; `holdfast run` with such a job leaves its logs",
+            ended.code,
+        )
     folder = RunFolder(root)
     entries = journal.read(folder.journal.read_bytes()).entries
     samples = saves.take(entries, run.spec.checkpoint.memory_every_steps)

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.process
 LIVE = ("order", "exit", "stop", "seat", "warm", "rendezvous", "load", "fetch", "first_step")
 
 
-def own_run(folder: Path, **changes: object) -> Path:
+def own_run(folder: Path, *, options: dict[str, object] | None = None, **changes: object) -> Path:
     """A run file of the trainer without torch, so that nothing takes long."""
     together = folder / "together"
     together.mkdir()
     sizes = {"steps": 60, "step_s": 0.05, "save_every": 2, "durable_every": 10}
-    sizes |= {"lockstep": str(together)}
+    sizes |= {"lockstep": str(together)} | (options or {})
     saves = {"checkpoint__everySteps": 10, "checkpoint__memoryEverySteps": 2}
     job = steps_job(**({"trainer__options": sizes} | saves | changes))
     file = folder / "own.yaml"
@@ -32,12 +32,14 @@ def own_run(folder: Path, **changes: object) -> Path:
     return file
 
 
-def started(folder: Path, *options: str) -> subprocess.Popen[str]:
+def started(
+    folder: Path, *options: str, job: dict[str, object] | None = None
+) -> subprocess.Popen[str]:
     """The command in a process of its own, with a folder of its own for what is temporary."""
     command = [*HEEDING, str(Path(sys.executable).with_name("holdfast")), "measure"]
     (folder / "temporary").mkdir()
     return subprocess.Popen(
-        [*command, str(own_run(folder)), "--repeat", "1", *options],
+        [*command, str(own_run(folder, options=job)), "--repeat", "1", *options],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -80,6 +82,18 @@ def test_ctrl_c_ends_the_run_that_is_measured_and_leaves_nothing(tmp_path: Path)
     _, err = command.communicate(timeout=40)
 
     assert command.returncode == 130, err
+    assert not file.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_of_a_run_that_fails_nothing_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    command = started(tmp_path, "-q", "-o", str(file), job={"refuse": True})
+    out, err = command.communicate(timeout=60)
+
+    assert (command.returncode, out) == (3, "")
+    assert "run steps failed" in err
+    assert "it was at step 0 of 60\nhint: nothing was measured" in err
     assert not file.exists()
     assert list((tmp_path / "temporary").iterdir()) == []
 

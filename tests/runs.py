@@ -16,6 +16,7 @@ import yaml
 
 from orchestrator.core import journal
 from orchestrator.core.report import Report
+from orchestrator.simulation import checkers
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.memory import memory_of
 from tests import runfiles
@@ -100,7 +101,14 @@ class Job:
         self.start(*options)
         code = self.finish(timeout_s)
         assert self.folder.report.exists(), self.output()
+        self.check()
         return code, self.report()
+
+    def check(self) -> None:
+        """Check what must hold of every run, at every event of its journal."""
+        told = journal.read(self.folder.journal.read_bytes())
+        assert told.header is not None, self.output()
+        checkers.check(told.header.run, told.entries)
 
     def report(self) -> Report:
         """Return the report of the run that has ended."""

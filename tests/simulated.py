@@ -78,7 +78,9 @@ class SimulatedJob:
             self._hush_in_time()
         for operation in self.operations:
             self._ask_in_time(**operation)
-        simulation = Simulation(run, self.world, checkers=[Invariants()])
+        simulation = Simulation(
+            run, self.world, checkers=[Invariants(loss_of=lambda step: 1.0 / step)]
+        )
         over = simulation.conduct(LIMIT_S)
         self.journal = simulation.entries
         told = report(simulation.controller.state)

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 
+from orchestrator import compose
 from orchestrator.core.controller import Controller
-from orchestrator.core.decisions import CommitCheckpoint, Decision, EndRun, StartGeneration
-from orchestrator.core.events import CheckpointCommitted, Event
+from orchestrator.core.decisions import (
+    AnnounceRendezvous,
+    CommitCheckpoint,
+    Decision,
+    EndRun,
+    FenceNode,
+    StartGeneration,
+    WakeAt,
+)
+from orchestrator.core.events import CheckpointCommitted, CopiesHeld, Event, Reported, Together
+from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState, violations
 from orchestrator.policy.lemons import retired
 from orchestrator.protocol.ids import Generation, NodeId, Step
+from orchestrator.protocol.runfile import TrainingRun
 
 
 class Invariants:
-    """Safety: what may never be, seen from what the controller is told and what it orders."""
+    """Safety: what may never be, seen from what the controller is told and what it orders.
 
-    def __init__(self) -> None:
+    Args:
+        loss_of: the loss that each step must have had in a run that succeeds; default any.
+    """
+
+    def __init__(self, loss_of: Callable[[Step], float] | None = None) -> None:
+        self._loss_of = loss_of
         self._ordered: dict[Generation, StartGeneration] = {}
         self._best = Step(0)
 
@@ -80,5 +97,73 @@ class Invariants:
             assert state.committed(last), f"succeeded without a checkpoint of step {last}"
             missing = [s for s in range(1, last + 1) if s not in state.losses]
             assert not missing, f"no loss of steps {missing[:10]}"
-            wrong = [s for s in range(1, last + 1) if state.losses[Step(s)] != 1.0 / s]
+            steps = map(Step, range(1, last + 1)) if self._loss_of is not None else ()
+            wrong = [s for s in steps if self._loss_of and state.losses[s] != self._loss_of(s)]
             assert not wrong, f"wrong loss of steps {wrong[:10]}"
+
+
+class Redelivery:
+    """What an agent says again, as it does when it reconnects, changes nothing.
+
+    It is told to a copy of the controller, which is thrown away.
+
+    Args:
+        repeats: says of each report whether it is tried; a copy costs milliseconds.
+    """
+
+    def __init__(self, repeats: Callable[[], bool]) -> None:
+        self._repeats = repeats
+
+    def __call__(self, controller: Controller, event: Event, decisions: Sequence[Decision]) -> None:
+        """Raise AssertionError, saying what a second delivery has changed."""
+        if not isinstance(event, Reported | Together | CopiesHeld) or not self._repeats():
+            return
+        twin = copy.deepcopy(controller)
+        again = twin.handle(event)
+        before, after = _essence(controller.state), _essence(twin.state)
+        changed = [name for name in before if before[name] != after[name]]
+        assert not changed, f"told twice, {type(event).__name__} changes {', '.join(changed)}"
+        new = [d for d in again if not isinstance(d, _REPEATABLE) and d not in decisions]
+        assert not new, f"told twice, {type(event).__name__} leads to {new}"
+
+
+_REPEATABLE = (StartGeneration, AnnounceRendezvous, FenceNode, WakeAt)
+"""Orders that a node which says again where it is may need again; `Invariants` compares them."""
+
+
+def _essence(state: RunState) -> dict[str, object]:
+    """Return what a recovery, or a result, may depend on."""
+    return {
+        "phase": state.phase,
+        "generation": state.generation,
+        "incidents": [(i.id, i.kind, i.rung, len(i.findings)) for i in state.incidents],
+        "budgets": {name: budget.spent for name, budget in state.budgets.items()},
+        "steps": (state.reached_step, state.best_step, state.retained),
+        "commits": [(c.key, c.rejected) for c in state.commits],
+        "committing": state.committing,
+        "marks": (state.lowest_mark, state.behind),
+        "copies": {step: state.holdings.of(step).count_R().tolist() for step in state.holdings},
+        "condemned": (state.condemned_memory, state.struck),
+        "unfit": state.unfit,
+        "ledger": {str(name): us for name, us in state.ledger.totals().items()},
+    }
+
+
+def check(run: TrainingRun, entries: Iterable[Entry]) -> Controller:
+    """Replay a journal, with every check at every event; return who decided.
+
+    Raises:
+        AssertionError: saying what is not as it must be, and at which event.
+    """
+    controller = compose.controller(run)
+    checks = (Invariants(), Redelivery(lambda: True))
+    for entry in entries:
+        decisions = controller.handle(entry.event)
+        try:
+            assert tuple(decisions) == entry.decisions, "it is decided otherwise when replayed"
+            for each in checks:
+                each(controller, entry.event, decisions)
+        except AssertionError as error:
+            error.add_note(f"event {entry.seq}, at {entry.event.at:.3f} s: {entry.event}")
+            raise
+    return controller

@@ -22,13 +22,15 @@ from orchestrator.policy.switches import SWITCHABLE, without
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation import story
-from orchestrator.simulation.checkers import Invariants
+from orchestrator.simulation.checkers import Invariants, Redelivery
 from orchestrator.simulation.drive import Dying, Simulation
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 RAGE_S = (30.0, 600.0)
 REPAIR_S = 30.0
+TWICE_RATE = 0.01
+"""Share of the reports that are told twice."""
 PATIENCE = 40.0
 """How many times the longest limit of a run a world without faults may take to its end."""
 OFF_SHARE = 0.1
@@ -242,6 +244,7 @@ def conduct(seed: int, record: Callable[[Entry], None] | None = None) -> Outcome
     """
     drawn = draw(seed)
     chance = np.random.Generator(np.random.Philox(seed + (1 << 40)))
+    twice = np.random.Generator(np.random.Philox(seed + (2 << 40)))
     timeouts = compose.check(drawn.run, "the drawn run")
     world = SimulatedWorld(
         drawn.run,
@@ -256,7 +259,10 @@ def conduct(seed: int, record: Callable[[Entry], None] | None = None) -> Outcome
     simulation = Simulation(
         drawn.run,
         world,
-        checkers=[Invariants()],
+        checkers=[
+            Invariants(loss_of=lambda step: 1.0 / step),
+            Redelivery(lambda: bool(twice.random() < TWICE_RATE)),
+        ],
         dying=Dying(chance, drawn.death_rate, calm_at, 3 * timeouts.silence_s),
         record=record,
     )

@@ -124,13 +124,19 @@ def _check_uri(uri: str | None, where: str) -> None:
 
 
 def controller(run: TrainingRun) -> Controller:
-    """Return a controller for a checked run, with every detector and the whole ladder.
+    """Return a controller for a checked run, with every detector and policy that it makes use of.
 
     Only its timeouts are looked at again: a journal stays readable when more is checked than was
     when it was written.
     """
+    disabled = run.spec.recovery.disable
     detectors = (Exits(), Silence(), Preparation(), Hang(), PlannedSwap())
-    return Controller(run, _timeouts(run, run.metadata.name), detectors, ladder())
+    return Controller(
+        run,
+        _timeouts(run, run.metadata.name),
+        [each for each in detectors if each.name not in disabled],
+        [each for each in ladder() if switches.name_of(each) not in disabled],
+    )
 
 
 def _timeouts(run: TrainingRun, where: str) -> Timeouts:

@@ -20,3 +20,11 @@ class Form(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class Told(StrEnum):
+    """How what came of an experiment is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+    YAML = "yaml"

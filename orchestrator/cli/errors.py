@@ -92,7 +92,7 @@ def explanation(error: Exception) -> tuple[str, str, Exit] | None:
     if isinstance(error, CliError):
         return str(error), hint, error.code
     # By name: importing what raises them would load the whole core for `--help`.
-    if type(error).__name__ in ("BadFileError", "PlanError"):
+    if type(error).__name__ in ("BadFileError", "PlanError", "ModelError", "SettingsError"):
         return str(error), hint, Exit.USAGE
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""

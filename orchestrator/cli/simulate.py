@@ -1,20 +1,113 @@
-"""The commands of `holdfast simulate`: the real controller in worlds that exist in virtual time."""
+"""`holdfast simulate`: the real controller in worlds that exist in virtual time."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.choices import Form
+from orchestrator.cli.choices import Form, Told
 
 app = typer.Typer(
     name="simulate",
     help="Run the real controller through simulated clusters.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
+SPAN = "SPAN"
+
+
+@app.callback()
+def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
+    context: typer.Context,
+    gpus: Annotated[int, typer.Option(help="GPUs of the job, 8 to a node.")] = 16_384,
+    days: Annotated[float, typer.Option(help="Length of the run.")] = 54.0,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="What did happen, to happen again; default drawn by rates."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME|FILE", help="The fault model.")] = "llama3",
+    scale_record: Annotated[
+        bool, typer.Option(help="Scale a record of another size or length to this one.")
+    ] = True,
+    background: Annotated[
+        bool, typer.Option(help="With a record: slow nodes, congestion and full storage as well.")
+    ] = True,
+    clock: Annotated[str, typer.Option(help="poisson, weibull or bursty.")] = "poisson",
+    rates: Annotated[float, typer.Option(help="Multiply all rates by this.")] = 1.0,
+    class_rate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLASS=FACTOR", help="Multiply the rate of one class; repeatable."),
+    ] = None,
+    repair: Annotated[float, typer.Option(help="Multiply all times of repair by this.")] = 1.0,
+    profile: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="What things take.")
+    ] = "measured",
+    spares: Annotated[
+        int | None, typer.Option(help="Hot spare nodes; default enough for 99 % of the time.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Replicas with a whole state each; default up to 8.")
+    ] = None,
+    save_every: Annotated[
+        str | None, typer.Option(metavar=SPAN, help="Between saves to memory.")
+    ] = None,
+    durable_every: Annotated[
+        str | None, typer.Option(metavar=SPAN, help="Between saves to the durable tier.")
+    ] = None,
+    detect_within: Annotated[
+        str | None, typer.Option(metavar=SPAN, help="The run file's detection.detectWithin.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Do without a policy, as recovery.disable does; repeatable."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs to draw.")] = 1,
+    first: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    journal: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the journal of a single seed.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with plots as well.")
+    ] = None,
+    output: Annotated[Told, typer.Option("--output", "-o", help="How it is printed.")] = Told.TEXT,
+) -> None:
+    """Run a whole training run in virtual time, with the controller that runs real ones."""
+    from orchestrator.cli import experiments
+
+    if context.invoked_subcommand is not None:
+        experiments.refuse_options(context)
+        return
+    settings = experiments.settings(
+        gpus=gpus,
+        days=days,
+        record=record,
+        model=model,
+        scale_record=scale_record,
+        background=background,
+        clock=clock,
+        rates=rates,
+        class_rates=class_rate or [],
+        repair=repair,
+        profile=profile,
+        spares=spares,
+        replicas=replicas,
+        save_every=save_every,
+        durable_every=durable_every,
+        detect_within=detect_within,
+        off=without or [],
+    )
+    asked = experiments.Asked(
+        seeds=range(first, first + seeds), jobs=jobs, journal=journal, html=html
+    )
+    typer.echo(experiments.answer(settings, asked, output, sys.stderr))
 
 
 @app.command()

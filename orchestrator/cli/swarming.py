@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import TextIO
 
 import msgspec
 
-from orchestrator.cli import units
+from orchestrator.cli import pool, units
 from orchestrator.cli.choices import Form
 from orchestrator.simulation.swarm import Broken, Outcome, attempt
 
 BATCH = 20
 """Seeds to a task: few enough to see progress, enough not to pay for it."""
 PROGRESS_S = 2.0
-REAP_S = 5.0
-"""A worker that was killed is gone long before."""
 
 
 @dataclass(slots=True)
@@ -58,28 +55,15 @@ def search(seeds: range, *, jobs: int, progress: TextIO) -> Search:
     result, started = Search(), time.monotonic()
     told_at = started
     batches = [seeds[at : at + BATCH] for at in range(0, len(seeds), BATCH)]
-    # Not forked: what a parent's threads hold at that moment, a child would hold for ever.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(batches)), mp_context=context)
-    try:
-        tasks: list[Future[list[Outcome | Broken]]] = [pool.submit(_batch, b) for b in batches]
-        for task in as_completed(tasks):
-            result.take(task.result())
+    with contextlib.closing(pool.each(_batch, batches, jobs=jobs)) as results:
+        for tried in results:
+            result.take(tried)
             now = time.monotonic()
             if now - told_at > PROGRESS_S:
                 told_at = now
                 words = f"{result.seeds} of {len(seeds)} seeds, {len(result.failed)} failed"
                 progress.write(f"{words}\n")
                 progress.flush()
-    except BaseException:
-        workers = multiprocessing.active_children()
-        for process in workers:
-            process.kill()
-        for process in workers:
-            process.join(REAP_S)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
     result.failed.sort()
     result.wall_s = time.monotonic() - started
     return result

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from orchestrator.core.plans import Policy
 from orchestrator.core.state import RunState
 from orchestrator.protocol.runfile import TrainingRun
 
@@ -17,6 +18,10 @@ SWITCHABLE: dict[str, str] = {
     "it, it is kept until it is lost",
     LEMON_RETIREMENT: "a node that failed far more often than others gets a seat only if no other "
     "node is free; without it, it is a spare like any other",
+    "back-off": "after a restart that brought no new step the next one waits; without it, it comes "
+    "at once",
+    "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",
+    "hang": "ranks that stand still are found; without it, only what ends or falls silent is",
 }
 """What each of them does, and what happens without; the names stand in `spec.recovery.disable`."""
 
@@ -32,6 +37,11 @@ class UnknownPolicyError(ValueError):
         super().__init__(f"no policy {name!r}, expected some of {', '.join(SWITCHABLE)}")
         near = difflib.get_close_matches(name, SWITCHABLE, 1, 0.5)
         self.hint = f"did you mean `{near[0]}`?" if near else "leave it out to use every policy"
+
+
+def name_of(policy: Policy) -> str:
+    """Return the name of a rule of the ladder."""
+    return getattr(policy, "__name__", type(policy).__name__).replace("_", "-")
 
 
 def check(names: Iterable[str]) -> None:

@@ -136,7 +136,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     """How long to wait for a node when none is free, or for room for the journal on a full disk,
     before giving up."""
     disable: tuple[str, ...] = ()
-    """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`."""
+    """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
+    `back-off`, `stop-poison`, `hang`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

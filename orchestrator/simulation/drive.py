@@ -6,6 +6,7 @@ that time is virtual, and that a controller may be killed between any two of the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -60,9 +61,20 @@ class Dying:
 class Simulation:
     """One run in virtual time.
 
+    Args:
+        run: what is run.
+        world: where.
+        checkers: asked at every event.
+        dying: when controllers are killed; default never.
+        record: takes what goes into the journal.
+        keep: whether `entries` keeps it as well; a controller that is killed can not be succeeded
+            without, and a month has millions.
+
     Attributes:
         controller: the one that decides at present.
-        entries: the journal.
+        entries: the journal, if it is kept.
+        events: how many the controller was told.
+        controller_s: processor time that it took to decide.
     """
 
     def __init__(
@@ -73,11 +85,15 @@ class Simulation:
         checkers: Sequence[Checker] = (),
         dying: Dying | None = None,
         record: Callable[[journal.Entry], None] | None = None,
+        keep: bool = True,
     ) -> None:
         self._run, self._world = run, world
         self._checkers, self._dying, self._record = tuple(checkers), dying, record
+        self._keep = keep
         self.controller = compose.controller(run)
         self.entries: list[journal.Entry] = []
+        self.events = 0
+        self.controller_s = 0.0
         self._killed = False
 
     def conduct(self, until: Seconds) -> bool:
@@ -95,7 +111,9 @@ class Simulation:
         return self.controller.state.phase.final
 
     def _handle(self, event: Event) -> None:
+        began_s = time.thread_time()
         decisions = self.controller.handle(event)
+        self.controller_s += time.thread_time() - began_s
         dies_at = len(decisions) + 1
         if self._dying is not None and self._dying.strikes(self._world.now):
             dies_at = self._dying.where(len(decisions))
@@ -114,8 +132,12 @@ class Simulation:
         self._killed = dies_at == len(decisions)
 
     def _append(self, event: Event, decisions: Sequence[Decision]) -> None:
-        entry = journal.Entry(seq=len(self.entries) + 1, event=event, decisions=tuple(decisions))
-        self.entries.append(entry)
+        self.events += 1
+        if not self._keep and self._record is None:
+            return
+        entry = journal.Entry(seq=self.events, event=event, decisions=tuple(decisions))
+        if self._keep:
+            self.entries.append(entry)
         if self._record is not None:
             self._record(entry)
 
@@ -124,6 +146,7 @@ class Simulation:
         down_s = self._dying.down_s() if self._dying is not None else 0.5
         self._world.outlive_controller(down_s)
         self._killed = False
+        assert self._keep, "nobody takes over from a journal that was not kept"
         self.controller = compose.controller(self._run)
         mismatches = journal.replay(self.controller, self.entries)
         assert not mismatches, f"event {mismatches[0].seq} is decided otherwise when replayed"

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from orchestrator.core.events import Event, NodeDisconnected, NodeLost, Reported, Together
-from orchestrator.protocol.ids import Generation, NodeId, Seconds
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import Fact, Prepared, RanksTroubled, Reached
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.simulated.agenda import Act, Agenda
@@ -48,6 +48,7 @@ class Cluster:
         disturbed: called before anything happens to a node that others are spared.
         disturbances: how often that was.
         unexplained: nodes that are not heard, and of which nobody was told: since when.
+        forgetful: whether nobody keeps state in memory.
         connected: called with a node that has connected.
         lost: called with a node that is lost.
     """
@@ -74,6 +75,7 @@ class Cluster:
         self.disturbed: Act = _nothing
         self.disturbances = 0
         self.unexplained: dict[NodeId, Seconds] = {}
+        self.forgetful = False
         self.connected: Callable[[SimNode], None] = _nobody
         self.lost: Callable[[SimNode], None] = _nobody
 
@@ -232,6 +234,22 @@ class Cluster:
     def repair(self, node: SimNode) -> None:
         """Bring a node back that was lost."""
         self._reboot(node, node.incarnation)
+
+    def spoil_newest(self) -> None:
+        """Have nobody's memory hold the newest state any more: it was of no use."""
+        self.disturb()
+        newest = max((save for node in self.nodes.values() for save in node.shelf), default=None)
+        if newest is not None:
+            for node in self.nodes.values():
+                node.shelf.pop(newest, None)
+
+    def spoil_after(self, step: Step) -> None:
+        """Have every state after a step be of no use, in memory and on the durable tier."""
+        self.disturb()
+        for node in self.nodes.values():
+            for save in [save for save in node.shelf if save.step > step]:
+                del node.shelf[save]
+        self.store.spoil_after(step)
 
     def _report_lost(self, node: SimNode, incarnation: int) -> None:
         if node.incarnation == incarnation:

@@ -63,7 +63,8 @@ def bring(
             )
         counts["own" if source == node.id else "fetched" if source else "durable"] += 1
         origins[rank] = found
-        node.put(found, (rank,))
+        if not cluster.forgetful:
+            node.put(found, (rank,))
     return Tiers(**counts)
 
 

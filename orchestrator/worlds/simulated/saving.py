@@ -80,6 +80,8 @@ class Saving:
         return [n for n in team.members if n.alive and n.generation == team.generation]
 
     def _stage(self, step: Step, at: Seconds) -> None:
+        if self._cluster.forgetful:
+            return
         save = Save(step, self._team.generation)
         copied_at = Seconds(at + self._cluster.lasts(self._cluster.profile.copy))
         self._copies.append(_Pending(copied_at, save))

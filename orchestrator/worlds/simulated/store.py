@@ -60,6 +60,10 @@ class SimStore:
         """Return a sound checkpoint by its key."""
         return None if self.down or key in self.corrupt else self._commits.get(key)
 
+    def spoil_after(self, step: Step) -> None:
+        """Have what was committed after a step verify no more."""
+        self.corrupt |= {key for key, stored in self._commits.items() if stored.step > step}
+
     def wrote(self, epoch: Generation) -> None:
         """Note that a generation has left something."""
         self._epoch_seen = max(self._epoch_seen, epoch)

@@ -1,0 +1,98 @@
+"""What `holdfast simulate` was asked, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+import typer
+
+from orchestrator.cli import experimenting, outcomes
+from orchestrator.cli.choices import Told
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.simulation import experiment
+from orchestrator.simulation.settings import Settings
+from orchestrator.simulation.summary import summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """How an experiment is to be run, and what is to be written besides the answer."""
+
+    seeds: range
+    jobs: int
+    journal: Path | None = None
+    html: Path | None = None
+
+
+def settings(*, class_rates: Sequence[str], **options: Any) -> Settings:  # noqa: ANN401 - options
+    """Return the settings that options stand for. Raises CliError naming the one that is wrong."""
+    rates = dict(_class_rate(each) for each in class_rates)
+    given = {_camel(name): value for name, value in options.items() if value is not None}
+    try:
+        return msgspec.convert({**given, "classRates": rates}, Settings)
+    except msgspec.ValidationError as error:
+        raise CliError(
+            _plain(str(error), options), "see `holdfast simulate --help`", Exit.USAGE
+        ) from error
+
+
+def _class_rate(text: str) -> tuple[str, float]:
+    name, sign, factor = text.partition("=")
+    try:
+        return name.strip(), float(factor)
+    except ValueError:
+        found = f"a factor {factor!r}" if sign else "no `=`"
+        raise CliError(
+            f"--class-rate is {text!r}, expected CLASS=FACTOR, found {found}",
+            "for example --class-rate gpu-fault=2; 0 switches a class off",
+            Exit.USAGE,
+        ) from None
+
+
+def _camel(name: str) -> str:
+    head, *tail = name.split("_")
+    return head + "".join(word.title() for word in tail)
+
+
+def _plain(message: str, options: Mapping[str, Any]) -> str:
+    """Say it of an option instead of a field."""
+    what, _, field = message.partition(" - at `$.")
+    for name, value in options.items():
+        if field and field.rstrip("`").partition(".")[0] == _camel(name):
+            return f"--{name.replace('_', '-')} is {value!r}: {what[:1].lower()}{what[1:]}"
+    return f"--class-rate: {what[:1].lower()}{what[1:]}"
+
+
+def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
+    """Run an experiment; write what was asked for, and return the answer in the asked form."""
+    read = experiment.inputs(given)
+    if asked.journal is not None:
+        if len(asked.seeds) != 1:
+            raise CliError(
+                f"--journal is of one seed, found --seeds {len(asked.seeds)}",
+                "choose the seed with --first, and leave --seeds out",
+                Exit.USAGE,
+            )
+        found = [experimenting.journaled(read, asked.seeds[0], asked.journal)]
+    else:
+        found = experimenting.run(given, asked.seeds, jobs=asked.jobs, progress=progress)
+    told = summary(read, found)
+    return outcomes.shown(told, form)
+
+
+def refuse_options(context: typer.Context) -> None:
+    """Refuse options of an experiment in front of another command, where they would do nothing."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise CliError(
+                f"--{name.replace('_', '-')} is of `holdfast simulate` itself, found in front of "
+                f"`{context.invoked_subcommand}`",
+                f"see `holdfast simulate {context.invoked_subcommand} --help`",
+                Exit.USAGE,
+            )

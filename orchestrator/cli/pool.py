@@ -1,0 +1,41 @@
+"""Does the same to many things in several processes, and leaves none behind, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+REAP_S = 5.0
+"""A worker that was killed is gone long before."""
+
+
+def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[R, None, None]:
+    """Yield what comes of each item, as it comes; whatever interrupts it ends all processes.
+
+    Args:
+        work: a function of a module, since it is called in other processes.
+        items: what it is called with.
+        jobs: processes at a time.
+    """
+    if not items:
+        return
+    # Not forked: what a parent's threads hold at that moment, a child would hold for ever.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(jobs, len(items)), mp_context=context)
+    try:
+        tasks: list[Future[R]] = [pool.submit(work, item) for item in items]
+        for task in as_completed(tasks):
+            yield task.result()
+    except BaseException:
+        workers = multiprocessing.active_children()
+        for process in workers:
+            process.kill()
+        for process in workers:
+            process.join(REAP_S)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

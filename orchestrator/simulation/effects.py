@@ -1,0 +1,458 @@
+"""Lets a schedule of faults act on a simulated cluster, each class in the way in which it shows.
+
+The schedule is the ground truth; the controller sees no more than what agents and connections say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+
+from orchestrator.faults.model import FaultClass, FaultModel
+from orchestrator.faults.quantities import span_s
+from orchestrator.faults.schedule import Schedule
+from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
+from orchestrator.simulation.machines import Absence, Machines, drawn_out_s, names
+from orchestrator.simulation.signs import Sign, Sort, sign_of, sort_of
+from orchestrator.simulation.speeds import Speeds
+from orchestrator.worlds.simulated.flaws import Death
+from orchestrator.worlds.simulated.node import SimNode
+from orchestrator.worlds.simulated.profile import Habits
+from orchestrator.worlds.simulated.world import SimulatedWorld
+
+PROBE_AFTER_DEATH_S = 1.0
+"""Until an agent has read the driver's log after a rank of its node died. Assumed."""
+GPU_PROBE_EVERY_S, LINK_PROBE_EVERY_S = 10.0, 30.0
+"""Between two looks of an agent at its GPUs, and at its links: arXiv 2509.16293, Table 3."""
+LEAVES_S = 60.0
+"""From the word that a node can not be used until it is switched off. Assumed."""
+PLANNED_OUT_S = 1_800.0
+"""Until a node is back that an operation, or its owner, wanted. Assumed."""
+SUSPECTED_OUT_S = 1_800.0
+"""Until a healthy node that was taken out with a bad one has passed its tests. Assumed."""
+RELAPSES_MEAN_S = 3_600.0
+"""Until a node that came back unrepaired fails again, once it is in the job. Assumed."""
+SDC_FOUND_S = 14_400.0
+"""Until wrong numbers that do not show by themselves are noticed, where a model does not say."""
+SUSPECTED, RELAPSED = "false-eviction", "relapse"
+ABORTED = Death(-6)
+ENDED = Death(-15)
+"""Somebody ends the job, to start it again."""
+_OF_JOB = ("raise", "hang", "jam", "save-fails", "slow", "drain", "nothing")
+_ANNOUNCED = ("vanish", "taken", "drain")
+_STOPS = ("vanish", "abort", "stall", "unlinked", "cut", "raise", "hang", "jam")
+NOT_FINITE = Death(1, "FloatingPointError", "the loss is not finite")
+
+
+@dataclass(slots=True, kw_only=True)
+class Struck:
+    """One fault that was let loose."""
+
+    at: Seconds
+    name: str
+    """Its class; or what came of another: false-eviction, relapse."""
+    sort: Sort
+    nodes: tuple[NodeId, ...] = ()
+    found_at: Seconds | None = None
+    """Of wrong numbers: when somebody knew of them, and undid what came of them."""
+    hidden_s: float = 0.0
+    """How long nobody knew, by the habits of the profile, while training stood still."""
+
+
+class Fault(NamedTuple):
+    """One row of a schedule; see there for units."""
+
+    at_s: float
+    kind: int
+    node: int
+    nodes: int
+    fatal: bool
+    slow: float
+    lasts_s: float
+    out_s: float
+    notice_s: float
+    rollback: bool
+
+
+class Effects:
+    """Everything that befalls one run.
+
+    Args:
+        world: to which.
+        schedule: what.
+        model: of which it was drawn.
+        recorded: classes that did hit the job, as a record says.
+        machines: which it strikes, and when they are back.
+        habits: of a system that is not ours, when faults become known to it; None, or with `own`
+            notice: when our detectors find them.
+        chance: every draw comes from it.
+
+    Attributes:
+        log: what was let loose, by time.
+        unseen: how many of each class nobody would notice: they were not let loose.
+        missed: how many of each class struck what was not in the job, or broken already.
+    """
+
+    def __init__(
+        self,
+        world: SimulatedWorld,
+        schedule: Schedule,
+        model: FaultModel,
+        *,
+        recorded: frozenset[str],
+        machines: Machines,
+        habits: Habits | None,
+        chance: np.random.Generator,
+    ) -> None:
+        self._world, self._model, self._machines, self._habits = world, model, machines, habits
+        self._classes, self._recorded, self._chance = schedule.classes, recorded, chance
+        self._signs = [sign_of(each) for each in schedule.classes]
+        self.speeds = Speeds(world, model.diurnal.amplitude if model.diurnal else 0.0)
+        machines.returned = self._returned
+        self.log: list[Struck] = []
+        self.unseen: Counter[str] = Counter()
+        self.missed: Counter[str] = Counter()
+        self._outages = self._bugs = 0
+        self._worn_out: dict[NodeId, Absence] = {}
+        """Nodes that are slow until they are repaired."""
+        self._seats: frozenset[NodeId] = frozenset()
+        self._enter(schedule)
+
+    def _enter(self, schedule: Schedule) -> None:
+        """Put on the agenda what anybody would notice, and count the rest."""
+        columns = schedule.faults
+        nothing = np.array([sign == "nothing" for sign in self._signs])[columns.kind]
+        network = np.array([each.effect == "network" for each in self._classes])[columns.kind]
+        quiet = nothing | (network & ~columns.fatal & (columns.slow == 0))
+        for kind, count in enumerate(np.bincount(columns.kind[quiet]).tolist()):
+            if count:
+                self.unseen[self._classes[kind].name] = count
+        noticed = columns.taken(~quiet)
+        rows = zip(*(getattr(noticed, name).tolist() for name in Fault._fields), strict=True)
+        for row in rows:
+            fault = Fault(*row)
+            ahead_s = fault.notice_s if self._signs[fault.kind] in _ANNOUNCED else 0.0
+            moment = Seconds(max(fault.at_s - ahead_s, 0.0))
+            self._world.cluster.agenda.at(moment, partial(self._strike, fault))
+
+    # One fault ------------------------------------------------------------------------------------
+
+    def _strike(self, fault: Fault) -> None:
+        """Have a fault happen, or be announced."""
+        self._world.settle()
+        each, sign = self._classes[fault.kind], self._signs[fault.kind]
+        if not fault.fatal and fault.slow > 0:
+            sign = "slow"
+        nodes = [] if fault.node < 0 else self._hit(fault, each)
+        if fault.node >= 0 and not nodes:
+            self.missed[each.name] += 1
+            return
+        sort = sort_of(each, sign, fatal=fault.fatal)
+        struck = Struck(at=self._world.now, name=each.name, sort=sort, nodes=names(nodes))
+        self.log.append(struck)
+        struck.hidden_s = self._hidden_s(each, sign)
+        if struck.hidden_s > 0:
+            self._stand_still(nodes)
+            become_known = partial(self._become_known, sign, fault, struck, nodes)
+            self._world.cluster.agenda.after(struck.hidden_s, become_known)
+        else:
+            self._happen(sign, fault, struck, nodes)
+
+    def _happen(self, sign: Sign, fault: Fault, struck: Struck, nodes: list[SimNode]) -> None:
+        """Have a fault show in its own way; our detectors are to find it."""
+        if sign in _OF_JOB:
+            self._befall_job(sign, fault, struck, nodes)
+            return
+        for node in nodes:
+            self._befall(node, sign, fault, struck)
+        if sign == "cut":
+            self._jam(nodes)
+            self._machines.cut_off(nodes, fault.out_s)
+
+    # Habits of other systems ----------------------------------------------------------------------
+
+    def _hidden_s(self, each: FaultClass, sign: Sign) -> float:
+        """Return how long training stands still before anybody does something about a fault."""
+        if self._habits is None or sign not in _STOPS:
+            return 0.0
+        detect_s = self._habits.detect_s(each)
+        if detect_s is None:
+            return 0.0
+        if sign == "vanish":
+            detect_s = max(detect_s, self._world.cluster.profile.gone.value)
+        return detect_s + self._habits.localise_s(each)
+
+    def _stand_still(self, nodes: Sequence[SimNode]) -> None:
+        anybody = self._machines.anybody()
+        for node in nodes or ([anybody] if anybody is not None else []):
+            self._freeze(node)
+
+    def _become_known(self, sign: Sign, fault: Fault, struck: Struck, nodes: list[SimNode]) -> None:
+        """Have everybody know what was found and localised by then."""
+        self._world.settle()
+        if sign in ("hang", "jam"):
+            self._end_any(ENDED)
+        elif sign in _OF_JOB:
+            self._befall_job(sign, fault, struck, nodes)
+        elif sign == "cut":
+            self._machines.cut_off(nodes, fault.out_s)
+        else:
+            for node in nodes:
+                words = f"found and localised: {struck.name}"
+                self._machines.condemn(node, words, self._absence(fault), LEAVES_S)
+
+    def _hit(self, fault: Fault, each: FaultClass) -> list[SimNode]:
+        if fault.nodes > 1:
+            return self._machines.several(fault.node, fault.nodes)
+        node = self._machines.struck(fault.node, recorded=each.name in self._recorded)
+        return [] if node is None else [node]
+
+    def _befall_job(
+        self, sign: Sign, fault: Fault, struck: Struck, nodes: Sequence[SimNode]
+    ) -> None:
+        """Have happen what is nobody's fault, or not a matter of one node."""
+        match sign:
+            case "raise":
+                if fault.rollback:
+                    self._world.cluster.spoil_newest()
+                self._raise(struck)
+            case "hang":
+                self._hang()
+            case "jam":
+                self._jam(self._machines.in_job())
+            case "save-fails":
+                self._fail_saves(fault.lasts_s)
+            case "slow":
+                self._slow(fault, nodes)
+            case "drain":
+                self._plan(fault, struck)
+            case "nothing":
+                pass  # a user's own class whose effect has nothing to see; the packaged are counted
+            case _:
+                raise AssertionError(f"{sign} is of a node")
+
+    def _befall(self, node: SimNode, sign: Sign, fault: Fault, struck: Struck) -> None:
+        """Have happen what is the fault of one node."""
+        absence = self._absence(fault)
+        match sign:
+            case "vanish" | "taken":
+                if fault.notice_s > 0:
+                    self._announce(node, struck.name, absence, fault)
+                else:
+                    self._machines.lose(node, absence)
+                self._suspect(sign)
+            case "abort":
+                self._end(node, ABORTED)
+                self._probe(node, struck.name, absence, PROBE_AFTER_DEATH_S)
+            case "stall":
+                self._freeze(node)
+                self._probe(node, struck.name, absence, self._until_look(GPU_PROBE_EVERY_S))
+            case "unlinked":
+                self._jam([node])
+                self._probe(node, struck.name, absence, self._until_look(LINK_PROBE_EVERY_S))
+            case "wrong":
+                self._corrupt(node, fault, struck, absence)
+            case "cut":
+                self._freeze(node)
+            case _:
+                raise AssertionError(f"{sign} is of the job")
+
+    def _absence(self, fault: Fault) -> Absence:
+        each = self._classes[fault.kind]
+        if each.out is not None:
+            return Absence(fault.kind, fault.out_s, each.out)
+        return Absence(fault.kind, fault.lasts_s if isfinite(fault.lasts_s) else PLANNED_OUT_S)
+
+    # Ranks ----------------------------------------------------------------------------------------
+
+    def _rank_of(self, node: SimNode) -> Rank | None:
+        """Return a rank that has its seat on a node, drawn; None if it has none."""
+        team = self._world.team
+        ranks = team.ranks_of(node.id) if team is not None else ()
+        return ranks[int(self._chance.integers(len(ranks)))] if ranks else None
+
+    def _end_any(self, death: Death) -> None:
+        node = self._machines.anybody()
+        if node is not None:
+            self._end(node, death)
+
+    def _end(self, node: SimNode, death: Death) -> None:
+        rank = self._rank_of(node)
+        if rank is not None and self._world.team is not None:
+            self._world.team.end(rank, death)
+
+    def _raise(self, struck: Struck) -> None:
+        """Have a rank raise an exception: each time another, for it is another bug."""
+        node = self._machines.anybody()
+        if node is not None:
+            struck.nodes = (node.id,)
+            self._bugs += 1
+            self._end(node, Death(1, f"Bug{self._bugs}Error", "nobody had thought of that"))
+
+    def _freeze(self, node: SimNode) -> None:
+        """Have a rank wait for what never comes, as the kernel shows it: it sleeps."""
+        rank = self._rank_of(node)
+        if rank is not None and self._world.team is not None:
+            self._world.team.freeze(rank, "S")
+
+    def _hang(self) -> None:
+        team = self._world.team
+        if team is not None:
+            for rank in range(len(team.seats)):
+                team.freeze(Rank(rank), "S")
+
+    def _jam(self, nodes: Sequence[SimNode]) -> None:
+        """Have the collectives of all fail since those of one of these nodes do."""
+        team = self._world.team
+        if team is None or not nodes:
+            return
+        node = nodes[int(self._chance.integers(len(nodes)))]
+        self._freeze(node)
+        team.trouble("a collective timed out")
+
+    # Nodes ----------------------------------------------------------------------------------------
+
+    def _until_look(self, every_s: float) -> float:
+        return float(self._chance.uniform(0, every_s))
+
+    def _probe(self, node: SimNode, name: str, absence: Absence, after_s: float) -> None:
+        """Have an agent name its node once it has looked."""
+
+        def look() -> None:
+            if self._machines.condemn(node, f"a probe found: {name}", absence, LEAVES_S):
+                self._suspect("abort")
+
+        self._world.cluster.agenda.after(after_s, look)
+
+    def _suspect(self, sign: Sign) -> None:
+        """Now and then have a healthy node be taken out with a bad one."""
+        share = self._model.diagnosis.false_evictions if self._model.diagnosis is not None else 0.0
+        if sign == "taken" or self._chance.random() >= share:
+            return
+        node = self._machines.anybody()
+        if node is not None:
+            self.log.append(
+                Struck(at=self._world.now, name=SUSPECTED, sort="mistaken", nodes=(node.id,))
+            )
+            words = "a test of a healthy node failed"
+            self._machines.condemn(node, words, Absence(-1, SUSPECTED_OUT_S), LEAVES_S)
+
+    def _corrupt(self, node: SimNode, fault: Fault, struck: Struck, absence: Absence) -> None:
+        """Have a node compute wrong numbers, until somebody knows and undoes what came of them.
+
+        No detector of ours looks for them yet: tests outside the run find what does not show by
+        itself, and whoever runs them names the node and discards every state since.
+        """
+        team = self._world.team
+        sound = team.pace.done(self._world.now) if team and team.pace else Step(0)
+        if fault.fatal:
+            self._end(node, NOT_FINITE)
+
+        def know() -> None:
+            self._world.settle()
+            struck.found_at = self._world.now
+            self._world.cluster.spoil_after(sound)
+            if not self._machines.condemn(node, f"a test found: {struck.name}", absence, LEAVES_S):
+                self._end_any(ENDED)
+
+        each = self._classes[fault.kind]
+        known_s = wrong_for_s(each, self._habits, shows=fault.fatal)
+        self._world.cluster.agenda.after(known_s, know)
+
+    def _plan(self, fault: Fault, struck: Struck) -> None:
+        """Have an operation need a node, and give it back."""
+        node = self._machines.anybody()
+        if node is not None:
+            struck.nodes = (node.id,)
+            self._announce(node, struck.name, Absence(-1, PLANNED_OUT_S), fault)
+
+    def _announce(self, node: SimNode, name: str, absence: Absence, fault: Fault) -> None:
+        """Say that a node will be taken, to whoever can make use of that, and take it then."""
+        notice_s = max(fault.at_s - self._world.now, 0.0)
+        if self._habits is None or self._habits.notice.value == "own":
+            self._machines.drain(node, name, absence, notice_s)
+            return
+
+        def take() -> None:
+            self._world.settle()
+            self._machines.condemn(node, f"planned: {name}", absence, LEAVES_S)
+
+        self._world.cluster.agenda.after(notice_s, take)
+
+    # Speed and storage ----------------------------------------------------------------------------
+
+    def _slow(self, fault: Fault, nodes: Sequence[SimNode]) -> None:
+        if len(nodes) == 1 and self._classes[fault.kind].blast == "node":
+            self.speeds.slow(fault.slow, fault.lasts_s, nodes[0].id)
+            if not isfinite(fault.lasts_s):
+                self._worn_out[nodes[0].id] = self._absence(fault)
+        else:
+            self.speeds.slow(fault.slow, fault.lasts_s)
+
+    def _fail_saves(self, lasts_s: float) -> None:
+        store = self._world.cluster.store
+        self._outages += 1
+        store.down = True
+
+        def end() -> None:
+            self._outages -= 1
+            store.down = self._outages > 0
+
+        self._world.cluster.agenda.after(lasts_s, end)
+
+    # What the controller does about it ------------------------------------------------------------
+
+    def seated(self, seats: Sequence[NodeId]) -> None:
+        """Take in who has a seat from now on.
+
+        A machine that is bad fails again some time after it is seated. One that is slow and was put
+        aside is repaired: whoever put it aside has had a reason.
+        """
+        now = frozenset(seats)
+        for name in sorted(now & self._machines.bad.keys()):
+            absence = self._machines.bad.pop(name)
+            node = self._world.cluster.nodes[name]
+            after_s = float(self._chance.exponential(RELAPSES_MEAN_S))
+            self._world.cluster.agenda.after(after_s, partial(self._relapse, node, absence))
+        for name in sorted((self._seats - now) & self._worn_out.keys()):
+            node = self._world.cluster.nodes[name]
+            self._machines.repair_aside(node, self._worn_out.pop(name))
+        self._seats = now
+
+    def _returned(self, name: NodeId) -> None:
+        self._worn_out.pop(name, None)
+        self.speeds.heal(name)
+
+    def _relapse(self, node: SimNode, absence: Absence) -> None:
+        """Have a machine fail as it failed before."""
+        if node not in self._machines.in_job() or absence.repair is None:
+            return
+        self._world.settle()
+        self.log.append(Struck(at=self._world.now, name=RELAPSED, sort="seen", nodes=(node.id,)))
+        out_s = drawn_out_s(self._model.repair_named(absence.repair), self._chance)
+        self._end(node, ABORTED)
+        self._probe(node, RELAPSED, absence._replace(out_s=out_s), PROBE_AFTER_DEATH_S)
+
+
+def wrong_for_s(fault: FaultClass, habits: Habits | None, *, shows: bool) -> float:
+    """Return how long a node computes wrong numbers before anybody names it, seconds.
+
+    Args:
+        fault: a class with that effect.
+        habits: of the profile.
+        shows: whether it shows by itself, so that it has only to be localised.
+    """
+    detect_s = SDC_FOUND_S
+    if fault.detect is not None:
+        detect_s = span_s(fault.detect.legacy or fault.detect.good)
+    if habits is None:
+        return 0.0 if shows else detect_s
+    found_s = habits.detect_s(fault)
+    localise_s = habits.localise_s(fault)
+    return localise_s + (0.0 if shows else detect_s if found_s is None else found_s)

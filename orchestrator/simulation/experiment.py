@@ -1,0 +1,319 @@
+"""One experiment with one seed: the real controller through a whole run, and what came of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from orchestrator import compose
+from orchestrator.core import journal
+from orchestrator.core.controller import Controller
+from orchestrator.core.decisions import Decision, StartGeneration
+from orchestrator.core.events import Event
+from orchestrator.faults.draw import draw, replay
+from orchestrator.faults.expected import expected
+from orchestrator.faults.model import FaultModel
+from orchestrator.faults.record import FaultRecord
+from orchestrator.faults.schedule import Schedule
+from orchestrator.policy import arithmetic
+from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.simulation import accounts
+from orchestrator.simulation.accounts import Charge, Moment
+from orchestrator.simulation.drive import Simulation
+from orchestrator.simulation.effects import Effects, wrong_for_s
+from orchestrator.simulation.machines import Machines
+from orchestrator.simulation.settings import Care, Settings, care, run_file
+from orchestrator.simulation.signs import sign_of
+from orchestrator.worlds.simulated import profiles
+from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.world import SimulatedWorld
+
+T = TypeVar("T")
+SPARES_QUANTILE = 0.99
+LOOK_EVERY_S = 60.0
+"""Between two looks at a world in which nothing is amiss; see `SimulatedWorld`."""
+NEVER_S = 1e12
+"""Longer than any run."""
+OVER = "over"
+"""Bucket of the time after a run has given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What an experiment rests on, read from files."""
+
+    settings: Settings
+    model: FaultModel
+    record: FaultRecord | None
+    profile: Profile
+
+    @property
+    def spares(self) -> int:
+        """Hot spare nodes: as asked for, or enough for most of the time."""
+        if self.settings.spares is not None:
+            return self.settings.spares
+        means = expected(
+            self.model,
+            self.settings.cluster,
+            factor=self.settings.rates,
+            step_s=self.profile.step.value,
+        )
+        number = arithmetic.spares_poisson(
+            removals_per_day=means.removals_per_day + means.planned_per_day,
+            out_s=max(means.out_s * self.settings.repair, 1.0),
+            quantile=SPARES_QUANTILE,
+        )
+        return min(number, self.settings.nodes)
+
+    @property
+    def care(self) -> Care:
+        """How the run is looked after."""
+        undone_s = [
+            wrong_for_s(each, self.profile.habits, shows=False)
+            for each in self.model.classes
+            if sign_of(each) == "wrong"
+        ]
+        return care(
+            self.settings, self.profile, spares=self.spares, undone_s=max(undone_s, default=0.0)
+        )
+
+    def run_file(self) -> TrainingRun:
+        """Return what the controller is asked to look after."""
+        return run_file(self.settings, self.profile, self.care)
+
+    def schedule(self, chance: np.random.Generator) -> Schedule:
+        """Draw what befalls the job."""
+        settings, step_s = self.settings, self.profile.step.value
+        if self.record is not None:
+            return replay(
+                self.record,
+                self.model,
+                settings.cluster,
+                days=settings.days,
+                rng=chance,
+                scaled=settings.scale_record,
+                background=settings.background,
+                step_s=step_s,
+            )
+        return draw(
+            self.model,
+            settings.cluster,
+            days=settings.days,
+            rng=chance,
+            clock=settings.clock,
+            factor=settings.rates,
+            factors=settings.class_rates,
+            step_s=step_s,
+        )
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one seed. Times are seconds."""
+
+    seed: int
+    state: str
+    """The phase at the end; Failed if the run was given up."""
+    reason: str
+    ettr: float
+    """Effective training time over wall clock; steps count in full however slow they are."""
+    throughput: float
+    """Steps of the final lineage at the speed of the profile over wall clock: with slow steps."""
+    ledger: dict[str, float]
+    """Seconds per bucket; they sum to the wall clock."""
+    daily: list[float]
+    """Effective share of each day."""
+    charges: list[Charge]
+    """What the lost time was lost to: by class of fault and kind of incident."""
+    interruptions: dict[str, int]
+    """unexpected, planned, mistaken: what was let loose that the job can not go on with."""
+    by_class: dict[str, int]
+    """All that was let loose and would be noticed."""
+    unseen: dict[str, int]
+    missed: dict[str, int]
+    incidents: dict[str, int]
+    """By kind, as the controller saw them."""
+    rungs: dict[str, int]
+    """Generations by the rung that started them."""
+    moments: list[Moment]
+    """Incidents by time."""
+    spares: dict[str, float]
+    steps: int
+    lost_steps: int
+    silent_s: float
+    """For how long a node computed wrong numbers and nobody knew; what came of it is undone."""
+    events: int
+    controller_s: float
+    """Processor time of the controller."""
+    wall_s: float
+    """Of the simulation."""
+    max_rss_mb: float
+    """The most memory that the process has had so far."""
+
+
+class Observer:
+    """Follows what the controller orders: who has a seat, and how often spares were taken."""
+
+    def __init__(self, effects: Effects) -> None:
+        self._effects = effects
+        self._seats: tuple[NodeId, ...] = ()
+        self.swaps = 0
+
+    def __call__(self, controller: Controller, event: Event, decisions: Sequence[Decision]) -> None:
+        """Take in what was decided about an event."""
+        del controller, event
+        for decision in decisions:
+            if isinstance(decision, StartGeneration):
+                if self._seats:
+                    self.swaps += len(set(decision.seats) - set(self._seats))
+                self._seats = decision.seats
+                self._effects.seated(decision.seats)
+
+
+def inputs(settings: Settings) -> Inputs:
+    """Read what an experiment rests on.
+
+    Raises:
+        BadFileError: if a file is not what it should be.
+        SettingsError: if the settings do not fit together.
+        ModelError: if they do not fit the model.
+    """
+    model = _file_or(settings.model, compose.read_model, compose.packaged_model)
+    record = None
+    if settings.record is not None:
+        record = _file_or(
+            settings.record,
+            lambda path: compose.read_record(path, model),
+            lambda name: compose.packaged_record(model, name),
+        )
+    profile = _file_or(settings.profile, profiles.read, profiles.packaged)
+    profile = _uncopied(profile.scaled(gpus=settings.gpus))
+    found = Inputs(
+        settings=settings.checked(model, record), model=model, record=record, profile=profile
+    )
+    compose.check(found.run_file(), "the experiment")
+    return found
+
+
+def _uncopied(profile: Profile) -> Profile:
+    """Return a profile without copies to buddies, if its system has none."""
+    if profile.habits is None or profile.habits.buddies.value == "kept":
+        return profile
+    never = Constant(NEVER_S, profile.habits.buddies.origin, profile.habits.buddies.source)
+    return msgspec.structs.replace(profile, copy=never)
+
+
+def conduct(
+    given: Inputs, seed: int, record: Callable[[journal.Entry], None] | None = None
+) -> Outcome:
+    """Run an experiment with one seed.
+
+    Args:
+        given: what it rests on.
+        seed: what to draw by; the same seed gives the same journal.
+        record: takes what goes into the journal.
+    """
+    began_s = time.monotonic()
+    streams = np.random.SeedSequence(seed).spawn(4)
+    faults, befalling, repairs, world_s = (np.random.Generator(np.random.PCG64(s)) for s in streams)
+    run = given.run_file()
+    schedule = given.schedule(faults)
+    world = SimulatedWorld(
+        run,
+        compose.check(run, "the experiment"),
+        given.profile,
+        chance=world_s,
+        look_every_s=LOOK_EVERY_S,
+    )
+    settings, habits = given.settings, given.profile.habits
+    world.cluster.forgetful = given.care.forgets
+    machines = Machines(world, schedule, given.model, settings.repair, repairs)
+    if habits is not None and habits.requeue is not None:
+        machines.requeue_s = habits.requeue.value
+    effects = Effects(
+        world,
+        schedule,
+        given.model,
+        recorded=frozenset(given.record.counts if given.record is not None else ()),
+        machines=machines,
+        habits=habits,
+        chance=befalling,
+    )
+    observer = Observer(effects)
+    simulation = Simulation(run, world, checkers=[observer], record=record, keep=False)
+    simulation.conduct(Seconds(settings.horizon_s))
+    return _outcome(given, seed, simulation, effects, machines, observer, began_s)
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
+
+
+def _file_or(name: str, read: Callable[[Path], T], packaged: Callable[[str], T]) -> T:
+    """Read what a name stands for: a file if it looks like one, else what comes with holdfast."""
+    is_file = "/" in name or name.endswith((".yaml", ".yml", ".json"))
+    return read(Path(name)) if is_file else packaged(name)
+
+
+def _outcome(
+    given: Inputs,
+    seed: int,
+    simulation: Simulation,
+    effects: Effects,
+    machines: Machines,
+    observer: Observer,
+    began_s: float,
+) -> Outcome:
+    state, settings = simulation.controller.state, given.settings
+    horizon_s = settings.horizon_s
+    ledger = {str(bucket): us / 1e6 for bucket, us in state.ledger.totals().items()}
+    ledger[OVER] = max(round(horizon_s * 1e6) - state.ledger.end_us, 0) / 1e6
+    wall_s = sum(ledger.values())
+    sorts = Counter(struck.sort for struck in effects.log)
+    causes = accounts.causes(state, effects.log)
+    late_s = accounts.unnoticed_s(state, causes)
+    ledger["lost_work"] -= sum(late_s.values())
+    ledger["detect"] += sum(late_s.values())
+    return Outcome(
+        seed=seed,
+        state=state.end_state or str(state.phase),
+        reason=state.end_reason,
+        ettr=ledger["effective"] / wall_s,
+        throughput=state.reached_step * given.profile.step.value / wall_s,
+        ledger=ledger,
+        daily=accounts.daily(state.ledger, horizon_s),
+        charges=accounts.charges(state, causes, late_s),
+        interruptions={
+            "unexpected": sorts["seen"] + sorts["silent"],
+            "planned": sorts["planned"],
+            "mistaken": sorts["mistaken"],
+        },
+        by_class=_counted(struck.name for struck in effects.log),
+        unseen=dict(effects.unseen),
+        missed=dict(effects.missed),
+        incidents=_counted(incident.kind for incident in state.incidents),
+        rungs=dict(sorted(state.rungs.items())),
+        moments=accounts.moments(state, causes),
+        spares={
+            "there": given.care.spares,
+            "swaps": observer.swaps,
+            "removals": machines.use.removals,
+            "away_most": machines.use.away_most,
+            "waited_s": ledger["wait_for_nodes"],
+        },
+        steps=state.reached_step,
+        lost_steps=sum(incident.lost_steps for incident in state.incidents),
+        silent_s=accounts.silent_s(effects.log, horizon_s),
+        events=simulation.events,
+        controller_s=simulation.controller_s,
+        wall_s=time.monotonic() - began_s,
+        max_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )

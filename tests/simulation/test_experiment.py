@@ -1,0 +1,259 @@
+"""Whole runs in virtual time: what befalls them, what the controller makes of it, what it cost."""
+
+import os
+import subprocess
+import sys
+from math import isclose
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import pytest
+
+from orchestrator import compose
+from orchestrator.core import journal
+from orchestrator.core.journal import Entry
+from orchestrator.faults.model import Detect, Effect, Notice
+from orchestrator.policy.arithmetic import renewal_ettr
+from orchestrator.simulation.experiment import Outcome, conduct
+from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
+from orchestrator.worlds.simulated import profiles
+from tests.experiments import BRISK, constant, given
+
+ROOT = Path(__file__).parents[2]
+MODEL = compose.packaged_model()
+SOON = Detect(good="20s", legacy="40s")
+FOUND_SOON = msgspec.structs.replace(
+    MODEL,
+    classes=tuple(
+        msgspec.structs.replace(each, detect=SOON, notice=each.notice and Notice(span="60s"))
+        for each in MODEL.classes
+    ),
+)
+PROGRAM = """
+import xxhash
+from orchestrator.core.journal import line
+from orchestrator.simulation.experiment import conduct
+from tests.experiments import given
+digest = xxhash.xxh3_128()
+every = {"gpu-fault": 2, "rack-switch": 1, "software-bug": 2, "nccl-watchdog": 1, "link": 1}
+conduct(given(every), 7, record=lambda entry: digest.update(line(entry)))
+conduct(given(rates=300.0, minutes=20), 7, record=lambda entry: digest.update(line(entry)))
+print(digest.hexdigest())
+"""
+SHOWS: dict[str, set[str]] = {
+    "gpu-fault": {"crash", "node-lost"},
+    "hbm-fatal": {"crash", "node-lost"},
+    "gpu-sram": {"crash", "node-lost"},
+    "gpu-thermal": {"crash", "node-lost"},
+    "ssd": {"crash", "node-lost"},
+    "gpu-system-processor": {"node-lost", "hang"},
+    "nic": {"node-lost", "hang", "broken-collective"},
+    "link": {"node-lost", "hang", "broken-collective"},
+    "power-supply": {"node-lost"},
+    "chassis": {"node-lost"},
+    "io-board": {"node-lost"},
+    "cpu": {"node-lost"},
+    "system-memory": {"node-lost"},
+    "host-maintenance": {"planned"},
+    "preemption": {"planned"},
+    "power-domain": {"node-lost"},
+    "rack-switch": {"node-silent", "broken-collective"},
+    "fabric": {"broken-collective"},
+    "software-bug": {"exception", "unrestorable"},
+    "dependency": {"exception", "unrestorable"},
+    "nccl-watchdog": {"hang"},
+    "sdc-onset": {"exception", "node-lost", "unrestorable"},
+    "sdc-latent": {"exception", "node-lost", "unrestorable"},
+    "planned-operation": {"planned"},
+}
+RIDES_OVER = {
+    "hbm-remap", "sdc-false-alarm", "link-flap", "slow-node", "slow-node-transient",
+    "power-smoothing", "congestion", "storage-stall",
+}  # fmt: skip
+
+
+def run(counts: dict[str, int], seed: int = 0, **settings: object) -> Outcome:
+    return conduct(given(counts, **settings), seed)
+
+
+def test_every_class_of_the_model_has_its_sign_and_no_other_has() -> None:
+    assert set(SIGNS) == {each.name for each in MODEL.classes}
+    assert set(SHOWS) | RIDES_OVER == set(SIGNS)
+
+
+def test_every_effect_that_a_model_can_name_has_a_sign() -> None:
+    assert set(OF_EFFECT) == set(get_args(Effect))
+
+
+def test_a_class_of_a_users_own_shows_by_its_effect_and_whose_it_is() -> None:
+    fan = msgspec.structs.replace(MODEL.class_named("ssd"), name="fan")
+    bug = msgspec.structs.replace(MODEL.class_named("software-bug"), name="typo")
+
+    assert (sign_of(fan), sign_of(bug)) == ("vanish", "raise")
+
+
+@pytest.mark.parametrize("name", sorted(SHOWS))
+def test_a_fault_is_seen_in_the_way_of_its_class_and_training_goes_on(name: str) -> None:
+    many_spares = 9 if name == "power-domain" else 3
+
+    found = run({name: 1}, 1, spares=many_spares, minutes=12, model=FOUND_SOON, durable_every="1m")
+
+    assert found.by_class == {name: 1}
+    assert found.incidents
+    assert set(found.incidents) <= SHOWS[name], found.incidents
+    assert found.state == "Training"
+    assert found.ettr > 0.4
+    assert {charge.fault for charge in found.charges if charge.count} == {name}
+
+
+@pytest.mark.parametrize("name", sorted(RIDES_OVER))
+def test_what_the_job_rides_over_leads_to_no_incident(name: str) -> None:
+    kind = msgspec.structs.replace(MODEL.class_named(name), fatal=0.0)
+    classes = tuple(kind if each.name == name else each for each in MODEL.classes)
+    background = {each.name: 0.0 for each in MODEL.classes if each.name != name}
+    rates = {"slow-node": 1e6, "slow-node-transient": 3e4, "hbm-remap": 1e5, "power-smoothing": 3e4}
+    model = msgspec.structs.replace(MODEL, classes=classes)
+
+    found = conduct(
+        given(model=model, class_rates={**background, name: rates.get(name, 3e3)}, minutes=12), 3
+    )
+
+    assert found.by_class.get(name, 0) + found.unseen.get(name, 0) > 0
+    assert found.incidents == {}
+
+
+def test_slow_steps_cost_throughput_and_leave_effective_time_as_it_was() -> None:
+    rates = {each.name: 0.0 for each in MODEL.classes} | {"congestion": 300.0}
+    quiet = conduct(given(class_rates={each.name: 0.0 for each in MODEL.classes}), 1)
+
+    found = conduct(given(class_rates=rates), 1)
+
+    assert found.by_class["congestion"] > 0
+    assert found.ettr == pytest.approx(quiet.ettr, abs=0.002)
+    assert found.throughput < quiet.throughput - 0.02
+
+
+def test_all_time_is_in_the_ledger_and_all_that_was_lost_is_laid_at_a_door() -> None:
+    found = run({"gpu-fault": 3, "software-bug": 3, "fabric": 1}, repair=0.01)
+
+    assert isclose(sum(found.ledger.values()), 30 * 60, rel_tol=1e-9)
+    lost = sum(sum(charge.seconds.values()) for charge in found.charges)
+    assert isclose(found.ledger["effective"] + lost, 30 * 60, rel_tol=1e-9)
+    assert sum(charge.count for charge in found.charges) == sum(found.incidents.values())
+    assert found.daily == [pytest.approx(found.ettr)]
+
+
+def test_faults_that_take_neighbours_along_take_them_at_once() -> None:
+    found = run({"rack-switch": 1})
+
+    assert found.spares["away_most"] == 2
+    assert found.spares["swaps"] == 2
+
+
+def test_wrong_numbers_are_undone_once_somebody_knows() -> None:
+    silent = tuple(msgspec.structs.replace(each, fatal=0.0) for each in FOUND_SOON.classes)
+    model = msgspec.structs.replace(FOUND_SOON, classes=silent)
+
+    found = run({"sdc-onset": 1}, 1, minutes=12, model=model, durable_every="1m")
+
+    assert found.silent_s == pytest.approx(40.0)
+    assert found.ledger["lost_work"] >= 40.0
+    assert found.incidents["unrestorable"] >= 1
+
+
+def test_a_node_that_nobody_can_replace_is_waited_for_until_it_is_repaired() -> None:
+    found = run({"power-supply": 1}, spares=0, repair=0.02, minutes=60)
+
+    assert found.spares["waited_s"] > 10
+    assert found.ledger["wait_for_nodes"] == found.spares["waited_s"]
+
+
+def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:
+    digests = set()
+    for hash_seed in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=dict(os.environ, PYTHONHASHSEED=hash_seed),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=True,
+        )
+        digests.add(done.stdout.strip())
+
+    assert len(digests) == 1
+
+
+def test_another_seed_gives_another_run() -> None:
+    same = run({"gpu-fault": 2}, 1), run({"gpu-fault": 2}, 1)
+    other = run({"gpu-fault": 2}, 2)
+
+    assert same[0].moments == same[1].moments
+    assert other.moments != same[0].moments
+
+
+def test_a_journal_is_kept_by_whoever_asks_and_replays() -> None:
+    experiment = given({"gpu-fault": 1, "nccl-watchdog": 1}, minutes=15)
+    entries: list[Entry] = []
+
+    found = conduct(experiment, 4, record=entries.append)
+
+    assert found.events == len(entries)
+    controller = compose.controller(experiment.run_file())
+    assert journal.replay(controller, entries) == []
+
+
+def test_without_the_policy_a_node_that_is_to_be_free_is_kept_until_it_is_taken() -> None:
+    swapped = run({"planned-operation": 1}, 1, minutes=90)
+    kept = run({"planned-operation": 1}, 1, minutes=90, off=("planned-swap",))
+
+    assert swapped.incidents == {"planned": 1}
+    assert kept.incidents == {"node-lost": 1}
+    assert swapped.ettr > kept.ettr
+
+
+def test_a_switched_off_detector_finds_nothing() -> None:
+    found = run({"nccl-watchdog": 1}, off=("hang",))
+
+    assert found.incidents == {}
+    assert found.throughput < 0.95
+
+
+@pytest.mark.parametrize("name", ["byterobust-like", "llama-like", "torchrun-like"])
+def test_a_profile_of_another_system_has_faults_known_when_that_would_know_them(name: str) -> None:
+    profile = profiles.packaged(name)
+    habits = profile.habits
+    assert habits is not None
+    gpu_fault = MODEL.class_named("gpu-fault")
+    known_s = (habits.detect_s(gpu_fault) or 0.0) + habits.localise_s(gpu_fault)
+
+    found = run({"gpu-fault": 1}, profile=profile, minutes=40)
+
+    assert known_s > 30
+    assert found.ledger["detect"] == pytest.approx(known_s, abs=1.5)
+    assert found.incidents["node-lost"] == 1
+
+
+def test_ettr_is_that_of_the_closed_form_where_its_assumptions_hold() -> None:
+    # One class, always the same outage, the state at hand, and nobody waits for better times.
+    bug = msgspec.structs.replace(
+        MODEL.class_named("software-bug"), rollback=0.0, rate="12 per job-hour"
+    )
+    model = msgspec.structs.replace(MODEL, classes=(bug,))
+    p = msgspec.structs.replace(BRISK, step=constant(0.5))
+    outage_s = sum(
+        each.value for each in (p.exit, p.order, p.stop, p.warm, p.rendezvous, p.load, p.first_step)
+    )
+    settings = {"gpus": 16, "save_every": "2s", "durable_every": "60m", "off": ("back-off",)}
+
+    found = conduct(given(model=model, profile=p, minutes=150, **settings), 1)
+
+    faults = found.by_class["software-bug"]
+    expected = renewal_ettr(
+        interval_s=2.0, stall_s=p.stall.value, outage_s=outage_s, mtti_s=150 * 60 / faults
+    )
+    assert found.rungs == {"start": 1, "restart in place": faults}
+    assert faults > 20
+    assert found.ettr == pytest.approx(expected, abs=0.001)

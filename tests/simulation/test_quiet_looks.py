@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from orchestrator import compose
-from orchestrator.core.events import CopiesHeld, Telemetry, Together
+from orchestrator.core.events import CopiesHeld, Reported, Telemetry, Together
 from orchestrator.core.report import Report, report
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.messages import ShardsHeld
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.drive import Simulation
@@ -99,6 +100,16 @@ def test_hardly_looking_changes_nothing_but_how_much_is_told(fault: Fault | None
     assert len([e for e in few if isinstance(e, Telemetry)]) < 0.05 * len(events)
     assert any(isinstance(e, Together) for e in few)
     assert any(isinstance(e, CopiesHeld) and e.copied for e in few)
+
+
+def test_a_world_that_was_restarted_without_a_loss_is_told_of_together_again() -> None:
+    report_, events = conduct(drain, 600.0)
+
+    assert [i.rung for i in report_.incidents] == ["planned swap"]
+    later = [event for event in events if event.at > 1300.0]
+    assert any(isinstance(event, CopiesHeld) and event.copied for event in later)
+    held = [e for e in later if isinstance(e, Reported) and isinstance(e.fact, ShardsHeld)]
+    assert held == []
 
 
 def test_a_small_world_is_told_of_node_by_node() -> None:

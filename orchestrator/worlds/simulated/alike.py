@@ -33,7 +33,8 @@ class Alike:
     @property
     def possible(self) -> bool:
         """Whether nodes do the same as of now: they are many, all there, and each other's buddy."""
-        if self._asked_at != self._cluster.disturbances:
+        # Nodes that are still about to begin are no disturbance, and will have.
+        if not self._answer or self._asked_at != self._cluster.disturbances:
             self._asked_at = self._cluster.disturbances
             team = self._team
             self._answer = len(team.members) >= TOGETHER_MIN and all(

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import msgspec
 import typer
 
-from orchestrator.cli import experimenting, outcomes
+from orchestrator.cli import experimenting, outcomes, pages
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.simulation import experiment
@@ -81,6 +81,8 @@ def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
     else:
         found = experimenting.run(given, asked.seeds, jobs=asked.jobs, progress=progress)
     told = summary(read, found)
+    if asked.html is not None:
+        asked.html.write_text(pages.of_experiment(told, found), encoding="utf-8")
     return outcomes.shown(told, form)
 
 

@@ -111,6 +111,29 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sweep: base, grid, seeds.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where results lie; default FILE without its ending."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with a plot as well.")
+    ] = None,
+    output: Annotated[Told, typer.Option("--output", "-o", help="How it is printed.")] = Told.TEXT,
+) -> None:
+    """Run a grid of experiments; interrupted and called again, it goes on where it was."""
+    from orchestrator.cli import pages, sweeping
+
+    folder = out if out is not None else file.with_suffix("")
+    told = sweeping.run(file, folder, jobs=jobs, progress=sys.stderr)
+    if html is not None:
+        html.write_text(pages.of_sweep(told), encoding="utf-8")
+    typer.echo(sweeping.shown(told, output))
+
+
+@app.command()
 def swarm(
     seeds: Annotated[int, typer.Option(min=1, help="How many worlds to draw.")] = 1000,
     first: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,

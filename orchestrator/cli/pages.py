@@ -1,0 +1,100 @@
+"""What came of experiments as a page that stands by itself: one file, no script, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import msgspec
+
+from orchestrator.cli import outcomes, plots, sweeping
+from orchestrator.cli.choices import Told
+from orchestrator.cli.sweeping import Results
+from orchestrator.simulation.experiment import Outcome
+from orchestrator.simulation.summary import Summary
+
+BARS_MAX = 14
+DAY_S = 86_400.0
+HOUR_S = 3_600.0
+_STYLE = (
+    "body{font:14px/1.5 sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222}"
+    "pre{background:#f6f6f6;padding:1em;overflow-x:auto}svg{max-width:100%;height:auto}"
+)
+
+
+def of_experiment(told: Summary, seeds: Sequence[Outcome]) -> str:
+    """Return a page about an experiment: plots, and below them all that is printed."""
+    ordered = sorted(seeds, key=lambda seed: seed.seed)
+    per_day = [[day * 100 for day in seed.daily] for seed in ordered]
+    wall_s = sum(told.ledger.values())
+    lost = [
+        plots.Bar(name, spent_s, f"{spent_s / HOUR_S:.2f} h, {spent_s / wall_s * 100:.3f} %")
+        for name, spent_s in sorted(told.ledger.items(), key=lambda item: -item[1])
+        if name != "effective" and spent_s > 0
+    ]
+    doors = [
+        plots.Bar(
+            f"{each.fault}: {each.incident}",
+            each.lost_s,
+            f"{each.lost_s / HOUR_S:.2f} h, {each.count:.1f} times",
+        )
+        for each in told.lost[:BARS_MAX]
+        if each.lost_s > 0
+    ]
+    newest = ordered[0]
+    dots = [
+        plots.Dot(
+            moment.at_s / DAY_S,
+            moment.incident,
+            f"{moment.fault}, {moment.rung}, {moment.lost_s:.1f} s lost",
+        )
+        for moment in newest.moments
+    ]
+    title = outcomes.headline(told)
+    parts = [
+        f"<p><b>ETTR {escape(outcomes.ettr_words(told))}</b></p>",
+        _part("ETTR of each day", "Grey: each seed. Blue: their mean.",
+              plots.lines(per_day, [day * 100 for day in told.daily], "%")),
+        _part("Lost time by bucket", "Mean of a run.", plots.waterfall(lost) if lost else ""),
+        _part("Lost to", "By class of fault and kind of incident; mean of a run.",
+              plots.bars(doors) if doors else ""),
+        _part(f"Incidents of seed {newest.seed}", "Each with what was done and lost.",
+              plots.timeline(dots, float(told.experiment["days"])) if dots else ""),
+        f"<h2>In words</h2><pre>{escape(outcomes.shown(told, Told.TEXT))}</pre>",
+    ]  # fmt: skip
+    return _page(title, parts)
+
+
+def of_sweep(told: Results) -> str:
+    """Return a page about a sweep: one interval of ETTR for each cell."""
+    rows = [
+        plots.Range(
+            ", ".join(f"{name} {_value(value)}" for name, value in row.varied.items()),
+            row.ettr.low * 100,
+            row.ettr.mean * 100,
+            row.ettr.high * 100,
+        )
+        for row in told.rows
+    ]
+    parts = [
+        _part("ETTR by cell", f"Mean and {told.interval}.",
+              plots.ranges(rows, "%") if rows else ""),
+        f"<pre>{escape(sweeping.shown(told, Told.TEXT))}</pre>",
+    ]  # fmt: skip
+    return _page(f"sweep {told.sweep}", parts)
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _part(title: str, words: str, drawing: str) -> str:
+    shown = drawing or "<p>Nothing.</p>"
+    return f"<h2>{escape(title)}</h2><p>{escape(words)}</p>{shown}"
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )

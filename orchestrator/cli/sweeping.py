@@ -1,0 +1,172 @@
+"""Runs a sweep: one result file for each cell and seed, so that it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+import yaml
+
+from orchestrator import document
+from orchestrator.cli import experimenting, units
+from orchestrator.cli.choices import Told
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.cli.experimenting import Result, Task
+from orchestrator.cli.tables import grid
+from orchestrator.simulation import experiment, sweep
+from orchestrator.simulation.experiment import Outcome
+from orchestrator.simulation.settings import Settings
+from orchestrator.simulation.summary import INTERVAL, Estimate, estimate
+from orchestrator.simulation.sweep import Cell
+
+RESULTS = "results.json"
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """A result file: what was asked, and what came of it."""
+
+    settings: Settings
+    outcome: Outcome
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One cell of the grid."""
+
+    cell: int
+    varied: dict[str, Any]
+    seeds: int
+    ettr: Estimate
+    throughput: Estimate
+    waited_s: float
+    failed: int
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sweep came to, or as much of it as there is."""
+
+    sweep: str
+    interval: str
+    runs: int
+    """That it has in all."""
+    done: int
+    rows: list[Row]
+
+
+def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
+    """Run what a sweep still lacks; its results lie in a folder, each whole or not there.
+
+    Raises:
+        BadFileError, SettingsError, ModelError: before anything is run, if a cell can not be.
+        CliError: if the folder has a file that is no result.
+    """
+    asked, cells = sweep.parse(document.read(file), str(file))
+    for cell in cells:
+        experiment.inputs(cell.settings)
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = range(asked.first, asked.first + asked.seeds)
+    wanted = {(cell.number, seed): Task(cell.settings, seed) for cell in cells for seed in seeds}
+    found = _kept(out, wanted)
+    tasks = [task for key, task in wanted.items() if key not in found]
+    if found:
+        progress.write(f"{units.count(len(found), 'run')} of {len(wanted)} are there already\n")
+    places = {(msgspec.json.encode(t.settings), t.seed): key for key, t in wanted.items()}
+    with contextlib.closing(experimenting.results(tasks, jobs=jobs)) as coming:
+        for result in coming if tasks else ():
+            key = places[msgspec.json.encode(result.task.settings), result.task.seed]
+            found[key] = result.outcome
+            _write(_place(out, *key), _encoded(result))
+            experimenting.tell(progress, len(found), len(wanted), result)
+            _write(
+                out / RESULTS, msgspec.json.encode(results(asked.name, cells, found, len(wanted)))
+            )
+    told = results(asked.name, cells, found, len(wanted))
+    _write(out / RESULTS, msgspec.json.encode(told))
+    return told
+
+
+def results(
+    name: str, cells: Sequence[Cell], found: dict[tuple[int, int], Outcome], runs: int
+) -> Results:
+    """Return what the runs that are there come to, by cell; cells without any are left out."""
+    rows = []
+    for cell in cells:
+        mine = [found[key] for key in sorted(found) if key[0] == cell.number]
+        if mine:
+            rows.append(
+                Row(
+                    cell=cell.number,
+                    varied=cell.varied,
+                    seeds=len(mine),
+                    ettr=estimate([each.ettr for each in mine]),
+                    throughput=estimate([each.throughput for each in mine]),
+                    waited_s=sum(each.spares["waited_s"] for each in mine) / len(mine),
+                    failed=sum(each.state == "Failed" for each in mine),
+                )
+            )
+    return Results(sweep=name, interval=INTERVAL, runs=runs, done=len(found), rows=rows)
+
+
+def shown(told: Results, form: Told) -> str:
+    """Return what a sweep came to in the asked form."""
+    match form:
+        case Told.JSON:
+            return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+        case Told.YAML:
+            return yaml.safe_dump(msgspec.to_builtins(told), sort_keys=False).rstrip("\n")
+        case Told.TEXT:
+            names = list(told.rows[0].varied) if told.rows else []
+            titles = [*names, "SEEDS", "ETTR (%)", "LOW", "HIGH", "WAITED (h)", "GAVE UP"]
+            rows = [
+                [
+                    *(_cell(row.varied[name]) for name in names),
+                    str(row.seeds),
+                    *(f"{v * 100:.2f}" for v in (row.ettr.mean, row.ettr.low, row.ettr.high)),
+                    f"{row.waited_s / 3600:.2f}",
+                    str(row.failed),
+                ]
+                for row in told.rows
+            ]
+            head = f"sweep {told.sweep}: {told.done} of {units.count(told.runs, 'run')}; "
+            return "\n".join([f"{head}{told.interval}", "", grid(titles, rows)])
+
+
+def _cell(value: object) -> str:
+    return units.printable(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+
+def _place(out: Path, cell: int, seed: int) -> Path:
+    return out / f"cell-{cell:04d}-seed-{seed:05d}.json"
+
+
+def _encoded(result: Result) -> bytes:
+    return msgspec.json.encode(Kept(settings=result.task.settings, outcome=result.outcome))
+
+
+def _kept(out: Path, wanted: dict[tuple[int, int], Task]) -> dict[tuple[int, int], Outcome]:
+    """Return the results that are there and of the very settings that are asked for."""
+    found = {}
+    for key, task in wanted.items():
+        file = _place(out, *key)
+        if not file.exists():
+            continue
+        try:
+            kept = msgspec.json.decode(file.read_bytes(), type=Kept)
+        except msgspec.DecodeError as error:
+            raise CliError(
+                f"not the result of a run: {error}: {file}",
+                "remove it to have it run again, or choose another --out",
+                Exit.USAGE,
+            ) from error
+        if kept.settings == task.settings and kept.outcome.seed == task.seed:
+            found[key] = kept.outcome
+    return found
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file that is whole or not there, whenever this is interrupted."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_bytes(data)
+    part.replace(file)

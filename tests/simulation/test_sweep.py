@@ -1,0 +1,171 @@
+"""Sweeps: a grid is run cell by cell, interrupted without loss, and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import plots
+from tests.journals import holdfast
+from tests.runs import HEEDING
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+kind: Sweep
+name: spares
+base: {gpus: 16, days: 0.004, rates: 2000}
+grid: {spares: [0, 1], saveEvery: [30s]}
+seeds: 2
+"""
+
+
+def written(folder: Path, text: str = SMALL) -> Path:
+    file = folder / "spares.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_every_cell_is_run_with_every_seed_and_told_in_a_table(tmp_path: Path) -> None:
+    file, page = written(tmp_path), tmp_path / "page.html"
+
+    result = holdfast("simulate", "sweep", str(file), "--html", str(page), "-o", "json")
+
+    told = json.loads(result.stdout)
+    assert (told["done"], told["runs"]) == (4, 4)
+    assert [row["varied"] for row in told["rows"]] == [
+        {"spares": 0, "saveEvery": "30s"},
+        {"spares": 1, "saveEvery": "30s"},
+    ]
+    assert all(len(row["ettr"]["per_seed"]) == 2 for row in told["rows"])
+    assert sorted(f.name for f in (tmp_path / "spares").iterdir()) == [
+        "cell-0000-seed-00000.json", "cell-0000-seed-00001.json",
+        "cell-0001-seed-00000.json", "cell-0001-seed-00001.json", "results.json",
+    ]  # fmt: skip
+    assert page.read_text().count("<svg") == 1
+
+
+def test_what_is_there_is_not_run_again_unless_it_was_asked_otherwise(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    first = holdfast("simulate", "sweep", str(file))
+    kept = {f.name: f.read_bytes() for f in (tmp_path / "spares").iterdir()}
+    (tmp_path / "spares" / "cell-0001-seed-00001.json").unlink()
+
+    again = holdfast("simulate", "sweep", str(file))
+    other = holdfast("simulate", "sweep", str(written(tmp_path, SMALL.replace("2000", "1000"))))
+
+    assert "3 runs of 4 are there already" in again.stderr
+    assert again.stdout == first.stdout
+    mine = json.loads((tmp_path / "spares" / "cell-0000-seed-00000.json").read_bytes())
+    assert "are there already" not in other.stderr
+    assert mine != json.loads(kept["cell-0000-seed-00000.json"])
+
+
+def test_an_interrupted_sweep_leaves_whole_results_only_and_goes_on(tmp_path: Path) -> None:
+    file = written(tmp_path, SMALL.replace("seeds: 2", "seeds: 60"))
+    program = "from orchestrator.cli.main import main; main()"
+    command = [*HEEDING, sys.executable, "-c", program, "simulate", "sweep", str(file)]
+    sweep = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert sweep.stderr is not None
+    try:
+        assert "1 of 120 runs" in sweep.stderr.readline()
+        sweep.send_signal(signal.SIGINT)
+        assert sweep.wait(60) == 130
+    finally:
+        if sweep.poll() is None:
+            os.killpg(sweep.pid, signal.SIGKILL)
+            sweep.wait(10)
+        sweep.stderr.close()
+
+    left = sorted((tmp_path / "spares").glob("cell-*.json"))
+    assert 0 < len(left) < 120
+    for each in left:
+        assert json.loads(each.read_bytes())["outcome"]["ettr"] >= 0
+    before = {each.name: each.stat().st_mtime_ns for each in left}
+    time.sleep(0.01)
+    written(tmp_path)
+    resumed = holdfast("simulate", "sweep", str(file), "--out", str(tmp_path / "spares"))
+    assert "of 4 are there already" in resumed.stderr
+    after = {each.name: each.stat().st_mtime_ns for each in left}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("gpus: 16", "gpu: 16"), "base has no setting 'gpu'"),
+        (("saveEvery: [30s]", "saveEvery: []"), "grid.saveEvery has no values"),
+        (("saveEvery: [30s]", "gpus: [16]"), "gpus is in base and in grid"),
+        (("spares: [0, 1]", "spares: [0, -1]"), "cell 1"),
+        (("spares: [0, 1]", "spares: [1, 1]"), "grid.spares has a value twice"),
+        (("[30s]", "[30]"), "expected `str | null`, got `int`"),
+        (("[30s]", "[30 x]"), "saveEvery: span is '30 x'"),
+        (("rates: 2000", "rates: -1"), "expected `float` >= 0"),
+        (("seeds: 2", "sseeds: 2"), "unknown field `sseeds`"),
+        (("kind: Sweep", "kind: Grid"), "invalid enum value 'Grid'"),
+    ],
+)
+def test_a_sweep_that_can_not_be_is_refused_before_anything_is_run(
+    tmp_path: Path, change: tuple[str, str], words: str
+) -> None:
+    result = holdfast("simulate", "sweep", str(written(tmp_path, SMALL.replace(*change))))
+
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert not (tmp_path / "spares").exists()
+
+
+def test_a_file_in_the_folder_that_is_no_result_is_named(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    (tmp_path / "spares").mkdir()
+    (tmp_path / "spares" / "cell-0000-seed-00000.json").write_text("{")
+
+    result = holdfast("simulate", "sweep", str(file))
+
+    assert result.exit_code == 2
+    assert "not the result of a run" in result.stderr
+    assert "cell-0000-seed-00000.json" in result.stderr
+
+
+class Tags(HTMLParser):
+    """Which tags a page has, and what it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.loads += [v or "" for name, v in attrs if name in ("src", "href")]
+
+
+def test_the_page_of_an_experiment_stands_by_itself(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+
+    holdfast("simulate", "--gpus", "16", "--days", "0.05", "--rates", "100", "--spares", "4",
+             "--html", str(page))  # fmt: skip
+
+    text = page.read_text()
+    tags = Tags()
+    tags.feed(text)
+    assert text.count("<svg") == 4
+    assert tags.loads == []
+    assert "script" not in tags.tags
+    assert "ETTR" in text
+
+
+def test_what_a_plot_says_is_escaped() -> None:
+    drawn = plots.bars([plots.Bar("<script>", 1.0, "a & b")])
+
+    assert "&lt;script&gt;" in drawn
+    assert "a &amp; b" in drawn

@@ -261,14 +261,12 @@ class Node:
         if generation == self._account.generation:
             self._keeper.begin(generation, order.peers, order.restore, order.ancestors)
             return
-        if self._config.node not in order.seats:
+        ranks = order.ranks_of(self._config.node)
+        if not ranks:
             self._leave(order)
             return
         log.info("generation %d begins, from step %s", generation, order.restore)
-        node = self._config.node
-        self._account.begin(
-            generation, (Rank(r) for r, seat in enumerate(order.seats) if seat == node)
-        )
+        self._account.begin(generation, ranks)
         # Before any old rank is gone: what it still stages is of a generation that is over.
         self._keeper.begin(generation, order.peers, order.restore, order.ancestors)
         self._saving.begin(order)

@@ -23,13 +23,8 @@ class Owed:
 
     def begin(self, order: Begin, node: NodeId) -> None:
         """Start over with the seats of a generation."""
-        shard_of = order.shard_of or tuple(range(len(order.seats)))
         self._generation = order.generation
-        self._ranks = frozenset(
-            Rank(rank)
-            for rank, seat in enumerate(order.seats)
-            if seat == node and shard_of.index(shard_of[rank]) == rank
-        )
+        self._ranks = frozenset(order.ranks_of(node)) & frozenset(order.writers)
         self._receipts = {}
         self._failed = set()
 

@@ -105,8 +105,7 @@ class Saving:
         if order is None or order.restore is None or buddy is None:
             return
         there = (order.peers.get(buddy, ""), order.restore)
-        for number, (seat, source) in enumerate(zip(order.seats, order.sources, strict=False)):
-            rank = Rank(number)
+        for rank, seat, source in zip(order.ranks, order.seats, order.sources, strict=True):
             # Whoever a shard was fetched from has it still; so has who was sent our own of it.
             held = source == buddy or (source == seat and self._copied.get(rank) == there)
             if seat == self._node and not held:

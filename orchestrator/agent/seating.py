@@ -197,11 +197,11 @@ class Seating:
         A copy here that is bad was dropped with that, so it is looked for elsewhere. A node out of
         reach may be so for a moment only.
         """
-        source = order.sources[rank] if rank < len(order.sources) else ""
+        place = order.ranks.index(rank)
+        source = order.sources[place]
         durable = None
         if order.commit and store is not None:
-            shard = order.shard_of[rank] if rank < len(order.shard_of) else rank
-            durable = DurableShard(store=store, commit=order.commit, shard=shard)
+            durable = DurableShard(store=store, commit=order.commit, shard=order.shard_of[place])
         give_up_at = time.monotonic() + limits.warmup_s
         pauses_s = iter(FETCH_AGAIN_S)
         while True:
@@ -251,7 +251,7 @@ class Seating:
         return Seat(
             generation=order.generation,
             rank=rank,
-            world_size=len(order.seats),
+            world_size=order.world_size,
             local_rank=self._account.ranks.index(rank),
             node=self._config.node,
             run_id=terms.run_id,

@@ -20,6 +20,7 @@ ROOM_LOOK_S = 1.0
 # The exit codes of `python -m orchestrator.server`, by number: importing it would load its server.
 EXIT_UNTRUSTED = 5
 EXIT_NO_ROOM = 6
+EXIT_FEW_DESCRIPTORS = 7
 log = logging.getLogger("holdfast.supervisor")
 
 
@@ -76,6 +77,11 @@ class ControllerProcess:
             raise CliError(
                 f"the controller does not trust what it finds: {last_words(self._log)}",
                 "nothing was changed; `holdfast replay` shows where the journal departs",
+            )
+        if code == EXIT_FEW_DESCRIPTORS:
+            raise CliError(
+                "the controller may not open as many files as the run has agents",
+                last_words(self._log),
             )
         self._dead_starts = 0 if grew else self._dead_starts + 1
         if self._dead_starts >= DEAD_STARTS_MAX:

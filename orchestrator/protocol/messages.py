@@ -14,7 +14,7 @@ import msgspec
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -275,18 +275,27 @@ class Ancestor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Begin(_Message, frozen=True, kw_only=True):
-    """Start (or take part in) generation `generation`; everything older is over."""
+    """Start (or take part in) generation `generation`; everything older is over.
+
+    An agent gets the part that is about its own ranks: what it costs to tell every node of the
+    whole world grows with the square of the world.
+    """
 
     order: str
     generation: Generation
+    world_size: int
+    """How many ranks the world has."""
+    ranks: tuple[Rank, ...]
+    """Which of them this is about, ascending; `seats`, `sources` and `shard_of` are columns over
+    these."""
     seats: tuple[NodeId, ...]
-    """Node of each rank of the world, indexed by rank."""
+    """The node of each."""
     dismiss: tuple[Rank, ...] = ()
     """Ranks whose process may not go on, whatever it says: it is killed and started anew."""
     buddies: dict[NodeId, NodeId] = {}
-    """Where each node copies what its ranks stage."""
+    """Where each of the nodes copies what its ranks stage."""
     peers: dict[NodeId, str] = {}
-    """Address of each node for fetching and copying shards."""
+    """Address of each node that is called for fetching and copying shards."""
     restore: Step | None = None
     """Steps of the state to continue from; None starts from the seed."""
     ancestors: tuple[Ancestor, ...] | None = None
@@ -295,11 +304,18 @@ class Begin(_Message, frozen=True, kw_only=True):
     A node that missed a generation may hold the same steps of one that was abandoned.
     """
     sources: tuple[str, ...] = ()
-    """Per rank: the node whose memory has its shard, or "" for the durable tier."""
+    """The node whose memory has the shard of each, or "" for the durable tier; none without
+    `restore`."""
     commit: str = ""
     """Key of the commit record when any shard comes from the durable tier."""
-    shard_of: tuple[int, ...] = ()
-    """Per rank: which durable shard is its own."""
+    shard_of: tuple[int, ...]
+    """Which durable shard is the own of each."""
+    writers: tuple[Rank, ...]
+    """Those that write their shard to the durable tier: of ranks with the same, the lowest."""
+
+    def ranks_of(self, node: NodeId) -> tuple[Rank, ...]:
+        """Return the ranks that have their seat on a node, ascending."""
+        return tuple(r for r, seat in zip(self.ranks, self.seats, strict=True) if seat == node)
 
 
 class Announce(_Message, frozen=True, kw_only=True):

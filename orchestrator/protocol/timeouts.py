@@ -57,7 +57,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 _RULES = (
     ("scan_s", "detectWithin / 200, within 10 and 50 ms"),
-    ("beat_s", "detectWithin / 10, within 50 ms and 1 s"),
+    ("beat_s", "detectWithin / 10, within 50 ms and 2 s"),
     ("tick_s", "one beat"),
     ("stopped_s", "detectWithin / 2"),
     ("silence_s", "0.6 detectWithin; at least 4 beats"),
@@ -91,7 +91,7 @@ def derive(detect_within_s: float, warmup_s: float) -> Timeouts:
             f"detectWithin is {d:g} s, "
             f"expected {DETECT_WITHIN_MIN_S:g} s to {DETECT_WITHIN_MAX_S:g} s"
         )
-    beat = _within(d / 10, 0.05, 1.0)
+    beat = _within(d / 10, 0.05, 2.0)
     silence = max(0.6 * d, 4 * beat)
     warmup = max(warmup_s, 2 * d)
     save = max(6 * d, 30.0)

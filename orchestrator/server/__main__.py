@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -44,8 +45,16 @@ log = logging.getLogger("holdfast.controller")
 EXIT_ALREADY_RUNNING = 4
 EXIT_UNTRUSTED = 5
 EXIT_NO_ROOM = 6
+EXIT_FEW_DESCRIPTORS = 7
+DESCRIPTORS_PER_NODE = 2
+"""A connection, and a descriptor of the agent's process."""
+DESCRIPTORS_BESIDE = 256
+"""For the journal, the store, and connections of agents whose former ones are not closed yet."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REQUEST_LOOK_S = 0.2
+SWITCH_S = 0.0002
+"""While this side decides, the server gets to run this soon, not after 5 ms: it hands the
+interpreter over at every system call, of which each connection takes several."""
 SETTLE_S = 1.0
 """At the end the durable tier has so long to do what was ordered, and more if agents left early."""
 T = TypeVar("T", TrainingRun, FaultPlan)
@@ -62,6 +71,9 @@ def main(folder: RunFolder, port: int) -> int:
     except _DamagedError as error:
         log.error("%s", error)  # noqa: TRY400 - the message says it all
         return EXIT_UNTRUSTED
+    except _FewDescriptorsError as error:
+        log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
+        return EXIT_FEW_DESCRIPTORS
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -77,6 +89,7 @@ def _run(folder: RunFolder, port: int) -> int:
         log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
         return EXIT_ALREADY_RUNNING
     run = _decoded(folder.run_file, TrainingRun)
+    _make_room_for_agents(run)
     try:
         file = JournalFile(folder.journal, run)
         controller = compose.controller(run)
@@ -90,6 +103,7 @@ def _run(folder: RunFolder, port: int) -> int:
         log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
     world = _world(run, folder, clock, controller)
     world.resume(controller.state, file.entries)
+    sys.setswitchinterval(SWITCH_S)
     server = Server(world, folder.token.read_text(encoding="ascii").strip(), port=port)
     try:
         for event in left:
@@ -114,6 +128,31 @@ def _left_by_a_former_life(
     if controller.state.incarnation > 0 or not former:
         return []
     return inheritance(former[0], run, clock())
+
+
+class _FewDescriptorsError(Exception):
+    """This process may not have as many files open as the run has agents."""
+
+    hint = "Raise the hard limit: `ulimit -Hn`, LimitNOFILE= of a unit, or limits.conf."
+
+
+def _make_room_for_agents(run: TrainingRun) -> None:
+    """Raise the soft limit of open files to what the agents of a run need.
+
+    Raises:
+        _FewDescriptorsError: if the hard limit is below that. Some agents would be left outside,
+            and the run would wait for their nodes until it is given up.
+    """
+    nodes = run.spec.nodes.count + run.spec.nodes.spares
+    needed = nodes * DESCRIPTORS_PER_NODE + DESCRIPTORS_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise _FewDescriptorsError(
+            f"a run of {nodes} nodes needs {needed} open files, and the limit is {hard}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _DamagedError(Exception):

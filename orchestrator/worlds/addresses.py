@@ -6,7 +6,7 @@ until they join. Whoever began a generation without an address waits for it, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.protocol.ids import NodeId
@@ -18,6 +18,7 @@ class Addresses:
     def __init__(self) -> None:
         self._at: dict[NodeId, str] = {}
         self._calls: dict[NodeId, set[NodeId]] = {}
+        self._callers: dict[NodeId, set[NodeId]] = {}
         self._told: dict[NodeId, dict[NodeId, str]] = {}
 
     def begin(self, decision: StartGeneration) -> None:
@@ -29,22 +30,31 @@ class Addresses:
         if decision.restore is not None:
             for node, source in zip(decision.seats, decision.restore.sources, strict=True):
                 self._calls[node].add(NodeId(source))
+        self._callers = {}
+        for node, called in self._calls.items():
+            called -= {node, NodeId("")}
+            for other in called:
+                self._callers.setdefault(other, set()).add(node)
 
     def joined(self, node: NodeId, address: str) -> None:
         """Take note of where a node is now; what it was told before may not have arrived."""
         self._at[node] = address
         self._told.pop(node, None)
 
+    def told(self, node: NodeId) -> bool:
+        """Return whether a node was told to begin, on the connection that it has."""
+        return node in self._told
+
     def waiting(self, node: NodeId) -> list[NodeId]:
         """Return who has begun the present generation, calls `node`, and has another address."""
         at = self._at[node]
         return [
             caller
-            for caller, known in sorted(self._told.items())
-            if node in self._calls[caller] and known.get(node) != at
+            for caller in sorted(self._callers.get(node, ()))
+            if caller in self._told and self._told[caller].get(node) != at
         ]
 
-    def news(self, node: NodeId, linked: Iterable[NodeId]) -> dict[NodeId, str] | None:
+    def news(self, node: NodeId, linked: Container[NodeId]) -> dict[NodeId, str] | None:
         """Return the addresses to tell a node that begins; None if it has all that it needs.
 
         Args:
@@ -52,10 +62,9 @@ class Addresses:
             linked: nodes that are connected now. The others are left out, but never taken back.
         """
         known = self._told.get(node)
-        news = {peer: self._at[peer] for peer in linked if peer in self._at}
-        if known is not None and all(
-            known.get(peer) == news[peer] for peer in self._calls[node] if peer in news
-        ):
+        called = sorted(self._calls[node])
+        news = {peer: self._at[peer] for peer in called if peer in linked and peer in self._at}
+        if known is not None and news.items() <= known.items():
             return None
         self._told[node] = told = (known or {}) | news
         return told

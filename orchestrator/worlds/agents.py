@@ -8,8 +8,9 @@ iterates over `events`, so nothing here needs a lock but the queue between the t
 from __future__ import annotations
 
 import heapq
-import queue
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from orchestrator.core.events import (
     Reported,
     StopRequested,
     Tick,
+    Together,
 )
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
@@ -52,8 +54,10 @@ from orchestrator.protocol.messages import (
     FaultDue,
     FromAgent,
     Joined,
+    Reached,
     Retain,
     Welcome,
+    encode,
 )
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -103,13 +107,19 @@ class AgentWorld:
         self.run, self.timeouts, self.clock = run, timeouts, clock
         self._vault = vault
         self._schedule = schedule
-        self._queue: queue.SimpleQueue[_Arrived | _Known] = queue.SimpleQueue()
+        self._queue: deque[_Arrived | _Known] = deque()
+        self._bell = threading.Event()
+        """Rung when something is in the queue that is not to wait for the next tick."""
         self._links = Links()
         self._addresses = Addresses()
         self._wording = Orders(run)
         self._columns = Columns(run.world_size)
         self._seats: tuple[NodeId, ...] = ()
         self._generation = Generation(0)
+        self._announced: tuple[Generation, str] | None = None
+        self._introduced: set[NodeId] = set()
+        """Nodes that were told of `_announced` on the connection that they have."""
+        self._job = run.job()
         self._wakes: list[Seconds] = []
         self._over = False
         self._farewell: Farewell | None = None
@@ -119,15 +129,44 @@ class AgentWorld:
 
     def take(self, link: Link, message: FromAgent | None) -> None:
         """Take in what arrived on a connection; None when it is closed."""
-        if message is None or self._queue.qsize() < QUEUE_MAX:
-            self._queue.put(_Arrived(self.clock(), link, message))
+        if isinstance(message, Joined) and not self._welcome(link, message):
+            return
+        if message is None or len(self._queue) < QUEUE_MAX:
+            self._queue.append(_Arrived(self.clock(), link, message))
+            # Nobody looks at beats before the tick, and there are a thousand a second of them.
+            if not isinstance(message, Beat):
+                self._bell.set()
         else:
             link.close(f"{QUEUE_MAX} messages are waiting")
+
+    def _welcome(self, link: Link, joined: Joined) -> bool:
+        """Answer who joins; return whether it may.
+
+        At once: an agent that waited behind thousands of others would give up and come again, and
+        make the crowd no smaller.
+        """
+        if joined.version != PROTOCOL_VERSION:
+            link.close(f"protocol version is {joined.version}, expected {PROTOCOL_VERSION}")
+            return False
+        name = self.run.metadata.name
+        welcome = Welcome(
+            run=name,
+            run_id=name,
+            version=PROTOCOL_VERSION,
+            timeouts=self.timeouts,
+            checkpoint_uri=self._vault.uri,
+            entrypoint=self.run.spec.trainer.entrypoint,
+            job=self._job,
+            steps_known=self._columns.reported,
+        )
+        link.send(encode(welcome))
+        return True
 
     def know(self, event: Event) -> None:
         """Take in an event that this side found out by itself. From any thread."""
         # However many wait: nobody would say it again, and there is one for an order, or a node.
-        self._queue.put(_Known(event.at, event))
+        self._queue.append(_Known(event.at, event))
+        self._bell.set()
 
     def stop(self, by: str) -> None:
         """Ask for the run to be stopped. From any thread."""
@@ -152,9 +191,8 @@ class AgentWorld:
         next_tick = self.clock()
         while not self._over:
             due = min([next_tick, *self._wakes[:1]])
-            arrived = self._wait(due - self.clock())
-            if arrived is not None:
-                yield from self._translate(arrived)
+            self._wait(due - self.clock())
+            yield from self._take_in()
             now = self.clock()
             if now < min([next_tick, *self._wakes[:1]]):
                 continue
@@ -165,24 +203,22 @@ class AgentWorld:
             yield self._columns.telemetry(now) or Tick(at=now)
             yield from self._due_faults(now)
 
-    def carry_out(self, decision: Decision) -> None:  # noqa: C901, PLR0912 - one case per decision
+    def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
         """Carry out a decision; never blocks, what comes of it comes back as an event."""
         order = self._next_order(decision.generation)
         match decision:
             case StartGeneration():
                 self._start(order, decision)
             case AnnounceRendezvous(generation=generation, address=address):
-                for node in dict.fromkeys(self._seats):
-                    self._links.send(
-                        node, Announce(order=order, generation=generation, address=address)
-                    )
+                self._announce(Announce(order=order, generation=generation, address=address))
             case FenceNode(generation=generation, node=node):
                 self._links.send(node, self._wording.fence(order, generation))
             case DisconnectNode(node=node, reason=reason):
                 self._links.hang_up(node, reason)
             case RetainMemory(generation=generation, step=step):
-                for node in self._links:
-                    self._links.send(node, Retain(order=order, generation=generation, step=step))
+                self._links.send_all(
+                    self._links, Retain(order=order, generation=generation, step=step)
+                )
             case SearchCheckpoints(number=number):
                 self._vault.search(self.know, number)
             case CommitCheckpoint():
@@ -194,8 +230,7 @@ class AgentWorld:
                     self._schedule.end_this_process()
             case EndRun(reason=reason):
                 self._farewell = Farewell(order=order, reason=reason)
-                for node in self._links:
-                    self._links.send(node, self._farewell)
+                self._links.send_all(self._links, self._farewell)
                 self._over = True
             case WakeAt(at=at):
                 heapq.heappush(self._wakes, at)
@@ -211,17 +246,24 @@ class AgentWorld:
         awaited = set(expected) | set(self._links)
         deadline = time.monotonic() + within_s
         while awaited and (left := deadline - time.monotonic()) > 0:
-            arrived = self._wait(left)
-            if not isinstance(arrived, _Arrived):
-                continue
-            if isinstance(arrived.message, Joined):
-                for _ in self._join(arrived.at, arrived.link, arrived.message):
-                    self._links.send(arrived.message.node, self._farewell)
-            elif arrived.message is None:
-                node = self._links.node_of(arrived.link)
-                self._links.forget(arrived.link)
-                awaited -= {node}
+            self._wait(left)
+            while self._queue:
+                arrived = self._queue.popleft()
+                if isinstance(arrived, _Arrived):
+                    awaited -= self._see_off(arrived)
         return sorted(awaited)
+
+    def _see_off(self, arrived: _Arrived) -> set[NodeId]:
+        """Say farewell to who comes; return who has gone."""
+        assert self._farewell is not None
+        if isinstance(arrived.message, Joined):
+            for _ in self._join(arrived.at, arrived.link, arrived.message):
+                self._links.send(arrived.message.node, self._farewell)
+        elif arrived.message is None:
+            node = self._links.node_of(arrived.link)
+            self._links.forget(arrived.link)
+            return set() if node is None else {node}
+        return set()
 
     def settle(self, within_s: float) -> bool:
         """Wait until what was ordered of the durable tier is done; return whether it is."""
@@ -229,11 +271,46 @@ class AgentWorld:
 
     # Coming in ------------------------------------------------------------------------------
 
-    def _wait(self, timeout_s: float) -> _Arrived | _Known | None:
-        try:
-            return self._queue.get(timeout=max(timeout_s, 0.0))
-        except queue.Empty:
-            return None
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until something has arrived that is not to wait for the next tick."""
+        self._bell.wait(max(timeout_s, 0.0))
+        # Before the queue is looked at: what comes after that rings again.
+        self._bell.clear()
+
+    def _take_in(self) -> Iterator[Event]:
+        """Yield what has arrived by now.
+
+        No less: at a tick, a node is not silent whose beat is here. And no more: however much
+        arrives, there are ticks. A world of thousands of nodes says of each mark as often that they
+        have reached it; what of that has come together is told together.
+        """
+        reached: dict[Reached, list[NodeId]] = {}
+        at = Seconds(0.0)
+        for _ in range(len(self._queue)):
+            arrived = self._queue.popleft()
+            message = arrived.message if isinstance(arrived, _Arrived) else None
+            if isinstance(arrived, _Arrived) and isinstance(message, Reached):
+                at, node = arrived.at, self._links.node_of(arrived.link)
+                if node is not None:
+                    reached.setdefault(message, []).append(node)
+                continue
+            if reached and not isinstance(message, Beat):
+                yield from self._tell(at, reached)
+                reached = {}
+            yield from self._translate(arrived)
+            if self._over:
+                return
+        yield from self._tell(at, reached)
+
+    def _tell(self, at: Seconds, reached: dict[Reached, list[NodeId]]) -> Iterator[Event]:
+        """Yield which nodes have reached what, in the order of the marks."""
+        if reached:
+            yield from self._columns.flush(at)
+        for fact, nodes in sorted(reached.items(), key=lambda of: (of[0].generation, of[0].mark)):
+            if len(nodes) == 1:
+                yield Reported(at=at, node=nodes[0], fact=fact)
+            else:
+                yield Together(at=at, fact=fact, nodes=tuple(sorted(nodes)))
 
     def _translate(self, arrived: _Arrived | _Known) -> Iterator[Event]:
         if isinstance(arrived, _Known):
@@ -261,26 +338,9 @@ class AgentWorld:
                 yield Reported(at=at, node=node, fact=message)
 
     def _join(self, at: Seconds, link: Link, joined: Joined) -> Iterator[Event]:
-        if joined.version != PROTOCOL_VERSION:
-            link.close(f"protocol version is {joined.version}, expected {PROTOCOL_VERSION}")
-            return
         self._links.join(joined.node, link)
+        self._introduced.discard(joined.node)
         self._addresses.joined(joined.node, joined.peer_address)
-        spec = self.run.spec
-        name = self.run.metadata.name
-        self._links.send(
-            joined.node,
-            Welcome(
-                run=name,
-                run_id=name,
-                version=PROTOCOL_VERSION,
-                timeouts=self.timeouts,
-                checkpoint_uri=self._vault.uri,
-                entrypoint=spec.trainer.entrypoint,
-                job=self.run.job(),
-                steps_known=self._columns.reported,
-            ),
-        )
         self._remind(joined)
         self._watch(joined)
         yield Reported(at=at, node=joined.node, fact=joined)
@@ -337,14 +397,31 @@ class AgentWorld:
             self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats
         # Repeated for a node that came back: the others only need to hear of new addresses.
-        for node in dict.fromkeys(decision.seats):
-            self._begin(order, node)
+        for node in self._wording.nodes:
+            if not self._addresses.told(node):
+                self._begin(order, node)
+
+    def _announce(self, order: Announce) -> None:
+        """Tell the nodes of the world where their store is, if they were not told before.
+
+        It is decided again for each node that comes back, which is no news to the others.
+        """
+        if self._announced != (order.generation, order.address):
+            self._announced = (order.generation, order.address)
+            self._introduced.clear()
+        new = [
+            node
+            for node in self._wording.nodes
+            if node not in self._introduced and node in self._links
+        ]
+        self._links.send_all(new, order)
+        self._introduced.update(new)
 
     def _begin(self, order: str, node: NodeId) -> None:
         """Send a seated node the present generation, if it lacks that or an address it needs."""
         peers = self._addresses.news(node, self._links) if node in self._links else None
         if peers is not None:
-            self._links.send(node, self._wording.begin(order, peers))
+            self._links.send(node, self._wording.begin_on(node, order, peers))
 
     def _next_order(self, generation: Generation) -> str:
         self._orders += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from orchestrator.protocol.ids import NodeId
@@ -62,6 +62,12 @@ class Links:
 
     def send(self, node: NodeId, message: ToAgent) -> None:
         """Send a message to a node, if it is connected."""
-        link = self._links.get(node)
-        if link is not None:
-            link.send(encode(message))
+        self.send_all((node,), message)
+
+    def send_all(self, nodes: Iterable[NodeId], message: ToAgent) -> None:
+        """Send the same message to nodes, as far as they are connected."""
+        data = encode(message)
+        for node in nodes:
+            link = self._links.get(node)
+            if link is not None:
+                link.send(data)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
+from functools import partial
 
-from orchestrator.agent import linux
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import Joined
 from orchestrator.protocol.runfile import TrainingRun
@@ -14,6 +12,7 @@ from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.vault import Vault
+from orchestrator.worlds.watching import Watch
 
 
 class LocalWorld(AgentWorld):
@@ -30,6 +29,7 @@ class LocalWorld(AgentWorld):
     ) -> None:
         super().__init__(run, timeouts, clock=clock, vault=vault, schedule=schedule)
         self._pids: dict[NodeId, int] = {}
+        self._processes = Watch()
 
     def _watch(self, joined: Joined) -> None:
         """Watch the agent's process; a closed connection alone says nothing about it."""
@@ -37,15 +37,10 @@ class LocalWorld(AgentWorld):
             return  # it only connected again
         self._pids[joined.node] = joined.pid
         try:
-            descriptor = os.pidfd_open(joined.pid)
+            self._processes.until_end(joined.pid, partial(self._ended, joined.node, joined.pid))
         except ProcessLookupError:
             self.lose(joined.node, f"agent of {joined.node} (process {joined.pid}) is gone")
-            return
 
-        def wait() -> None:
-            with open(descriptor, closefd=True, mode="rb"):  # noqa: PTH123 - no path: a descriptor
-                linux.await_readable([descriptor])
-            if self._pids.get(joined.node) == joined.pid:
-                self.lose(joined.node, f"agent of {joined.node} (process {joined.pid}) ended")
-
-        threading.Thread(target=wait, name=f"watch-{joined.node}", daemon=True).start()
+    def _ended(self, node: NodeId, pid: int) -> None:
+        if self._pids.get(node) == pid:
+            self.lose(node, f"agent of {node} (process {pid}) ended")

@@ -6,10 +6,13 @@ Letters in array names: R ranks of the world.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from orchestrator.core.events import Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Beat, StepReport
+
+V = TypeVar("V")
 
 
 class Columns:
@@ -61,15 +64,19 @@ class Columns:
         """Return everything since the last tick as one event; None if nobody was heard."""
         if not self._heard and not self._reports:
             return None
+        phases, steps, cpu_s = _column(self._phases), _column(self._steps), _column(self._cpu_s)
+        states = "".join(_column(self._states))
+        alike = len(phases) == len(steps) == len(cpu_s) == len(states) == 1
         event = Telemetry(
             at=at,
             generation=self._generation,
             heard=tuple(sorted(self._heard)),
-            phases=tuple(self._phases),
-            steps=tuple(self._steps),
-            progress=tuple(self._progress),
-            states="".join(self._states),
-            cpu_s=tuple(self._cpu_s),
+            phases=phases,
+            steps=steps,
+            # One value of this is taken to say that ranks are alike in all else (core.fleet).
+            progress=_column(self._progress) if alike else tuple(self._progress),
+            states=states,
+            cpu_s=cpu_s,
             stall_s=self._stalled_s,
             reports=tuple(self._reports),
         )
@@ -92,3 +99,10 @@ class Columns:
         self._progress = [-1] * self._size
         self._states = ["?"] * self._size
         self._cpu_s = [0.0] * self._size
+
+
+def _column(values: list[V]) -> tuple[V, ...]:
+    """Return a column over all ranks; one value, if it is the same for all of them."""
+    if values.count(values[0]) == len(values):
+        return (values[0],)
+    return tuple(values)

@@ -174,11 +174,15 @@ class Controller:
 
     def begin(self, generation: int, seats: list[str], **more: Any) -> float:
         """Order a generation; return when."""
+        shard_of = more.pop("shard_of", tuple(range(len(seats))))
         order = Begin(
             order=f"b{generation}",
             generation=Generation(generation),
+            world_size=len(seats),
+            ranks=tuple(Rank(rank) for rank in range(len(seats))),
             seats=tuple(map(NodeId, seats)),
-            shard_of=more.pop("shard_of", tuple(range(len(seats)))),
+            shard_of=shard_of,
+            writers=tuple(Rank(shard_of.index(shard)) for shard in sorted(set(shard_of))),
             peers=more.pop("peers", self.peers()),
             **more,
         )

@@ -151,30 +151,38 @@ def test_a_holding_is_vouched_for_once_the_controller_has_every_step_up_to_it() 
     assert len(node.vouched(held)) == 3
 
 
-def begin(shard_of: tuple[int, ...]) -> Begin:
-    seats = tuple(NodeId(n) for n in ("a", "a", "b", "b"))
-    return Begin(order="b", generation=G4, seats=seats, shard_of=shard_of)
+def begin(*writers: int) -> Begin:
+    ranks = tuple(Rank(rank) for rank in range(4))
+    return Begin(
+        order="b",
+        generation=G4,
+        world_size=4,
+        ranks=ranks,
+        seats=tuple(NodeId(n) for n in ("a", "a", "b", "b")),
+        shard_of=ranks,
+        writers=tuple(map(Rank, writers)),
+    )
 
 
 def receipt(shard: int) -> Receipt:
     return Receipt(shard, 10, "d")
 
 
-def test_the_lowest_rank_with_a_shard_owes_it() -> None:
-    for shard_of, owing in (
-        ((), {"a": {0, 1}, "b": {2, 3}}),
-        ((0, 1, 0, 1), {"a": {0, 1}, "b": set()}),
-        ((0, 0, 1, 1), {"a": {0}, "b": {2}}),
+def test_a_node_owes_what_its_own_ranks_are_to_write() -> None:
+    for writers, owing in (
+        ((0, 1, 2, 3), {"a": {0, 1}, "b": {2, 3}}),
+        ((0, 1), {"a": {0, 1}, "b": set()}),
+        ((0, 2), {"a": {0}, "b": {2}}),
     ):
         for node, ranks in owing.items():
             owed = Owed()
-            owed.begin(begin(shard_of), NodeId(node))
+            owed.begin(begin(*writers), NodeId(node))
             assert {rank for rank in range(4) if owed.owes(Rank(rank))} == ranks
 
 
 def test_a_step_is_written_when_every_owing_rank_has() -> None:
     owed = Owed()
-    owed.begin(begin(()), NodeId("b"))
+    owed.begin(begin(0, 1, 2, 3), NodeId("b"))
 
     assert owed.written(Rank(3), Step(7), receipt(3), "m") is None
     assert owed.written(Rank(3), Step(8), receipt(3), "m") is None
@@ -187,7 +195,7 @@ def test_a_step_is_written_when_every_owing_rank_has() -> None:
 
 def test_a_failed_step_is_told_once_and_steps_that_never_complete_are_forgotten() -> None:
     owed = Owed()
-    owed.begin(begin(()), NodeId("b"))
+    owed.begin(begin(0, 1, 2, 3), NodeId("b"))
 
     assert owed.failed(Step(1))
     assert not owed.failed(Step(1))

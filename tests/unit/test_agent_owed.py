@@ -7,10 +7,17 @@ from orchestrator.protocol.messages import Begin, Receipt
 NODE = NodeId("node-0")
 
 
-def owed(*seats: str, shard_of: tuple[int, ...] = ()) -> Owed:
+def owed(*seats: str, writers: tuple[int, ...] | None = None) -> Owed:
     owed = Owed()
+    ranks = tuple(Rank(rank) for rank in range(len(seats)))
     order = Begin(
-        order="b", generation=Generation(4), seats=tuple(map(NodeId, seats)), shard_of=shard_of
+        order="b",
+        generation=Generation(4),
+        world_size=len(seats),
+        ranks=ranks,
+        seats=tuple(map(NodeId, seats)),
+        shard_of=ranks,
+        writers=ranks if writers is None else tuple(map(Rank, writers)),
     )
     owed.begin(order, NODE)
     return owed
@@ -31,8 +38,8 @@ def test_a_step_is_paid_with_the_last_of_its_shards() -> None:
     assert fact.receipts == (receipt(0), receipt(1))
 
 
-def test_of_ranks_with_the_same_shard_the_lowest_owes_it() -> None:
-    node = owed("node-1", "node-0", "node-0", "node-0", shard_of=(0, 1, 0, 1))
+def test_a_node_owes_the_shards_of_those_of_its_ranks_that_are_to_write() -> None:
+    node = owed("node-1", "node-0", "node-0", "node-0", writers=(0, 1))
 
     assert [node.owes(Rank(rank)) for rank in range(4)] == [False, True, False, False]
 

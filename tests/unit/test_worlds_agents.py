@@ -3,10 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from orchestrator import compose
-from orchestrator.core.decisions import CommitCheckpoint, SearchCheckpoints, StartGeneration
+from orchestrator.core.decisions import (
+    AnnounceRendezvous,
+    CommitCheckpoint,
+    SearchCheckpoints,
+    StartGeneration,
+)
 from orchestrator.core.events import (
     CheckpointFound,
     CommitFailed,
@@ -15,22 +21,30 @@ from orchestrator.core.events import (
     FaultInjected,
     NodeDisconnected,
     NodeLost,
+    Reported,
     StopRequested,
+    Telemetry,
     Tick,
+    Together,
 )
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.ids import Generation, NodeId, Step
 from orchestrator.protocol.messages import (
     MARKS,
     PROTOCOL_VERSION,
+    Announce,
     Arm,
+    Beat,
     Begin,
     CarryOut,
     FaultCarriedOut,
     FromAgent,
     Joined,
+    Reached,
     Receipt,
+    StepReport,
     ToAgent,
+    Welcome,
     read_to_agent,
 )
 from orchestrator.worlds import agents
@@ -135,21 +149,21 @@ def side(tmp_path: Path) -> Iterator[Side]:
 
 
 RECEIPTS = (Receipt(0, 32, "0" * 64),)
-AT = {NodeId(f"node-{n}"): f"127.0.0.1:{n}" for n in range(3)}
+AT = {f"node-{n}": f"127.0.0.1:{n}" for n in range(2)}
 
 
 def test_who_joins_a_successor_first_is_told_where_its_buddy_is_when_that_joins(side: Side) -> None:
     side.take_over()
     first = side.join("node-0", port=0, generation=1)
-    assert first.peers() == [{"node-0": AT[NodeId("node-0")]}]
+    assert first.peers() == [{}]
 
     side.join("node-2", port=2, generation=0)
     assert len(first.peers()) == 1
 
     second = side.join("node-1", port=1, generation=1)
 
-    assert first.peers()[1:] == [AT]
-    assert second.peers() == [AT]
+    assert first.peers()[1:] == [{"node-1": AT["node-1"]}]
+    assert second.peers() == [{"node-0": AT["node-0"]}]
 
 
 def test_a_begin_that_was_lost_with_the_controller_reaches_both_with_every_address(
@@ -164,11 +178,49 @@ def test_a_begin_that_was_lost_with_the_controller_reaches_both_with_every_addre
     behind = side.join("node-1", port=1, generation=1)
     there = side.join("node-0", port=0, generation=2)
 
-    for wire in (behind, there):
+    for wire, node, buddy in ((behind, "node-1", "node-0"), (there, "node-0", "node-1")):
         (*_, last) = [message for message in wire.sent if isinstance(message, Begin)]
         assert (last.generation, last.restore) == (2, 10)
-        assert last.buddies == {"node-0": "node-1", "node-1": "node-0"}
-        assert last.peers.items() >= {("node-0", "127.0.0.1:0"), ("node-1", "127.0.0.1:1")}
+        assert last.buddies == {node: buddy}
+        assert last.peers == {buddy: AT[buddy]}
+
+
+def test_a_node_is_told_of_its_own_ranks_and_whom_it_calls_and_of_no_others(side: Side) -> None:
+    side.cluster.train(10)
+    side.cluster.hold(10)
+    side.take_over()
+    wires = [side.join(f"node-{n}", port=n, generation=1) for n in range(3)]
+
+    for decision in side.cluster.exit(1, step=10):
+        side.world.carry_out(decision)
+
+    one, two = (next(m for m in reversed(w.sent) if isinstance(m, Begin)) for w in wires[:2])
+    assert (one.world_size, one.ranks, one.seats) == (4, (0, 1), ("node-0", "node-0"))
+    assert (two.world_size, two.ranks, two.seats) == (4, (2, 3), ("node-1", "node-1"))
+    assert (one.sources, two.sources) == (one.seats, two.seats)
+    assert (one.shard_of, two.shard_of) == ((0, 1), (0, 1)), "two replicas of two shards"
+    assert (one.writers, two.writers) == ((0, 1), ())
+    assert (one.peers, two.peers) == ({"node-1": AT["node-1"]}, {"node-0": AT["node-0"]})
+    assert not [message for message in wires[2].sent if isinstance(message, Begin)]
+
+
+def test_a_store_that_was_announced_is_news_to_a_node_that_comes_back_only(side: Side) -> None:
+    side.take_over()
+    wire = side.join("node-0", port=0, generation=1)
+    other = side.join("node-1", port=1, generation=1)
+    order = AnnounceRendezvous(generation=Generation(1), address="there:1", reason="a test")
+    side.world.carry_out(order)
+
+    again = side.join("node-1", port=1, generation=1)
+    side.world.carry_out(order)
+    side.world.carry_out(msgspec.structs.replace(order, address="there:2"))
+
+    def heard(wire: Wire) -> list[str]:
+        return [m.address for m in wire.sent if isinstance(m, Announce)][-3:]
+
+    assert heard(wire)[-2:] == ["there:1", "there:2"]
+    assert heard(other)[-1:] == ["there:1"]
+    assert heard(again)[-2:] == ["there:1", "there:2"]
 
 
 def test_an_agent_that_comes_back_with_another_port_is_called_there_by_those_that_call_it(
@@ -184,7 +236,7 @@ def test_an_agent_that_comes_back_with_another_port_is_called_there_by_those_tha
     assert len(wire.peers()) == before, "nobody calls a node without a seat that holds nothing"
 
     side.join("node-1", port=11, generation=1)
-    assert wire.peers()[before:] == [AT | {"node-1": "127.0.0.1:11", "node-2": "127.0.0.1:22"}]
+    assert wire.peers()[before:] == [{"node-1": "127.0.0.1:11"}]
 
 
 def test_an_order_on_record_that_was_never_sent_is_sent_by_the_successor_until_it_is_confirmed(
@@ -222,6 +274,57 @@ def test_an_agent_that_was_armed_by_the_predecessor_is_told_that_nothing_is_left
     side.take_over()
 
     assert armed(side.join("node-0", port=0, generation=1)) == []
+
+
+def test_an_agent_is_welcomed_at_once_however_many_wait_to_be_looked_at(side: Side) -> None:
+    wire = Wire()
+    joined = Joined(
+        node=NodeId("node-0"),
+        version=PROTOCOL_VERSION,
+        incarnation=1,
+        pid=1,
+        peer_address="there:1",
+        generation=Generation(0),
+        mark=0,
+    )
+
+    side.world.take(wire, joined)
+
+    assert [type(message) for message in wire.sent] == [Welcome]
+
+
+def test_nodes_that_have_come_as_far_together_are_told_of_together_after_their_steps(
+    side: Side,
+) -> None:
+    side.take_over()
+    for node in range(3):
+        side.join(f"node-{node}", port=node, generation=1)
+    first, second = (Reached(generation=Generation(1), mark=mark) for mark in (1, 2))
+    beat = Beat(
+        generation=Generation(1), ranks=(), phases=(), steps=(), progress=(), states="", cpu_s=(),
+        stall_s=(), reports=(StepReport(Step(1), 1.0, 1.0, 1, 0.1),),
+    )  # fmt: skip
+    for node, message in (
+        ("node-1", first), ("node-1", second), ("node-0", first), ("node-0", beat),
+        ("node-2", FaultCarriedOut(index=7)), ("node-0", second),
+    ):  # fmt: skip
+        side.world.take(side.wires[node], message)
+
+    events = []
+    for event in side.world.events():
+        events.append(event)
+        if isinstance(event, Tick | Telemetry) and len(events) > 1:
+            break
+
+    steps, *told = events[:5]
+    assert isinstance(steps, Telemetry)
+    assert [report.step for report in steps.reports] == [1]
+    assert [(type(e), getattr(e, "nodes", None) or e.node) for e in told] == [
+        (Together, ("node-0", "node-1")),
+        (Reported, "node-1"),
+        (Reported, "node-2"),
+        (Reported, "node-0"),
+    ]
 
 
 def test_a_queue_full_of_messages_costs_no_answer_no_loss_and_no_request_to_stop(

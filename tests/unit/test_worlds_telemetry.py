@@ -1,5 +1,6 @@
 """Beats of nodes become columns of the whole world."""
 
+from orchestrator.core.fleet import Fleet
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Beat, StepReport
 from orchestrator.worlds.telemetry import Columns
@@ -58,7 +59,40 @@ def test_a_beat_of_an_older_generation_only_says_that_the_node_lives() -> None:
     event = columns.telemetry(Seconds(1.0))
 
     assert event is not None
-    assert (event.heard, event.steps, event.reports) == (("n0",), (-1,) * 4, ())
+    assert (event.heard, event.steps, event.reports) == (("n0",), (-1,), ())
+
+
+def test_a_column_that_says_the_same_of_every_rank_says_it_once() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((0, 1), progress=(8, 9)))
+    columns.take(NodeId("n1"), beat((2, 3)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert (event.phases, event.steps, event.states, event.cpu_s) == ((6,), (3,), "S", (1.0,))
+    assert event.progress == (8, 9, 10, 10)
+
+
+def test_ranks_that_moved_as_far_and_differ_in_anything_else_are_told_of_one_by_one() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((0, 1), states="ST"))
+    columns.take(NodeId("n1"), beat((2, 3)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    fleet = Fleet(4, Seconds(0.0))
+    fleet.observe(
+        event.at,
+        phases=event.phases,
+        steps=event.steps,
+        progress=event.progress,
+        states=event.states,
+        cpu_s=event.cpu_s,
+    )
+    assert fleet.states == "STSS"
+    assert fleet.progress_R.tolist() == [10] * 4
 
 
 def test_a_step_that_several_nodes_report_is_passed_on_once_and_in_order() -> None:

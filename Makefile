@@ -21,12 +21,13 @@ demo: setup
 	HOLDFAST_HOME=$(OUT)/home $(BIN)/holdfast drill deploy/examples/demo.yaml \
 		--faults deploy/examples/demo-faults.yaml --out $(OUT)
 
-# Ratios measured in one run each; about twenty minutes on two cores, which should be idle.
+# Ratios measured in one run each; about twenty-three minutes on two cores, which should be idle.
 bench: setup
 	$(BIN)/python -m tests.bench.recovery
 	$(BIN)/python -m tests.bench.overhead
 	$(BIN)/python -m tests.bench.false_alarms
 	$(BIN)/python -m tests.bench.copy
+	$(BIN)/python -m tests.bench.controller
 
 test: lint
 	$(BIN)/python -m pytest -n 2

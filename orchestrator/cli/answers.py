@@ -27,13 +27,14 @@ class Answer:
     columns: tuple[Column, ...]
     rows: list[Row]
     assumptions: tuple[str, ...]
+    method: str = METHOD
 
 
 def shown(answer: Answer, output: Output) -> str:
     """Return an answer in the asked form."""
     told = {
         "question": answer.question,
-        "method": METHOD,
+        "method": answer.method,
         **answer.given,
         "rows": answer.rows,
         "assumptions": list(answer.assumptions),
@@ -47,5 +48,6 @@ def shown(answer: Answer, output: Output) -> str:
             return rendered(answer.question, answer.columns, answer.rows, output)
         case Output.TABLE | Output.WIDE:
             table = rendered(answer.question, answer.columns, answer.rows, output)
-            head = f"{answer.headline}; {METHOD}, not simulated"
+            simulated = ", not simulated" if answer.method == METHOD else ""
+            head = f"{answer.headline}; {answer.method}{simulated}"
             return "\n".join([head, "", table, *section("Assumes", answer.assumptions)])

@@ -38,6 +38,15 @@ StallOption = Annotated[
     str | None,
     typer.Option(metavar="SPAN", help="What one checkpoint stalls training; default 50ms."),
 ]
+SimulateOption = Annotated[
+    int,
+    typer.Option(
+        "--simulate", min=0, metavar="SEEDS", help="Simulate so many runs beside the closed form."
+    ),
+]
+SimulatedDaysOption = Annotated[
+    float, typer.Option("--simulated-days", min=0.001, help="Length of each simulated run.")
+]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How it is printed.")]
 
 
@@ -55,6 +64,8 @@ def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         str, typer.Option(metavar="SPAN", help="Until a used hot spare is replaced.")
     ] = "6h",
     quantile: Annotated[float, typer.Option(help="Enough for this share of the time.")] = 0.99,
+    simulate: SimulateOption = 0,
+    days: SimulatedDaysOption = 7.0,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """How many spare nodes: for as long as repairs take, and hot ones until they are refilled."""
@@ -62,6 +73,12 @@ def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 
     site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
     answer = planning.spares(site, repair=repair, refill=refill, quantile=quantile)
+    if simulate:
+        from orchestrator.cli import beside
+
+        runs = beside.Beside(gpus=gpus, model=model, rates=rates, seeds=simulate, days=days)
+        runs.refuse_mtti(mtti)
+        answer = beside.spares(answer, runs)
     typer.echo(answers.shown(answer, output))
 
 
@@ -74,6 +91,8 @@ def interval(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     detect: DetectOption = None,
     restart: RestartOption = None,
     stall: StallOption = None,
+    simulate: SimulateOption = 0,
+    days: SimulatedDaysOption = 7.0,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """How often to save: the best interval, and what another one costs."""
@@ -81,7 +100,14 @@ def interval(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 
     site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
     outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
-    typer.echo(answers.shown(planning.interval(site, outage), output))
+    answer = planning.interval(site, outage)
+    if simulate:
+        from orchestrator.cli import beside
+
+        runs = beside.Beside(gpus=gpus, model=model, rates=rates, seeds=simulate, days=days)
+        runs.refuse_mtti(mtti)
+        answer = beside.interval(answer, runs)
+    typer.echo(answers.shown(answer, output))
 
 
 @app.command()
@@ -97,7 +123,8 @@ def ettr(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         str | None,
         typer.Option(metavar="SPAN", help="Between two checkpoints; default the best."),
     ] = None,
-    days: Annotated[float, typer.Option(min=0.01, help="Length of the run.")] = 54.0,
+    days: Annotated[float, typer.Option(min=0.001, help="Length of the run.")] = 54.0,
+    simulate: SimulateOption = 0,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Which effective training time to expect, and what the rest is lost to."""
@@ -105,4 +132,11 @@ def ettr(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 
     site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
     outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
-    typer.echo(answers.shown(planning.ettr(site, outage, interval=interval, days=days), output))
+    answer = planning.ettr(site, outage, interval=interval, days=days)
+    if simulate:
+        from orchestrator.cli import beside
+
+        runs = beside.Beside(gpus=gpus, model=model, rates=rates, seeds=simulate, days=days)
+        runs.refuse_mtti(mtti)
+        answer = beside.ettr(answer, runs)
+    typer.echo(answers.shown(answer, output))

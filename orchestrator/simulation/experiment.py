@@ -152,11 +152,28 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """For how long a node computed wrong numbers and nobody knew; what came of it is undone."""
     events: int
     controller_s: float
-    """Processor time of the controller."""
+    """Processor time of the controller: its wall clock, times the share that the process had."""
     wall_s: float
     """Of the simulation."""
     max_rss_mb: float
     """The most memory that the process has had so far."""
+
+
+class _Clocks:
+    """How long something has taken, and how much of a processor it had."""
+
+    def __init__(self) -> None:
+        self._wall_s, self._cpu_s = time.perf_counter(), time.process_time()
+
+    @property
+    def wall_s(self) -> float:
+        """Wall clock since then."""
+        return time.perf_counter() - self._wall_s
+
+    @property
+    def busy(self) -> float:
+        """Share of the wall clock for which this process had a processor, at most 1."""
+        return min((time.process_time() - self._cpu_s) / max(self.wall_s, 1e-9), 1.0)
 
 
 class Observer:
@@ -221,7 +238,7 @@ def conduct(
         seed: what to draw by; the same seed gives the same journal.
         record: takes what goes into the journal.
     """
-    began_s = time.monotonic()
+    began = _Clocks()
     streams = np.random.SeedSequence(seed).spawn(4)
     faults, befalling, repairs, world_s = (np.random.Generator(np.random.PCG64(s)) for s in streams)
     run = given.run_file()
@@ -250,7 +267,7 @@ def conduct(
     observer = Observer(effects)
     simulation = Simulation(run, world, checkers=[observer], record=record, keep=False)
     simulation.conduct(Seconds(settings.horizon_s))
-    return _outcome(given, seed, simulation, effects, machines, observer, began_s)
+    return _outcome(given, seed, simulation, effects, machines, observer, began)
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
@@ -270,7 +287,7 @@ def _outcome(
     effects: Effects,
     machines: Machines,
     observer: Observer,
-    began_s: float,
+    began: _Clocks,
 ) -> Outcome:
     state, settings = simulation.controller.state, given.settings
     horizon_s = settings.horizon_s
@@ -313,7 +330,7 @@ def _outcome(
         lost_steps=sum(incident.lost_steps for incident in state.incidents),
         silent_s=accounts.silent_s(effects.log, horizon_s),
         events=simulation.events,
-        controller_s=simulation.controller_s,
-        wall_s=time.monotonic() - began_s,
+        controller_s=simulation.controller_s * began.busy,
+        wall_s=began.wall_s,
         max_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )

@@ -213,3 +213,37 @@ def test_the_readme_shows_what_the_command_prints() -> None:
 def test_an_output_that_is_not_there_is_refused() -> None:
     assert holdfast("plan", "ettr", "-o", "pie").exit_code == 2
     assert set(Output) == {"table", "wide", "json", "yaml", "name"}
+
+
+SMALL = ("--gpus", "64", "--rates", "100")
+
+
+def simulated(*arguments: str) -> dict[str, dict[str, float]]:
+    result = holdfast("plan", *arguments, *SMALL, "--simulate", "2", "-o", "json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["method"] == "closed form, with a simulation beside it"
+    return {row.pop("name"): row for row in data["rows"]}
+
+
+def test_ettr_of_a_simulation_stands_beside_that_of_the_closed_form() -> None:
+    rows = simulated("ettr", "--days", "0.1", "--interval", "26s")
+
+    assert rows["simulated-low"]["share"] <= rows["simulated-mean"]["share"]
+    assert rows["simulated-mean"]["share"] <= rows["simulated-high"]["share"]
+    assert 0 < rows["ettr-renewal"]["share"] < 1
+
+
+def test_every_interval_and_every_number_of_spares_is_simulated() -> None:
+    by_interval = simulated("interval", "--simulated-days", "0.01")
+    by_spares = simulated("spares", "--simulated-days", "0.01", "--repair", "1h")
+
+    assert all(0 <= row["simulated"] <= 1 for row in by_interval.values())
+    assert all(row["waited_s_per_day"] >= 0 for row in by_spares.values())
+
+
+def test_a_simulation_needs_to_know_what_breaks() -> None:
+    result = holdfast("plan", "ettr", "--mtti", "3h", "--simulate", "1")
+
+    assert result.exit_code == 2
+    assert "expected rates by class of fault" in result.stderr

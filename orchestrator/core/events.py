@@ -14,6 +14,7 @@ from orchestrator.protocol.messages import (
     Prepared,
     RanksTroubled,
     Reached,
+    ShardsWritten,
     StepReport,
 )
 
@@ -66,7 +67,8 @@ class Reported(_Event, frozen=True, kw_only=True):
 class Together(_Event, frozen=True, kw_only=True):
     """Many nodes reported the same fact at the same moment. A world may always say it singly."""
 
-    fact: Reached | Prepared | RanksTroubled
+    fact: Reached | Prepared | RanksTroubled | ShardsWritten
+    """What each of them reported; of `ShardsWritten`, with the receipts of all of them."""
     nodes: tuple[NodeId, ...] = ()
     """Who; empty for every node of the generation that the fact is about."""
 

@@ -178,14 +178,16 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
 
 
 def _take_together(
-    state: RunState, names: tuple[NodeId, ...], fact: Reached | Prepared | RanksTroubled
+    state: RunState,
+    names: tuple[NodeId, ...],
+    fact: Reached | Prepared | RanksTroubled | ShardsWritten,
 ) -> None:
     """Apply one fact that many nodes report."""
     if not names and fact.generation != state.generation:
         return
     nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
     state.hearing.hear((node.id for node in nodes), state.now)
-    if fact.generation != state.generation:
+    if not nodes or fact.generation != state.generation:
         return
     match fact:
         case Reached(mark=mark):
@@ -199,8 +201,10 @@ def _take_together(
             for node in nodes:
                 copies.hold_verified(state, node.id, step)
         case RanksTroubled():
-            for node in nodes:
-                _take(state, node, fact)
+            state.troubled = {node.id: (state.now, fact.message) for node in nodes} | state.troubled
+        case ShardsWritten():
+            # All receipts are in one of them: whoever wrote a shard, it is there.
+            _take(state, nodes[0], fact)
 
 
 def _reach(node: Node, generation: Generation, mark: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from orchestrator.core.decisions import RetainMemory
+from orchestrator.core.decisions import CommitCheckpoint, RetainMemory
 from orchestrator.core.events import CopiesHeld, Event, Telemetry, Tick, Together
 from orchestrator.core.report import report
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
@@ -16,7 +16,9 @@ from orchestrator.protocol.messages import (
     Prepared,
     RanksTroubled,
     Reached,
+    Receipt,
     ShardsHeld,
+    ShardsWritten,
     StepReport,
 )
 from orchestrator.protocol.phases import RankPhase
@@ -206,3 +208,27 @@ def test_events_that_are_told_together_survive_the_journal() -> None:
     ]
 
     assert msgspec.json.decode(msgspec.json.encode(told), type=list[Event]) == told
+
+
+def test_shards_that_were_written_by_all_are_committed_at_once(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(20)
+    receipts = tuple(Receipt(shard=shard, size=1, index_digest="0" * 32) for shard in range(2))
+    fact = ShardsWritten(generation=Generation(1), step=Step(20), receipts=receipts, model="m")
+
+    told = cluster.tell(Together(at=cluster.at(), fact=fact))
+    again = cluster.tell(Together(at=cluster.at(), fact=fact))
+
+    assert [(d.step, d.receipts) for d in told if isinstance(d, CommitCheckpoint)] == [
+        (20, receipts)
+    ]
+    assert again == []
+
+
+def test_shards_of_which_one_is_missing_are_not_committed(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(20)
+    receipts = tuple(Receipt(shard=shard, size=1, index_digest="0" * 32) for shard in (1, 1))
+    fact = ShardsWritten(generation=Generation(1), step=Step(20), receipts=receipts, model="m")
+
+    assert cluster.tell(Together(at=cluster.at(), fact=fact)) == []

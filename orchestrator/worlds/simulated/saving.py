@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orchestrator.core.events import CopiesHeld
-from orchestrator.protocol.ids import Rank, Seconds, Step
+from orchestrator.core.events import CopiesHeld, Together
+from orchestrator.protocol.ids import Seconds, Step
 from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.simulated.alike import Alike
-from orchestrator.worlds.simulated.cluster import Cluster
+from orchestrator.worlds.simulated.cluster import TOGETHER_MIN, Cluster
 from orchestrator.worlds.simulated.node import SAVES_MAX, Save, SimNode
 from orchestrator.worlds.simulated.store import OUTAGE
 from orchestrator.worlds.simulated.team import Team
@@ -42,6 +42,9 @@ class Saving:
         self._steps = run.spec.trainer.steps
         self._shards = run.world_size // run.spec.parallelism.dp_replicate
         self._writers = [n for n in team.members if min(team.ranks[n.id]) < self._shards]
+        self._receipts = tuple(
+            Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in range(self._shards)
+        )
         self._seen = team.start
         self._owes_last = True
         self.last_written = False
@@ -137,15 +140,21 @@ class Saving:
                 continue
             self._cluster.store.wrote(self._team.generation)
             self.last_written = self.last_written or step == self._steps
-            for node in self._writers:
-                if node.alive and node.generation == self._team.generation:
-                    owed = [rank for rank in node.ranks if rank < self._shards]
-                    self._cluster.say([node], self._written(step, owed))
+            self._say_written(step)
 
-    def _written(self, step: Step, ranks: list[Rank]) -> ShardsWritten:
-        return ShardsWritten(
-            generation=self._team.generation,
-            step=step,
-            receipts=tuple(Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in ranks),
-            model=MODEL,
-        )
+    def _say_written(self, step: Step) -> None:
+        """Have every node that owes shards say that they are durable."""
+        if self.alike.possible and len(self._writers) >= TOGETHER_MIN:
+            fact = ShardsWritten(
+                generation=self._team.generation, step=step, receipts=self._receipts, model=MODEL
+            )
+            names = tuple(node.id for node in self._writers)
+            self._cluster.emit(Together(at=self._cluster.now, nodes=names, fact=fact))
+            return
+        for node in self._writers:
+            if node.alive and node.generation == self._team.generation:
+                receipts = tuple(self._receipts[rank] for rank in node.ranks if rank < self._shards)
+                fact = ShardsWritten(
+                    generation=self._team.generation, step=step, receipts=receipts, model=MODEL
+                )
+                self._cluster.say([node], fact)

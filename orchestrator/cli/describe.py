@@ -216,7 +216,7 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
                 ("Came as far as", mark),
                 ("Incarnation", f"{node.incarnation} (starts of its agent)"),
                 ("Joined", units.clock(node.joined_at)),
-                ("Heard", f"{units.seconds(state.now - state.hearing.heard_at[node.id])} ago"),
+                ("Heard", f"{units.seconds(state.now - state.hearing.heard_at(node.id))} ago"),
             ]
         ),
         *section(

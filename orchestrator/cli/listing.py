@@ -113,7 +113,7 @@ def node_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "generation": node.generation,
             "mark": MARKS[node.mark] if node.generation else None,
             "incarnation": node.incarnation,
-            "heard_s": round(state.now - state.hearing.heard_at[node.id], 6),
+            "heard_s": round(state.now - state.hearing.heard_at(node.id), 6),
             "memory_steps": sorted(held_by(state, node.id)),
             "why": why(state, node),
         }

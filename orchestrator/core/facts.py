@@ -59,7 +59,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             _join(state, node, joined)
         case Reported(node=node, fact=fact):
             if node in state.nodes:
-                state.hearing.hear((node,), state.now)
+                state.hearing.hear(node, state.now)
                 _take(state, state.nodes[node], fact)
         case Together(nodes=nodes, fact=fact):
             _take_together(state, nodes, fact)
@@ -109,14 +109,14 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
             # by others, and nobody gets one seat twice.
             node.reborn = f"{node_id} came back as incarnation {joined.incarnation}: its ranks died"
             state.reborn.add(node_id)
-            node.died_after = state.hearing.spoke_at[node_id]
+            node.died_after = state.hearing.spoke_at(node_id)
         node.incarnation = joined.incarnation
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
         node.lost = ""
     node.connected = True
     state.weigh(node)
-    state.hearing.hear((node_id,), state.now)
+    state.hearing.hear(node_id, state.now)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
     _moved(state, node)
@@ -186,7 +186,8 @@ def _take_together(
     if not names and fact.generation != state.generation:
         return
     nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
-    state.hearing.hear((node.id for node in nodes), state.now)
+    for node in nodes:
+        state.hearing.hear(node.id, state.now)
     if not nodes or fact.generation != state.generation:
         return
     match fact:
@@ -233,7 +234,10 @@ def _news(state: RunState, fact: RankExited) -> bool:
 
 
 def _observe(state: RunState, event: Telemetry) -> None:
-    state.hearing.hear(filter(state.nodes.__contains__, event.heard), state.now)
+    heard = event.heard
+    if not state.nodes.keys() >= set(heard):
+        heard = tuple(node for node in heard if node in state.nodes)
+    state.hearing.hear_all(heard, state.now)
     if event.generation != state.generation or not state.seats:
         return
     state.fleet.observe(

@@ -1,10 +1,14 @@
-"""When each node was heard last: of thousands of nodes, asked for at every tick."""
+"""When each node was heard last: of thousands of nodes, asked for at every tick.
+
+Nearly every tick hears the same nodes as the one before. They are kept as one chorus with one
+moment; what is entered at a node itself is older, or newer, than that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from orchestrator.protocol.ids import NodeId, Seconds
+
+_NEVER = Seconds(float("-inf"))
 
 
 class Hearing:
@@ -12,37 +16,55 @@ class Hearing:
 
     Args:
         limit_s: a node that has not been heard for longer is silent.
-
-    Attributes:
-        heard_at: when each was heard last, or when somebody looked again: silence counts from here.
-        spoke_at: when each was heard last.
     """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self.heard_at: dict[NodeId, Seconds] = {}
-        self.spoke_at: dict[NodeId, Seconds] = {}
-        self._quiet: set[NodeId] = set()
-        self._floor = Seconds(0.0)
-        """No other node than those in `_quiet` was heard last before this moment."""
+        self._heard_at: dict[NodeId, Seconds] = {}
+        self._spoke_at: dict[NodeId, Seconds] = {}
+        self._chorus: tuple[NodeId, ...] = ()
+        self._voices: frozenset[NodeId] = frozenset()
+        self._chorus_at = _NEVER
+        self._others: set[NodeId] = set()
+        """Those that are not in the chorus."""
 
-    def hear(self, nodes: Iterable[NodeId], now: Seconds) -> None:
-        """Enter that nodes were heard just now."""
-        heard = dict.fromkeys(nodes, now)
-        self.heard_at.update(heard)
-        self.spoke_at.update(heard)
-        self._quiet.difference_update(heard)
+    def heard_at(self, node: NodeId) -> Seconds:
+        """Return when a node was heard last, or somebody looked again: silence counts from here."""
+        own_at = self._heard_at[node]
+        return max(own_at, self._chorus_at) if node in self._voices else own_at
+
+    def spoke_at(self, node: NodeId) -> Seconds:
+        """Return when a node was heard last."""
+        own_at = self._spoke_at[node]
+        return max(own_at, self._chorus_at) if node in self._voices else own_at
+
+    def hear(self, node: NodeId, now: Seconds) -> None:
+        """Enter that a node was heard just now."""
+        if node not in self._voices:
+            self._others.add(node)
+        self._heard_at[node] = self._spoke_at[node] = now
+
+    def hear_all(self, nodes: tuple[NodeId, ...], now: Seconds) -> None:
+        """Enter that these nodes, all of which were heard before, were heard just now."""
+        if nodes != self._chorus:
+            voices = frozenset(nodes)
+            for node in self._voices - voices:
+                self._heard_at[node], self._spoke_at[node] = (
+                    self.heard_at(node),
+                    self.spoke_at(node),
+                )
+            self._chorus, self._voices = nodes, voices
+            self._others = {node for node in self._heard_at if node not in voices}
+        self._chorus_at = now
 
     def forgive(self, now: Seconds) -> None:
         """Count silence from now on: until then nobody was looking."""
-        self.heard_at = dict.fromkeys(self.heard_at, now)
-        self._quiet, self._floor = set(), now
+        self._heard_at = dict.fromkeys(self._heard_at, now)
 
     def silent(self, now: Seconds) -> frozenset[NodeId]:
         """Return the nodes that are silent."""
-        if now - self._floor > self._limit_s:
-            limit_at = now - self._limit_s
-            self._quiet = {node for node, at in self.heard_at.items() if at < limit_at}
-            others = (at for node, at in self.heard_at.items() if node not in self._quiet)
-            self._floor = min(others, default=now)
-        return frozenset(self._quiet)
+        limit_at = now - self._limit_s
+        quiet = frozenset(node for node in self._others if self._heard_at[node] < limit_at)
+        if self._chorus_at >= limit_at:
+            return quiet
+        return quiet | {node for node in self._voices if self._heard_at[node] < limit_at}

@@ -45,7 +45,7 @@ class Silence:
             elif node.reborn:
                 findings.append(_reborn(state, node))
             elif name in silent:
-                quiet_s = state.now - state.hearing.heard_at[name]
+                quiet_s = state.now - state.hearing.heard_at(name)
                 text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
                 findings.append(
                     _gone(state, node, "node-silent", Cause.NETWORK, f"{text}{_SILENT}")
@@ -77,8 +77,8 @@ def _since(state: RunState, node: Node) -> Seconds:
 
     If nobody looked for a while after that, not before the last step that is known of.
     """
-    spoke_at = node.died_after if node.reborn else state.hearing.spoke_at[node.id]
-    if not node.reborn and state.hearing.heard_at[node.id] == spoke_at:
+    spoke_at = node.died_after if node.reborn else state.hearing.spoke_at(node.id)
+    if not node.reborn and state.hearing.heard_at(node.id) == spoke_at:
         return spoke_at
     stepped_at = state.step_log[-1][1] if state.step_log else spoke_at
     return Seconds(min(max(spoke_at, stepped_at), state.now))

@@ -136,7 +136,7 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
     """
     silence_s = state.timeouts.silence_s
     known = [
-        state.hearing.heard_at[node.id] + silence_s
+        state.hearing.heard_at(node.id) + silence_s
         for node in state.nodes.values()
         if _may_return(node)
     ]

@@ -177,7 +177,7 @@ def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
         assert not [
             n
             for n in nodes
-            if n.connected and cluster.state.now - cluster.state.hearing.heard_at[n.id] > limit_s
+            if n.connected and cluster.state.now - cluster.state.hearing.heard_at(n.id) > limit_s
         ]
 
     assert generations == sorted(generations)

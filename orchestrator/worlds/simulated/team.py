@@ -92,6 +92,8 @@ class Team:
         self._judge = Judge(lineage)
         self._expected = -1
         self._under_way = 0
+        self._heard: tuple[NodeId, ...] = ()
+        self._unheard = frozenset(self.ranks)
         counts = [len(own) for own in self.ranks.values()]
         self.place_R = np.empty(len(order.seats), np.int64)
         self.place_R[np.fromiter(chain.from_iterable(self.ranks.values()), np.int64)] = np.repeat(
@@ -115,6 +117,12 @@ class Team:
     def buddy_of(self, node: NodeId) -> NodeId | None:
         """Return where a node copies what its ranks stage."""
         return self._order.buddies.get(node)
+
+    def silent(self, heard: tuple[NodeId, ...]) -> frozenset[NodeId]:
+        """Return its nodes that are not heard; the same are, at nearly every look."""
+        if self._heard is not heard:
+            self._heard, self._unheard = heard, frozenset(self.ranks.keys() - frozenset(heard))
+        return self._unheard
 
     @property
     def marks(self) -> Iterable[int]:

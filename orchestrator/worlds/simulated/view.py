@@ -53,7 +53,7 @@ def telemetry(team: Team | None, at: Seconds, news: News) -> Telemetry:
     """Return one tick of a team, as far as its nodes are heard."""
     columns = _NOBODY
     if team is not None:
-        silent = team.ranks.keys() - frozenset(news.heard)
+        silent = team.silent(news.heard)
         alike = team.whole and team.in_step and not silent
         columns = _alike(team, at) if alike else _each(team, at, silent)
     return Telemetry(
@@ -79,7 +79,7 @@ def _alike(team: Team, at: Seconds) -> _Columns:
     return _Columns((phase,), (step,), (team.lowest + 10 + moves,), "S", (busy_s,))
 
 
-def _each(team: Team, at: Seconds, silent: set[NodeId]) -> _Columns:
+def _each(team: Team, at: Seconds, silent: frozenset[NodeId]) -> _Columns:
     """Return one number per rank."""
     step, moves, busy_s = _progress(team, at)
     mark_R = np.fromiter(team.marks, np.int64)[team.place_R]

@@ -313,7 +313,11 @@ class SimulatedWorld:
             return None
         reports: tuple[StepReport, ...] = ()
         since_s = 0.0
-        if team is not None and team.pace is not None and not team.ranks.keys().isdisjoint(heard):
+        if (
+            team is not None
+            and team.pace is not None
+            and len(team.silent(heard)) < len(team.members)
+        ):
             since_s = team.pace.since(self.now)
             done = team.pace.done(self.now)
             reports = tuple(self._report(Step(s)) for s in range(self._reported + 1, done + 1))

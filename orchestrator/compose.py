@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from orchestrator import document, faults
 from orchestrator.core.controller import Controller
+from orchestrator.detect.corruption import Corruption
 from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
 from orchestrator.detect.preparation import Preparation
@@ -130,7 +131,7 @@ def controller(run: TrainingRun) -> Controller:
     when it was written.
     """
     disabled = run.spec.recovery.disable
-    detectors = (Exits(), Silence(), Preparation(), Hang(), PlannedSwap())
+    detectors = (Exits(), Silence(), Preparation(), Corruption(), Hang(), PlannedSwap())
     return Controller(
         run,
         _timeouts(run, run.metadata.name),

@@ -115,7 +115,7 @@ class Catalog:
                 checkpoint, or to none, because of a slow network would throw work away.
         """
         rejections: list[Rejection] = []
-        barred = self._barred()
+        barred = self.barred()
         for record in self.commits():
             if before_step is not None and record.step >= before_step:
                 continue
@@ -167,7 +167,7 @@ class Catalog:
         """
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}, must be at least 1")
-        barred = self._barred()
+        barred = self.barred()
         anchor = verified
         if anchor is None or (anchor.step, anchor.epoch) in barred:
             anchor, _ = self.newest_verified()
@@ -223,7 +223,7 @@ class Catalog:
             return str(error)
         return ""
 
-    def _barred(self) -> dict[tuple[int, int], str]:
+    def barred(self) -> dict[tuple[int, int], str]:
         """Return by (step, epoch) the key of the newest verdict; each kind bars a checkpoint.
 
         Only keys are looked at, so that a damaged verdict still counts, and a long history of

@@ -18,6 +18,7 @@ from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.drive import Simulation
+from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.flaws import Flaws
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.world import SimulatedWorld
@@ -50,7 +51,8 @@ class SimulatedJob:
     hushed: tuple[str, float] | None = None
     operations: list[dict[str, Any]] = field(default_factory=list)
     """What operators ask for: `{at: seconds, drain: [node], within: span, reason: text}`, or
-    `{at: seconds, uncordon: [node]}`."""
+    `{at: seconds, uncordon: [node]}`; or what nobody asked for: `{at: seconds, corrupt: node,
+    found: span, every: steps, proven: whether, named: [node]}`."""
 
     def conduct(self, *_options: str) -> tuple[int, Report]:
         """Run it to its end; return exit code and report."""
@@ -77,7 +79,10 @@ class SimulatedJob:
         if self.hushed is not None:
             self._hush_in_time()
         for operation in self.operations:
-            self._ask_in_time(**operation)
+            if "corrupt" in operation:
+                self._corrupt_in_time(**operation)
+            else:
+                self._ask_in_time(**operation)
         simulation = Simulation(
             run, self.world, checkers=[Invariants(loss_of=lambda step: 1.0 / step)]
         )
@@ -104,6 +109,23 @@ class SimulatedJob:
             within_s = None if within is None else seconds(within)
             ask = partial(world.drain, nodes, "ann", reason, within_s)
         world.cluster.agenda.at(Seconds(at), ask)
+
+    def _corrupt_in_time(
+        self,
+        *,
+        at: float,
+        corrupt: str,
+        found: str,
+        every: int = 5,
+        proven: bool = True,
+        named: list[str] | None = None,
+    ) -> None:
+        world = self.world
+        assert world is not None
+        who = None if named is None else tuple(map(NodeId, named))
+        habit = Habit(seconds(found), every, proven, who)
+        do = partial(world.corruption.corrupt, NodeId(corrupt), habit)
+        world.cluster.agenda.at(Seconds(at), do)
 
     def drain(self, *nodes: str) -> tuple[int, Report]:
         """Run it; once it trains, have nodes be free of it."""

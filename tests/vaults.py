@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from orchestrator.core.events import (
     CheckpointFound,
     Event,
 )
+from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.protocol.runfile import TrainingRun
@@ -134,8 +136,8 @@ class Tier:
         assert isinstance(answer, kind), answer
         return answer
 
-    def search(self, vault: Vault) -> CheckpointFound:
-        vault.search(self.told.put)
+    def search(self, vault: Vault, onsets: Sequence[Onset] = ()) -> CheckpointFound:
+        vault.search(self.told.put, onsets=onsets)
         return self.answer(CheckpointFound)
 
     def steps(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.cli.tables import Column, Kind, Row, span, text
 from orchestrator.core.state import Committed, RunState
+from orchestrator.core.trust import why_not
 from orchestrator.protocol.ids import Step
 from orchestrator.worlds.folder import RunFolder
 
@@ -25,7 +26,7 @@ def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "epoch": commit.epoch,
             "age_s": round(state.now - commit.at, 6),
             "key": commit.key,
-            "why": commit.rejected or _why_expired(state, commit),
+            "why": commit.rejected or why_untrusted(state, commit) or _why_expired(state, commit),
         }
         for commit in state.commits
     ]
@@ -52,13 +53,22 @@ def condition(state: RunState, commit: Committed) -> str:
     """Return the condition of a checkpoint of the durable tier in one word."""
     if commit.rejected:
         return "Rejected"
+    if why_untrusted(state, commit):
+        return "Untrusted"
     return "Expired" if _why_expired(state, commit) else "Committed"
+
+
+def why_untrusted(state: RunState, commit: Committed) -> str:
+    """Say that a checkpoint came after a silent corruption; "" if none is known to have been."""
+    return why_not(state.onsets, commit.step, commit.epoch)
 
 
 def _why_expired(state: RunState, commit: Committed) -> str:
     """Say that a checkpoint is too old to have been kept; the journal does not see deletions."""
     keep = state.run.spec.checkpoint.keep_last
-    sound = sorted((c.step, c.epoch) for c in state.commits if not c.rejected)
+    sound = sorted(
+        (c.step, c.epoch) for c in state.commits if not (c.rejected or why_untrusted(state, c))
+    )
     older = (commit.step, commit.epoch) < min(sound[-keep:], default=(0, 0))
     return f"older than the newest {keep} (spec.checkpoint.keepLast)" if older else ""
 

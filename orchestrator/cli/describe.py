@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.cli import listing, runs, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
-from orchestrator.cli.checkpoints import condition
+from orchestrator.cli.checkpoints import condition, why_untrusted
 from orchestrator.cli.errors import CliError, Exit, unknown
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.history import History
@@ -247,7 +247,7 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
         size = sum(receipt.size for receipt in order.receipts) if order else 0
         told = [
             ("State", condition(state, commit)),
-            ("Why", commit.rejected),
+            ("Why", commit.rejected or why_untrusted(state, commit)),
             ("Key", commit.key),
             ("Epoch", f"{commit.epoch} (the generation that wrote it)"),
             ("Committed", units.clock(commit.at)),

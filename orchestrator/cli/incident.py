@@ -18,6 +18,8 @@ RUNGS = {
     "from the copy on another node",
     "planned swap": "a node is to be free, and a spare is; the state comes from memory, at "
     "the moment at which least has to be done again",
+    "roll back before the onset": "what came after the last step that is known to be good may be "
+    "corrupted; the newest state before that is taken, wherever it is",
     "resume from the durable tier": "no whole copy is left in memory, so the newest verified "
     "checkpoint is read",
     "start over from the seed": "there is no state to continue from, neither in memory nor on "

@@ -13,7 +13,7 @@ from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import Node, RunState
-from orchestrator.policy import lemons, planned
+from orchestrator.policy import lemons, planned, quarantine
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -126,6 +126,8 @@ def condition(state: RunState, node: Node) -> str:
     if state.phase.final and not node.unusable and not node.lost:
         return "Ended"
     told = node.condition(state.seated)
+    if node.id in state.quarantined:
+        return {"Training": "Quarantined", "Spare": "Quarantined"}.get(told, told)
     if node.id in state.drains:
         return {"Training": "Draining", "Spare": "Drained"}.get(told, told)
     if told == "Spare" and lemons.standing(state, node.id):
@@ -137,6 +139,7 @@ def why(state: RunState, node: Node) -> str:
     """Return why a node is in another condition than it might be; "" if it is not."""
     told = (
         node.unusable or node.lost,
+        quarantine.standing(state, node.id),
         planned.standing(state, node.id),
         lemons.standing(state, node.id),
     )

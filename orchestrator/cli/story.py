@@ -43,6 +43,7 @@ from orchestrator.protocol.messages import (
     RendezvousOffered,
     ShardsHeld,
     ShardsWritten,
+    StateDiverged,
     WriteFailed,
 )
 
@@ -145,6 +146,9 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return f"{_ranks(ranks)} on {name} finished at step {step}"
         case NodeUnusable(reason=reason):
             return f"{name} is unusable: {reason}"
+        case StateDiverged(step=step, since=since, evidence=evidence):
+            good = "no step is known to be good" if since is None else f"step {since} is good"
+            return f"{name} found wrong state after step {step}, {good}: {evidence}"
         case FaultDue(index=index):
             return f"planned fault {index} is due on {name}"
         case FaultCarriedOut(index=index, problem=problem):

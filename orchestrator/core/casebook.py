@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.core import facts
 from orchestrator.core.events import Event, Telemetry
-from orchestrator.core.incident import LOST, Cause, Finding, Incident, Note
+from orchestrator.core.incident import CORRUPTION, LOST, Cause, Finding, Incident, Note
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import Detector
 from orchestrator.core.state import Occurrence, RunState
@@ -16,6 +16,7 @@ RESTARTED = "controller-restart"
 UNJUDGED = "ranks were training; whether they went on is not known yet"
 OUTLIVED = "training was not interrupted"
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
+_SEVERITY[CORRUPTION] = 5
 """Which kind names an incident when several findings belong to it: the one that explains more."""
 _Mark = tuple[str, tuple[Rank, ...], tuple[NodeId, ...], str]
 
@@ -162,7 +163,8 @@ class Casebook:
         self._known[incident.id] = {_mark(finding)}
         self._name(incident, finding)
         # While no controller lived, ranks trained on: nothing was lost until it came back.
-        if finding.kind != RESTARTED:
+        # Steps that were made on a corrupted state are lost work.
+        if finding.kind not in (RESTARTED, CORRUPTION):
             state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
         return incident
 

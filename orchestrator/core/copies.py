@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.core.events import CopiesHeld
 from orchestrator.core.state import RunState
+from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed
 
@@ -56,7 +57,11 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
 
 def counts(state: RunState, step: Step) -> bool:
     """Whether copies of a step are worth knowing of."""
-    return step >= state.retained and step not in state.condemned_memory
+    known_bad = step in state.condemned_memory
+    # What is in memory was made by the present generation, or by those that it continues.
+    return (
+        step >= state.retained and not known_bad and trusted(state.onsets, step, state.generation)
+    )
 
 
 def hold_only(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
@@ -160,12 +165,12 @@ def _copies_wanted(state: RunState) -> int:
     """Return how many copies make a shard safe: two, unless the cluster has one node.
 
     A node that may be back at once is part of the cluster: after a controller died, all are. One
-    that was drained is not.
+    that was drained or quarantined is not.
     """
-    silent, members = state.hearing.silent(state.now), 0
+    silent, members, kept_out = state.hearing.silent(state.now), 0, state.cordoned()
     for node in state.nodes.values():
         gone = node.lost or node.unusable or node.id in silent
-        members += (node.usable or not gone) and not state.drained(node.id)
+        members += (node.usable or not gone) and node.id not in kept_out
         if members > 1:
             return 2
     return 1

@@ -7,6 +7,7 @@ from orchestrator.core.decisions import Decision, EndRun
 from orchestrator.core.incident import Note
 from orchestrator.core.phases import PHASE_OF_MARK, RunPhase, require
 from orchestrator.core.state import RunState, decide
+from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.messages import MARKS
 
@@ -62,7 +63,12 @@ def concluding(state: RunState) -> bool:
     """
     last = Step(state.run.spec.trainer.steps)
     patient = state.now - state.phase_since <= state.timeouts.save_s
-    return state.phase is RunPhase.FINISHING and last in state.committing and patient
+    return (
+        state.phase is RunPhase.FINISHING
+        and last in state.committing
+        and patient
+        and trusted(state.onsets, last, state.committing[last])
+    )
 
 
 def finish(state: RunState) -> list[Decision]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Receipt
 
@@ -67,6 +68,8 @@ class SearchCheckpoints(_Decision, frozen=True, kw_only=True):
 
     number: int = 0
     """Counts the searches of a run; its answer names it."""
+    onsets: tuple[Onset, ...] = ()
+    """What came after these is not trusted: it is kept, and passed over now and ever after."""
 
 
 class CommitCheckpoint(_Decision, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from orchestrator.core.events import (
     SearchFailed,
 )
 from orchestrator.core.state import Committed, RunState
+from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Seconds, Step
 
 SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
@@ -19,6 +20,10 @@ COMMIT_AGAIN_S = 2.0
 
 def answers(state: RunState, event: CheckpointFound | SearchFailed) -> bool:
     """Whether an event answers the search that is under way, as far as it says."""
+    if isinstance(event, CheckpointFound) and event.step is not None:
+        assert event.epoch is not None, "a checkpoint has one"
+        if not trusted(state.onsets, event.step, event.epoch):
+            return False  # who searched did not know yet
     if event.number:
         return event.number == state.searches and state.asked_at is not None
     return not 0 < event.generation < state.generation
@@ -38,7 +43,9 @@ def find(state: RunState, found: CheckpointFound) -> None:
     for known in state.commits:
         # What was committed while it searched, it may not have seen.
         unseen = state.asked_at is not None and known.at >= state.asked_at
-        if not unseen and (found.step is None or known.step > found.step):
+        # One that is not trusted was passed over for that, readable or not.
+        good = trusted(state.onsets, known.step, known.epoch)
+        if good and not unseen and (found.step is None or known.step > found.step):
             known.rejected = known.rejected or "unreadable when it was needed"
     state.judge_commits()
     state.asked_at, state.search_failure, state.search_failures = None, "", 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     Fact,
@@ -55,6 +56,10 @@ class Inherited(_Event, frozen=True, kw_only=True):
     divergences: tuple[Step, ...] = ()
     commits: tuple[CommitLeft, ...] = ()
     """The newest ones, oldest first."""
+    onsets: tuple[Onset, ...] = ()
+    """What must not be restored any more."""
+    quarantined: tuple[tuple[NodeId, str], ...] = ()
+    """(node, why), sorted: nobody has said yet that these may be used again."""
 
 
 class Reported(_Event, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, drains, durable, heritage
+from orchestrator.core import copies, drains, durable, heritage, quarantine
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -39,6 +39,7 @@ from orchestrator.protocol.messages import (
     Reached,
     ShardsHeld,
     ShardsWritten,
+    StateDiverged,
     StepReport,
     WriteFailed,
 )
@@ -91,6 +92,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             drains.request(state, event)
         case DrainCancelled(nodes=nodes):
             drains.cancel(state, nodes)
+            quarantine.leave(state, nodes)
         case _:
             pass
 
@@ -132,6 +134,10 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
     if isinstance(fact, NodeUnusable):
         node.unusable = fact.reason
         state.weigh(node)
+        return
+    if isinstance(fact, StateDiverged):
+        # Also one of an older generation: this one may continue what it is about.
+        quarantine.diverge(state, fact)
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:
@@ -275,9 +281,11 @@ def _complete(state: RunState, report: StepReport, at: Seconds) -> None:
         # The first step of a generation warms up; it says nothing about the others.
         state.step_times.learn(report.seconds)
     state.tokens_per_s = report.tokens / report.seconds if report.seconds > 0 else 0.0
+    if step > state.sound_step:
+        state.sound_step = step
+        state.futile_restarts = 0
     if step > state.best_step:
         state.best_step = step
-        state.futile_restarts = 0
         _refill(state)
 
 
@@ -329,6 +337,7 @@ def reset_for_generation(
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.exits_known = set()
     state.failed_preparation = ""
+    state.diverged, state.suspects = [], []
     state.offered = ""
     state.lanes = {}
     # A commit that is under way may still succeed; nobody waits for it any more.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import CommitLeft, Inherited
-from orchestrator.core.state import Committed, RunState
+from orchestrator.core.state import Committed, Quarantined, RunState
 from orchestrator.protocol.ids import Seconds, Step
 
 LOSSES_MAX = 100_000
@@ -33,6 +33,8 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
             untold_step=former.untold_step,
             divergences=tuple(sorted(set(former.divergences))),
             commits=commits,
+            onsets=tuple(former.onsets),
+            quarantined=tuple((node, q.why) for node, q in sorted(former.quarantined.items())),
         )
         for start in starts
     ]
@@ -44,6 +46,10 @@ def inherit(state: RunState, left: Inherited) -> None:
     state.untold_step = left.untold_step
     state.losses.update(left.losses)
     state.divergences = list(left.divergences)
+    state.onsets = list(left.onsets)
+    state.quarantined = {
+        node: Quarantined(node=node, since=state.now, why=why) for node, why in left.quarantined
+    }
     # Without what was found wrong with them: the durable tier is asked anew.
     state.commits = []
     state.know_commits(Committed(c.step, c.epoch, c.key, state.now) for c in left.commits)

@@ -35,6 +35,8 @@ BUDGET_OF: dict[Cause, str] = {
 """Which budget pays for a restart after an incident of this cause; what is planned costs none."""
 
 
+CORRUPTION = "silent-corruption"
+"""Kind of a finding that says that state is wrong, and since when."""
 LOST = ("node-lost", "node-silent")
 """Kinds of findings that take a node out of the world."""
 Mark = tuple[str, str, Step]
@@ -97,6 +99,8 @@ class Incident(msgspec.Struct, kw_only=True):
     """The generation that was started because of it, the last one if there were several."""
     reads: dict[str, int] = {}
     """How often the durable tier was asked for anything in order to recover, by who asked."""
+    quarantined: tuple[NodeId, ...] = ()
+    """Those of its suspects that got no seat any more, sorted."""
 
     @property
     def ranks(self) -> tuple[Rank, ...]:

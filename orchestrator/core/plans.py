@@ -47,6 +47,14 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """Have nodes get no seat until somebody says that they may; then ask the rules again."""
+
+    nodes: tuple[NodeId, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restart:
     """Start a new generation."""
 
@@ -58,7 +66,7 @@ class Restart:
     reason: str
 
 
-Plan = End | Pause | WaitForNodes | Search | Restart
+Plan = End | Pause | WaitForNodes | Search | Quarantine | Restart
 
 
 class Detector(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import course, facts
+from orchestrator.core import course, facts, quarantine
 from orchestrator.core.decisions import (
     Decision,
     FenceNode,
@@ -16,7 +16,16 @@ from orchestrator.core.fleet import Fleet
 from orchestrator.core.incident import BUDGET_OF, Note
 from orchestrator.core.lineage import continued
 from orchestrator.core.phases import Bucket, RunPhase
-from orchestrator.core.plans import End, Pause, Plan, Policy, Restart, Search, WaitForNodes
+from orchestrator.core.plans import (
+    End,
+    Pause,
+    Plan,
+    Policy,
+    Quarantine,
+    Restart,
+    Search,
+    WaitForNodes,
+)
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
@@ -60,8 +69,20 @@ class Recovery:
                 return self._wait(RunPhase.GATHERING, until, reason)
             case Search():
                 return self._look(plan)
+            case Quarantine():
+                return self._quarantine(plan)
             case Restart():
                 return self._restart(plan)
+
+    def _quarantine(self, plan: Quarantine) -> list[Decision]:
+        """Take nodes out, and go on as if they had never been there."""
+        state = self._state
+        assert any(node not in state.quarantined for node in plan.nodes), "nobody was taken out"
+        quarantine.enter(state, plan.nodes, plan.reason)
+        if state.incident is not None:
+            words = f"quarantined {', '.join(plan.nodes)}: {plan.reason}"
+            state.incident.timeline.append(Note(at=state.now, text=words))
+        return self.recover()
 
     def _wait(self, phase: RunPhase, until: Seconds, reason: str) -> list[Decision]:
         state = self._state
@@ -90,7 +111,13 @@ class Recovery:
         """Return the order to search the durable tier, from now on."""
         self._state.asked_at = self._state.now
         self._state.searches += 1
-        return decide(self._state, SearchCheckpoints, reason, number=self._state.searches)
+        return decide(
+            self._state,
+            SearchCheckpoints,
+            reason,
+            number=self._state.searches,
+            onsets=tuple(self._state.onsets),
+        )
 
     def _restart(self, plan: Restart) -> list[Decision]:
         state = self._state
@@ -104,6 +131,8 @@ class Recovery:
         state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)
         self._write_off(plan, restored)
+        if state.diverged:
+            state.sound_step = min(state.sound_step, restored)
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
         state.fleet = Fleet(state.run.world_size, state.now)
         state.wanting = False
@@ -144,6 +173,7 @@ class Recovery:
             incident.rung, incident.reason = plan.rung, plan.reason
             incident.restored_step = restored
             incident.restarted_as = state.generation
+            incident.quarantined = tuple(n for n in incident.nodes if n in state.quarantined)
             incident.restored_from = _tiers(plan)
             incident.timeline.append(Note(at=state.now, text=f"decided: {plan.reason}"))
         while state.step_log and state.step_log[-1][0] > restored:

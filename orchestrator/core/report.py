@@ -12,9 +12,10 @@ from collections.abc import Iterable
 import msgspec
 import xxhash
 
-from orchestrator.core.incident import Finding, Incident
+from orchestrator.core.incident import CORRUPTION, Finding, Incident
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
+from orchestrator.core.trust import why_not
 from orchestrator.protocol.ids import Generation, IncidentId, Rank, Seconds, Step
 
 SHOWS_AS: dict[str, frozenset[str]] = {
@@ -44,6 +45,7 @@ WITNESSED = frozenset(
         "unrestorable",
         "controller-restart",
         "planned",
+        CORRUPTION,
     }
 )
 """Kinds of incident that rest on something that happened."""
@@ -185,7 +187,13 @@ def report(state: RunState) -> Report:
         false_alarms=sum(incident.false_alarm for incident in incidents),
         faults=fault_reports(state),
         checkpoints=[
-            CheckpointReport(step=c.step, epoch=c.epoch, key=c.key, at_s=c.at, rejected=c.rejected)
+            CheckpointReport(
+                step=c.step,
+                epoch=c.epoch,
+                key=c.key,
+                at_s=c.at,
+                rejected=c.rejected or why_not(state.onsets, c.step, c.epoch),
+            )
             for c in state.commits
         ],
         save_failures=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.core import copies
 from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
 from orchestrator.core.state import RunState, decide
+from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Step
 
 
@@ -16,6 +17,8 @@ def save(state: RunState) -> list[Decision]:
         # It failed, and what it was for is served better by now.
         del state.commit_at[step]
         state.written.pop(step, None)
+    for step in [s for s in state.written if not trusted(state.onsets, s, state.generation)]:
+        del state.written[step]
     for step in sorted(state.written):
         due = state.now >= state.commit_at.get(step, state.now)
         if due and step not in state.committing and _written_whole(state, step):

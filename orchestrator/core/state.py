@@ -15,8 +15,15 @@ from orchestrator.core.holdings import Copies, Holdings, Share
 from orchestrator.core.incident import Finding, Incident, Mark
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
+from orchestrator.core.trust import Onset, trusted
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Ancestor, FailedCopy, RankExited, ShardsWritten
+from orchestrator.protocol.messages import (
+    Ancestor,
+    FailedCopy,
+    RankExited,
+    ShardsWritten,
+    StateDiverged,
+)
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 
@@ -98,6 +105,15 @@ class Drain:
     """When it will be taken, whatever runs there; None if nobody said."""
     incarnation: int
     """Of its agent, when it was asked for first; 0 if it had none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A node that may have corrupted the state: nothing is put there until somebody says so."""
+
+    node: NodeId
+    since: Seconds
+    why: str
 
 
 @dataclass(slots=True)
@@ -202,6 +218,8 @@ class RunState:
     lanes: dict[Rank, tuple[int, int]] = field(default_factory=dict)
     best_step: Step = Step(0)
     """Furthest step ever completed."""
+    sound_step: Step = Step(0)
+    """The same, but for steps that a silent corruption came before: to do them again is new."""
     reached_step: Step = Step(0)
     """Last step completed in the current lineage."""
     start_step: Step = Step(0)
@@ -228,7 +246,7 @@ class RunState:
     occurrences: dict[tuple[str, Step], Occurrence] = field(default_factory=dict)
     """Faults with a signature, by signature and step; the one that struck last is the last."""
     futile_restarts: int = 0
-    """Restarts in a row after which the run got no further than it had ever been."""
+    """Restarts in a row after which the run got no further than `sound_step`."""
     budgets: dict[str, Budget] = field(default_factory=dict)
     refilled_at: Step = Step(0)
     unseen_s: float = 0.0
@@ -247,6 +265,16 @@ class RunState:
     rungs: dict[str, int] = field(default_factory=dict)
     drains: dict[NodeId, Drain] = field(default_factory=dict)
     """Cordoned nodes, whether they have joined or not."""
+    quarantined: dict[NodeId, Quarantined] = field(default_factory=dict)
+    """Nodes that get no seat until they are uncordoned, and lose what they have."""
+    onsets: list[Onset] = field(default_factory=list)
+    """Silent corruptions: states that came after them are not trusted."""
+    diverged: list[StateDiverged] = field(default_factory=list)
+    """What the present generation has to be ended for."""
+    suspects: list[NodeId] = field(default_factory=list)
+    """Who is suspected of it, the most suspected first, and was not said to be well since."""
+    divergences_told: list[StateDiverged] = field(default_factory=list)
+    """All that was ever told of them: agents say it again when they reconnect."""
 
     def __post_init__(self) -> None:
         self.holdings = Holdings(self.run.world_size)
@@ -285,10 +313,9 @@ class RunState:
         self.staged, self.copied = Copies(len(seats), own), Copies(len(seats), both)
 
     def spares(self) -> tuple[NodeId, ...]:
-        """Return the usable nodes without a seat that are not cordoned, sorted."""
-        return tuple(
-            sorted(self.nodes.keys() - self.seated.keys() - self.unfit - self.drains.keys())
-        )
+        """Return the usable nodes without a seat that are not cordoned or quarantined, sorted."""
+        kept_out = self.seated.keys() | self.unfit | self.drains.keys() | self.quarantined.keys()
+        return tuple(sorted(self.nodes.keys() - kept_out))
 
     def weigh(self, node: Node) -> None:
         """Keep up whether a generation may be started on a node, after anything that decides it."""
@@ -308,8 +335,8 @@ class RunState:
         return node not in self.seated or self.nodes[node].incarnation > drain.incarnation
 
     def cordoned(self) -> set[NodeId]:
-        """Return the drained nodes."""
-        return {node for node in self.drains if self.drained(node)}
+        """Return the drained nodes, and those that are quarantined."""
+        return {node for node in self.drains if self.drained(node)} | self.quarantined.keys()
 
     def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
         """Return the usable nodes whose memory holds this shard, sorted."""
@@ -321,8 +348,12 @@ class RunState:
         self.judge_commits()
 
     def judge_commits(self) -> None:
-        """Keep up which of them nobody found bad."""
-        self.sound_commits = {known.step for known in self.commits if not known.rejected}
+        """Keep up which of them nobody found bad, and are of a state that is trusted."""
+        self.sound_commits = {
+            known.step
+            for known in self.commits
+            if not known.rejected and trusted(self.onsets, known.step, known.epoch)
+        }
 
     def committed(self, step: Step) -> bool:
         """Whether the durable tier has a checkpoint of this step that nobody found bad."""

@@ -28,7 +28,7 @@ def place(state: RunState) -> Placement | None:
     if not state.seats:
         return _first(state)
     gone = _gone(state)
-    if any(_may_return(state.nodes[node]) for node in gone):
+    if any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined):
         return None  # disconnected, and may be back at once; silence decides
     lemons = retired(state)
     guilty = blamed(state) | strained(state) | lemons
@@ -94,7 +94,7 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
     world = list(dict.fromkeys(seats))
     if len(world) > 1:
         return {node: world[(i + 1) % len(world)] for i, node in enumerate(world)}
-    kept_out = {*world, *state.drains}
+    kept_out = {*world, *state.drains, *state.quarantined}
     others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in kept_out]
     return {world[0]: others[0]} if others else {}
 
@@ -146,6 +146,8 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
 def _give_up(state: RunState, patience_s: float) -> Plan:
     kept_out = [node for node in sorted(state.drains) if state.drained(node)]
     last = f"; cordoned: {', '.join(kept_out)}" if kept_out else ""
+    if state.quarantined:
+        last += f"; quarantined: {', '.join(sorted(state.quarantined))}"
     last += f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
     return End(
         state="Failed",

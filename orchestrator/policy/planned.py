@@ -81,7 +81,7 @@ class PlannedSwap:
         newer = self._held is not None and held > self._held
         if held != self._held:
             self._held, self._held_at = held, state.now
-        newest_commit = max((c.step for c in state.commits if not c.rejected), default=Step(-1))
+        newest_commit = max(state.sound_commits, default=Step(-1))
         # A restart now would be one more in a row that brings no new step.
         if held < newest_commit or state.futile_restarts:
             return ""

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
+from orchestrator.core.incident import CORRUPTION
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.policy import lemons, planned
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
+from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.runfile import seconds
@@ -154,6 +156,8 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
 
 def _named(state: RunState, node: NodeId) -> str:
     """Return a node, with why it is not to be relied on, if it is not."""
+    if node in state.quarantined:
+        return f"{node} (quarantined)"
     why = lemons.standing(state, node)
     return f"{node} ({why})" if why else node
 
@@ -163,6 +167,8 @@ def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) ->
         return "start"
     if restore is None:
         return "start over from the seed"
+    if state.diverged:
+        return "roll back before the onset"
     if restore.commit:
         return "resume from the durable tier"
     if not placement.replaced:
@@ -183,7 +189,7 @@ def _dismissed(state: RunState) -> tuple[Rank, ...]:
     return incident.ranks
 
 
-_NOBODY_NAMED = ("hang",)
+_NOBODY_NAMED = ("hang", CORRUPTION)
 
 
 def _rejections(state: RunState) -> tuple[str, ...]:
@@ -200,6 +206,8 @@ def ladder() -> tuple[Policy, ...]:
         stop_misconfigured,
         stop_poison,
         stop_budget,
+        take_out,
+        stop_unlocated,
         back_off,
         wait_for_nodes,
         restart,

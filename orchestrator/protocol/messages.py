@@ -218,6 +218,27 @@ class NodeUnusable(_Message, frozen=True, kw_only=True):
     reason: str
 
 
+class StateDiverged(_Message, frozen=True, kw_only=True):
+    """The training state is not what it should be, and nothing raised an error.
+
+    Digests that differ, a step that came out differently when it was computed again.
+    """
+
+    generation: Generation
+    """The one in which it was found."""
+    step: Step
+    """After which it was found."""
+    since: Step | None
+    """The last step whose state is known to be good, since it was verified; None if none is."""
+    nodes: tuple[NodeId, ...] = ()
+    """Suspects, the most suspected first; none if nobody stands out, or they are `ranks`."""
+    ranks: tuple[Rank, ...] = ()
+    """Ranks of this generation by which it showed."""
+    evidence: str
+    proven: bool = False
+    """Whether a replay elsewhere or a vote shows that it was these nodes; else it is a trigger."""
+
+
 class FaultDue(_Message, frozen=True, kw_only=True):
     """A planned fault is due here; it is carried out only when the controller has noted it."""
 
@@ -243,6 +264,7 @@ Fact = (
     | WriteFailed
     | RanksFinished
     | NodeUnusable
+    | StateDiverged
     | FaultDue
     | FaultCarriedOut
     | Joined

@@ -21,7 +21,9 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState, violations
 from orchestrator.policy.lemons import retired
 from orchestrator.protocol.ids import Generation, NodeId, Step
+from orchestrator.protocol.messages import StateDiverged
 from orchestrator.protocol.runfile import TrainingRun
+from storage.manifest import parse_commit_key
 
 
 class Invariants:
@@ -34,7 +36,9 @@ class Invariants:
     def __init__(self, loss_of: Callable[[Step], float] | None = None) -> None:
         self._loss_of = loss_of
         self._ordered: dict[Generation, StartGeneration] = {}
-        self._best = Step(0)
+        self._good: list[tuple[Generation, Step]] = []
+        """Of each corruption that was told: the newest generation by then, and the last good step.
+        """
 
     def __call__(self, controller: Controller, event: Event, decisions: Sequence[Decision]) -> None:
         """Raise AssertionError, saying what is not as it must be."""
@@ -42,6 +46,13 @@ class Invariants:
         broken = violations(state)
         assert not broken, "; ".join(broken)
         assert not controller.disabled, f"detectors raised: {controller.disabled}"
+        match event:
+            case Reported(fact=StateDiverged(generation=generation, since=since)):
+                newest = max(self._ordered, default=Generation(0))
+                if generation == newest:
+                    self._good.append((newest, since or Step(0)))
+            case _:
+                pass
         for decision in decisions:
             assert decision.reason, f"no reason for {type(decision).__name__}"
             match decision:
@@ -68,7 +79,8 @@ class Invariants:
         assert order.generation > newest, f"generation {order.generation} after {newest}"
         self._ordered[order.generation] = order
         nodes = {seat: state.nodes[seat] for seat in order.seats}
-        bad = sorted(seat for seat, node in nodes.items() if not node.usable or state.drained(seat))
+        kept_out = state.cordoned()
+        bad = sorted(seat for seat, node in nodes.items() if not node.usable or seat in kept_out)
         assert not bad, f"seats on nodes that can not be used: {', '.join(bad)}"
         before = self._ordered[newest].seats if newest in self._ordered else ()
         cordoned = sorted({*order.seats} & {*state.drains} - {*before})
@@ -78,9 +90,24 @@ class Invariants:
         assert not (left and relied_on), f"seats on {relied_on}, retired; {sorted(left)} are free"
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
+            assert buddy not in state.quarantined, f"{buddy} is quarantined, and a buddy"
+        if order.restore is not None:
+            self._trust(order, newest)
         if order.restore is not None and not order.restore.commit:
             for rank, source in enumerate(order.restore.sources):
                 assert state.nodes[NodeId(source)].usable, f"rank {rank} restores from {source}"
+
+    def _trust(self, order: StartGeneration, newest: Generation) -> None:
+        """Raise AssertionError if what is restored came after a corruption that is known."""
+        restore = order.restore
+        assert restore is not None
+        commit = parse_commit_key(restore.commit)
+        epoch = newest if commit is None else Generation(commit[1])
+        for until, good in self._good:
+            assert epoch > until or restore.step <= good, (
+                f"generation {order.generation} continues step {restore.step} of {epoch}; step "
+                f"{good} of {until} is the last that is known to be good"
+            )
 
     def _end(self, state: RunState, end: str) -> None:
         assert all(i.rung and i.reason for i in state.incidents), (
@@ -88,7 +115,8 @@ class Invariants:
         )
         if end == "Failed" and state.end_reason.startswith("needs "):
             nodes = state.nodes.values()
-            usable = sum(node.usable and not state.drained(node.id) for node in nodes)
+            kept_out = state.cordoned()
+            usable = sum(node.usable and node.id not in kept_out for node in nodes)
             assert usable < state.run.spec.nodes.count, (
                 f"gave up with enough nodes: {state.end_reason}"
             )
@@ -145,6 +173,7 @@ def _essence(state: RunState) -> dict[str, object]:
         "copies": {step: state.holdings.of(step).count_R().tolist() for step in state.holdings},
         "condemned": (state.condemned_memory, state.struck),
         "unfit": state.unfit,
+        "trust": (state.onsets, state.quarantined, state.suspects),
         "ledger": {str(name): us for name, us in state.ledger.totals().items()},
     }
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from orchestrator import compose
 from orchestrator.core.journal import Entry
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.report import report
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.policy.switches import SWITCHABLE, without
@@ -24,6 +25,7 @@ from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation import story
 from orchestrator.simulation.checkers import Invariants, Redelivery
 from orchestrator.simulation.drive import Dying, Simulation
+from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
@@ -54,6 +56,16 @@ class DrawnDrain(NamedTuple):
     """When they may be used again."""
 
 
+class DrawnCorruption(NamedTuple):
+    """A node that computes wrong numbers for a while. Moments are virtual seconds."""
+
+    at: float
+    node: NodeId
+    habit: Habit
+    back_at: float
+    """When it is sound, and may be used again."""
+
+
 class Drawn(NamedTuple):
     """What a seed stands for."""
 
@@ -65,6 +77,7 @@ class Drawn(NamedTuple):
     cut_rate: float
     outages: tuple[tuple[float, float], ...]
     drains: tuple[DrawnDrain, ...]
+    corruptions: tuple[DrawnCorruption, ...]
     rage_s: float
 
 
@@ -139,6 +152,9 @@ def draw(seed: int) -> Drawn:
         cut_rate=float(chance.choice([0.0, 0.0, 0.005, 0.02])),
         outages=outages,
         drains=tuple(_drain(chance, names, rage_s) for _ in range(int(chance.integers(0, 4)))),
+        corruptions=tuple(
+            _corruption(chance, names, rage_s) for _ in range(int(chance.choice([0, 0, 0, 1, 2])))
+        ),
         rage_s=rage_s,
     )
     off = [name for name in SWITCHABLE if chance.random() < OFF_SHARE]
@@ -217,6 +233,25 @@ def _drain(chance: np.random.Generator, nodes: list[str], rage_s: float) -> Draw
     )
 
 
+def _corruption(chance: np.random.Generator, nodes: list[str], rage_s: float) -> DrawnCorruption:
+    at = float(chance.uniform(0, rage_s))
+    named: tuple[NodeId, ...] | None = None
+    if chance.random() < 0.4:
+        some = chance.permutation(nodes)[: int(chance.integers(0, len(nodes) + 1))]
+        named = tuple(NodeId(str(node)) for node in some)
+    return DrawnCorruption(
+        at=at,
+        node=NodeId(str(chance.choice(nodes))),
+        habit=Habit(
+            found_after_s=float(chance.exponential(30)),
+            verified_every=int(chance.integers(1, 30)),
+            proven=named is None and bool(chance.random() < 0.5),
+            named=named,
+        ),
+        back_at=min(at + float(chance.exponential(120)), rage_s),
+    )
+
+
 def _profile(chance: np.random.Generator, run: TrainingRun) -> Profile:
     scale = float(chance.choice([0.1, 1.0, 3.0]))
 
@@ -273,6 +308,9 @@ def conduct(seed: int, record: Callable[[Entry], None] | None = None) -> Outcome
         f"still {state.phase} {within_s:.0f} s after the last fault, at step {state.reached_step} "
         f"of {drawn.run.spec.trainer.steps}"
     )
+    if state.phase is RunPhase.SUCCEEDED:
+        wrong = world.corruption.wrong(state.generation).keys() - world.corruption.sought
+        assert not wrong, f"succeeded with what {sorted(wrong)} made wrong, as was known"
     told = report(state)
     return Outcome(
         seed, told.state, told.reason, told.generations, told.controllers,
@@ -284,6 +322,19 @@ def _within(drawn: Drawn, warmup_s: float) -> float:
     steps_s = drawn.run.spec.trainer.steps * drawn.profile.step.value * (1 + drawn.jitter) * 5
     spare_s = seconds(drawn.run.spec.recovery.spare_wait)
     return PATIENCE * (warmup_s + spare_s) + steps_s
+
+
+def _corrupt(world: SimulatedWorld, drawn: Drawn) -> None:
+    """Enter which nodes compute wrong numbers, and when they are sound again."""
+    agenda = world.cluster.agenda
+    for wrong in drawn.corruptions:
+        do = partial(world.corruption.corrupt, wrong.node, wrong.habit)
+        agenda.at(Seconds(wrong.at), do)
+        agenda.at(Seconds(wrong.back_at), partial(world.corruption.heal, wrong.node))
+        # Whoever was suspected with it has passed its tests.
+        suspects = tuple(sorted({wrong.node, *(wrong.habit.named or ())}))
+        back = partial(world.uncordon, suspects, "the swarm")
+        agenda.at(Seconds(wrong.back_at), back)
 
 
 def _disturb(world: SimulatedWorld, drawn: Drawn, chance: np.random.Generator) -> None:
@@ -302,6 +353,7 @@ def _disturb(world: SimulatedWorld, drawn: Drawn, chance: np.random.Generator) -
             for name in drain.nodes:
                 take = partial(cluster.lose, cluster.nodes[name], back=True)
                 cluster.agenda.at(Seconds(drain.at + drain.within_s), take)
+    _corrupt(world, drawn)
     names = sorted(cluster.nodes)
     for at in sorted(chance.uniform(0, drawn.rage_s, cuts).tolist()):
         node = cluster.nodes[names[int(chance.integers(len(names)))]]

@@ -219,8 +219,8 @@ class AgentWorld:
                 self._links.send_all(
                     self._links, Retain(order=order, generation=generation, step=step)
                 )
-            case SearchCheckpoints(number=number):
-                self._vault.search(self.know, number)
+            case SearchCheckpoints(number=number, onsets=onsets):
+                self._vault.search(self.know, number, onsets)
             case CommitCheckpoint():
                 self._vault.commit(decision, self.know)
             case CarryOutFault(index=index, node=node):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,6 +21,7 @@ from orchestrator.core.events import (
     Event,
     SearchFailed,
 )
+from orchestrator.core.trust import Onset, why_not
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -88,8 +89,11 @@ class Vault:
         """Delete nothing until a later generation than the present one commits."""
         self._guard.hold(self._generation)
 
-    def search(self, tell: Tell, number: int = 0) -> None:
+    def search(self, tell: Tell, number: int = 0, onsets: Sequence[Onset] = ()) -> None:
         """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed.
+
+        What came after a silent corruption is barred first, for good: also from whoever searches
+        without knowing of it.
 
         It comes after the commits that were ordered before it, be they done or late. One that hangs
         keeps no other one waiting, and nobody waits for it to end.
@@ -97,6 +101,7 @@ class Vault:
         Args:
             tell: takes the answer.
             number: of the search; its answer names it.
+            onsets: of the corruptions that are known.
         """
         generation = self._generation
         going, earlier = self._guard.hold(generation), self._commits.latest()
@@ -108,7 +113,7 @@ class Vault:
         def work() -> None:
             try:
                 earlier.wait(self._limits.commit_s)
-                tell(self._look(generation, number, going))
+                tell(self._look(generation, number, going, onsets))
             finally:
                 self._searching.release()
 
@@ -158,8 +163,15 @@ class Vault:
 
     # In threads -----------------------------------------------------------------------------
 
-    def _look(self, generation: Generation, number: int, going: frozenset[_Where]) -> Event:
+    def _look(
+        self,
+        generation: Generation,
+        number: int,
+        going: frozenset[_Where],
+        onsets: Sequence[Onset],
+    ) -> Event:
         try:
+            bar(Catalog(self._store), onsets)
             return self._find(generation, number, going)
         except Exception as error:  # noqa: BLE001 - the same
             hint = getattr(error, "hint", type(error).__name__)
@@ -247,6 +259,17 @@ class Vault:
         swept = self._opened.sweep_old(LEFT_OVER_S)
         if swept:
             log.info("removed %d unfinished files of dead writers", len(swept))
+
+
+def bar(catalog: Catalog, onsets: Sequence[Onset]) -> None:
+    """Bar every checkpoint that came after a silent corruption; what is barred stays barred."""
+    if not onsets:
+        return
+    barred = catalog.barred()
+    for record in catalog.commits():
+        why = why_not(onsets, Step(record.step), Generation(record.epoch))
+        if why and (record.step, record.epoch) not in barred:
+            catalog.quarantine(record.step, record.epoch, why)
 
 
 class _Guard:

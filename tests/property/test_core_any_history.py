@@ -31,6 +31,7 @@ from orchestrator.protocol.messages import (
     Receipt,
     RendezvousOffered,
     ShardsWritten,
+    StateDiverged,
 )
 from tests.conftest import Cluster
 
@@ -66,6 +67,13 @@ ACTIONS = st.one_of(
     st.tuples(st.just("silent"), NODES, st.integers(1, 80)),
     st.tuples(st.just("drain"), NODES, st.none() | st.floats(0, 100)),
     st.tuples(st.just("uncordon"), NODES),
+    st.tuples(
+        st.just("diverge"),
+        st.none() | st.integers(0, 30),
+        st.lists(NODES, max_size=3, unique=True),
+        st.booleans(),
+        st.integers(0, 1),
+    ),
 )
 
 
@@ -149,6 +157,18 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, 
             )
         case ("uncordon", node):
             cluster.tell(DrainCancelled(at=cluster.at(), nodes=(NodeId(node),), by="ann"))
+        case ("diverge", since, nodes, proven, ago) if "node-0" in state.nodes:
+            cluster.say(
+                "node-0",
+                StateDiverged(
+                    generation=Generation(generation - ago),
+                    step=state.reached_step,
+                    since=since,
+                    nodes=tuple(map(NodeId, nodes)),
+                    evidence="digests differ",
+                    proven=proven,
+                ),
+            )
         case ("silent", node, seconds):
             # Its connection stays open, for all that anybody can see.
             for _ in range(seconds):
@@ -170,7 +190,8 @@ def test_any_history_keeps_every_invariant_and_replays_byte_for_byte(
     for action in actions:
         act(cluster, action)
         generations.append(cluster.state.generation)
-        lost = [n for n in cluster.state.world if cluster.state.nodes[n].unusable]
+        out = cluster.state.quarantined
+        lost = [n for n in cluster.state.world if cluster.state.nodes[n].unusable or n in out]
         assert not lost or cluster.state.wanting or cluster.state.phase.final
         limit_s = cluster.state.timeouts.silence_s
         nodes = cluster.state.nodes.values()
@@ -227,7 +248,8 @@ def assert_ended_for_a_reason(cluster: Cluster) -> None:
     else:
         # The last if a search that was drawn says that nothing is left of what was committed.
         poisoned = ("the fault moves with the job", "no other node was free to try it on")
-        good = (*poisoned, "budget spent", "refused", "is the volume mounted")
+        corrupted = ("nobody could be taken out for it", "none can be trusted")
+        good = (*poisoned, *corrupted, "budget spent", "refused", "is the volume mounted")
         assert any(words in reason for words in good), reason
 
 
@@ -240,7 +262,7 @@ def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended_for_
     for action in actions:
         act(cluster, action)
     if not cluster.state.phase.final:
-        cordoned = tuple(sorted(cluster.state.drains))
+        cordoned = tuple(sorted({*cluster.state.drains, *cluster.state.quarantined}))
         cluster.tell(DrainCancelled(at=cluster.at(), nodes=cordoned, by="ann"))
 
     for _ in range(12):
@@ -248,8 +270,7 @@ def test_after_any_history_a_cluster_that_is_well_again_trains_or_has_ended_for_
             break
         call_again(cluster)
         if cluster.state.phase is RunPhase.SEARCHING:
-            steps = [c.step for c in cluster.state.commits if not c.rejected]
-            cluster.after(0.1).found(max(steps, default=None))
+            cluster.after(0.1).found(max(cluster.state.sound_commits, default=None))
         if cluster.state.phase is RunPhase.BACKING_OFF:
             cluster.after(60).tick()
         if not cluster.state.wanting and not cluster.state.phase.final:

@@ -8,11 +8,12 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
+from orchestrator.core.incident import CORRUPTION
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
 KINDS = WITNESSED | INFERRED
-NO_KINDS = {"exits", "preparation", "silence", "unknown", "g"}
+NO_KINDS = {"corruption", "proven", "exits", "preparation", "silence", "unknown", "g"}
 """Words in the detectors that are no kinds of incident: their own names, and formats."""
 WORD = re.compile(r"[a-z]+(-[a-z]+)*")
 
@@ -51,6 +52,7 @@ def test_every_kind_that_a_detector_can_emit_is_known() -> None:
     emitted = set().union(*map(words_in, (ROOT / "orchestrator/detect").glob("*.py")))
     emitted |= kinds_named_in(ROOT / "orchestrator/core/casebook.py")
     emitted |= kinds_named_in(ROOT / "orchestrator/policy/planned.py")
+    emitted.add(CORRUPTION)
 
     assert emitted - NO_KINDS == KINDS
 

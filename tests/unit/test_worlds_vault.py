@@ -13,10 +13,12 @@ from orchestrator.core.events import (
     CommitFailed,
     SearchFailed,
 )
+from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
+from storage.manifest import COMMITS, VERDICTS, commit_key
 from tests.conftest import Cluster
 from tests.vaults import LAYOUT, WITHIN_S, Gate, Tier
 
@@ -43,6 +45,30 @@ def test_a_search_tells_the_newest_epoch_also_if_its_checkpoint_is_rejected(tier
     assert found.shards == 2
     tier.write(100, epoch=7)
     assert tier.search(vault).epoch_seen == 7
+
+
+def test_what_came_after_a_silent_corruption_is_barred_for_good_and_not_deleted(
+    tier: Tier,
+) -> None:
+    vault = tier.open()
+    for step in (60, 80):
+        tier.commit(vault, step, epoch=1)
+    tier.commit(vault, 70, epoch=2)
+    onsets = (Onset(Step(65), Generation(1)),)
+
+    found = tier.search(vault, onsets)
+    assert (found.step, found.epoch) == (70, 2)
+    (why,) = found.rejected
+    assert why == (
+        "step 80, epoch 1: quarantined: made after a silent corruption; step 65 is known to be good"
+    )
+    verdicts = tier.store.keys(VERDICTS)
+
+    # A search that does not know of it, and one more that does, which has nothing to add.
+    assert tier.search(tier.open()).step == 70
+    assert tier.search(vault, onsets).step == 70
+    assert tier.store.keys(VERDICTS) == verdicts
+    assert commit_key(80, 1) in tier.store.keys(COMMITS)
 
 
 def test_a_search_tells_how_many_shards_a_checkpoint_has_and_who_asked(tier: Tier) -> None:

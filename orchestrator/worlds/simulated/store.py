@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from orchestrator.core.decisions import CommitCheckpoint
@@ -11,6 +12,7 @@ from orchestrator.core.events import (
     CommitFailed,
     SearchFailed,
 )
+from orchestrator.core.trust import Onset, why_not
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from storage.manifest import commit_key
 
@@ -38,6 +40,7 @@ class SimStore:
         full: whether nothing can be written.
         delay_s: seconds that each write takes more.
         corrupt: keys of commits whose shards do not verify.
+        barred: keys of commits that are not trusted, and why.
     """
 
     def __init__(self, keep_last: int) -> None:
@@ -47,6 +50,7 @@ class SimStore:
         self.down = self.full = False
         self.delay_s = 0.0
         self.corrupt: set[str] = set()
+        self.barred: dict[str, str] = {}
 
     def clear(self) -> None:
         """Let it be as large and as fast as it was."""
@@ -58,7 +62,8 @@ class SimStore:
 
     def find(self, key: str) -> Stored | None:
         """Return a sound checkpoint by its key."""
-        return None if self.down or key in self.corrupt else self._commits.get(key)
+        unusable = key in self.corrupt or key in self.barred
+        return None if self.down or unusable else self._commits.get(key)
 
     def spoil_after(self, step: Step) -> None:
         """Have what was committed after a step verify no more."""
@@ -80,29 +85,45 @@ class SimStore:
             reason = f"epoch is {epoch}, generation {newest} has begun"
             return CommitFailed(at=at, step=step, epoch=epoch, reason=reason)
         self._commits[stored.key] = stored
-        for old in sorted(self._commits.values())[: -self._keep_last]:
-            del self._commits[old.key]
+        self._retain()
         return CheckpointCommitted(at=at, step=step, epoch=epoch, key=stored.key)
 
-    def search(self, number: int, at: Seconds) -> CheckpointFound | SearchFailed:
-        """Return the newest sound checkpoint, and what was passed over, to whoever asked."""
+    def _retain(self) -> None:
+        """Delete what is older than the checkpoints to keep, as `storage.catalog` does."""
+        good = sorted((s for s in self._commits.values() if s.key not in self.barred), reverse=True)
+        # A run that has gone back to an early step is where its newest epoch is.
+        current = max(good, key=lambda stored: (stored.epoch, stored.step))
+        oldest_kept = min([*good[: self._keep_last], current])
+        self._commits = {k: stored for k, stored in self._commits.items() if stored >= oldest_kept}
+
+    def search(
+        self, number: int, at: Seconds, onsets: Sequence[Onset] = ()
+    ) -> CheckpointFound | SearchFailed:
+        """Return the newest sound checkpoint, and what was passed over, to whoever asked.
+
+        What came after a silent corruption is barred first, for good.
+        """
         if self.down:
             return SearchFailed(at=at, reason=OUTAGE, again=True, number=number)
+        for stored in self._commits.values():
+            if why := why_not(onsets, stored.step, stored.epoch):
+                self.barred[stored.key] = why
         rejected = []
+        found = None
         for stored in sorted(self._commits.values(), reverse=True):
-            if stored.key not in self.corrupt:
+            why = self.barred.get(stored.key) or "digest differs" * (stored.key in self.corrupt)
+            if not why:
+                found = stored
                 break
-            rejected.append(f"step {stored.step}, epoch {stored.epoch}: digest differs")
-        else:
-            stored = None
+            rejected.append(f"step {stored.step}, epoch {stored.epoch}: {why}")
         return CheckpointFound(
             at=at,
-            step=stored.step if stored else None,
-            epoch=stored.epoch if stored else None,
-            key=stored.key if stored else "",
+            step=found.step if found else None,
+            epoch=found.epoch if found else None,
+            key=found.key if found else "",
             rejected=tuple(rejected),
             reads=1 + len(self._commits),
-            shards=stored.shards if stored else 0,
+            shards=found.shards if found else 0,
             epoch_seen=self._epoch_seen,
             number=number,
         )

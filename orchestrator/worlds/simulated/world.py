@@ -36,6 +36,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
+from orchestrator.core.trust import Onset
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import RanksFinished, StepReport
@@ -45,6 +46,7 @@ from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.simulated.agenda import NEVER
 from orchestrator.worlds.simulated.breaking import Breaking
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
+from orchestrator.worlds.simulated.corruption import Corruption
 from orchestrator.worlds.simulated.flaws import Flaws
 from orchestrator.worlds.simulated.node import Judge, SimNode
 from orchestrator.worlds.simulated.profile import Profile
@@ -75,6 +77,7 @@ class SimulatedWorld:
         cluster: the machines.
         team: the ranks of the newest generation; None before the first.
         controller_killed: whether a fault has killed the controller, which whoever drives it does.
+        corruption: which nodes compute wrong numbers, and which states came of that.
     """
 
     def __init__(  # noqa: PLR0913 - each is one knob of an experiment
@@ -113,6 +116,7 @@ class SimulatedWorld:
         self._to_be_free: set[NodeId] = set()
         self.controller_killed = False
         self.breaking = Breaking(self, faults)
+        self.corruption = Corruption(self.cluster)
         self.cluster.connect_all()
 
     @property
@@ -186,8 +190,8 @@ class SimulatedWorld:
                 cluster.cut(cluster.nodes[node], told=False)
             case RetainMemory(generation=generation, step=step):
                 self._order_retain(generation, step)
-            case SearchCheckpoints(number=number):
-                cluster.later(self._profile.search, partial(self._search, number))
+            case SearchCheckpoints(number=number, onsets=onsets):
+                cluster.later(self._profile.search, partial(self._search, number, onsets))
             case CommitCheckpoint():
                 cluster.later(self._profile.commit, partial(self._commit, decision))
             case CarryOutFault(index=index, node=node):
@@ -251,6 +255,7 @@ class SimulatedWorld:
         self._requests = [request for request in self._requests if request not in heard]
         for request in self._requests:
             self.cluster.emit(request)
+        self.corruption.resume(entries)
         self.cluster.connect_all()
 
     # Looking --------------------------------------------------------------------------------------
@@ -351,6 +356,7 @@ class SimulatedWorld:
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
             self._saving = Saving(self.cluster, self.team, self._run)
             self._reported = self.team.start
+            self.corruption.began(self.team, order.ancestors or ())
             self.change_speed()
         self.cluster.send(self.team.members, self.team.begin)
 
@@ -390,8 +396,8 @@ class SimulatedWorld:
     def _commit(self, order: CommitCheckpoint) -> None:
         self.cluster.emit(self.cluster.store.commit(order, self._generation, self.now))
 
-    def _search(self, number: int) -> None:
-        self.cluster.emit(self.cluster.store.search(number, self.now))
+    def _search(self, number: int, onsets: Sequence[Onset]) -> None:
+        self.cluster.emit(self.cluster.store.search(number, self.now, onsets))
 
     # What holds it up -----------------------------------------------------------------------------
 

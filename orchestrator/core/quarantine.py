@@ -1,0 +1,75 @@
+"""What is made of silent corruption: nothing that came of it is trusted, nor who did it.
+
+It did not raise an error, so the state looks as good as any. Nothing is diagnosed here: a node that
+is under suspicion can be tested for hours once it is out of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from orchestrator.core.state import Quarantined, RunState
+from orchestrator.core.trust import Onset
+from orchestrator.protocol.ids import NodeId, Step
+from orchestrator.protocol.messages import StateDiverged
+
+
+def diverge(state: RunState, told: StateDiverged) -> None:
+    """Enter that state is not what it should be, once, however often it is told.
+
+    Who is proven to have corrupted it is quarantined. Who is only suspected is a policy's affair.
+    """
+    fact = _with_nodes(state, told)
+    if fact in state.divergences_told or fact.generation > state.generation:
+        return
+    state.divergences_told.append(fact)
+    now_wrong = fact.generation == state.generation or _continues(state, fact)
+    good = fact.since or Step(0)
+    onset = Onset(good, state.generation if now_wrong else fact.generation)
+    state.onsets.append(onset)
+    state.judge_commits()
+    # What is being searched for is looked for by what was known before.
+    state.found = state.asked_at = None
+    if now_wrong:
+        state.holdings.drop(step for step in state.holdings if step > good)
+        for step in [step for step in state.losses if step > good]:
+            del state.losses[step]
+    if fact.proven:
+        enter(state, fact.nodes, f"proven by replay or vote: {fact.evidence}")
+    if now_wrong or any(node in state.seated and node in state.quarantined for node in fact.nodes):
+        state.diverged.append(fact)
+        state.suspects += [node for node in fact.nodes if node not in state.suspects]
+
+
+def enter(state: RunState, nodes: Iterable[NodeId], why: str) -> None:
+    """Quarantine nodes, until somebody says that they may be used again."""
+    for node in nodes:
+        state.quarantined.setdefault(node, Quarantined(node=node, since=state.now, why=why))
+
+
+def leave(state: RunState, nodes: Iterable[NodeId]) -> None:
+    """Enter that nodes may be used again."""
+    for node in nodes:
+        state.quarantined.pop(node, None)
+        if node in state.suspects:
+            state.suspects.remove(node)
+
+
+def _with_nodes(state: RunState, told: StateDiverged) -> StateDiverged:
+    """Name the nodes of suspected ranks: later, others have their seats."""
+    if told.nodes or told.generation != state.generation:
+        return told
+    seats = [state.seats[rank] for rank in told.ranks if 0 <= rank < len(state.seats)]
+    return msgspec.structs.replace(told, nodes=tuple(dict.fromkeys(seats)))
+
+
+def _continues(state: RunState, fact: StateDiverged) -> bool:
+    """Whether the run has not gone back behind the onset since the generation that it is about."""
+    back_to = [
+        incident.restored_step
+        for incident in state.incidents
+        if incident.restarted_as is not None and incident.restarted_as > fact.generation
+    ]
+    return all(step is not None and step > (fact.since or 0) for step in back_to)

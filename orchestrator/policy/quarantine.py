@@ -1,0 +1,103 @@
+"""Who is taken out when the state was corrupted: whoever may have done it, before anybody knows.
+
+To find out takes hours: one node took more than eight of offline stress (ByteRobust, arXiv
+2509.16293), and tests miss most of what corrupts (AEGIS, OSDI 2026). A swap takes under a minute.
+So suspects leave at once as far as there are spares, and are diagnosed outside the run. Whoever is
+proven to have done it (core.quarantine), or is suspected a second time, gets no seat with or
+without a spare: two findings are two evidences.
+"""
+
+from __future__ import annotations
+
+from orchestrator.core.incident import CORRUPTION, Incident
+from orchestrator.core.plans import End, Plan, Quarantine
+from orchestrator.core.state import RunState
+from orchestrator.policy.arithmetic import DAY_S
+from orchestrator.policy.switches import QUARANTINE_FIRST, enabled
+from orchestrator.protocol.ids import NodeId
+
+AGAIN_DAYS = 7
+"""A corruption that comes back this soon is the same one. Source: AEGIS: all of 18 incidents came
+back on the same device, seconds to days apart."""
+
+
+def take_out(state: RunState) -> Plan | None:
+    """Quarantine who is suspected of having corrupted the state."""
+    left = [node for node in state.suspects if node not in state.quarantined]
+    if not left:
+        return None
+    again = [node for node in left if _suspected_before(state, node)]
+    nodes = again + _as_far_as_spares_allow(state, again, [n for n in left if n not in again])
+    if not nodes:
+        return None
+    why = "suspected of silent corruption"
+    if again:
+        why += f", {', '.join(sorted(again))} for the second time"
+    return Quarantine(nodes=tuple(nodes), reason=f"{why}: {state.diverged[-1].evidence}")
+
+
+def _as_far_as_spares_allow(
+    state: RunState, again: list[NodeId], first: list[NodeId]
+) -> list[NodeId]:
+    """Return which of the nodes that are suspected for the first time leave, besides the others."""
+    if not enabled(state, QUARANTINE_FIRST):
+        return []
+    spares = len(set(state.spares()).difference(state.suspects))
+    vacant = (state.unfit | state.cordoned() | set(again)) & state.seated.keys()
+    leaving = []
+    for node in first:
+        seats = {node} & state.seated.keys() - vacant
+        if not seats or len(vacant) < spares:
+            leaving.append(node)
+            vacant |= seats
+    return leaving
+
+
+def stop_unlocated(state: RunState) -> Plan | None:
+    """End a run whose state is corrupted again after nobody could be taken out for it."""
+    incident = state.incident
+    if incident is None or not state.diverged or _located(state, incident):
+        return None
+    before = [
+        former
+        for former in state.incidents
+        if former is not incident
+        and _is_corruption(former)
+        and not former.quarantined
+        and state.now - former.detected_at <= AGAIN_DAYS * DAY_S
+    ]
+    if not before:
+        return None
+    who = ", ".join(incident.nodes) or "nobody"
+    return End(
+        state="Failed",
+        reason=f"silent corruption in {before[-1].id} and again in {incident.id}, within "
+        f"{AGAIN_DAYS} days, and nobody could be taken out for it: {who} suspected; last: "
+        f"{incident.findings[-1].evidence}\nhint: checkpoints up to the last step that is known to "
+        "be good are kept; test the nodes, and run it again on those that pass, with spares",
+    )
+
+
+def standing(state: RunState, node: NodeId) -> str:
+    """Return why a node is quarantined, in words; "" if it is not."""
+    known = state.quarantined.get(node)
+    return f"quarantined, {known.why}" if known is not None else ""
+
+
+def _suspected_before(state: RunState, node: NodeId) -> bool:
+    """Whether another incident named a node for the same."""
+    present = state.incident.id if state.incident is not None else None
+    return any(
+        mark[0] == CORRUPTION
+        for incident, found in state.named.get(node, {}).items()
+        for mark in found
+        if incident != present
+    )
+
+
+def _located(state: RunState, incident: Incident) -> bool:
+    return any(node in state.quarantined for node in incident.nodes)
+
+
+def _is_corruption(incident: Incident) -> bool:
+    return any(finding.kind == CORRUPTION for finding in incident.findings)

@@ -16,6 +16,8 @@ from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.faults.record import FaultRecord
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.simulation.settings import Settings
+from orchestrator.simulation.sweep import Sweep
 from orchestrator.worlds.simulated.profiles import ProfileFile
 
 ROOTS: dict[str, type[msgspec.Struct]] = {
@@ -24,6 +26,8 @@ ROOTS: dict[str, type[msgspec.Struct]] = {
     "model": FaultModel,
     "record": FaultRecord,
     "profile": ProfileFile,
+    "sweep": Sweep,
+    "settings": Settings,
 }
 
 

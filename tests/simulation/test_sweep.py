@@ -169,3 +169,8 @@ def test_what_a_plot_says_is_escaped() -> None:
 
     assert "&lt;script&gt;" in drawn
     assert "a &amp; b" in drawn
+
+
+def test_the_fields_of_a_sweep_and_of_its_settings_are_explained() -> None:
+    assert "every combination is a cell" in holdfast("explain", "sweep.grid").stdout
+    assert "Between two saves to memory" in holdfast("explain", "settings.saveEvery").stdout

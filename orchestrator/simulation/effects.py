@@ -17,10 +17,11 @@ import numpy as np
 from orchestrator.faults.model import FaultClass, FaultModel
 from orchestrator.faults.quantities import span_s
 from orchestrator.faults.schedule import Schedule
-from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
+from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.simulation.machines import Absence, Machines, drawn_out_s, names
 from orchestrator.simulation.signs import Sign, Sort, sign_of, sort_of
 from orchestrator.simulation.speeds import Speeds
+from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.flaws import Death
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.profile import Habits
@@ -121,6 +122,8 @@ class Effects:
         self._outages = self._bugs = 0
         self._worn_out: dict[NodeId, Absence] = {}
         """Nodes that are slow until they are repaired."""
+        self._corrupt_nodes: dict[NodeId, tuple[Struck, Absence]] = {}
+        world.corruption.found = self._found_corrupt
         self._seats: frozenset[NodeId] = frozenset()
         self._enter(schedule)
 
@@ -344,26 +347,22 @@ class Effects:
             self._machines.condemn(node, words, Absence(-1, SUSPECTED_OUT_S), LEAVES_S)
 
     def _corrupt(self, node: SimNode, fault: Fault, struck: Struck, absence: Absence) -> None:
-        """Have a node compute wrong numbers, until somebody knows and undoes what came of them.
+        """Have a node compute wrong numbers, until somebody knows and takes it away.
 
-        No detector of ours looks for them yet: tests outside the run find what does not show by
-        itself, and whoever runs them names the node and discards every state since.
+        Tests outside the run find what does not show by itself, and prove whose it is and after
+        which step it began. What is done then is up to our policies, whosever habits these are.
         """
-        team = self._world.team
-        sound = team.pace.done(self._world.now) if team and team.pace else Step(0)
+        each = self._classes[fault.kind]
+        known_s = wrong_for_s(each, self._habits, shows=fault.fatal)
+        self._corrupt_nodes[node.id] = (struck, absence)
+        self._world.corruption.corrupt(node.id, Habit(known_s))
         if fault.fatal:
             self._end(node, NOT_FINITE)
 
-        def know() -> None:
-            self._world.settle()
-            struck.found_at = self._world.now
-            self._world.cluster.spoil_after(sound)
-            if not self._machines.condemn(node, f"a test found: {struck.name}", absence, LEAVES_S):
-                self._end_any(ENDED)
-
-        each = self._classes[fault.kind]
-        known_s = wrong_for_s(each, self._habits, shows=fault.fatal)
-        self._world.cluster.agenda.after(known_s, know)
+    def _found_corrupt(self, name: NodeId) -> None:
+        struck, absence = self._corrupt_nodes.pop(name)
+        struck.found_at = self._world.now
+        self._machines.test(self._world.cluster.nodes[name], absence, LEAVES_S)
 
     def _plan(self, fault: Fault, struck: Struck) -> None:
         """Have an operation need a node, and give it back."""
@@ -427,6 +426,7 @@ class Effects:
 
     def _returned(self, name: NodeId) -> None:
         self._worn_out.pop(name, None)
+        self._world.corruption.heal(name)
         self.speeds.heal(name)
 
     def _relapse(self, node: SimNode, absence: Absence) -> None:

@@ -191,6 +191,19 @@ class Machines:
         self._world.cluster.agenda.after(within_s, partial(self._switch_off, node))
         return True
 
+    def test(self, node: SimNode, absence: Absence, leaves_s: float) -> bool:
+        """Have a node be taken away that the run has quarantined, and used again when it is back.
+
+        Returns:
+            Whether it was still there.
+        """
+        self._drained.add(node.id)
+        if not self._there(node):
+            return False
+        self._take(node, absence, leaves_s)
+        self._world.cluster.agenda.after(leaves_s, partial(self._switch_off, node))
+        return True
+
     def lose(self, node: SimNode, absence: Absence) -> bool:
         """Have a node vanish, and come back once it is repaired; return whether it was there."""
         if not self._there(node):

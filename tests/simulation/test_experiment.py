@@ -63,8 +63,8 @@ SHOWS: dict[str, set[str]] = {
     "software-bug": {"exception", "unrestorable"},
     "dependency": {"exception", "unrestorable"},
     "nccl-watchdog": {"hang"},
-    "sdc-onset": {"exception", "node-lost", "unrestorable"},
-    "sdc-latent": {"exception", "node-lost", "unrestorable"},
+    "sdc-onset": {"exception", "silent-corruption"},
+    "sdc-latent": {"exception", "silent-corruption"},
     "planned-operation": {"planned"},
 }
 RIDES_OVER = {
@@ -159,7 +159,8 @@ def test_wrong_numbers_are_undone_once_somebody_knows() -> None:
 
     assert found.silent_s == pytest.approx(40.0)
     assert found.ledger["lost_work"] >= 40.0
-    assert found.incidents["unrestorable"] >= 1
+    assert found.incidents == {"silent-corruption": 1}
+    assert found.rungs["roll back before the onset"] == 1
 
 
 def test_a_node_that_nobody_can_replace_is_waited_for_until_it_is_repaired() -> None:

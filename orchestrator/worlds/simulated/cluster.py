@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from orchestrator.core.events import Event, NodeDisconnected, NodeLost, Reported, Together
-from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, NodeId, Seconds
 from orchestrator.protocol.messages import Fact, Prepared, RanksTroubled, Reached
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.simulated.agenda import Act, Agenda
@@ -242,14 +242,6 @@ class Cluster:
         if newest is not None:
             for node in self.nodes.values():
                 node.shelf.pop(newest, None)
-
-    def spoil_after(self, step: Step) -> None:
-        """Have every state after a step be of no use, in memory and on the durable tier."""
-        self.disturb()
-        for node in self.nodes.values():
-            for save in [save for save in node.shelf if save.step > step]:
-                del node.shelf[save]
-        self.store.spoil_after(step)
 
     def _report_lost(self, node: SimNode, incarnation: int) -> None:
         if node.incarnation == incarnation:

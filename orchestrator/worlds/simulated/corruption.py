@@ -5,7 +5,7 @@ Here is the ground truth; the controller is told no more than an agent would fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ class Corruption:
 
     Args:
         cluster: the machines.
+
+    Attributes:
+        found: called with a node when its wrong numbers are found.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -48,6 +51,7 @@ class Corruption:
         """Of each generation: after which step each node first made it wrong."""
         self._sought: set[NodeId] = set()
         self._told: list[Reported] = []
+        self.found: Callable[[NodeId], None] = _nobody
 
     def wrong(self, generation: Generation) -> dict[NodeId, Step]:
         """Return who made the state of a generation wrong, and after which step."""
@@ -120,8 +124,14 @@ class Corruption:
             proven=habit.proven,
         )
         teller = next((n for n in tellers if n.id != node), tellers[0])
+        self.found(node)
         self._told.append(Reported(at=self._cluster.now, node=teller.id, fact=fact))
         self._cluster.emit(self._told[-1])
 
     def _done(self, team: Team) -> Step:
         return team.start if team.pace is None else team.pace.done(self._cluster.now)
+
+
+def _nobody(node: NodeId) -> None:
+    """Take no interest in a node."""
+    del node

@@ -65,10 +65,6 @@ class SimStore:
         unusable = key in self.corrupt or key in self.barred
         return None if self.down or unusable else self._commits.get(key)
 
-    def spoil_after(self, step: Step) -> None:
-        """Have what was committed after a step verify no more."""
-        self.corrupt |= {key for key, stored in self._commits.items() if stored.step > step}
-
     def wrote(self, epoch: Generation) -> None:
         """Note that a generation has left something."""
         self._epoch_seen = max(self._epoch_seen, epoch)

@@ -120,10 +120,12 @@ def strained(state: RunState) -> frozenset[NodeId]:
 def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeId, ...] | None:
     """Return per rank whose copy of a step it can start from; None if there is not one for each.
 
-    Its own node's if that has one, else that of the first node that does.
+    Its own node's if that has one, else that of the first node that does. What was staged on a node
+    before it became unusable is as good as it was, and its agent serves it while it is there.
     """
     copies = state.holdings.of(step)
-    if not copies.count_R(state.unfit).all():
+    mute = [node for node in state.unfit if not state.nodes[node].serves]
+    if not copies.count_R(mute).all():
         return None
     ranks: dict[NodeId, list[Rank]] = {}
     for rank, seat in enumerate(seats):

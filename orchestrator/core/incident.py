@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
 
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+
+ROW_MIN = 3
+"""So many ranks in a row are named by the first and the last of them."""
 
 
 class Cause(StrEnum):
@@ -119,5 +123,21 @@ class Incident(msgspec.Struct, kw_only=True):
 
     def suspects(self) -> str:
         """Return who is suspected, in words."""
-        ranks = [f"rank {rank}" for rank in self.ranks]
-        return ", ".join(ranks + list(self.nodes)) or "nobody in particular"
+        who: list[str] = []
+        for first, last in _spans(self.ranks):
+            if last - first < ROW_MIN - 1:
+                who += [f"rank {rank}" for rank in range(first, last + 1)]
+            else:
+                who.append(f"ranks {first} to {last}")
+        return ", ".join(who + list(self.nodes)) or "nobody in particular"
+
+
+def _spans(ranks: Iterable[Rank]) -> list[tuple[Rank, Rank]]:
+    """Return ranks as (first, last) of each unbroken row of them, ascending."""
+    spans: list[tuple[Rank, Rank]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], rank)
+        else:
+            spans.append((rank, rank))
+    return spans

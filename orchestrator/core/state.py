@@ -59,6 +59,11 @@ class Node:
         """Whether a generation may be started on it."""
         return self.connected and not self.lost and not self.unusable
 
+    @property
+    def serves(self) -> bool:
+        """Whether others can fetch what its memory holds, whatever its devices are good for."""
+        return self.connected and not self.lost
+
     def condition(self, seats: Container[NodeId]) -> str:
         """Return its condition in one word."""
         if self.unusable:
@@ -339,8 +344,8 @@ class RunState:
         return {node for node in self.drains if self.drained(node)} | self.quarantined.keys()
 
     def holders(self, step: Step, rank: Rank) -> tuple[NodeId, ...]:
-        """Return the usable nodes whose memory holds this shard, sorted."""
-        return tuple(n for n in self.holdings.of(step).holders(rank) if self.nodes[n].usable)
+        """Return the nodes from whose memory this shard can be fetched, sorted."""
+        return tuple(n for n in self.holdings.of(step).holders(rank) if self.nodes[n].serves)
 
     def know_commits(self, commits: Iterable[Committed]) -> None:
         """Enter checkpoints that are durable; forget those that were deleted long ago."""

@@ -87,13 +87,16 @@ def wait_for_nodes(state: RunState) -> Plan | None:
 
 
 def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
-    """Return where each node of the world copies its shards: the next one, in a ring.
+    """Return where each node of the world copies its shards: to the one half a world away.
 
-    A world of one node uses a spare, if there is one: memory there is idle.
+    Neighbours share a switch, a rack, a line of power, and whatever takes two nodes at once mostly
+    takes neighbours: of a copy next door nothing would be left. A world of one node uses a spare,
+    if there is one: memory there is idle.
     """
     world = list(dict.fromkeys(seats))
     if len(world) > 1:
-        return {node: world[(i + 1) % len(world)] for i, node in enumerate(world)}
+        away = len(world) // 2
+        return {node: world[(i + away) % len(world)] for i, node in enumerate(world)}
     kept_out = {*world, *state.drains, *state.quarantined}
     others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in kept_out]
     return {world[0]: others[0]} if others else {}

@@ -95,7 +95,7 @@ class Invariants:
             self._trust(order, newest)
         if order.restore is not None and not order.restore.commit:
             for rank, source in enumerate(order.restore.sources):
-                assert state.nodes[NodeId(source)].usable, f"rank {rank} restores from {source}"
+                assert state.nodes[NodeId(source)].serves, f"rank {rank} restores from {source}"
 
     def _trust(self, order: StartGeneration, newest: Generation) -> None:
         """Raise AssertionError if what is restored came after a corruption that is known."""

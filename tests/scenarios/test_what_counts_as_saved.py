@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 
 from orchestrator.core.decisions import CommitCheckpoint, EndRun, RetainMemory, StartGeneration
-from orchestrator.core.events import CommitFailed, ControllerStarted
+from orchestrator.core.events import CommitFailed, ControllerStarted, NodeDisconnected
 from orchestrator.core.phases import RunPhase
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     Holding,
+    NodeUnusable,
     PreparationFailed,
+    ShardsHeld,
 )
 from tests.conftest import Cluster
 from tests.journals import SHORT, answer, be_done, write_step
@@ -115,3 +117,36 @@ def test_a_step_that_could_not_be_read_once_counts_again_when_it_was_computed_an
     (order,) = [d for d in decisions if isinstance(d, StartGeneration)]
     assert order.restore is not None
     assert order.restore.step == 5
+
+
+def test_a_node_that_can_not_train_any_more_still_gives_away_what_it_staged(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+    cluster.after(0.1)
+    for node in ("node-0", "node-1"):
+        own = cluster.state.ranks_of(NodeId(node))
+        held = tuple(Holding(rank, Step(10)) for rank in own)
+        cluster.say(node, ShardsHeld(generation=Generation(1), holdings=held))
+
+    (order,) = [
+        d
+        for d in cluster.say("node-1", NodeUnusable(reason="a GPU fell off the bus"))
+        if isinstance(d, StartGeneration)
+    ]
+
+    assert order.seats == ("node-0", "node-0", "node-2", "node-2")
+    assert order.restore is not None
+    assert (order.restore.step, order.restore.commit) == (10, "")
+    assert order.restore.sources == ("node-0", "node-0", "node-1", "node-1")
+
+
+def test_a_node_that_is_not_connected_gives_away_nothing(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+    own = tuple(Holding(rank, Step(10)) for rank in cluster.state.ranks_of(NodeId("node-1")))
+    cluster.after(0.1).say("node-1", ShardsHeld(generation=Generation(1), holdings=own))
+    assert cluster.state.holders(Step(10), Rank(2)) == ("node-1",)
+
+    cluster.tell(NodeDisconnected(at=cluster.at(), node=NodeId("node-1")))
+
+    assert cluster.state.holders(Step(10), Rank(2)) == ()

@@ -15,6 +15,7 @@ from orchestrator.core.casebook import RESTARTED, Casebook
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
+    CatchUp,
     Decision,
     DisconnectNode,
     FenceNode,
@@ -160,14 +161,15 @@ class Controller:
         behind = joined.generation < state.generation and not state.nodes[node].reborn
         if behind and self._recovery.started is not None:
             if node in state.seated and not state.wanting and not state.nodes[node].lost:
-                decisions.append(self._recovery.started)
+                words = f"{node} comes from generation {joined.generation}, and has a seat"
+                decisions.append(CatchUp(generation=state.generation, node=node, reason=words))
             else:
+                words = f"{node} comes from generation {joined.generation} and has no seat"
                 decisions.append(
                     FenceNode(
                         generation=state.generation,
                         node=node,
-                        reason=f"{node} comes from generation {joined.generation} and has no seat "
-                        f"in {state.generation}",
+                        reason=f"{words} in {state.generation}",
                     )
                 )
         if joined.generation == state.generation and joined.offered and not state.offered:

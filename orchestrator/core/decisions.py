@@ -45,6 +45,12 @@ class StartGeneration(_Decision, frozen=True, kw_only=True):
     """Where each node of the world copies what its ranks stage."""
 
 
+class CatchUp(_Decision, frozen=True, kw_only=True):
+    """Have a seated node that is behind begin the present generation: its order may be lost."""
+
+    node: NodeId
+
+
 class AnnounceRendezvous(_Decision, frozen=True, kw_only=True):
     """Tell every rank of the generation where its store listens."""
 
@@ -108,6 +114,7 @@ class WakeAt(_Decision, frozen=True, kw_only=True):
 
 Decision = (
     StartGeneration
+    | CatchUp
     | AnnounceRendezvous
     | FenceNode
     | DisconnectNode

@@ -47,7 +47,8 @@ class Fleet:
 
         A column of length one says the same of every rank.
         """
-        if len(progress) == 1 and progress[0] >= 0:
+        columns = (phases, steps, progress, states, cpu_s)
+        if progress[0] >= 0 and all(len(column) == 1 for column in columns):
             self._observe_alike(at, phases[0], steps[0], progress[0], states, cpu_s[0])
             return
         progress_R = np.asarray(progress, np.int64)

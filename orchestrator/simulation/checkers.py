@@ -9,6 +9,7 @@ from orchestrator import compose
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
+    CatchUp,
     CommitCheckpoint,
     Decision,
     EndRun,
@@ -155,7 +156,7 @@ class Redelivery:
         assert not new, f"told twice, {type(event).__name__} leads to {new}"
 
 
-_REPEATABLE = (StartGeneration, AnnounceRendezvous, FenceNode, WakeAt)
+_REPEATABLE = (CatchUp, AnnounceRendezvous, FenceNode, WakeAt)
 """Orders that a node which says again where it is may need again; `Invariants` compares them."""
 
 

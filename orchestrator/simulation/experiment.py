@@ -39,7 +39,7 @@ from orchestrator.worlds.simulated.world import SimulatedWorld
 
 T = TypeVar("T")
 SPARES_QUANTILE = 0.99
-LOOK_EVERY_S = 60.0
+LOOK_EVERY_S = 600.0
 """Between two looks at a world in which nothing is amiss; see `SimulatedWorld`."""
 NEVER_S = 1e12
 """Longer than any run."""

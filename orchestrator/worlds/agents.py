@@ -19,6 +19,7 @@ import msgspec
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
+    CatchUp,
     CommitCheckpoint,
     Decision,
     DisconnectNode,
@@ -203,12 +204,17 @@ class AgentWorld:
             yield self._columns.telemetry(now) or Tick(at=now)
             yield from self._due_faults(now)
 
-    def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
+    def carry_out(  # noqa: C901, PLR0912 - one case per decision
+        self, decision: Decision
+    ) -> None:
         """Carry out a decision; never blocks, what comes of it comes back as an event."""
         order = self._next_order(decision.generation)
         match decision:
             case StartGeneration():
                 self._start(order, decision)
+            case CatchUp(node=node):
+                if not self._addresses.told(node):
+                    self._begin(order, node)
             case AnnounceRendezvous(generation=generation, address=address):
                 self._announce(Announce(order=order, generation=generation, address=address))
             case FenceNode(generation=generation, node=node):
@@ -396,10 +402,8 @@ class AgentWorld:
             self._wording.start(decision)
             self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats
-        # Repeated for a node that came back: the others only need to hear of new addresses.
         for node in self._wording.nodes:
-            if not self._addresses.told(node):
-                self._begin(order, node)
+            self._begin(order, node)
 
     def _announce(self, order: Announce) -> None:
         """Tell the nodes of the world where their store is, if they were not told before.

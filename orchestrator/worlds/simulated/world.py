@@ -16,6 +16,7 @@ from orchestrator.agent.shards import Lineage
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
+    CatchUp,
     CommitCheckpoint,
     Decision,
     DisconnectNode,
@@ -180,6 +181,8 @@ class SimulatedWorld:
         match decision:
             case StartGeneration():
                 self._start(decision)
+            case CatchUp(node=node):
+                self._catch_up(cluster.nodes[node])
             case AnnounceRendezvous(generation=generation):
                 members = self.team.members if self.team else ()
                 cluster.send(members, partial(self._announce, generation=generation))
@@ -359,6 +362,15 @@ class SimulatedWorld:
             self.corruption.began(self.team, order.ancestors or ())
             self.change_speed()
         self.cluster.send(self.team.members, self.team.begin)
+
+    def _catch_up(self, node: SimNode) -> None:
+        """Have a node begin that is behind; all, if a dead controller told none of them."""
+        started, team = self._orders.started, self.team
+        assert started is not None, "nobody is behind a generation that was never ordered"
+        if team is None or team.generation < started.generation:
+            self._start(started)
+        else:
+            self.cluster.send([node], team.begin)
 
     def _remind(self, node: SimNode) -> None:
         """Send again what an earlier connection, or an earlier controller, may have lost."""

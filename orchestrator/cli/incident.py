@@ -16,6 +16,8 @@ RUNGS = {
     "processes, with the state that is in memory",
     "swap for a spare": "a node is gone or blamed, and a spare is free; its ranks' state comes "
     "from the copy on another node",
+    "over-eviction": "ranks hung or lost each other again, and nobody knows for certain whose "
+    "fault it is; whom the evidence points to gave their seats to spares, and are spares now",
     "planned swap": "a node is to be free, and a spare is; the state comes from memory, at "
     "the moment at which least has to be done again",
     "roll back before the onset": "what came after the last step that is known to be good may be "

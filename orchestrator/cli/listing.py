@@ -13,7 +13,7 @@ from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import Node, RunState
-from orchestrator.policy import lemons, planned, quarantine
+from orchestrator.policy import lemons, planned, quarantine, suspicion
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -142,6 +142,7 @@ def why(state: RunState, node: Node) -> str:
         quarantine.standing(state, node.id),
         planned.standing(state, node.id),
         lemons.standing(state, node.id),
+        suspicion.standing(state, node.id),
     )
     return "; ".join(filter(None, told))
 

@@ -64,6 +64,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """The generation that it is about, if that is over: then it adds to what broke that one."""
     signature: str = ""
     """What two occurrences of the same fault have in common; "" if it has no such mark."""
+    around: tuple[NodeId, ...] = ()
+    """Where it showed first, if nobody can be named; it accuses none of them."""
     detail: str = ""
     """Long evidence, such as a traceback."""
 
@@ -105,6 +107,8 @@ class Incident(msgspec.Struct, kw_only=True):
     """How often the durable tier was asked for anything in order to recover, by who asked."""
     quarantined: tuple[NodeId, ...] = ()
     """Those of its suspects that got no seat any more, sorted."""
+    evicted: tuple[NodeId, ...] = ()
+    """Nodes that gave their seats to spares for suspicion alone, the most suspected first."""
 
     @property
     def ranks(self) -> tuple[Rank, ...]:

@@ -64,6 +64,8 @@ class Restart:
     buddies: dict[NodeId, NodeId]
     rung: str
     reason: str
+    evicted: tuple[NodeId, ...] = ()
+    """Those of the nodes without a seat from now on that left for suspicion alone."""
 
 
 Plan = End | Pause | WaitForNodes | Search | Quarantine | Restart

@@ -173,6 +173,8 @@ class Recovery:
             incident.rung, incident.reason = plan.rung, plan.reason
             incident.restored_step = restored
             incident.restarted_as = state.generation
+            if incident is state.incident:
+                incident.evicted += plan.evicted
             incident.quarantined = tuple(n for n in incident.nodes if n in state.quarantined)
             incident.restored_from = _tiers(plan)
             incident.timeline.append(Note(at=state.now, text=f"decided: {plan.reason}"))

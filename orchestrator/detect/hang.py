@@ -168,8 +168,21 @@ def broken(state: RunState) -> list[Finding]:
             cause=Cause.NETWORK,
             step=state.reached_step,
             evidence=f"collectives failed, first on {node}, and nobody died: {message[:200]}",
+            around=_around(state),
         )
     ]
+
+
+def _around(state: RunState) -> tuple[NodeId, ...]:
+    """Return who is behind the others, or else who said first that collectives fail, in order.
+
+    Nobody, if that is most of them.
+    """
+    behind = dict.fromkeys(state.seats[rank] for rank in culprits(state))
+    first = min(at for at, _ in state.troubled.values()) + state.timeouts.beat_s
+    said = sorted((at, node) for node, (at, _) in state.troubled.items() if at <= first)
+    nodes = tuple(behind) or tuple(node for _, node in said if node in state.seated)
+    return nodes if len(nodes) <= len(state.seated) // 2 else ()
 
 
 def _finding(state: RunState, ranks: tuple[Rank, ...], since: Seconds, words: str) -> Finding:

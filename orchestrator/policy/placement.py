@@ -10,6 +10,7 @@ from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
+from orchestrator.policy.suspicion import aside, suspects
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.runfile import seconds
 
@@ -21,6 +22,8 @@ class Placement:
     seats: tuple[NodeId, ...]
     replaced: tuple[tuple[NodeId, NodeId], ...] = ()
     """(old, new) for every node that was swapped."""
+    evicted: tuple[NodeId, ...] = ()
+    """Those of the old ones that leave for suspicion alone, the most suspected first."""
 
 
 def place(state: RunState) -> Placement | None:
@@ -31,7 +34,7 @@ def place(state: RunState) -> Placement | None:
     if any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined):
         return None  # disconnected, and may be back at once; silence decides
     lemons = retired(state)
-    guilty = blamed(state) | strained(state) | lemons
+    guilty = blamed(state) | strained(state) | lemons | aside(state)
     spares = sorted(state.spares(), key=lambda node: (node in lemons, node in guilty))
     if len(spares) < len(gone):
         return None
@@ -40,11 +43,12 @@ def place(state: RunState) -> Placement | None:
     # What is left is for nodes that could go on. A spare that is under suspicion itself would
     # show nothing, and the two would change places at every restart.
     clean = [node for node in spares[len(out) :] if node not in guilty]
-    suspects = [node for node in state.seated if node in guilty and node not in swaps]
-    suspects.sort(key=lambda node: node not in lemons)
-    swaps |= dict(zip(suspects, clean, strict=False))
+    evicted = [node for node in suspects(state) if node not in swaps][: len(clean)]
+    accused = [node for node in state.seated if node in guilty and node not in (*swaps, *evicted)]
+    accused.sort(key=lambda node: node not in lemons)
+    swaps |= dict(zip([*evicted, *accused], clean, strict=False))
     seats = tuple(swaps.get(node, node) for node in state.seats) if swaps else state.seats
-    return Placement(seats=seats, replaced=tuple(sorted(swaps.items())))
+    return Placement(seats=seats, replaced=tuple(sorted(swaps.items())), evicted=tuple(evicted))
 
 
 def blamed(state: RunState) -> frozenset[NodeId]:

@@ -10,7 +10,7 @@ from orchestrator.core.incident import CORRUPTION
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
-from orchestrator.policy import lemons, planned
+from orchestrator.policy import lemons, planned, suspicion
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
@@ -142,6 +142,11 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
             f"{incident.suspects()}: {incident.findings[0].evidence}; {rung}{swaps}"
             f"{f' {where}' if restore else ''}, {max(lost, 0)} steps to do again"
         )
+        if placement.evicted:
+            reason += (
+                f"; {', '.join(placement.evicted)} may be at fault, the second time within "
+                f"{suspicion.AGAIN_S / 60:.0f} min, and may be well: put aside, not condemned"
+            )
         if restore is None or restore.commit:
             reason += "".join(f"; passed over {text}" for text in _rejections(state))
     return Restart(
@@ -151,6 +156,7 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         buddies=buddies(state, placement.seats),
         rung=rung,
         reason=reason,
+        evicted=placement.evicted,
     )
 
 
@@ -158,11 +164,13 @@ def _named(state: RunState, node: NodeId) -> str:
     """Return a node, with why it is not to be relied on, if it is not."""
     if node in state.quarantined:
         return f"{node} (quarantined)"
-    why = lemons.standing(state, node)
+    why = lemons.standing(state, node) or suspicion.standing(state, node)
     return f"{node} ({why})" if why else node
 
 
-def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) -> str:
+def _rung(  # noqa: PLR0911 - one return per rung
+    state: RunState, placement: Placement, restore: RestoreFrom | None
+) -> str:
     if state.incident is None:
         return "start"
     if restore is None:
@@ -173,7 +181,9 @@ def _rung(state: RunState, placement: Placement, restore: RestoreFrom | None) ->
         return "resume from the durable tier"
     if not placement.replaced:
         return "restart in place"
-    return "planned swap" if state.incident.kind == planned.KIND else "swap for a spare"
+    if state.incident.kind == planned.KIND:
+        return "planned swap"
+    return "over-eviction" if placement.evicted else "swap for a spare"
 
 
 def _dismissed(state: RunState) -> tuple[Rank, ...]:

@@ -14,6 +14,7 @@ from orchestrator.protocol.runfile import TrainingRun
 PLANNED_SWAP = "planned-swap"
 LEMON_RETIREMENT = "lemon-retirement"
 QUARANTINE_FIRST = "quarantine-first"
+OVER_EVICTION = "over-eviction"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
@@ -21,6 +22,8 @@ SWITCHABLE: dict[str, str] = {
     "node is free; without it, it is a spare like any other",
     QUARANTINE_FIRST: "a node that may have corrupted the state gives its seats to a spare at "
     "once; without it, it keeps them until that is proven, or it is suspected again",
+    OVER_EVICTION: "when ranks hang or lose each other again within an hour, whoever may be at "
+    "fault gives its seats to spares; without it, everybody starts in place",
     "back-off": "after a restart that brought no new step the next one waits; without it, it comes "
     "at once",
     "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",

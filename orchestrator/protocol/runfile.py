@@ -137,7 +137,7 @@ class Recovery(_Section, frozen=True, kw_only=True):
     before giving up."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
-    `quarantine-first`, `back-off`, `stop-poison`, `hang`."""
+    `quarantine-first`, `over-eviction`, `back-off`, `stop-poison`, `hang`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

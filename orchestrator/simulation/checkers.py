@@ -21,6 +21,7 @@ from orchestrator.core.events import CheckpointCommitted, CopiesHeld, Event, Rep
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState, violations
 from orchestrator.policy.lemons import retired
+from orchestrator.policy.suspicion import most
 from orchestrator.protocol.ids import Generation, NodeId, Step
 from orchestrator.protocol.messages import StateDiverged
 from orchestrator.protocol.runfile import TrainingRun
@@ -92,6 +93,8 @@ class Invariants:
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
             assert buddy not in state.quarantined, f"{buddy} is quarantined, and a buddy"
+        evicted = state.incident.evicted if state.incident is not None else ()
+        assert len(evicted) <= most(state), f"{len(evicted)} nodes evicted for suspicion"
         if order.restore is not None:
             self._trust(order, newest)
         if order.restore is not None and not order.restore.commit:

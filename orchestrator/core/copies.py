@@ -14,6 +14,7 @@ from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed
+from orchestrator.protocol.seats import ranks_by_node
 
 _GONE = ("corrupt", "absent")
 
@@ -127,13 +128,10 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
     mute = [node for node in state.unfit if not state.nodes[node].serves]
     if not copies.count_R(mute).all():
         return None
-    ranks: dict[NodeId, list[Rank]] = {}
-    for rank, seat in enumerate(seats):
-        ranks.setdefault(seat, []).append(Rank(rank))
     found = list(seats)
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
-    for seat, own in ranks.items():
+    for seat, own in ranks_by_node(seats).items():
         held = frozenset() if seat in state.unfit else copies.of(seat)
         for rank in own if not held.issuperset(own) else ():
             if rank in held:

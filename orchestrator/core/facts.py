@@ -192,8 +192,7 @@ def _take_together(
     if not names and fact.generation != state.generation:
         return
     nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
-    for node in nodes:
-        state.hearing.hear(node.id, state.now)
+    state.hearing.hear_many((node.id for node in nodes), state.now)
     if not nodes or fact.generation != state.generation:
         return
     match fact:
@@ -241,7 +240,7 @@ def _news(state: RunState, fact: RankExited) -> bool:
 
 def _observe(state: RunState, event: Telemetry) -> None:
     heard = event.heard
-    if not state.nodes.keys() >= set(heard):
+    if heard != state.hearing.chorus and not state.nodes.keys() >= set(heard):
         heard = tuple(node for node in heard if node in state.nodes)
     state.hearing.hear_all(heard, state.now)
     if event.generation != state.generation or not state.seats:

@@ -6,6 +6,8 @@ moment; what is entered at a node itself is older, or newer, than that.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from orchestrator.protocol.ids import NodeId, Seconds
 
 _NEVER = Seconds(float("-inf"))
@@ -43,6 +45,18 @@ class Hearing:
         if node not in self._voices:
             self._others.add(node)
         self._heard_at[node] = self._spoke_at[node] = now
+
+    @property
+    def chorus(self) -> tuple[NodeId, ...]:
+        """The nodes that were heard together last."""
+        return self._chorus
+
+    def hear_many(self, nodes: Iterable[NodeId], now: Seconds) -> None:
+        """Enter that each of these nodes was heard just now."""
+        heard = dict.fromkeys(nodes, now)
+        self._heard_at.update(heard)
+        self._spoke_at.update(heard)
+        self._others |= heard.keys() - self._voices
 
     def hear_all(self, nodes: tuple[NodeId, ...], now: Seconds) -> None:
         """Enter that these nodes, all of which were heard before, were heard just now."""

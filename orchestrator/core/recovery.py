@@ -198,6 +198,8 @@ def _ancestors(state: RunState, plan: Restart) -> tuple[Ancestor, ...]:
 def _tiers(plan: Restart) -> str:
     if plan.restore is None:
         return "seed"
+    if plan.restore.sources == plan.seats:
+        return f"own memory ({len(plan.seats)} ranks)"
     own = sum(source == seat for source, seat in zip(plan.restore.sources, plan.seats, strict=True))
     durable = sum(source == "" for source in plan.restore.sources)
     buddies = len(plan.seats) - own - durable

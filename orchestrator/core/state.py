@@ -25,6 +25,7 @@ from orchestrator.protocol.messages import (
     StateDiverged,
 )
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.seats import ranks_by_node
 from orchestrator.protocol.timeouts import Timeouts
 
 D = TypeVar("D", bound=Decision)
@@ -306,11 +307,8 @@ class RunState:
         self.lowest_mark, self.behind = 0, set(seats)
         if (seats, buddies) == (self.seats, self.buddies):
             return
-        ranks: dict[NodeId, list[Rank]] = {}
-        for rank, node in enumerate(seats):
-            ranks.setdefault(node, []).append(Rank(rank))
         self.seats, self.buddies = seats, buddies
-        self.seated = {node: tuple(own) for node, own in ranks.items()}
+        self.seated = ranks_by_node(seats)
         own = {node: frozenset(ranks) for node, ranks in self.seated.items()}
         both: dict[NodeId, Share] = dict(own)
         for node, buddy in buddies.items():

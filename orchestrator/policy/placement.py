@@ -47,8 +47,22 @@ def place(state: RunState) -> Placement | None:
     accused = [node for node in state.seated if node in guilty and node not in (*swaps, *evicted)]
     accused.sort(key=lambda node: node not in lemons)
     swaps |= dict(zip([*evicted, *accused], clean, strict=False))
-    seats = tuple(swaps.get(node, node) for node in state.seats) if swaps else state.seats
-    return Placement(seats=seats, replaced=tuple(sorted(swaps.items())), evicted=tuple(evicted))
+    return Placement(
+        seats=_swapped(state, swaps),
+        replaced=tuple(sorted(swaps.items())),
+        evicted=tuple(evicted),
+    )
+
+
+def _swapped(state: RunState, swaps: dict[NodeId, NodeId]) -> tuple[NodeId, ...]:
+    """Return the seats of the world with some of its nodes changed for others."""
+    if not swaps:
+        return state.seats
+    seats = list(state.seats)
+    for old, new in swaps.items():
+        for rank in state.seated[old]:
+            seats[rank] = new
+    return tuple(seats)
 
 
 def blamed(state: RunState) -> frozenset[NodeId]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.journal import Entry
@@ -11,7 +12,10 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import Ancestor, Begin, Fence
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.seats import ranks_by_node
 from storage.manifest import parse_commit_key
+
+T = TypeVar("T")
 
 
 class Orders:
@@ -42,13 +46,13 @@ class Orders:
             if isinstance(decision, StartGeneration):
                 self.started = decision
         if self.started is not None:
-            self._ranks = _ranks(self.started)
+            self._ranks = ranks_by_node(self.started.seats)
 
     def start(self, decision: StartGeneration) -> None:
         """Enter a new generation, and note which one it continues."""
         restore = decision.restore
         before = self.started.generation if self.started else Generation(0)
-        self.started, self._ranks = decision, _ranks(decision)
+        self.started, self._ranks = decision, ranks_by_node(decision.seats)
         self._restore = restore.step if restore else None
         commit = parse_commit_key(restore.commit) if restore else None
         epoch = Generation(commit[1]) if commit else None
@@ -62,7 +66,7 @@ class Orders:
             peers: addresses for it.
         """
         started = self._started()
-        ranks = tuple(Rank(rank) for rank in range(len(started.seats)))
+        ranks = tuple(map(Rank, range(len(started.seats))))
         return self._begin(order, ranks, started.dismiss, started.buddies, peers)
 
     def begin_on(self, node: NodeId, order: str, peers: dict[NodeId, str]) -> Begin:
@@ -97,13 +101,13 @@ class Orders:
             generation=started.generation,
             world_size=len(started.seats),
             ranks=ranks,
-            seats=tuple(started.seats[rank] for rank in ranks),
+            seats=_taken(started.seats, ranks),
             dismiss=dismiss,
             buddies=buddies,
             peers=peers,
             restore=self._restore,
             ancestors=self._ancestors,
-            sources=tuple(restore.sources[rank] for rank in ranks) if restore else (),
+            sources=_taken(restore.sources, ranks) if restore else (),
             commit=restore.commit if restore else "",
             shard_of=tuple(rank % self._shards for rank in ranks),
             # Replicas hold the same shards, and the first one has the lowest ranks.
@@ -117,9 +121,8 @@ class Orders:
         )
 
 
-def _ranks(decision: StartGeneration) -> dict[NodeId, tuple[Rank, ...]]:
-    """Return the ranks that have their seat on each node."""
-    ranks: dict[NodeId, list[Rank]] = {}
-    for rank, node in enumerate(decision.seats):
-        ranks.setdefault(node, []).append(Rank(rank))
-    return {node: tuple(own) for node, own in ranks.items()}
+def _taken(of_all: tuple[T, ...], ranks: tuple[Rank, ...]) -> tuple[T, ...]:
+    """Return what belongs to some ranks, or to all of them, as it is."""
+    if len(ranks) == len(of_all):
+        return of_all
+    return tuple(of_all[rank] for rank in ranks)

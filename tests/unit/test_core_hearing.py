@@ -7,7 +7,7 @@ from orchestrator.protocol.ids import NodeId, Seconds
 NODES = [NodeId(f"node-{i}") for i in range(3)]
 told = st.lists(
     st.tuples(
-        st.sampled_from(["hear", "hear all", "forgive", "ask"]),
+        st.sampled_from(["hear", "hear many", "hear all", "forgive", "ask"]),
         st.sets(st.sampled_from(NODES)),
         st.floats(0, 4, allow_nan=False),
     ),
@@ -25,6 +25,10 @@ def test_who_is_silent_is_whoever_was_not_heard_within_the_limit(told: list) -> 
         if kind == "hear":
             for node in sorted(nodes):
                 hearing.hear(node, now)
+            heard |= dict.fromkeys(nodes, now)
+            spoke |= dict.fromkeys(nodes, now)
+        elif kind == "hear many":
+            hearing.hear_many(nodes, now)
             heard |= dict.fromkeys(nodes, now)
             spoke |= dict.fromkeys(nodes, now)
         elif kind == "hear all":

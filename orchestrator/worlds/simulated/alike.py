@@ -65,17 +65,20 @@ class Alike:
     def enter(self) -> None:
         """Enter at each node what has been noted."""
         newest = [(save, self._share(copied=self._saves[save])) for save in sorted(self._saves)]
-        for node in self._team.members if newest else ():
-            if len(newest) == SAVES_MAX:
-                node.shelf = {save: shares[node.id] for save, shares in newest}
-                continue
-            for save, shares in newest:
-                node.put(save, shares[node.id])
         if self._retained is not None:
             generation, step = self._retained
             for node in self._cluster.nodes.values():
                 if node.heard and node.generation <= generation:
-                    node.retain(step)
+                    # What is put there anew needs not be looked through before.
+                    kept = len(newest) == SAVES_MAX and node.id in self._team.ranks
+                    node.retain(step, drop=not kept)
+        for node in self._team.members if newest else ():
+            if len(newest) == SAVES_MAX:
+                has = node.judge.has
+                node.shelf = {save: shares[node.id] for save, shares in newest if has(save)}
+                continue
+            for save, shares in newest:
+                node.put(save, shares[node.id])
         self._retained, self._saves = None, {}
 
     def _share(self, *, copied: bool) -> dict[NodeId, frozenset[Rank]]:

@@ -130,10 +130,11 @@ class SimNode:
         self.judge = judge.retaining(retained)
         self._drop_outside()
 
-    def retain(self, step: Step) -> None:
-        """Drop what is older than `step`."""
+    def retain(self, step: Step, *, drop: bool = True) -> None:
+        """Drop what is older than `step`, at once or with what is done to the shelf next."""
         self.judge = self.judge.retaining(step)
-        self._drop_outside()
+        if drop:
+            self._drop_outside()
 
     # Memory -------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from orchestrator.protocol.messages import (
     RendezvousOffered,
 )
 from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.seats import ranks_by_node
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.fetching import Tiers, bring, tier_of
 from orchestrator.worlds.simulated.flaws import Death, Flaws
@@ -71,11 +72,8 @@ class Team:
         self._cluster, self._order, self._moved = cluster, order, moved
         self._flaws = flaws
         self.generation, self.seats = order.generation, order.seats
-        self.members = [cluster.nodes[name] for name in dict.fromkeys(order.seats)]
-        ranks: dict[NodeId, list[Rank]] = {node.id: [] for node in self.members}
-        for rank, seat in enumerate(order.seats):
-            ranks[seat].append(Rank(rank))
-        self.ranks = {node: tuple(own) for node, own in ranks.items()}
+        self.ranks = ranks_by_node(order.seats)
+        self.members = [cluster.nodes[name] for name in self.ranks]
         cluster.members = (order.generation, len(self.members))
         self._steps, self._step_s = Step(steps), float("inf")
         self._marks = {node.id: 0 for node in self.members}

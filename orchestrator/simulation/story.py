@@ -81,7 +81,7 @@ def _value(value: Any) -> str:  # noqa: ANN401 - of any field
         return ", ".join(f"step {step}: {ranks}" for step, ranks in sorted(by_step.items()))
     if isinstance(value, tuple) and value and isinstance(value[0], Receipt):
         return f"shards {[receipt.shard for receipt in value]}"
-    if isinstance(value, tuple) and len(value) > ITEMS_MAX:
+    if isinstance(value, tuple | dict) and len(value) > ITEMS_MAX:
         return f"{len(value)} of them"
     if isinstance(value, msgspec.Struct):
         return _values(value).strip()

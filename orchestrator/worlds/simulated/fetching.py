@@ -23,10 +23,16 @@ class _Missing(NamedTuple):
     words: str
 
 
+def apart(order: Begin) -> frozenset[NodeId]:
+    """Return the nodes some of whose shards are not to come from themselves: mostly few."""
+    if not order.sources or order.sources == order.seats:
+        return frozenset()
+    pairs = zip(order.seats, order.sources, strict=True)
+    return frozenset(seat for seat, source in pairs if seat != source)
+
+
 def tier_of(order: Begin, node: SimNode) -> str:
     """Return the slowest tier that a node has to wait for: own, fetched or durable."""
-    if order.sources == order.seats:
-        return "own"
     sources = {order.sources[rank] for rank in node.ranks} if order.sources else {node.id}
     if "" in sources:
         return "durable"
@@ -34,7 +40,7 @@ def tier_of(order: Begin, node: SimNode) -> str:
 
 
 def bring(
-    cluster: Cluster, order: Begin, node: SimNode, origins: dict[Rank, Save]
+    cluster: Cluster, order: Begin, node: SimNode, origins: dict[Rank, Save], *, apart: bool
 ) -> Tiers | PreparationFailed:
     """Put the shards of a node's ranks into its memory.
 
@@ -43,11 +49,12 @@ def bring(
         order: says what from where.
         node: where to.
         origins: what each rank gets is entered here.
+        apart: whether some of it is not to come from the node itself.
     """
     step = order.restore
     if step is None:
         return Tiers()
-    if own := _own(order, node, step):
+    if not apart and (own := _own(node, step)):
         origins.update(dict.fromkeys(node.ranks, own))
         return Tiers(own=len(node.ranks))
     counts = {"own": 0, "fetched": 0, "durable": 0}
@@ -70,11 +77,8 @@ def bring(
     return Tiers(**counts)
 
 
-def _own(order: Begin, node: SimNode, step: Step) -> Save | None:
-    """Return the save that has all shards of a node, if it is to have them from itself."""
-    # Nearly always each node has all of its own, which is one comparison for thousands.
-    if order.sources != order.seats and any(order.sources[rank] != node.id for rank in node.ranks):
-        return None
+def _own(node: SimNode, step: Step) -> Save | None:
+    """Return a save that has all shards of a node."""
     found = (s for s, held in node.shelf.items() if s.step == step and held.issuperset(node.ranks))
     return next(found, None)
 

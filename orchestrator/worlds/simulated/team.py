@@ -27,7 +27,7 @@ from orchestrator.protocol.messages import (
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.seats import ranks_by_node
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
-from orchestrator.worlds.simulated.fetching import Tiers, bring, tier_of
+from orchestrator.worlds.simulated.fetching import Tiers, apart, bring, tier_of
 from orchestrator.worlds.simulated.flaws import Death, Flaws
 from orchestrator.worlds.simulated.node import Judge, Save, SimNode
 from orchestrator.worlds.simulated.pace import Pace
@@ -88,6 +88,7 @@ class Team:
         self.origins: dict[Rank, Save] = {}
         lineage = Lineage(order.generation, order.restore, Step(-1), order.ancestors)
         self._judge = Judge(lineage)
+        self._apart = apart(order)
         self._expected = -1
         self._under_way = 0
         self._heard: tuple[NodeId, ...] = ()
@@ -271,7 +272,8 @@ class Team:
         profile = self._cluster.profile
         by_tier: dict[str, list[SimNode]] = {"own": [], "fetched": [], "durable": []}
         for node in nodes:
-            by_tier[tier_of(self._order, node)].append(node)
+            tier = tier_of(self._order, node) if node.id in self._apart else "own"
+            by_tier[tier].append(node)
         self._bring(by_tier["own"])
         self._after(profile.fetch, by_tier["fetched"], self._bring)
         self._after(profile.read, by_tier["durable"], self._bring)
@@ -279,7 +281,9 @@ class Team:
     def _bring(self, nodes: Nodes) -> None:
         done: dict[Tiers, list[SimNode]] = {}
         for node in nodes:
-            brought = bring(self._cluster, self._order, node, self.origins)
+            brought = bring(
+                self._cluster, self._order, node, self.origins, apart=node.id in self._apart
+            )
             if isinstance(brought, PreparationFailed):
                 self._cluster.say([node], brought)
                 continue

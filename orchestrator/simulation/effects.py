@@ -123,6 +123,8 @@ class Effects:
         self._worn_out: dict[NodeId, Absence] = {}
         """Nodes that are slow until they are repaired."""
         self._corrupt_nodes: dict[NodeId, tuple[Struck, Absence]] = {}
+        """Those that compute wrong numbers, until they are tested."""
+        self._suspected: set[NodeId] = set()
         world.corruption.found = self._found_corrupt
         self._seats: frozenset[NodeId] = frozenset()
         self._enter(schedule)
@@ -349,19 +351,28 @@ class Effects:
     def _corrupt(self, node: SimNode, fault: Fault, struck: Struck, absence: Absence) -> None:
         """Have a node compute wrong numbers, until somebody knows and takes it away.
 
-        Tests outside the run find what does not show by itself, and prove whose it is and after
-        which step it began. What is done then is up to our policies, whosever habits these are.
+        Who knows says after which step it began, and suspects the node. Only who takes the time to
+        localise it, as other systems do, has proof. What is done then is up to our policies.
         """
         each = self._classes[fault.kind]
         known_s = wrong_for_s(each, self._habits, shows=fault.fatal)
         self._corrupt_nodes[node.id] = (struck, absence)
-        self._world.corruption.corrupt(node.id, Habit(known_s))
+        self._world.corruption.corrupt(node.id, Habit(known_s, proven=self._habits is not None))
         if fault.fatal:
             self._end(node, NOT_FINITE)
 
     def _found_corrupt(self, name: NodeId) -> None:
-        struck, absence = self._corrupt_nodes.pop(name)
-        struck.found_at = self._world.now
+        struck, _ = self._corrupt_nodes[name]
+        if struck.found_at is None:
+            struck.found_at = self._world.now
+        self._suspected.add(name)
+        if name not in self._seats:
+            self._test(name)
+
+    def _test(self, name: NodeId) -> None:
+        """Have a node be tested that was suspected, now that it has no seat."""
+        self._suspected.remove(name)
+        _, absence = self._corrupt_nodes.pop(name)
         self._machines.test(self._world.cluster.nodes[name], absence, LEAVES_S)
 
     def _plan(self, fault: Fault, struck: Struck) -> None:
@@ -411,7 +422,7 @@ class Effects:
         """Take in who has a seat from now on.
 
         A machine that is bad fails again some time after it is seated. One that is slow and was put
-        aside is repaired: whoever put it aside has had a reason.
+        aside is repaired: whoever put it aside has had a reason. What was quarantined is tested.
         """
         now = frozenset(seats)
         for name in sorted(now & self._machines.bad.keys()):
@@ -422,6 +433,8 @@ class Effects:
         for name in sorted((self._seats - now) & self._worn_out.keys()):
             node = self._world.cluster.nodes[name]
             self._machines.repair_aside(node, self._worn_out.pop(name))
+        for name in sorted(self._suspected - now):
+            self._test(name)
         self._seats = now
 
     def _returned(self, name: NodeId) -> None:

@@ -161,6 +161,23 @@ def test_wrong_numbers_are_undone_once_somebody_knows() -> None:
     assert found.ledger["lost_work"] >= 40.0
     assert found.incidents == {"silent-corruption": 1}
     assert found.rungs["roll back before the onset"] == 1
+    assert found.spares["removals"] == 1
+
+
+def test_without_the_policy_who_is_suspected_of_wrong_numbers_goes_on_until_it_is_again() -> None:
+    silent = tuple(msgspec.structs.replace(each, fatal=0.0) for each in FOUND_SOON.classes)
+    model = msgspec.structs.replace(FOUND_SOON, classes=silent)
+    first = run({"sdc-onset": 1}, 1, minutes=12, model=model)
+    later = run({"sdc-onset": 1}, 1, minutes=12, model=model, off=("quarantine-first",))
+
+    assert (first.incidents, later.incidents) == (
+        {"silent-corruption": 1},
+        {"silent-corruption": 2},
+    )
+    assert later.spares["removals"] == 1
+    # The second time it is found 40 s after it has its seats again, and starts anew.
+    assert later.ledger["lost_work"] > first.ledger["lost_work"] + 20.0
+    assert first.ettr > later.ettr
 
 
 def test_a_node_that_nobody_can_replace_is_waited_for_until_it_is_repaired() -> None:

@@ -38,6 +38,8 @@ class Casebook:
         self._known: dict[IncidentId, set[_Mark]] = {}
         """What each incident has findings of: a finding that repeats one is no news."""
         self.disabled: dict[str, str] = {}
+        self._restart: Incident | None = None
+        """The newest death of a controller."""
 
     def look(self, event: Event) -> None:
         """Ask every detector what is wrong as of now, and enter what they find."""
@@ -61,6 +63,7 @@ class Casebook:
                 step=state.reached_step,
             )
         )
+        self._restart = incident
         incident.rung = "none"
         training = state.phase is RunPhase.TRAINING
         incident.reason = UNJUDGED if training else f"the run was {state.phase}, and goes on so"
@@ -68,8 +71,7 @@ class Casebook:
 
     def _unjudged(self) -> Incident | None:
         """Return the newest death of a controller of which is not known what it did to training."""
-        waiting = (i for i in reversed(self._state.incidents) if i.kind == RESTARTED)
-        newest = next(waiting, None)
+        newest = self._restart
         return newest if newest is not None and newest.reason == UNJUDGED else None
 
     def _judge(self, event: Event) -> None:

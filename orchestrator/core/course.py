@@ -36,7 +36,7 @@ def advance(state: RunState) -> None:
                 enter(state, passed, whole=whole)
                 whole = False  # of one that is passed over, nobody saw how long it took
     if mark >= _MARK_STEPPED:
-        for incident in (i for i in state.incidents if i.open):
+        for incident in state.open_incidents():
             incident.resumed_at = state.now
             cost = state.now - incident.since
             incident.timeline.append(
@@ -97,7 +97,7 @@ def end(state: RunState, how: str, reason: str) -> list[Decision]:
     """End the run: Succeeded, Failed or Stopped."""
     state.end_state, state.end_reason = how, reason
     final = {"Succeeded": RunPhase.SUCCEEDED, "Failed": RunPhase.FAILED}
-    for incident in (i for i in state.incidents if i.open):
+    for incident in state.open_incidents():
         if incident.decided_at is None:
             incident.decided_at = state.now
         incident.rung = incident.rung or "stop"

@@ -166,7 +166,7 @@ class Recovery:
     def _write_off(self, plan: Restart, restored: Step) -> None:
         """Enter what the restart costs: steps that will be computed again are lost work."""
         state = self._state
-        for incident in (i for i in state.incidents if i.open):
+        for incident in state.open_incidents():
             if incident.decided_at is None:
                 incident.lost_steps = max(state.reached_step - restored, 0)
                 incident.decided_at = state.now

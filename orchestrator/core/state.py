@@ -173,6 +173,8 @@ class RunState:
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
     incidents: list[Incident] = field(default_factory=list)
+    _over: int = 0
+    """How many of them are over, from the first one on without a gap."""
     named: dict[NodeId, dict[IncidentId, dict[Mark, Finding]]] = field(default_factory=dict)
     """What each incident found about a node that was not cordoned; the first of what is alike."""
     lost_in: dict[IncidentId, set[NodeId]] = field(default_factory=dict)
@@ -291,7 +293,14 @@ class RunState:
         """The newest incident that training has not recovered from."""
         # Not simply the last: a controller that dies in the middle of a recovery is an incident,
         # too, and is over at once.
-        return next((incident for incident in reversed(self.incidents) if incident.open), None)
+        return next(reversed(self.open_incidents()), None)
+
+    def open_incidents(self) -> list[Incident]:
+        """Return the incidents that training has not recovered from, oldest first."""
+        # None is opened again, and after months there are hundreds: asked for at every event.
+        while self._over < len(self.incidents) and not self.incidents[self._over].open:
+            self._over += 1
+        return [incident for incident in self.incidents[self._over :] if incident.open]
 
     @property
     def world(self) -> tuple[NodeId, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, repeat
+from typing import cast
 
 from orchestrator.protocol.ids import NodeId, Rank
 
@@ -20,7 +21,7 @@ def ranks_by_node(seats: Sequence[NodeId]) -> dict[NodeId, tuple[Rank, ...]]:
         # So it nearly always is; for thousands of nodes this is several times faster.
         firsts = range(0, len(seats), max(each, 1))
         return {
-            node: tuple(map(Rank, range(first, first + each)))
+            node: cast("tuple[Rank, ...]", tuple(range(first, first + each)))
             for node, first in zip(nodes, firsts, strict=True)
         }
     ranks: dict[NodeId, list[Rank]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.journal import Entry
@@ -66,7 +66,7 @@ class Orders:
             peers: addresses for it.
         """
         started = self._started()
-        ranks = tuple(map(Rank, range(len(started.seats))))
+        ranks = cast("tuple[Rank, ...]", tuple(range(len(started.seats))))
         return self._begin(order, ranks, started.dismiss, started.buddies, peers)
 
     def begin_on(self, node: NodeId, order: str, peers: dict[NodeId, str]) -> Begin:

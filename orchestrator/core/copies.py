@@ -51,6 +51,8 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
     state.holdings.spread(held.step, state.copied if held.copied else state.staged)
     for node in held.missing:
         state.holdings.discard(held.step, node, state.holdings.of(held.step).of(node))
+    for node in held.uncopied if held.copied else ():
+        state.holdings.discard(held.step, state.buddies[node], state.staged.of(node))
     for step, _, copy in state.struck:
         if step == held.step and copy.kind in _GONE:
             state.holdings.discard(step, copy.node, frozenset((copy.rank,)))

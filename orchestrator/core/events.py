@@ -90,6 +90,8 @@ class CopiesHeld(_Event, frozen=True, kw_only=True):
     """Whether their buddies hold it, too."""
     missing: tuple[NodeId, ...] = ()
     """Nodes that hold none of it."""
+    uncopied: tuple[NodeId, ...] = ()
+    """Nodes whose shards their buddy does not hold, if others' do."""
 
 
 class NodeDisconnected(_Event, frozen=True, kw_only=True):

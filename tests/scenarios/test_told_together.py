@@ -131,6 +131,23 @@ def test_a_node_that_is_missing_from_it_holds_nothing_of_a_step(cluster: Any) ->
     assert copies.count_R().tolist() == [1, 1, 1, 1]
 
 
+def test_what_did_not_reach_a_buddy_has_one_copy(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+
+    told = cluster.tell(
+        CopiesHeld(
+            at=cluster.at(), generation=Generation(1), step=Step(10), copied=True,
+            uncopied=(NodeId("node-1"),),
+        )
+    )  # fmt: skip
+
+    copies = cluster.state.holdings.of(Step(10))
+    assert told == []
+    assert copies.count_R().tolist() == [2, 2, 1, 1]
+    assert copies.holders(Rank(2)) == ["node-1"]
+
+
 def test_state_that_many_nodes_have_prepared_together(cluster: Any) -> None:
     cluster.start()
     cluster.train(10)

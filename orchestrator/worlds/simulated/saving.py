@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from orchestrator.core.events import CopiesHeld, Together
-from orchestrator.protocol.ids import Seconds, Step
+from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.simulated.alike import Alike
@@ -96,7 +96,10 @@ class Saving:
         nodes = self._present()
         for node in nodes:
             node.put(save, node.ranks)
-        self._tell(nodes)
+        if self._many:
+            self._tell_together(save, copied=False, missing=self._missing(save))
+        else:
+            self._tell(nodes)
 
     def _copy(self, now: Seconds) -> None:
         for pending in [p for p in self._copies if p.at <= now]:
@@ -104,20 +107,47 @@ class Saving:
             if self.alike.possible and self.alike.copy(pending.save):
                 self._tell_together(pending.save, copied=True)
                 continue
-            told = []
-            for node in self._present():
-                buddy = self._cluster.nodes.get(self._team.buddy_of(node.id) or node.id)
-                if buddy is None or buddy is node or not (node.reachable and buddy.reachable):
-                    continue
-                # A spare that keeps copies is of no generation, or of an older one.
-                sent = buddy.alive and pending.save in node.shelf
-                if sent and buddy.put(pending.save, node.ranks):
-                    told.append(buddy)
-            self._tell(told)
+            takers = {node.id: self._sent(node, pending.save) for node in self._team.members}
+            if self._many:
+                uncopied = tuple(name for name, taker in takers.items() if taker is None)
+                missing = self._missing(pending.save)
+                self._tell_together(pending.save, copied=True, missing=missing, uncopied=uncopied)
+            else:
+                self._tell([taker for taker in takers.values() if taker is not None])
 
-    def _tell_together(self, save: Save, *, copied: bool) -> None:
+    def _sent(self, node: SimNode, save: Save) -> SimNode | None:
+        """Copy a save of a node to its buddy; return that, or None if it does not get there."""
+        buddy = self._cluster.nodes.get(self._team.buddy_of(node.id) or node.id)
+        if buddy is None or buddy is node or not (node.reachable and buddy.reachable):
+            return None
+        # A spare that keeps copies is of no generation, or of an older one.
+        there = node.alive and node.generation == self._team.generation and save in node.shelf
+        return buddy if there and buddy.alive and buddy.put(save, node.ranks) else None
+
+    @property
+    def _many(self) -> bool:
+        """Whether nodes speak together; each has a buddy among them, for they are more than one."""
+        return len(self._team.members) >= TOGETHER_MIN
+
+    def _missing(self, save: Save) -> tuple[NodeId, ...]:
+        """Return the nodes that do not say that they hold a save."""
+        return tuple(n.id for n in self._team.members if not (n.heard and save in n.shelf))
+
+    def _tell_together(
+        self,
+        save: Save,
+        *,
+        copied: bool,
+        missing: tuple[NodeId, ...] = (),
+        uncopied: tuple[NodeId, ...] = (),
+    ) -> None:
         held = CopiesHeld(
-            at=self._cluster.now, generation=save.generation, step=save.step, copied=copied
+            at=self._cluster.now,
+            generation=save.generation,
+            step=save.step,
+            copied=copied,
+            missing=missing,
+            uncopied=uncopied,
         )
         self._cluster.emit(held)
 

@@ -94,6 +94,10 @@ def _done(incident: Incident, state: RunState) -> list[str]:
     lines = [incident.rung + (f": {RUNGS[incident.rung]}" if incident.rung in RUNGS else "")]
     if incident.reason:
         lines.append(f"because {incident.reason}")
+    if incident.quarantined:
+        lines.append(f"quarantined: {', '.join(incident.quarantined)}")
+    if incident.evicted:
+        lines.append(f"put aside, not condemned: {', '.join(incident.evicted)}")
     if incident.restored_step is not None:
         lines.append(f"continued from step {incident.restored_step}: {incident.restored_from}")
     return lines

@@ -54,27 +54,27 @@ def _as_far_as_spares_allow(
 
 
 def stop_unlocated(state: RunState) -> Plan | None:
-    """End a run whose state is corrupted again after nobody could be taken out for it."""
+    """End a run whose state is corrupted again, and again nobody stands out."""
     incident = state.incident
-    if incident is None or not state.diverged or _located(state, incident):
+    # Whoever is named is out the second time, so that comes to an end by itself.
+    if incident is None or not state.diverged or incident.nodes:
         return None
     before = [
         former
         for former in state.incidents
         if former is not incident
         and _is_corruption(former)
-        and not former.quarantined
+        and not former.nodes
         and state.now - former.detected_at <= AGAIN_DAYS * DAY_S
     ]
     if not before:
         return None
-    who = ", ".join(incident.nodes) or "nobody"
     return End(
         state="Failed",
         reason=f"silent corruption in {before[-1].id} and again in {incident.id}, within "
-        f"{AGAIN_DAYS} days, and nobody could be taken out for it: {who} suspected; last: "
+        f"{AGAIN_DAYS} days, and nobody stands out who could be taken out for it; last: "
         f"{incident.findings[-1].evidence}\nhint: checkpoints up to the last step that is known to "
-        "be good are kept; test the nodes, and run it again on those that pass, with spares",
+        "be good are kept; test the nodes, and run it again on those that pass",
     )
 
 
@@ -93,10 +93,6 @@ def _suspected_before(state: RunState, node: NodeId) -> bool:
         for mark in found
         if incident != present
     )
-
-
-def _located(state: RunState, incident: Incident) -> bool:
-    return any(node in state.quarantined for node in incident.nodes)
 
 
 def _is_corruption(incident: Incident) -> bool:

@@ -351,13 +351,19 @@ class Effects:
     def _corrupt(self, node: SimNode, fault: Fault, struck: Struck, absence: Absence) -> None:
         """Have a node compute wrong numbers, until somebody knows and takes it away.
 
-        Who knows says after which step it began, and suspects the node. Only who takes the time to
-        localise it, as other systems do, has proof. What is done then is up to our policies.
+        Who knows says after which step it began, and suspects the node; it is proven once it is
+        localised. Other systems wait for that; what ours does is up to its policies.
         """
-        each = self._classes[fault.kind]
-        known_s = wrong_for_s(each, self._habits, shows=fault.fatal)
+        each, habits = self._classes[fault.kind], self._habits
+        known_s = wrong_for_s(each, habits, shows=fault.fatal)
+        proof_s = 0.0 if habits is None else habits.localise_s(each)
+        habit = Habit(known_s, proven=False)
+        if habits is not None and habits.notice.value != "own":
+            habit = Habit(known_s)
+        elif proof_s > 0:
+            habit = Habit(known_s - proof_s, proven=False, proof_s=proof_s)
         self._corrupt_nodes[node.id] = (struck, absence)
-        self._world.corruption.corrupt(node.id, Habit(known_s, proven=self._habits is not None))
+        self._world.corruption.corrupt(node.id, habit)
         if fault.fatal:
             self._end(node, NOT_FINITE)
 

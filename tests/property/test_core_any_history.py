@@ -248,7 +248,7 @@ def assert_ended_for_a_reason(cluster: Cluster) -> None:
     else:
         # The last if a search that was drawn says that nothing is left of what was committed.
         poisoned = ("the fault moves with the job", "no other node was free to try it on")
-        corrupted = ("nobody could be taken out for it", "none can be trusted")
+        corrupted = ("nobody stands out who could be taken out", "none can be trusted")
         good = (*poisoned, *corrupted, "budget spent", "refused", "is the volume mounted")
         assert any(words in reason for words in good), reason
 

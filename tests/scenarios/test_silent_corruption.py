@@ -294,6 +294,20 @@ def test_if_nobody_stands_out_it_starts_everywhere_and_the_second_time_it_stops(
     assert len(starts(cluster)) == 2
 
 
+def test_as_long_as_somebody_else_is_suspected_each_time_it_goes_on(cluster: Any) -> None:
+    trained(cluster)
+    cluster.lose("node-2")
+    for node, good in (("node-0", 10), ("node-1", 13)):
+        diverge(cluster, node, since=good)
+        assert cluster.state.quarantined == {}
+        cluster.resume()
+        cluster.train(3)
+        cluster.hold(cluster.state.reached_step)
+
+    assert cluster.state.phase is RunPhase.TRAINING
+    assert len(starts(cluster)) == 3
+
+
 def test_long_after_nobody_stood_out_it_is_another_corruption(cluster: Any) -> None:
     trained(cluster)
     diverge(cluster, since=10)

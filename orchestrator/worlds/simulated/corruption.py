@@ -31,6 +31,8 @@ class Habit(NamedTuple):
     """Whether it is proven to be this node; else it is only suspected."""
     named: tuple[NodeId, ...] | None = None
     """Who is named, the most suspected first; None for this node."""
+    proof_s: float | None = None
+    """From the suspicion until it is proven, if it goes on until then; None for never."""
 
 
 class Corruption:
@@ -127,6 +129,14 @@ class Corruption:
         self.found(node)
         self._told.append(Reported(at=self._cluster.now, node=teller.id, fact=fact))
         self._cluster.emit(self._told[-1])
+        if not habit.proven and habit.proof_s is not None:
+            self._cluster.agenda.after(habit.proof_s, partial(self._prove, node, habit))
+
+    def _prove(self, node: NodeId, habit: Habit) -> None:
+        """Have it be known whose fault it is, if that one still has a seat."""
+        team = self._team
+        if team is not None and node in team.ranks and node in self._wrong[team.generation]:
+            self._find(node, habit._replace(proven=True, named=None))
 
     def _done(self, team: Team) -> Step:
         return team.start if team.pace is None else team.pace.done(self._cluster.now)

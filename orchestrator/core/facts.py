@@ -254,7 +254,12 @@ def _observe(state: RunState, event: Telemetry) -> None:
         cpu_s=event.cpu_s,
     )
     if event.stall_s > 0:
-        state.ledger.move(event.stall_s, Bucket.EFFECTIVE, Bucket.CHECKPOINT_STALL)
+        # Of a long time that is told of at once, not its end: what was done there may be lost yet,
+        # and would be counted as a stall instead.
+        since = state.now - max(event.watched_s, event.stall_s)
+        state.ledger.relabel(
+            Seconds(since), Seconds(since + event.stall_s), Bucket.CHECKPOINT_STALL, None
+        )
     since_s = event.since_step_s
     ago_s: list[float] = []
     for report in reversed(event.reports):

@@ -75,18 +75,6 @@ class Ledger:
         self._merge(max(first - 1, 0), last)
         return moved
 
-    def move(
-        self, seconds: float, source: Bucket, target: Bucket, incident: IncidentId | None = None
-    ) -> None:
-        """Re-label the last `seconds` of the ledger's end that are charged to `source`."""
-        self.relabel(
-            Seconds(self.end_us / 1e6 - seconds),
-            Seconds(self.end_us / 1e6),
-            target,
-            incident,
-            only=source,
-        )
-
     def spans(self) -> list[Span]:
         """Return all spans, oldest first."""
         return list(self._spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.core.incident import BUDGET_OF, Cause
 from orchestrator.core.plans import End, Pause, Plan
-from orchestrator.core.state import RunState
+from orchestrator.core.state import Occurrence, RunState
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import seconds
 
@@ -26,13 +26,23 @@ def stop_misconfigured(state: RunState) -> Plan | None:
     return End(state="Failed", reason=finding.evidence)
 
 
+BARE_REPEATS = 3
+"""A signal of which nobody knows where in the program it struck is a bug from so many times on."""
+
+
+def _is_bare(fault: Occurrence) -> bool:
+    """Whether all that is known of a fault is the signal that ended a rank (detect.exits)."""
+    return fault.signature.startswith("exit -") and " at " not in fault.signature
+
+
 def stop_poison(state: RunState) -> Plan | None:
     """End a run that fails in the same way at the same step wherever it is put."""
     for fault in state.occurrences.values():
         times = len(fault.generations)
         if times < 2:
             continue
-        moved = len(fault.nodes) > 1
+        # Of months, one has two GPUs that fail in the same step, and abort their ranks alike.
+        moved = len(fault.nodes) > 1 and times >= (BARE_REPEATS if _is_bare(fault) else 2)
         if moved or times >= SAME_NODE_REPEATS_MAX:
             return End(
                 state="Failed",

@@ -738,3 +738,30 @@ def test_the_journal_of_a_scenario_replays_to_the_same_bytes(cluster: Any) -> No
     assert journal.replay(fresh.controller, read.entries) == []
     assert fresh.state.generation == cluster.state.generation
     assert fresh.state.ledger.spans() == cluster.state.ledger.spans()
+
+
+def test_two_nodes_that_abort_at_the_same_step_are_no_bug_of_the_job(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    cluster.exit(0, -6, step=10)
+    cluster.resume()
+
+    decisions = [*cluster.after(0.1).exit(2, -6, step=10), *cluster.rest()]
+
+    assert started(decisions).generation == 3
+
+
+def test_an_abort_that_comes_a_third_time_at_the_same_step_ends_the_run(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    for rank in (0, 2):
+        cluster.exit(rank, -6, step=10)
+        if cluster.state.pause_until is not None:
+            cluster.rest()
+        cluster.resume()
+
+    order = ended(cluster.after(0.1).exit(0, -6, step=10))
+
+    assert "moves with the job" in order.reason

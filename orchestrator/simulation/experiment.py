@@ -267,6 +267,8 @@ def conduct(
     observer = Observer(effects)
     simulation = Simulation(run, world, checkers=[observer], record=record, keep=False)
     simulation.conduct(Seconds(settings.horizon_s))
+    # A controller with half its detectors is not the one that was asked about.
+    assert not simulation.controller.disabled, f"detectors raised: {simulation.controller.disabled}"
     return _outcome(given, seed, simulation, effects, machines, observer, began)
 
 

@@ -56,6 +56,8 @@ from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
 from orchestrator.worlds.simulated.view import News, telemetry
 
+FOUND_WITHIN_S, WAITING_LOOK_S = 120.0, 30.0
+"""A generation that broke is looked at every moment for so long, and after that now and then."""
 _BEFORE_S = 1e-6
 _ROUNDING = 1e-6
 _Request = DrainRequested | DrainCancelled
@@ -111,6 +113,7 @@ class SimulatedWorld:
         self._told_at, self._looked_at = self.now, Seconds(-timeouts.tick_s)
         self._look_every_s = max(look_every_s, timeouts.tick_s)
         self._troubled_until = Seconds(0.0)
+        self._broken_at: Seconds | None = None
         self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
@@ -152,8 +155,18 @@ class SimulatedWorld:
 
     def _look_at(self) -> Seconds:
         """Return when to look again: often while anything is amiss, or hardly ever."""
-        every_s = self._timeouts.tick_s if self._troubled() else self._look_every_s
+        every_s = self._look_every_s
+        if self._troubled():
+            every_s = self._timeouts.tick_s
+        elif not self._goes_well():
+            # What there was to find has been found; the run waits, maybe for days, for a node.
+            every_s = min(WAITING_LOOK_S, every_s)
         return Seconds(self._looked_at + every_s)
+
+    def _goes_well(self) -> bool:
+        """Whether the newest generation trains, or is about to."""
+        team = self.team
+        return team is None or (team.whole and (team.training or team.going_on))
 
     def _troubled(self) -> bool:
         """Whether the controller has to see each moment, to find what it does not know yet."""
@@ -167,7 +180,12 @@ class SimulatedWorld:
         if team is not None and not self._to_be_free.isdisjoint(team.ranks):
             # It waits for the moment at which memory comes to have a newer step.
             return True
-        return team is not None and not (team.whole and (team.training or team.going_on))
+        if self._goes_well():
+            self._broken_at = None
+            return False
+        if self._broken_at is None:
+            self._broken_at = self.now
+        return self.now - self._broken_at < FOUND_WITHIN_S
 
     def _await(self, moment: Seconds) -> None:
         """Let time pass until something happens, and look before it does, after a quiet while."""
@@ -357,6 +375,7 @@ class SimulatedWorld:
             order = self._orders.begin("", {})
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
+            self._broken_at = None
             self._saving = Saving(self.cluster, self.team, self._run)
             self._reported = self.team.start
             self.corruption.began(self.team, order.ancestors or ())

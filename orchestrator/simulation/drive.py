@@ -102,7 +102,8 @@ class Simulation:
         self._handle(ControllerStarted(at=self._world.now, incarnation=1))
         for event in self._world.events():
             self._handle(event)
-            if self._killed or self._world.controller_killed:
+            # Its successor may be killed in turn, before it is on record that it took over.
+            while self._killed or self._world.controller_killed:
                 self._succeed()
             if self.controller.state.phase.final:
                 return True

@@ -135,3 +135,7 @@ def workers_of(session: int) -> list[int]:
             if int(stat[3]) == session and "spawn_main" in words:
                 found.append(int(entry.name))
     return found
+
+
+def test_a_controller_that_is_killed_as_it_takes_over_is_succeeded_in_turn() -> None:
+    assert not isinstance(attempt(322), Broken)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.events import Event
+from orchestrator.core.events import Event, Reported
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
@@ -13,7 +13,7 @@ from orchestrator.simulation import checkers
 
 
 class Nervous:
-    """A detector that takes every event for news."""
+    """A detector that takes every report for news."""
 
     name = "nervous"
 
@@ -21,7 +21,8 @@ class Nervous:
         self.asked = 0
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
-        del event
+        if not isinstance(event, Reported):
+            return []
         self.asked += 1
         return [
             Finding(

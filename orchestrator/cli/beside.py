@@ -71,6 +71,7 @@ def ettr(answer: Answer, beside: Beside) -> Answer:
     rows = [
         {"name": f"simulated-{what}", "share": share, "hours": share * beside.days * 24}
         for what, share in (("mean", found.mean), ("low", found.low), ("high", found.high))
+        if share is not None
     ]
     return replace(
         answer,

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 
 import msgspec
 
-from orchestrator.cli import pool, units
+from orchestrator.cli import pool, units, whole
 from orchestrator.core import journal
 from orchestrator.simulation import experiment
 from orchestrator.simulation.experiment import Inputs, Outcome
@@ -69,16 +69,13 @@ def conduct(task: Task) -> Result:
 
 def journaled(given: Inputs, seed: int, file: Path) -> Outcome:
     """Run one seed, and write its journal; the file is there once it is whole."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as out:
+    with whole.writing(file) as out:
         out.write(journal.line(journal.Header(run_id=f"simulated-{seed}", run=given.run_file())))
 
         def record(entry: journal.Entry) -> None:
             out.write(journal.line(entry))
 
-        outcome = experiment.conduct(given, seed, record)
-    part.replace(file)
-    return outcome
+        return experiment.conduct(given, seed, record)
 
 
 def _given(settings: Settings) -> Inputs:

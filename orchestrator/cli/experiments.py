@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import msgspec
 import typer
 
-from orchestrator.cli import experimenting, outcomes, pages
+from orchestrator.cli import experimenting, outcomes, pages, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.simulation import experiment
@@ -70,6 +70,8 @@ def _plain(message: str, options: Mapping[str, Any]) -> str:
 def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
     """Run an experiment; write what was asked for, and return the answer in the asked form."""
     read = experiment.inputs(given)
+    whole.require_option("--journal", asked.journal)
+    whole.require_option("--html", asked.html)
     if asked.journal is not None:
         if len(asked.seeds) != 1:
             raise CliError(
@@ -82,7 +84,7 @@ def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
         found = experimenting.run(given, asked.seeds, jobs=asked.jobs, progress=progress)
     told = summary(read, found)
     if asked.html is not None:
-        asked.html.write_text(pages.of_experiment(told, found), encoding="utf-8")
+        whole.write(asked.html, pages.of_experiment(told, found).encode())
     return outcomes.shown(told, form)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from orchestrator.cli import intake
+from orchestrator.cli import intake, whole
 from orchestrator.cli.choices import Output
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.progress import Progress
@@ -95,7 +95,7 @@ def measure(
         source=f"{command}, {count(os.cpu_count() or 1, 'core')}",
     )
     if file is not None:
-        _write(full, file)
+        whole.write(file, profiles.text(full, json=file.suffix == ".json").encode())
     table = rendered("constant", _COLUMNS, rows(full, taken), Output.TABLE)
     runs = f"{count(repeat, 'run')} of {count(run.spec.trainer.steps, 'step')}"
     return Measured(
@@ -244,9 +244,3 @@ def _require_place(file: Path) -> None:
         raise CliError(
             f"a folder, expected the name of a file: {file}", "add a file name", Exit.USAGE
         )
-
-
-def _write(profile: Profile, file: Path) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(profiles.text(profile, json=file.suffix == ".json"), encoding="utf-8")
-    beside.replace(file)

@@ -44,7 +44,7 @@ def headline(told: Summary) -> str:
 def ettr_words(told: Summary) -> str:
     """Return ETTR with its interval, in words."""
     ettr = told.ettr
-    if len(told.seeds) < 2:
+    if ettr.low is None or ettr.high is None:
         return f"{ettr.mean * 100:.2f} % (one seed, no interval)"
     return (
         f"{ettr.mean * 100:.2f} % ({ettr.low * 100:.2f} to {ettr.high * 100:.2f}; {told.interval})"

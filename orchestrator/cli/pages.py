@@ -70,9 +70,10 @@ def of_sweep(told: Results) -> str:
     rows = [
         plots.Range(
             ", ".join(f"{name} {_value(value)}" for name, value in row.varied.items()),
-            row.ettr.low * 100,
-            row.ettr.mean * 100,
-            row.ettr.high * 100,
+            *(
+                100 * (row.ettr.mean if share is None else share)
+                for share in (row.ettr.low, row.ettr.mean, row.ettr.high)
+            ),
         )
         for row in told.rows
     ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from orchestrator import compose
-from orchestrator.cli import runs, story, units
+from orchestrator.cli import runs, story, units, whole
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError
@@ -31,23 +30,7 @@ def write(told: Report, path: Path) -> None:
     Raises:
         OSError: if that is not possible.
     """
-    temporary = _beside(path)
-    try:
-        temporary.write_bytes(as_json(told))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_writable(path: Path) -> None:
-    """Raise OSError if `write` could not write there now. What is there stays."""
-    temporary = _beside(path)
-    temporary.write_bytes(b"")
-    temporary.unlink()
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write(path, as_json(told))
 
 
 class Shown(NamedTuple):

@@ -124,12 +124,13 @@ def sweep(
     output: Annotated[Told, typer.Option("--output", "-o", help="How it is printed.")] = Told.TEXT,
 ) -> None:
     """Run a grid of experiments; interrupted and called again, it goes on where it was."""
-    from orchestrator.cli import pages, sweeping
+    from orchestrator.cli import pages, sweeping, whole
 
+    whole.require_option("--html", html)
     folder = out if out is not None else file.with_suffix("")
     told = sweeping.run(file, folder, jobs=jobs, progress=sys.stderr)
     if html is not None:
-        html.write_text(pages.of_sweep(told), encoding="utf-8")
+        whole.write(html, pages.of_sweep(told).encode())
     typer.echo(sweeping.shown(told, output))
 
 

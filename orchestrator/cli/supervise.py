@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from orchestrator import compose
-from orchestrator.cli import reporting, stop
+from orchestrator.cli import reporting, stop, whole
 from orchestrator.cli.controller import ControllerProcess
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
@@ -104,7 +104,7 @@ def _require_writable(report: Path) -> None:
         raise CliError(
             f"a folder, expected the name of a file: {report}", "add a file name", Exit.USAGE
         )
-    reporting.require_writable(report)
+    whole.require_writable(report)
 
 
 class _Watch:

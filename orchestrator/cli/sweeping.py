@@ -11,7 +11,7 @@ import msgspec
 import yaml
 
 from orchestrator import document
-from orchestrator.cli import experimenting, units
+from orchestrator.cli import experimenting, units, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.experimenting import Result, Task
@@ -77,13 +77,13 @@ def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
         for result in coming if tasks else ():
             key = places[msgspec.json.encode(result.task.settings), result.task.seed]
             found[key] = result.outcome
-            _write(_place(out, *key), _encoded(result))
+            whole.write(_place(out, *key), _encoded(result))
             experimenting.tell(progress, len(found), len(wanted), result)
-            _write(
+            whole.write(
                 out / RESULTS, msgspec.json.encode(results(asked.name, cells, found, len(wanted)))
             )
     told = results(asked.name, cells, found, len(wanted))
-    _write(out / RESULTS, msgspec.json.encode(told))
+    whole.write(out / RESULTS, msgspec.json.encode(told))
     return told
 
 
@@ -123,7 +123,7 @@ def shown(told: Results, form: Told) -> str:
                 [
                     *(_cell(row.varied[name]) for name in names),
                     str(row.seeds),
-                    *(f"{v * 100:.2f}" for v in (row.ettr.mean, row.ettr.low, row.ettr.high)),
+                    *map(_percent, (row.ettr.mean, row.ettr.low, row.ettr.high)),
                     f"{row.waited_s / 3600:.2f}",
                     str(row.failed),
                 ]
@@ -165,8 +165,5 @@ def _kept(out: Path, wanted: dict[tuple[int, int], Task]) -> dict[tuple[int, int
     return found
 
 
-def _write(file: Path, data: bytes) -> None:
-    """Write a file that is whole or not there, whenever this is interrupted."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_bytes(data)
-    part.replace(file)
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.2f}"

@@ -23,11 +23,12 @@ _Z_975 = 1.959964
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """A mean over seeds, and where it lies with 95 % confidence."""
+    """The mean of a share over seeds, and where it lies with 95 % confidence."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None of one seed, which says nothing about others."""
+    high: float | None
     per_seed: list[float]
 
 
@@ -73,17 +74,18 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return mean and interval of some seeds; of one seed the interval is unbounded: no number.
+    """Return mean and interval of the shares of some seeds. No share is below 0 or above 1.
 
     >>> e = estimate([0.98, 0.99, 0.99])
     >>> round(e.low, 4), round(e.mean, 4), round(e.high, 4)
-    (0.9723, 0.9867, 1.001)
+    (0.9723, 0.9867, 1.0)
     """
     mean = float(np.mean(values))
     if len(values) < 2:
-        return Estimate(mean=mean, low=mean, high=mean, per_seed=list(values))
+        return Estimate(mean=mean, low=None, high=None, per_seed=list(values))
     half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / sqrt(len(values))
-    return Estimate(mean=mean, low=mean - half, high=mean + half, per_seed=list(values))
+    low, high = max(mean - half, 0.0), min(mean + half, 1.0)
+    return Estimate(mean=mean, low=low, high=high, per_seed=list(values))
 
 
 def student_t(freedom: int) -> float:

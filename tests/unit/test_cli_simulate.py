@@ -121,6 +121,7 @@ def test_an_interval_is_that_of_students_t() -> None:
     found = estimate([0.98, 0.99, 0.97, 0.98])
 
     # The half width by hand: t of 3 degrees of freedom, 3.182, times 0.008165 / 2.
+    assert found.high is not None
     assert found.high - found.mean == pytest.approx(3.182 * 0.0081650 / 2, rel=1e-4)
 
 
@@ -129,3 +130,28 @@ def test_an_interval_is_that_of_students_t() -> None:
 )
 def test_the_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
     assert student_t(freedom) == pytest.approx(quantile, abs=2e-4)
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.999], [0.0, 0.001]])
+def test_an_interval_of_a_share_holds_nothing_that_is_none(values: list[float]) -> None:
+    found = estimate(values)
+
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.0 <= found.low <= found.mean <= found.high <= 1.0
+
+
+def test_one_seed_has_no_interval() -> None:
+    found = json.loads(holdfast("simulate", "--gpus", "64", "--days", "0.01", "-o", "json").stdout)
+
+    assert (found["ettr"]["low"], found["ettr"]["high"]) == (None, None)
+
+
+@pytest.mark.parametrize("option", ["--html", "--journal"])
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_run(
+    option: str, tmp_path: Path
+) -> None:
+    result = holdfast("simulate", "--days", "54", option, str(tmp_path / "none" / "file"))
+
+    assert result.exit_code == 2
+    assert f"{option} {tmp_path / 'none' / 'file'}: No such file or directory" in result.stderr

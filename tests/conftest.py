@@ -18,6 +18,7 @@ from orchestrator.core.events import (
     Telemetry,
     Tick,
 )
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState, violations
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
@@ -187,6 +188,19 @@ class Cluster:
         first = self.state.reached_step + 1
         for step in range(first, first + steps):
             self.after(seconds).beat(step=step, report=True)
+
+    def seated(self) -> tuple[str, ...]:
+        """Return the nodes of the newest order, in rank order."""
+        orders = [d for d in self.decisions if isinstance(d, StartGeneration)]
+        return tuple(dict.fromkeys(orders[-1].seats))
+
+    def go_on(self) -> None:
+        """Train again, with what it takes for memory to be whole."""
+        if self.state.phase is RunPhase.BACKING_OFF:
+            self.rest()
+        self.resume()
+        self.train(3)
+        self.hold(self.state.reached_step)
 
     def rest(self) -> list[Decision]:
         """Let a back-off pass; return what is decided at its end."""

@@ -153,3 +153,16 @@ def holdfast(*arguments: str) -> Any:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def assert_seated_last(cluster: Any, node: str) -> None:
+    """Have a spare join, and lose nodes: `node`, which has no seat, gets one when no other is left.
+
+    node-0 and node-2 train.
+    """
+    cluster.after(0.1).join("node-3")
+    cluster.after(0.1).lose("node-0")
+    assert cluster.seated() == ("node-3", "node-2")
+    cluster.go_on()
+    cluster.after(0.1).lose("node-2")
+    assert cluster.seated() == ("node-3", node)

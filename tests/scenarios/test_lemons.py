@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.events import ControllerStarted, DrainCancelled, DrainRequested
 from orchestrator.core.phases import RunPhase
 from orchestrator.policy import lemons
@@ -15,23 +14,9 @@ from orchestrator.policy.switches import LEMON_RETIREMENT
 from orchestrator.protocol.ids import NodeId
 from tests import runfiles
 from tests.conftest import Cluster
-from tests.journals import holdfast, write
+from tests.journals import assert_seated_last, holdfast, write
 
 LEMON = NodeId("node-1")
-
-
-def seats(cluster: Any) -> tuple[str, ...]:
-    orders = [d for d in cluster.decisions if isinstance(d, StartGeneration)]
-    return tuple(dict.fromkeys(orders[-1].seats))
-
-
-def go_on(cluster: Any) -> None:
-    """Train again, with what it takes for memory to be whole."""
-    if cluster.state.phase is RunPhase.BACKING_OFF:
-        cluster.rest()
-    cluster.resume()
-    cluster.train(3)
-    cluster.hold(cluster.state.reached_step)
 
 
 def fail(cluster: Any, node: str, times: int) -> None:
@@ -40,7 +25,7 @@ def fail(cluster: Any, node: str, times: int) -> None:
         known = cluster.state.nodes[NodeId(node)]
         cluster.after(0.1).lose(node)
         cluster.after(0.1).join(node, incarnation=known.incarnation + 1)
-        go_on(cluster)
+        cluster.go_on()
 
 
 def begun(text: str | None = None) -> Any:
@@ -82,11 +67,11 @@ def test_a_node_that_failed_too_often_is_replaced_when_a_spare_is_free_and_a_res
     assert retired(cluster.state) == {LEMON}
     with_spare(cluster)
     cluster.train(1)
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
     cluster.after(0.1).exit(0, step=cluster.state.reached_step)
 
-    assert seats(cluster) == ("node-0", "node-2")
+    assert cluster.seated() == ("node-0", "node-2")
     reason = cluster.state.incidents[-1].reason
     assert "node-2 in place of node-1 (retired: 3 failures in 28 days, limit 3)" in reason
 
@@ -99,7 +84,7 @@ def test_one_failure_less_is_what_a_sound_node_may_have() -> None:
     cluster.after(0.1).exit(0, step=cluster.state.reached_step)
 
     assert retired(cluster.state) == frozenset()
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def test_a_retired_node_gets_a_seat_only_if_there_is_no_other() -> None:
@@ -107,15 +92,10 @@ def test_a_retired_node_gets_a_seat_only_if_there_is_no_other() -> None:
     fail(cluster, LEMON, LIMIT)
     with_spare(cluster)
     cluster.after(0.1).exit(0, step=cluster.state.reached_step)
-    go_on(cluster)
-    cluster.after(0.1).join("node-3")
+    cluster.go_on()
 
-    cluster.after(0.1).lose("node-0")
-    assert seats(cluster) == ("node-3", "node-2")
-    go_on(cluster)
+    assert_seated_last(cluster, "node-1")
 
-    cluster.after(0.1).lose("node-2")
-    assert seats(cluster) == ("node-3", "node-1")
     assert "node-1 (retired: " in cluster.state.incidents[-1].reason
 
 
@@ -123,7 +103,7 @@ def test_failures_count_for_a_window_and_no_longer() -> None:
     cluster = begun()
     fail(cluster, LEMON, 1)
     cluster.after((lemons.WINDOW_DAYS - 1) * DAY_S).tick()
-    go_on(cluster)
+    cluster.go_on()
     fail(cluster, LEMON, LIMIT - 1)
     assert retired(cluster.state) == {LEMON}
 
@@ -142,7 +122,7 @@ def test_nodes_that_fail_together_are_no_lemons() -> None:
             cluster.after(0.1).join(node, incarnation=incarnation)
         if cluster.state.phase is RunPhase.SEARCHING:
             cluster.found()
-        go_on(cluster)
+        cluster.go_on()
 
     assert len([i for i in cluster.state.incidents if i.kind == "node-lost"]) > LIMIT
     assert retired(cluster.state) == frozenset()
@@ -156,7 +136,7 @@ def test_a_node_that_was_to_be_free_and_is_taken_has_not_failed() -> None:
         cluster.after(0.1).lose(LEMON)
         cluster.after(0.1).join(LEMON, incarnation=known.incarnation + 1)
         cluster.tell(DrainCancelled(at=cluster.at(), nodes=(LEMON,), by="ann"))
-        go_on(cluster)
+        cluster.go_on()
 
     assert len(cluster.state.incidents) == LIMIT
     assert retired(cluster.state) == frozenset()
@@ -170,7 +150,7 @@ def test_a_node_that_ended_while_no_controller_was_there_is_not_blamed() -> None
         generation = cluster.state.generation
         cluster.join("node-0", generation=generation, mark=5)
         cluster.join(LEMON, incarnation=known.incarnation + 1)
-        go_on(cluster)
+        cluster.go_on()
 
     assert [i.kind for i in cluster.state.incidents].count("node-lost") == LIMIT
     assert retired(cluster.state) == frozenset()
@@ -180,10 +160,10 @@ def test_the_jobs_own_crashes_are_nobodys_failures() -> None:
     cluster = begun()
     for step in range(LIMIT + 1):
         cluster.after(0.1).exit(2, 1, step=cluster.state.reached_step, kind=f"Error{step}")
-        go_on(cluster)
+        cluster.go_on()
     for _ in range(LIMIT + 1):
         cluster.after(0.1).exit(2, step=cluster.state.reached_step)
-        go_on(cluster)
+        cluster.go_on()
 
     assert retired(cluster.state) == frozenset()
 
@@ -212,7 +192,7 @@ def test_without_the_policy_a_lemon_is_a_spare_like_any_other() -> None:
 
     assert failures(cluster.state, LEMON) == LIMIT
     assert retired(cluster.state) == frozenset()
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def test_a_retired_node_is_shown_as_such_with_the_reason(tmp_path: Any) -> None:
@@ -220,7 +200,7 @@ def test_a_retired_node_is_shown_as_such_with_the_reason(tmp_path: Any) -> None:
     fail(cluster, LEMON, LIMIT)
     with_spare(cluster)
     cluster.after(0.1).exit(0, step=cluster.state.reached_step)
-    go_on(cluster)
+    cluster.go_on()
     folder = write(cluster, tmp_path / "demo")
 
     listed = holdfast("get", "nodes", "-o", "wide", "--run", str(folder.root)).stdout

@@ -6,7 +6,6 @@ from typing import Any
 
 from orchestrator.cli import listing
 from orchestrator.core.decisions import StartGeneration
-from orchestrator.core.phases import RunPhase
 from orchestrator.policy import suspicion
 from orchestrator.policy.suspicion import AGAIN_S, ASIDE_DAYS, aside, most
 from orchestrator.policy.switches import OVER_EVICTION
@@ -14,6 +13,7 @@ from orchestrator.protocol.ids import NodeId, Rank
 from orchestrator.protocol.messages import RanksTroubled
 from tests import runfiles
 from tests.conftest import Cluster
+from tests.journals import assert_seated_last
 from tests.runs import steps_job
 from tests.simulated import SimulatedJob
 
@@ -25,24 +25,11 @@ WIDE: dict[str, Any] = {
 }
 
 
-def seats(cluster: Any) -> tuple[str, ...]:
-    orders = [d for d in cluster.decisions if isinstance(d, StartGeneration)]
-    return tuple(dict.fromkeys(orders[-1].seats))
-
-
 def trained(cluster: Any) -> Any:
     cluster.start()
     cluster.train(5)
     cluster.hold(5)
     return cluster
-
-
-def go_on(cluster: Any) -> None:
-    if cluster.state.phase is RunPhase.BACKING_OFF:
-        cluster.rest()
-    cluster.resume()
-    cluster.train(3)
-    cluster.hold(cluster.state.reached_step)
 
 
 def freeze(cluster: Any, *ranks: int) -> None:
@@ -70,7 +57,7 @@ def test_once_everybody_starts_in_place(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
     assert cluster.state.incidents[-1].rung == "restart in place"
 
 
@@ -79,11 +66,11 @@ def test_a_node_that_is_named_again_within_the_hour_leaves_and_is_the_last_to_be
 ) -> None:
     trained(cluster)
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     cluster.after(AGAIN_S / 2).beat(step=cluster.state.reached_step)
     freeze(cluster, 3)
 
-    assert seats(cluster) == ("node-0", "node-2")
+    assert cluster.seated() == ("node-0", "node-2")
     incident = cluster.state.incidents[-1]
     assert (incident.rung, incident.evicted) == ("over-eviction", ("node-1",))
     assert "may be at fault, the second time within 60 min, and may be well" in incident.reason
@@ -91,13 +78,8 @@ def test_a_node_that_is_named_again_within_the_hour_leaves_and_is_the_last_to_be
     assert listing.condition(cluster.state, node) == "Spare"
     assert "put aside in inc-2: suspected of a hang" in listing.why(cluster.state, node)
 
-    go_on(cluster)
-    cluster.after(0.1).join("node-3")
-    cluster.after(0.1).lose("node-0")
-    assert seats(cluster) == ("node-3", "node-2")
-    go_on(cluster)
-    cluster.after(0.1).lose("node-2")
-    assert seats(cluster) == ("node-3", "node-1")
+    cluster.go_on()
+    assert_seated_last(cluster, "node-1")
 
 
 def test_a_node_that_was_put_aside_gives_its_seats_up_when_a_restart_finds_another(
@@ -105,35 +87,35 @@ def test_a_node_that_was_put_aside_gives_its_seats_up_when_a_restart_finds_anoth
 ) -> None:
     trained(cluster)
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     cluster.after(0.1).lose("node-0")
-    assert seats(cluster) == ("node-1", "node-2")
-    go_on(cluster)
+    assert cluster.seated() == ("node-1", "node-2")
+    cluster.go_on()
     cluster.after(0.1).join("node-3")
 
     cluster.after(0.1).exit(2, step=cluster.state.reached_step)
 
-    assert seats(cluster) == ("node-3", "node-2")
+    assert cluster.seated() == ("node-3", "node-2")
 
 
 def test_after_an_hour_it_is_another_hang(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     cluster.after(AGAIN_S).beat(step=cluster.state.reached_step)
     freeze(cluster, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def test_after_a_week_who_was_put_aside_is_a_spare_like_any_other(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     assert aside(cluster.state) == {"node-1"}
 
     cluster.after(ASIDE_DAYS * 86_400.0).beat(step=cluster.state.reached_step)
@@ -144,30 +126,30 @@ def test_after_a_week_who_was_put_aside_is_a_spare_like_any_other(cluster: Any) 
 def test_a_hang_that_goes_from_node_to_node_is_nobodys(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 0)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def test_without_a_spare_everybody_starts_in_place_again(cluster: Any) -> None:
     trained(cluster)
     cluster.lose("node-2")
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
     assert cluster.state.incidents[-1].evicted == ()
 
 
 def test_a_crash_in_the_same_generation_explains_more_and_evicts_nobody(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     cluster.after(0.1).exit(2, step=cluster.state.reached_step)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def test_a_node_on_which_collectives_fail_first_is_accused_by_nobody_and_leaves_the_second_time(
@@ -176,21 +158,21 @@ def test_a_node_on_which_collectives_fail_first_is_accused_by_nobody_and_leaves_
     trained(cluster)
     trouble(cluster, "node-1")
     assert cluster.state.incidents[-1].nodes == ()
-    assert seats(cluster) == ("node-0", "node-1")
-    go_on(cluster)
+    assert cluster.seated() == ("node-0", "node-1")
+    cluster.go_on()
 
     trouble(cluster, "node-1")
 
     assert cluster.state.incidents[-1].kind == "broken-collective"
-    assert seats(cluster) == ("node-0", "node-2")
+    assert cluster.seated() == ("node-0", "node-2")
 
 
 def test_collectives_that_fail_everywhere_at_once_point_to_nobody(cluster: Any) -> None:
     trained(cluster)
     for _ in range(2):
         trouble(cluster, "node-0", "node-1")
-        assert seats(cluster) == ("node-0", "node-1")
-        go_on(cluster)
+        assert cluster.seated() == ("node-0", "node-1")
+        cluster.go_on()
 
 
 def test_without_the_policy_everybody_starts_in_place_again(
@@ -199,10 +181,10 @@ def test_without_the_policy_everybody_starts_in_place_again(
     text = runfiles.text(trainer={"steps": 1000}, recovery={"disable": [OVER_EVICTION]})
     cluster = trained(cluster_of(text))
     freeze(cluster, 2)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
 
 
 def frozen(*at: tuple[int, int]) -> list[dict[str, Any]]:
@@ -244,8 +226,8 @@ def test_no_more_leave_than_there_are_spares() -> None:
 def test_evidence_that_names_most_of_a_world_evicts_nobody(cluster: Any) -> None:
     trained(cluster)
     freeze(cluster, 0, 2)
-    go_on(cluster)
+    cluster.go_on()
     freeze(cluster, 0, 2)
 
-    assert seats(cluster) == ("node-0", "node-1")
+    assert cluster.seated() == ("node-0", "node-1")
     assert suspicion.standing(cluster.state, NodeId("node-0")) == ""

@@ -1,8 +1,5 @@
 """Whole runs in virtual time: what befalls them, what the controller makes of it, what it cost."""
 
-import os
-import subprocess
-import sys
 from math import isclose
 from pathlib import Path
 from typing import get_args
@@ -19,6 +16,7 @@ from orchestrator.simulation.experiment import Outcome, conduct
 from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
 from orchestrator.worlds.simulated import profiles
 from tests.experiments import BRISK, constant, given
+from tests.hashing import printed
 
 ROOT = Path(__file__).parents[2]
 MODEL = compose.packaged_model()
@@ -188,18 +186,7 @@ def test_a_node_that_nobody_can_replace_is_waited_for_until_it_is_repaired() -> 
 
 
 def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:
-    digests = set()
-    for hash_seed in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=dict(os.environ, PYTHONHASHSEED=hash_seed),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=True,
-        )
-        digests.add(done.stdout.strip())
+    digests = printed(PROGRAM)
 
     assert len(digests) == 1
 

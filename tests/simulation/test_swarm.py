@@ -11,6 +11,7 @@ import pytest
 from orchestrator.core import journal
 from orchestrator.core.journal import Entry
 from orchestrator.simulation.swarm import Broken, attempt, conduct, draw
+from tests.hashing import printed
 from tests.journals import holdfast
 from tests.runs import HEEDING
 
@@ -36,18 +37,7 @@ def test_nothing_illegal_happens_and_every_run_ends(batch: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:
-    digests = set()
-    for hash_seed in ("0", "1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, "3", "11", "21"],
-            env=dict(os.environ, PYTHONHASHSEED=hash_seed),
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        digests.add(done.stdout.strip())
+    digests = printed(PROGRAM, "3", "11", "21", hash_seeds=(0, 1, 2))
 
     assert len(digests) == 1
 

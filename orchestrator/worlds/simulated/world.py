@@ -55,11 +55,9 @@ from orchestrator.worlds.simulated.saving import Saving
 from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
 from orchestrator.worlds.simulated.view import News, telemetry
+from orchestrator.worlds.simulated.watch import Watch
 
-FOUND_WITHIN_S, WAITING_LOOK_S = 120.0, 30.0
-"""A generation that broke is looked at every moment for so long, and after that now and then."""
 _BEFORE_S = 1e-6
-_ROUNDING = 1e-6
 _Request = DrainRequested | DrainCancelled
 
 
@@ -110,14 +108,10 @@ class SimulatedWorld:
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
         self._reported = Step(0)
-        self._told_at, self._looked_at = self.now, Seconds(-timeouts.tick_s)
-        self._look_every_s = max(look_every_s, timeouts.tick_s)
-        self._troubled_until = Seconds(0.0)
-        self._broken_at: Seconds | None = None
+        self._watch = Watch(self.cluster, timeouts, look_every_s)
         self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
-        self._to_be_free: set[NodeId] = set()
         self.controller_killed = False
         self.breaking = Breaking(self, faults)
         self.corruption = Corruption(self.cluster)
@@ -143,7 +137,7 @@ class SimulatedWorld:
                 yield out.popleft()
                 continue
             wake_at = self._wakes[0] if self._wakes else NEVER
-            look_at = Seconds(max(min(self._look_at(), wake_at), self.now))
+            look_at = Seconds(max(min(self._watch.next_at(self.team), wake_at), self.now))
             if agenda.next_at <= look_at:
                 self._await(agenda.next_at)
                 agenda.perform()
@@ -153,44 +147,10 @@ class SimulatedWorld:
                 heapq.heappop(self._wakes)
             self._look()
 
-    def _look_at(self) -> Seconds:
-        """Return when to look again: often while anything is amiss, or hardly ever."""
-        every_s = self._look_every_s
-        if self._troubled():
-            every_s = self._timeouts.tick_s
-        elif not self._goes_well():
-            # What there was to find has been found; the run waits, maybe for days, for a node.
-            every_s = min(WAITING_LOOK_S, every_s)
-        return Seconds(self._looked_at + every_s)
-
-    def _goes_well(self) -> bool:
-        """Whether the newest generation trains, or is about to."""
-        team = self.team
-        return team is None or (team.whole and (team.training or team.going_on))
-
-    def _troubled(self) -> bool:
-        """Whether the controller has to see each moment, to find what it does not know yet."""
-        if self._look_every_s <= self._timeouts.tick_s or self.now < self._troubled_until:
-            return True
-        # For so long that the controller can not but know.
-        within_s = 3 * self._timeouts.silence_s
-        if any(self.now - since < within_s for since in self.cluster.unexplained.values()):
-            return True
-        team = self.team
-        if team is not None and not self._to_be_free.isdisjoint(team.ranks):
-            # It waits for the moment at which memory comes to have a newer step.
-            return True
-        if self._goes_well():
-            self._broken_at = None
-            return False
-        if self._broken_at is None:
-            self._broken_at = self.now
-        return self.now - self._broken_at < FOUND_WITHIN_S
-
     def _await(self, moment: Seconds) -> None:
         """Let time pass until something happens, and look before it does, after a quiet while."""
         self.cluster.agenda.advance(moment)
-        if self._watched_s() > 0:
+        if self._watch.unseen_s() > 0:
             self._look()
 
     def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
@@ -241,9 +201,9 @@ class SimulatedWorld:
 
     def _ask(self, request: _Request) -> None:
         if isinstance(request, DrainRequested):
-            self._to_be_free.update(request.nodes)
+            self._watch.to_be_free.update(request.nodes)
         else:
-            self._to_be_free.difference_update(request.nodes)
+            self._watch.to_be_free.difference_update(request.nodes)
         self._requests.append(request)
         self.cluster.emit(request)
 
@@ -263,7 +223,7 @@ class SimulatedWorld:
         agenda.advance(back_at)
         self.settle()
         # Until somebody listens again, nobody watches.
-        self._told_at = back_at
+        self._watch.told_at = back_at
 
     def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
         """Have another controller be listened to, which knows what a journal says."""
@@ -313,7 +273,7 @@ class SimulatedWorld:
 
     def _look(self) -> None:
         self.settle()
-        self._looked_at = self.now
+        self._watch.looked()
         self._tell_first(always=True)
         self.breaking.look()
 
@@ -321,15 +281,11 @@ class SimulatedWorld:
         """Tell of what came before anything else is told: steps, and that somebody watched."""
         team = self.team
         steps = team is not None and team.pace is not None and team.pace.done(self.now)
-        if not (always or (steps or 0) > self._reported or self._watched_s() > 0):
+        watched_s = self._watch.unseen_s()
+        if not (always or (steps or 0) > self._reported or watched_s > 0):
             return
-        self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=self._watched_s()))
-        self._told_at = self.now
-
-    def _watched_s(self) -> float:
-        """Return for how long nobody has been told anything, if that is longer than a tick."""
-        quiet_s = self.now - self._told_at
-        return quiet_s if quiet_s > self._timeouts.tick_s * (1 + _ROUNDING) else 0.0
+        self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=watched_s))
+        self._watch.told_at = self.now
 
     def _telemetry(self) -> Telemetry | None:
         """Return everything since the last tick; None if nobody was heard."""
@@ -351,7 +307,7 @@ class SimulatedWorld:
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
-        news = News(heard, reports, since_s, stall_s, self._watched_s())
+        news = News(heard, reports, since_s, stall_s, self._watch.unseen_s())
         return telemetry(team, self.now, news)
 
     def _report(self, step: Step) -> StepReport:
@@ -375,7 +331,7 @@ class SimulatedWorld:
             order = self._orders.begin("", {})
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
-            self._broken_at = None
+            self._watch.begin()
             self._saving = Saving(self.cluster, self.team, self._run)
             self._reported = self.team.start
             self.corruption.began(self.team, order.ancestors or ())
@@ -451,7 +407,7 @@ class SimulatedWorld:
         if team is not self.team or team.pace is None:
             return
         # Steps that are done are soon known.
-        self._troubled_until = Seconds(self.now + self._timeouts.tick_s)
+        self._watch.look_soon()
         self.breaking.foresee(team)
         if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
             moment = team.pace.moment(team.raises_at)

@@ -212,9 +212,11 @@ def inputs(settings: Settings) -> Inputs:
             lambda name: compose.packaged_record(model, name),
         )
     profile = _file_or(settings.profile, profiles.read, profiles.packaged)
-    profile = _uncopied(profile.scaled(gpus=settings.gpus))
     found = Inputs(
-        settings=settings.checked(model, record), model=model, record=record, profile=profile
+        settings=settings.checked(model, record),
+        model=model,
+        record=record,
+        profile=profile.scaled(gpus=settings.gpus),
     )
     compose.check(found.run_file(), "the experiment")
     return found
@@ -246,7 +248,7 @@ def conduct(
     world = SimulatedWorld(
         run,
         compose.check(run, "the experiment"),
-        given.profile,
+        _uncopied(given.profile),
         chance=world_s,
         look_every_s=LOOK_EVERY_S,
     )

@@ -12,7 +12,8 @@ from orchestrator.core import journal
 from orchestrator.core.journal import Entry
 from orchestrator.faults.model import Detect, Effect, Notice
 from orchestrator.policy.arithmetic import renewal_ettr
-from orchestrator.simulation.experiment import Outcome, conduct
+from orchestrator.simulation.experiment import Outcome, conduct, inputs
+from orchestrator.simulation.settings import Settings
 from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
 from orchestrator.worlds.simulated import profiles
 from tests.experiments import BRISK, constant, given
@@ -265,3 +266,14 @@ def test_ettr_is_that_of_the_closed_form_where_its_assumptions_hold() -> None:
     wall_s = sum(found.ledger.values())
     ettr = found.ledger["effective"] / (wall_s - found.ledger["startup"])
     assert ettr == pytest.approx(expected, abs=0.001)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_every_packaged_profile_can_be_run_as_it_is_named(name: str) -> None:
+    named = inputs(Settings(gpus=64, days=0.02, profile=name))
+
+    found = conduct(named, 1)
+
+    assert found.state == "Training"
+    assert sum(found.ledger.values()) == pytest.approx(0.02 * 86_400)
+    assert found.steps > 100

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import msgspec
-import yaml
-
 from orchestrator.cli.blocks import section
 from orchestrator.cli.choices import Output
-from orchestrator.cli.tables import Column, Row, rendered
+from orchestrator.cli.tables import Column, Row, in_json, in_yaml, rendered
 
 METHOD = "closed form"
 
@@ -41,9 +38,9 @@ def shown(answer: Answer, output: Output) -> str:
     }
     match output:
         case Output.JSON:
-            return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+            return in_json(told)
         case Output.YAML:
-            return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).rstrip("\n")
+            return in_yaml(told)
         case Output.NAME:
             return rendered(answer.question, answer.columns, answer.rows, output)
         case Output.TABLE | Output.WIDE:

@@ -14,7 +14,7 @@ from orchestrator.cli import experimenting, outcomes, pages, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.simulation import experiment
-from orchestrator.simulation.settings import Settings
+from orchestrator.simulation.settings import Settings, camel
 from orchestrator.simulation.summary import summary
 
 
@@ -31,7 +31,7 @@ class Asked:
 def settings(*, class_rates: Sequence[str], **options: Any) -> Settings:  # noqa: ANN401 - options
     """Return the settings that options stand for. Raises CliError naming the one that is wrong."""
     rates = dict(_class_rate(each) for each in class_rates)
-    given = {_camel(name): value for name, value in options.items() if value is not None}
+    given = {camel(name): value for name, value in options.items() if value is not None}
     try:
         return msgspec.convert({**given, "classRates": rates}, Settings)
     except msgspec.ValidationError as error:
@@ -53,16 +53,11 @@ def _class_rate(text: str) -> tuple[str, float]:
         ) from None
 
 
-def _camel(name: str) -> str:
-    head, *tail = name.split("_")
-    return head + "".join(word.title() for word in tail)
-
-
 def _plain(message: str, options: Mapping[str, Any]) -> str:
     """Say it of an option instead of a field."""
     what, _, field = message.partition(" - at `$.")
     for name, value in options.items():
-        if field and field.rstrip("`").partition(".")[0] == _camel(name):
+        if field and field.rstrip("`").partition(".")[0] == camel(name):
             return f"--{name.replace('_', '-')} is {value!r}: {what[:1].lower()}{what[1:]}"
     return f"--class-rate: {what[:1].lower()}{what[1:]}"
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
-import yaml
-
 from orchestrator.cli import units
 from orchestrator.cli.blocks import facts, section
 from orchestrator.cli.choices import Told
-from orchestrator.cli.tables import grid
+from orchestrator.cli.tables import grid, in_json, in_yaml
 from orchestrator.simulation.summary import Summary
 
 SOURCE_MAX = 72
@@ -23,10 +20,9 @@ def shown(told: Summary, form: Told) -> str:
     """Return what came of an experiment in the asked form."""
     match form:
         case Told.JSON:
-            return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+            return in_json(told)
         case Told.YAML:
-            plain = msgspec.to_builtins(told)
-            return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip("\n")
+            return in_yaml(told)
         case Told.TEXT:
             return "\n".join(_text(told))
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-import msgspec
-
 from orchestrator.cli import outcomes, plots, sweeping
 from orchestrator.cli.choices import Told
 from orchestrator.cli.sweeping import Results
+from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.simulation.experiment import Outcome
 from orchestrator.simulation.summary import Summary
 
 BARS_MAX = 14
-DAY_S = 86_400.0
 HOUR_S = 3_600.0
 _STYLE = (
     "body{font:14px/1.5 sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222}"
@@ -41,14 +39,14 @@ def of_experiment(told: Summary, seeds: Sequence[Outcome]) -> str:
         for each in told.lost[:BARS_MAX]
         if each.lost_s > 0
     ]
-    newest = ordered[0]
+    first = ordered[0]
     dots = [
         plots.Dot(
             moment.at_s / DAY_S,
             moment.incident,
             f"{moment.fault}, {moment.rung}, {moment.lost_s:.1f} s lost",
         )
-        for moment in newest.moments
+        for moment in first.moments
     ]
     title = outcomes.headline(told)
     parts = [
@@ -58,7 +56,7 @@ def of_experiment(told: Summary, seeds: Sequence[Outcome]) -> str:
         _part("Lost time by bucket", "Mean of a run.", plots.waterfall(lost) if lost else ""),
         _part("Lost to", "By class of fault and kind of incident; mean of a run.",
               plots.bars(doors) if doors else ""),
-        _part(f"Incidents of seed {newest.seed}", "Each with what was done and lost.",
+        _part(f"Incidents of seed {first.seed}", "Each with what was done and lost.",
               plots.timeline(dots, float(told.experiment["days"])) if dots else ""),
         f"<h2>In words</h2><pre>{escape(outcomes.shown(told, Told.TEXT))}</pre>",
     ]  # fmt: skip
@@ -69,7 +67,9 @@ def of_sweep(told: Results) -> str:
     """Return a page about a sweep: one interval of ETTR for each cell."""
     rows = [
         plots.Range(
-            ", ".join(f"{name} {_value(value)}" for name, value in row.varied.items()),
+            ", ".join(
+                f"{name} {sweeping.value_words(value)}" for name, value in row.varied.items()
+            ),
             *(
                 100 * (row.ettr.mean if share is None else share)
                 for share in (row.ettr.low, row.ettr.mean, row.ettr.high)
@@ -83,10 +83,6 @@ def of_sweep(told: Results) -> str:
         f"<pre>{escape(sweeping.shown(told, Told.TEXT))}</pre>",
     ]  # fmt: skip
     return _page(f"sweep {told.sweep}", parts)
-
-
-def _value(value: object) -> str:
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _part(title: str, words: str, drawing: str) -> str:

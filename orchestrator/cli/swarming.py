@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
-import msgspec
-
 from orchestrator.cli import pool, units
 from orchestrator.cli.choices import Form
+from orchestrator.cli.tables import in_json
 from orchestrator.simulation.swarm import Broken, Outcome, attempt
 
 BATCH = 20
@@ -87,7 +86,7 @@ def shown(result: Search, form: Form) -> str:
             "virtual_s": round(result.virtual_s, 3),
             "wall_s": round(result.wall_s, 3),
         }
-        return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+        return in_json(told)
     tried = (
         units.count(result.seeds, "seed"),
         units.count(result.events, "event"),

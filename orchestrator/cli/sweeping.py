@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
-import yaml
 
 from orchestrator import document
 from orchestrator.cli import experimenting, units, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.experimenting import Result, Task
-from orchestrator.cli.tables import grid
+from orchestrator.cli.tables import grid, in_json, in_yaml
 from orchestrator.simulation import experiment, sweep
 from orchestrator.simulation.experiment import Outcome
 from orchestrator.simulation.settings import Settings
@@ -113,15 +112,15 @@ def shown(told: Results, form: Told) -> str:
     """Return what a sweep came to in the asked form."""
     match form:
         case Told.JSON:
-            return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+            return in_json(told)
         case Told.YAML:
-            return yaml.safe_dump(msgspec.to_builtins(told), sort_keys=False).rstrip("\n")
+            return in_yaml(told)
         case Told.TEXT:
             names = list(told.rows[0].varied) if told.rows else []
             titles = [*names, "SEEDS", "ETTR (%)", "LOW", "HIGH", "WAITED (h)", "GAVE UP"]
             rows = [
                 [
-                    *(_cell(row.varied[name]) for name in names),
+                    *(units.printable(value_words(row.varied[name])) for name in names),
                     str(row.seeds),
                     *map(_percent, (row.ettr.mean, row.ettr.low, row.ettr.high)),
                     f"{row.waited_s / 3600:.2f}",
@@ -133,8 +132,9 @@ def shown(told: Results, form: Told) -> str:
             return "\n".join([f"{head}{told.interval}", "", grid(titles, rows)])
 
 
-def _cell(value: object) -> str:
-    return units.printable(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+def value_words(value: object) -> str:
+    """Return the value of a setting as files have it."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _place(out: Path, cell: int, seed: int) -> Path:

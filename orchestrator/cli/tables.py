@@ -64,10 +64,9 @@ def rendered(kind: str, columns: Sequence[Column], rows: Sequence[Row], output: 
     """
     match output:
         case Output.JSON:
-            return msgspec.json.format(msgspec.json.encode(list(rows)), indent=2).decode()
+            return in_json(list(rows))
         case Output.YAML:
-            plain = msgspec.to_builtins(list(rows))
-            return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip("\n")
+            return in_yaml(list(rows))
         case Output.NAME:
             # A checkpoint has a row for each tier that it is on, and one name.
             return "\n".join(dict.fromkeys(f"{kind}/{row['name']}" for row in rows))
@@ -77,6 +76,17 @@ def rendered(kind: str, columns: Sequence[Column], rows: Sequence[Row], output: 
                 [c.title for c in shown],
                 [[_cell(c.show(row[c.key]), output) for c in shown] for row in rows],
             )
+
+
+def in_json(told: object) -> str:
+    """Return an answer as JSON, to be read by a program or a person."""
+    return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+
+
+def in_yaml(told: object) -> str:
+    """Return an answer as YAML."""
+    plain = msgspec.to_builtins(told)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).rstrip("\n")
 
 
 def grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,19 +18,14 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if that is not possible. What was there before stays.
     """
-    temporary = _beside(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write(path: Path, data: bytes) -> None:
     """Write a file. Raises OSError as `writing` does."""
-    with writing(path) as file:
-        file.write(data)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def require_writable(path: Path) -> None:
@@ -61,6 +56,16 @@ def require_option(option: str, path: Path | None) -> None:
         why = error.strerror or str(error)
         hint = "choose a file in a folder that is there and can be written"
         raise CliError(f"{option} {path}: {why}", hint, Exit.USAGE) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    temporary = _beside(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

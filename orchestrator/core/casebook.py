@@ -18,7 +18,7 @@ OUTLIVED = "training was not interrupted"
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
 _SEVERITY[CORRUPTION] = 5
 """Which kind names an incident when several findings belong to it: the one that explains more."""
-_Mark = tuple[str, tuple[Rank, ...], tuple[NodeId, ...], str]
+_Identity = tuple[str, tuple[Rank, ...], tuple[NodeId, ...], str]
 
 
 class Casebook:
@@ -35,7 +35,7 @@ class Casebook:
     def __init__(self, state: RunState, detectors: Sequence[Detector]) -> None:
         self._state = state
         self._detectors = list(detectors)
-        self._known: dict[IncidentId, set[_Mark]] = {}
+        self._known: dict[IncidentId, set[_Identity]] = {}
         """What each incident has findings of: a finding that repeats one is no news."""
         self.disabled: dict[str, str] = {}
         self._restart: Incident | None = None
@@ -135,9 +135,9 @@ class Casebook:
     def _gather(self, incident: Incident, finding: Finding) -> bool:
         """Add a finding to an incident; return whether it was news."""
         known = self._known[incident.id]
-        if _mark(finding) in known:
+        if _identity(finding) in known:
             return False
-        known.add(_mark(finding))
+        known.add(_identity(finding))
         incident.findings.append(finding)
         self._name(incident, finding)
         incident.timeline.append(Note(at=finding.at, text=f"also {finding.evidence}"))
@@ -162,7 +162,7 @@ class Casebook:
         if finding.kind != RESTARTED and (restart := self._unjudged()) is not None:
             restart.reason = f"training did not outlive it: {incident.id}"
         state.incidents.append(incident)
-        self._known[incident.id] = {_mark(finding)}
+        self._known[incident.id] = {_identity(finding)}
         self._name(incident, finding)
         # While no controller lived, ranks trained on: nothing was lost until it came back.
         # Steps that were made on a corrupted state are lost work.
@@ -182,6 +182,6 @@ class Casebook:
             state.lost_in.setdefault(incident.id, set()).update(finding.nodes)
 
 
-def _mark(finding: Finding) -> _Mark:
+def _identity(finding: Finding) -> _Identity:
     """Return what makes two findings of one incident the same."""
     return (finding.kind, finding.ranks, finding.nodes, finding.signature)

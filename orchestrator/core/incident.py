@@ -43,7 +43,7 @@ CORRUPTION = "silent-corruption"
 """Kind of a finding that says that state is wrong, and since when."""
 LOST = ("node-lost", "node-silent")
 """Kinds of findings that take a node out of the world."""
-Mark = tuple[str, str, Step]
+Likeness = tuple[str, str, Step]
 """Kind, signature and step of a finding about a node."""
 
 

@@ -12,7 +12,7 @@ from orchestrator.core.events import CheckpointFound
 from orchestrator.core.fleet import Fleet, StepTimes
 from orchestrator.core.hearing import Hearing
 from orchestrator.core.holdings import Copies, Holdings, Share
-from orchestrator.core.incident import Finding, Incident, Mark
+from orchestrator.core.incident import Finding, Incident, Likeness
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.trust import Onset, trusted
@@ -175,7 +175,7 @@ class RunState:
     incidents: list[Incident] = field(default_factory=list)
     _over: int = 0
     """How many of them are over, from the first one on without a gap."""
-    named: dict[NodeId, dict[IncidentId, dict[Mark, Finding]]] = field(default_factory=dict)
+    named: dict[NodeId, dict[IncidentId, dict[Likeness, Finding]]] = field(default_factory=dict)
     """What each incident found about a node that was not cordoned; the first of what is alike."""
     lost_in: dict[IncidentId, set[NodeId]] = field(default_factory=dict)
     """Nodes that each incident lost."""
@@ -265,7 +265,6 @@ class RunState:
     """Longest time a phase has taken so far, in each way of coming back, seconds."""
     end_state: str = ""
     end_reason: str = ""
-    stop_by: str = ""
     injected: dict[int, tuple[Seconds, str, str]] = field(default_factory=dict)
     """Faults of the harness that are on record: ground truth for reports, not for deciding."""
     carried_out: set[int] = field(default_factory=set)
@@ -373,7 +372,7 @@ class RunState:
 
     def shard_count(self) -> int:
         """Return how many different shards the state of the world has: replicas share theirs."""
-        return self.run.world_size // self.run.spec.parallelism.dp_replicate
+        return self.run.shard_count
 
     def shard_of(self, rank: Rank) -> int:
         """Return the durable shard of a rank.

@@ -56,6 +56,7 @@ def order_all_s(gpus: int) -> float:
 
 
 def _restart(nodes: list[NodeId]) -> StartGeneration:
+    half = len(nodes) // 2
     seats = tuple(node for node in nodes for _ in range(GPUS_PER_NODE))
     return StartGeneration(
         generation=Generation(2),
@@ -63,7 +64,7 @@ def _restart(nodes: list[NodeId]) -> StartGeneration:
         seats=seats,
         dismiss=(),
         restore=RestoreFrom(step=Step(100), sources=seats, commit=""),
-        buddies=dict(zip(nodes, [*nodes[1:], nodes[0]], strict=True)),
+        buddies=dict(zip(nodes, [*nodes[half:], *nodes[:half]], strict=True)),
     )
 
 

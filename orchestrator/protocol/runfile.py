@@ -164,6 +164,11 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         """Ranks of the world."""
         return self.spec.nodes.count * self.spec.nodes.ranks_per_node
 
+    @property
+    def shard_count(self) -> int:
+        """How many different shards the state has: replicas share theirs."""
+        return self.world_size // self.spec.parallelism.dp_replicate
+
     def job(self) -> dict[str, Any]:
         """Return what a rank needs to know of this run, in the run file's own words."""
         spec: dict[str, Any] = msgspec.to_builtins(self.spec)

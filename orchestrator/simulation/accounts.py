@@ -17,10 +17,10 @@ from orchestrator.core.incident import Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
+from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.protocol.ids import IncidentId
 from orchestrator.simulation.effects import Struck
 
-DAY_S = 86_400.0
 NOBODY = "nothing that was let loose"
 NO_INCIDENT = "no incident"
 LOOKS_BACK_S = 3_600.0

@@ -82,7 +82,8 @@ class Machines:
         self._lemons = {self._all[int(place)].id for place in schedule.lemons}
         self._places = schedule.cluster.nodes
         self._repairs: dict[NodeId, int] = {}
-        self._drained: set[NodeId] = set()
+        self._uncordon_on_return: set[NodeId] = set()
+        """Those that somebody has to say may be used again, once they are back."""
         self.use = Use()
         self.bad: dict[NodeId, Absence] = {}
         self.returned: Callable[[NodeId], None] = _nobody
@@ -177,40 +178,29 @@ class Machines:
         self._world.cluster.agenda.after(leaves_s, partial(self._switch_off, node))
         return True
 
-    def drain(self, node: SimNode, reason: str, absence: Absence, within_s: float) -> bool:
-        """Have somebody ask for a node to be free, and take it when its time is up.
-
-        Returns:
-            Whether it was still there.
-        """
+    def drain(self, node: SimNode, reason: str, absence: Absence, within_s: float) -> None:
+        """Have somebody ask for a node to be free, and take it when its time is up."""
         if not self._there(node):
-            return False
+            return
         self._world.drain([node.id], OPERATOR, reason, within_s)
-        self._drained.add(node.id)
+        self._uncordon_on_return.add(node.id)
         self._take(node, absence, within_s)
         self._world.cluster.agenda.after(within_s, partial(self._switch_off, node))
-        return True
 
-    def test(self, node: SimNode, absence: Absence, leaves_s: float) -> bool:
-        """Have a node be taken away that the run has quarantined, and used again when it is back.
-
-        Returns:
-            Whether it was still there.
-        """
-        self._drained.add(node.id)
+    def test(self, node: SimNode, absence: Absence, leaves_s: float) -> None:
+        """Have a quarantined node be taken away, and used again when it is back."""
+        self._uncordon_on_return.add(node.id)
         if not self._there(node):
-            return False
+            return
         self._take(node, absence, leaves_s)
         self._world.cluster.agenda.after(leaves_s, partial(self._switch_off, node))
-        return True
 
-    def lose(self, node: SimNode, absence: Absence) -> bool:
-        """Have a node vanish, and come back once it is repaired; return whether it was there."""
+    def lose(self, node: SimNode, absence: Absence) -> None:
+        """Have a node vanish, and come back once it is repaired."""
         if not self._there(node):
-            return False
+            return
         self._world.cluster.lose(node, back=False)
         self._take(node, absence, 0.0)
-        return True
 
     def cut_off(self, nodes: Sequence[SimNode], out_s: float) -> None:
         """Have nobody reach nodes for a while, whatever they do meanwhile."""
@@ -257,8 +247,8 @@ class Machines:
         if bad:
             self.bad[node.id] = absence
         self.returned(node.id)
-        if node.id in self._drained:
-            self._drained.discard(node.id)
+        if node.id in self._uncordon_on_return:
+            self._uncordon_on_return.discard(node.id)
             self._world.uncordon([node.id], OPERATOR)
         self._world.cluster.lose(node, back=False)
         self._world.cluster.repair(node)

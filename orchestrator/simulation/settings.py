@@ -14,13 +14,13 @@ from orchestrator.faults.model import FaultModel
 from orchestrator.faults.quantities import span_s
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.sections import missing
+from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import DETECT_WITHIN_MAX_S
 from orchestrator.worlds.simulated.profile import Profile
 
 RANKS_PER_NODE = 8
 GPUS_MAX = 131_072
-DAY_S = 86_400.0
 DAYS_MAX = 3_660.0
 REPLICAS_MOST = 8
 """Copies of the whole state by HSDP, where the nodes can be divided so: 2,048 shards at 16,384."""
@@ -118,7 +118,7 @@ class Settings(
             )
         for name in ("save_every", "durable_every", "detect_within"):
             if (given := getattr(self, name)) is not None:
-                _span(_camel(name), given)
+                _span(camel(name), given)
         if self.replicas is not None and (self.gpus % self.replicas):
             raise SettingsError(
                 f"replicas is {self.replicas}, expected a divisor of {self.gpus} GPUs",
@@ -262,6 +262,7 @@ def _span(name: str, text: str) -> None:
         )
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
+    """Return the name of a field as files have it."""
     first, *others = name.split("_")
     return first + "".join(other.title() for other in others)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import isfinite, pi, sin
 
+from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.protocol.ids import NodeId
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
-DAY_S = 86_400.0
 HOUR_S = 3_600.0
 
 
@@ -27,16 +27,13 @@ class Speeds:
         if amplitude:
             self._turn()
 
-    def slow(self, share: float, lasts_s: float, node: NodeId | None = None) -> int:
+    def slow(self, share: float, lasts_s: float, node: NodeId | None = None) -> None:
         """Have steps be slower by a share of their speed; by a node while it is in the job.
 
         Args:
             share: in [0, 1).
             lasts_s: seconds; infinite until `heal`.
             node: whose fault it is; None for nobody's.
-
-        Returns:
-            What `heal` ends it by.
         """
         self._number += 1
         number = self._number
@@ -45,16 +42,11 @@ class Speeds:
         self._apply()
         if isfinite(lasts_s):
             self._world.cluster.agenda.after(lasts_s, lambda: self._end(number, node))
-        return number
 
     def heal(self, node: NodeId) -> None:
         """Have a node be as fast as it should be."""
         if self._of_node.pop(node, None) is not None:
             self._apply()
-
-    def is_slow(self, node: NodeId) -> bool:
-        """Whether a node slows its job down."""
-        return bool(self._of_node.get(node))
 
     def _end(self, number: int, node: NodeId | None) -> None:
         where = self._of_job if node is None else self._of_node.get(node, {})

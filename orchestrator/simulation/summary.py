@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 
 from orchestrator.simulation.experiment import Inputs, Outcome
-from orchestrator.simulation.settings import Settings
 
 INTERVAL = "95 % interval of the mean over seeds, Student's t"
 _T_975 = (
@@ -159,11 +158,6 @@ def profile_words(given: Inputs) -> dict[str, Any]:
         for name, constant in given.profile.constants().items()
     }
     return {"name": given.profile.name, "constants": constants}
-
-
-def settings_of(told: Mapping[str, Any]) -> Settings:
-    """Return the settings that a summary was made of."""
-    return msgspec.convert(told, Settings)
 
 
 def means(tables: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Orders:
 
     def __init__(self, run: TrainingRun) -> None:
         self.started: StartGeneration | None = None
-        self._shards = run.world_size // run.spec.parallelism.dp_replicate
+        self._shards = run.shard_count
         self._restore: Step | None = None
         self._ancestors: tuple[Ancestor, ...] = ()
         self._ranks: dict[NodeId, tuple[Rank, ...]] = {}

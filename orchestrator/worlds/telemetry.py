@@ -64,19 +64,15 @@ class Columns:
         """Return everything since the last tick as one event; None if nobody was heard."""
         if not self._heard and not self._reports:
             return None
-        phases, steps, cpu_s = _column(self._phases), _column(self._steps), _column(self._cpu_s)
-        states = "".join(_column(self._states))
-        alike = len(phases) == len(steps) == len(cpu_s) == len(states) == 1
         event = Telemetry(
             at=at,
             generation=self._generation,
             heard=tuple(sorted(self._heard)),
-            phases=phases,
-            steps=steps,
-            # One value of this is taken to say that ranks are alike in all else (core.fleet).
-            progress=_column(self._progress) if alike else tuple(self._progress),
-            states=states,
-            cpu_s=cpu_s,
+            phases=_column(self._phases),
+            steps=_column(self._steps),
+            progress=_column(self._progress),
+            states="".join(_column(self._states)),
+            cpu_s=_column(self._cpu_s),
             stall_s=self._stalled_s,
             reports=tuple(self._reports),
         )

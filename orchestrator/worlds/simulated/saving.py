@@ -40,7 +40,7 @@ class Saving:
         every = run.spec.checkpoint
         self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
         self._steps = run.spec.trainer.steps
-        self._shards = run.world_size // run.spec.parallelism.dp_replicate
+        self._shards = run.shard_count
         self._writers = [n for n in team.members if min(team.ranks[n.id]) < self._shards]
         self._receipts = tuple(
             Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in range(self._shards)

@@ -1,7 +1,7 @@
 """The simulated world: what nodes do becomes events, decisions become orders, in virtual time.
 
 The same seed gives the same events. Nothing is simulated that nobody would see: a world that
-trains is a formula, which is looked at once a beat.
+trains is a formula; `looks.py` says when it is looked at.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from orchestrator.worlds.simulated.breaking import Breaking
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.corruption import Corruption
 from orchestrator.worlds.simulated.flaws import Flaws
+from orchestrator.worlds.simulated.looks import Looks
 from orchestrator.worlds.simulated.node import Judge, SimNode
 from orchestrator.worlds.simulated.profile import Profile
 from orchestrator.worlds.simulated.saving import Saving
 from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
 from orchestrator.worlds.simulated.view import News, telemetry
-from orchestrator.worlds.simulated.watch import Watch
 
 _BEFORE_S = 1e-6
 _Request = DrainRequested | DrainCancelled
@@ -108,7 +108,7 @@ class SimulatedWorld:
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
         self._reported = Step(0)
-        self._watch = Watch(self.cluster, timeouts, look_every_s)
+        self._looks = Looks(self.cluster, timeouts, look_every_s)
         self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
@@ -137,7 +137,7 @@ class SimulatedWorld:
                 yield out.popleft()
                 continue
             wake_at = self._wakes[0] if self._wakes else NEVER
-            look_at = Seconds(max(min(self._watch.next_at(self.team), wake_at), self.now))
+            look_at = Seconds(max(min(self._looks.next_at(self.team), wake_at), self.now))
             if agenda.next_at <= look_at:
                 self._await(agenda.next_at)
                 agenda.perform()
@@ -150,7 +150,7 @@ class SimulatedWorld:
     def _await(self, moment: Seconds) -> None:
         """Let time pass until something happens, and look before it does, after a quiet while."""
         self.cluster.agenda.advance(moment)
-        if self._watch.unseen_s() > 0:
+        if self._looks.unseen_s() > 0:
             self._look()
 
     def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
@@ -201,9 +201,9 @@ class SimulatedWorld:
 
     def _ask(self, request: _Request) -> None:
         if isinstance(request, DrainRequested):
-            self._watch.to_be_free.update(request.nodes)
+            self._looks.to_be_free.update(request.nodes)
         else:
-            self._watch.to_be_free.difference_update(request.nodes)
+            self._looks.to_be_free.difference_update(request.nodes)
         self._requests.append(request)
         self.cluster.emit(request)
 
@@ -223,7 +223,7 @@ class SimulatedWorld:
         agenda.advance(back_at)
         self.settle()
         # Until somebody listens again, nobody watches.
-        self._watch.told_at = back_at
+        self._looks.told_at = back_at
 
     def resume(self, state: RunState, entries: Sequence[Entry]) -> None:
         """Have another controller be listened to, which knows what a journal says."""
@@ -261,19 +261,15 @@ class SimulatedWorld:
         team.finish()
         for node in team.members:
             # Replicas say the same, as they should.
-            node.lanes = tuple((last, rank % self._shards) for rank in node.ranks)
+            node.lanes = tuple((last, rank % self._run.shard_count) for rank in node.ranks)
             fact = RanksFinished(
                 generation=team.generation, step=last, ranks=node.ranks, lanes=node.lanes
             )
             self.cluster.say([node], fact)
 
-    @property
-    def _shards(self) -> int:
-        return self._run.world_size // self._run.spec.parallelism.dp_replicate
-
     def _look(self) -> None:
         self.settle()
-        self._watch.looked()
+        self._looks.looked()
         self._tell_first(always=True)
         self.breaking.look()
 
@@ -281,11 +277,11 @@ class SimulatedWorld:
         """Tell of what came before anything else is told: steps, and that somebody watched."""
         team = self.team
         steps = team is not None and team.pace is not None and team.pace.done(self.now)
-        watched_s = self._watch.unseen_s()
+        watched_s = self._looks.unseen_s()
         if not (always or (steps or 0) > self._reported or watched_s > 0):
             return
         self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=watched_s))
-        self._watch.told_at = self.now
+        self._looks.told_at = self.now
 
     def _telemetry(self) -> Telemetry | None:
         """Return everything since the last tick; None if nobody was heard."""
@@ -307,7 +303,7 @@ class SimulatedWorld:
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
-        news = News(heard, reports, since_s, stall_s, self._watch.unseen_s())
+        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s())
         return telemetry(team, self.now, news)
 
     def _report(self, step: Step) -> StepReport:
@@ -331,7 +327,7 @@ class SimulatedWorld:
             order = self._orders.begin("", {})
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
-            self._watch.begin()
+            self._looks.begin()
             self._saving = Saving(self.cluster, self.team, self._run)
             self._reported = self.team.start
             self.corruption.began(self.team, order.ancestors or ())
@@ -407,7 +403,7 @@ class SimulatedWorld:
         if team is not self.team or team.pace is None:
             return
         # Steps that are done are soon known.
-        self._watch.look_soon()
+        self._looks.look_soon()
         self.breaking.foresee(team)
         if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
             moment = team.pace.moment(team.raises_at)

@@ -16,7 +16,7 @@ FOUND_WITHIN_S, WAITING_LOOK_S = 120.0, 30.0
 _ROUNDING = 1e-6
 
 
-class Watch:
+class Looks:
     """Over one cluster.
 
     Args:

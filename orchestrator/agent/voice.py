@@ -15,7 +15,7 @@ from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, Step
-from orchestrator.protocol.messages import PROTOCOL_VERSION, Fact, Holding, Joined, ShardsHeld
+from orchestrator.protocol.messages import PROTOCOL_VERSION, Fact, Joined, ShardsHeld
 
 
 class Voice:
@@ -35,14 +35,12 @@ class Voice:
         self._config = config
         self._account, self._ranks, self._keeper = account, ranks, keeper
         self._channel = channel
-        self._told_held: tuple[Holding, ...] | None = None
 
     def joined(self, peer_address: str) -> Joined:
         """Return the first message of a connection: everything, but nothing ahead of its steps."""
         pulse.collect(self._account, self._ranks)
         account = self._account
         lanes = account.lanes if account.mark == FINISHED else {}
-        self._told_held = account.vouched(self._keeper.holdings())
         return Joined(
             node=self._config.node,
             version=PROTOCOL_VERSION,
@@ -52,7 +50,7 @@ class Voice:
             generation=account.generation,
             mark=account.mark,
             ranks=account.ranks,
-            holdings=self._told_held,
+            holdings=account.vouched(self._keeper.holdings()),
             offered=account.offered,
             lanes=tuple(lanes[rank] for rank in account.ranks) if lanes else (),
         )
@@ -61,9 +59,9 @@ class Voice:
         """Say again what may have been lost with the last connection."""
         self._account.reconnected(steps_known)
         self.beat()
-        # When a controller is back, all nodes come at once: half of what they say is enough.
-        if self._keeper.holdings() != self._told_held:
-            self.say_held(self._account.generation)
+        # Even if `Joined` named the same: that adds, and what was dropped while nobody listened is
+        # known to be gone only by this.
+        self.say_held(self._account.generation)
         for fact in self._account.facts():
             self._channel.send(fact)
 

@@ -118,6 +118,21 @@ def test_what_is_held_is_told_again_but_never_ahead_of_the_steps_that_led_to_it(
     assert stepped < told
 
 
+def test_an_agent_that_is_back_says_all_that_it_holds_even_if_that_is_nothing(
+    controller: Controller, start: Start
+) -> None:
+    # `Joined` adds to what is known of a node; that something is gone is said by this alone.
+    start()
+    controller.hear(Joined)
+    controller.stop()
+
+    back = come_back(controller)
+
+    controller.hear(Joined, since=back)
+    _, held = controller.hear(ShardsHeld, since=back)
+    assert held.holdings == ()
+
+
 def test_every_shard_is_told_after_the_step_that_it_is_of(
     controller: Controller, start: Start
 ) -> None:

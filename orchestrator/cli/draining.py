@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -24,9 +23,10 @@ from orchestrator.core.state import RunState
 from orchestrator.policy import planned
 from orchestrator.protocol.ids import NodeId
 from orchestrator.worlds import requests
-from orchestrator.worlds.requests import Request
+from orchestrator.worlds.requests import Request, Standing
 
 LOOK_EVERY_S = 0.1
+_ANSWERED = (Standing.RECORDED, Standing.REFUSED)
 REASON_MAX = 200
 """Characters; it is shown in one line, with all else that led to a restart."""
 
@@ -124,12 +124,25 @@ def _on_record(asked: Draining, request: Request, wait_s: float) -> Draining:
     """Leave a request and wait until the controller has put it on record; else take it back."""
     folder = asked.follower.folder
     path = requests.leave(folder.requests, request)
+    name = asked.state.run.metadata.name
     try:
-        _wait(lambda: not path.exists(), min(NOBODY_S, wait_s))
+        _wait(lambda: requests.standing(path) in _ANSWERED, min(NOBODY_S, wait_s))
     finally:
-        taken_back = _take_back(path)
+        taken_back = requests.take_back(path)
+    came = requests.standing(path)
+    if came is Standing.REFUSED:
+        requests.forget_refused(path)
+        raise CliError(
+            f"the controller of {name} does not understand the request",
+            "it is of another version than this command; see its log",
+        )
+    if came is Standing.CLAIMED:
+        raise CliError(
+            f"the controller of {name} has the request, and has not put it on record yet",
+            f"it will; look with `holdfast describe node {asked.nodes[0]} --run {name}`",
+            Exit.TIMED_OUT,
+        )
     if taken_back:
-        name = asked.state.run.metadata.name
         running = runs.controller_pid(folder) is not None
         raise CliError(
             f"no controller of {name} has taken the request up: {folder.root}",
@@ -141,14 +154,6 @@ def _on_record(asked: Draining, request: Request, wait_s: float) -> Draining:
     state, damage = runs.state_of(asked.follower)
     runs.require_whole(damage)
     return asked._replace(state=state)
-
-
-def _take_back(path: Path) -> bool:
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _await(asked: Draining, wait_s: float) -> Draining:

@@ -57,7 +57,8 @@ def prepare(run: TrainingRun, plan: FaultPlan | None, out: Path | None) -> tuple
 
 def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     """Put into the folder what the processes of the run are going to read."""
-    for path in (folder.logs, folder.nodes):
+    # The last one, too: made by whoever asks first, it may not be ours to take requests from.
+    for path in (folder.logs, folder.nodes, folder.requests):
         path.mkdir(exist_ok=True)
     if run.spec.checkpoint.uri is not None:
         _require_store(run.spec.checkpoint.uri)

@@ -16,9 +16,11 @@ from orchestrator.protocol.ids import NodeId, Seconds
 
 def request(state: RunState, asked: DrainRequested) -> None:
     """Enter that nodes are to be free; of a node that was to be already, the newest word counts."""
-    within_s = asked.within_s
+    within_s = None if asked.within_s is None else max(asked.within_s - asked.late_s, 0.0)
     for node in asked.nodes:
         before, known = state.drains.get(node), state.nodes.get(node)
+        if before is not None and asked.request and before.request == asked.request:
+            continue  # taken up once more, after a controller died: its time runs since then
         if before is not None:
             incarnation = before.incarnation
         else:
@@ -30,6 +32,7 @@ def request(state: RunState, asked: DrainRequested) -> None:
             reason=asked.reason,
             until=None if within_s is None else Seconds(state.now + within_s),
             incarnation=incarnation,
+            request=asked.request,
         )
 
 

@@ -213,6 +213,10 @@ class DrainRequested(_Event, frozen=True, kw_only=True):
     """Why, in their words; "" if they did not say."""
     within_s: float | None = None
     """Seconds until they will be taken, whatever runs there; None for as soon as is cheap."""
+    late_s: float = 0.0
+    """How many of them had passed before anybody took it up."""
+    request: str = ""
+    """Names what was asked: told again under this name, it is the same word, not a new one."""
 
 
 class DrainCancelled(_Event, frozen=True, kw_only=True):

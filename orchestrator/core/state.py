@@ -111,6 +111,8 @@ class Drain:
     """When it will be taken, whatever runs there; None if nobody said."""
     incarnation: int
     """Of its agent, when it was asked for first; 0 if it had none."""
+    request: str = ""
+    """Names who asked, and when (events.DrainRequested)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,8 +229,12 @@ def _handle(controller: Controller, world: AgentWorld, file: JournalFile, event:
 
 def _watch_for_requests(folder: RunFolder, world: AgentWorld, inbox: Inbox) -> None:
     while not folder.stop_request.exists():
-        for event in inbox.look(world.clock()):
-            world.know(event)
+        try:
+            for event in inbox.look(world.clock()):
+                world.know(event)
+        except Exception:
+            # Whatever is wrong with a request: nobody else would hear that the run is to stop.
+            log.exception("requests can not be looked at")
         time.sleep(REQUEST_LOOK_S)
     by = folder.stop_request.read_text(encoding="utf-8", errors="replace").strip()
     world.stop(by or "request")

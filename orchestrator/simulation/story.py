@@ -14,7 +14,9 @@ from orchestrator.protocol.messages import MARKS, Holding, Joined, Reached, Rece
 
 ITEMS_MAX = 8
 """Of a longer list, only how long it is."""
-_SAID_ELSEWHERE = frozenset({"at", "node", "generation", "fact", "reason", "incident", "seconds"})
+_SAID_ELSEWHERE = frozenset(
+    {"at", "node", "generation", "fact", "reason", "incident", "seconds", "late_s"}
+)
 
 
 def lines(entries: Iterable[Entry]) -> Iterator[str]:

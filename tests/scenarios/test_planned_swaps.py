@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.core.decisions import StartGeneration, WakeAt
@@ -295,3 +296,22 @@ def test_without_the_policy_a_node_stays_until_it_is_lost(cluster_of: Callable[.
 
     assert starts(cluster)[-1].seats == ("node-2", "node-2", "node-1", "node-1")
     assert cluster.state.incidents[-1].kind == "node-lost"
+
+
+def test_a_request_that_is_taken_up_once_more_has_no_new_deadline(cluster: Any) -> None:
+    training(cluster)
+    asked = DrainRequested(
+        at=cluster.at(),
+        nodes=(NodeId("node-0"),),
+        by="ann",
+        within_s=300.0,
+        late_s=20.0,
+        request="r",
+    )
+    cluster.tell(asked)
+    until = cluster.state.drains[NodeId("node-0")].until
+    assert until == pytest.approx(cluster.now + 280.0)
+
+    cluster.after(60).tell(msgspec.structs.replace(asked, at=cluster.at()))
+
+    assert cluster.state.drains[NodeId("node-0")].until == until

@@ -1,6 +1,10 @@
 """What drain and uncordon ask for, what they tell, and what they refuse."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,8 +194,16 @@ def test_requests_are_taken_up_once_and_in_order_and_are_gone_when_on_record(
 
     first, second = inbox.look(Seconds(5.0))
 
+    assert isinstance(first, DrainRequested)
+    assert 0.0 <= first.late_s < 5.0
     assert first == DrainRequested(
-        at=Seconds(5.0), nodes=(NodeId("node-0"),), by="ann", reason="DIMM", within_s=60.0
+        at=Seconds(5.0),
+        nodes=(NodeId("node-0"),),
+        by="ann",
+        reason="DIMM",
+        within_s=60.0,
+        late_s=first.late_s,
+        request=first.request,
     )
     assert second == DrainCancelled(at=Seconds(5.0), nodes=(NodeId("node-0"),), by="ann")
     assert inbox.look(Seconds(6.0)) == []
@@ -226,3 +238,66 @@ def test_a_request_that_is_being_written_is_not_looked_at(tmp_path: Path) -> Non
 
     assert Inbox(tmp_path).look(Seconds(0.0)) == []
     assert (tmp_path / ".half.json").exists()
+
+
+def test_a_request_that_is_claimed_can_not_be_taken_back(tmp_path: Path) -> None:
+    folder = tmp_path / "requests"
+    left = requests.leave(folder, DRAIN)
+
+    assert len(Inbox(folder).look(Seconds(0.0))) == 1
+
+    assert requests.standing(left) == "claimed"
+    assert not requests.take_back(left)
+
+
+def test_a_request_that_outlives_a_controller_keeps_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "requests"
+    requests.leave(folder, DRAIN)
+
+    (first,) = Inbox(folder).look(Seconds(1.0))
+    (again,) = Inbox(folder).look(Seconds(2.0))
+
+    assert isinstance(first, DrainRequested)
+    assert isinstance(again, DrainRequested)
+    assert first.request == again.request != ""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_request_in_a_folder_of_somebody_else_is_not_acted_on() -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from orchestrator.worlds.requests import Inbox;"
+        "inbox = Inbox(Path(sys.argv[1])); os.setgid(65534); os.setuid(65534);"
+        "print(inbox.look(0.0), inbox.look(1.0))"
+    )
+    # Not in the folder of the tests, into which nobody else may look.
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        folder = Path(root) / "requests"
+        requests.leave(folder, DRAIN)
+
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder)],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+
+        assert done.stdout.strip() == "[] []"
+        assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_a_request_that_the_controller_does_not_understand_is_said_to_be_refused(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def newer(folder: Path, request: Request) -> Path:
+        del request
+        folder.mkdir(exist_ok=True)
+        file = folder / "1.json"
+        file.write_bytes(b'{"ask": "explode", "nodes": []}')
+        return file
+
+    monkeypatch.setattr(requests, "leave", newer)
+
+    message, hint = refused("uncordon", "node", "node-0", code=1)
+
+    assert message == "the controller of demo does not understand the request"
+    assert "another version" in hint
+    assert list(live.folder.requests.iterdir()) == []

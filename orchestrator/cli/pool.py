@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from orchestrator.agent import linux
+from orchestrator.cli.errors import CliError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,16 +26,26 @@ def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[
         work: a function of a module, since it is called in other processes.
         items: what it is called with.
         jobs: processes at a time.
+
+    Raises:
+        CliError: if a process was ended from outside.
     """
     if not items:
         return
     # Not forked: what a parent's threads hold at that moment, a child would hold for ever.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(items)), mp_context=context)
+    pool = ProcessPoolExecutor(
+        min(jobs, len(items)), mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    )
     try:
         tasks: list[Future[R]] = [pool.submit(work, item) for item in items]
         for task in as_completed(tasks):
             yield task.result()
+    except BrokenProcessPool as error:
+        raise CliError(
+            "a process that worked on it was ended from outside, perhaps for want of memory",
+            "give it fewer --jobs, or more memory",
+        ) from error
     except BaseException:
         workers = multiprocessing.active_children()
         for process in workers:
@@ -39,3 +55,9 @@ def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with the one that it works for, however that ends."""
+    if sys.platform == "linux":
+        linux.die_with(parent)

@@ -125,9 +125,16 @@ def sweep(
 ) -> None:
     """Run a grid of experiments; interrupted and called again, it goes on where it was."""
     from orchestrator.cli import pages, sweeping, whole
+    from orchestrator.cli.errors import CliError, Exit
 
     whole.require_option("--html", html)
     folder = out if out is not None else file.with_suffix("")
+    if folder == file:
+        raise CliError(
+            f"no ending to leave out for the folder of the results: {file}",
+            "say with --out where they shall lie",
+            Exit.USAGE,
+        )
     told = sweeping.run(file, folder, jobs=jobs, progress=sys.stderr)
     if html is not None:
         whole.write(html, pages.of_sweep(told).encode())

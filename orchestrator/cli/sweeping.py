@@ -28,6 +28,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A result file: what was asked, and what came of it."""
 
     settings: Settings
+    rests_on: str
+    """Digest of the model, record and profile that the settings name, as they were."""
     outcome: Outcome
 
 
@@ -62,12 +64,11 @@ def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
         CliError: if the folder has a file that is no result.
     """
     asked, cells = sweep.parse(document.read(file), str(file))
-    for cell in cells:
-        experiment.inputs(cell.settings)
+    rests_on = {cell.number: experiment.inputs(cell.settings).digest() for cell in cells}
     out.mkdir(parents=True, exist_ok=True)
     seeds = range(asked.first, asked.first + asked.seeds)
     wanted = {(cell.number, seed): Task(cell.settings, seed) for cell in cells for seed in seeds}
-    found = _kept(out, wanted)
+    found = _kept(out, wanted, rests_on)
     tasks = [task for key, task in wanted.items() if key not in found]
     if found:
         progress.write(f"{units.count(len(found), 'run')} of {len(wanted)} are there already\n")
@@ -76,7 +77,7 @@ def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
         for result in coming if tasks else ():
             key = places[msgspec.json.encode(result.task.settings), result.task.seed]
             found[key] = result.outcome
-            whole.write(_place(out, *key), _encoded(result))
+            whole.write(_place(out, *key), _encoded(result, rests_on[key[0]]))
             experimenting.tell(progress, len(found), len(wanted), result)
             whole.write(
                 out / RESULTS, msgspec.json.encode(results(asked.name, cells, found, len(wanted)))
@@ -141,12 +142,16 @@ def _place(out: Path, cell: int, seed: int) -> Path:
     return out / f"cell-{cell:04d}-seed-{seed:05d}.json"
 
 
-def _encoded(result: Result) -> bytes:
-    return msgspec.json.encode(Kept(settings=result.task.settings, outcome=result.outcome))
+def _encoded(result: Result, rests_on: str) -> bytes:
+    return msgspec.json.encode(
+        Kept(settings=result.task.settings, rests_on=rests_on, outcome=result.outcome)
+    )
 
 
-def _kept(out: Path, wanted: dict[tuple[int, int], Task]) -> dict[tuple[int, int], Outcome]:
-    """Return the results that are there and of the very settings that are asked for."""
+def _kept(
+    out: Path, wanted: dict[tuple[int, int], Task], rests_on: dict[int, str]
+) -> dict[tuple[int, int], Outcome]:
+    """Return the results that are there and of the very experiment that is asked for."""
     found = {}
     for key, task in wanted.items():
         file = _place(out, *key)
@@ -160,7 +165,8 @@ def _kept(out: Path, wanted: dict[tuple[int, int], Task]) -> dict[tuple[int, int
                 "remove it to have it run again, or choose another --out",
                 Exit.USAGE,
             ) from error
-        if kept.settings == task.settings and kept.outcome.seed == task.seed:
+        same = (kept.settings, kept.rests_on) == (task.settings, rests_on[key[0]])
+        if same and kept.outcome.seed == task.seed:
             found[key] = kept.outcome
     return found
 

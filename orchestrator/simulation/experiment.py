@@ -7,11 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import numpy as np
+import xxhash
 
 from orchestrator import compose
 from orchestrator.core import journal
@@ -85,6 +87,11 @@ class Inputs:
         return care(
             self.settings, self.profile, spares=self.spares, undone_s=max(undone_s, default=0.0)
         )
+
+    def digest(self) -> str:
+        """Return what tells apart files of one name that have changed, and versions of holdfast."""
+        read = (version("holdfast"), self.model, self.record, self.profile)
+        return xxhash.xxh3_128_hexdigest(msgspec.json.encode(read))
 
     def run_file(self) -> TrainingRun:
         """Return what the controller is asked to look after."""

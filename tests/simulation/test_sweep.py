@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from orchestrator.agent import linux
 from orchestrator.cli import plots
+from orchestrator.worlds.simulated import profiles
 from tests.journals import holdfast
 from tests.runs import HEEDING
 
@@ -96,6 +99,79 @@ def test_an_interrupted_sweep_leaves_whole_results_only_and_goes_on(tmp_path: Pa
     assert "of 4 are there already" in resumed.stderr
     after = {each.name: each.stat().st_mtime_ns for each in left}
     assert before == after
+
+
+def test_results_of_a_profile_that_has_changed_since_are_not_taken_for_its(tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(profiles.text(profiles.packaged("measured"), json=False))
+    file = written(tmp_path, SMALL.replace("base: {", f"base: {{profile: {profile}, "))
+    assert holdfast("simulate", "sweep", str(file)).exit_code == 0
+
+    profile.write_text(profiles.text(profiles.packaged("byterobust-like"), json=False))
+    again = holdfast("simulate", "sweep", str(file))
+
+    assert again.exit_code == 0
+    assert "are there already" not in again.stderr
+
+
+def test_a_sweep_without_an_ending_needs_a_folder_for_its_results(tmp_path: Path) -> None:
+    file = tmp_path / "plain"
+    file.write_text(SMALL)
+
+    result = holdfast("simulate", "sweep", str(file))
+
+    assert result.exit_code == 2
+    assert "say with --out where they shall lie" in result.stderr
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], list[int]]]]:
+    """Two processes that work for one, each of which has said that it does."""
+    made: list[subprocess.Popen[str]] = []
+
+    def make() -> tuple[subprocess.Popen[str], list[int]]:
+        one = subprocess.Popen(
+            [*HEEDING, sys.executable, "-m", "tests.programs.pooled", str(tmp_path)],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        made.append(one)
+        deadline = time.monotonic() + 60
+        while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return one, pids
+
+    yield make
+    for one in made:
+        if one.poll() is None:
+            one.kill()
+        one.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_process_that_it_works_for(
+    workers: Callable[[], tuple[subprocess.Popen[str], list[int]]], number: signal.Signals
+) -> None:
+    one, pids = workers()
+
+    one.send_signal(number)
+    one.wait(10)
+
+    deadline = time.monotonic() + 10
+    while any(linux.vitals(pid) is not None for pid in pids):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_is_ended_from_outside_is_said_to_have_been(
+    workers: Callable[[], tuple[subprocess.Popen[str], list[int]]],
+) -> None:
+    one, pids = workers()
+
+    os.kill(pids[0], signal.SIGKILL)
+    _, told = one.communicate(timeout=30)
+
+    assert "CliError: a process that worked on it was ended from outside" in told
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.programs.played import Agent, Controller, holder, newest, wait_for
 pytestmark = pytest.mark.process
 Start = Callable[..., Agent]
 TWO = ["node-0", "node-1"]
-RING = {"node-0": "node-1", "node-1": "node-0"}
+EACH_OTHER = {"node-0": "node-1", "node-1": "node-0"}
 
 
 def started(controller: Controller, start: Start, *nodes: str, **job: object) -> dict[str, Agent]:
@@ -80,14 +80,14 @@ def test_a_copy_that_finds_its_buddy_out_of_reach_is_made_when_the_buddy_is_back
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         wrong = "{}:{}".format(*nobody.getsockname())
-        controller.begin(1, TWO, buddies=RING, peers={**controller.peers(), "node-1": wrong})
+        controller.begin(1, TWO, buddies=EACH_OTHER, peers={**controller.peers(), "node-1": wrong})
         # There is one save only, and it is over; the other way round all is well.
         controller.hear(RanksFinished)
         controller.hear(ShardsHeld, where=lambda fact: holder(fact, 1, 10))
         controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 1, 10))
         assert not [f for f in controller.messages(ShardsHeld, "node-1") if holder(f, 0, 10)]
 
-    controller.begin(1, TWO, buddies=RING)
+    controller.begin(1, TWO, buddies=EACH_OTHER)
 
     controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
 
@@ -98,7 +98,7 @@ def test_a_buddy_that_takes_a_lost_ones_place_gets_what_the_lost_one_held(
     agents = started(
         controller, start, "node-0", "node-1", "node-2", save_every=10, nap_at=20, nap_s=60
     )
-    controller.begin(1, TWO, buddies=RING)
+    controller.begin(1, TWO, buddies=EACH_OTHER)
     controller.hear(ShardsHeld, "node-0", where=lambda fact: holder(fact, 1, 10))
     controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
 

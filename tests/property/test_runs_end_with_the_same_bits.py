@@ -18,7 +18,7 @@ from tests.runs import Job
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
 RUNS: dict[int, dict[str, Any]] = {2: tiny.RUN, 3: copy.deepcopy(tiny.RUN)}
-"""By the number of their nodes. On three, a ring of buddies is more than two that swap copies."""
+"""By the number of their nodes. Two swap their copies; on three, copies go round in a circle."""
 RUNS[3]["spec"]["nodes"] = {"count": 3, "ranksPerNode": 1, "spares": 1}
 RUNS[3]["spec"]["parallelism"] = {"dpReplicate": 1, "dpShard": 3}
 RUNS[3]["spec"]["trainer"]["globalBatch"] = 3

@@ -51,7 +51,7 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     node: NodeId
     run_id: str
     job: dict[str, Any]
-    """`spec.trainer`, `spec.parallelism` and `spec.checkpoint` of the run file, as written."""
+    """`spec.trainer`, `spec.parallelism` (always with dpShard) and `spec.checkpoint` of the run."""
     restore: Restore | None = None
     free_slots: tuple[int, ...] = ()
     """Staging slots the rank may write to; others hold generations that may be needed."""

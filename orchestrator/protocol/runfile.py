@@ -170,6 +170,13 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         return self.world_size // self.spec.parallelism.dp_replicate
 
     def job(self) -> dict[str, Any]:
-        """Return what a rank needs to know of this run, in the run file's own words."""
+        """Return what a rank needs to know of this run, in the run file's own words.
+
+        `parallelism.dpShard` is always written out: a world of fewer replicas is cut as the run
+        file says, and its number of ranks alone would not tell how.
+        """
         spec: dict[str, Any] = msgspec.to_builtins(self.spec)
+        p = self.spec.parallelism
+        shard = p.dp_shard or self.shard_count // (p.tp * p.pp * p.cp)
+        spec["parallelism"]["dpShard"] = shard
         return {key: spec[key] for key in ("trainer", "parallelism", "checkpoint")}

@@ -41,6 +41,18 @@ def test_a_run_file_with_only_a_name_gets_the_defaults(tmp_path: Path) -> None:
     assert set(run.job()) == {"trainer", "parallelism", "checkpoint"}
 
 
+def test_a_rank_is_told_how_many_shards_a_replica_has_even_if_the_file_leaves_it_out(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(HEAD + "spec: {nodes: {count: 8}, parallelism: {dpReplicate: 2}}\n")
+
+    run = compose.read_run(path)
+
+    assert run.spec.parallelism.dp_shard is None
+    assert run.job()["parallelism"]["dpShard"] == 4
+
+
 @pytest.mark.parametrize(
     ("spec", "near"),
     [

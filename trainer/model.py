@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -31,11 +31,23 @@ class RMSNorm(nn.Module):
         return x.type_as(x_BLD) * self.weight
 
 
-def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every position and frequency, each of shape [L, E / 2]."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is not None:
+        frequency = _stretched(frequency, scaling)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
+
+
+def _stretched(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    # How often a component turns within the length that the model was pre-trained on.
+    turns = scaling.original_length * frequency / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 - kept) * frequency / scaling.factor + kept * frequency
 
 
 def rotate(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
@@ -170,7 +182,10 @@ class Llama(nn.Module):
     def _rope(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         # Made anew each time, a few thousand numbers: a buffer would have to be saved or rebuilt
         # wherever a model is made on the meta device.
-        cos, sin = rope_table(tokens_BL.shape[1], self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        cos, sin = rope_table(
+            tokens_BL.shape[1], config.head_dim, config.rope_theta, config.rope_scaling
+        )
         return cos.to(tokens_BL.device), sin.to(tokens_BL.device)
 
     @torch.no_grad()

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import msgspec
+
+from orchestrator.protocol import sizes
 from orchestrator.protocol.runfile import Trainer, TrainingRun, seconds
 
 EMBEDDED = Trainer().entrypoint
 """The trainer that comes with holdfast; what others make of the fields is their own affair."""
-MODELS = ("debug", "8B", "70B", "405B")
-SIZES = ("dim", "layers", "heads", "kvHeads", "ffnDim")
+_FIELDS = msgspec.structs.fields(sizes.ModelConfig)
+SIZES = tuple(field.encode_name for field in _FIELDS if field.required)
 """Of a model that is written out, all of them; what else there is has a default."""
-MORE_SIZES = ("vocab", "ropeTheta", "normEps")
+MORE_SIZES = tuple(field.encode_name for field in _FIELDS if not field.required)
 
 
 class Misfit(NamedTuple):
@@ -72,9 +75,9 @@ def _pauses(run: TrainingRun) -> Iterator[Misfit]:
 def _sizes(model: str | dict[str, Any]) -> Iterator[Misfit]:
     where = "spec.trainer.model"
     if isinstance(model, str):
-        if model not in MODELS:
+        if model not in sizes.PRESETS:
             yield Misfit(
-                f"{where} is {model!r}, expected one of {', '.join(MODELS)}",
+                f"{where} is {model!r}, expected one of {', '.join(sizes.PRESETS)}",
                 "or write the sizes themselves: {dim: 128, layers: 4, ...}",
             )
         return
@@ -83,6 +86,15 @@ def _sizes(model: str | dict[str, Any]) -> Iterator[Misfit]:
         yield Misfit(f"{where} lacks {', '.join(missing)}", hint)
     if unknown := sorted(model.keys() - {*SIZES, *MORE_SIZES}):
         yield Misfit(f"{where} has unknown field {unknown[0]!r}", hint)
+    if missing or unknown:
+        return
+    try:
+        config = msgspec.convert(model, sizes.ModelConfig)
+    except msgspec.ValidationError as error:
+        yield Misfit(f"{where}: {error}", hint)
+        return
+    for message, what_to_do in sizes.misfits(config):
+        yield Misfit(f"{where}: {message}", what_to_do)
 
 
 def _embedded(run: TrainingRun) -> Iterator[Misfit]:

@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,12 +7,10 @@ from hypothesis import strategies as st
 from orchestrator import compose, document
 from orchestrator.cli import intake
 from orchestrator.faults.plan import FaultPlan, PlanError, check
-from orchestrator.protocol.fitting import MODELS, MORE_SIZES, SIZES
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worker import MisconfiguredError
 from tests import runfiles
-from trainer.config import PRESETS, ModelConfig
 from trainer.job import read_job
 
 HEAD = runfiles.head()
@@ -101,6 +98,14 @@ EMBEDDED_ONLY = [
         "trainer: {model: {dim: 8, layers: 1, heads: 1, kvHeads: 1, ffnDim: 8, deep: 1}}",
         "spec.trainer.model has unknown field 'deep'",
     ),
+    (
+        "trainer: {model: {dim: 30, layers: 1, heads: 4, kvHeads: 2, ffnDim: 8}}",
+        "spec.trainer.model: dim is 30, expected a multiple of 2 x heads = 8",
+    ),
+    (
+        "trainer: {model: {dim: wide, layers: 1, heads: 4, kvHeads: 2, ffnDim: 8}}",
+        "spec.trainer.model: Expected `int`",
+    ),
     ("nodes: {count: 3}", "globalBatch is 8, expected a multiple of the 3 ranks"),
     ("trainer: {microBatch: 3}", "microBatch is 3, expected a divisor of each rank's 8 samples"),
     ("trainer: {globalBatch: 4, microBatch: 8}", "expected a divisor of each rank's 4 samples"),
@@ -139,14 +144,6 @@ def test_what_means_something_to_the_embedded_trainer_only_is_left_to_others(
     path.write_text(HEAD + f"spec: {{{spec.replace('trainer: {', f'trainer: {{{entrypoint}, ')}}}")
 
     assert compose.read_run(path).spec.trainer.entrypoint == "mine:main"
-
-
-def test_the_models_and_sizes_that_are_taken_are_those_that_the_trainer_has() -> None:
-    fields = msgspec.structs.fields(ModelConfig)
-
-    assert set(MODELS) == set(PRESETS)
-    assert {f.encode_name for f in fields if f.required} == set(SIZES)
-    assert {f.encode_name for f in fields if not f.required} == set(MORE_SIZES)
 
 
 def test_a_warm_up_limit_that_is_not_taken_as_it_stands_is_told(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.worker import MisconfiguredError
-from trainer.config import PRESETS, ModelConfig, model_config
+from trainer.config import PRESETS, ModelConfig, RopeScaling, model_config
 from trainer.model import Llama, document_mask, next_token_loss, per_document, rope_table, rotate
 
 torch.set_num_threads(1)  # on a busy machine, two that spin took twenty seconds for one test
@@ -122,6 +123,10 @@ def test_the_model_learns_a_sequence_by_heart() -> None:
         ({"dim": 30, "layers": 1, "heads": 4, "kvHeads": 2, "ffnDim": 8}, "multiple of 2 x heads"),
         ({"dim": 32, "layers": 1, "heads": 4, "kvHeads": 3, "ffnDim": 8}, "multiple of kvHeads"),
         ({"dim": 32, "layers": 0, "heads": 4, "kvHeads": 2, "ffnDim": 8}, "a size is 0"),
+        (
+            {**msgspec.to_builtins(TINY), "ropeScaling": {"lowFreqFactor": 4}},
+            "0 < lowFreqFactor < highFreqFactor",
+        ),
         ({"dim": 32, "layer": 1}, "unknown field"),
         ({"dim": "wide"}, "Expected `int`"),
     ],
@@ -135,5 +140,11 @@ def test_sizes_that_do_not_fit_are_refused_with_a_hint(model: object, says: str)
 
 
 def test_fingerprints_differ_whenever_a_size_does() -> None:
-    prints = {config.fingerprint for config in PRESETS.values()} | {TINY.fingerprint}
-    assert len(prints) == len(PRESETS) + 1
+    stretched = msgspec.structs.replace(TINY, rope_scaling=RopeScaling())
+    prints = {config.fingerprint for config in [*PRESETS.values(), TINY, stretched]}
+    assert len(prints) == len(PRESETS) + 2
+
+
+def test_fingerprints_are_those_that_older_checkpoints_are_marked_with() -> None:
+    assert TINY.fingerprint == "0e47fb5116cde896"
+    assert PRESETS["8B"].fingerprint == "5850418b46ab72cc"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.fitting import batch_misfits
 from orchestrator.worker import MisconfiguredError
 from trainer import parallel
 from trainer.config import ModelConfig, model_config
@@ -17,11 +18,12 @@ class Job(NamedTuple):
     """One run's."""
 
     trainer: runfile.Trainer
+    """With `micro_batch` written out."""
     checkpoint: runfile.Checkpoint
     config: ModelConfig
     tokenizer: Tokenizer
     mesh: tuple[int, int]
-    """Replicas, shards per replica."""
+    """Replicas that are there, shards per replica."""
 
 
 def read_job(job: dict[str, object], world_size: int) -> Job:
@@ -33,23 +35,16 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
     trainer = msgspec.convert(job.get("trainer", {}), runfile.Trainer)
     layout = msgspec.convert(job.get("parallelism", {}), runfile.Parallelism)
     config = model_config(trainer.model)
-    share, rest = divmod(trainer.global_batch, world_size)
-    if rest:
-        raise MisconfiguredError(
-            f"spec.trainer.globalBatch is {trainer.global_batch}, "
-            f"expected a multiple of the {world_size} ranks",
-            hint="every rank takes the same number of samples",
-        )
-    if share % (trainer.micro_batch or share):
-        raise MisconfiguredError(
-            f"spec.trainer.microBatch is {trainer.micro_batch}, "
-            f"expected a divisor of each rank's {share} samples",
-            hint="globalBatch / ranks must be a multiple of microBatch",
-        )
+    mesh = parallel.mesh_shape(layout, world_size)
+    for misfit in batch_misfits(trainer, layout.dp_replicate, mesh[1]):
+        raise MisconfiguredError(misfit.message, hint=misfit.hint)
+    # Of the whole world, so that a rank needs no more memory when there are fewer.
+    share = trainer.global_batch // (layout.dp_replicate * mesh[1])
+    trainer = msgspec.structs.replace(trainer, micro_batch=trainer.micro_batch or share)
     return Job(
         trainer,
         msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),
         config,
         open_tokenizer(trainer.tokenizer, config.vocab),
-        parallel.mesh_shape(layout, world_size),
+        mesh,
     )

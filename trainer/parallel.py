@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from orchestrator.protocol import runfile
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
 from trainer.model import Llama
+from trainer.shares import Place
 
 HOST_VARIABLE = "HOLDFAST_HOST"
 """Address of this machine as other ranks reach it; loopback unless it is set."""
@@ -63,6 +64,7 @@ class World:
         self.rank, (self.replicas, self.shards), self.device = rank, shape, device
         self.size = self.replicas * self.shards
         self.replica, self.shard = divmod(rank, self.shards)
+        self.place = Place(self.replica, self.replicas, self.shard, self.shards)
         self.mesh: DeviceMesh | None = None
         self._store: Store | None = None
         self._others = _sockets()
@@ -215,7 +217,10 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
 
 
 def mesh_shape(parallelism: runfile.Parallelism, world_size: int) -> tuple[int, int]:
-    """Return (replicas, shards per replica) that `spec.parallelism` asks for.
+    """Return (replicas, shards per replica) of a world that is cut as `spec.parallelism` asks.
+
+    A world may have fewer replicas than `dpReplicate`, if `dpShard` says how large one is: nodes
+    were lost, and nobody is there to take their seats.
 
     Raises:
         MisconfiguredError: for tensor, pipeline or context parallelism, or a wrong product.
@@ -226,12 +231,15 @@ def mesh_shape(parallelism: runfile.Parallelism, world_size: int) -> tuple[int, 
                 f"spec.parallelism.{dimension} is {getattr(parallelism, dimension)}, expected 1",
                 hint="this trainer has data parallelism only: dpReplicate x dpShard",
             )
-    replicas = parallelism.dp_replicate
-    shards = parallelism.dp_shard or max(world_size // replicas, 1)
-    if replicas * shards != world_size:
+    wanted = parallelism.dp_replicate
+    shards = parallelism.dp_shard or max(world_size // wanted, 1)
+    replicas, rest = divmod(world_size, shards)
+    fewer = parallelism.dp_shard is not None and 1 <= replicas < wanted
+    if rest or not (replicas == wanted or fewer):
         raise MisconfiguredError(
-            f"dpReplicate x dpShard is {replicas} x {shards}, expected {world_size} ranks",
-            hint="leave out dpShard to have it fill what dpReplicate leaves",
+            f"dpReplicate x dpShard is {wanted} x {shards}, expected {world_size} ranks",
+            hint="leave out dpShard to have it fill what dpReplicate leaves; a world may have "
+            "fewer replicas, but each of them whole",
         )
     return replicas, shards
 

@@ -17,6 +17,7 @@ from trainer.config import ModelConfig
 from trainer.data import Samples
 from trainer.model import Llama, next_token_loss
 from trainer.optim import Optimizer, global_norm
+from trainer.shares import micro_batches
 
 
 class Reporter(Protocol):
@@ -132,18 +133,16 @@ class Training:
 
     def _accumulate(self, step: int, reporter: Reporter) -> float:
         """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
-        share = self.job.global_batch // self.world.size
-        size = self.job.micro_batch or share
-        first = self.world.rank * share
+        share = micro_batches(self.job, self.world.place)
         losses = []
-        for micro, at in enumerate(range(first, first + share, size)):
+        for micro, indices in enumerate(share):
             self._announce(reporter, RankPhase.DATA, micro)
-            batch = self.samples.batch(step, range(at, at + size))
+            batch = self.samples.batch(step, indices)
             inputs_BL, targets_BL = (self._tensor(ids) for ids in (batch.inputs, batch.targets))
             self._announce(reporter, RankPhase.FORWARD, micro)
             loss = next_token_loss(self.model(inputs_BL, batch.cuts), targets_BL)
             self._announce(reporter, RankPhase.BACKWARD, micro)
-            parallel.reduce_gradients(self.model, now=at + size == first + share)
+            parallel.reduce_gradients(self.model, now=micro == len(share) - 1)
             torch.autograd.backward(loss / self.tokens)
             losses.append(loss.detach())
         return math.fsum(torch.stack(losses).double().tolist())

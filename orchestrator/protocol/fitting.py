@@ -106,11 +106,24 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
                 f"spec.parallelism.{dimension} is {found}, expected 1",
                 "this trainer has data parallelism only: dpReplicate x dpShard",
             )
-    share, rest = divmod(trainer.global_batch, run.world_size)
+    replicas = run.spec.parallelism.dp_replicate
+    if run.world_size % replicas == 0:  # or `_world` has said so
+        yield from batch_misfits(trainer, replicas, run.world_size // replicas)
+    if trainer.data is not None and (not trainer.data or not all(trainer.data)):
+        yield Misfit(
+            "spec.trainer.data names nothing",
+            "name files, folders or globs, or leave it out for the demo's text",
+        )
+
+
+def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misfit]:
+    """Yield why a global batch can not be shared out to the whole world of a run."""
+    ranks = replicas * shards
+    share, rest = divmod(trainer.global_batch, ranks)
     if rest:
         yield Misfit(
             f"spec.trainer.globalBatch is {trainer.global_batch}, "
-            f"expected a multiple of the {run.world_size} ranks",
+            f"expected a multiple of the {ranks} ranks",
             "every rank takes the same number of samples",
         )
     elif share % (trainer.micro_batch or share):
@@ -118,9 +131,4 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
             f"spec.trainer.microBatch is {trainer.micro_batch}, "
             f"expected a divisor of each rank's {share} samples",
             "globalBatch / ranks must be a multiple of microBatch",
-        )
-    if trainer.data is not None and (not trainer.data or not all(trainer.data)):
-        yield Misfit(
-            "spec.trainer.data names nothing",
-            "name files, folders or globs, or leave it out for the demo's text",
         )

@@ -1,6 +1,7 @@
 """A world of the trainer's ranks, forked, killed and seated again by a small agent: this file."""
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.agent.process import RankProcess
 from orchestrator.agent.warm import Warm
@@ -51,6 +52,13 @@ JOB: dict[str, Any] = {
     "parallelism": {"dpReplicate": 2, "dpShard": 2},
     "checkpoint": {"everySteps": 10, "memoryEverySteps": 3},
 }
+
+
+class Copy(NamedTuple):
+    """A shard in memory, and which rank wrote it; another one may begin from it."""
+
+    staged: Staged
+    owner: int
 
 
 class Member:
@@ -95,18 +103,15 @@ class World:
     def __init__(
         self, warm: Warm, memory: Path, worlds_max: int = 32, job: dict[str, Any] = JOB
     ) -> None:
-        self.warm, self.memory, self.worlds_max, self.job, self.size = (
-            warm,
-            memory,
-            worlds_max,
-            job,
-            4,
-        )
+        self.warm, self.memory, self.worlds_max, self.job = warm, memory, worlds_max, job
+        self.shards: int = job["parallelism"]["dpShard"]
+        self.size: int = self.shards * job["parallelism"]["dpReplicate"]
         self.members: list[Member] = []
         self.ranks: dict[int, Member] = {}
         self.generation = 0
         self.address = ""
-        self.staged: dict[int, dict[int, Staged]] = {rank: {} for rank in range(self.size)}
+        self.staged: dict[int, dict[int, Copy]] = {rank: {} for rank in range(self.size)}
+        """Of every rank's shard, by step."""
         self.saves: dict[int, set[int]] = {}
         """Ranks that staged, by step."""
         self.without_slots: set[int] = set()
@@ -122,14 +127,20 @@ class World:
             self.members.append(self._fork())
         self.until(lambda: sum(m.parked for m in self.members) >= count)
 
-    def begin(self) -> None:
-        """Abort what is left of the old world, wait until it is gone, and seat a new one."""
+    def begin(self, replicas: int | None = None) -> None:
+        """Abort what is left of the old world, wait until it is gone, and seat a new one.
+
+        Args:
+            replicas: of the new one; default as many as before.
+        """
         self.generation += 1
         self.address = ""
         held = [m for m in self.ranks.values() if m.process.code is None]
         for member in held:
             member.send(Abort(before=Generation(self.generation)))
         self.until(lambda: all(self._left(m) for m in held))
+        if replicas is not None:
+            self._resize(self.shards * replicas)
         for rank in range(self.size):
             member = self.ranks.get(rank)
             if member is None or member.process.code is not None:
@@ -167,17 +178,34 @@ class World:
             for m in self.ranks.values()
         )
 
-    def result(self) -> Result:
+    def result(self, *, within: float = 0.0) -> Result:
+        """Return what the run came to.
+
+        Args:
+            within: relative difference between losses of one step; 0 for none.
+        """
         for member in self.members:
             for record in member.beacon.new_steps():
                 # A step that was taken again, or by another rank, has the same bits.
-                assert self.losses.setdefault(record.step, record.loss) == record.loss
+                loss = self.losses.setdefault(record.step, record.loss)
+                assert math.isclose(loss, record.loss, rel_tol=within)
         lanes = [m.finished.lanes for m in self.ranks.values() if m.finished is not None]
         return combine(lanes), sorted(self.losses.items())
 
     def close(self) -> None:
         for member in self.members:
             member.close()
+
+    def _resize(self, size: int) -> None:
+        """Have ranks that are too many stand by, and new ones begin from shards of others."""
+        for rank in [rank for rank in self.ranks if rank >= size]:
+            self.ranks.pop(rank).seat = None
+        newest = max(set.intersection(*(set(steps) for steps in self.staged.values())))
+        self.staged = {
+            rank: {newest: self.staged[rank if rank < self.size else rank % self.shards][newest]}
+            for rank in range(size)
+        }
+        self.size = size
 
     def _left(self, member: Member) -> bool:
         assert member.seat is not None
@@ -198,12 +226,12 @@ class World:
         common = set.intersection(*(set(steps) for steps in self.staged.values()))
         restore = None
         if common:
-            newest = self.staged[rank][max(common)]
-            path = self.memory / f"rank-{rank:05d}.slot-{newest.slot}"
+            newest, owner = self.staged[rank][max(common)]
+            path = self.memory / f"rank-{owner:05d}.slot-{newest.slot}"
             restore = Restore(step=newest.step, path=str(path), index=newest.index)
-            self.staged[rank] = {newest.step: newest}
+            self.staged[rank] = {newest.step: Copy(newest, owner)}
         self.restored_from.append(max(common, default=0))
-        taken = {staged.slot for staged in self.staged[rank].values()}
+        taken = {copy.staged.slot for copy in self.staged[rank].values() if copy.owner == rank}
         member = self.ranks[rank]
         member.seat = Seat(
             generation=Generation(self.generation),
@@ -253,23 +281,30 @@ class World:
         if message.generation != self.generation:
             return
         held = self.staged[member.seat.rank]
-        held[message.step] = message
+        held[message.step] = Copy(message, member.seat.rank)
         self.saves.setdefault(message.step, set()).add(member.seat.rank)
         if message.durable:
             member.send(Persisted(step=message.step))
         for rank, steps in self.staged.items():
             safe = max(set.intersection(*(set(s) for s in self.staged.values())), default=Step(0))
             for step in [s for s in steps if s < safe]:
-                self.ranks[rank].send(SlotFreed(slot=steps.pop(step).slot))
+                copy = steps.pop(step)
+                if copy.owner == rank:
+                    self.ranks[rank].send(SlotFreed(slot=copy.staged.slot))
 
 
 @contextlib.contextmanager
 def a_world(
-    warm: Warm, *, parked: int, worlds_max: int = 32, without_slots: tuple[int, ...] = ()
+    warm: Warm,
+    *,
+    parked: int,
+    worlds_max: int = 32,
+    without_slots: tuple[int, ...] = (),
+    job: dict[str, Any] = JOB,
 ) -> Iterator[World]:
     # In memory, as an agent's.
     with tempfile.TemporaryDirectory(prefix="holdfast-test-", dir="/dev/shm") as memory:
-        world = World(warm, Path(memory), worlds_max)
+        world = World(warm, Path(memory), worlds_max, job)
         try:
             world.park(parked)
             world.without_slots.update(without_slots)

@@ -169,6 +169,7 @@ def test_a_rehearsal_leaves_no_process_group_behind() -> None:
         ({"trainer": {"tokenizer": "/no/such.tiktoken"}}, "expected a file in tiktoken format"),
         ({"parallelism": {"tp": 2}}, "parallelism.tp is 2, expected 1"),
         ({"parallelism": {"dpReplicate": 3}}, "dpReplicate x dpShard is 3 x 1, expected 4"),
+        ({"parallelism": {"dpReplicate": 8}}, "dpReplicate x dpShard is 8 x 1, expected 4"),
     ],
 )
 def test_a_job_that_can_not_run_is_refused_with_a_hint(
@@ -179,6 +180,23 @@ def test_a_job_that_can_not_run_is_refused_with_a_hint(
 
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh"), [(8, (4, 2)), (6, (3, 2)), (4, (2, 2)), (2, (1, 2)), (1, None), (5, None)]
+)
+def test_a_world_may_have_fewer_replicas_than_the_run_asks_for_but_each_of_them_whole(
+    ranks: int, mesh: tuple[int, int] | None
+) -> None:
+    asked = {"parallelism": {"dpReplicate": 4, "dpShard": 2}, "trainer": {"globalBatch": 16}}
+
+    if mesh is not None:
+        read = read_job(asked, ranks)
+        assert read.mesh == mesh
+        assert read.trainer.micro_batch == 2, "a rank needs more memory in a smaller world"
+    else:
+        with pytest.raises(MisconfiguredError, match=f"is 4 x 2, expected {ranks} ranks"):
+            read_job(asked, ranks)
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

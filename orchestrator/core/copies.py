@@ -49,8 +49,7 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
     if not counts(state, held.step):
         return
     state.holdings.spread(held.step, state.copied if held.copied else state.staged)
-    for node in held.missing:
-        state.holdings.discard(held.step, node, state.holdings.of(held.step).of(node))
+    state.holdings.discard_all(held.step, held.missing)
     for node in held.uncopied if held.copied else ():
         state.holdings.discard(held.step, state.buddies[node], state.staged.of(node))
     for step, _, copy in state.struck:
@@ -152,9 +151,8 @@ def newest_safe_step(state: RunState) -> Step | None:
     With a single node in the cluster there is nowhere else to keep a copy, and its own is enough.
     """
     newer = sorted((step for step in state.holdings if step > state.retained), reverse=True)
-    held_R = {step: state.holdings.of(step).count_R() for step in newer}
     # Asked for at every event: nearly always, nothing new is held by everybody.
-    if not any(bool(count_R.all()) for count_R in held_R.values()):
+    if not any(state.holdings.of(step).whole for step in newer):
         return None
     wanted = _copies_wanted(state)
     for step in newer:

@@ -19,6 +19,7 @@ from orchestrator.protocol.ids import NodeId, Rank, Step
 
 Share = frozenset[Rank]
 """Ranks whose shards a node holds."""
+_NOTHING: Share = frozenset()
 
 
 class Copies:
@@ -31,48 +32,75 @@ class Copies:
 
     def __init__(self, world_size: int, held: Mapping[NodeId, Share] | None = None) -> None:
         self._held: dict[NodeId, Share] = dict(held or {})
-        ranks = np.fromiter(chain.from_iterable(self._held.values()), np.int64)
-        self._count_R = np.bincount(ranks, minlength=world_size).astype(np.int32)
+        self._count_R = _counted(self._held.values(), world_size)
+        self._whole: bool | None = None
 
     def copy(self) -> Copies:
         """Return the same once more."""
         twin = Copies(0)
-        twin._held, twin._count_R = dict(self._held), self._count_R.copy()
+        twin._become(self)
         return twin
+
+    def _become(self, other: Copies) -> None:
+        self._held, self._count_R = dict(other._held), other._count_R.copy()
+        self._whole = other._whole
 
     def add(self, node: NodeId, ranks: Share) -> None:
         """Enter that a node holds these, too."""
-        before = self._held.get(node, frozenset())
+        before = self._held.get(node, _NOTHING)
         if new := ranks - before:
             self._held[node] = before | new
             self._count_R[list(new)] += 1
+            self._whole = None
 
     def add_all(self, other: Copies) -> None:
         """Enter all that `other` has."""
-        for node, ranks in other._held.items():
+        theirs = other._held
+        if all(ranks <= theirs.get(node, _NOTHING) for node, ranks in self._held.items()):
+            # What was staged is copied: nearly always the one is a part of the other.
+            self._become(other)
+            return
+        for node, ranks in theirs.items():
             self.add(node, ranks)
 
     def discard(self, node: NodeId, ranks: Share | None = None) -> None:
         """Strike off what a node holds of `ranks`; default all of it."""
-        before = self._held.pop(node, frozenset())
+        before = self._held.get(node, _NOTHING)
         gone = before if ranks is None else before & ranks
+        if not gone:
+            return
         if left := before - gone:
             self._held[node] = left
+        else:
+            del self._held[node]
         self._count_R[list(gone)] -= 1
+        self._whole = None
+
+    def discard_all(self, nodes: Iterable[NodeId]) -> None:
+        """Strike off all that some nodes hold."""
+        gone = [ranks for node in nodes if (ranks := self._held.pop(node, None)) is not None]
+        if gone:
+            self._count_R -= _counted(gone if self._held else (), len(self._count_R))
+            self._whole = None
+        if not self._held:
+            self._count_R[:] = 0
 
     def of(self, node: NodeId) -> Share:
         """Return what a node holds."""
-        return self._held.get(node, frozenset())
+        return self._held.get(node, _NOTHING)
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is a copy of every rank's shard."""
+        if self._whole is None:
+            self._whole = bool(self._count_R.all())
+        return self._whole
 
     def holders(self, rank: Rank) -> list[NodeId]:
         """Return who holds a shard, sorted."""
         if not self._count_R[rank]:
             return []
         return sorted(node for node, ranks in self._held.items() if rank in ranks)
-
-    def nodes(self) -> Iterator[NodeId]:
-        """Yield every node that holds any."""
-        yield from self._held
 
     def ranks(self) -> list[Rank]:
         """Return the ranks of which there is a copy, ascending."""
@@ -82,8 +110,15 @@ class Copies:
         """Return how many copies each rank has, not counting those of some nodes."""
         counted_R = self._count_R.copy()
         for node in without:
-            counted_R[list(self.of(node))] -= 1
+            if held := self.of(node):
+                counted_R[list(held)] -= 1
         return counted_R
+
+
+def _counted(shares: Iterable[Share], world_size: int) -> npt.NDArray[np.int32]:
+    """Return in how many of the shares each rank is, shape [R]."""
+    ranks = np.fromiter(chain.from_iterable(shares), np.int64)
+    return np.bincount(ranks, minlength=world_size).astype(np.int32)
 
 
 class Holdings:
@@ -128,6 +163,11 @@ class Holdings:
         """Strike off copies of a step."""
         if step in self._steps:
             self._steps[step].discard(node, ranks)
+
+    def discard_all(self, step: Step, nodes: Iterable[NodeId]) -> None:
+        """Strike off all that some nodes hold of a step."""
+        if step in self._steps:
+            self._steps[step].discard_all(nodes)
 
     def forget(self, node: NodeId) -> None:
         """Strike off all that a node holds."""

@@ -51,7 +51,7 @@ def inherit(state: RunState, left: Inherited) -> None:
         node: Quarantined(node=node, since=state.now, why=why) for node, why in left.quarantined
     }
     # Without what was found wrong with them: the durable tier is asked anew.
-    state.commits = []
+    state.commits, state.sound_commits = [], set()
     state.know_commits(Committed(c.step, c.epoch, c.key, state.now) for c in left.commits)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter
+
 from orchestrator.core import copies
 from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
 from orchestrator.core.state import RunState, decide
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Step
+from orchestrator.protocol.messages import Receipt, ShardsWritten
+
+_shard = attrgetter("shard")
 
 
 def save(state: RunState) -> list[Decision]:
@@ -38,10 +45,7 @@ def save(state: RunState) -> list[Decision]:
 def commit_decision(state: RunState, step: Step) -> CommitCheckpoint:
     """Return the order to commit a step that is being committed."""
     reports = state.written[step]
-    receipts = sorted(
-        (receipt for report in reports.values() for receipt in report.receipts),
-        key=lambda receipt: receipt.shard,
-    )
+    receipts = sorted(_receipts(reports.values()), key=_shard)
     return CommitCheckpoint(
         # The epoch of a commit is the generation that wrote its shards.
         generation=state.committing[step],
@@ -58,5 +62,8 @@ def _written_whole(state: RunState, step: Step) -> bool:
     # Asked for at every event, of thousands of receipts: nearly always some are still missing.
     if sum(len(report.receipts) for report in reports.values()) < state.shard_count():
         return False
-    shards = {receipt.shard for report in reports.values() for receipt in report.receipts}
-    return len(shards) == state.shard_count()
+    return len(set(map(_shard, _receipts(reports.values())))) == state.shard_count()
+
+
+def _receipts(reports: Iterable[ShardsWritten]) -> Iterator[Receipt]:
+    return chain.from_iterable(report.receipts for report in reports)

@@ -319,8 +319,8 @@ class RunState:
             return
         self.seats, self.buddies = seats, buddies
         self.seated = ranks_by_node(seats)
-        own = {node: frozenset(ranks) for node, ranks in self.seated.items()}
-        both: dict[NodeId, Share] = dict(own)
+        own: dict[NodeId, Share] = {n: frozenset(ranks) for n, ranks in self.seated.items()}
+        both = dict(own)
         for node, buddy in buddies.items():
             both[buddy] = both.get(buddy, frozenset()) | own[node]
         self.staged, self.copied = Copies(len(seats), own), Copies(len(seats), both)
@@ -357,14 +357,23 @@ class RunState:
 
     def know_commits(self, commits: Iterable[Committed]) -> None:
         """Enter checkpoints that are durable; forget those that were deleted long ago."""
-        self.commits = [*self.commits, *commits][-COMMITS_MAX:]
-        self.judge_commits()
+        new = list(commits)[-COMMITS_MAX:]
+        known = [*self.commits, *new]
+        forgotten, self.commits = known[:-COMMITS_MAX], known[-COMMITS_MAX:]
+        # Only what changes is judged: there is another one every few minutes, for months.
+        gone = {one.step for one in forgotten}
+        again = [*new, *(one for one in self.commits if one.step in gone)] if gone else new
+        self.sound_commits -= gone
+        self.sound_commits |= self._sound_among(again)
 
     def judge_commits(self) -> None:
         """Keep up which of them nobody found bad, and are of a state that is trusted."""
-        self.sound_commits = {
+        self.sound_commits = self._sound_among(self.commits)
+
+    def _sound_among(self, commits: Iterable[Committed]) -> set[Step]:
+        return {
             known.step
-            for known in self.commits
+            for known in commits
             if not known.rejected and trusted(self.onsets, known.step, known.epoch)
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.journal import Entry
@@ -18,6 +18,14 @@ from storage.manifest import parse_commit_key
 T = TypeVar("T")
 
 
+class _Parts(NamedTuple):
+    """What some ranks have to do with the durable tier."""
+
+    ranks: tuple[Rank, ...]
+    shard_of: tuple[int, ...]
+    writers: tuple[Rank, ...]
+
+
 class Orders:
     """The orders of one run.
 
@@ -28,6 +36,8 @@ class Orders:
     def __init__(self, run: TrainingRun) -> None:
         self.started: StartGeneration | None = None
         self._shards = run.shard_count
+        everybody = cast("tuple[Rank, ...]", tuple(range(run.world_size)))
+        self._of_all = self._parts(everybody)
         self._restore: Step | None = None
         self._ancestors: tuple[Ancestor, ...] = ()
         self._ranks: dict[NodeId, tuple[Rank, ...]] = {}
@@ -66,8 +76,7 @@ class Orders:
             peers: addresses for it.
         """
         started = self._started()
-        ranks = cast("tuple[Rank, ...]", tuple(range(len(started.seats))))
-        return self._begin(order, ranks, started.dismiss, started.buddies, peers)
+        return self._begin(order, self._of_all, started.dismiss, started.buddies, peers)
 
     def begin_on(self, node: NodeId, order: str, peers: dict[NodeId, str]) -> Begin:
         """Return the part of that which is about the ranks of one node.
@@ -80,7 +89,15 @@ class Orders:
         started, ranks = self._started(), self._ranks[node]
         dismiss = tuple(rank for rank in started.dismiss if rank in ranks)
         buddies = {n: buddy for n, buddy in ((node, started.buddies.get(node)),) if buddy}
-        return self._begin(order, ranks, dismiss, buddies, peers)
+        return self._begin(order, self._parts(ranks), dismiss, buddies, peers)
+
+    def _parts(self, ranks: tuple[Rank, ...]) -> _Parts:
+        # Replicas hold the same shards, and the first one has the lowest ranks.
+        return _Parts(
+            ranks=ranks,
+            shard_of=tuple(rank % self._shards for rank in ranks),
+            writers=tuple(rank for rank in ranks if rank < self._shards),
+        )
 
     def _started(self) -> StartGeneration:
         assert self.started is not None, "no generation has been started"
@@ -89,13 +106,13 @@ class Orders:
     def _begin(
         self,
         order: str,
-        ranks: tuple[Rank, ...],
+        parts: _Parts,
         dismiss: tuple[Rank, ...],
         buddies: dict[NodeId, NodeId],
         peers: dict[NodeId, str],
     ) -> Begin:
         started = self._started()
-        restore = started.restore
+        restore, ranks = started.restore, parts.ranks
         return Begin(
             order=order,
             generation=started.generation,
@@ -109,9 +126,8 @@ class Orders:
             ancestors=self._ancestors,
             sources=_taken(restore.sources, ranks) if restore else (),
             commit=restore.commit if restore else "",
-            shard_of=tuple(rank % self._shards for rank in ranks),
-            # Replicas hold the same shards, and the first one has the lowest ranks.
-            writers=tuple(rank for rank in ranks if rank < self._shards),
+            shard_of=parts.shard_of,
+            writers=parts.writers,
         )
 
     def fence(self, order: str, generation: Generation) -> Fence:

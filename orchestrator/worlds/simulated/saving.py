@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from orchestrator.core.events import CopiesHeld, Together
@@ -20,6 +21,11 @@ MODEL = "simulated"
 class _Pending(NamedTuple):
     at: Seconds
     save: Save
+
+
+@lru_cache(maxsize=1)
+def _receipts(shards: int) -> tuple[Receipt, ...]:
+    return tuple(Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in range(shards))
 
 
 class Saving:
@@ -41,10 +47,9 @@ class Saving:
         self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
         self._steps = run.spec.trainer.steps
         self._shards = run.shard_count
-        self._writers = [n for n in team.members if min(team.ranks[n.id]) < self._shards]
-        self._receipts = tuple(
-            Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in range(self._shards)
-        )
+        # Ranks ascend.
+        self._writers = [n for n in team.members if team.ranks[n.id][0] < self._shards]
+        self._receipts = _receipts(self._shards)
         self._seen = team.start
         self._owes_last = True
         self.last_written = False
@@ -106,6 +111,11 @@ class Saving:
             self._copies.remove(pending)
             if self.alike.possible and self.alike.copy(pending.save):
                 self._tell_together(pending.save, copied=True)
+                continue
+            if self._many and not any(pending.save in node.shelf for node in self._team.members):
+                # Nobody looked for so long that newer ones have taken its place everywhere.
+                names = tuple(self._team.ranks)
+                self._tell_together(pending.save, copied=True, missing=names, uncopied=names)
                 continue
             takers = {node.id: self._sent(node, pending.save) for node in self._team.members}
             if self._many:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,8 @@ from orchestrator.protocol.phases import RankPhase
 _PATIENT = np.array([phase.patient for phase in RankPhase])
 
 
-class Fleet:
-    """What telemetry has said about the ranks of one generation."""
+class _Columns:
+    """One array per fact, each of shape [R]."""
 
     def __init__(self, world_size: int, at: Seconds) -> None:
         self.phase_R = np.zeros(world_size, np.int64)
@@ -27,11 +28,88 @@ class Fleet:
         self.progress_R = np.full(world_size, -1, np.int64)
         self.cpu_s_R = np.zeros(world_size)
         self.cpu_at_move_s_R = np.zeros(world_size)
-        """Processor seconds when the rank last moved: the difference says who is spinning."""
         self.moved_at_R = np.full(world_size, at)
         self.stopped_since_R = np.full(world_size, np.inf)
+        self.letter_R = np.full(world_size, ord("?"), np.uint8)
+
+
+class _Row(NamedTuple):
+    """What is known of each rank while that is the same of all of them."""
+
+    phase: int
+    step: int
+    progress: int
+    state: str
+    cpu_s: float
+    cpu_at_move_s: float
+    moved_at: Seconds
+    stopped_since: float
+
+
+class Fleet:
+    """What telemetry has said about the ranks of one generation.
+
+    Attributes:
+        last_moved_at: when any of them moved last, or was forgiven for standing still.
+        stopped_since: since when the kernel has shown any process as stopped; inf if it shows none.
+    """
+
+    def __init__(self, world_size: int, at: Seconds) -> None:
+        self._columns = _Columns(world_size, at)
+        self._row: _Row | None = None
+        """Of all ranks, if it is newer than the columns."""
+        self.last_moved_at = at
+        self.stopped_since = math.inf
+
+    # Columns --------------------------------------------------------------------------------------
+
+    @property
+    def phase_R(self) -> npt.NDArray[np.int64]:
+        """Index into RankPhase."""
+        return self._filled().phase_R
+
+    @property
+    def step_R(self) -> npt.NDArray[np.int64]:
+        """Steps completed, -1 if it never said."""
+        return self._filled().step_R
+
+    @property
+    def progress_R(self) -> npt.NDArray[np.int64]:
+        """Signs of life, -1 if there was none."""
+        return self._filled().progress_R
+
+    @property
+    def cpu_s_R(self) -> npt.NDArray[np.float64]:
+        """Processor seconds."""
+        return self._filled().cpu_s_R
+
+    @property
+    def cpu_at_move_s_R(self) -> npt.NDArray[np.float64]:
+        """Processor seconds when the rank last moved: the difference says who is spinning."""
+        return self._filled().cpu_at_move_s_R
+
+    @property
+    def moved_at_R(self) -> npt.NDArray[np.float64]:
+        """When the rank last moved."""
+        return self._filled().moved_at_R
+
+    @property
+    def stopped_since_R(self) -> npt.NDArray[np.float64]:
         """Since when the kernel has shown the process as stopped; inf if it does not."""
-        self._letter_R = np.full(world_size, ord("?"), np.uint8)
+        return self._filled().stopped_since_R
+
+    def _filled(self) -> _Columns:
+        """Return the columns with what was told of all ranks alike."""
+        columns, row = self._columns, self._row
+        if row is not None:
+            self._row = None
+            columns.phase_R[:], columns.step_R[:] = row.phase, row.step
+            columns.progress_R[:], columns.letter_R[:] = row.progress, ord(row.state)
+            columns.cpu_s_R[:], columns.cpu_at_move_s_R[:] = row.cpu_s, row.cpu_at_move_s
+            columns.moved_at_R[:], columns.stopped_since_R[:] = row.moved_at, row.stopped_since
+        return columns
+
+    # Telemetry ------------------------------------------------------------------------------------
 
     def observe(
         self,
@@ -47,54 +125,82 @@ class Fleet:
 
         A column of length one says the same of every rank.
         """
-        columns = (phases, steps, progress, states, cpu_s)
-        if progress[0] >= 0 and all(len(column) == 1 for column in columns):
+        told = (phases, steps, progress, states, cpu_s)
+        if progress[0] >= 0 and all(len(column) == 1 for column in told):
             self._observe_alike(at, phases[0], steps[0], progress[0], states, cpu_s[0])
             return
+        columns = self._filled()
         progress_R = np.asarray(progress, np.int64)
         known_R = progress_R >= 0
-        moved_R = known_R & (progress_R != self.progress_R)
+        moved_R = known_R & (progress_R != columns.progress_R)
         cpu_R = np.asarray(cpu_s, np.float64)
-        self.phase_R = np.where(known_R, np.asarray(phases, np.int64), self.phase_R)
-        self.step_R = np.where(known_R, np.asarray(steps, np.int64), self.step_R)
-        self.progress_R = np.where(known_R, progress_R, self.progress_R)
-        self.cpu_s_R = np.where(known_R, cpu_R, self.cpu_s_R)
-        self.moved_at_R = np.where(moved_R, at, self.moved_at_R)
-        self.cpu_at_move_s_R = np.where(moved_R, cpu_R, self.cpu_at_move_s_R)
+        columns.phase_R = np.where(known_R, np.asarray(phases, np.int64), columns.phase_R)
+        columns.step_R = np.where(known_R, np.asarray(steps, np.int64), columns.step_R)
+        columns.progress_R = np.where(known_R, progress_R, columns.progress_R)
+        columns.cpu_s_R = np.where(known_R, cpu_R, columns.cpu_s_R)
+        columns.moved_at_R = np.where(moved_R, at, columns.moved_at_R)
+        columns.cpu_at_move_s_R = np.where(moved_R, cpu_R, columns.cpu_at_move_s_R)
         # Not every tick hears of every rank: what is unknown is as it was.
         letter_R = np.frombuffer(states.encode("ascii", "replace"), np.uint8)
-        self._letter_R = np.where(known_R, letter_R, self._letter_R)
-        stopped_R = ((self._letter_R == ord("T")) | (self._letter_R == ord("t"))) & ~moved_R
-        since_R = np.minimum(self.stopped_since_R, at)
-        self.stopped_since_R = np.where(stopped_R, since_R, np.inf)
+        columns.letter_R = np.where(known_R, letter_R, columns.letter_R)
+        shown_R = (columns.letter_R == ord("T")) | (columns.letter_R == ord("t"))
+        self._stop(columns, at, shown_R & ~moved_R)
+        if bool(moved_R.any()):
+            self.last_moved_at = at
 
     def _observe_alike(
         self, at: Seconds, phase: int, step: int, progress: int, state: str, cpu_s: float
     ) -> None:
         """Take in one tick in which every rank does the same: nearly every one."""
-        moved_R = self.progress_R != progress
-        self.phase_R[:], self.step_R[:], self.progress_R[:] = phase, step, progress
-        self.cpu_s_R[:], self._letter_R[:] = cpu_s, ord(state)
-        self.moved_at_R[moved_R] = at
-        self.cpu_at_move_s_R[moved_R] = cpu_s
-        if state in "Tt":
-            self.stopped_since_R = np.where(moved_R, np.inf, np.minimum(self.stopped_since_R, at))
-        else:
-            self.stopped_since_R[:] = np.inf
+        if self._row is not None:
+            row = self._row
+            moved = row.progress != progress
+            stopped = state in "Tt" and not moved
+            self._row = _Row(
+                phase, step, progress, state, cpu_s,
+                cpu_at_move_s=cpu_s if moved else row.cpu_at_move_s,
+                moved_at=at if moved else row.moved_at,
+                stopped_since=min(row.stopped_since, at) if stopped else math.inf,
+            )  # fmt: skip
+            self.stopped_since = self._row.stopped_since
+            self.last_moved_at = self._row.moved_at
+            return
+        columns = self._columns
+        moved_R = columns.progress_R != progress
+        if bool(moved_R.all()):
+            self._row = _Row(phase, step, progress, state, cpu_s, cpu_s, at, math.inf)
+            self.last_moved_at, self.stopped_since = at, math.inf
+            return
+        columns.phase_R[:], columns.step_R[:], columns.progress_R[:] = phase, step, progress
+        columns.cpu_s_R[:], columns.letter_R[:] = cpu_s, ord(state)
+        columns.moved_at_R[moved_R] = at
+        columns.cpu_at_move_s_R[moved_R] = cpu_s
+        self._stop(columns, at, ~moved_R if state in "Tt" else np.zeros_like(moved_R))
+        if bool(moved_R.any()):
+            self.last_moved_at = at
+
+    def _stop(self, columns: _Columns, at: Seconds, stopped_R: npt.NDArray[np.bool_]) -> None:
+        """Enter which processes are shown as stopped, and have not moved."""
+        since_R = np.minimum(columns.stopped_since_R, at)
+        columns.stopped_since_R = np.where(stopped_R, since_R, np.inf)
+        self.stopped_since = float(columns.stopped_since_R.min())
 
     @property
     def states(self) -> str:
         """Return the kernel's process state of each rank, one letter each, "?" where unknown."""
-        return self._letter_R.tobytes().decode("ascii")
+        return self._filled().letter_R.tobytes().decode("ascii")
 
     def state_of(self, rank: Rank) -> str:
         """Return the kernel's process state of a rank."""
-        return chr(self._letter_R[rank])
+        return chr(self._filled().letter_R[rank])
 
     def forgive(self, at: Seconds) -> None:
         """Count standing still from `at` on: until then nobody was looking."""
-        self.moved_at_R = np.maximum(self.moved_at_R, at)
-        self.stopped_since_R = np.where(np.isinf(self.stopped_since_R), np.inf, at)
+        columns = self._filled()
+        columns.moved_at_R = np.maximum(columns.moved_at_R, at)
+        columns.stopped_since_R = np.where(np.isinf(columns.stopped_since_R), np.inf, at)
+        self.last_moved_at = max(self.last_moved_at, at)
+        self.stopped_since = math.inf if math.isinf(self.stopped_since) else at
 
     def patient_R(self) -> npt.NDArray[np.bool_]:
         """Return which ranks announced a phase in which standing still is no hang."""

@@ -52,10 +52,10 @@ class Hang:
 
 def stopped(state: RunState) -> list[Finding]:
     """Find processes that the kernel shows as stopped (SIGSTOP, a debugger), in any phase."""
+    if not state.now - state.fleet.stopped_since > state.timeouts.stopped_s:
+        return []
     frozen_R = state.now - state.fleet.stopped_since_R > state.timeouts.stopped_s
     ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(frozen_R))
-    if not ranks:
-        return []
     since = Seconds(float(state.fleet.moved_at_R[list(ranks)].min()))
     words = f"process stopped (state T), no progress for {state.now - since:.1f} s"
     return [_finding(state, ranks, since, words)]
@@ -67,6 +67,8 @@ def standing_still(state: RunState) -> list[Finding]:
     limit_s = step_limit_s(state)
     if state.phase is not RunPhase.TRAINING or limit_s is None:
         return []
+    if state.now - fleet.last_moved_at <= limit_s:
+        return []
     idle_R = state.now - fleet.moved_at_R
     # A rank that is done waits for the others; it is no reason for them to stand still.
     done_R = fleet.phase_R == RankPhase.DONE
@@ -74,7 +76,7 @@ def standing_still(state: RunState) -> list[Finding]:
         return []
     patient_R = fleet.patient_R() & ~done_R
     # One rank that saves or compiles explains why all others wait for it.
-    if bool((idle_R <= limit_s).any()) or bool((patient_R & (idle_R <= patience_s(state))).any()):
+    if bool((patient_R & (idle_R <= patience_s(state))).any()):
         return []
     ranks = culprits(state)
     since = Seconds(float(fleet.moved_at_R.max()))

@@ -132,9 +132,9 @@ def raising() -> Cluster:
     return cluster
 
 
-def succeeded(lanes: dict[int, tuple[int, int]] | None = None) -> Cluster:
+def succeeded(lanes: dict[int, tuple[int, int]] | None = None, run: str = SHORT) -> Cluster:
     """A short run that lost a node on the way and reached its last step."""
-    cluster = Cluster(SHORT)
+    cluster = Cluster(run)
     cluster.start()
     cluster.train(8)
     cluster.hold(8)

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from orchestrator.protocol.layout import Layout
 from trainer import parallel
 from trainer.data import Samples, open_tokens
 from trainer.job import read_job
@@ -52,7 +53,7 @@ def main() -> None:
     arguments = _arguments()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = read_job(msgspec.json.decode(arguments.job.read_bytes()), size)
-    with _world(job.trainer.device, job.mesh) as world:
+    with _world(job.trainer.device, job.layout) as world:
         tokens = open_tokens(job.trainer.data, job.tokenizer, arguments.cache, lambda: None)
         training = Training(job.trainer, job.config, Samples(tokens, job.trainer), world)
         done = _load(training, arguments.saves) if arguments.save_every else 0
@@ -73,12 +74,12 @@ def _arguments() -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def _world(device: str, mesh: tuple[int, int]) -> Iterator[parallel.World]:
+def _world(device: str, layout: Layout) -> Iterator[parallel.World]:
     store, rank, _ = next(rendezvous("env://"))
     # torchrun hands every attempt the same store, where addresses of the dead are still written.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     world = parallel.World(
-        rank, mesh, parallel.device_of(device, int(os.environ.get("LOCAL_RANK", "0")))
+        rank, layout, parallel.device_of(device, int(os.environ.get("LOCAL_RANK", "0")))
     )
     world.join(PrefixStore(f"attempt-{attempt}", store), timeout_s=600.0)
     yield world

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.cutting import obstacles, unsupported
 from orchestrator.protocol.fitting import batch_misfits
+from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
-from trainer import parallel
 from trainer.config import ModelConfig, model_config
 from trainer.tokenizer import Tokenizer, open_tokenizer
 
@@ -22,8 +23,8 @@ class Job(NamedTuple):
     checkpoint: runfile.Checkpoint
     config: ModelConfig
     tokenizer: Tokenizer
-    mesh: tuple[int, int]
-    """Replicas that are there, shards per replica."""
+    layout: Layout
+    """With the replicas that are there."""
 
 
 def read_job(job: dict[str, object], world_size: int) -> Job:
@@ -33,18 +34,44 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         MisconfiguredError: if the run can not be trained as written.
     """
     trainer = msgspec.convert(job.get("trainer", {}), runfile.Trainer)
-    layout = msgspec.convert(job.get("parallelism", {}), runfile.Parallelism)
+    parallelism = msgspec.convert(job.get("parallelism", {}), runfile.Parallelism)
     config = model_config(trainer.model)
-    mesh = parallel.mesh_shape(layout, world_size)
-    for misfit in batch_misfits(trainer, layout.dp_replicate, mesh[1]):
-        raise MisconfiguredError(misfit.message, hint=misfit.hint)
+    layout = layout_of(parallelism, world_size)
+    whole = layout._replace(dp_replicate=parallelism.dp_replicate)
+    for message, hint in (
+        *batch_misfits(trainer, whole.dp_replicate, whole.dp_shard),
+        *unsupported(parallelism),
+        *obstacles(config, trainer, whole),
+    ):
+        raise MisconfiguredError(message, hint=hint)
     # Of the whole world, so that a rank needs no more memory when there are fewer.
-    share = trainer.global_batch // (layout.dp_replicate * mesh[1])
+    share = trainer.global_batch // whole.readers
     trainer = msgspec.structs.replace(trainer, micro_batch=trainer.micro_batch or share)
     return Job(
         trainer,
         msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),
         config,
         open_tokenizer(trainer.tokenizer, config.vocab),
-        mesh,
+        layout,
     )
+
+
+def layout_of(parallelism: runfile.Parallelism, ranks: int) -> Layout:
+    """Return how a world of so many ranks is cut.
+
+    A world may have fewer replicas than `dpReplicate`, if `dpShard` says how large one is: nodes
+    were lost, and nobody is there to take their seats.
+
+    Raises:
+        MisconfiguredError: if it is not made of whole replicas.
+    """
+    whole = parallelism.layout(ranks)
+    replicas, rest = divmod(ranks, whole.shard_count)
+    fewer = parallelism.dp_shard is not None and 1 <= replicas < whole.dp_replicate
+    if rest or not (replicas == whole.dp_replicate or fewer):
+        raise MisconfiguredError(
+            f"spec.parallelism is {whole}, expected {ranks} ranks",
+            hint="leave out dpShard to have it fill what the other dimensions leave; a world may "
+            "have fewer replicas, but each of them whole",
+        )
+    return whole._replace(dp_replicate=replicas)

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
 from trainer.model import Llama
 from trainer.shares import Place
@@ -53,18 +54,21 @@ class _Mesh(DeviceMesh):
 
 
 class World:
-    """The process groups of one generation: a mesh of `replicas` x `shards` ranks.
+    """The process groups of one generation.
 
     Attributes:
+        layout: how its ranks are cut, and where this one stands is `position`.
         replica: which copy of the model this rank works on.
-        shard: which part of that copy is its own.
+        shard: which of `shards` parts of that copy is its own.
+        place: where this rank stands among those that train on different data.
     """
 
-    def __init__(self, rank: int, shape: tuple[int, int], device: torch.device) -> None:
-        self.rank, (self.replicas, self.shards), self.device = rank, shape, device
-        self.size = self.replicas * self.shards
-        self.replica, self.shard = divmod(rank, self.shards)
-        self.place = Place(self.replica, self.replicas, self.shard, self.shards)
+    def __init__(self, rank: int, layout: Layout, device: torch.device) -> None:
+        self.rank, self.layout, self.device = rank, layout, device
+        self.size, self.shards = layout.world_size, layout.shard_count
+        self.position = at = layout.position(rank)
+        self.replica, self.shard = at.dp_replicate, layout.shard_of(rank)
+        self.place = Place(self.replica, layout.dp_replicate, at.dp_shard, layout.dp_shard)
         self.mesh: DeviceMesh | None = None
         self._store: Store | None = None
         self._others = _sockets()
@@ -84,7 +88,7 @@ class World:
             timeout=timedelta(seconds=timeout_s),
             device_id=self.device if cuda else None,
         )
-        ranks = torch.arange(self.size).view(self.replicas, self.shards)
+        ranks = torch.arange(self.size).view(self.layout.dp_replicate, self.layout.dp_shard)
         self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -140,9 +144,7 @@ class World:
 
 
 @contextlib.contextmanager
-def form(
-    worker: Worker, seat: Seat, job: runfile.Trainer, shape: tuple[int, int]
-) -> Iterator[World]:
+def form(worker: Worker, seat: Seat, job: runfile.Trainer, layout: Layout) -> Iterator[World]:
     """Form the world of this seat's generation, and leave it however the block ends.
 
     Raises:
@@ -150,7 +152,7 @@ def form(
         Aborted: if this rank was told to leave.
         MisconfiguredError: if there is no such device.
     """
-    world = World(seat.rank, shape, device_of(job.device, seat.local_rank))
+    world = World(seat.rank, layout, device_of(job.device, seat.local_rank))
     worker.on_abort(world.break_out)
     try:
         store = _open_store(worker, seat)
@@ -182,7 +184,7 @@ def _give_way(worker: Worker, error: BaseException) -> NoReturn:
 @contextlib.contextmanager
 def alone(store: Store | None = None) -> Iterator[World]:
     """Form a world of one, on the CPU, and leave it without a trace."""
-    world = World(0, (1, 1), device_of("cpu", 0))
+    world = World(0, Layout(), device_of("cpu", 0))
     try:
         world.join(store or HashStore(), 60.0)
         yield world
@@ -214,34 +216,6 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def mesh_shape(parallelism: runfile.Parallelism, world_size: int) -> tuple[int, int]:
-    """Return (replicas, shards per replica) of a world that is cut as `spec.parallelism` asks.
-
-    A world may have fewer replicas than `dpReplicate`, if `dpShard` says how large one is: nodes
-    were lost, and nobody is there to take their seats.
-
-    Raises:
-        MisconfiguredError: for tensor, pipeline or context parallelism, or a wrong product.
-    """
-    for dimension in ("tp", "pp", "cp"):
-        if getattr(parallelism, dimension) != 1:
-            raise MisconfiguredError(
-                f"spec.parallelism.{dimension} is {getattr(parallelism, dimension)}, expected 1",
-                hint="this trainer has data parallelism only: dpReplicate x dpShard",
-            )
-    wanted = parallelism.dp_replicate
-    shards = parallelism.dp_shard or max(world_size // wanted, 1)
-    replicas, rest = divmod(world_size, shards)
-    fewer = parallelism.dp_shard is not None and 1 <= replicas < wanted
-    if rest or not (replicas == wanted or fewer):
-        raise MisconfiguredError(
-            f"dpReplicate x dpShard is {wanted} x {shards}, expected {world_size} ranks",
-            hint="leave out dpShard to have it fill what dpReplicate leaves; a world may have "
-            "fewer replicas, but each of them whole",
-        )
-    return replicas, shards
 
 
 def shard(model: Llama, world: World) -> Llama:

@@ -33,7 +33,7 @@ _POLL_S = 0.01
 def train(worker: Worker, seat: Seat) -> None:
     """Train one generation, as `orchestrator.worker.serve` wants it."""
     job = read_job(seat.job, seat.world_size)
-    with parallel.form(worker, seat, job.trainer, job.mesh) as world:
+    with parallel.form(worker, seat, job.trainer, job.layout) as world:
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
         tokens = open_tokens(job.trainer.data, job.tokenizer, seat.cache_dir, worker.check)

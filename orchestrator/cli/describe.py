@@ -113,9 +113,7 @@ def _controller_words(state: RunState, pid: int | None) -> str:
 
 
 def _parallelism(state: RunState) -> str:
-    p = state.run.spec.parallelism
-    shard = p.dp_shard or state.shard_count() // (p.tp * p.pp * p.cp)
-    return f"dpReplicate {p.dp_replicate} x dpShard {shard} x tp {p.tp} x pp {p.pp} x cp {p.cp}"
+    return str(state.run.layout)
 
 
 def _life(folder: RunFolder) -> str:

@@ -214,19 +214,21 @@ def state_digest(state: RunState) -> str | None:
     Replicas repeat the shards of the first; each shard counts once, so that the digest does not
     depend on how many replicas there were.
     """
-    shards = [Rank(shard) for shard in range(state.shard_count())]
-    if any(shard not in state.lanes for shard in shards):
+    ranks = [Rank(rank) for rank in state.run.layout.ranks_of(replica=0)]
+    if any(rank not in state.lanes for rank in ranks):
         return None
-    first, second = (sum(lanes) for lanes in zip(*(state.lanes[s] for s in shards), strict=True))
+    first, second = (sum(lanes) for lanes in zip(*(state.lanes[r] for r in ranks), strict=True))
     return f"{first % 2**64:016x}{second % 2**64:016x}"
 
 
 def _replicas_differ(state: RunState) -> list[int]:
     """Compare replicas; one that reports (0, 0) leaves it to the first to speak for its shard."""
+    layout = state.run.layout
     return [
         rank
         for rank, lanes in sorted(state.lanes.items())
-        if lanes != (0, 0) and lanes != state.lanes.get(Rank(state.shard_of(rank)), lanes)
+        if lanes != (0, 0)
+        and lanes != state.lanes.get(Rank(layout.rank_of(layout.shard_of(rank))), lanes)
     ]
 
 

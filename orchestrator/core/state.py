@@ -386,12 +386,8 @@ class RunState:
         return self.run.shard_count
 
     def shard_of(self, rank: Rank) -> int:
-        """Return the durable shard of a rank.
-
-        Ranks are ordered pp, dpReplicate, dpShard, cp, tp, and pp = 1 until pipelines exist, so
-        replicas repeat the same shards in the same order.
-        """
-        return rank % self.shard_count()
+        """Return the durable shard of a rank."""
+        return self.run.layout.shard_of(rank)
 
 
 def decide(state: RunState, kind: type[D], reason: str, /, **fields: Any) -> D:  # noqa: ANN401

@@ -91,9 +91,7 @@ def _before(state: RunState, incident: Incident) -> Iterator[Incident]:
 
 def _groups(state: RunState, nodes: tuple[NodeId, ...]) -> list[NodeId]:
     """Return the nodes of every replica that some nodes are part of, those nodes first."""
-    size = state.shard_count()
-    replicas = {rank // size for node in nodes for rank in state.ranks_of(node)}
-    seats = [
-        state.seats[rank] for r in sorted(replicas) for rank in range(r * size, (r + 1) * size)
-    ]
+    layout = state.run.layout
+    replicas = {layout.replica_of(rank) for node in nodes for rank in state.ranks_of(node)}
+    seats = [state.seats[rank] for r in sorted(replicas) for rank in layout.ranks_of(r)]
     return list(dict.fromkeys([*nodes, *seats]))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from orchestrator.protocol import sizes
+from orchestrator.protocol.cutting import obstacles, unsupported
 from orchestrator.protocol.runfile import Trainer, TrainingRun, seconds
 
 EMBEDDED = Trainer().entrypoint
@@ -51,12 +52,10 @@ def warm_up_words(run: TrainingRun) -> str:
 
 
 def _world(run: TrainingRun) -> Iterator[Misfit]:
-    p, nodes = run.spec.parallelism, run.spec.nodes
-    fixed = p.dp_replicate * p.tp * p.pp * p.cp
-    shard = p.dp_shard if p.dp_shard is not None else max(run.world_size // fixed, 1)
-    if fixed * shard != run.world_size:
+    nodes, layout = run.spec.nodes, run.layout
+    if layout.world_size != run.world_size:
         yield Misfit(
-            f"spec.parallelism multiplies to {fixed * shard}, expected {run.world_size} "
+            f"spec.parallelism multiplies to {layout.world_size}, expected {run.world_size} "
             f"(nodes.count {nodes.count} x nodes.ranksPerNode {nodes.ranks_per_node})",
             "leave out dpShard to have it fill what the other dimensions leave",
         )
@@ -97,18 +96,28 @@ def _sizes(model: str | dict[str, Any]) -> Iterator[Misfit]:
         yield Misfit(f"{where}: {message}", what_to_do)
 
 
+def _config(model: str | dict[str, Any]) -> sizes.ModelConfig | None:
+    """Return the sizes of a model; None if they are not written as they should be."""
+    if isinstance(model, str):
+        return sizes.PRESETS.get(model)
+    try:
+        config = msgspec.convert(model, sizes.ModelConfig)
+    except msgspec.ValidationError:
+        return None
+    return None if any(sizes.misfits(config)) else config
+
+
 def _embedded(run: TrainingRun) -> Iterator[Misfit]:
     """Yield what the embedded trainer would refuse for other reasons than its model."""
     trainer = run.spec.trainer
-    for dimension in ("tp", "pp", "cp"):
-        if (found := getattr(run.spec.parallelism, dimension)) != 1:
-            yield Misfit(
-                f"spec.parallelism.{dimension} is {found}, expected 1",
-                "this trainer has data parallelism only: dpReplicate x dpShard",
-            )
-    replicas = run.spec.parallelism.dp_replicate
-    if run.world_size % replicas == 0:  # or `_world` has said so
-        yield from batch_misfits(trainer, replicas, run.world_size // replicas)
+    for obstacle in unsupported(run.spec.parallelism):
+        yield Misfit(*obstacle)
+    layout = run.layout
+    if layout.world_size == run.world_size:  # or `_world` has said so
+        yield from batch_misfits(trainer, layout.dp_replicate, layout.dp_shard)
+        config = _config(trainer.model)
+        for obstacle in obstacles(config, trainer, layout) if config is not None else ():
+            yield Misfit(*obstacle)
     if trainer.data is not None and (not trainer.data or not all(trainer.data)):
         yield Misfit(
             "spec.trainer.data names nothing",

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from orchestrator.protocol.layout import Layout
+
 API_VERSION = "holdfast.dev/v1alpha1"
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -72,6 +74,12 @@ class Parallelism(_Section, frozen=True, kw_only=True):
     pp: Positive = 1
     cp: Positive = 1
 
+    def layout(self, world_size: int) -> Layout:
+        """Return the sizes of all dimensions, in a world of so many ranks."""
+        fixed = self.pp * self.dp_replicate * self.cp * self.tp
+        shard = self.dp_shard or max(world_size // fixed, 1)
+        return Layout(self.pp, self.dp_replicate, shard, self.cp, self.tp)
+
 
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
@@ -88,6 +96,10 @@ class Trainer(_Section, frozen=True, kw_only=True):
     """Samples per optimizer step over all ranks."""
     micro_batch: Positive | None = None
     """Samples per forward pass of one rank; default all of its share at once."""
+    pipeline_schedule: Literal["1F1B", "interleaved"] = "1F1B"
+    """How micro-batches go through the stages of a pipeline, if parallelism.pp is above 1."""
+    stages_per_rank: Annotated[int, msgspec.Meta(ge=2, le=64)] = 2
+    """Stages of the pipeline that a rank has with `interleaved`; with `1F1B` it is one."""
     seed: NonNegative = 0
     data: tuple[str, ...] | str | None = None
     """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too."""
@@ -167,7 +179,12 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
     @property
     def shard_count(self) -> int:
         """How many different shards the state has: replicas share theirs."""
-        return self.world_size // self.spec.parallelism.dp_replicate
+        return self.layout.shard_count
+
+    @property
+    def layout(self) -> Layout:
+        """How the world is cut; says where a rank stands, and which shard it holds."""
+        return self.spec.parallelism.layout(self.world_size)
 
     def job(self) -> dict[str, Any]:
         """Return what a rank needs to know of this run, in the run file's own words.
@@ -176,7 +193,5 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         file says, and its number of ranks alone would not tell how.
         """
         spec: dict[str, Any] = msgspec.to_builtins(self.spec)
-        p = self.spec.parallelism
-        shard = p.dp_shard or self.shard_count // (p.tp * p.pp * p.cp)
-        spec["parallelism"]["dpShard"] = shard
+        spec["parallelism"]["dpShard"] = self.layout.dp_shard
         return {key: spec[key] for key in ("trainer", "parallelism", "checkpoint")}

@@ -35,7 +35,7 @@ class Orders:
 
     def __init__(self, run: TrainingRun) -> None:
         self.started: StartGeneration | None = None
-        self._shards = run.shard_count
+        self._layout = run.layout
         everybody = cast("tuple[Rank, ...]", tuple(range(run.world_size)))
         self._of_all = self._parts(everybody)
         self._restore: Step | None = None
@@ -92,11 +92,11 @@ class Orders:
         return self._begin(order, self._parts(ranks), dismiss, buddies, peers)
 
     def _parts(self, ranks: tuple[Rank, ...]) -> _Parts:
-        # Replicas hold the same shards, and the first one has the lowest ranks.
         return _Parts(
             ranks=ranks,
-            shard_of=tuple(rank % self._shards for rank in ranks),
-            writers=tuple(rank for rank in ranks if rank < self._shards),
+            shard_of=tuple(self._layout.shard_of(rank) for rank in ranks),
+            # Replicas hold the same shards.
+            writers=tuple(rank for rank in ranks if self._layout.replica_of(rank) == 0),
         )
 
     def _started(self) -> StartGeneration:

@@ -214,7 +214,7 @@ class Vault:
         )
 
     def _manifest(self, order: CommitCheckpoint) -> Manifest:
-        receipts = order.receipts
+        receipts, layout = order.receipts, self._run.layout
         return make_manifest(
             (
                 ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
@@ -225,8 +225,11 @@ class Vault:
             step=order.step,
             epoch=order.generation,
             layout={
-                "dpReplicate": self._run.spec.parallelism.dp_replicate,
-                "dpShard": len(order.receipts),
+                "pp": layout.pp,
+                "dpReplicate": layout.dp_replicate,
+                "dpShard": layout.dp_shard,
+                "cp": layout.cp,
+                "tp": layout.tp,
             },
         )
 

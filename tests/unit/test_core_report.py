@@ -14,7 +14,7 @@ from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Prepared
 from storage.digest import combine, render
 from tests.conftest import Cluster
-from tests.journals import commit, inject, killed_rank, raising, succeeded
+from tests.journals import SHORT, commit, inject, killed_rank, raising, succeeded
 
 
 def freeze(cluster: Cluster, rank: int) -> None:
@@ -101,6 +101,17 @@ def test_a_replica_that_ends_in_another_state_is_named() -> None:
     told = report(succeeded({0: (1, 2), 1: (3, 4), 2: (1, 2), 3: (3, 5)}).state)
 
     assert told.replicas_differ == [3]
+
+
+def test_with_a_pipeline_the_replicas_of_each_stage_repeat_each_other() -> None:
+    run = SHORT.replace("dpShard: 2", "pp: 2")
+    lanes = {0: (1, 2), 1: (1, 2), 2: (3, 4), 3: (3, 4)}
+
+    told = report(succeeded(lanes, run).state)
+    other = report(succeeded({**lanes, 3: (1, 2)}, run).state)
+
+    assert told.final_state_digest == render((4, 6))
+    assert (told.replicas_differ, other.replicas_differ) == ([], [3])
 
 
 def test_there_is_no_state_digest_before_every_rank_is_done() -> None:

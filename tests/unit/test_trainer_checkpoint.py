@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError, Slot
 from storage.digest import combine
 from storage.errors import ShardCorruptError
@@ -158,7 +159,8 @@ def test_the_state_digest_does_not_depend_on_the_sharding(shape: tuple[int, int]
 def _digest_over(weights: dict[str, torch.Tensor], shape: tuple[int, int]) -> tuple[int, int]:
     lanes = []
     for rank in range(shape[0] * shape[1]):
-        world = parallel.World(rank, shape, torch.device("cpu"))
+        layout = Layout(dp_replicate=shape[0], dp_shard=shape[1])
+        world = parallel.World(rank, layout, torch.device("cpu"))
         shards = []
         for name, weight in weights.items():
             parts = weight.chunk(shape[1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
 from trainer import parallel
 from trainer.config import ModelConfig
@@ -168,8 +169,14 @@ def test_a_rehearsal_leaves_no_process_group_behind() -> None:
         ({"trainer": {"model": "9B"}}, "expected one of debug"),
         ({"trainer": {"tokenizer": "/no/such.tiktoken"}}, "expected a file in tiktoken format"),
         ({"parallelism": {"tp": 2}}, "parallelism.tp is 2, expected 1"),
-        ({"parallelism": {"dpReplicate": 3}}, "dpReplicate x dpShard is 3 x 1, expected 4"),
-        ({"parallelism": {"dpReplicate": 8}}, "dpReplicate x dpShard is 8 x 1, expected 4"),
+        (
+            {"parallelism": {"dpReplicate": 3}},
+            "dpReplicate 3 x dpShard 1, expected 4 ranks",
+        ),
+        (
+            {"parallelism": {"dpReplicate": 8}},
+            "dpReplicate 8 x dpShard 1, expected 4 ranks",
+        ),
     ],
 )
 def test_a_job_that_can_not_run_is_refused_with_a_hint(
@@ -192,10 +199,12 @@ def test_a_world_may_have_fewer_replicas_than_the_run_asks_for_but_each_of_them_
 
     if mesh is not None:
         read = read_job(asked, ranks)
-        assert read.mesh == mesh
+        assert read.layout == Layout(dp_replicate=mesh[0], dp_shard=mesh[1])
         assert read.trainer.micro_batch == 2, "a rank needs more memory in a smaller world"
     else:
-        with pytest.raises(MisconfiguredError, match=f"is 4 x 2, expected {ranks} ranks"):
+        with pytest.raises(
+            MisconfiguredError, match=f"dpReplicate 4 x dpShard 2, expected {ranks} ranks"
+        ):
             read_job(asked, ranks)
 
 

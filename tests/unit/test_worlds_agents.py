@@ -47,10 +47,13 @@ from orchestrator.protocol.messages import (
     Welcome,
     read_to_agent,
 )
+from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds import agents
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.vault import Vault
+from tests import runfiles
 from tests.conftest import Cluster
 
 PLAN = """
@@ -373,3 +376,19 @@ def test_a_commit_of_a_generation_before_the_present_one_is_refused(
 
     failed = next(e for e in side.world.events() if isinstance(e, CommitFailed))
     assert "newest epoch known is 2" in failed.reason
+
+
+def test_of_a_pipeline_the_first_replica_of_every_stage_writes_what_it_holds() -> None:
+    parallelism = {"pp": 2, "dpReplicate": 2, "tp": 2}
+    run = runfiles.fields(nodes={"count": 4, "ranksPerNode": 2}, parallelism=parallelism)
+    orders = Orders(msgspec.convert(run, TrainingRun))
+    seats = tuple(NodeId(f"node-{rank // 2}") for rank in range(8))
+    started = StartGeneration(
+        generation=Generation(1), reason="a test", seats=seats, dismiss=(), restore=None, buddies={}
+    )
+    orders.start(started)
+
+    begin = orders.begin("order", {})
+
+    assert begin.writers == (0, 1, 4, 5)
+    assert begin.shard_of == (0, 1, 0, 1, 2, 3, 2, 3)

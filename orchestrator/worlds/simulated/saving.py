@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from orchestrator.core.events import CopiesHeld, Together
 from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.simulated.alike import Alike
@@ -28,6 +29,12 @@ def _receipts(shards: int) -> tuple[Receipt, ...]:
     return tuple(Receipt(shard=rank, size=1, index_digest="0" * 32) for rank in range(shards))
 
 
+@lru_cache(maxsize=1)
+def _written(layout: Layout) -> dict[int, int]:
+    """Return the shard of each rank that writes one."""
+    return {rank: shard for shard, rank in enumerate(layout.ranks_of(replica=0))}
+
+
 class Saving:
     """The saves of one team.
 
@@ -46,10 +53,11 @@ class Saving:
         every = run.spec.checkpoint
         self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
         self._steps = run.spec.trainer.steps
-        self._shards = run.shard_count
-        # Ranks ascend.
-        self._writers = [n for n in team.members if team.ranks[n.id][0] < self._shards]
-        self._receipts = _receipts(self._shards)
+        self._shard_of = _written(run.layout)
+        self._writers = [
+            n for n in team.members if not self._shard_of.keys().isdisjoint(team.ranks[n.id])
+        ]
+        self._receipts = _receipts(run.shard_count)
         self._seen = team.start
         self._owes_last = True
         self.last_written = False
@@ -193,7 +201,8 @@ class Saving:
             return
         for node in self._writers:
             if node.alive and node.generation == self._team.generation:
-                receipts = tuple(self._receipts[rank] for rank in node.ranks if rank < self._shards)
+                shards = [self._shard_of[rank] for rank in node.ranks if rank in self._shard_of]
+                receipts = tuple(self._receipts[shard] for shard in shards)
                 fact = ShardsWritten(
                     generation=self._team.generation, step=step, receipts=receipts, model=MODEL
                 )

@@ -257,11 +257,11 @@ class SimulatedWorld:
 
     def _finish(self, team: Team) -> None:
         """All steps are done: say so, with what each rank's part of the state digest is."""
-        last = Step(self._run.spec.trainer.steps)
+        last, layout = Step(self._run.spec.trainer.steps), self._run.layout
         team.finish()
         for node in team.members:
             # Replicas say the same, as they should.
-            node.lanes = tuple((last, rank % self._run.shard_count) for rank in node.ranks)
+            node.lanes = tuple((last, layout.shard_of(rank)) for rank in node.ranks)
             fact = RanksFinished(
                 generation=team.generation, step=last, ranks=node.ranks, lanes=node.lanes
             )

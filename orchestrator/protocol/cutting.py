@@ -1,0 +1,164 @@
+"""Which layouts a model and a batch can be cut into, and the nearest one that they can.
+
+Asked without torch before a run begins, and by every rank again: a checkpoint folder may be read
+with another run file than it was written with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.runfile import Parallelism, Trainer
+from orchestrator.protocol.sizes import ModelConfig
+
+
+class Obstacle(NamedTuple):
+    """Why something can not be cut, and what to change."""
+
+    message: str
+    hint: str = ""
+    """Empty: see the nearest layout that can be cut."""
+
+
+def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacle]:
+    """Yield why a run can not be cut as it is written, the most basic first.
+
+    Shares of the global batch are taken to be equal, or are looked at elsewhere.
+    """
+    found = [*_sizes(model, job, layout)]
+    if job.global_batch % layout.readers == 0:
+        found += _pipeline(job, layout)
+    for obstacle in found:
+        yield obstacle._replace(hint=obstacle.hint or _nearest_words(model, job, layout))
+
+
+def unsupported(parallelism: Parallelism) -> Iterator[Obstacle]:
+    """Yield what the embedded trainer does not do."""
+    for dimension in ("tp", "pp", "cp"):
+        if (size := getattr(parallelism, dimension)) != 1:
+            yield Obstacle(
+                f"spec.parallelism.{dimension} is {size}, expected 1",
+                "this trainer has data parallelism only: dpReplicate x dpShard",
+            )
+
+
+def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:
+    """Return the layout of as many ranks that can be cut and is nearest to one that can not.
+
+    Nearest: the fewest doublings and halvings of the five sizes; of equally near ones, that with
+    the least of pp, cp and tp, which cost more than data parallelism.
+    """
+    world, best = layout.world_size, None
+    for pp, cp, tp in itertools.product(_divisors(world), repeat=3):
+        rest, over = divmod(world, pp * cp * tp)
+        for replicate in _divisors(rest) if not over else ():
+            other = Layout(pp, replicate, rest // replicate, cp, tp)
+            far = sum(abs(math.log(a / b)) for a, b in zip(other, layout, strict=True))
+            rank = (round(far, 6), pp * cp * tp, other)
+            if (best is None or rank < best) and not _uncuttable(model, job, other):
+                best = rank
+    return best[2] if best else None
+
+
+def stages_per_rank(job: Trainer) -> int:
+    """Return how many stages of a pipeline each of its ranks has."""
+    return 1 if job.pipeline_schedule == "1F1B" else job.stages_per_rank
+
+
+def stages(layers: int, count: int) -> list[range]:
+    """Return which layers each of `count` pipeline stages has, in order.
+
+    The first stage also has the embedding and the last one the head, each about as much work as a
+    layer: where it comes out, they have one layer fewer.
+
+    Raises:
+        ValueError: if there are fewer layers than stages.
+
+    Source: arXiv 2407.21783, section 3.3.2.
+
+    >>> [len(stage) for stage in stages(126, 16)][:3]
+    [7, 8, 8]
+    >>> [len(stage) for stage in stages(5, 4)]
+    [1, 2, 1, 1]
+    """
+    if layers < count:
+        raise ValueError(f"{layers} layers are fewer than {count} stages")
+    sizes = _even(layers + 2, count)
+    sizes[0] -= 1
+    sizes[-1] -= 1
+    if min(sizes) < 1:
+        sizes = _even(layers, count)
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _even(amount: int, count: int) -> list[int]:
+    """Cut an amount into equal parts; what is left over goes to the parts after the first."""
+    each, rest = divmod(amount, count)
+    return [each + ((i - 1) % count < rest) for i in range(count)]
+
+
+def _sizes(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacle]:
+    """Yield which sizes of a model can not be cut."""
+    cp, tp = layout.cp, layout.tp
+    for name, size, parts, by in (
+        ("spec.trainer.model: kvHeads", model.kv_heads, tp, "tp"),
+        ("spec.trainer.model: ffnDim", model.ffn_dim, tp, "tp"),
+        ("spec.trainer.model: vocab", model.vocab, tp, "tp"),
+        ("spec.trainer.model: kvHeads", model.kv_heads, tp * cp, "tp x cp"),
+        ("spec.trainer.seqLen", job.seq_len, tp * cp, "tp x cp"),
+    ):
+        if size % parts:
+            yield Obstacle(f"{name} is {size}, expected a multiple of {by} = {parts}")
+            return
+    count = layout.pp * stages_per_rank(job)
+    if layout.pp > 1 and model.layers < count:
+        each = f" x stagesPerRank {job.stages_per_rank}" if count > layout.pp else ""
+        yield Obstacle(
+            f"spec.trainer.model: layers is {model.layers}, expected at least one for each of "
+            f"the {count} stages of pp {layout.pp}{each}"
+        )
+
+
+def _pipeline(job: Trainer, layout: Layout) -> Iterator[Obstacle]:
+    """Yield why micro-batches can not keep a pipeline busy; shares are taken to be equal."""
+    pp, share = layout.pp, job.global_batch // layout.readers
+    size = job.micro_batch or share
+    micro_batches = share // size
+    what = (
+        f"spec.trainer.microBatch is {size}, which makes {micro_batches} of a share of {share} "
+        "samples"
+    )
+    if pp > 1 and micro_batches < pp:
+        yield Obstacle(
+            f"{what}; expected at least pp = {pp}",
+            f"set spec.trainer.microBatch to {share // pp} or less, a divisor of {share}"
+            if share >= pp
+            else "",
+        )
+    elif pp > 1 and stages_per_rank(job) > 1 and micro_batches % (micro_batches // pp):
+        yield Obstacle(
+            f"{what}; expected a multiple of the {micro_batches // pp} rounds of the pipeline",
+            f"a multiple of pp = {pp} micro-batches always is",
+        )
+
+
+def _uncuttable(model: ModelConfig, job: Trainer, layout: Layout) -> bool:
+    """Whether there is no size of micro-batches with which a run could be cut in this way."""
+    share, rest = divmod(job.global_batch, layout.readers)
+    return bool(rest) or share < layout.pp or any(_sizes(model, job, layout))
+
+
+def _nearest_words(model: ModelConfig, job: Trainer, layout: Layout) -> str:
+    found = nearest(model, job, layout)
+    if found is None or found == layout:
+        return "change the model's sizes, the batch, or the number of ranks"
+    return f"the nearest layout that can be cut: {found}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

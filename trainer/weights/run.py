@@ -1,0 +1,187 @@
+"""Opens the weights of a run of holdfast: of its newest checkpoint on the durable tier."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worker import MisconfiguredError
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import fetch_index
+from storage.digest import chunk_digest
+from storage.errors import StorageError
+from storage.local import open_store
+from storage.manifest import Manifest, body_key, describe
+from storage.shard import StagedChunk
+from trainer.config import model_config
+from trainer.weights import names
+from trainer.weights.names import Shape
+from trainer.weights.spans import DAMAGED
+from trainer.weights.stored import DTYPES, Box, Stored, Weights
+
+RUN_FILE = "run.json"
+"""In the folder of a run: `TrainingRun` as JSON."""
+STATE = "param"
+"""Of what a checkpoint has for each weight, the weight itself."""
+_STEP = re.compile(r"(?P<folder>.+)@(?P<step>[0-9]{1,15})")
+
+
+class RunAt(NamedTuple):
+    """The folder of a run, and which of its checkpoints is meant."""
+
+    folder: Path
+    step: int | None
+    """None for the newest."""
+
+
+def find(address: str) -> RunAt | None:
+    """Return the run that an address means, or None if it means something else.
+
+    Args:
+        address: the folder of a run, or the one in it with checkpoints; with `@STEP` behind it a
+            checkpoint of that step.
+    """
+    path, step = address, None
+    if match := _STEP.fullmatch(address):
+        path, step = match["folder"], int(match["step"])
+    if "://" in path or "\0" in path:
+        return None
+    for folder in (Path(path), Path(path).absolute().parent):
+        if (folder / RUN_FILE).is_file():
+            return RunAt(folder, step)
+    return None
+
+
+def open_run(at: RunAt) -> Weights:
+    """Open the weights of a checkpoint of a run.
+
+    Raises:
+        MisconfiguredError: if the run has no such checkpoint, or it is damaged.
+    """
+    try:
+        run = msgspec.json.decode((at.folder / RUN_FILE).read_bytes(), type=TrainingRun)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MisconfiguredError(
+            f"no run file as holdfast leaves it: {error}: {at.folder / RUN_FILE}",
+            hint="name the folder of a run: `holdfast get runs -o wide` has them",
+        ) from error
+    config = model_config(run.spec.trainer.model)
+    with _told(str(at.folder)):
+        store = open_store(run.spec.checkpoint.uri or str(at.folder / "checkpoints"))
+        manifest = _manifest(store, at)
+        if not manifest.model.startswith(config.fingerprint):
+            raise MisconfiguredError(
+                f"model is {manifest.model}, the run file has {config.fingerprint}: "
+                f"{describe(manifest)}: {at.folder}",
+                hint="the checkpoint is of a run with other sizes",
+            )
+        boxes: dict[str, list[Box]] = {}
+        for shard in range(manifest.shards):
+            index = fetch_index(store, manifest, shard)
+            key = body_key(manifest.step, manifest.epoch, shard)
+            for chunk in index.chunks:
+                if chunk.state == STATE and 0 not in chunk.shape:
+                    boxes.setdefault(chunk.fqn, []).append(_box(store, key, chunk))
+    return Weights(
+        config,
+        {name: _stored(name, shape, boxes, manifest) for name, shape in names.shapes(config)},
+        layout=f"holdfast, {describe(manifest)}",
+        where=str(at.folder),
+        digest=manifest.root,
+    )
+
+
+def _manifest(store: BlobStore, at: RunAt) -> Manifest:
+    catalog = Catalog(store)
+    barred = catalog.barred()
+    sound = [
+        record.manifest
+        for record in catalog.commits()
+        if record.manifest is not None and (record.step, record.epoch) not in barred
+    ]
+    steps = sorted({manifest.step for manifest in sound})
+    for manifest in sound:
+        if at.step in {None, manifest.step}:
+            return manifest
+    wanted = "checkpoint" if at.step is None else f"checkpoint of step {at.step}"
+    raise MisconfiguredError(
+        f"no {wanted}: {at.folder}",
+        hint=f"there are those of steps {', '.join(map(str, steps))}"
+        if steps
+        else "the run has not committed one yet: see `holdfast get checkpoints`",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A rank's part of a weight, in the shard that it wrote."""
+
+    store: BlobStore
+    key: str
+    chunk: StagedChunk
+
+    @property
+    def shape(self) -> Shape:
+        """Its own."""
+        return self.chunk.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its items."""
+        return DTYPES[self.chunk.dtype]
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Read these rows, after verifying all of them.
+
+        Raises:
+            MisconfiguredError: if they are not what was staged.
+        """
+        chunk = self.chunk
+        with _told(self.key):
+            content = bytearray(self.store.get(self.key, chunk.start, chunk.size))
+        if chunk_digest(content) != chunk.xxh3_128:
+            raise MisconfiguredError(
+                f"xxh3-128 is {chunk_digest(content)}, index says {chunk.xxh3_128}: "
+                f"{chunk.name}: {self.key}",
+                hint=DAMAGED,
+            )
+        tensor = torch.frombuffer(content, dtype=self.dtype).reshape(chunk.shape)
+        return tensor[first : first + count]
+
+
+def _box(store: BlobStore, key: str, chunk: StagedChunk) -> Box:
+    if chunk.dtype not in DTYPES:
+        raise MisconfiguredError(
+            f"dtype is {chunk.dtype}, expected one of {', '.join(DTYPES)}: {chunk.name}: {key}",
+            hint="the checkpoint is not of the embedded trainer",
+        )
+    return Box(chunk.offset, Chunk(store=store, key=key, chunk=chunk))
+
+
+def _stored(name: str, shape: Shape, boxes: dict[str, list[Box]], manifest: Manifest) -> Stored:
+    found = boxes.get(name, [])
+    items = sum(torch.Size(box.piece.shape).numel() for box in found)
+    if items != torch.Size(shape).numel():
+        raise MisconfiguredError(
+            f"{name} has {items} values, expected {list(shape)}: {describe(manifest)}",
+            hint="the checkpoint is not of the embedded trainer, or of a newer one",
+        )
+    return Stored(shape=shape, boxes=tuple(found), called=name)
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise MisconfiguredError(f"{error}: {where}", hint=error.hint) from error

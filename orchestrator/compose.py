@@ -27,8 +27,8 @@ from orchestrator.policy.recovery import ladder
 from orchestrator.protocol.fitting import misfits
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.protocol.timeouts import Timeouts, derive
+from storage.address import open_store
 from storage.errors import UnsupportedUriError
-from storage.local import open_store
 
 T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
 PACKAGED = Path(faults.__file__).parent / "data"

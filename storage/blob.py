@@ -6,7 +6,8 @@ tests/contract/test_stores.py.
 """
 
 import re
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from storage.digest import Buffer
 
@@ -57,6 +58,22 @@ class BlobStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the blob; a key with nothing under it is no error, so that it can be repeated."""
+        ...
+
+
+@runtime_checkable
+class Sweepable(Protocol):
+    """A store in which writers that died leave things behind that no key leads to."""
+
+    def sweep_old(self, idle_s: float) -> Sequence[object]:
+        """Remove what nobody has worked on for so long; return the names of what was removed.
+
+        Args:
+            idle_s: seconds, by the store's own clock: those of writers and readers may be wrong.
+
+        Raises:
+            StorageError: if the store does not answer or refuses.
+        """
         ...
 
 

@@ -41,7 +41,16 @@ class StorageUnavailableError(StorageError):
 class StorageRefusedError(StorageError):
     """The store answered and will go on refusing: permissions, read-only mount, no hard links."""
 
-    hint = "Check that the process may write there and that the file system has hard links."
+    hint = (
+        "Check that the process may write there: permissions, credentials in its environment, that "
+        "the bucket exists, or that the file system has hard links."
+    )
+
+
+class BlobCorruptError(StorageError):
+    """A blob is not what was put, and what reads it can tell: its encryption does not open."""
+
+    hint = "Resume from an older checkpoint: `holdfast get checkpoints`."
 
 
 class ShardCorruptError(StorageError):
@@ -77,4 +86,4 @@ class UnsupportedVersionError(StorageError):
 class UnsupportedUriError(StorageError):
     """No store can be opened for this address."""
 
-    hint = "Use a folder, as /path or file:///path."
+    hint = "Use a folder, as /path or file:///path, or a bucket, as s3://bucket/prefix."

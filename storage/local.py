@@ -14,9 +14,8 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from storage.blob import BlobStore, validate_key, validate_prefix, validate_range
+from storage.blob import validate_key, validate_prefix, validate_range
 from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
@@ -24,11 +23,9 @@ from storage.errors import (
     StorageFullError,
     StorageRefusedError,
     StorageUnavailableError,
-    UnsupportedUriError,
 )
 
 _TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.ENAMETOOLONG}
 _FOLDER_ATTEMPTS = 16
@@ -36,37 +33,6 @@ _FOLDER_ATTEMPTS = 16
 # One counter and one set for the whole process: two stores on one folder must not share names.
 _numbers = itertools.count()
 _in_flight: set[Path] = set()
-
-
-def open_store(uri: str) -> BlobStore:
-    """Return the store at an address: a folder, as "/path", "path" or "file:///path".
-
-    Raises:
-        UnsupportedUriError: if the scheme is not `file`, a host is named, or what would be a folder
-            here was meant as something else: "file:/path", "s3:bucket", "~/path".
-    """
-    parts = urlsplit(uri)
-    if "://" not in uri:
-        _require_path(uri)
-        return LocalStore(Path(uri))
-    if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
-        raise UnsupportedUriError(f"address is {uri}, supported are a folder and file:///folder")
-    return LocalStore(Path(unquote(parts.path)))
-
-
-def _require_path(uri: str) -> None:
-    """Refuse what was meant as another kind of address, and would become a folder of that name."""
-    if uri.startswith("~"):
-        raise UnsupportedUriError(
-            f"address is {uri}, expected the home folder written out, as /home/me; "
-            f"a folder of that very name is ./{uri}"
-        )
-    if scheme := _SCHEME.match(uri):
-        rest = uri[scheme.end() :]
-        meant = f"file://{rest}" if rest.startswith("/") else "/folder or file:///folder"
-        raise UnsupportedUriError(
-            f"address is {uri}, expected {meant}; a folder of that very name is ./{uri}"
-        )
 
 
 class LocalStore:

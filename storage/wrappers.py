@@ -1,22 +1,18 @@
-"""Adds one concern to a store each: counting, faults on demand, bounded repetition.
+"""Adds one concern to a store each: counting, a bounded rate, bounded repetition.
 
 Every wrapper is itself a `BlobStore` and passes the same contract, so that they stack in any order.
 """
 
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from storage.blob import BlobStore
-from storage.digest import Buffer, byte_view
-from storage.errors import (
-    BlobExistsError,
-    StorageError,
-    StorageFullError,
-    StorageUnavailableError,
-)
+from storage.digest import Buffer, blocks_of
+from storage.errors import BlobExistsError, StorageError, StorageUnavailableError
 
 
 @dataclass(slots=True)
@@ -66,86 +62,79 @@ class CountingStore:
         self.inner.delete(key)
 
 
-@dataclass(slots=True)
-class FaultyStore:
-    """Breaks a store in the ways that stores break; with no fault set it changes nothing.
+class ThrottledStore:
+    """Moves bytes at a bounded rate, so that work in the background leaves room for the rest.
 
-    Every field may be set while the store is in use.
+    A blob goes through in one piece; whoever comes next waits for as long as it should have taken.
+    Several threads share the rate. Listings, sizes and deletions wait like an empty blob.
 
     Args:
         inner: the store that does the work.
-        sleep: how to wait, in seconds; the simulator passes its own clock's.
-        full: every put finds the disk full.
-        slow_s: seconds that every operation takes on top.
-        down: every operation goes unanswered.
-        tear_at: the next put leaves only this many bytes under the key, and is not confirmed; then
-            the fault is spent. This is a store that breaks its promise of whole blobs.
-        lose_confirmation: the next put is carried out but not confirmed; then the fault is spent.
-        flips: by key, the bit of the blob that reads return inverted (0 is the lowest bit of byte
-            0). Stored bytes are not changed.
-        before: called with (operation, key) before each operation; a test stops the caller there.
+        bytes_per_s: read and written together, above 0.
+        clock: seconds, never going back.
+        sleep: how to wait, in seconds.
     """
 
-    inner: BlobStore
-    sleep: Callable[[float], None] = time.sleep
-    full: bool = False
-    slow_s: float = 0.0
-    down: bool = False
-    tear_at: int | None = None
-    lose_confirmation: bool = False
-    flips: dict[str, int] = field(default_factory=dict)
-    before: Callable[[str, str], None] = lambda _operation, _key: None
+    def __init__(
+        self,
+        inner: BlobStore,
+        bytes_per_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if bytes_per_s <= 0:
+            raise ValueError(f"bytes_per_s is {bytes_per_s}, must be above 0")
+        self.inner = inner
+        self._bytes_per_s = bytes_per_s
+        self._clock, self._sleep = clock, sleep
+        self._lock = threading.Lock()
+        self._free_at = clock()
 
     def put(self, key: str, data: Buffer) -> None:
         """See `BlobStore.put`."""
-        self._enter("put", key)
-        if self.full:
-            raise StorageFullError(f"no space left on the device: {key}")
-        if self.tear_at is not None:
-            torn_bytes, self.tear_at = self.tear_at, None
-            self.inner.put(key, byte_view(data)[:torn_bytes])
-            raise StorageUnavailableError(f"connection lost after {torn_bytes} bytes: {key}")
+        self._wait()
         self.inner.put(key, data)
-        if self.lose_confirmation:
-            self.lose_confirmation = False
-            raise StorageUnavailableError(f"connection lost before the confirmation: {key}")
+        self._charge(memoryview(data).nbytes)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
-        self._enter("get", key)
+        self._wait()
         data = self.inner.get(key, start, length)
-        byte, bit = divmod(self.flips.get(key, -1), 8)
-        if not start <= byte < start + len(data):
-            return data
-        flipped = bytearray(data)
-        flipped[byte - start] ^= 1 << bit
-        return bytes(flipped)
+        self._charge(len(data))
+        return data
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
-        self._enter("size", key)
+        self._wait()
         return self.inner.size(key)
 
     def keys(self, prefix: str = "") -> list[str]:
         """See `BlobStore.keys`."""
-        self._enter("keys", prefix)
+        self._wait()
         return self.inner.keys(prefix)
 
     def delete(self, key: str) -> None:
         """See `BlobStore.delete`."""
-        self._enter("delete", key)
+        self._wait()
         self.inner.delete(key)
 
-    def _enter(self, operation: str, key: str) -> None:
-        self.before(operation, key)
-        if self.slow_s > 0:
-            self.sleep(self.slow_s)
-        if self.down:
-            raise StorageUnavailableError(f"no answer to {operation}: {key}")
+    def _wait(self) -> None:
+        with self._lock:
+            wait_s = self._free_at - self._clock()
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+    def _charge(self, moved_bytes: int) -> None:
+        with self._lock:
+            begin = max(self._free_at, self._clock())
+            self._free_at = begin + moved_bytes / self._bytes_per_s
 
 
 class RetryingStore:
     """Repeats what may succeed later, a bounded number of times, waiting twice as long each time.
+
+    A key that is taken (412) is never tried again: it is an answer, not a failure.
 
     Args:
         inner: the store that does the work.
@@ -184,7 +173,7 @@ class RetryingStore:
                 self.inner.put(key, data)
             except BlobExistsError:
                 # An earlier attempt may have been carried out and only its confirmation lost.
-                if not (unconfirmed and self.inner.get(key) == byte_view(data)):
+                if not (unconfirmed and _holds(self.inner, key, data)):
                     raise
             except StorageUnavailableError:
                 unconfirmed = True
@@ -207,6 +196,18 @@ class RetryingStore:
     def delete(self, key: str) -> None:
         """See `BlobStore.delete`."""
         self._retrying.copy()(self.inner.delete, key)
+
+
+def _holds(store: BlobStore, key: str, data: Buffer) -> bool:
+    """Return whether a blob has this content, reading a block at a time."""
+    if store.size(key) != memoryview(data).nbytes:
+        return False
+    at = 0
+    for block in blocks_of(data):
+        if store.get(key, at, len(block)) != block:
+            return False
+        at += len(block)
+    return True
 
 
 def _is_retryable(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """What tests share: a hypothesis profile, and scripted nodes around a real controller."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -34,7 +34,7 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.runfile import TrainingRun
-from tests import runfiles
+from tests import buckets, runfiles
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("dev", deadline=None)
@@ -232,3 +232,9 @@ def cluster() -> Cluster:
 @pytest.fixture
 def cluster_of() -> Callable[[str], Cluster]:
     return Cluster
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[buckets.Server]:
+    """An S3 server, and credentials for it in the environment."""
+    yield from buckets.serve()

@@ -23,10 +23,10 @@ from orchestrator.protocol.timeouts import derive
 from orchestrator.worlds.vault import LEFT_OVER_S, Vault
 from storage.catalog import Catalog
 from storage.commit import fetch_shard, write_shard
+from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.manifest import body_key, decode_manifest
 from storage.shard import Chunk, ShardMeta, plan, seal
-from storage.wrappers import FaultyStore
 from tests.runs import steps_job
 
 WITHIN_S = 20.0

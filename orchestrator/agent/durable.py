@@ -12,13 +12,15 @@ from pathlib import Path
 from orchestrator.agent.shards import Shard
 from orchestrator.agent.transfer import allocate
 from orchestrator.protocol.ids import Rank, Step
+from storage.address import open_store
 from storage.blob import BlobStore
 from storage.commit import fetch_body, fetch_index
 from storage.errors import BlobNotFoundError, ForeignCheckpointError, UnsupportedUriError
-from storage.local import LocalStore, open_store
+from storage.faulty import FaultyStore
+from storage.local import LocalStore
 from storage.manifest import COMMITS, body_key, decode_manifest, describe, parse_commit_key
 from storage.shard import encode_index
-from storage.wrappers import CountingStore, FaultyStore, RetryingStore
+from storage.wrappers import CountingStore, RetryingStore
 
 ATTEMPTS_MAX = 5
 CHANGED_BYTES = 8

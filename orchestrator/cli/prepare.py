@@ -16,9 +16,9 @@ from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
 from orchestrator.worlds.folder import RunFolder, elsewhere, home, next_former_journal
+from storage.address import open_store
 from storage.commit import latest_commit
 from storage.errors import StorageError, UnsupportedUriError
-from storage.local import open_store
 
 TOKEN_BYTES = 32
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{43}")
@@ -124,8 +124,8 @@ def _require_store(uri: str) -> None:
         store.delete(key)
     except StorageError as error:
         raise CliError(
-            f"spec.checkpoint.uri takes no files: {uri} ({error})",
-            "choose a folder that can be written, with room, on a file system with hard links",
+            f"spec.checkpoint.uri takes no checkpoints: {uri} ({error})",
+            f"choose a folder or bucket that can be written, with room. {error.hint}",
         ) from error
 
 

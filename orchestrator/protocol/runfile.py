@@ -118,7 +118,8 @@ class Checkpoint(_Section, frozen=True, kw_only=True):
     """Where and how often state is saved."""
 
     uri: str | None = None
-    """Folder or file:// address of the durable tier; default `checkpoints` in the run's folder."""
+    """Durable tier: a folder, file:///folder or s3://bucket/prefix; default `checkpoints` in the
+    run's folder. Options follow after a question mark (storage/FORMAT.md), credentials never do."""
     every_steps: Positive = 50
     memory_every_steps: Positive = 5
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 3

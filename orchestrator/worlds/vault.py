@@ -26,11 +26,11 @@ from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.lane import Lane
-from storage.blob import BlobStore
+from storage.address import open_store
+from storage.blob import BlobStore, Sweepable
 from storage.catalog import Catalog
 from storage.commit import commit, newest_epoch
 from storage.errors import StorageError, StorageUnavailableError
-from storage.local import LocalStore, open_store
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.wrappers import CountingStore, RetryingStore
 
@@ -257,7 +257,7 @@ class Vault:
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; readers never see it, disks do."""
-        if not isinstance(self._opened, LocalStore):
+        if not isinstance(self._opened, Sweepable):
             return
         swept = self._opened.sweep_old(LEFT_OVER_S)
         if swept:

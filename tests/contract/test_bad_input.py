@@ -118,7 +118,11 @@ def await_step(one: Job, step: int) -> None:
         ),
         ({"detection__detectWithin": "2 parsecs"}, "duration is '2 parsecs'", "10s"),
         ({"parallelism__dpShard": 3}, "multiplies to 3, expected 4 (nodes.count 2 x", "dpShard"),
-        ({"checkpoint__uri": "s3://bucket"}, "supported are a folder and file:///", "/path"),
+        (
+            {"checkpoint__uri": "gs://bucket"},
+            "supported are a folder, file:///folder and s3",
+            "/path",
+        ),
     ],
     ids=["field", "type", "unit", "parallelism", "scheme"],
 )
@@ -200,7 +204,7 @@ def test_a_folder_in_which_a_start_failed_can_be_used_once_there_is_room(job: Ma
 @pytest.mark.parametrize(
     ("changes", "options", "says"),
     [
-        ({"checkpoint__uri": "/proc/nowhere"}, (), "spec.checkpoint.uri takes no files"),
+        ({"checkpoint__uri": "/proc/nowhere"}, (), "spec.checkpoint.uri takes no checkpoints"),
         ({}, ("--report", "/proc/report.json"), "/proc/.report.json"),
     ],
     ids=["checkpoints", "report"],

@@ -1,5 +1,7 @@
 """The contract of `BlobStore`, which every store and every stack of wrappers must keep."""
 
+import itertools
+import os
 import shutil
 import tempfile
 import threading
@@ -9,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from storage.blob import BlobStore
+from storage.encrypted import EncryptedStore
 from storage.errors import BlobExistsError, BlobNotFoundError
+from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.memory import MemoryStore
-from storage.wrappers import CountingStore, FaultyStore, RetryingStore
+from storage.wrappers import CountingStore, RetryingStore, ThrottledStore
+from tests import buckets
 
 # In memory where the machine has it: these tests are about behaviour, not about the disk.
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
@@ -22,21 +27,59 @@ def never(_seconds: float) -> None:
     raise AssertionError("a store without faults has nothing to wait for")
 
 
+KEY = bytes(range(32))
+
+
+def encrypted(inner: BlobStore) -> EncryptedStore:
+    # Small blocks, so that the blobs of these tests have several.
+    return EncryptedStore(inner, KEY, block_bytes=100)
+
+
+def quick(inner: BlobStore) -> ThrottledStore:
+    return ThrottledStore(inner, 1e12)
+
+
+def faulty(inner: BlobStore) -> FaultyStore:
+    return FaultyStore(inner, sleep=never)
+
+
+def retrying(inner: BlobStore) -> RetryingStore:
+    return RetryingStore(inner, sleep=never)
+
+
+WRAPPERS: tuple[Callable[[BlobStore], BlobStore], ...] = (
+    *(CountingStore, encrypted, faulty, quick, retrying),
+)
 STACKS: dict[str, Callable[[Path], BlobStore]] = {
     "memory": lambda _: MemoryStore(),
     "local": LocalStore,
-    "counting on memory": lambda _: CountingStore(MemoryStore()),
-    "retrying on faulty on memory": lambda _: RetryingStore(
-        FaultyStore(MemoryStore(), sleep=never), sleep=never
-    ),
-    "counting on retrying on faulty on local": lambda root: CountingStore(
-        RetryingStore(FaultyStore(LocalStore(root), sleep=never), sleep=never)
+    **{
+        # Each pair, in both orders.
+        f"{outer.__name__} on {inner.__name__}": lambda _, o=outer, i=inner: o(i(MemoryStore()))
+        for outer, inner in itertools.permutations(WRAPPERS, 2)
+    },
+    "all on local": lambda root: CountingStore(
+        retrying(encrypted(quick(faulty(LocalStore(root)))))
     ),
 }
+BUCKETS: dict[str, Callable[[BlobStore], BlobStore]] = {
+    "s3": lambda store: store,
+    "all on s3": lambda store: CountingStore(retrying(encrypted(quick(faulty(store))))),
+}
+if os.environ.get(buckets.ANOTHER):
+    BUCKETS["another s3"] = lambda store: store
 
 
-@pytest.fixture(params=STACKS)
+@pytest.fixture(params=[*STACKS, *BUCKETS])
 def store(request: pytest.FixtureRequest) -> Iterator[BlobStore]:
+    if request.param in BUCKETS:
+        other = request.param == "another s3"
+        bucket = buckets.another() if other else request.getfixturevalue("s3").store()
+        yield BUCKETS[request.param](bucket)
+        left = bucket.keys()
+        for key in left:
+            bucket.delete(key)
+        return
     root = Path(tempfile.mkdtemp(dir=SCRATCH))
     yield STACKS[request.param](root / "run")
     shutil.rmtree(root)

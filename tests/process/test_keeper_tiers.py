@@ -23,10 +23,11 @@ from storage.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
+from storage.faulty import FaultyStore
 from storage.manifest import commit_key, make_manifest
 from storage.memory import MemoryStore
 from storage.shard import index_digest, open_views
-from storage.wrappers import CountingStore, FaultyStore
+from storage.wrappers import CountingStore
 from tests.shards import GENERATION, HERE, RANK, STEP, THERE, sealed, settled, two
 
 pytestmark = pytest.mark.process

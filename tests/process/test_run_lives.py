@@ -11,8 +11,8 @@ import pytest
 from orchestrator.core import journal
 from orchestrator.core.events import Inherited
 from orchestrator.protocol.ids import Generation, Seconds, Step
+from storage.address import open_store
 from storage.commit import latest_commit
-from storage.local import open_store
 from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
+from storage.faulty import FaultyStore
 from storage.manifest import commit_key, generation_prefix, make_manifest
 from storage.memory import MemoryStore
 from storage.shard import Chunk, ShardMeta, plan, seal
-from storage.wrappers import FaultyStore
 
 LAYOUT = plan(
     [

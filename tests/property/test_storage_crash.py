@@ -18,11 +18,11 @@ from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, fetch_shard, write_shard
 from storage.errors import StaleEpochError, StorageError
+from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, index_key, make_manifest
 from storage.memory import MemoryStore
 from storage.shard import Chunk, ShardMeta, plan, seal
-from storage.wrappers import FaultyStore
 
 SHARDS = 2
 # In memory where the machine has it: hundreds of runs with real syncs would test the disk.

@@ -75,7 +75,7 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name(
         ("spec: {detection: {detectWithin: 2h}}", "expected 0.5 s to 3600 s"),
         ("spec: {nodes: {count: 2}, parallelism: {dpReplicate: 3}}", "multiplies to 3, expected 2"),
         ("spec: {recovery: {backoff: 2m}}", "backoff is 2m, expected at most backoffMax = 1m"),
-        ("spec: {checkpoint: {uri: 's3://bucket/run'}}", "s3://bucket/run, supported are a folder"),
+        ("spec: {checkpoint: {uri: 'gs://bucket/run'}}", "gs://bucket/run, supported are a folder"),
         ("spec: {checkpoint: {uri: 'file://host/run'}}", "file://host/run, supported are"),
         ("spec: {checkpoint: {uri: 'file://[/run'}}", "spec.checkpoint.uri is 'file://[/run'"),
         (r'spec: {checkpoint: {uri: "s3://\e2J"}}', "s3://\N{REPLACEMENT CHARACTER}2J"),

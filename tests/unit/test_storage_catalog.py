@@ -6,6 +6,7 @@ from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
 from storage.errors import StaleEpochError, StorageUnavailableError
+from storage.faulty import FaultyStore
 from storage.manifest import (
     Manifest,
     body_key,
@@ -16,7 +17,7 @@ from storage.manifest import (
 )
 from storage.memory import MemoryStore
 from storage.shard import Chunk, ShardMeta, plan, seal
-from storage.wrappers import CountingStore, FaultyStore
+from storage.wrappers import CountingStore
 
 LAYOUT = plan(
     [Chunk(fqn="w", state="param", dtype="U8", shape=(64,), global_shape=(64,), offset=(0,))]

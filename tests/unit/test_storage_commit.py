@@ -26,6 +26,7 @@ from storage.errors import (
     StorageFullError,
     UnsupportedVersionError,
 )
+from storage.faulty import FaultyStore
 from storage.manifest import (
     Manifest,
     ShardReceipt,
@@ -42,7 +43,6 @@ from storage.manifest import (
 )
 from storage.memory import MemoryStore
 from storage.shard import Chunk, ShardIndex, ShardMeta, plan, seal
-from storage.wrappers import FaultyStore
 
 CHUNK = Chunk(fqn="w", state="param", dtype="F32", shape=(8,), global_shape=(16,), offset=(0,))
 LAYOUT = plan([CHUNK])

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -15,9 +14,8 @@ from storage.errors import (
     StorageFullError,
     StorageRefusedError,
     StorageUnavailableError,
-    UnsupportedUriError,
 )
-from storage.local import LocalStore, open_store
+from storage.local import LocalStore
 
 
 def temporaries(root: Path) -> list[str]:
@@ -194,40 +192,3 @@ def test_a_folder_that_cannot_be_read_does_not_look_empty(
 
     with pytest.raises(StorageUnavailableError):
         LocalStore(tmp_path).keys()
-
-
-def test_addresses_of_folders_open_the_local_store(tmp_path: Path) -> None:
-    for address in (str(tmp_path), f"file://{tmp_path}", f"file://localhost{tmp_path}"):
-        store = open_store(address)
-        assert isinstance(store, LocalStore)
-        assert store.root == tmp_path
-
-
-@pytest.mark.parametrize("address", ["s3://bucket/run", "file://other-host/run", "http://x"])
-def test_an_address_of_another_kind_is_refused_and_says_what_is_supported(address: str) -> None:
-    with pytest.raises(UnsupportedUriError, match="supported are a folder"):
-        open_store(address)
-
-
-@pytest.mark.parametrize(
-    ("address", "says"),
-    [
-        ("file:/mnt/x", "expected file:///mnt/x;"),
-        ("FILE:/mnt/x", "expected file:///mnt/x;"),
-        ("file:x", "expected /folder or file:///folder;"),
-        ("s3:bucket/run", "expected /folder or file:///folder;"),
-        ("~/x", "expected the home folder written out"),
-        ("~somebody/x", "expected the home folder written out"),
-    ],
-)
-def test_an_address_that_would_become_a_folder_of_an_odd_name_is_refused_with_what_to_write(
-    address: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(UnsupportedUriError, match=re.escape(says)):
-        open_store(address)
-
-    store = open_store(f"./{address}")
-    assert isinstance(store, LocalStore)
-    assert store.root == Path(address)

@@ -2,14 +2,16 @@
 
 import pytest
 
+from storage.digest import BLOCK_BYTES
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
     StorageFullError,
     StorageUnavailableError,
 )
+from storage.faulty import FaultyStore
 from storage.memory import MemoryStore
-from storage.wrappers import CountingStore, FaultyStore, RetryingStore
+from storage.wrappers import CountingStore, RetryingStore, ThrottledStore
 
 
 def test_calls_and_bytes_are_counted() -> None:
@@ -124,3 +126,84 @@ def test_a_put_that_was_torn_is_not_taken_for_a_success() -> None:
 
     with pytest.raises(BlobExistsError):
         store.put("k", b"xyz")
+
+
+def test_what_a_busy_store_answered_is_asked_again_and_what_is_taken_is_not() -> None:
+    faulty = FaultyStore(MemoryStore(), busy=2, conflicts=1)
+    counting = CountingStore(faulty)
+    store = RetryingStore(counting, sleep=lambda _: None)
+
+    store.put("k", b"x")
+    assert counting.puts == 4
+
+    faulty.taken = 1
+    with pytest.raises(BlobExistsError, match="412"):
+        store.put("other", b"x")
+    assert counting.puts == 5
+    assert store.keys() == ["k"]
+
+
+def test_a_large_put_whose_confirmation_was_lost_is_compared_block_by_block() -> None:
+    faulty = FaultyStore(MemoryStore(), lose_confirmation=True)
+    counting = CountingStore(faulty)
+    data = bytes(range(256)) * (BLOCK_BYTES // 256) + b"end"
+
+    RetryingStore(counting, sleep=lambda _: None).put("k", data)
+
+    assert (counting.puts, counting.gets, counting.bytes_got) == (2, 2, len(data))
+
+
+def test_writes_that_show_late_are_not_there_until_the_store_settles() -> None:
+    store = FaultyStore(MemoryStore(), late=lambda key: key.startswith("a"))
+
+    for key in ("a", "b"):
+        store.put(key, b"x")
+
+    assert store.keys() == ["b"]
+    for look in (store.get, store.size):
+        with pytest.raises(BlobNotFoundError):
+            look("a")
+    with pytest.raises(BlobExistsError):
+        store.put("a", b"y")
+    store.settle()
+    assert store.keys() == ["a", "b"]
+    assert store.get("a") == b"x"
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "expected"), [(0, None, b"01"), (1, 3, b"1"), (2, 1, b""), (3, None, b"")]
+)
+def test_a_truncated_blob_ends_early_for_every_reader(
+    start: int, length: int | None, expected: bytes
+) -> None:
+    store = FaultyStore(MemoryStore(), truncated={"k": 2})
+    store.put("k", b"01234")
+
+    assert store.get("k", start, length) == expected
+    assert store.size("k") == 2
+
+
+def test_bytes_move_at_the_rate_that_is_asked_for_and_idle_time_is_not_saved_up() -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    store = ThrottledStore(MemoryStore(), 100.0, clock=lambda: now, sleep=sleep)
+
+    store.put("k", bytes(50))
+    store.get("k", 0, 20)
+    assert now == pytest.approx(0.5)
+    store.keys()
+    assert now == pytest.approx(0.7)
+
+    now = 100.0
+    for _ in range(3):
+        store.get("k")
+    assert now == pytest.approx(101.0)
+
+
+def test_a_rate_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        ThrottledStore(MemoryStore(), 0.0)

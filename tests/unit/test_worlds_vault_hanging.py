@@ -235,7 +235,7 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import derive
 from orchestrator.worlds.vault import Vault
 from storage.memory import MemoryStore
-from storage.wrappers import FaultyStore
+from storage.faulty import FaultyStore
 from tests.runs import steps_job
 
 def hang(operation, key):

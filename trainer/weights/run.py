@@ -15,12 +15,12 @@ from torch import Tensor
 
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worker import MisconfiguredError
+from storage.address import open_store
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import fetch_index
 from storage.digest import chunk_digest
 from storage.errors import StorageError
-from storage.local import open_store
 from storage.manifest import Manifest, body_key, describe
 from storage.shard import StagedChunk
 from trainer.config import model_config

@@ -1,0 +1,77 @@
+"""Whole runs whose durable tier is a bucket of object storage."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.address import open_store
+from storage.catalog import Catalog
+from tests.buckets import CREDENTIALS, Server
+from tests.programs.played import wait_for
+from tests.runs import Job, steps_job
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    (tmp_path / "lockstep").mkdir()
+    lockstep = str(tmp_path / "lockstep")
+    run = steps_job(nodes__spares=2, trainer__options={"lockstep": lockstep, "steps": 120})
+    run["spec"]["trainer"]["steps"] = 120
+    one = Job(tmp_path, run)
+    yield one
+    one.close()
+
+
+def assert_no_secrets(job: Job) -> None:
+    for path in job.root.rglob("*"):
+        if path.is_file():
+            assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in path.read_bytes(), path
+
+
+def test_nodes_that_are_all_lost_are_replaced_from_the_bucket(s3: Server, job: Job) -> None:
+    uri = s3.uri(s3.bucket())
+    job.run["spec"]["checkpoint"]["uri"] = uri
+    job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 40}
+    job.faults = [
+        {"when": {"step": 78}, "fault": "lose-node", "node": node} for node in ("node-0", "node-1")
+    ]
+
+    code, report = job.conduct()
+
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert [incident.restored_step for incident in report.incidents][-1] == 40
+    assert report.incidents[-1].restored_from.startswith("durable tier")
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 121)]
+    found, rejections = Catalog(open_store(uri)).newest_verified(run_id="steps")
+    assert found is not None
+    assert (found.step, rejections) == (120, [])
+    assert_no_secrets(job)
+    assert job.leftovers() == []
+
+
+def test_a_bucket_that_vanishes_costs_the_saves_of_that_time_and_training_goes_on(
+    s3: Server, job: Job
+) -> None:
+    bucket = s3.bucket()
+    job.run["spec"]["checkpoint"]["uri"] = s3.uri(bucket)
+    job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 20}
+    job.train()
+
+    s3.drop(bucket)
+    wait_for(lambda: f"no bucket {bucket}" in logged(job))
+    s3.client.call_s3("create_bucket", Bucket=bucket)
+    code = job.finish()
+
+    report = job.report()
+    assert (code, report.state) == (0, "Succeeded"), report.reason
+    assert report.incidents == []
+    assert report.checkpoints[-1].step == 120
+    assert any(f"there is no bucket {bucket}" in failure.reason for failure in report.save_failures)
+    assert_no_secrets(job)
+
+
+def logged(job: Job) -> str:
+    return "".join(path.read_text() for path in job.folder.root.rglob("*.log"))

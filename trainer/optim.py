@@ -44,13 +44,14 @@ def learning_rate(step: int, job: runfile.Trainer) -> float:
 class Optimizer:
     """AdamW on the local shards, as plain tensors: no collective is hidden in it.
 
-    torch's own, always in its `foreach` form: its forms differ in their last bits, and torch
-    chooses between them by device and type. Vectors (gains of norms) do not decay.
+    torch's own, in its `fused` form on a GPU and in its `foreach` form on a CPU: its forms differ
+    in their last bits, and torch would choose by itself. Vectors (gains of norms) do not decay.
     """
 
     def __init__(self, model: nn.Module, job: runfile.Trainer) -> None:
         self._job = job
         self.shards = [_shard_state(name, weight) for name, weight in model.named_parameters()]
+        self._device = self.shards[0].param.device
         matrices = [shard for shard in self.shards if shard.weight.ndim > 1]
         vectors = [shard for shard in self.shards if shard.weight.ndim <= 1]
         self._adamw = torch.optim.AdamW(
@@ -61,7 +62,7 @@ class Optimizer:
             lr=job.learning_rate,
             betas=BETAS,
             eps=EPSILON,
-            foreach=True,
+            **{"fused" if self._device.type == "cuda" else "foreach": True},
         )
         self.set_steps(0)
 
@@ -69,28 +70,32 @@ class Optimizer:
         """Let the optimizer know how many steps lie behind the state of its shards."""
         for shard in self.shards:
             self._adamw.state[shard.param] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=self._device),
                 "exp_avg": shard.exp_avg,
                 "exp_avg_sq": shard.exp_avg_sq,
             }
 
     @torch.no_grad()
-    def take_gradients(self) -> float:
-        """Move gradients from the model to the shards; return the sum of their squares."""
+    def take_gradients(self) -> Tensor:
+        """Move gradients from the model to the shards; return the sum of their squares.
+
+        float64, a scalar, on the device: nobody has waited for it.
+        """
         for shard in self.shards:
             gradient = shard.weight.grad
             assert gradient is not None, f"no gradient for {shard.name}"
             shard.param.grad, shard.weight.grad = local(gradient), None
         norm = nn.utils.get_total_norm(self._gradients(), foreach=True)
-        return float(norm) ** 2
+        return norm.double().square()
 
     @torch.no_grad()
     def step(self, step: int, grad_norm: float) -> None:
         """Move the weights, for the step of this number (1-based), given the global norm."""
         norm = torch.tensor(grad_norm, dtype=torch.float32)
-        nn.utils.clip_grads_with_norm_(
-            [shard.param for shard in self.shards], self._job.clip_norm, norm, foreach=True
-        )
+        if not self._job.clip_norm / (norm + 1e-6) >= 1.0:  # else it would multiply all by 1
+            nn.utils.clip_grads_with_norm_(
+                [shard.param for shard in self.shards], self._job.clip_norm, norm, foreach=True
+            )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(step, self._job)
         self._adamw.step()

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
@@ -91,12 +91,15 @@ class World:
         ranks = torch.arange(self.size).view(self.layout.dp_replicate, self.layout.dp_shard)
         self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
-    def gather(self, values: list[float]) -> list[list[float]]:
-        """Return the values of every rank, by rank: the same bits everywhere."""
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def gather(self, values: list[float] | torch.Tensor) -> list[list[float]]:
+        """Return the values of every rank, by rank: the same bits everywhere.
+
+        A rank that has them on its GPU hands over a tensor, float64, and waits for it only here.
+        """
+        own = torch.as_tensor(values, dtype=torch.float64, device=self.device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own)
-        return [row.tolist() for row in rows]
+        return torch.stack(rows).tolist()
 
     def break_out(self) -> None:
         """Make whatever the main thread waits for in this world fail. Any thread, does not block.
@@ -218,23 +221,49 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def shard(model: Llama, world: World) -> Llama:
-    """Shard the model over the world in place, so that gradients come out as sums over ranks."""
+def shard(model: Llama, world: World, compute: torch.dtype = torch.float32) -> Llama:
+    """Shard the model over the world in place, so that gradients come out as sums over ranks.
+
+    Args:
+        model: whole, of float32.
+        world: over which.
+        compute: the type of weights as layers see them. Shards, sums over ranks and the optimizer
+            are float32 all the same.
+    """
     assert world.mesh is not None
+    mixed = compute is not torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        # Layers get what they need in the type that it has to have: angles are float32.
+        cast_forward_inputs=False,
+    )
     modules = [layer for layer in model.layers if _parameters(layer) >= SHARD_PARAMETERS_MIN]
     for module in [*modules, model]:
-        sharded = fully_shard(module, mesh=world.mesh)
+        # A rank that has the whole model keeps it as layers see it for the backward pass.
+        whole = mixed and world.shards == 1
+        sharded = fully_shard(
+            module,
+            mesh=world.mesh,
+            mp_policy=policy,
+            reshard_after_forward=False if whole else None,
+        )
         # Each rank's loss is divided by the tokens of the global batch already.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     return model
 
 
-def reduce_gradients(model: Llama, *, now: bool) -> None:
-    """Say whether the next backward pass is the last of its step, after which ranks add up."""
+def last_of_step(model: Llama, world: World, *, last: bool) -> None:
+    """Say whether the next backward pass is the last of its step, after which ranks add up.
+
+    Until then, a rank that has the whole model keeps weights as layers see them.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(now, recurse=False)
+            module.set_requires_gradient_sync(last, recurse=False)
+            if world.shards == 1:
+                module.set_reshard_after_backward(last, recurse=False)
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -9,13 +9,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
-from trainer import parallel
+from trainer import apply, parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples
-from trainer.model import Llama, next_token_loss
+from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm
 from trainer.shares import micro_batches
 
@@ -77,7 +78,8 @@ class Training:
         model.to_empty(device="cpu")
         if not empty:
             model.init_weights(job.seed)
-        self.model = parallel.shard(model, world)
+        self.model = apply.to_model(model, world, job)
+        self.loss = apply.loss_function(job, world.device)
         self.optimizer = Optimizer(self.model, job)
         self._warm = False
 
@@ -101,7 +103,10 @@ class Training:
         self._announce(reporter, RankPhase.OPTIMIZER)
         squares = self.optimizer.take_gradients()
         reporter.entered_collective()
-        rows = self.world.gather([loss_sum, squares, self.samples.mark, can_save])
+        said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
+        own = torch.stack((loss_sum, squares, *self._sent(said)))
+        # On a GPU, this is where the host waits for the step, and the only place.
+        rows = self.world.gather(own)
         self._require_same_data([row[2] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
         loss = math.fsum(row[0] for row in rows) / self.tokens
@@ -131,24 +136,31 @@ class Training:
         """Tokens of the global batch."""
         return self.job.global_batch * self.job.seq_len
 
-    def _accumulate(self, step: int, reporter: Reporter) -> float:
+    def _accumulate(self, step: int, reporter: Reporter) -> Tensor:
         """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
         share = micro_batches(self.job, self.world.place)
         losses = []
         for micro, indices in enumerate(share):
             self._announce(reporter, RankPhase.DATA, micro)
             batch = self.samples.batch(step, indices)
-            inputs_BL, targets_BL = (self._tensor(ids) for ids in (batch.inputs, batch.targets))
+            inputs_BL, targets_BL = (
+                self._sent(torch.from_numpy(np.ascontiguousarray(ids)))
+                for ids in (batch.inputs, batch.targets)
+            )
             self._announce(reporter, RankPhase.FORWARD, micro)
-            loss = next_token_loss(self.model(inputs_BL, batch.cuts), targets_BL)
+            loss = self.loss(self.model(inputs_BL, batch.cuts), targets_BL)
             self._announce(reporter, RankPhase.BACKWARD, micro)
-            parallel.reduce_gradients(self.model, now=micro == len(share) - 1)
+            parallel.last_of_step(self.model, self.world, last=micro == len(share) - 1)
             torch.autograd.backward(loss / self.tokens)
             losses.append(loss.detach())
-        return math.fsum(torch.stack(losses).double().tolist())
+        # Exact whatever the order: a float64 has 29 bits more than a loss.
+        return torch.stack(losses).double().sum()
 
-    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.world.device)
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return it on the device, without waiting for what the device still has to do."""
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
 
     def _announce(self, reporter: Reporter, phase: RankPhase, micro_batch: int = 0) -> None:
         # The first step allocates, and on a GPU compiles and tunes: it may take its time.

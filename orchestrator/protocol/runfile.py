@@ -110,6 +110,18 @@ class Trainer(_Section, frozen=True, kw_only=True):
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What layers compute in: by itself fp32 on a CPU and bf16 on a GPU. Weights, sums of gradients
+    over ranks and the optimizer are fp32 with either."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of having it kept in memory: nothing, the
+    feed-forward of each layer, or all of it."""
+    compile: bool | None = None
+    """Whether layers go through torch.compile; by itself on a GPU only. The first step, phase
+    `warming`, may take minutes then: detection.warmupLimit covers it."""
+    positions: Literal["sequence", "document"] = "sequence"
+    """Whether positions run on through a sequence, or begin anew with each of its documents. No
+    token looks beyond its document, so that changes no more than roundings."""
     options: dict[str, Any] = {}
     """Passed to the entrypoint as written; for trainers that are not the embedded one."""
 

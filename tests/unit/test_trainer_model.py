@@ -1,12 +1,10 @@
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from orchestrator.worker import MisconfiguredError
 from trainer.config import PRESETS, ModelConfig, RopeScaling, model_config
-from trainer.model import Llama, document_mask, next_token_loss, per_document, rope_table, rotate
+from trainer.model import Llama, next_token_loss, rope_table, rotate
 
 torch.set_num_threads(1)  # on a busy machine, two that spin took twenty seconds for one test
 TINY = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab=64)
@@ -35,24 +33,6 @@ def test_presets_have_exactly_the_published_number_of_parameters(
 def test_the_closed_form_counts_what_the_debug_model_has() -> None:
     debug = PRESETS["debug"]
     assert sum(p.numel() for p in Llama(debug).parameters()) == debug.parameters
-
-
-@given(st.sets(st.integers(1, 23), max_size=5), st.integers(0, 5))
-@settings(max_examples=25)
-def test_packed_documents_give_what_each_gives_alone_up_to_its_position(
-    borders: set[int], seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, h, 24, 8, generator=generator) for h in (4, 2, 2))
-    cuts = [[0, *sorted(borders), 24]]
-
-    apart = per_document(q, k, v, cuts)
-
-    mask = document_mask(cuts, 24, torch.device("cpu"))
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=True
-    )
-    torch.testing.assert_close(apart, dense, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_of_one_document_does_not_move_the_logits_of_another() -> None:

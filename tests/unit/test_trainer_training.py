@@ -10,7 +10,7 @@ import torch
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
-from trainer import parallel
+from trainer import apply, parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.job import read_job
@@ -127,6 +127,54 @@ def test_micro_batches_and_layers_sharded_alone_change_the_last_bits_only(
 
     assert apart == pytest.approx(whole, rel=1e-5)
     assert layered == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_has_the_bits_that_it_had(world: parallel.World, what: str) -> None:
+    assert train(world, job(activation_checkpointing=what), 4) == train(world, job(), 4)
+
+
+def test_layers_in_bf16_have_weights_and_state_in_fp32(world: parallel.World) -> None:
+    trainer = job(precision="bf16")
+    training = Training(trainer, CONFIG, Samples(SAMPLES_OF, trainer), world)
+    seen: set[torch.dtype] = set()
+    training.model.layers[0].register_forward_hook(lambda *passed: seen.add(passed[2].dtype))
+    recorder = Recorder()
+
+    for step in range(1, 5):
+        training.step(step, recorder)
+
+    assert seen == {torch.bfloat16}
+    assert {s.param.dtype for s in training.optimizer.shards} == {torch.float32}
+    assert {s.exp_avg.dtype for s in training.optimizer.shards} == {torch.float32}
+    whole = [loss for loss, _ in train(world, job(), 4)]
+    coarse = [loss for loss, _ in recorder.steps]
+    assert coarse != whole
+    assert coarse == pytest.approx(whole, rel=2e-2)
+
+
+def test_micro_batches_in_bf16_are_added_up_in_fp32(world: parallel.World) -> None:
+    whole = [norm for _, norm in train(world, job(precision="bf16"), 4)]
+    apart = [norm for _, norm in train(world, job(precision="bf16", micro_batch=1), 4)]
+
+    assert apart == pytest.approx(whole, rel=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own doings while it compiles
+def test_a_model_is_compiled_once_for_all_layers_and_all_worlds_of_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apply, "BACKEND", "aot_eager")  # graphs are the same, without C++
+    graphs = []
+    for _ in range(2):
+        with parallel.alone() as world:
+            losses = [loss for loss, _ in train(world, job(compile=True), 2)]
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    with parallel.alone() as world:
+        plain = [loss for loss, _ in train(world, job(), 2)]
+
+    assert graphs[0] == graphs[1] > 0
+    assert losses == pytest.approx(plain, rel=1e-5)
 
 
 def test_ranks_that_read_different_text_are_refused_before_a_weight_moves(

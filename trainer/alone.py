@@ -55,7 +55,15 @@ def main() -> None:
     job = read_job(msgspec.json.decode(arguments.job.read_bytes()), size)
     with _world(job.trainer.device, job.layout) as world:
         tokens = open_tokens(job.trainer.data, job.tokenizer, arguments.cache, lambda: None)
-        training = Training(job.trainer, job.config, Samples(tokens, job.trainer), world)
+        training = Training(
+            job.trainer,
+            job.config,
+            Samples(tokens, job.trainer),
+            world,
+            empty=job.initial is not None,
+        )
+        if job.initial is not None:
+            job.initial.fill(training.parts)
         done = _load(training, arguments.saves) if arguments.save_every else 0
         reporter = Printed() if rank == 0 else Unheard()
         for step in range(done + 1, job.trainer.steps + 1):

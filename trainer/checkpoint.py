@@ -204,7 +204,12 @@ class Checkpointer:
         where = f"{shard.describe(index)} of run {index.run_id}"
         for what, found, expected, hint in (
             ("run", index.run_id, stamp.run_id, "choose another folder for this run's checkpoints"),
-            ("model", index.model, stamp.model, "sizes must not change within a run"),
+            (
+                "model",
+                index.model,
+                stamp.model,
+                "sizes and initFrom must not change within a run",
+            ),
             ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
             ("number of shards", index.shards, world.shards, "dpShard must not change"),
         ):

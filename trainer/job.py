@@ -13,6 +13,8 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
 from trainer.config import ModelConfig, model_config
 from trainer.tokenizer import Tokenizer, open_tokenizer
+from trainer.weights.sources import open_weights
+from trainer.weights.stored import Weights
 
 
 class Job(NamedTuple):
@@ -25,6 +27,15 @@ class Job(NamedTuple):
     tokenizer: Tokenizer
     layout: Layout
     """With the replicas that are there."""
+    initial: Weights | None
+    """Weights that it begins from, of the model's sizes."""
+
+    @property
+    def identity(self) -> str:
+        """What its checkpoints are marked with: the model, and the weights it began from."""
+        if self.initial is None:
+            return self.config.fingerprint
+        return f"{self.config.fingerprint}-{self.initial.digest[:16]}"
 
 
 def read_job(job: dict[str, object], world_size: int) -> Job:
@@ -53,7 +64,19 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         config,
         open_tokenizer(trainer.tokenizer, config.vocab),
         layout,
+        _initial(trainer.init_from, config),
     )
+
+
+def _initial(address: str | None, config: ModelConfig) -> Weights | None:
+    if address is None:
+        return None
+    try:
+        weights = open_weights(address)
+        weights.require(config)
+    except MisconfiguredError as error:
+        raise MisconfiguredError(f"spec.trainer.initFrom: {error}", hint=error.hint) from error
+    return weights
 
 
 def layout_of(parallelism: runfile.Parallelism, ranks: int) -> Layout:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
@@ -135,6 +135,12 @@ class Training:
     def tokens(self) -> int:
         """Tokens of the global batch."""
         return self.job.global_batch * self.job.seq_len
+
+    @property
+    def parts(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield the name of every weight, the weight, and this rank's part of it."""
+        for shard in self.optimizer.shards:
+            yield shard.name, shard.weight, shard.param
 
     def _accumulate(self, step: int, reporter: Reporter) -> Tensor:
         """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""

@@ -42,13 +42,15 @@ def train(worker: Worker, seat: Seat) -> None:
             job.config,
             Samples(tokens, job.trainer),
             world,
-            empty=seat.restore is not None,
+            empty=seat.restore is not None or job.initial is not None,
         )
         checkpointer = Checkpointer(training.optimizer.shards, world, _stamp(seat, job, tokens))
         done = 0
         if seat.restore is not None:
             done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
             training.optimizer.set_steps(done)
+        elif job.initial is not None:
+            job.initial.fill(training.parts, worker.check)
         worker.reached("restored")
         try:
             for step in range(done + 1, job.trainer.steps + 1):
@@ -63,7 +65,7 @@ def _stamp(seat: Seat, job: Job, tokens: Tokens) -> Stamp:
     trainer = job.trainer
     return Stamp(
         seat.run_id,
-        job.config.fingerprint,
+        job.identity,
         seat.generation,
         Cursor(
             samples=0,

@@ -13,6 +13,7 @@ import typer
 
 from orchestrator.cli import plan as planning
 from orchestrator.cli import simulate as simulating
+from orchestrator.cli import weights
 from orchestrator.cli.choices import Form, Output
 from orchestrator.cli.errors import CliError, Commands, Exit
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(planning.app)
 app.add_typer(simulating.app)
+app.add_typer(weights.app)
 
 
 @app.command()

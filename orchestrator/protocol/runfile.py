@@ -101,6 +101,9 @@ class Trainer(_Section, frozen=True, kw_only=True):
     stages_per_rank: Annotated[int, msgspec.Meta(ge=2, le=64)] = 2
     """Stages of the pipeline that a rank has with `interleaved`; with `1F1B` it is one."""
     seed: NonNegative = 0
+    init_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Weights to begin from, not drawn by `seed`: a folder of Hugging Face's or Meta's layout, as
+    path or fsspec address, or of a run. They stay until the run is over (docs/weights.md)."""
     data: tuple[str, ...] | str | None = None
     """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too."""
     tokenizer: str | None = None

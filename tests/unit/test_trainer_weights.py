@@ -27,6 +27,7 @@ from tests.weights import (
     written,
 )
 from trainer.config import PRESETS, ModelConfig
+from trainer.job import Job, read_job
 from trainer.model import Llama
 from trainer.weights import names
 from trainer.weights.__main__ import main
@@ -435,3 +436,40 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_why(
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     assert main(["convert", str(tmp_path / "one"), str(tmp_path / "one")]) == 2
     assert "something is there already" in capsys.readouterr().err
+
+
+# A run that begins from them ------------------------------------------------------------------
+
+
+def job_from(path: Path, config: ModelConfig = TINY) -> Job:
+    model = msgspec.to_builtins(msgspec.structs.replace(config, vocab=1280))
+    return read_job({"trainer": {"model": model, "initFrom": str(path)}}, 1)
+
+
+def test_checkpoints_of_a_run_are_marked_with_the_weights_that_it_began_from(
+    tmp_path: Path,
+) -> None:
+    config = msgspec.structs.replace(TINY, vocab=1280)
+    for seed in range(2):
+        convert(weights_of(model_of(config, seed), config), tmp_path / str(seed), "hf")
+
+    first, again, other = (job_from(tmp_path / name).identity for name in "001")
+
+    assert first == again != other
+    assert first.startswith(config.fingerprint)
+    assert read_job({"trainer": {"model": msgspec.to_builtins(config)}}, 1).identity == (
+        config.fingerprint
+    )
+
+
+def test_a_run_is_not_begun_from_weights_of_another_model(tmp_path: Path) -> None:
+    written(tmp_path / "out")
+
+    with pytest.raises(MisconfiguredError) as caught:
+        job_from(tmp_path / "out")
+
+    says = "spec.trainer.initFrom: embedding.weight is of shape [512, 32], expected [1280, 32]"
+    assert says in str(caught.value)
+    assert "spec.trainer.model" in caught.value.hint
+    with pytest.raises(MisconfiguredError, match=r"spec.trainer.initFrom: no such folder"):
+        job_from(tmp_path / "nowhere")

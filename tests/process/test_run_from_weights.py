@@ -1,0 +1,81 @@
+"""A run begins from public weights, its checkpoint is read as weights, and the commands tell."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from tests import runfiles
+from tests.runs import REPOSITORY, Job
+from tests.weights import TINY, loaded, written
+from trainer.weights.sources import open_weights
+
+pytestmark = pytest.mark.process
+MODEL = msgspec.structs.replace(TINY, vocab=1280)
+
+
+def holdfast(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("holdfast")), *arguments],
+        capture_output=True,
+        cwd=REPOSITORY,
+        env=dict(os.environ, HOLDFAST_HOME=str(root / "home")),
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_path: Path) -> None:
+    begun = written(tmp_path / "begun", config=MODEL)
+    run = runfiles.fields(
+        "from",
+        parallelism={"dpReplicate": 1, "dpShard": 4},
+        trainer={
+            "model": msgspec.to_builtins(MODEL),
+            "initFrom": str(tmp_path / "begun"),
+            "steps": 1,
+            "seqLen": 32,
+            "globalBatch": 4,
+            "learningRate": 1e-4,
+            "warmupSteps": 0,
+        },
+    )
+    job = Job(tmp_path / "job", run)
+    try:
+        code, report = job.conduct("--quiet", timeout_s=100)
+    finally:
+        job.close()
+    assert (code, report.final_step) == (0, 1), job.output()
+
+    folder = str(job.folder.root)
+    done = holdfast(job.root, "weights", "convert", folder, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    shown = holdfast(job.root, "weights", "show", "from", "--check", "-o", "json")
+    assert shown.returncode == 0, shown.stderr
+
+    told = json.loads(shown.stdout)
+    assert (told["parameters"], told["finite"]) == (MODEL.parameters, True)
+    ended = loaded(open_weights(str(tmp_path / "out")))
+    for (name, before), after in zip(begun.named_parameters(), ended.parameters(), strict=True):
+        # One step of AdamW moves a weight by the learning rate at most, a hundredth of it here.
+        assert not torch.equal(before, after), name
+        torch.testing.assert_close(before, after, atol=1.1e-4, rtol=0, msg=name)
+
+
+def test_weights_that_are_refused_end_a_command_with_code_2_and_a_hint(tmp_path: Path) -> None:
+    written(tmp_path / "one")
+    os.truncate(tmp_path / "one/model.safetensors", 1000)
+
+    done = holdfast(tmp_path, "weights", "convert", str(tmp_path / "one"), str(tmp_path / "two"))
+
+    assert done.returncode == 2
+    message, hint = done.stderr.splitlines()
+    assert "model.safetensors" in message
+    assert hint.startswith("hint: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

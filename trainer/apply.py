@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,15 @@ from orchestrator.protocol import runfile
 from trainer import parallel
 from trainer.model import Block, Llama, next_token_loss
 
-BACKEND = "inductor"
-"""What makes kernels of a graph. It keeps them on the node's disk, for processes to come."""
+COMPILING: dict[str, Any] = {
+    "fullgraph": True,
+    "dynamic": False,
+    "backend": "inductor",
+    # Nothing that moves the last bits is chosen by how fast it was just now: a process or a node
+    # that takes over computes what the one before it did.
+    "options": {"deterministic": True},
+}
+"""How layers are compiled. Kernels are kept on the node's disk, for processes to come."""
 
 
 def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> Llama:
@@ -30,7 +38,7 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> Llama
     if compiles(job, world.device):
         for layer in layers:
             for part in _compiled_parts(layer, world.device):
-                part.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+                part.compile(**COMPILING)
     return parallel.shard(model, world, precision(job, world.device))
 
 
@@ -57,5 +65,5 @@ def compiles(job: runfile.Trainer, device: torch.device) -> bool:
 def loss_function(job: runfile.Trainer, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Return `next_token_loss`; compiled, it keeps no copy of the logits in float32."""
     if device.type == "cuda" and compiles(job, device):
-        return torch.compile(next_token_loss, dynamic=False, backend=BACKEND)
+        return torch.compile(next_token_loss, **COMPILING)
     return next_token_loss

@@ -33,7 +33,14 @@ class ShardState(NamedTuple):
 
 
 def learning_rate(step: int, job: runfile.Trainer) -> float:
-    """Return the learning rate of `step` (1-based): up in a line, then down along a cosine."""
+    """Return the learning rate of `step` (1-based): up in a line, then down along a cosine.
+
+    The last `annealSteps` go down in a line from where the cosine has come, to nothing.
+    """
+    annealed = job.steps - job.anneal_steps
+    if job.anneal_steps and step > annealed:
+        left = (job.steps - step) / job.anneal_steps
+        return left * (learning_rate(annealed, job) if annealed > 0 else job.learning_rate)
     if step <= job.warmup_steps:
         return job.learning_rate * step / job.warmup_steps
     done = (step - job.warmup_steps) / max(job.steps - job.warmup_steps, 1)

@@ -16,8 +16,11 @@ from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples
+from trainer.documents import pairs
+from trainer.flops import train_flops
+from trainer.metrics import Figures
 from trainer.model import Llama
-from trainer.optim import Optimizer, global_norm
+from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.shares import micro_batches
 
 
@@ -59,6 +62,7 @@ class Training:
         samples: what to train on.
         world: with whom.
         empty: leave the weights without values, for a restore to fill in.
+        note: hears what each step came to, on every rank.
     """
 
     def __init__(
@@ -69,8 +73,10 @@ class Training:
         world: parallel.World,
         *,
         empty: bool = False,
+        note: Callable[[Figures], None] = lambda _: None,
     ) -> None:
         self.job, self.samples, self.world = job, samples, world
+        self.config, self._note = config, note
         with torch.device("meta"):
             model = Llama(config)
         # Whole and on the CPU: weights then depend neither on sharding nor on the device. Memory
@@ -82,6 +88,7 @@ class Training:
         self.loss = apply.loss_function(job, world.device)
         self.optimizer = Optimizer(self.model, job)
         self._warm = False
+        self._flops = 0.0
 
     def step(
         self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
@@ -113,12 +120,11 @@ class Training:
         grad_norm = global_norm(row[1] for row in rows[: self.world.shards])
         self.optimizer.step(step, grad_norm)
         self._warm = True
+        seconds = time.monotonic() - begun
+        rate = learning_rate(step, self.job)
+        self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
         reporter.step_done(
-            step,
-            loss=loss,
-            grad_norm=grad_norm,
-            tokens=self.tokens,
-            seconds=time.monotonic() - begun,
+            step, loss=loss, grad_norm=grad_norm, tokens=self.tokens, seconds=seconds
         )
         return [int(row[3]) for row in rows]
 
@@ -146,6 +152,7 @@ class Training:
         """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
         share = micro_batches(self.job, self.world.place)
         losses = []
+        self._flops = 0.0
         for micro, indices in enumerate(share):
             self._announce(reporter, RankPhase.DATA, micro)
             batch = self.samples.batch(step, indices)
@@ -159,6 +166,7 @@ class Training:
             parallel.last_of_step(self.model, self.world, last=micro == len(share) - 1)
             torch.autograd.backward(loss / self.tokens)
             losses.append(loss.detach())
+            self._flops += train_flops(self.config, batch.inputs.size, pairs(batch.cuts))
         # Exact whatever the order: a float64 has 29 bits more than a loss.
         return torch.stack(losses).double().sum()
 

@@ -24,6 +24,7 @@ from trainer.checkpoint import Checkpointer, Cursor, Readiness, Stamp
 from trainer.config import ModelConfig, model_config
 from trainer.data import Samples, Tokens, open_tokens
 from trainer.job import Job, read_job
+from trainer.metrics import open_log
 from trainer.step import Training, Unheard
 from trainer.tokenizer import open_tokenizer
 
@@ -33,7 +34,10 @@ _POLL_S = 0.01
 def train(worker: Worker, seat: Seat) -> None:
     """Train one generation, as `orchestrator.worker.serve` wants it."""
     job = read_job(seat.job, seat.world_size)
-    with parallel.form(worker, seat, job.trainer, job.layout) as world:
+    with (
+        parallel.form(worker, seat, job.trainer, job.layout) as world,
+        open_log(seat, job.trainer, world.device) as note,
+    ):
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
         tokens = open_tokens(job.trainer.data, job.tokenizer, seat.cache_dir, worker.check)
@@ -43,6 +47,7 @@ def train(worker: Worker, seat: Seat) -> None:
             Samples(tokens, job.trainer),
             world,
             empty=seat.restore is not None or job.initial is not None,
+            note=note,
         )
         checkpointer = Checkpointer(training.optimizer.shards, world, _stamp(seat, job, tokens))
         done = 0

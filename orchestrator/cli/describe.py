@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import msgspec
+
 from orchestrator.cli import listing, runs, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.checkpoints import condition, why_untrusted
@@ -16,10 +20,13 @@ from orchestrator.core.report import fault_reports
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import MARKS
+from orchestrator.protocol.steps import StepLine
 from orchestrator.worlds.folder import JOURNAL, RunFolder, former_journals
 
 SHOWN_MAX = 10
 """Rows of a section; the lists of `holdfast get` are complete."""
+LINE_BYTES_MAX = 1024
+"""Of a line of the trainer's notes; it has nine numbers."""
 
 
 def describe(what: str, name: str | None, run: str | None) -> tuple[str, JournalError | None]:
@@ -90,6 +97,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Step", f"{state.reached_step} of {spec.trainer.steps}"),
         ("Loss", units.loss(loss) if state.reached_step in state.losses else ""),
         ("Speed", f"{units.rate(state.tokens_per_s)} tokens/s" if state.tokens_per_s else ""),
+        ("Arithmetic", _arithmetic(follower.folder)),
         ("Wall clock", units.seconds(state.now)),
         ("ETTR", units.percent(state.ledger.effective_ratio)),
         ("Generation", f"{state.generation} ({rungs or 'none was started'})"),
@@ -99,6 +107,20 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),
     ]
+
+
+def _arithmetic(folder: RunFolder) -> str:
+    """Say how fast the newest step was, as the trainer noted it; "" if it notes nothing."""
+    if not folder.steps.exists():
+        return ""
+    with folder.steps.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - LINE_BYTES_MAX, 0))
+        whole = file.read().rpartition(b"\n")[0]
+    if not whole:
+        return ""
+    line = msgspec.json.decode(whole.rpartition(b"\n")[2], type=StepLine)
+    share = f", MFU {units.percent(line.mfu)}" if line.mfu is not None else ""
+    return f"{line.tflops_per_gpu:.3g} TFLOPS per rank{share} (step {line.step})"
 
 
 def _controller_words(state: RunState, pid: int | None) -> str:

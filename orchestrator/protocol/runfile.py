@@ -110,6 +110,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     """A file in tiktoken format; default the small one that comes with holdfast."""
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 3e-4
     warmup_steps: NonNegative = 10
+    anneal_steps: NonNegative = 0
+    """So many steps at the end, in which the learning rate goes to 0 in a line."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -122,6 +124,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     compile: bool | None = None
     """Whether layers go through torch.compile; by itself on a GPU only. The first step, phase
     `warming`, may take minutes then: detection.warmupLimit covers it."""
+    peak_tflops: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """What MFU is a share of, dense bf16 products of a GPU; by itself the data sheet's figure."""
     positions: Literal["sequence", "document"] = "sequence"
     """Whether positions run on through a sequence, or begin anew with each of its documents. No
     token looks beyond its document, so that changes no more than roundings."""

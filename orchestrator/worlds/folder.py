@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from orchestrator.protocol.steps import STEPS_FILE
+
 HOME_VARIABLE = "HOLDFAST_HOME"
 JOURNAL = "journal"
 _LIFE = re.compile(rf"(?P<run>.+)/(?P<life>{JOURNAL}\.\d+)")
@@ -43,6 +45,8 @@ class RunFolder:
         """What operators ask for while the run goes on (worlds.requests)."""
         self.report = self.root / "report.json"
         self.logs = self.root / "logs"
+        self.steps = self.logs / STEPS_FILE
+        """`StepLine` for each step that was taken, by the embedded trainer."""
         self.nodes = self.root / "nodes"
         self.checkpoints = self.root / "checkpoints"
 

@@ -312,6 +312,24 @@ def test_describe_incident_tells_what_broke_what_was_done_why_and_what_it_cost()
         assert part in out
 
 
+def test_describe_run_says_how_much_arithmetic_the_newest_whole_line_tells_of(
+    demo: RunFolder,
+) -> None:
+    assert "Arithmetic" not in told("describe", "run", "demo")
+
+    numbers = '"loss":2.5,"gradNorm":0.5,"learningRate":0.1,"tokens":64,"seconds":0.5'
+    rates = '"tokensPerS":128.0,"tflopsPerGpu":{},"mfu":{}'
+    lines = [
+        f'{{"generation":1,"step":{step},{numbers},{rates.format(speed, share)}}}'
+        for step, speed, share in ((4, 399.96, 0.404), (5, 0.5, "null"))
+    ]
+    demo.steps.write_text(lines[0] + "\n" + lines[1])
+    assert "Arithmetic:   400 TFLOPS per rank, MFU 40.4 % (step 4)" in told("describe", "run")
+
+    demo.steps.write_text("\n".join(lines) + "\n")
+    assert "Arithmetic:   0.5 TFLOPS per rank (step 5)" in told("describe", "run", "demo")
+
+
 def test_describe_incident_shows_the_traceback_of_what_ended_the_run(home: Path) -> None:
     write(raising(), home / "demo")
 

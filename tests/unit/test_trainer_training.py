@@ -164,7 +164,8 @@ def test_micro_batches_in_bf16_are_added_up_in_fp32(world: parallel.World) -> No
 def test_a_model_is_compiled_once_for_all_layers_and_all_worlds_of_a_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(apply, "BACKEND", "aot_eager")  # graphs are the same, without C++
+    # Graphs are the same; making C++ of them and compiling that takes a minute.
+    monkeypatch.setattr(apply, "COMPILING", {"fullgraph": True, "backend": "aot_eager"})
     graphs = []
     for _ in range(2):
         with parallel.alone() as world:
@@ -200,6 +201,17 @@ def test_the_learning_rate_rises_in_a_line_and_falls_to_a_hundredth() -> None:
     assert rates[-1] == pytest.approx(0.01)
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert math.isfinite(learning_rate(1, job(steps=1, warmup_steps=0)))
+
+
+def test_an_anneal_goes_from_where_the_cosine_has_come_to_nothing_in_a_line() -> None:
+    plain = job(steps=100, warmup_steps=10)
+    trainer = job(steps=100, warmup_steps=10, anneal_steps=20)
+
+    rates = [learning_rate(step, trainer) for step in range(1, 101)]
+
+    assert rates[:80] == [learning_rate(step, plain) for step in range(1, 81)]
+    assert rates[80:] == pytest.approx([rates[79] * left / 20 for left in range(19, -1, -1)])
+    assert learning_rate(1, job(steps=4, anneal_steps=9)) > 0
 
 
 def test_a_rehearsal_leaves_no_process_group_behind() -> None:

@@ -1,0 +1,71 @@
+"""One line of JSON per step, written by rank 0 beside its log: `steps.jsonl`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from orchestrator.protocol import runfile
+from orchestrator.protocol.rank import Seat
+from orchestrator.protocol.steps import STEPS_FILE, StepLine
+from trainer.flops import peak_tflops
+
+
+class Figures(NamedTuple):
+    """What a step came to."""
+
+    step: int
+    loss: float
+    """Of the global batch, mean per token."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    tokens: int
+    """Of the global batch."""
+    seconds: float
+    flops: float
+    """Of this rank (trainer.flops)."""
+
+
+@contextlib.contextmanager
+def open_log(
+    seat: Seat, job: runfile.Trainer, device: torch.device
+) -> Iterator[Callable[[Figures], None]]:
+    """Return what writes a step's line, on rank 0; on other ranks, what writes nothing.
+
+    A step that was taken again, by a later generation, has a line for each time.
+    """
+    if seat.rank != 0 or not seat.log:
+        yield lambda _: None
+        return
+    known = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = job.peak_tflops or known
+    # In one piece and without a buffer: a rank that is killed leaves whole lines.
+    with Path(seat.log).with_name(STEPS_FILE).open("ab", buffering=0) as file:
+        yield lambda figures: _write(file, _line(figures, seat.generation, peak))
+
+
+def _write(file: FileIO, line: StepLine) -> None:
+    file.write(msgspec.json.encode(line) + b"\n")
+
+
+def _line(figures: Figures, generation: int, peak_tflops: float | None) -> StepLine:
+    tflops = figures.flops / figures.seconds / 1e12
+    return StepLine(
+        generation=generation,
+        step=figures.step,
+        loss=figures.loss,
+        grad_norm=figures.grad_norm,
+        learning_rate=figures.learning_rate,
+        tokens=figures.tokens,
+        seconds=figures.seconds,
+        tokens_per_s=figures.tokens / figures.seconds,
+        tflops_per_gpu=tflops,
+        mfu=tflops / peak_tflops if peak_tflops else None,
+    )

@@ -77,15 +77,19 @@ def hold_only(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> N
     hold(state, node, holdings)
 
 
-def hold_verified(state: RunState, node: NodeId, step: Step) -> None:
-    """Enter that a node has verified copies of a step for all of its ranks, just now."""
-    ranks = state.ranks_of(node)
-    for mark in tuple(state.struck):
-        found, taker, copy = mark
-        if found == step and (taker == node or (copy.node == node and copy.rank in ranks)):
-            del state.struck[mark]
-    if counts(state, step):
-        state.holdings.add(step, node, frozenset(ranks))
+def hold_verified(state: RunState, nodes: Iterable[NodeId], step: Step) -> None:
+    """Enter that nodes have verified copies of a step for all of their ranks, just now."""
+    known, counting = state.holdings.of(step), counts(state, step)
+    for node in nodes:
+        ranks = state.ranks_of(node)
+        for mark in tuple(state.struck):
+            found, taker, copy = mark
+            if found == step and (taker == node or (copy.node == node and copy.rank in ranks)):
+                del state.struck[mark]
+        # Nearly always its own memory had them, and it was only read.
+        if counting and not known.of(node).issuperset(ranks):
+            state.holdings.add(step, node, frozenset(ranks))
+            known = state.holdings.of(step)
 
 
 def forget(state: RunState, node: NodeId) -> None:
@@ -127,21 +131,27 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeI
     """
     copies = state.holdings.of(step)
     mute = [node for node in state.unfit if not state.nodes[node].serves]
-    if not copies.count_R(mute).all():
+    if copies.least(mute) == 0:
         return None
     found = list(seats)
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
     for seat, own in ranks_by_node(seats).items():
         held = frozenset() if seat in state.unfit else copies.of(seat)
-        for rank in own if not held.issuperset(own) else ():
+        if held.issuperset(own):
+            continue
+        reachable = [
+            node
+            for node in copies.holding_any(frozenset(own))
+            if state.nodes[node].serves and (seat, node) not in cut_off
+        ]
+        for rank in own:
             if rank in held:
                 continue
-            holders = state.holders(step, rank)
-            reachable = [holder for holder in holders if (seat, holder) not in cut_off]
-            if seat in cramped or not reachable:
+            holder = next((node for node in reachable if rank in copies.of(node)), None)
+            if seat in cramped or holder is None:
                 return None
-            found[rank] = reachable[0]
+            found[rank] = holder
     return tuple(found)
 
 
@@ -152,11 +162,11 @@ def newest_safe_step(state: RunState) -> Step | None:
     """
     newer = sorted((step for step in state.holdings if step > state.retained), reverse=True)
     # Asked for at every event: nearly always, nothing new is held by everybody.
-    if not any(state.holdings.of(step).whole for step in newer):
+    if not any(state.holdings.of(step).least() for step in newer):
         return None
     wanted = _copies_wanted(state)
     for step in newer:
-        if bool((state.holdings.of(step).count_R(state.unfit) >= wanted).all()):
+        if state.holdings.of(step).least(state.unfit) >= wanted:
             return step
     return None
 

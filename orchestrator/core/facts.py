@@ -151,7 +151,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             _moved(state, node)
         case Prepared(step=step, reads=reads):
             _count_reads(state, f"{node.id} in generation {generation}", reads)
-            copies.hold_verified(state, node.id, step)
+            copies.hold_verified(state, (node.id,), step)
         case PreparationFailed(step=step, tier=tier, reason=reason):
             state.failed_preparation = f"{node.id}: {reason}"
             if tier == "durable":
@@ -191,21 +191,25 @@ def _take_together(
     """Apply one fact that many nodes report."""
     if not names and fact.generation != state.generation:
         return
-    nodes = [state.nodes[name] for name in names or state.seated if name in state.nodes]
-    state.hearing.hear_many((node.id for node in nodes), state.now)
+    known = state.nodes
+    nodes = [known[name] for name in names or state.seated if name in known]
+    state.hearing.hear_many([node.id for node in nodes], state.now)
     if not nodes or fact.generation != state.generation:
         return
     match fact:
         case Reached(mark=mark):
+            generation = fact.generation
             for node in nodes:
-                _reach(node, fact.generation, mark)
+                if node.generation == generation and node.mark < mark:
+                    node.mark = mark
+                elif node.generation != generation:
+                    node.generation, node.mark = generation, mark
             _find_lowest(state)
         case Prepared(step=step, reads=reads):
             _count_reads(
                 state, f"{len(nodes)} nodes in generation {fact.generation}", reads * len(nodes)
             )
-            for node in nodes:
-                copies.hold_verified(state, node.id, step)
+            copies.hold_verified(state, (node.id for node in nodes), step)
         case RanksTroubled():
             state.troubled = {node.id: (state.now, fact.message) for node in nodes} | state.troubled
         case ShardsWritten():
@@ -380,9 +384,14 @@ def _moved(state: RunState, node: Node) -> None:
 
 
 def _find_lowest(state: RunState) -> None:
-    marks = {node: _mark_of(state, node) for node in state.seated}
-    state.lowest_mark = min(marks.values())
-    state.behind = {node for node, mark in marks.items() if mark == state.lowest_mark}
+    known, generation = state.nodes, state.generation
+    world = [known[name] for name in state.seated]
+    marks = [node.mark if node.generation == generation else 0 for node in world]
+    lowest = state.lowest_mark = min(marks)
+    if marks.count(lowest) == len(marks):
+        state.behind = set(state.seated)
+    else:
+        state.behind = {n.id for n, mark in zip(world, marks, strict=True) if mark == lowest}
 
 
 def _mark_of(state: RunState, name: NodeId) -> int:

@@ -56,7 +56,8 @@ class Hearing:
         heard = dict.fromkeys(nodes, now)
         self._heard_at.update(heard)
         self._spoke_at.update(heard)
-        self._others |= heard.keys() - self._voices
+        if not heard.keys() <= self._voices:
+            self._others |= heard.keys() - self._voices
 
     def hear_all(self, nodes: tuple[NodeId, ...], now: Seconds) -> None:
         """Enter that these nodes, all of which were heard before, were heard just now."""

@@ -33,7 +33,9 @@ class Copies:
     def __init__(self, world_size: int, held: Mapping[NodeId, Share] | None = None) -> None:
         self._held: dict[NodeId, Share] = dict(held or {})
         self._count_R = _counted(self._held.values(), world_size)
-        self._whole: bool | None = None
+        self._least: int | None = None
+        self._shared = False
+        """Whether another one has the same columns, so that they may not be changed any more."""
 
     def copy(self) -> Copies:
         """Return the same once more."""
@@ -41,17 +43,38 @@ class Copies:
         twin._become(self)
         return twin
 
+    def renamed(self, names: Mapping[NodeId, NodeId]) -> Copies:
+        """Return the same for other nodes.
+
+        Args:
+            names: who holds now what each node held.
+        """
+        twin = Copies(0)
+        twin._become(self)
+        twin._rename(names)
+        return twin
+
+    def _rename(self, names: Mapping[NodeId, NodeId]) -> None:
+        self._held = {names[node]: ranks for node, ranks in self._held.items()}
+
     def _become(self, other: Copies) -> None:
-        self._held, self._count_R = dict(other._held), other._count_R.copy()
-        self._whole = other._whole
+        self._held, self._count_R, self._least = other._held, other._count_R, other.least()
+        self._shared = other._shared = True
+
+    def _change(self) -> None:
+        """Have columns of its own, which are about to be changed."""
+        if self._shared:
+            self._held, self._count_R = dict(self._held), self._count_R.copy()
+            self._shared = False
+        self._least = None
 
     def add(self, node: NodeId, ranks: Share) -> None:
         """Enter that a node holds these, too."""
         before = self._held.get(node, _NOTHING)
         if new := ranks - before:
+            self._change()
             self._held[node] = before | new
             self._count_R[list(new)] += 1
-            self._whole = None
 
     def add_all(self, other: Copies) -> None:
         """Enter all that `other` has."""
@@ -69,32 +92,39 @@ class Copies:
         gone = before if ranks is None else before & ranks
         if not gone:
             return
+        self._change()
         if left := before - gone:
             self._held[node] = left
         else:
             del self._held[node]
         self._count_R[list(gone)] -= 1
-        self._whole = None
 
     def discard_all(self, nodes: Iterable[NodeId]) -> None:
         """Strike off all that some nodes hold."""
-        gone = [ranks for node in nodes if (ranks := self._held.pop(node, None)) is not None]
-        if gone:
-            self._count_R -= _counted(gone if self._held else (), len(self._count_R))
-            self._whole = None
-        if not self._held:
-            self._count_R[:] = 0
+        gone = {node for node in nodes if node in self._held}
+        if len(gone) == len(self._held):
+            self._held, self._count_R = {}, np.zeros_like(self._count_R)
+            self._least, self._shared = None, False
+        elif gone:
+            self._change()
+            self._count_R -= _counted(map(self._held.pop, gone), len(self._count_R))
 
     def of(self, node: NodeId) -> Share:
         """Return what a node holds."""
         return self._held.get(node, _NOTHING)
 
-    @property
-    def whole(self) -> bool:
-        """Whether there is a copy of every rank's shard."""
-        if self._whole is None:
-            self._whole = bool(self._count_R.all())
-        return self._whole
+    def least(self, without: Iterable[NodeId] = ()) -> int:
+        """Return how many copies there are of what has the fewest, not counting some nodes'."""
+        kept_out = [node for node in without if node in self._held]
+        if kept_out:
+            return int(self.count_R(kept_out).min())
+        if self._least is None:
+            self._least = int(self._count_R.min(initial=np.iinfo(np.int32).max))
+        return self._least
+
+    def holding_any(self, ranks: Share) -> list[NodeId]:
+        """Return who holds the shard of any of these, sorted."""
+        return sorted(node for node, held in self._held.items() if not held.isdisjoint(ranks))
 
     def holders(self, rank: Rank) -> list[NodeId]:
         """Return who holds a shard, sorted."""
@@ -110,8 +140,7 @@ class Copies:
         """Return how many copies each rank has, not counting those of some nodes."""
         counted_R = self._count_R.copy()
         for node in without:
-            if held := self.of(node):
-                counted_R[list(held)] -= 1
+            counted_R[list(self.of(node))] -= 1
         return counted_R
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import eq
 
 from orchestrator.core import course, facts, quarantine
 from orchestrator.core.decisions import (
@@ -27,7 +28,7 @@ from orchestrator.core.plans import (
     WaitForNodes,
 )
 from orchestrator.core.state import RunState, decide
-from orchestrator.protocol.ids import Generation, Seconds, Step
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
 
 
@@ -157,9 +158,9 @@ class Recovery:
         )
         decisions: list[Decision] = [self.started]
         decisions += [
-            decide(state, FenceNode, f"{node.id} has no seat", node=node.id)
-            for _, node in sorted(state.nodes.items())
-            if node.id not in state.seated and node.generation > 0 and node.connected
+            decide(state, FenceNode, f"{node} has no seat", node=node)
+            for node in sorted(state.nodes.keys() - state.seated.keys())
+            if state.nodes[node].generation > 0 and state.nodes[node].connected
         ]
         return decisions
 
@@ -200,8 +201,8 @@ def _tiers(plan: Restart) -> str:
         return "seed"
     if plan.restore.sources == plan.seats:
         return f"own memory ({len(plan.seats)} ranks)"
-    own = sum(source == seat for source, seat in zip(plan.restore.sources, plan.seats, strict=True))
-    durable = sum(source == "" for source in plan.restore.sources)
+    own = sum(map(eq, plan.restore.sources, plan.seats))
+    durable = plan.restore.sources.count(NodeId(""))
     buddies = len(plan.seats) - own - durable
     tiers = (("own memory", own), ("buddy's memory", buddies), ("durable tier", durable))
     return ", ".join(f"{name} ({count} ranks)" for name, count in tiers if count)

@@ -317,8 +317,16 @@ class RunState:
         self.lowest_mark, self.behind = 0, set(seats)
         if (seats, buddies) == (self.seats, self.buddies):
             return
+        before, kept_by = self.seated, self.buddies
         self.seats, self.buddies = seats, buddies
         self.seated = ranks_by_node(seats)
+        names = dict(zip(before, self.seated, strict=False))
+        if list(before.values()) == list(self.seated.values()) and buddies == {
+            names[node]: names.get(buddy) for node, buddy in kept_by.items()
+        }:
+            # A node in place of another, and nothing else has changed.
+            self.staged, self.copied = self.staged.renamed(names), self.copied.renamed(names)
+            return
         own: dict[NodeId, Share] = {n: frozenset(ranks) for n, ranks in self.seated.items()}
         both = dict(own)
         for node, buddy in buddies.items():

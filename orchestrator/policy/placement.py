@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 from orchestrator.core.copies import strained
 from orchestrator.core.phases import RunPhase
@@ -11,8 +12,9 @@ from orchestrator.core.state import Node, RunState
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
 from orchestrator.policy.suspicion import aside, suspects
-from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import seconds
+from orchestrator.protocol.seats import ranks_by_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,7 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     such as a search of the durable tier, is not time that a node had to come.
     """
     starting = not state.seats
-    placed = place(state) is not None
+    placed = _can_start(state) if starting else place(state) is not None
     settled_at = Seconds(state.wanted_since + state.timeouts.form_s)
     if placed and not (starting and _spares_to_come(state) and state.now < settled_at):
         return None
@@ -111,10 +113,10 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
     takes neighbours: of a copy next door nothing would be left. A world of one node uses a spare,
     if there is one: memory there is idle.
     """
-    world = list(dict.fromkeys(seats))
+    world = list(ranks_by_node(seats))
     if len(world) > 1:
         away = len(world) // 2
-        return {node: world[(i + away) % len(world)] for i, node in enumerate(world)}
+        return dict(zip(world, world[away:] + world[:away], strict=True))
     kept_out = {*world, *state.drains, *state.quarantined}
     others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in kept_out]
     return {world[0]: others[0]} if others else {}
@@ -122,13 +124,15 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
 
 def _first(state: RunState) -> Placement | None:
     nodes = state.run.spec.nodes
-    if len(state.nodes) < nodes.count:
+    if not _can_start(state):
         return None
-    usable = state.spares()[: nodes.count]
-    if len(usable) < nodes.count:
-        return None
-    ranks = range(state.run.world_size)
-    return Placement(seats=tuple(usable[Rank(r) // nodes.ranks_per_node] for r in ranks))
+    each = [repeat(node, nodes.ranks_per_node) for node in state.spares()[: nodes.count]]
+    return Placement(seats=tuple(chain.from_iterable(each)))
+
+
+def _can_start(state: RunState) -> bool:
+    """Whether the first generation can have its seats; asked for whenever a node comes."""
+    return _usable(state) >= state.run.spec.nodes.count
 
 
 def _gone(state: RunState) -> list[NodeId]:
@@ -137,7 +141,8 @@ def _gone(state: RunState) -> list[NodeId]:
 
 
 def _usable(state: RunState) -> int:
-    return len(state.nodes.keys() - state.unfit - state.cordoned())
+    out = state.unfit | {node for node in state.cordoned() if node in state.nodes}
+    return len(state.nodes) - len(out)
 
 
 def _spares_to_come(state: RunState) -> bool:

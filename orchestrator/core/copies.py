@@ -50,7 +50,7 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
         return
     state.holdings.spread(held.step, state.copied if held.copied else state.staged)
     state.holdings.discard_all(held.step, held.missing)
-    for node in held.uncopied if held.copied else ():
+    for node in held.uncopied if held.copied and state.holdings.of(held.step) else ():
         state.holdings.discard(held.step, state.buddies[node], state.staged.of(node))
     for step, _, copy in state.struck:
         if step == held.step and copy.kind in _GONE:

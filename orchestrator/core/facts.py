@@ -269,31 +269,38 @@ def _observe(state: RunState, event: Telemetry) -> None:
     for report in reversed(event.reports):
         ago_s.append(since_s)
         since_s += report.seconds
-    for report, since_s in zip(event.reports, reversed(ago_s), strict=True):
-        _complete(state, report, Seconds(state.now - since_s))
+    _complete(state, event.reports, [Seconds(state.now - since_s) for since_s in reversed(ago_s)])
 
 
-def _complete(state: RunState, report: StepReport, at: Seconds) -> None:
-    """Enter one completed step into the current lineage."""
-    step = report.step
-    if step <= state.reached_step:
+def _complete(state: RunState, reports: tuple[StepReport, ...], ends: list[Seconds]) -> None:
+    """Enter completed steps into the current lineage."""
+    # Of a long quiet time there are hundreds of them: their bookkeeping is done once for all.
+    losses, log = state.losses, state.step_log
+    latest = log[-1][1] if log else Seconds(0.0)
+    last: StepReport | None = None
+    for report, at in zip(reports, ends, strict=True):
+        step = report.step
+        if step <= (last.step if last is not None else state.reached_step):
+            continue
+        last = report
+        if step in losses and _bits(losses[step]) != _bits(report.loss):
+            state.divergences.append(step)
+        losses[step] = report.loss
+        state.grad_norms[step] = report.grad_norm
+        latest = max(latest, at)
+        log.append((step, latest))
+        if step > state.start_step + 1:
+            # The first step of a generation warms up; it says nothing about the others.
+            state.step_times.learn(report.seconds)
+    if last is None:
         return
-    if step in state.losses and _bits(state.losses[step]) != _bits(report.loss):
-        state.divergences.append(step)
-    state.losses[step] = report.loss
-    state.grad_norms[step] = report.grad_norm
-    state.reached_step = step
-    before = state.step_log[-1][1] if state.step_log else at
-    state.step_log.append((step, Seconds(max(at, before))))
-    if step > state.start_step + 1:
-        # The first step of a generation warms up; it says nothing about the others.
-        state.step_times.learn(report.seconds)
-    state.tokens_per_s = report.tokens / report.seconds if report.seconds > 0 else 0.0
-    if step > state.sound_step:
-        state.sound_step = step
+    state.reached_step = last.step
+    state.tokens_per_s = last.tokens / last.seconds if last.seconds > 0 else 0.0
+    if last.step > state.sound_step:
+        state.sound_step = last.step
         state.futile_restarts = 0
-    if step > state.best_step:
-        state.best_step = step
+    if last.step > state.best_step:
+        state.best_step = last.step
         _refill(state)
 
 

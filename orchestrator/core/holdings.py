@@ -109,6 +109,9 @@ class Copies:
             self._change()
             self._count_R -= _counted(map(self._held.pop, gone), len(self._count_R))
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def of(self, node: NodeId) -> Share:
         """Return what a node holds."""
         return self._held.get(node, _NOTHING)

@@ -7,10 +7,14 @@ entered where it would be.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.worlds.simulated.cluster import TOGETHER_MIN, Cluster
-from orchestrator.worlds.simulated.node import SAVES_MAX, Save
+from orchestrator.worlds.simulated.node import SAVES_MAX, Judge, Save
 from orchestrator.worlds.simulated.team import Team
+
+_Shares = tuple[frozenset[Rank], ...]
 
 
 class Alike:
@@ -72,23 +76,48 @@ class Alike:
                     # What is put there anew needs not be looked through before.
                     kept = len(newest) == SAVES_MAX and node.id in self._team.ranks
                     node.retain(step, drop=not kept)
-        for node in self._team.members if newest else ():
-            if len(newest) == SAVES_MAX:
-                has = node.judge.has
-                node.shelf = {save: shares[node.id] for save, shares in newest if has(save)}
-                continue
+        if len(newest) == SAVES_MAX:
+            self._refill(newest)
+        else:
             for save, shares in newest:
-                node.put(save, shares[node.id])
+                for node in self._team.members:
+                    node.put(save, shares[node.id])
         self._retained, self._saves = None, {}
+
+    def _refill(self, saves: list[tuple[Save, dict[NodeId, frozenset[Rank]]]]) -> None:
+        """Have every node hold these and nothing else, as far as they count there."""
+        counting: dict[Judge, list[tuple[Save, dict[NodeId, frozenset[Rank]]]]] = {}
+        for node in self._team.members:
+            if node.judge not in counting:
+                counting[node.judge] = [each for each in saves if node.judge.has(each[0])]
+            name = node.id
+            node.shelf = {save: shares[name] for save, shares in counting[node.judge]}
 
     def _share(self, *, copied: bool) -> dict[NodeId, frozenset[Rank]]:
         """Return whose shards each node holds of a save."""
         if copied not in self._shares:
-            own = {node: frozenset(ranks) for node, ranks in self._team.ranks.items()}
-            shares = dict(own)
-            for node in own if copied else ():
-                buddy = self._team.buddy_of(node)
-                assert buddy is not None, "asked only while everybody has one"
-                shares[buddy] |= own[node]
-            self._shares[copied] = shares
+            team = self._team
+            places = {node: place for place, node in enumerate(team.ranks)}
+            buddies = [team.buddy_of(node) for node in team.ranks]
+            kept_by = tuple(places[buddy] for buddy in buddies if buddy is not None)
+            assert len(kept_by) == len(places), "asked only while everybody has one"
+            own, both = _shares(tuple(team.ranks.values()), kept_by)
+            self._shares[copied] = dict(zip(team.ranks, both if copied else own, strict=True))
         return self._shares[copied]
+
+
+@lru_cache(maxsize=2)
+def _shares(ranks: tuple[tuple[Rank, ...], ...], kept_by: tuple[int, ...]) -> tuple[_Shares, ...]:
+    """Return what each place holds of its own, and with what it keeps for others.
+
+    One node in place of another changes neither.
+
+    Args:
+        ranks: of each place.
+        kept_by: the place that keeps a copy of each.
+    """
+    own = [frozenset(each) for each in ranks]
+    both = list(own)
+    for place, buddy in enumerate(kept_by):
+        both[buddy] |= own[place]
+    return tuple(own), tuple(both)

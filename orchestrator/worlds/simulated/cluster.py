@@ -64,6 +64,7 @@ class Cluster:
         jitter: float,
     ) -> None:
         self.nodes = {name: SimNode(name) for name in names}
+        self._by_name = [self.nodes[name] for name in sorted(names)]
         self.store, self.timeouts, self.profile = store, timeouts, profile
         self.agenda = Agenda()
         self.out: deque[Event] = deque()
@@ -124,7 +125,7 @@ class Cluster:
     def heard(self) -> tuple[NodeId, ...]:
         """Return the nodes whose words reach the controller as of now, sorted."""
         if self._hearing is None:
-            self._hearing = tuple(sorted(n.id for n in self.nodes.values() if n.heard))
+            self._hearing = tuple(node.id for node in self._by_name if node.heard)
         return self._hearing
 
     def disturb(self) -> None:
@@ -148,12 +149,13 @@ class Cluster:
 
     def send(self, nodes: Nodes, act: Callable[[Nodes], None]) -> None:
         """Have nodes obey an order, once it has reached them on the connections they have now."""
-        connections = {node.id: node.connection for node in nodes}
+        heard = [node for node in nodes if node.heard]
+        connections = {node.id: node.connection for node in heard}
 
         def reach(those: Nodes) -> None:
             act([n for n in those if n.heard and n.connection == connections[n.id]])
 
-        self.each_later(self.profile.order, [node for node in nodes if node.heard], reach)
+        self.each_later(self.profile.order, heard, reach)
 
     # Connections ----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from orchestrator.protocol.ids import NodeId, Rank, Step
@@ -56,7 +57,7 @@ def bring(
         return Tiers()
     if not apart and (own := _own(node, step)):
         origins.update(dict.fromkeys(node.ranks, own))
-        return Tiers(own=len(node.ranks))
+        return _all_own(len(node.ranks))
     counts = {"own": 0, "fetched": 0, "durable": 0}
     for rank in node.ranks:
         source = order.sources[rank]
@@ -79,8 +80,16 @@ def bring(
 
 def _own(node: SimNode, step: Step) -> Save | None:
     """Return a save that has all shards of a node."""
-    found = (s for s, held in node.shelf.items() if s.step == step and held.issuperset(node.ranks))
-    return next(found, None)
+    for save, held in node.shelf.items():
+        if save.step == step and held.issuperset(node.ranks):
+            return save
+    return None
+
+
+@lru_cache(maxsize=1)
+def _all_own(count: int) -> Tiers:
+    """Return one and the same for thousands of nodes."""
+    return Tiers(own=count)
 
 
 def _fetch(

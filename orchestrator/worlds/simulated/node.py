@@ -146,6 +146,8 @@ class SimNode:
         if held.issuperset(ranks):
             return True
         self.shelf[save] = held.union(ranks)
+        if len(self.shelf) <= SAVES_MAX:
+            return True
         for oldest in sorted(self.shelf)[:-SAVES_MAX]:
             if oldest.step != self.judge.lineage.retained:
                 del self.shelf[oldest]

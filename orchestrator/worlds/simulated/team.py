@@ -6,6 +6,7 @@ of nodes costs what one of a few does; with jitter each node is an entry of its 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
@@ -250,9 +251,12 @@ class Team:
         self._mark(self.members, FINISHED)
 
     def _mark(self, nodes: Nodes, mark: int) -> None:
+        marks = self._marks
+        left = Counter([marks[node.id] for node in nodes])
         for node in nodes:
-            self._at_mark[self._marks[node.id]] -= 1
-            node.mark = self._marks[node.id] = mark
+            node.mark = marks[node.id] = mark
+        for before, count in left.items():
+            self._at_mark[before] -= count
         self._at_mark[mark] = self._at_mark.get(mark, 0) + len(nodes)
 
     @property
@@ -280,12 +284,11 @@ class Team:
 
     def _bring(self, nodes: Nodes) -> None:
         done: dict[Tiers, list[SimNode]] = {}
+        cluster, order, origins, apart = self._cluster, self._order, self.origins, self._apart
         for node in nodes:
-            brought = bring(
-                self._cluster, self._order, node, self.origins, apart=node.id in self._apart
-            )
+            brought = bring(cluster, order, node, origins, apart=node.id in apart)
             if isinstance(brought, PreparationFailed):
-                self._cluster.say([node], brought)
+                cluster.say([node], brought)
                 continue
             self._prepared.add(node.id)
             done.setdefault(brought, []).append(node)

@@ -298,7 +298,7 @@ class SimulatedWorld:
         ):
             since_s = team.pace.since(self.now)
             done = team.pace.done(self.now)
-            reports = tuple(self._report(Step(s)) for s in range(self._reported + 1, done + 1))
+            reports = self._reports(self._reported + 1, done)
             self._reported = Step(max(self._reported, done))
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
@@ -306,10 +306,14 @@ class SimulatedWorld:
         news = News(heard, reports, since_s, stall_s, self._looks.unseen_s())
         return telemetry(team, self.now, news)
 
-    def _report(self, step: Step) -> StepReport:
+    def _reports(self, first: int, last: Step) -> tuple[StepReport, ...]:
+        """Return what there is to tell of steps, both ends included."""
         trainer = self._run.spec.trainer
-        tokens = trainer.global_batch * trainer.seq_len
-        return StepReport(step, 1.0 / step, 1.0, tokens, self._step_s)
+        tokens, step_s = trainer.global_batch * trainer.seq_len, self._step_s
+        return tuple(
+            StepReport(Step(step), 1.0 / step, 1.0, tokens, step_s)
+            for step in range(first, last + 1)
+        )
 
     def _enter_all(self) -> None:
         """Enter what all nodes hold alike, before one of them is another than the others."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from storage.digest import Buffer
+from storage.errors import BlobTooLargeError
 
 KEY_LENGTH_MAX = 512
 
@@ -75,6 +76,19 @@ class Sweepable(Protocol):
             StorageError: if the store does not answer or refuses.
         """
         ...
+
+
+def get_small(store: BlobStore, key: str, bytes_max: int) -> bytes:
+    """Return a blob that is small by nature, without taking memory for one that is not.
+
+    Raises:
+        BlobTooLargeError: if it has more than `bytes_max` bytes.
+        BlobNotFoundError: if nothing is stored under the key.
+    """
+    data = store.get(key, 0, bytes_max + 1)
+    if len(data) > bytes_max:
+        raise BlobTooLargeError(f"blob has more than {bytes_max} bytes: {key}")
+    return data
 
 
 def validate_key(key: str) -> str:

@@ -8,34 +8,25 @@ from collections.abc import Callable
 
 import msgspec
 
+from storage import verdicts
 from storage.blob import BlobStore
 from storage.commit import check_shard, latest_commit
-from storage.errors import (
-    BlobExistsError,
-    BlobNotFoundError,
-    StorageError,
-    StorageUnavailableError,
-)
+from storage.errors import ForeignCheckpointError, StorageError
+from storage.leases import Leases
 from storage.manifest import (
     COMMITS,
     GENERATIONS,
-    VERDICTS,
     Manifest,
     check_identity,
     commit_key,
-    decode_manifest,
     describe,
     generation_prefix,
     parse_commit_key,
     parse_generation_key,
-    parse_verdict_key,
-    verdict_key,
+    read_manifest,
 )
-
-QUARANTINED = "quarantined"
-DELETING = "deleting"
-
-_VERDICT_ATTEMPTS = 16
+from storage.retention import Candidate, Ladder, kept
+from storage.verdicts import DELETING, QUARANTINED, RELEASED, Standing, Trust, Where
 
 
 class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,13 +46,18 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided about a checkpoint after its commit."""
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be kept and what is to go.
 
-    step: int
-    epoch: int
-    kind: str
-    reason: str
+    Attributes:
+        kept: by (step, epoch), why, in words for an operator.
+        victims: (step, epoch) of the checkpoints to delete, oldest first.
+        barred: which can not be resumed from already.
+    """
+
+    kept: dict[Where, str]
+    victims: tuple[Where, ...]
+    barred: frozenset[Where]
 
 
 class Catalog:
@@ -121,7 +117,7 @@ class Catalog:
                 continue
             verdict_at = barred.get((record.step, record.epoch))
             reason = (
-                self._reason(verdict_at)
+                verdicts.reason_of(self.store, verdict_at)
                 if verdict_at
                 else self._why_not(record, run_id=run_id, model=model)
             )
@@ -130,76 +126,164 @@ class Catalog:
             rejections.append(Rejection(step=record.step, epoch=record.epoch, reason=reason))
         return None, rejections
 
+    def newest_trusted(
+        self,
+        *,
+        before_step: int | None = None,
+        at_least: Trust = Trust.BYTES_VERIFIED,
+        run_id: str | None = None,
+        model: str | None = None,
+    ) -> tuple[Manifest | None, list[Rejection]]:
+        """Return the newest checkpoint that verdicts say can be trusted so far.
+
+        Reads records and no bodies: whether its bytes are still what they were is for
+        `newest_verified`, or for whoever restores from it, to see.
+
+        Args:
+            before_step: consider only earlier steps; for a corruption with a known onset.
+            at_least: the level of trust that is asked for.
+            run_id: accept only this run's; None accepts any.
+            model: accept only this fingerprint; None accepts any.
+
+        Returns:
+            As `newest_verified`.
+
+        Raises:
+            StorageUnavailableError: if the store does not answer.
+        """
+        known = self.standings()
+        rejections: list[Rejection] = []
+        for record in self.commits():
+            if before_step is not None and record.step >= before_step:
+                continue
+            standing = known.get((record.step, record.epoch), Standing())
+            reason = self._why_untrusted(record, standing, at_least, run_id=run_id, model=model)
+            if not reason:
+                return record.manifest, rejections
+            rejections.append(Rejection(step=record.step, epoch=record.epoch, reason=reason))
+        return None, rejections
+
     def quarantine(self, step: int, epoch: int, reason: str) -> str:
-        """Bar a checkpoint from being resumed, for good, and return the verdict's key.
+        """Bar a checkpoint from being resumed from, and return the verdict's key.
 
         Its bytes stay until `retain` reaches it, for whoever looks into the incident. When a run
         goes back behind a corruption, quarantine every checkpoint from its onset on: the newest
         step wins otherwise, whatever epoch wrote it.
         """
-        return self._judge(step, epoch, QUARANTINED, reason)
+        return self.judge(step, epoch, QUARANTINED, reason)
+
+    def release(self, step: int, epoch: int, reason: str) -> str:
+        """Take back what quarantine and suspicion there is; return the verdict's key.
+
+        What is being deleted is not brought back.
+        """
+        return self.judge(step, epoch, RELEASED, reason)
+
+    def judge(self, step: int, epoch: int, kind: str, reason: str) -> str:
+        """Add a verdict, one of `verdicts.KINDS`, and return its key."""
+        return verdicts.add(self.store, step, epoch, kind, reason)
+
+    def standings(self) -> dict[Where, Standing]:
+        """Return the standing of every checkpoint that there is a verdict about."""
+        return verdicts.standings(self.store)
+
+    def barred(self) -> dict[Where, str]:
+        """Return by (step, epoch) the key of the verdict that bars a checkpoint.
+
+        Only keys are looked at, so that a damaged verdict still counts, and a long history of
+        deletions costs one listing.
+        """
+        return {where: one.barred for where, one in self.standings().items() if one.barred}
+
+    def plan(self, ladder: Ladder, *, verified: Manifest | None = None) -> Retention | None:
+        """Return what `retain` would do; None if nothing can be verified, and so nothing may go.
+
+        Args:
+            ladder: what to keep.
+            verified: what `newest_verified` returned lately. Without it, it is asked now, which
+                reads a whole checkpoint.
+        """
+        known = self.standings()
+        barred = frozenset(where for where, standing in known.items() if standing.barred)
+        whole = verified
+        if whole is None or (whole.step, whole.epoch) in barred:
+            whole, _ = self.newest_verified()
+        if whole is None:
+            # With nothing to fall back to, whatever is there is evidence or the last hope.
+            return None
+        records = self.commits()
+        candidates = [
+            Candidate(r.step, r.epoch, known.get((r.step, r.epoch), Standing()).trust)
+            for r in records
+            if r.manifest and (r.step, r.epoch) not in barred
+        ]
+        stay = kept(candidates, ladder, restorable=(whole.step, whole.epoch))
+        older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < stay.oldest)
+        victims = tuple(where for where in older if where not in stay.reasons)
+        return Retention(kept=stay.reasons, victims=victims, barred=barred)
 
     def retain(
         self,
-        keep_last: int,
+        ladder: Ladder,
         *,
         verified: Manifest | None = None,
         leased: Callable[[int, int], bool] = lambda _step, _epoch: False,
-    ) -> list[tuple[int, int]]:
-        """Delete all but the newest checkpoints, and the shards that can never be committed.
+        leases: Leases | None = None,
+    ) -> list[Where]:
+        """Delete the checkpoints that need not be kept, and the shards that can not be committed.
 
-        Never deleted: the `keep_last` newest that could be resumed from, the newest verified one,
-        the latest of the newest epoch, whatever has a later step than any of these, and what is
-        leased. Safe to repeat after a crash at any point.
+        Safe to repeat after a crash at any point.
 
         Args:
-            keep_last: how many checkpoints to keep, at least 1.
-            verified: what `newest_verified` returned lately. Without it, it is asked now, which
-                reads a whole checkpoint.
+            ladder: what to keep; see `retention.kept` for what is kept besides.
+            verified: see `plan`.
             leased: whether somebody reads, or is about to read, the checkpoint of this step and
                 epoch; asked of each when its deletion is about to begin, and not after that.
+            leases: those that readers have in the store.
 
         Returns:
             (step, epoch) of the checkpoints deleted, oldest first.
-
-        Raises:
-            ValueError: if `keep_last` is below 1.
         """
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}, must be at least 1")
-        barred = self.barred()
-        anchor = verified
-        if anchor is None or (anchor.step, anchor.epoch) in barred:
-            anchor, _ = self.newest_verified()
-        if anchor is None:
-            # With nothing to fall back to, whatever is there is evidence or the last hope.
+        planned = self.plan(ladder, verified=verified)
+        if planned is None:
             return []
-        records = self.commits()
-        sound = [(record.step, record.epoch) for record in records if record.manifest]
-        sound = [where for where in sound if where not in barred]
-        # The running epoch may have gone back to an early step. Its latest commit is where the
-        # run is now, however far an earlier epoch had come.
-        current = sorted(sound, key=lambda where: where[::-1])[-1:]
-        oldest_kept = min([*sound[:keep_last], *current, (anchor.step, anchor.epoch)])
-        older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < oldest_kept)
-        victims: list[tuple[int, int]] = []
-        for step, epoch in older:
-            if leased(step, epoch):
+        deleted = []
+        for step, epoch in planned.victims:
+            if leased(step, epoch) or (leases and leases.held(step, epoch)):
                 continue
-            victims.append((step, epoch))
             # The verdict first: from here on nobody starts to read it. Then the commit, so that no
             # commit is visible without its shards.
-            if (step, epoch) not in barred:
-                self._judge(step, epoch, DELETING, f"older than the {keep_last} to keep")
+            if (step, epoch) not in planned.barred:
+                self.judge(
+                    step, epoch, DELETING, f"not among the newest {ladder.last}, nor kept for long"
+                )
+            # A reader that took its lease before it could see the verdict is seen here.
+            if leases and leases.held(step, epoch):
+                continue
+            deleted.append((step, epoch))
             self.store.delete(commit_key(step, epoch))
             self._delete_shards(step, epoch)
         self._collect_orphans()
-        return victims
+        if leases:
+            leases.tidy()
+        return deleted
+
+    def orphans(self) -> list[Where]:
+        """Return the generations that have shards and no commit, and that `commit` would refuse.
+
+        The latest commit is asked for before the listing of commits: a generation that was
+        committed before the latest one is then surely in that listing.
+        """
+        latest = latest_commit(self.store)
+        committed = {parse_commit_key(key) for key in self.store.keys(COMMITS)}
+        stored = {parse_generation_key(key) for key in self.store.keys(GENERATIONS)}
+        found = sorted(where for where in stored - committed if where)
+        return [where for where in found if latest is not None and where[::-1] < latest]
 
     def _read(self, step: int, epoch: int) -> CommitRecord:
         manifest, fault = None, ""
         try:
-            manifest = decode_manifest(self.store.get(commit_key(step, epoch)))
+            manifest = read_manifest(self.store, commit_key(step, epoch))
             if (manifest.step, manifest.epoch) != (step, epoch):
                 fault = f"record is of another {describe(manifest)}"
                 manifest = None
@@ -223,52 +307,32 @@ class Catalog:
             return str(error)
         return ""
 
-    def barred(self) -> dict[tuple[int, int], str]:
-        """Return by (step, epoch) the key of the newest verdict; each kind bars a checkpoint.
-
-        Only keys are looked at, so that a damaged verdict still counts, and a long history of
-        deletions costs one listing.
-        """
-        keys = self.store.keys(VERDICTS)
-        parsed = ((key, parse_verdict_key(key)) for key in keys)
-        return {(found[0], found[1]): key for key, found in parsed if found}
-
-    def _reason(self, key: str) -> str:
+    def _why_untrusted(
+        self,
+        record: CommitRecord,
+        standing: Standing,
+        at_least: Trust,
+        *,
+        run_id: str | None,
+        model: str | None,
+    ) -> str:
+        """Return why a checkpoint does not have this much trust; empty if it has."""
+        if standing.barred:
+            return verdicts.reason_of(self.store, standing.barred)
+        if record.manifest is None:
+            return record.fault
         try:
-            verdict = msgspec.json.decode(self.store.get(key), type=Verdict)
-        except (msgspec.MsgspecError, UnicodeDecodeError, BlobNotFoundError):
-            return f"barred, and the verdict is unreadable: {key}"
-        return f"{verdict.kind}: {verdict.reason}"
-
-    def _judge(self, step: int, epoch: int, kind: str, reason: str) -> str:
-        verdict = Verdict(step=step, epoch=epoch, kind=kind, reason=reason)
-        data = msgspec.json.encode(verdict)
-        taken = len(self.store.keys(f"{VERDICTS}{step}-{epoch}/"))
-        for number in range(taken, taken + _VERDICT_ATTEMPTS):
-            key = verdict_key(step, epoch, number, kind)
-            try:
-                self.store.put(key, data)
-            except BlobExistsError:
-                continue
-            return key
-        raise StorageUnavailableError(
-            f"no free number for a verdict in {_VERDICT_ATTEMPTS} attempts: step {step}"
-        )
+            check_identity(record.manifest, run_id=run_id, model=model)
+        except ForeignCheckpointError as error:
+            return str(error)
+        if standing.trust < at_least:
+            return f"{standing.trust.words}, expected {at_least.words}"
+        return ""
 
     def _delete_shards(self, step: int, epoch: int) -> None:
         for key in self.store.keys(generation_prefix(step, epoch)):
             self.store.delete(key)
 
     def _collect_orphans(self) -> None:
-        """Delete shards that have no commit and that `commit` would refuse.
-
-        The latest commit is asked for before the listing of commits: a generation that was
-        committed before the latest one is then surely in that listing.
-        """
-        latest = latest_commit(self.store)
-        committed = {parse_commit_key(key) for key in self.store.keys(COMMITS)}
-        stored = {parse_generation_key(key) for key in self.store.keys(GENERATIONS)}
-        for where in sorted(found for found in stored - committed if found):
-            step, epoch = where
-            if latest is not None and (epoch, step) < latest:
-                self._delete_shards(step, epoch)
+        for step, epoch in self.orphans():
+            self._delete_shards(step, epoch)

@@ -6,7 +6,7 @@ exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has t
 
 from collections.abc import Iterator
 
-from storage.blob import BlobStore
+from storage.blob import BlobStore, get_small
 from storage.digest import BLOCK_BYTES, Buffer, byte_view, sha256_hex
 from storage.errors import (
     BlobExistsError,
@@ -23,7 +23,6 @@ from storage.manifest import (
     ShardReceipt,
     body_key,
     commit_key,
-    decode_manifest,
     describe,
     encode_manifest,
     generation_prefix,
@@ -31,9 +30,17 @@ from storage.manifest import (
     parse_commit_key,
     parse_generation_key,
     parse_verdict_key,
+    read_manifest,
     receipt_of,
 )
-from storage.shard import ShardIndex, decode_index, encode_index, verify, verify_blocks
+from storage.shard import (
+    INDEX_BYTES_MAX,
+    ShardIndex,
+    decode_index,
+    encode_index,
+    verify,
+    verify_blocks,
+)
 
 
 def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardReceipt:
@@ -63,7 +70,7 @@ def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardRecei
     try:
         store.put(index_key(*where), encoded)
     except BlobExistsError:
-        if store.get(index_key(*where)) != encoded:
+        if store.get(index_key(*where), 0, len(encoded) + 1) != encoded:
             raise BlobExistsError(f"another shard is stored: {index_key(*where)}") from None
     return receipt_of(index, sha256_hex(encoded))
 
@@ -96,7 +103,7 @@ def commit(store: BlobStore, manifest: Manifest, *, newest_epoch_known: int) -> 
     try:
         store.put(key, encode_manifest(manifest))
     except BlobExistsError:
-        found = decode_manifest(store.get(key))
+        found = read_manifest(store, key)
         if found.root != manifest.root:
             raise BlobExistsError(
                 f"root is {manifest.root}, committed is {found.root}: {describe(manifest)}"
@@ -145,7 +152,7 @@ def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
         raise ValueError(f"shard is {shard}, must be in 0..{manifest.shards - 1}")
     entry = manifest.entries[shard]
     key = index_key(manifest.step, manifest.epoch, shard)
-    data = store.get(key)
+    data = get_small(store, key, INDEX_BYTES_MAX)
     digest = sha256_hex(data)
     if digest != entry.index_digest:
         raise ShardCorruptError(f"sha-256 is {digest}, manifest says {entry.index_digest}: {key}")
@@ -191,7 +198,7 @@ def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryvi
 
     def copied() -> Iterator[memoryview]:
         at = 0
-        for block in _read_blocks(store, index):
+        for block in body_blocks(store, index):
             piece = target[at : at + len(block)]
             piece[:] = block
             # Digest what arrived in the buffer, not what came from the store.
@@ -209,10 +216,11 @@ def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:
     """
     index = fetch_index(store, manifest, shard)
     _require_size(store, index)
-    verify_blocks(index, _read_blocks(store, index))
+    verify_blocks(index, body_blocks(store, index))
 
 
-def _read_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
+def body_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
+    """Yield a shard's body in blocks of 16 MiB, unverified; each is read when it is asked for."""
     key = body_key(index.step, index.epoch, index.shard)
     for start in range(0, index.size, BLOCK_BYTES):
         yield store.get(key, start, min(BLOCK_BYTES, index.size - start))
@@ -228,7 +236,7 @@ def _require_size(store: BlobStore, index: ShardIndex) -> None:
 def _require_same_body(store: BlobStore, index: ShardIndex) -> None:
     try:
         _require_size(store, index)
-        verify_blocks(index, _read_blocks(store, index))
+        verify_blocks(index, body_blocks(store, index))
     except ShardCorruptError as error:
         key = body_key(index.step, index.epoch, index.shard)
         raise BlobExistsError(f"another body is stored ({error}): {key}") from error

@@ -53,6 +53,12 @@ class BlobCorruptError(StorageError):
     hint = "Resume from an older checkpoint: `holdfast get checkpoints`."
 
 
+class BlobTooLargeError(StorageError):
+    """What should be a small file is larger than any such file can be, and was not read."""
+
+    hint = "Look at who can write to the store: no program of Holdfast makes such a file."
+
+
 class ShardCorruptError(StorageError):
     """The bytes read are not the bytes that were staged."""
 

@@ -11,6 +11,7 @@ from operator import attrgetter
 import msgspec
 import xxhash
 
+from storage.blob import BlobStore, get_small
 from storage.digest import Buffer, sha256_hex
 from storage.errors import ForeignCheckpointError, ManifestCorruptError, UnsupportedVersionError
 from storage.shard import Extra, ShardIndex
@@ -21,9 +22,12 @@ COMMITS = "commits/"
 GENERATIONS = "gen/"
 VERDICTS = "verdicts/"
 
-_COMMIT_KEY = re.compile(r"commits/(\d{16})-(\d+)\.json")
-_GENERATION_KEY = re.compile(r"gen/[0-9a-f]{2}/(\d+)-(\d+)/s\d+\.(?:st|idx)")
-_VERDICT_KEY = re.compile(r"verdicts/(\d+)-(\d+)/(\d{6})-([a-z]+)\.json")
+MANIFEST_BYTES_MAX = 64 * 1024 * 1024
+
+# Numbers of at most 16 digits: whoever can write to the store can also make up keys.
+_COMMIT_KEY = re.compile(r"commits/(\d{16})-(\d{1,16})\.json")
+_GENERATION_KEY = re.compile(r"gen/[0-9a-f]{2}/(\d{1,16})-(\d{1,16})/s\d+\.(?:st|idx)")
+_VERDICT_KEY = re.compile(r"verdicts/(\d{1,16})-(\d{1,16})/(\d{6})-([a-z]+(?:-[a-z]+)*)\.json")
 
 
 class ShardReceipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,6 +111,16 @@ def make_manifest(
     return msgspec.structs.replace(manifest, checksum=_checksum(manifest))
 
 
+def read_manifest(store: BlobStore, key: str) -> Manifest:
+    """Return the manifest that is stored under a key, checked against itself.
+
+    Raises:
+        BlobNotFoundError, BlobTooLargeError: from the store.
+        ManifestCorruptError, UnsupportedVersionError: as `decode_manifest`.
+    """
+    return decode_manifest(get_small(store, key, MANIFEST_BYTES_MAX))
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as canonical JSON: the same manifest gives the same bytes, always."""
     return msgspec.json.encode(manifest, order="deterministic")
@@ -124,7 +138,7 @@ def decode_manifest(data: Buffer) -> Manifest:
         if version != VERSION:
             raise UnsupportedVersionError(f"manifest has version {version}, known is {VERSION}")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestCorruptError(f"manifest does not decode: {error}") from error
     expected = _checksum(manifest)
     if manifest.checksum != expected:
@@ -192,7 +206,9 @@ def verdict_key(step: int, epoch: int, number: int, kind: str) -> str:
 def parse_commit_key(key: str) -> tuple[int, int] | None:
     """Return (step, epoch), or None if this is no commit's key."""
     match = _COMMIT_KEY.fullmatch(key)
-    return (STEP_MAX - int(match[1]), int(match[2])) if match else None
+    if match is None or int(match[1]) > STEP_MAX:
+        return None
+    return STEP_MAX - int(match[1]), int(match[2])
 
 
 def parse_generation_key(key: str) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ from storage.errors import ShardCorruptError, UnsupportedVersionError
 VERSION = 1
 DATA_ALIGNMENT = 4096
 SHARD_BYTES_MAX = 1 << 40
-INDEX_BYTES_MAX = 256 * 1024 * 1024
+INDEX_BYTES_MAX = 64 * 1024 * 1024
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -224,7 +224,7 @@ def decode_index(data: Buffer) -> ShardIndex:
             raise UnsupportedVersionError(f"index has version {version}, known is {VERSION}")
         index = msgspec.json.decode(data, type=ShardIndex)
         layout = plan(index.chunks)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ShardCorruptError(f"index does not decode: {error}") from error
     spans = tuple((chunk.start, chunk.end) for chunk in index.chunks)
     if (layout.chunks, layout.spans, layout.size, BLOCK_BYTES, -(-layout.size // BLOCK_BYTES)) != (

@@ -18,7 +18,7 @@ from storage.commit import fetch_body, fetch_index
 from storage.errors import BlobNotFoundError, ForeignCheckpointError, UnsupportedUriError
 from storage.faulty import FaultyStore
 from storage.local import LocalStore
-from storage.manifest import COMMITS, body_key, decode_manifest, describe, parse_commit_key
+from storage.manifest import COMMITS, body_key, describe, parse_commit_key, read_manifest
 from storage.shard import encode_index
 from storage.wrappers import CountingStore, RetryingStore
 
@@ -42,7 +42,7 @@ def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> 
         StorageError: if it can not be read, or is not of the step wanted.
         NoRoomError: if there is too little shared memory. There is no file then, either.
     """
-    manifest = decode_manifest(durable.store.get(durable.commit))
+    manifest = read_manifest(durable.store, durable.commit)
     if manifest.step != wanted[1]:
         raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
     index = fetch_index(durable.store, manifest, durable.shard)

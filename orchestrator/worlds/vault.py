@@ -32,6 +32,7 @@ from storage.catalog import Catalog
 from storage.commit import commit, newest_epoch
 from storage.errors import StorageError, StorageUnavailableError
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
+from storage.retention import Ladder
 from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
@@ -253,7 +254,7 @@ class Vault:
         """Delete what is older than the checkpoints to keep, now that there is a newer one."""
         with self._guard.deleting(newest.epoch) as leased:
             keep_last = self._run.spec.checkpoint.keep_last
-            Catalog(self._store).retain(keep_last, verified=newest, leased=leased)
+            Catalog(self._store).retain(Ladder(last=keep_last), verified=newest, leased=leased)
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; readers never see it, disks do."""

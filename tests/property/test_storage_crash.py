@@ -22,6 +22,7 @@ from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, index_key, make_manifest
 from storage.memory import MemoryStore
+from storage.retention import Ladder
 from storage.shard import Chunk, ShardMeta, plan, seal
 
 SHARDS = 2
@@ -122,7 +123,7 @@ def test_after_a_kill_the_next_epoch_goes_on_and_nothing_is_left_behind(root: Pa
         root, lambda s: save(s, 10, 1), lambda s: save(s, 20, 1)
     ):
         save(store, 30, 2)
-        Catalog(store).retain(1)
+        Catalog(store).retain(Ladder(last=1))
         store.sweep()
 
         files = {p.relative_to(store.root).as_posix() for p in store.root.rglob("*") if p.is_file()}
@@ -136,10 +137,12 @@ def test_a_collection_killed_at_any_operation_leaves_only_whole_checkpoints(root
         for step in (10, 20, 30):
             save(store, step, 1)
 
-    for store in runs_killed_at_every_operation(root, prepare, lambda s: Catalog(s).retain(1)):
+    for store in runs_killed_at_every_operation(
+        root, prepare, lambda s: Catalog(s).retain(Ladder(last=1))
+    ):
         assert_every_visible_checkpoint_is_whole(store)
 
-        Catalog(store).retain(1)
+        Catalog(store).retain(Ladder(last=1))
         assert [record.step for record in Catalog(store).commits()] == [30]
         assert len(store.keys("gen/")) == 2 * SHARDS
 

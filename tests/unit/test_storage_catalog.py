@@ -16,6 +16,7 @@ from storage.manifest import (
     make_manifest,
 )
 from storage.memory import MemoryStore
+from storage.retention import Ladder
 from storage.shard import Chunk, ShardMeta, plan, seal
 from storage.wrappers import CountingStore
 
@@ -45,7 +46,7 @@ def steps_of(store: BlobStore) -> list[tuple[int, int]]:
 
 def test_an_empty_store_has_nothing_and_rejects_nothing() -> None:
     assert Catalog(MemoryStore()).newest_verified() == (None, [])
-    assert Catalog(MemoryStore()).retain(1) == []
+    assert Catalog(MemoryStore()).retain(Ladder(last=1)) == []
 
 
 def test_the_newest_step_is_chosen() -> None:
@@ -183,12 +184,12 @@ def test_the_last_n_are_kept_and_nothing_remains_of_the_others() -> None:
     for step in (10, 20, 30, 40):
         committed(store, step)
 
-    assert Catalog(store).retain(2) == [(10, 1), (20, 1)]
+    assert Catalog(store).retain(Ladder(last=2)) == [(10, 1), (20, 1)]
 
     assert steps_of(store) == [(40, 1), (30, 1)]
     assert not store.keys(generation_prefix(10, 1))
     assert not store.keys(generation_prefix(20, 1))
-    assert Catalog(store).retain(2) == []
+    assert Catalog(store).retain(Ladder(last=2)) == []
 
 
 def test_the_newest_verified_is_kept_with_all_that_is_newer() -> None:
@@ -198,7 +199,7 @@ def test_the_newest_verified_is_kept_with_all_that_is_newer() -> None:
     for step in (30, 40):
         store.delete(body_key(step, 1, 0))
 
-    assert Catalog(store).retain(1) == [(10, 1)]
+    assert Catalog(store).retain(Ladder(last=1)) == [(10, 1)]
 
     assert steps_of(store) == [(40, 1), (30, 1), (20, 1)]
 
@@ -211,7 +212,7 @@ def test_quarantined_checkpoints_do_not_count_as_kept_and_go_when_older() -> Non
     catalog.quarantine(40, 1, "suspect")
     catalog.quarantine(20, 1, "suspect")
 
-    assert catalog.retain(1) == [(10, 1), (20, 1)]
+    assert catalog.retain(Ladder(last=1)) == [(10, 1), (20, 1)]
 
     assert steps_of(store) == [(40, 1), (30, 1)]
 
@@ -222,7 +223,7 @@ def test_nothing_is_deleted_while_nothing_can_be_verified() -> None:
         committed(store, step)
         store.delete(body_key(step, 1, 0))
 
-    assert Catalog(store).retain(1) == []
+    assert Catalog(store).retain(Ladder(last=1)) == []
     assert steps_of(store) == [(20, 1), (10, 1)]
 
 
@@ -231,8 +232,8 @@ def test_a_leased_checkpoint_is_kept_until_the_lease_ends() -> None:
     for step in (10, 20):
         committed(store, step)
 
-    assert Catalog(store).retain(1, leased=lambda *where: where == (10, 1)) == []
-    assert Catalog(store).retain(1) == [(10, 1)]
+    assert Catalog(store).retain(Ladder(last=1), leased=lambda *where: where == (10, 1)) == []
+    assert Catalog(store).retain(Ladder(last=1)) == [(10, 1)]
 
 
 def test_what_was_verified_lately_is_not_read_again() -> None:
@@ -241,7 +242,7 @@ def test_what_was_verified_lately_is_not_read_again() -> None:
     newest = committed(store, 20)
     store.bytes_got = 0
 
-    assert Catalog(store).retain(1, verified=newest) == [(10, 1)]
+    assert Catalog(store).retain(Ladder(last=1), verified=newest) == [(10, 1)]
 
     assert store.bytes_got < LAYOUT.size
 
@@ -255,7 +256,7 @@ def test_shards_that_cannot_be_committed_any_more_are_collected_and_others_stay(
     written(store, 30, 2)
     written(store, 5, 3)
 
-    Catalog(store).retain(1)
+    Catalog(store).retain(Ladder(last=1))
 
     assert [bool(store.keys(generation_prefix(*g))) for g in ((15, 1), (99, 1), (19, 2))] == [
         False
@@ -269,7 +270,7 @@ def test_the_latest_of_the_running_epoch_is_kept_however_far_an_earlier_epoch_ha
     committed(store, 200, 3)
     committed(store, 60, 4)
 
-    assert Catalog(store).retain(1) == [(40, 3)]
+    assert Catalog(store).retain(Ladder(last=1)) == [(40, 3)]
 
     assert steps_of(store) == [(200, 3), (60, 4)]
 
@@ -280,7 +281,7 @@ def test_a_deleted_checkpoint_still_fences_off_its_older_epochs() -> None:
     committed(store, 60, 4)
     catalog = Catalog(store)
     catalog.quarantine(60, 4, "suspect")
-    assert catalog.retain(1) == [(60, 4)]
+    assert catalog.retain(Ladder(last=1)) == [(60, 4)]
 
     with pytest.raises(StaleEpochError, match="of epoch 4"):
         committed(store, 210, 3)
@@ -288,4 +289,4 @@ def test_a_deleted_checkpoint_still_fences_off_its_older_epochs() -> None:
 
 def test_keeping_none_is_a_callers_mistake() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Catalog(MemoryStore()).retain(0)
+        Catalog(MemoryStore()).retain(Ladder(last=0))

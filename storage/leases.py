@@ -1,0 +1,84 @@
+"""Lets a reader keep a checkpoint from being deleted for a while, whoever deletes.
+
+A lease is a key with the time of its end in it. A reader first takes the lease and then looks
+whether the checkpoint is being deleted; who deletes first says so and then looks for leases. So one
+of the two sees the other, whatever the order, and gives way.
+"""
+
+import re
+import secrets
+from collections.abc import Callable
+
+from storage.blob import BlobStore
+from storage.verdicts import Where
+
+LEASES = "leases/"
+SKEW_S = 300.0
+"""Clocks of two machines may differ by so much without harm."""
+LEASE_S_MAX = 7 * 86_400.0
+
+_KEY = re.compile(r"leases/(\d{1,16})-(\d{1,16})/(\d{12})-[A-Za-z0-9._-]+")
+_HOLDER = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Leases:
+    """The leases in a store.
+
+    Args:
+        store: of the run.
+        clock: seconds since 1970, as all machines that use the store have them, more or less.
+    """
+
+    def __init__(self, store: BlobStore, clock: Callable[[], float]) -> None:
+        self._store, self._clock = store, clock
+
+    def take(self, step: int, epoch: int, holder: str, lasts_s: float) -> str:
+        """Keep a checkpoint from being deleted; return the lease's key.
+
+        Look at its standing afterwards: a deletion that was begun before goes on.
+
+        Args:
+            step: of the checkpoint.
+            epoch: of the checkpoint.
+            holder: who asks, for people: letters, digits and `._-`.
+            lasts_s: seconds from now, up to a week. A holder that dies keeps it no longer.
+
+        Raises:
+            ValueError: if the holder's name can not be part of a key, or it lasts too long.
+        """
+        if not _HOLDER.fullmatch(holder) or not 0 < lasts_s <= LEASE_S_MAX:
+            raise ValueError(
+                f"holder is {holder!r} and lasts_s {lasts_s}, expected letters, digits and ._-, "
+                f"and up to {LEASE_S_MAX:g}"
+            )
+        until = round(self._clock() + lasts_s)
+        key = f"{LEASES}{step}-{epoch}/{until:012d}-{holder}-{secrets.token_hex(4)}"
+        self._store.put(key, b"")
+        return key
+
+    def drop(self, key: str) -> None:
+        """Give a lease back."""
+        self._store.delete(key)
+
+    def held(self, step: int, epoch: int) -> bool:
+        """Return whether somebody has a lease that has not ended, by any clock that is sound."""
+        return (step, epoch) in self._held(f"{LEASES}{step}-{epoch}/")
+
+    def all_held(self) -> set[Where]:
+        """Return every checkpoint that somebody has a lease of."""
+        return self._held(LEASES)
+
+    def tidy(self) -> list[str]:
+        """Remove the leases that have ended; return their keys."""
+        ended = [key for key in self._store.keys(LEASES) if self._over(key)]
+        for key in ended:
+            self._store.delete(key)
+        return ended
+
+    def _held(self, prefix: str) -> set[Where]:
+        matches = [_KEY.fullmatch(key) for key in self._store.keys(prefix) if not self._over(key)]
+        return {(int(match[1]), int(match[2])) for match in matches if match}
+
+    def _over(self, key: str) -> bool:
+        match = _KEY.fullmatch(key)
+        return match is not None and int(match[3]) + SKEW_S < self._clock()

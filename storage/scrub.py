@@ -1,0 +1,180 @@
+"""Reads checkpoints back and says what is wrong with them: which file, which chunk, what was there.
+
+Where a reader on its way to a restore stops at the first bad byte, this looks at everything.
+"""
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import body_blocks, fetch_index
+from storage.digest import Buffer, digest_stream
+from storage.errors import BlobNotFoundError, StorageError
+from storage.manifest import Manifest, body_key, commit_key, index_key
+from storage.shard import ShardIndex
+from storage.verdicts import SUSPECT, Trust
+
+DAMAGES_TOLD = 3
+HEADER = "header"
+
+
+class Damage(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that is not as it was committed.
+
+    Attributes:
+        key: of the file.
+        chunk: which chunk of a body, `header` for what is before the first, empty for the whole.
+        expected: what the commit vouches for.
+        found: what is there.
+    """
+
+    key: str
+    chunk: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        """Return it on one line."""
+        where = f"{self.chunk} of {self.key}" if self.chunk else self.key
+        return f"expected {self.expected}, found {self.found}: {where}"
+
+
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of reading a checkpoint back; no damages if every byte is what was staged."""
+
+    step: int
+    epoch: int
+    damages: tuple[Damage, ...]
+    fault: str = ""
+
+
+def examine(
+    store: BlobStore, manifest: Manifest, *, read: Callable[[int], None] = lambda _bytes: None
+) -> list[Damage]:
+    """Read a checkpoint, a block of 16 MiB at a time, and return all that is wrong with it.
+
+    Args:
+        store: of the run.
+        manifest: of the checkpoint.
+        read: called with the number of bytes whenever some were read, for whoever watches.
+
+    Raises:
+        StorageError: if the store does not answer or refuses; that says nothing of the bytes.
+    """
+    damages: list[Damage] = []
+    for shard in range(manifest.shards):
+        damages += _examine_shard(store, manifest, shard, read)
+    return damages
+
+
+def scrub_next(
+    catalog: Catalog,
+    *,
+    again: bool = False,
+    read: Callable[[int], None] = lambda _bytes: None,
+) -> Iterator[Examined]:
+    """Examine one checkpoint after the other, newest first, and put on record what came of it.
+
+    What is whole gets the verdict that its bytes are verified. What is damaged becomes suspect, so
+    that nobody resumes from it; its bytes stay.
+
+    Args:
+        catalog: of the run. Hand one on a `ThrottledStore` to leave bandwidth to the run.
+        again: also those whose bytes were verified before; bytes can rot.
+        read: as for `examine`.
+
+    Raises:
+        StorageError: if the store does not answer or refuses.
+    """
+    standings = catalog.standings()
+    for record in catalog.commits():
+        standing = standings.get((record.step, record.epoch))
+        if standing and (standing.barred or (standing.trust > Trust.WRITTEN and not again)):
+            continue
+        if record.manifest is None:
+            yield Examined(step=record.step, epoch=record.epoch, damages=(), fault=record.fault)
+            continue
+        damages = examine(catalog.store, record.manifest, read=read)
+        if damages and not _is_there(catalog.store, record.manifest):
+            continue  # collected while it was read
+        _judge(catalog, record.manifest, damages)
+        yield Examined(step=record.step, epoch=record.epoch, damages=tuple(damages))
+
+
+def _judge(catalog: Catalog, manifest: Manifest, damages: list[Damage]) -> None:
+    if not damages:
+        catalog.judge(manifest.step, manifest.epoch, Trust.BYTES_VERIFIED.kind, "scrubbed")
+        return
+    told = "; ".join(map(str, damages[:DAMAGES_TOLD]))
+    more = f"; and {len(damages) - DAMAGES_TOLD} more" if len(damages) > DAMAGES_TOLD else ""
+    catalog.judge(manifest.step, manifest.epoch, SUSPECT, f"scrub found {told}{more}")
+
+
+def _is_there(store: BlobStore, manifest: Manifest) -> bool:
+    key = commit_key(manifest.step, manifest.epoch)
+    return key in store.keys(key)
+
+
+def _examine_shard(
+    store: BlobStore, manifest: Manifest, shard: int, read: Callable[[int], None]
+) -> Iterator[Damage]:
+    where = (manifest.step, manifest.epoch, shard)
+    try:
+        index = fetch_index(store, manifest, shard)
+    except BlobNotFoundError:
+        yield Damage(key=index_key(*where), chunk="", expected="an index", found="nothing")
+        return
+    except StorageError as error:
+        if error.retryable:
+            raise
+        digest = manifest.entries[shard].index_digest
+        yield Damage(
+            key=index_key(*where), chunk="", expected=f"sha-256 {digest}", found=str(error)
+        )
+        return
+    key = body_key(*where)
+    try:
+        size = store.size(key)
+        if size != index.size:
+            expected, found = f"{index.size} bytes", f"{size} bytes"
+            yield Damage(key=key, chunk="", expected=expected, found=found)
+            return
+        yield from _examine_body(index, key, _watched(body_blocks(store, index), read))
+    except BlobNotFoundError:
+        yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found="nothing")
+    except StorageError as error:
+        if error.retryable:
+            raise
+        yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found=str(error))
+
+
+def _examine_body(index: ShardIndex, key: str, blocks: Iterator[Buffer]) -> Iterator[Damage]:
+    measured = digest_stream([(chunk.start, chunk.end) for chunk in index.chunks], blocks)
+    bad = [
+        Damage(
+            key=key,
+            chunk=chunk.name,
+            expected=f"xxh3-128 {chunk.xxh3_128}",
+            found=f"xxh3-128 {found}",
+        )
+        for chunk, found in zip(index.chunks, measured.spans, strict=False)
+        if chunk.xxh3_128 != found
+    ]
+    yield from bad
+    if measured.size != index.size:
+        expected, found_bytes = f"{index.size} bytes", f"{measured.size} bytes"
+        yield Damage(key=key, chunk="", expected=expected, found=found_bytes)
+    elif not bad:
+        for expected_crc, crc in zip(index.crc32c, measured.crcs, strict=True):
+            if expected_crc != crc:
+                # Every chunk is intact, so it is what lies before them.
+                expected, found = f"crc32c {expected_crc:08x}", f"crc32c {crc:08x}"
+                yield Damage(key=key, chunk=HEADER, expected=expected, found=found)
+
+
+def _watched(blocks: Iterator[bytes], read: Callable[[int], None]) -> Iterator[bytes]:
+    for block in blocks:
+        yield block
+        read(len(block))

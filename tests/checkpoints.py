@@ -1,0 +1,48 @@
+"""Small checkpoints: two shards of one tensor, put into a store."""
+
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import commit, write_shard
+from storage.manifest import Manifest, make_manifest
+from storage.shard import Chunk, Extra, ShardMeta, plan, seal
+
+SHARDS = 2
+LAYOUT = plan(
+    Chunk(fqn=name, state="param", dtype="U8", shape=(64,), global_shape=(128,), offset=(0,))
+    for name in ("v", "w")
+)
+
+
+def written(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
+    """Write the shards of a checkpoint whose bytes depend on the step; return its manifest."""
+    receipts = []
+    for shard in range(SHARDS):
+        body = bytearray(LAYOUT.size)
+        for view in LAYOUT.views(body).values():
+            view[:] = bytes([step % 256]) * 64
+        extra: Extra = {"step": step}
+        meta = ShardMeta(
+            run_id=run_id,
+            model="m",
+            step=step,
+            epoch=epoch,
+            shard=shard,
+            shards=SHARDS,
+            extra=extra,
+        )
+        receipts.append(write_shard(store, seal(LAYOUT, body, meta), body))
+    return make_manifest(
+        receipts, run_id=run_id, model="m", step=step, epoch=epoch, layout={"dpShard": SHARDS}
+    )
+
+
+def committed(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
+    """Write a checkpoint and commit it."""
+    manifest = written(store, step, epoch, run_id)
+    commit(store, manifest, newest_epoch_known=epoch)
+    return manifest
+
+
+def steps_of(store: BlobStore) -> list[tuple[int, int]]:
+    """Return step and epoch of every commit, newest first."""
+    return [(record.step, record.epoch) for record in Catalog(store).commits()]

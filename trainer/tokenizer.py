@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from functools import cached_property
 from importlib import resources
 
@@ -35,6 +36,8 @@ SPECIAL_TOKENS = (
 FILE_BYTES_MAX = 64 << 20
 PIECE_CHARS_MAX = 400_000
 """Longer texts are cut into such pieces: tiktoken's regular expressions recurse."""
+_NO_TEXT = re.compile("([\udc80-\udcff]+)")
+"""Bytes that are not UTF-8, as Python's `surrogateescape` has them."""
 _WHERE = "spec.trainer.tokenizer"
 
 
@@ -65,9 +68,35 @@ class Tokenizer:
         ]
         return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
 
+    def encode_bytes(self, content: bytes) -> npt.NDArray[np.uint32]:
+        """Return the ids of any bytes: those of the text that they are, a byte each where not."""
+        text = content.decode("utf-8", "surrogateescape")
+        pieces = [
+            self._byte_ids[np.frombuffer(piece.encode("utf-8", "surrogateescape"), np.uint8)]
+            if _NO_TEXT.match(piece)
+            else self.encode(piece)
+            for piece in _NO_TEXT.split(text)
+        ]
+        return np.concatenate(pieces)
+
     def decode(self, ids: npt.NDArray[np.uint32]) -> str:
-        """Return the text of ids."""
-        return self._encoding.decode([int(i) for i in ids])
+        """Return the text of ids; what is no text in it is shown as such."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: npt.NDArray[np.uint32]) -> bytes:
+        """Return the bytes of ids.
+
+        Raises:
+            ValueError: if there is no such id.
+        """
+        if len(ids) and int(ids.max()) >= self.size:
+            raise ValueError(f"id is {int(ids.max())}, expected less than {self.size}")
+        return self._encoding.decode_bytes([int(i) for i in ids])
+
+    @cached_property
+    def _byte_ids(self) -> npt.NDArray[np.uint32]:
+        single = self._encoding.encode_single_token
+        return np.array([single(bytes([byte])) for byte in range(256)], np.uint32)
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:

@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(planning.app)
 app.add_typer(simulating.app)
 app.add_typer(weights.app)
+app.add_typer(weights.tokenizers)
 
 
 @app.command()
@@ -298,6 +299,49 @@ def measure(
         run_file=run_file, steps=steps, base=base, file=output, progress=shown
     )
     typer.echo(measured.table)
+
+
+@app.command()
+def generate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Weights, as `holdfast weights show` takes them."),
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="[TEXT]", help="The text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, max=131_072, help="At most so many.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="0: always the most likely token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=1e-6, max=1, help="Only the likeliest tokens with this share together."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of chance, if there is any.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="In tiktoken format; default the weights' own."),
+    ] = None,
+    dtype: Annotated[
+        weights.Computed, typer.Option("--dtype", help="The type that is computed in.")
+    ] = weights.Computed.FLOAT32,
+    device: Annotated[
+        weights.Device, typer.Option("--device", help="Where.")
+    ] = weights.Device.AUTO,
+) -> None:
+    """Continue a text with a run's newest checkpoint, or with public weights."""
+    from orchestrator.cli import spawned
+
+    options = {
+        "--tokens": tokens,
+        "--temperature": temperature,
+        "--top-p": top_p,
+        "--seed": seed,
+        "--tokenizer": tokenizer,
+        "--dtype": dtype.value,
+        "--device": device.value,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    spawned.spawn("trainer.generate", *given, "--", spawned.source(source), prompt)
 
 
 @app.command()

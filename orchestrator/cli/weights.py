@@ -1,4 +1,4 @@
-"""The commands of `holdfast weights`: look at weights, and write them in a public layout."""
+"""The commands of `holdfast weights` and `holdfast tokenizer`: started as programs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ app = typer.Typer(
 PROGRAM = "trainer.weights"
 
 
+tokenizers = typer.Typer(
+    name="tokenizer",
+    help="Learn a small tokenizer.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
 class Layout(StrEnum):
     """Public layouts."""
 
@@ -33,6 +41,22 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+
+class Computed(StrEnum):
+    """Types that are computed in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Device(StrEnum):
+    """Where something is computed."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
 
 
 Source = Annotated[
@@ -76,3 +100,28 @@ def convert(
     where = [spawned.source(source), str(out)]
     more = ["--to", to.value, "--dtype", dtype.value, "--parts", str(parts)]
     spawned.spawn(PROGRAM, "convert", *more, "--", *where)
+
+
+@tokenizers.callback()
+def _tokenizer() -> None:
+    """Keep `train` a word of its own: a group of one command would be that command."""
+
+
+@tokenizers.command()
+def train(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where it is written.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA]...",
+            help="Text: files, folders, globs or fsspec addresses; default the demo's.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=257, max=1_000_000, help="Tokens, beside 256 special ones.")
+    ] = 1024,
+) -> None:
+    """Learn a tokenizer from text, in the format of Llama 3's: the same text, the same file."""
+    from orchestrator.cli import spawned
+
+    spawned.spawn("trainer.vocabulary", f"--out={out}", f"--ranks={ranks}", "--", *(data or ()))

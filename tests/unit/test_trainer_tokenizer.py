@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.worker import MisconfiguredError
 from trainer.config import PRESETS
 from trainer.tokenizer import SPECIAL_TOKENS, Tokenizer, open_tokenizer
+from trainer.vocabulary import main as learn
 
 SMALL = open_tokenizer(None, PRESETS["debug"].vocab)
 
@@ -32,6 +34,51 @@ def test_there_are_256_special_tokens_of_different_names() -> None:
 @given(st.text(max_size=200))
 def test_every_text_comes_back(text: str) -> None:
     assert SMALL.decode(SMALL.encode(text)) == text
+
+
+@given(st.binary(max_size=200))
+def test_all_bytes_come_back(content: bytes) -> None:
+    ids = SMALL.encode_bytes(content)
+
+    assert SMALL.decode_bytes(ids) == content
+    assert ids.dtype == np.uint32
+    assert all(ids < SMALL.bos)
+
+
+@given(st.text(max_size=60))
+def test_bytes_of_a_text_have_the_ids_of_the_text(text: str) -> None:
+    assert SMALL.encode_bytes(text.encode()).tolist() == SMALL.encode(text).tolist()
+
+
+@given(st.lists(st.integers(0, SMALL.size - 1), max_size=20))
+def test_any_ids_have_a_text(ids: list[int]) -> None:
+    assert isinstance(SMALL.decode(np.array(ids, np.uint32)), str)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="id is 1280, expected less than 1280"):
+        SMALL.decode_bytes(np.array([1280], np.uint32))
+
+
+def test_a_file_of_the_released_size_has_the_released_ids() -> None:
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    triples = [pair + b"x" for pair in pairs]
+    released = Tokenizer(tiktoken_file([*BYTES, *pairs, *triples][:128_000]))
+
+    assert (released.size, released.bos, released.eos) == (128_256, 128_000, 128_001)
+    named = {
+        128_000: "<|begin_of_text|>",
+        128_001: "<|end_of_text|>",
+        128_006: "<|start_header_id|>",
+        128_007: "<|end_header_id|>",
+        128_009: "<|eot_id|>",
+        128_255: "<|reserved_special_token_250|>",
+    }
+    for token, name in named.items():
+        assert released.decode(np.array([token], np.uint32)) == name
+    text = "Grüße, 世界! \n\t 12345"
+    assert released.decode(released.encode(text)) == text
+    assert len(released.encode(text)) < len(text.encode())
 
 
 def test_source_text_is_packed_into_far_fewer_tokens_than_bytes() -> None:
@@ -117,3 +164,41 @@ def test_an_address_that_leads_to_no_file_is_refused_and_not_waited_on(
 
     assert says in str(caught.value)
     assert caught.value.hint
+
+
+# Learning -------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_is_learnt_and_is_the_same_bytes_each_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text(inspect.getsource(argparse) * 2 + "世界.\n" * 400)
+
+    for name in ("one", "two"):
+        assert learn([str(source), "--ranks", "600", "--out", str(tmp_path / name)]) == 0
+
+    assert "BOS 600, EOS 601" in capsys.readouterr().out
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    learnt = open_tokenizer(str(tmp_path / "one"), 856)
+    text = source.read_text()
+    assert learnt.decode(learnt.encode(text)) == text
+    assert len(learnt.encode(text)) < 0.45 * len(text)
+    assert "世界".encode() in [learnt.decode_bytes(np.array([i], np.uint32)) for i in range(600)]
+
+
+def test_a_text_that_is_too_short_to_learn_from_is_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("abcabc")
+
+    assert learn([str(source), "--ranks", "600", "--out", str(tmp_path / "out")]) == 2
+    assert learn([str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "out")]) == 2
+    source.write_text(inspect.getsource(argparse))
+    assert learn([str(source), "--out", str(tmp_path / "no" / "out")]) == 1
+
+    said = capsys.readouterr().err
+    assert "tokens, expected 600" in said
+    assert said.count("hint: ") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

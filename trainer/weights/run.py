@@ -62,19 +62,24 @@ def find(address: str) -> RunAt | None:
     return None
 
 
+def read(at: RunAt) -> TrainingRun:
+    """Return the run. Raises MisconfiguredError if what is there is no run file."""
+    try:
+        return msgspec.json.decode((at.folder / RUN_FILE).read_bytes(), type=TrainingRun)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MisconfiguredError(
+            f"no run file as holdfast leaves it: {error}: {at.folder / RUN_FILE}",
+            hint="name the folder of a run: `holdfast get runs -o wide` has them",
+        ) from error
+
+
 def open_run(at: RunAt) -> Weights:
     """Open the weights of a checkpoint of a run.
 
     Raises:
         MisconfiguredError: if the run has no such checkpoint, or it is damaged.
     """
-    try:
-        run = msgspec.json.decode((at.folder / RUN_FILE).read_bytes(), type=TrainingRun)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise MisconfiguredError(
-            f"no run file as holdfast leaves it: {error}: {at.folder / RUN_FILE}",
-            hint="name the folder of a run: `holdfast get runs -o wide` has them",
-        ) from error
+    run = read(at)
     config = model_config(run.spec.trainer.model)
     with _told(str(at.folder)):
         store = open_store(run.spec.checkpoint.uri or str(at.folder / "checkpoints"))

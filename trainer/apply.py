@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orchestrator.protocol import runfile
 from trainer import parallel
 from trainer.model import Block, Llama, next_token_loss
+from trainer.reduction import keep_order
 
 COMPILING: dict[str, Any] = {
     "fullgraph": True,
@@ -29,7 +30,8 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> Llama
     1. What is computed again in the backward pass, which is a matter of each layer.
     2. Compiling, layer by layer: all layers share one compiled graph, and so do the models of
        later generations in this process. What is computed again is part of it.
-    3. Sharding last, around layers as they are by then: its collectives are not compiled.
+    3. Sharding last, around layers as they are by then: its collectives are not compiled. With
+       deterministic reduction it is over one replica: `Reduction` adds up replicas.
     """
     layers = [layer for layer in model.layers if isinstance(layer, Block)]
     for layer in layers:
@@ -39,7 +41,11 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> Llama
         for layer in layers:
             for part in _compiled_parts(layer, world.device):
                 part.compile(**COMPILING)
-    return parallel.shard(model, world, precision(job, world.device))
+    apart = job.reduction == "deterministic"
+    parallel.shard(model, world, precision(job, world.device), apart=apart)
+    if apart:
+        keep_order(model)
+    return model
 
 
 def _compiled_parts(layer: Block, device: torch.device) -> list[nn.Module]:

@@ -21,7 +21,7 @@ class Job(NamedTuple):
     """One run's."""
 
     trainer: runfile.Trainer
-    """With `micro_batch` written out."""
+    """With `micro_batch` written out, if reduction is fast."""
     checkpoint: runfile.Checkpoint
     config: ModelConfig
     tokenizer: Tokenizer
@@ -55,9 +55,10 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         *obstacles(config, trainer, whole),
     ):
         raise MisconfiguredError(message, hint=hint)
-    # Of the whole world, so that a rank needs no more memory when there are fewer.
-    share = trainer.global_batch // whole.readers
-    trainer = msgspec.structs.replace(trainer, micro_batch=trainer.micro_batch or share)
+    if trainer.reduction == "fast":
+        # Of the whole world, so that a rank needs no more memory when there are fewer.
+        share = trainer.global_batch // whole.readers
+        trainer = msgspec.structs.replace(trainer, micro_batch=trainer.micro_batch or share)
     return Job(
         trainer,
         msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),

@@ -83,16 +83,25 @@ class Optimizer:
             }
 
     @torch.no_grad()
-    def take_gradients(self) -> Tensor:
-        """Move gradients from the model to the shards; return the sum of their squares.
-
-        float64, a scalar, on the device: nobody has waited for it.
-        """
+    def take_gradients(self) -> list[Tensor]:
+        """Take the gradients out of the model; return this rank's part of each, not copied."""
+        gradients = []
         for shard in self.shards:
             gradient = shard.weight.grad
             assert gradient is not None, f"no gradient for {shard.name}"
-            shard.param.grad, shard.weight.grad = local(gradient), None
-        norm = nn.utils.get_total_norm(self._gradients(), foreach=True)
+            gradients.append(local(gradient))
+            shard.weight.grad = None
+        return gradients
+
+    @torch.no_grad()
+    def set_gradients(self, gradients: list[Tensor]) -> Tensor:
+        """Let the shards have their gradients, for `step`; return the sum of their squares.
+
+        float64, a scalar, on the device: nobody has waited for it.
+        """
+        for shard, gradient in zip(self.shards, gradients, strict=True):
+            shard.param.grad = gradient
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         return norm.double().square()
 
     @torch.no_grad()
@@ -106,9 +115,6 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(step, self._job)
         self._adamw.step()
-
-    def _gradients(self) -> list[Tensor]:
-        return [shard.param.grad for shard in self.shards if shard.param.grad is not None]
 
 
 def global_norm(squares: Iterable[float]) -> float:

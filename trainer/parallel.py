@@ -91,6 +91,12 @@ class World:
         ranks = torch.arange(self.size).view(self.layout.dp_replicate, self.layout.dp_shard)
         self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
+    @property
+    def twins(self) -> dist.ProcessGroup:
+        """The ranks with the same shard, one of each replica, by replica."""
+        assert self.mesh is not None
+        return self.mesh["replicate"].get_group()
+
     def gather(self, values: list[float] | torch.Tensor) -> list[list[float]]:
         """Return the values of every rank, by rank: the same bits everywhere.
 
@@ -221,7 +227,9 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def shard(model: Llama, world: World, compute: torch.dtype = torch.float32) -> Llama:
+def shard(
+    model: Llama, world: World, compute: torch.dtype = torch.float32, *, apart: bool = False
+) -> Llama:
     """Shard the model over the world in place, so that gradients come out as sums over ranks.
 
     Args:
@@ -229,8 +237,10 @@ def shard(model: Llama, world: World, compute: torch.dtype = torch.float32) -> L
         world: over which.
         compute: the type of weights as layers see them. Shards, sums over ranks and the optimizer
             are float32 all the same.
+        apart: add up the ranks of each replica only, after every backward pass.
     """
     assert world.mesh is not None
+    mesh = world.mesh["shard"] if apart else world.mesh
     mixed = compute is not torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=compute if mixed else None,
@@ -244,7 +254,7 @@ def shard(model: Llama, world: World, compute: torch.dtype = torch.float32) -> L
         whole = mixed and world.shards == 1
         sharded = fully_shard(
             module,
-            mesh=world.mesh,
+            mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=False if whole else None,
         )
@@ -254,14 +264,14 @@ def shard(model: Llama, world: World, compute: torch.dtype = torch.float32) -> L
     return model
 
 
-def last_of_step(model: Llama, world: World, *, last: bool) -> None:
+def last_of_step(model: Llama, world: World, *, last: bool, apart: bool) -> None:
     """Say whether the next backward pass is the last of its step, after which ranks add up.
 
     Until then, a rank that has the whole model keeps weights as layers see them.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_requires_gradient_sync(last or apart, recurse=False)
             if world.shards == 1:
                 module.set_reshard_after_backward(last, recurse=False)
 

@@ -23,16 +23,37 @@ class Place(NamedTuple):
     """Ranks of a replica."""
 
 
-def micro_batches(job: runfile.Trainer, place: Place) -> list[range]:
-    """Return the samples of each of a rank's micro-batches, as indices of the global batch.
+class Share(NamedTuple):
+    """What a rank takes of every global batch."""
 
-    The shares of all ranks together are the global batch, each sample once. Without `microBatch`
-    a rank takes its whole share at once.
+    micro_batches: list[range]
+    """Its own, in order: the samples of each, as indices of the global batch."""
+    rounds: list[range]
+    """Of every replica, by replica."""
+
+    @property
+    def most(self) -> int:
+        """Micro-batches of a rank that takes as many as any."""
+        return max(map(len, self.rounds))
+
+
+def share_of(job: runfile.Trainer, place: Place) -> Share:
+    """Return the share of the rank at this place; all together are the global batch, each once.
+
+    With fast reduction a rank takes one stretch of the global batch, without `microBatch` at
+    once. With deterministic reduction a round is a stretch, whoever takes it.
     """
     replica, replicas, shard, shards = place
-    size = job.micro_batch or job.global_batch // (replicas * shards)
-    rounds = job.global_batch // (shards * size)
-    assert rounds * shards * size == job.global_batch, "read_job looked at this"
-    begin, end = (rounds * r // replicas for r in (replica, replica + 1))
-    first = begin * shards + (end - begin) * shard
-    return [range(at * size, (at + 1) * size) for at in range(first, first + end - begin)]
+    fixed = job.reduction == "deterministic"
+    size = job.micro_batch or (1 if fixed else job.global_batch // (replicas * shards))
+    count = job.global_batch // (shards * size)
+    assert count * shards * size == job.global_batch, "read_job looked at this"
+    borders = [count * r // replicas for r in range(replicas + 1)]
+    rounds = [range(borders[r], borders[r + 1]) for r in range(replicas)]
+    own = rounds[replica]
+    if fixed:
+        at = [n * shards + shard for n in own]
+    else:
+        first = own.start * shards + len(own) * shard
+        at = list(range(first, first + len(own)))
+    return Share([range(n * size, (n + 1) * size) for n in at], rounds)

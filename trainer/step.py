@@ -21,7 +21,8 @@ from trainer.flops import train_flops
 from trainer.metrics import Figures
 from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
-from trainer.shares import micro_batches
+from trainer.reduction import Reduction
+from trainer.shares import share_of
 
 
 class Reporter(Protocol):
@@ -84,6 +85,11 @@ class Training:
         model.to_empty(device="cpu")
         if not empty:
             model.init_weights(job.seed)
+        self.share = share_of(job, world.place)
+        self.reduction: Reduction | None = None
+        """What adds up gradients in a fixed order; None leaves that to FSDP."""
+        if job.reduction == "deterministic":
+            self.reduction = Reduction(self.share.rounds, world.twins)
         self.model = apply.to_model(model, world, job)
         self.loss = apply.loss_function(job, world.device)
         self.optimizer = Optimizer(self.model, job)
@@ -105,19 +111,23 @@ class Training:
         """
         begun = time.monotonic()
         self._announce(reporter, RankPhase.DATA)
-        loss_sum = self._accumulate(step, reporter)
+        losses = self._accumulate(step, reporter)
         can_save = float(ready())  # a small whole number: it comes back as it was
         self._announce(reporter, RankPhase.OPTIMIZER)
-        squares = self.optimizer.take_gradients()
+        if self.reduction is not None:
+            gradients = self.reduction.finish(reporter.entered_collective)
+            squares = self.optimizer.set_gradients(gradients)
+        else:
+            squares = self.optimizer.set_gradients(self.optimizer.take_gradients())
         reporter.entered_collective()
         said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
-        own = torch.stack((loss_sum, squares, *self._sent(said)))
+        own = torch.cat((squares.view(1), self._sent(said), losses))
         # On a GPU, this is where the host waits for the step, and the only place.
         rows = self.world.gather(own)
-        self._require_same_data([row[2] for row in rows])
+        self._require_same_data([row[1] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
-        loss = math.fsum(row[0] for row in rows) / self.tokens
-        grad_norm = global_norm(row[1] for row in rows[: self.world.shards])
+        loss = math.fsum(loss for row in rows for loss in row[3:]) / self.tokens
+        grad_norm = global_norm(row[0] for row in rows[: self.world.shards])
         self.optimizer.step(step, grad_norm)
         self._warm = True
         seconds = time.monotonic() - begun
@@ -126,7 +136,7 @@ class Training:
         reporter.step_done(
             step, loss=loss, grad_norm=grad_norm, tokens=self.tokens, seconds=seconds
         )
-        return [int(row[3]) for row in rows]
+        return [int(row[2]) for row in rows]
 
     def _require_same_data(self, marks: list[float]) -> None:
         others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
@@ -149,11 +159,16 @@ class Training:
             yield shard.name, shard.weight, shard.param
 
     def _accumulate(self, step: int, reporter: Reporter) -> Tensor:
-        """Leave the gradient of the mean loss in the model; return this rank's sum of losses."""
-        share = micro_batches(self.job, self.world.place)
+        """Leave the gradient of the mean loss in the model, or with what adds it up.
+
+        Returns:
+            Losses, float64, as many on every rank: their sum, or with deterministic reduction one
+            by one, since only whoever has all of them can add them up without rounding twice.
+        """
+        fixed = self.reduction is not None
         losses = []
         self._flops = 0.0
-        for micro, indices in enumerate(share):
+        for micro, indices in enumerate(self.share.micro_batches):
             self._announce(reporter, RankPhase.DATA, micro)
             batch = self.samples.batch(step, indices)
             inputs_BL, targets_BL = (
@@ -163,12 +178,18 @@ class Training:
             self._announce(reporter, RankPhase.FORWARD, micro)
             loss = self.loss(self.model(inputs_BL, batch.cuts), targets_BL)
             self._announce(reporter, RankPhase.BACKWARD, micro)
-            parallel.last_of_step(self.model, self.world, last=micro == len(share) - 1)
+            last = micro == len(self.share.micro_batches) - 1
+            parallel.last_of_step(self.model, self.world, last=last, apart=fixed)
             torch.autograd.backward(loss / self.tokens)
+            if self.reduction is not None:
+                self.reduction.add(self.optimizer.take_gradients())
             losses.append(loss.detach())
             self._flops += train_flops(self.config, batch.inputs.size, pairs(batch.cuts))
+        of_each = torch.stack(losses).double()
+        if fixed:
+            return torch.cat((of_each, of_each.new_zeros(self.share.most - len(losses))))
         # Exact whatever the order: a float64 has 29 bits more than a loss.
-        return torch.stack(losses).double().sum()
+        return of_each.sum().view(1)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Return it on the device, without waiting for what the device still has to do."""

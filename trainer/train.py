@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ids import Generation
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import parallel
 from trainer.checkpoint import Checkpointer, Cursor, Readiness, Stamp
@@ -49,7 +50,9 @@ def train(worker: Worker, seat: Seat) -> None:
             empty=seat.restore is not None or job.initial is not None,
             note=note,
         )
-        checkpointer = Checkpointer(training.optimizer.shards, world, _stamp(seat, job, tokens))
+        checkpointer = Checkpointer(
+            training.optimizer.shards, world, stamp_of(seat.run_id, seat.generation, job, tokens)
+        )
         done = 0
         if seat.restore is not None:
             done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
@@ -66,12 +69,13 @@ def train(worker: Worker, seat: Seat) -> None:
             checkpointer.settle()
 
 
-def _stamp(seat: Seat, job: Job, tokens: Tokens) -> Stamp:
+def stamp_of(run_id: str, generation: Generation, job: Job, tokens: Tokens) -> Stamp:
+    """Return what checkpoints of this generation belong to."""
     trainer = job.trainer
     return Stamp(
-        seat.run_id,
+        run_id,
         job.identity,
-        seat.generation,
+        generation,
         Cursor(
             samples=0,
             seed=trainer.seed,

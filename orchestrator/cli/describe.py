@@ -16,7 +16,7 @@ from orchestrator.cli.incident import incident_lines
 from orchestrator.cli.reporting import fault_line
 from orchestrator.cli.tables import grid
 from orchestrator.core.journal import JournalError
-from orchestrator.core.report import fault_reports
+from orchestrator.core.report import fault_reports, reduction
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import MARKS
@@ -103,6 +103,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Generation", f"{state.generation} ({rungs or 'none was started'})"),
         ("Controller", _controller_words(state, pid)),
         ("Parallelism", _parallelism(state)),
+        ("Reduction", reduction(state.run)),
         ("Folder", str(follower.folder.root)),
         ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),

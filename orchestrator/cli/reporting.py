@@ -70,6 +70,7 @@ def words(told: Report) -> str:
                     "Losses digest",
                     f"{told.losses_digest} ({units.count(len(told.losses), 'step')})",
                 ),
+                ("Reduction", told.reduction),
                 ("ETTR", units.percent(told.ettr)),
                 ("Wall clock", units.seconds(told.wall_s)),
                 ("Generations", f"{told.generations} ({_counted(told.rungs)})"),

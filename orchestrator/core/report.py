@@ -16,7 +16,9 @@ from orchestrator.core.incident import CORRUPTION, Finding, Incident
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
+from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.ids import Generation, IncidentId, Rank, Seconds, Step
+from orchestrator.protocol.runfile import TrainingRun
 
 SHOWS_AS: dict[str, frozenset[str]] = {
     "kill-rank": frozenset({"crash"}),
@@ -133,6 +135,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """That the run has in all."""
     final_state_digest: str | None
     """Of the whole training state, however it is sharded; None until every rank is done."""
+    reduction: str
+    """How the embedded trainer adds gradients up, `fast` or `deterministic`; "" for another one."""
     losses_digest: str
     """Of the exact bits of every loss of the final lineage, with its step."""
     losses: list[tuple[Step, float | None]]
@@ -172,6 +176,7 @@ def report(state: RunState) -> Report:
         final_step=state.reached_step,
         steps=Step(state.run.spec.trainer.steps),
         final_state_digest=state_digest(state),
+        reduction=reduction(state.run),
         losses_digest=losses_digest(losses),
         losses=losses,
         losses_missing=_missing(state),
@@ -203,6 +208,12 @@ def report(state: RunState) -> Report:
         divergences=sorted(set(state.divergences)),
         replicas_differ=_replicas_differ(state),
     )
+
+
+def reduction(run: TrainingRun) -> str:
+    """Return how the embedded trainer adds gradients up; "" of another trainer, who knows."""
+    trainer = run.spec.trainer
+    return trainer.reduction if trainer.entrypoint == EMBEDDED else ""
 
 
 # Digests ------------------------------------------------------------------------------------

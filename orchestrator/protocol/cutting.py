@@ -30,6 +30,14 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
     Shares of the global batch are taken to be equal, or are looked at elsewhere.
     """
     found = [*_sizes(model, job, layout)]
+    if layout.pp > 1 and job.reduction == "deterministic":
+        found.append(
+            Obstacle(
+                f"spec.trainer.reduction is deterministic and spec.parallelism.pp is {layout.pp}, "
+                "expected 1",
+                "it reduces one micro-batch after the other, and a pipeline wants many at once",
+            )
+        )
     if job.global_batch % layout.readers == 0:
         found += _pipeline(job, layout)
     for obstacle in found:

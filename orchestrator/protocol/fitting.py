@@ -127,6 +127,9 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
 
 def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misfit]:
     """Yield why a global batch can not be shared out to the whole world of a run."""
+    if trainer.reduction == "deterministic":
+        yield from _round_misfits(trainer, replicas, shards)
+        return
     ranks = replicas * shards
     share, rest = divmod(trainer.global_batch, ranks)
     if rest:
@@ -140,4 +143,24 @@ def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misf
             f"spec.trainer.microBatch is {trainer.micro_batch}, "
             f"expected a divisor of each rank's {share} samples",
             "globalBatch / ranks must be a multiple of microBatch",
+        )
+
+
+def _round_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misfit]:
+    size = trainer.micro_batch or 1
+    rounds, rest = divmod(trainer.global_batch, shards * size)
+    what = f"spec.trainer.globalBatch is {trainer.global_batch}"
+    why = (
+        "deterministic reduction adds up rounds of one micro-batch for each of dpShard ranks; "
+        "change globalBatch, or set microBatch (default 1)"
+    )
+    if rest:
+        yield Misfit(
+            f"{what}, expected a multiple of dpShard x microBatch = {shards} x {size}", why
+        )
+    elif rounds < replicas:
+        yield Misfit(
+            f"{what}, which is {rounds} rounds of dpShard x microBatch = {shards} x {size}, "
+            f"expected one for each of the {replicas} replicas at least",
+            why,
         )

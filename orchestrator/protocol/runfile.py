@@ -95,7 +95,12 @@ class Trainer(_Section, frozen=True, kw_only=True):
     global_batch: Positive = 8
     """Samples per optimizer step over all ranks."""
     micro_batch: Positive | None = None
-    """Samples per forward pass of one rank; default all of its share at once."""
+    """Samples per forward pass of one rank; default all of its share of a whole world at once, or
+    1 if reduction is deterministic."""
+    reduction: Literal["fast", "deterministic"] = "fast"
+    """How gradients are added up. `deterministic`: in an order that does not depend on the number
+    of replicas, so that a run which goes on with fewer of them ends with the same bits. It costs
+    time and memory (README)."""
     pipeline_schedule: Literal["1F1B", "interleaved"] = "1F1B"
     """How micro-batches go through the stages of a pipeline, if parallelism.pp is above 1."""
     stages_per_rank: Annotated[int, msgspec.Meta(ge=2, le=64)] = 2

@@ -4,17 +4,18 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
-from orchestrator.protocol import runfile
-from tests.programs.seated import SIZES, a_world
+from orchestrator.protocol.ids import Generation
+from tests.programs.seated import SIZES, Result, a_world
 from trainer import parallel
+from trainer.checkpoint import Checkpointer
 from trainer.data import Samples, open_tokens
 from trainer.job import read_job
 from trainer.step import Training, Unheard
+from trainer.train import stamp_of
 
 pytestmark = pytest.mark.process
 
@@ -35,7 +36,7 @@ def job(replicas: int, shards: int, **trainer: Any) -> dict[str, Any]:
 def warm() -> Iterator[Warm]:
     linux.adopt_orphans()
     with tempfile.TemporaryFile() as log:
-        warm = Warm("trainer.train:main", log)
+        warm = Warm("tests.programs.wearing:main", log)
         warm.wait_ready()
         yield warm
     warm.close()
@@ -55,22 +56,54 @@ def test_replicas_that_are_left_train_the_same_samples_though_shares_are_uneven(
 
         losses = [loss for _, loss in world.result(within=1e-5)[1]]
 
-    assert losses == pytest.approx(losses_of_one_rank(), rel=1e-5)
+    assert losses == pytest.approx([loss for _, loss in one_rank(job(1, 1))[1]], rel=1e-5)
 
 
-def losses_of_one_rank() -> list[float]:
-    one = job(1, 1)
-    trainer = msgspec.convert(one["trainer"], runfile.Trainer)
-    read = read_job(one, 1)
+def test_deterministic_reduction_gives_the_same_bits_whatever_the_number_of_replicas(
+    warm: Warm,
+) -> None:
+    """Of 7 samples, 4 replicas take 1, 2, 2, 2, two take 3, 4, and three take 2, 2, 3."""
+    settings = {"globalBatch": 7, "reduction": "deterministic"}
+    with a_world(warm, parked=4, job=job(4, 1, **settings)) as world:
+        for step, replicas in ((4, 2), (8, 3), (12, 4)):
+            world.until(lambda step=step: world.step() >= step)
+            world.begin(replicas)
+        world.until(world.finished)
+
+        assert world.result() == one_rank(job(1, 1, **settings))
+
+
+def test_deterministic_reduction_gives_the_same_bits_where_replicas_are_sharded(
+    warm: Warm,
+) -> None:
+    settings = {"globalBatch": 10, "reduction": "deterministic"}
+    with a_world(warm, parked=2, job=job(1, 2, **settings)) as world:
+        world.until(world.finished)
+        expected = world.result()
+
+    with a_world(warm, parked=6, job=job(3, 2, **settings)) as world:
+        for step, replicas in ((4, 1), (8, 2), (12, 3)):
+            world.until(lambda step=step: world.step() >= step)
+            world.begin(replicas)
+        world.until(world.finished)
+
+        assert world.result() == expected
+
+
+def one_rank(job: dict[str, Any]) -> Result:
+    """Return what a job comes to in this process."""
+    read = read_job(job, 1)
     tokens = open_tokens(None, read.tokenizer, "", lambda: None)
-    losses: list[float] = []
+    losses: list[tuple[int, float]] = []
 
     class Recorder(Unheard):
         def step_done(self, step: int, *, loss: float, **_: object) -> None:
-            losses.append(loss)
+            losses.append((step, loss))
 
     with parallel.alone() as world:
-        training = Training(trainer, read.config, Samples(tokens, trainer), world)
+        training = Training(read.trainer, read.config, Samples(tokens, read.trainer), world)
         for step in range(1, STEPS + 1):
             training.step(step, Recorder())
-    return losses
+        stamp = stamp_of("run", Generation(1), read, tokens)
+        lanes = Checkpointer(training.optimizer.shards, world, stamp).lanes(STEPS)
+    return lanes, losses

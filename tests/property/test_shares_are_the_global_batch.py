@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.protocol.runfile import Trainer
-from trainer.shares import Place, micro_batches
+from trainer.shares import Place, share_of
 
 RANKS = st.integers(1, 6)
 SMALL = st.integers(1, 4)
@@ -14,7 +14,7 @@ SMALL = st.integers(1, 4)
 
 def world(job: Trainer, replicas: int, shards: int) -> list[list[range]]:
     places = itertools.product(range(replicas), range(shards))
-    return [micro_batches(job, Place(r, replicas, s, shards)) for r, s in places]
+    return [share_of(job, Place(r, replicas, s, shards)).micro_batches for r, s in places]
 
 
 @given(wanted=RANKS, shards=SMALL, size=SMALL, passes=SMALL, data=st.data())
@@ -22,7 +22,11 @@ def test_shares_of_any_number_of_replicas_are_the_global_batch(
     wanted: int, shards: int, size: int, passes: int, data: st.DataObject
 ) -> None:
     there = data.draw(st.integers(1, wanted))
-    job = Trainer(global_batch=wanted * shards * size * passes, micro_batch=size)
+    job = Trainer(
+        global_batch=wanted * shards * size * passes,
+        micro_batch=size,
+        reduction=data.draw(st.sampled_from(["fast", "deterministic"])),
+    )
 
     shares = world(job, there, shards)
 
@@ -48,3 +52,24 @@ def test_ranks_of_a_whole_world_take_one_stretch_each_in_the_order_of_ranks(
     assert shares == [
         [range(rank * share, (rank + 1) * share)] for rank in range(replicas * shards)
     ]
+
+
+@given(replicas=RANKS, shards=SMALL, size=SMALL, more=st.integers(0, 9))
+def test_a_round_of_deterministic_reduction_is_a_stretch_whoever_takes_it(
+    replicas: int, shards: int, size: int, more: int
+) -> None:
+    count = replicas + more
+    job = Trainer(
+        global_batch=count * shards * size,
+        micro_batch=None if size == 1 else size,
+        reduction="deterministic",
+    )
+
+    for replica, shard in itertools.product(range(replicas), range(shards)):
+        share = share_of(job, Place(replica, replicas, shard, shards))
+
+        assert [at for rounds in share.rounds for at in rounds] == list(range(count))
+        assert len(share.micro_batches) <= share.most <= 1 + count // replicas
+        for at, indices in zip(share.rounds[replica], share.micro_batches, strict=True):
+            first = (at * shards + shard) * size
+            assert indices == range(first, first + size)

@@ -82,6 +82,7 @@ def test_a_run_that_was_started_elsewhere_is_found_by_its_link(home: Path, tmp_p
     assert told("get", "runs", "-o", "name") == "run/demo\n"
     for run in ("demo", str(elsewhere)):
         assert f"Folder:       {elsewhere}" in told("describe", "run", run)
+        assert "Reduction:    fast" in told("describe", "run", run)
 
 
 def test_a_run_whose_journal_is_damaged_is_listed_with_the_reason(home: Path) -> None:

@@ -109,6 +109,10 @@ EMBEDDED_ONLY = [
     ("nodes: {count: 3}", "globalBatch is 8, expected a multiple of the 3 ranks"),
     ("trainer: {microBatch: 3}", "microBatch is 3, expected a divisor of each rank's 8 samples"),
     ("trainer: {globalBatch: 4, microBatch: 8}", "expected a divisor of each rank's 4 samples"),
+    (
+        "nodes: {count: 3}, trainer: {reduction: deterministic}",
+        "globalBatch is 8, expected a multiple of dpShard x microBatch = 3 x 1",
+    ),
     ("nodes: {count: 2}, parallelism: {tp: 2}", "spec.parallelism.tp is 2, expected 1"),
     ("nodes: {count: 2}, parallelism: {pp: 2}", "spec.parallelism.pp is 2, expected 1"),
     ("nodes: {count: 2}, parallelism: {cp: 2}", "spec.parallelism.cp is 2, expected 1"),

@@ -13,6 +13,7 @@ from orchestrator.faults.catalogue import CATALOGUE
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Prepared
 from storage.digest import combine, render
+from tests import runfiles
 from tests.conftest import Cluster
 from tests.journals import SHORT, commit, inject, killed_rank, raising, succeeded
 
@@ -66,6 +67,15 @@ def test_the_report_of_a_finished_run_has_the_shape_that_tools_rely_on() -> None
         "lost_steps": 2,
     }.items() <= incident.items()
     assert told["false_alarms"] == 0
+
+
+def test_a_report_says_how_gradients_were_added_up_if_it_knows() -> None:
+    told = [
+        report(Cluster(runfiles.text(trainer=trainer)).state).reduction
+        for trainer in ({}, {"reduction": "deterministic"}, {"entrypoint": "mine:main"})
+    ]
+
+    assert told == ["fast", "deterministic", ""]
 
 
 def test_a_report_survives_its_own_json() -> None:

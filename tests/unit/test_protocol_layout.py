@@ -110,6 +110,13 @@ TINY = ModelConfig(dim=32, layers=4, heads=4, kv_heads=2, ffn_dim=64, vocab=64)
             "expected a multiple of the 2 rounds",
             "multiple of pp = 2",
         ),
+        (
+            {"pp": 2},
+            {"reduction": "deterministic", "micro_batch": 1},
+            2,
+            "reduction is deterministic and spec.parallelism.pp is 2, expected 1",
+            "pipeline",
+        ),
     ],
 )
 def test_a_layout_that_can_not_be_cut_is_refused_with_the_reason_and_what_would_do(

@@ -226,6 +226,17 @@ def test_a_rehearsal_leaves_no_process_group_behind() -> None:
     [
         ({"trainer": {"globalBatch": 6}}, "globalBatch is 6, expected a multiple of the 4 ranks"),
         ({"trainer": {"globalBatch": 8, "microBatch": 3}}, "microBatch is 3"),
+        (
+            {"trainer": {"globalBatch": 6, "reduction": "deterministic"}},
+            "globalBatch is 6, expected a multiple of dpShard x microBatch = 4 x 1",
+        ),
+        (
+            {
+                "trainer": {"globalBatch": 6, "microBatch": 2, "reduction": "deterministic"},
+                "parallelism": {"dpReplicate": 4, "dpShard": 1},
+            },
+            "3 rounds of dpShard x microBatch = 1 x 2, expected one for each of the 4 replicas",
+        ),
         ({"trainer": {"model": "9B"}}, "expected one of debug"),
         ({"trainer": {"tokenizer": "/no/such.tiktoken"}}, "expected a file in tiktoken format"),
         ({"parallelism": {"tp": 2}}, "parallelism.tp is 2, expected 1"),

@@ -117,7 +117,9 @@ def digest_stream(spans: Sequence[tuple[int, int]], blocks: Iterable[Buffer]) ->
     return StreamDigest(digests, crcs, position)
 
 
-def partial_digest(name: str, array: npt.NDArray[np.generic], *, start: int = 0) -> Lanes:
+def partial_digest(
+    name: str, array: npt.NDArray[np.generic], *, start: int = 0, row: int | None = None
+) -> Lanes:
     """Return the share that a piece of a tensor has in the state digest.
 
     The share is a sum over elements, modulo 2**64, of mix(mix(key + i * golden) XOR bits), where i
@@ -130,12 +132,15 @@ def partial_digest(name: str, array: npt.NDArray[np.generic], *, start: int = 0)
         array: a piece that is contiguous in the flat order of the whole tensor, any shape; items of
             1, 2, 4 or 8 bytes. Pass bfloat16 as a view of uint16.
         start: flat index, in the whole tensor, of the piece's first element.
+        row: if the piece is a block of columns, of shape [rows, columns]: elements of a row of the
+            whole tensor.
 
     Returns:
         Two independent sums in [0, 2**64); (0, 0) for an empty piece.
 
     Raises:
-        ValueError: if the start is negative, or items are not plain native words of those widths.
+        ValueError: if the start is negative, items are not plain native words of those widths, or
+            a block of columns has rows longer than the whole tensor's.
 
     Source: the finaliser is splitmix64's (Steele, Lea, Flood, OOPSLA 2014); the sum is our own.
 
@@ -151,7 +156,11 @@ def partial_digest(name: str, array: npt.NDArray[np.generic], *, start: int = 0)
         raise ValueError(f"dtype is {dtype}, must be native words of 1, 2, 4 or 8 bytes: {name}")
     bits = np.ascontiguousarray(array).reshape(-1).view(_UNSIGNED[dtype.itemsize])
     keys = [xxhash.xxh3_64_intdigest(name.encode(), seed=lane) for lane in range(_LANES)]
-    first, second = (_lane_sum(bits, start, key) for key in keys)
+    width = array.shape[-1] if row is not None and array.ndim else max(bits.size, 1)
+    skip = 0 if row is None else row - width
+    if skip < 0:
+        raise ValueError(f"rows have {width} elements, those of the whole tensor {row}: {name}")
+    first, second = (_lane_sum(bits, start, key, max(width, 1), skip) for key in keys)
     return first, second
 
 
@@ -169,7 +178,10 @@ def render(parts: Lanes) -> str:
     return f"{parts[0]:016x}{parts[1]:016x}"
 
 
-def _lane_sum(bits: npt.NDArray[np.unsignedinteger], start: int, key: int) -> int:
+def _lane_sum(
+    bits: npt.NDArray[np.unsignedinteger], start: int, key: int, width: int, skip: int
+) -> int:
+    """Return a lane's sum over words of which `skip` others lie between each `width` of them."""
     total = 0
     words = np.empty(min(_ELEMENTS_PER_PASS, bits.size), np.uint64)
     scratch = np.empty_like(words)
@@ -177,6 +189,12 @@ def _lane_sum(bits: npt.NDArray[np.unsignedinteger], start: int, key: int) -> in
         piece = bits[at : at + _ELEMENTS_PER_PASS]
         h, tmp = words[: piece.size], scratch[: piece.size]
         np.add(_RAMP[: piece.size], np.uint64((key + (start + at) * _GOLDEN) & _MASK_64), out=h)
+        if skip:
+            np.floor_divide(
+                np.arange(at, at + piece.size, dtype=np.uint64), np.uint64(width), out=tmp
+            )
+            np.multiply(tmp, np.uint64((skip * _GOLDEN) & _MASK_64), out=tmp)
+            np.add(h, tmp, out=h)
         _mix(h, tmp)
         np.bitwise_xor(h, piece, out=h)
         _mix(h, tmp)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
-from trainer import parallel
+from trainer import parallel, pipeline, tensor
 from trainer.model import Block, Llama, next_token_loss
 from trainer.reduction import keep_order
 
@@ -24,28 +24,41 @@ COMPILING: dict[str, Any] = {
 """How layers are compiled. Kernels are kept on the node's disk, for processes to come."""
 
 
-def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> Llama:
-    """Change the model in place into one that is trained as the run file says.
+def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[nn.Module]:
+    """Make of a whole model what this rank trains as the run file says; the model is used up.
 
-    1. What is computed again in the backward pass, which is a matter of each layer.
-    2. Compiling, layer by layer: all layers share one compiled graph, and so do the models of
+    1. Stages of a pipeline, each of which goes through the rest by itself.
+    2. Tensor parallelism, which cuts weights whole.
+    3. What is computed again in the backward pass, which is a matter of each layer.
+    4. Compiling, layer by layer: all layers share one compiled graph, and so do the models of
        later generations in this process. What is computed again is part of it.
-    3. Sharding last, around layers as they are by then: its collectives are not compiled. With
+    5. Sharding last, around layers as they are by then: its collectives are not compiled. With
        deterministic reduction it is over one replica: `Reduction` adds up replicas.
+
+    Returns:
+        The model itself, or the stages of this rank.
     """
+    assert world.mesh is not None
     layers = [layer for layer in model.layers if isinstance(layer, Block)]
+    model.rotary.restarts = job.positions == "document"
+    parts: list[nn.Module] = [model]
+    if world.layout.pp > 1:
+        parts = [*pipeline.cut(model, world, job, loss_function(job, world))]
+    if world.layout.tp > 1:
+        for part in parts:
+            tensor.cut(part, world.mesh["tp"])
     for layer in layers:
         layer.recompute = job.activation_checkpointing
-    model.restarts = job.positions == "document"
     if compiles(job, world.device):
         for layer in layers:
-            for part in _compiled_parts(layer, world.device):
-                part.compile(**COMPILING)
+            for module in _compiled_parts(layer, world.device):
+                module.compile(**COMPILING)
     apart = job.reduction == "deterministic"
-    parallel.shard(model, world, precision(job, world.device), apart=apart)
-    if apart:
-        keep_order(model)
-    return model
+    for part in parts:
+        parallel.shard(part, world, precision(job, world.device), apart=apart)
+        if apart:
+            keep_order(part)
+    return parts
 
 
 def _compiled_parts(layer: Block, device: torch.device) -> list[nn.Module]:
@@ -68,8 +81,12 @@ def compiles(job: runfile.Trainer, device: torch.device) -> bool:
     return device.type == "cuda" if job.compile is None else job.compile
 
 
-def loss_function(job: runfile.Trainer, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_function(
+    job: runfile.Trainer, world: parallel.World
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return `next_token_loss`; compiled, it keeps no copy of the logits in float32."""
-    if device.type == "cuda" and compiles(job, device):
+    if world.layout.tp > 1:
+        return tensor.next_token_loss
+    if world.device.type == "cuda" and compiles(job, world.device):
         return torch.compile(next_token_loss, **COMPILING)
     return next_token_loss

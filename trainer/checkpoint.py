@@ -27,7 +27,9 @@ from storage import shard
 from storage.digest import Lanes, combine, partial_digest
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
+from trainer.tensor import cut_dimension
 
+CUT_HINT = "pp, dpShard, cp and tp must not change within a run"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -95,6 +97,11 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._slot: Slot | None = None
         """Claimed, and not filled yet."""
+
+    @property
+    def chunks(self) -> tuple[shard.Chunk, ...]:
+        """What this rank's shard consists of."""
+        return self._plan.chunks
 
     def claim(self, keeper: Keeper) -> bool:
         """Claim a slot for the next save, unless that is done; it stays claimed until then.
@@ -167,12 +174,9 @@ class Checkpointer:
         if self._world.replica != 0:
             return (0, 0)
         parts = [
-            partial_digest(
-                f"{state}/{s.name}",
-                np.frombuffer(_bytes(tensor), _WORDS[tensor.element_size()]),
-                start=_first_row(s, self._world) * math.prod(s.weight.shape[1:]),
-            )
+            _digest(s, state, tensor, self._world)
             for s in self._shards
+            if s.counts
             for state, tensor in zip(STATES, s[2:], strict=True)
         ]
         if self._world.rank == 0:
@@ -211,12 +215,17 @@ class Checkpointer:
                 "sizes and initFrom must not change within a run",
             ),
             ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
-            ("number of shards", index.shards, world.shards, "dpShard must not change"),
+            ("number of shards", index.shards, world.shards, CUT_HINT),
         ):
             if found != expected:
                 raise MisconfiguredError(
                     f"checkpoint's {what} is {found}, expected {expected}: {where}", hint=hint
                 )
+        if list(map(_box, index.chunks)) != list(map(_box, self._plan.chunks)):
+            raise MisconfiguredError(
+                f"checkpoint is cut otherwise than this run, into as many shards: {where}",
+                hint=CUT_HINT,
+            )
         expected_cursor = msgspec.to_builtins(stamp.cursor(index.step))
         for name, value in expected_cursor.items():
             if index.extra.get(name) != value:
@@ -227,21 +236,49 @@ class Checkpointer:
 
 
 def _chunk(s: ShardState, state: str, world: World) -> shard.Chunk:
-    rest = (0,) * (s.weight.ndim - 1)
     return shard.Chunk(
         fqn=s.name,
         state=state,
         dtype=_DTYPES[s.param.dtype],
         shape=tuple(s.param.shape),
         global_shape=tuple(s.weight.shape),
-        offset=(_first_row(s, world), *rest),
+        offset=_offset(s, world),
     )
 
 
-def _first_row(s: ShardState, world: World) -> int:
-    """Return where this rank's rows begin: fully_shard cuts the first dimension, rounding up."""
-    rows = s.weight.shape[0]
-    return min(-(-rows // world.shards) * world.shard, rows)
+def _box(chunk: shard.Chunk) -> tuple[object, ...]:
+    return chunk.name, chunk.dtype, chunk.shape, chunk.global_shape, chunk.offset
+
+
+def _offset(s: ShardState, world: World) -> tuple[int, ...]:
+    """Return where this rank's part of a weight begins.
+
+    Tensor parallelism cuts one dimension into equal parts, and fully_shard the rows of what a rank
+    has of it, rounding up.
+    """
+    layout, at = world.layout, world.position
+    offset, rows = [0] * s.weight.ndim, s.weight.shape[0]
+    if (dimension := cut_dimension(s.weight)) is not None:
+        size = s.weight.shape[dimension] // layout.tp
+        offset[dimension] = at.tp * size
+        rows = size if dimension == 0 else rows
+    each = -(-rows // (layout.dp_shard * layout.cp))
+    offset[0] += min(each * (at.dp_shard * layout.cp + at.cp), rows)
+    return tuple(offset)
+
+
+def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
+    """Return what this rank's part of a weight, or of a state of it, adds to the state digest."""
+    offset, shape = _offset(s, world), s.weight.shape
+    start = sum(at * math.prod(shape[i + 1 :]) for i, at in enumerate(offset))
+    words = np.frombuffer(_bytes(part), _WORDS[part.element_size()])
+    by_columns = cut_dimension(s.weight) not in (None, 0)
+    return partial_digest(
+        f"{state}/{s.name}",
+        words.reshape(part.shape) if by_columns else words,
+        start=start,
+        row=math.prod(shape[1:]) if by_columns else None,
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

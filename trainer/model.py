@@ -140,13 +140,38 @@ class Block(nn.Module):
         return self.ffn(self.ffn_norm(x_BLD))  # type: ignore[no-any-return]
 
 
-class Llama(nn.Module):
-    """Tokens in, logits out. The head is not tied to the embedding.
+class Rotary:
+    """The angles of positions, made once for sequences of one length.
 
     Attributes:
         restarts: whether positions begin anew with each document. Rotary embedding knows distances
             only, and attention stays within a document, so that changes no more than roundings.
     """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.restarts = False
+        self._config = config
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self, cuts: Cuts | None, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of each position of some sequences, as `rotate` takes them."""
+        # Not a buffer: that would have to be saved, or rebuilt wherever a model is made on the meta
+        # device. Made on the host: the same bits for every device.
+        if self._table is None or (len(self._table[0]), self._table[0].device) != (length, device):
+            config = self._config
+            table = rope_table(length, config.head_dim, config.rope_theta, config.rope_scaling)
+            self._table = (table[0].to(device), table[1].to(device))
+        cos, sin = self._table
+        if cuts is None or not self.restarts:
+            return cos, sin
+        positions_BL = torch.from_numpy(positions_of(cuts, length)).to(device, non_blocking=True)
+        return cos[positions_BL], sin[positions_BL]
+
+
+class Llama(nn.Module):
+    """Tokens in, logits out. The head is not tied to the embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -155,8 +180,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab, bias=False)
-        self.restarts = False
-        self._table: tuple[Tensor, Tensor] | None = None
+        self.rotary = Rotary(config)
 
     def forward(self, tokens_BL: Tensor, cuts: Cuts | None = None) -> Tensor:
         """Return logits of the next token, shape [B, L, V].
@@ -165,28 +189,15 @@ class Llama(nn.Module):
             tokens_BL: int64 token ids.
             cuts: per sequence, the borders of its documents, ascending from 0 to L. Attention
                 stays within a document; positions run on through the sequence, as in Llama 3,
-                unless `restarts`. None: every sequence is one document.
+                unless `rotary.restarts`. None: every sequence is one document.
         """
         length = tokens_BL.shape[1]
-        rope = self._rope(cuts, length, tokens_BL.device)
+        rope = self.rotary(cuts, length, tokens_BL.device)
         documents = looking(cuts, length, tokens_BL.device)
         x_BLD = self.embedding(tokens_BL)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rope, documents)
         return self.head(self.norm(x_BLD))  # type: ignore[no-any-return]
-
-    def _rope(self, cuts: Cuts | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        # Kept, but not as a buffer: that would have to be saved, or rebuilt wherever a model is
-        # made on the meta device. Made on the host: the same bits for every device.
-        if self._table is None or (len(self._table[0]), self._table[0].device) != (length, device):
-            config = self.config
-            table = rope_table(length, config.head_dim, config.rope_theta, config.rope_scaling)
-            self._table = (table[0].to(device), table[1].to(device))
-        cos, sin = self._table
-        if cuts is None or not self.restarts:
-            return cos, sin
-        positions_BL = torch.from_numpy(positions_of(cuts, length)).to(device, non_blocking=True)
-        return cos[positions_BL], sin[positions_BL]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

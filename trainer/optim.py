@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from orchestrator.protocol import runfile
+from trainer.tensor import speaks
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -30,6 +32,11 @@ class ShardState(NamedTuple):
     """Its local part; the same memory."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is counted here; of weights that all ranks of `tp` have, the first's are."""
+        return speaks(self.weight)
 
 
 def learning_rate(step: int, job: runfile.Trainer) -> float:
@@ -55,9 +62,10 @@ class Optimizer:
     in their last bits, and torch would choose by itself. Vectors (gains of norms) do not decay.
     """
 
-    def __init__(self, model: nn.Module, job: runfile.Trainer) -> None:
+    def __init__(self, parts: Iterable[nn.Module], job: runfile.Trainer) -> None:
         self._job = job
-        self.shards = [_shard_state(name, weight) for name, weight in model.named_parameters()]
+        weights = itertools.chain.from_iterable(part.named_parameters() for part in parts)
+        self.shards = [_shard_state(name, weight) for name, weight in weights]
         self._device = self.shards[0].param.device
         matrices = [shard for shard in self.shards if shard.weight.ndim > 1]
         vectors = [shard for shard in self.shards if shard.weight.ndim <= 1]
@@ -95,13 +103,14 @@ class Optimizer:
 
     @torch.no_grad()
     def set_gradients(self, gradients: list[Tensor]) -> Tensor:
-        """Let the shards have their gradients, for `step`; return the sum of their squares.
+        """Let the shards have their gradients, for `step`; return the sum of squares that count.
 
         float64, a scalar, on the device: nobody has waited for it.
         """
         for shard, gradient in zip(self.shards, gradients, strict=True):
             shard.param.grad = gradient
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        counted = [g for s, g in zip(self.shards, gradients, strict=True) if s.counts]
+        norm = nn.utils.get_total_norm(counted, foreach=True)
         return norm.double().square()
 
     @torch.no_grad()

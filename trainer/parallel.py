@@ -10,6 +10,7 @@ descriptors per failure, so a process that has left many worlds gives way to a p
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import stat
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -29,7 +31,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
-from trainer.model import Llama
 from trainer.shares import Place
 
 HOST_VARIABLE = "HOLDFAST_HOST"
@@ -39,17 +40,24 @@ SHARD_PARAMETERS_MIN = 4_000_000
 """A layer below this is not worth collectives of its own: it is gathered with the others."""
 WORLDS_MAX = 32
 """A process that has left this many worlds does not leave another: it ends."""
+_worlds = itertools.count()
 _abandoned: list[Any] = []
 """Groups of past generations. Never emptied: see the head of this file."""
 
 
 class _Mesh(DeviceMesh):
-    """A mesh that cuts each part once: fully_shard asks for the same one for every weight."""
+    """A mesh that cuts each part once: fully_shard asks for the same one for every weight.
+
+    Names of dimensions may end in `@` and a number, which nobody who asks for a part has to know.
+    """
 
     def __getitem__(self, mesh_dim_names: str | tuple[str, ...]) -> DeviceMesh:
         parts: dict[str | tuple[str, ...], DeviceMesh] = self.__dict__.setdefault("_parts", {})
         if mesh_dim_names not in parts:
-            parts[mesh_dim_names] = super().__getitem__(mesh_dim_names)
+            asked = (mesh_dim_names,) if isinstance(mesh_dim_names, str) else mesh_dim_names
+            full = {name.partition("@")[0]: name for name in self.mesh_dim_names or ()}
+            names = tuple(full.get(name, name) for name in asked)
+            parts[mesh_dim_names] = super().__getitem__(names)
         return parts[mesh_dim_names]
 
 
@@ -88,8 +96,20 @@ class World:
             timeout=timedelta(seconds=timeout_s),
             device_id=self.device if cuda else None,
         )
-        ranks = torch.arange(self.size).view(self.layout.dp_replicate, self.layout.dp_shard)
-        self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+        layout = self.layout
+        sizes = {"replicate": layout.dp_replicate, "shard": layout.dp_shard * layout.cp}
+        if layout.pp > 1:
+            sizes = {"pp": layout.pp, **sizes}
+        if layout.tp > 1:
+            sizes |= {"tp": layout.tp}
+        names = tuple(sizes)
+        if layout.tp > 1:
+            # Torch remembers how operations on a mesh come out, with the groups of the mesh that it
+            # saw first. What is cut with `tp` must not be taken for that of a world before.
+            number = next(_worlds)
+            names = tuple(f"{name}@{number}" for name in names)
+        ranks = torch.arange(self.size).view(*sizes.values())
+        self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=names)
 
     @property
     def twins(self) -> dist.ProcessGroup:
@@ -228,19 +248,19 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
 
 
 def shard(
-    model: Llama, world: World, compute: torch.dtype = torch.float32, *, apart: bool = False
-) -> Llama:
-    """Shard the model over the world in place, so that gradients come out as sums over ranks.
+    part: nn.Module, world: World, compute: torch.dtype = torch.float32, *, apart: bool = False
+) -> None:
+    """Shard a model, or a stage of one, in place, so that gradients come out as sums over ranks.
 
     Args:
-        model: whole, of float32.
+        part: of float32; its `layers` may be worth collectives of their own.
         world: over which.
         compute: the type of weights as layers see them. Shards, sums over ranks and the optimizer
             are float32 all the same.
         apart: add up the ranks of each replica only, after every backward pass.
     """
     assert world.mesh is not None
-    mesh = world.mesh["shard"] if apart else world.mesh
+    mesh = world.mesh["shard"] if apart else world.mesh["replicate", "shard"]
     mixed = compute is not torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=compute if mixed else None,
@@ -248,23 +268,24 @@ def shard(
         # Layers get what they need in the type that it has to have: angles are float32.
         cast_forward_inputs=False,
     )
-    modules = [layer for layer in model.layers if _parameters(layer) >= SHARD_PARAMETERS_MIN]
-    for module in [*modules, model]:
-        # A rank that has the whole model keeps it as layers see it for the backward pass.
-        whole = mixed and world.shards == 1
+    layers = part.get_submodule("layers").children()
+    modules = [layer for layer in layers if _parameters(layer) >= SHARD_PARAMETERS_MIN]
+    # A rank that has the whole model keeps it as layers see it for the backward pass. A pipeline
+    # comes back to a stage with every micro-batch: it stays together for the step.
+    stays = (mixed and world.shards == 1) or world.layout.pp > 1
+    for module in [*modules, part]:
         sharded = fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
-            reshard_after_forward=False if whole else None,
+            reshard_after_forward=False if stays else None,
         )
         # Each rank's loss is divided by the tokens of the global batch already.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-    return model
 
 
-def last_of_step(model: Llama, world: World, *, last: bool, apart: bool) -> None:
+def last_of_step(model: nn.Module, world: World, *, last: bool, apart: bool) -> None:
     """Say whether the next backward pass is the last of its step, after which ranks add up.
 
     Until then, a rank that has the whole model keeps weights as layers see them.
@@ -276,7 +297,7 @@ def last_of_step(model: Llama, world: World, *, last: bool, apart: bool) -> None
                 module.set_reshard_after_backward(last, recurse=False)
 
 
-def _parameters(module: torch.nn.Module) -> int:
+def _parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
@@ -306,8 +327,12 @@ def _is_peer_failure(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, TimeoutError)):
         return True
     text = str(error)
+    # A pipeline wraps what went wrong in a stage.
     return isinstance(error, RuntimeError) and (
-        "gloo" in text or "Connection" in text or "Broken pipe" in text
+        "gloo" in text
+        or "Connection" in text
+        or "Broken pipe" in text
+        or (error.__cause__ is not None and _is_peer_failure(error.__cause__))
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
-from trainer import apply, parallel
+from trainer import apply, parallel, tensor
 from trainer.config import ModelConfig
 from trainer.data import Samples
 from trainer.documents import pairs
@@ -21,6 +21,7 @@ from trainer.flops import train_flops
 from trainer.metrics import Figures
 from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
+from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
 from trainer.shares import share_of
 
@@ -90,9 +91,15 @@ class Training:
         """What adds up gradients in a fixed order; None leaves that to FSDP."""
         if job.reduction == "deterministic":
             self.reduction = Reduction(self.share.rounds, world.twins)
-        self.model = apply.to_model(model, world, job)
-        self.loss = apply.loss_function(job, world.device)
-        self.optimizer = Optimizer(self.model, job)
+        self.stages = apply.to_model(model, world, job)
+        """The model, or of a pipeline what this rank has of it."""
+        self.loss = apply.loss_function(job, world)
+        self.optimizer = Optimizer(self.stages, job)
+        self._pipeline: Pipeline | None = None
+        if world.layout.pp > 1:
+            compute = apply.precision(job, world.device)
+            count = len(self.share.micro_batches)
+            self._pipeline = Pipeline(self.stages, world, job, count, self.tokens, compute)
         self._warm = False
         self._flops = 0.0
 
@@ -111,7 +118,10 @@ class Training:
         """
         begun = time.monotonic()
         self._announce(reporter, RankPhase.DATA)
-        losses = self._accumulate(step, reporter)
+        with tensor.losses(self.world.layout.tp):
+            losses = self._accumulate(step, reporter)
+        if self.world.position.tp != 0:
+            losses.zero_()  # all ranks of tp have the same, which count once
         can_save = float(ready())  # a small whole number: it comes back as it was
         self._announce(reporter, RankPhase.OPTIMIZER)
         if self.reduction is not None:
@@ -127,7 +137,8 @@ class Training:
         self._require_same_data([row[1] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
         loss = math.fsum(loss for row in rows for loss in row[3:]) / self.tokens
-        grad_norm = global_norm(row[0] for row in rows[: self.world.shards])
+        replica = self.world.layout.ranks_of(replica=0)
+        grad_norm = global_norm(rows[rank][0] for rank in replica)
         self.optimizer.step(step, grad_norm)
         self._warm = True
         seconds = time.monotonic() - begun
@@ -165,31 +176,50 @@ class Training:
             Losses, float64, as many on every rank: their sum, or with deterministic reduction one
             by one, since only whoever has all of them can add them up without rounding twice.
         """
+        if self._pipeline is not None:
+            micros = [self._micro(step, indices) for indices in self.share.micro_batches]
+            self._flops = math.fsum(map(self._flops_of, micros))
+            losses = self._pipeline.step(
+                micros, lambda phase, micro: self._announce(reporter, phase, micro)
+            )
+            # Ranks without the last stage have none.
+            return torch.stack([*losses, self._sent(torch.zeros(()))]).double().sum().view(1)
+        (model,) = self.stages
         fixed = self.reduction is not None
         losses = []
         self._flops = 0.0
         for micro, indices in enumerate(self.share.micro_batches):
             self._announce(reporter, RankPhase.DATA, micro)
-            batch = self.samples.batch(step, indices)
-            inputs_BL, targets_BL = (
-                self._sent(torch.from_numpy(np.ascontiguousarray(ids)))
-                for ids in (batch.inputs, batch.targets)
-            )
+            batch = self._micro(step, indices)
             self._announce(reporter, RankPhase.FORWARD, micro)
-            loss = self.loss(self.model(inputs_BL, batch.cuts), targets_BL)
+            loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
             self._announce(reporter, RankPhase.BACKWARD, micro)
             last = micro == len(self.share.micro_batches) - 1
-            parallel.last_of_step(self.model, self.world, last=last, apart=fixed)
+            parallel.last_of_step(model, self.world, last=last, apart=fixed)
             torch.autograd.backward(loss / self.tokens)
             if self.reduction is not None:
                 self.reduction.add(self.optimizer.take_gradients())
             losses.append(loss.detach())
-            self._flops += train_flops(self.config, batch.inputs.size, pairs(batch.cuts))
+            self._flops += self._flops_of(batch)
         of_each = torch.stack(losses).double()
         if fixed:
             return torch.cat((of_each, of_each.new_zeros(self.share.most - len(losses))))
         # Exact whatever the order: a float64 has 29 bits more than a loss.
         return of_each.sum().view(1)
+
+    def _micro(self, step: int, indices: range) -> Micro:
+        batch = self.samples.batch(step, indices)
+        inputs, targets = (
+            self._sent(torch.from_numpy(np.ascontiguousarray(ids)))
+            for ids in (batch.inputs, batch.targets)
+        )
+        return Micro(inputs, targets, batch.cuts)
+
+    def _flops_of(self, micro: Micro) -> float:
+        """Return this rank's share of what a micro-batch takes."""
+        layout = self.world.layout
+        whole = train_flops(self.config, micro.inputs.numel(), pairs(micro.cuts))
+        return whole / (layout.pp * layout.cp * layout.tp)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Return it on the device, without waiting for what the device still has to do."""

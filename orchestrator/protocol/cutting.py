@@ -29,6 +29,11 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
 
     Shares of the global batch are taken to be equal, or are looked at elsewhere.
     """
+    if job.reduction == "deterministic" and layout.pp > 1:
+        yield Obstacle(
+            f"spec.trainer.reduction is deterministic, expected fast with pp = {layout.pp}",
+            "a pipeline adds gradients up by itself: use tp or dpShard, or fast reduction",
+        )
     found = [*_sizes(model, job, layout)]
     if layout.pp > 1 and job.reduction == "deterministic":
         found.append(
@@ -46,12 +51,11 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
 
 def unsupported(parallelism: Parallelism) -> Iterator[Obstacle]:
     """Yield what the embedded trainer does not do."""
-    for dimension in ("tp", "pp", "cp"):
-        if (size := getattr(parallelism, dimension)) != 1:
-            yield Obstacle(
-                f"spec.parallelism.{dimension} is {size}, expected 1",
-                "this trainer has data parallelism only: dpReplicate x dpShard",
-            )
+    if parallelism.cp != 1:
+        yield Obstacle(
+            f"spec.parallelism.cp is {parallelism.cp}, expected 1",
+            "this trainer has no context parallelism: use tp, or shorter sequences",
+        )
 
 
 def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from orchestrator.agent.process import RankProcess
 from orchestrator.agent.warm import Warm
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
@@ -38,6 +40,7 @@ from orchestrator.protocol.rank import (
     frame,
     read_from_rank,
 )
+from orchestrator.protocol.runfile import Parallelism
 from orchestrator.worker import EXIT_STUCK
 from orchestrator.worker.beacon import BeaconReader, create
 from storage.digest import combine
@@ -104,8 +107,8 @@ class World:
         self, warm: Warm, memory: Path, worlds_max: int = 32, job: dict[str, Any] = JOB
     ) -> None:
         self.warm, self.memory, self.worlds_max, self.job = warm, memory, worlds_max, job
-        self.shards: int = job["parallelism"]["dpShard"]
-        self.size: int = self.shards * job["parallelism"]["dpReplicate"]
+        layout = msgspec.convert(job["parallelism"], Parallelism).layout(0)
+        self.shards, self.size = layout.shard_count, layout.world_size
         self.members: list[Member] = []
         self.ranks: dict[int, Member] = {}
         self.generation = 0

@@ -79,3 +79,21 @@ def test_a_piece_longer_than_one_pass_is_the_sum_of_its_halves(start: int, count
             partial_digest("w", piece[half:], start=start + half),
         ]
     )
+
+
+@given(st.sampled_from([(5, 7), (300, 250), (1, 40_000), (40_000, 2)]), st.data())
+def test_blocks_of_columns_give_the_digest_of_the_whole(
+    shape: tuple[int, int], data: st.DataObject
+) -> None:
+    tensor = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    cuts = sorted(data.draw(st.lists(st.integers(0, shape[1]), max_size=2)))
+    top = data.draw(st.integers(0, shape[0]))
+    columns = zip([0, *cuts], [*cuts, shape[1]], strict=True)
+
+    parts = [
+        partial_digest("w", tensor[rows, a:b], start=rows.start * shape[1] + a, row=shape[1])
+        for a, b in columns
+        for rows in (slice(0, top), slice(top, shape[0]))
+    ]
+
+    assert combine(parts) == partial_digest("w", tensor)

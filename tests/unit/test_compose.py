@@ -113,8 +113,12 @@ EMBEDDED_ONLY = [
         "nodes: {count: 3}, trainer: {reduction: deterministic}",
         "globalBatch is 8, expected a multiple of dpShard x microBatch = 3 x 1",
     ),
-    ("nodes: {count: 2}, parallelism: {tp: 2}", "spec.parallelism.tp is 2, expected 1"),
-    ("nodes: {count: 2}, parallelism: {pp: 2}", "spec.parallelism.pp is 2, expected 1"),
+    ("nodes: {count: 4}, parallelism: {tp: 4}", "kvHeads is 2, expected a multiple of tp = 4"),
+    ("nodes: {count: 2}, parallelism: {pp: 2}", "microBatch is 8, which makes 1 of a share of 8"),
+    (
+        "nodes: {count: 2}, parallelism: {pp: 2}, trainer: {reduction: deterministic}",
+        "reduction is deterministic, expected fast",
+    ),
     ("nodes: {count: 2}, parallelism: {cp: 2}", "spec.parallelism.cp is 2, expected 1"),
 ]
 

@@ -95,3 +95,8 @@ def test_a_scalar_and_an_empty_piece_have_a_share() -> None:
 def test_what_has_no_defined_digest_is_refused(array: np.ndarray, start: int, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         partial_digest("w", array, start=start)
+
+
+def test_a_block_wider_than_the_tensor_that_it_is_of_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows have 3 elements, those of the whole tensor 2"):
+        partial_digest("w", np.zeros((2, 3), np.float32), row=2)

@@ -86,7 +86,7 @@ def test_documents_whose_positions_begin_anew_give_what_each_gives_alone(inner: 
 
     with torch.no_grad():
         running = model(tokens, cuts)
-        model.restarts = True
+        model.rotary.restarts = True
         packed = model(tokens, cuts)
         alone = torch.cat([model(tokens[:, a:b]) for a, b in itertools.pairwise(cuts[0])], 1)
 

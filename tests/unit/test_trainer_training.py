@@ -138,7 +138,7 @@ def test_layers_in_bf16_have_weights_and_state_in_fp32(world: parallel.World) ->
     trainer = job(precision="bf16")
     training = Training(trainer, CONFIG, Samples(SAMPLES_OF, trainer), world)
     seen: set[torch.dtype] = set()
-    training.model.layers[0].register_forward_hook(lambda *passed: seen.add(passed[2].dtype))
+    training.stages[0].layers[0].register_forward_hook(lambda *passed: seen.add(passed[2].dtype))
     recorder = Recorder()
 
     for step in range(1, 5):
@@ -239,7 +239,8 @@ def test_a_rehearsal_leaves_no_process_group_behind() -> None:
         ),
         ({"trainer": {"model": "9B"}}, "expected one of debug"),
         ({"trainer": {"tokenizer": "/no/such.tiktoken"}}, "expected a file in tiktoken format"),
-        ({"parallelism": {"tp": 2}}, "parallelism.tp is 2, expected 1"),
+        ({"parallelism": {"tp": 4}}, "kvHeads is 2, expected a multiple of tp = 4"),
+        ({"parallelism": {"pp": 2}}, "microBatch is 4, which makes 1 of a share of 4"),
         (
             {"parallelism": {"dpReplicate": 3}},
             "dpReplicate 3 x dpShard 1, expected 4 ranks",

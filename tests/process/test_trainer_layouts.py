@@ -1,0 +1,110 @@
+"""Ranks that cut a model in three dimensions train what one rank would."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from orchestrator.protocol.layout import Layout
+from storage.digest import combine, partial_digest
+from tests.programs.layouts import CURSOR, STEPS
+from trainer.checkpoint import Stamp
+from trainer.optim import STATES
+
+pytestmark = pytest.mark.process
+ALONE: dict[str, Any] = {}
+LAYOUTS: list[dict[str, Any]] = [
+    ALONE,
+    {"dp_shard": 2, "tp": 2},
+    {"pp": 2, "dp_shard": 2, "micro_batch": 1},
+    {"pp": 2, "tp": 2, "pipeline_schedule": "interleaved"},
+    {"pp": 2, "dp_shard": 2, "tp": 2},
+    {"pp": 2, "dp_replicate": 2, "tp": 2, "pipeline_schedule": "interleaved"},
+]
+
+
+class Came:
+    """What the ranks of a world came to."""
+
+    def __init__(self, folder: Path, number: int, layout: Layout) -> None:
+        self.layout = layout
+        self.ranks = [np.load(folder / f"{number}-{r}.npz") for r in range(layout.world_size)]
+        self.steps = self.ranks[0]["steps"]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Put the weights together from the parts of the first replica."""
+        parts: dict[str, list[tuple[tuple[int, ...], np.ndarray]]] = {}
+        for rank in self.layout.ranks_of(replica=0):
+            for key in self.ranks[rank].files:
+                name, at, offset = key.partition("@")
+                if at:
+                    place = tuple(map(int, offset.split(",")))
+                    parts.setdefault(name, []).append((place, self.ranks[rank][key]))
+        return {name: _whole(pieces) for name, pieces in parts.items()}
+
+    def lanes(self) -> tuple[int, int]:
+        return combine([tuple(map(int, rank["lanes"])) for rank in self.ranks])
+
+
+def _whole(pieces: list[tuple[tuple[int, ...], np.ndarray]]) -> np.ndarray:
+    ends = [np.add(place, piece.shape) for place, piece in pieces]
+    whole = np.full(np.max(ends, axis=0), np.nan, np.float32)
+    for place, piece in pieces:
+        spot = tuple(slice(a, a + n) for a, n in zip(place, piece.shape, strict=True))
+        known = whole[spot]
+        # Whoever holds the same has the same bits.
+        assert np.isnan(known).all() or np.array_equal(known, piece)
+        whole[spot] = piece
+    assert not np.isnan(whole).any()
+    return whole
+
+
+@pytest.fixture(scope="module")
+def came(tmp_path_factory: pytest.TempPathFactory) -> list[Came]:
+    folder = tmp_path_factory.mktemp("layouts")
+    command = [sys.executable, "-W", "error", "-m", "tests.programs.layouts", str(folder)]
+    texts = [json.dumps(layout) for layout in LAYOUTS]
+    done = subprocess.run(
+        [*command, *texts], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [
+        Came(folder, n, Layout(**{k: v for k, v in each.items() if k in Layout._fields}))
+        for n, each in enumerate(LAYOUTS)
+    ]
+
+
+@pytest.mark.parametrize("number", range(1, len(LAYOUTS)), ids=lambda n: json.dumps(LAYOUTS[n]))
+def test_losses_norms_and_weights_are_those_of_one_rank(came: list[Came], number: int) -> None:
+    alone, cut = came[0], came[number]
+
+    expected, found = alone.weights(), cut.weights()
+
+    assert cut.steps.shape == (STEPS, 2)
+    np.testing.assert_allclose(cut.steps, alone.steps, rtol=2e-6)
+    assert found.keys() == expected.keys()
+    for name, whole in expected.items():
+        # Adam divides by the root of tiny squares, so moments are compared more closely.
+        close = 1e-4 if name.startswith("param") else 1e-6
+        np.testing.assert_allclose(found[name], whole, rtol=1e-3, atol=close, err_msg=name)
+    for rank in cut.ranks:
+        assert np.array_equal(rank["steps"], cut.steps), "ranks report, and clip by, other bits"
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=lambda n: json.dumps(LAYOUTS[n]))
+def test_the_state_digest_is_that_of_the_whole_state_however_it_is_cut(
+    came: list[Came], number: int
+) -> None:
+    whole = came[number].weights()
+    cursor = Stamp("run", "", 1, CURSOR).cursor(STEPS)
+    text = np.frombuffer(msgspec.json.encode(cursor, order="deterministic"), np.uint8)
+
+    parts = [partial_digest(name, weight) for name, weight in whole.items()]
+
+    assert {name.partition("/")[0] for name in whole} == set(STATES)
+    assert came[number].lanes() == combine([*parts, partial_digest("cursor", text)])

@@ -1,0 +1,72 @@
+"""Ranks in three dimensions lose each other, and end with the bits of those that did not."""
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator.agent import linux
+from orchestrator.agent.warm import Warm
+from tests.programs.seated import Result, a_world
+
+pytestmark = pytest.mark.process
+SIZES = {"dim": 32, "layers": 2, "heads": 4, "kvHeads": 2, "ffnDim": 48, "vocab": 1280}
+JOB: dict[str, Any] = {
+    "trainer": {
+        "model": SIZES,
+        "steps": 9,
+        "seqLen": 16,
+        "globalBatch": 4,
+        "microBatch": 1,
+    },
+    "parallelism": {"pp": 2, "dpReplicate": 1, "dpShard": 2, "tp": 2},
+    "checkpoint": {"everySteps": 10, "memoryEverySteps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    linux.adopt_orphans()
+    with tempfile.TemporaryFile() as log:
+        warm = Warm("trainer.train:main", log)
+        warm.wait_ready()
+        yield warm
+    warm.close()
+    linux.adopt_orphans(on=False)
+
+
+@pytest.fixture(scope="module")
+def expected(warm: Warm) -> Result:
+    """What the run comes to that is left alone."""
+    with a_world(warm, parked=8, job=JOB) as world:
+        world.until(world.finished)
+        return world.result()
+
+
+def test_ranks_that_die_freeze_and_change_seats_change_no_bit(warm: Warm, expected: Result) -> None:
+    with a_world(warm, parked=10, job=JOB) as world:
+        world.until(lambda: world.step() >= 2)
+        world.kill(5)
+        world.begin()
+
+        world.until(lambda: world.step() >= 4)
+        os.kill(world.ranks[2].process.pid, signal.SIGSTOP)
+        world.until(world.still)
+        told = time.monotonic()
+        world.kill(2)
+        world.begin()
+        left_s = time.monotonic() - told
+
+        world.until(lambda: world.step() >= 6)
+        world.ranks = {rank: world.ranks[(rank + 3) % world.size] for rank in world.ranks}
+        world.begin()
+        world.until(world.finished)
+
+        assert world.result() == expected
+        assert [step for step, _ in expected[1]] == list(range(1, 10))
+        assert min(world.restored_from[8:]) >= 1
+        assert left_s < 2.0

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.agent.transfer import verify_file
+from orchestrator.agent.transfer import copy_file, verify_file
 from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
@@ -248,6 +249,7 @@ class Keeper:
         source: str,
         durable: DurableShard | None = None,
         *,
+        staged_as: Rank | None = None,
         timeout_s: float = 60.0,
     ) -> tuple[protocol.Restore, Tier]:
         """Have the shard that a rank restores from in this node's memory, verified.
@@ -255,6 +257,9 @@ class Keeper:
         It is taken from here, if it is here: what is of another lineage than the generation's own
         was dropped when that began. Else it is taken from the node named by `source`; else, if that
         is "", from the durable tier. It stays until the rank stages or a generation begins.
+
+        What another rank staged has the same bytes if that has the same shard, of another replica;
+        `staged_as` says who did. If it is here, it is copied: its slot is that rank's to write to.
 
         Raises:
             CorruptError: if the bytes do not match the index; what was here is dropped.
@@ -268,19 +273,24 @@ class Keeper:
         """
         began = self._shelf.lineage.generation
         held = self._shelf.find(rank, step)
-        tier: Tier = "own" if held else "fetched" if source else "durable"
+        as_rank = rank if staged_as is None else staged_as
+        twin = self._shelf.find(as_rank, step) if source and held is None else None
+        tier: Tier = "own" if held or twin else "fetched" if source else "durable"
         try:
             async with asyncio.timeout(timeout_s):
                 if held is not None:
                     shard = await self._verified(held)
+                elif twin is not None:
+                    shard = await self._copied(twin, rank)
                 elif source:
-                    shard = await self._fetched(NodeId(source), (rank, step))
+                    fetched = await self._fetched(NodeId(source), (as_rank, step))
+                    shard = replace(fetched, rank=rank)
                 elif durable is not None:
                     shard = await self._reading.read(durable, (rank, step))
                 else:
                     raise NotHeldError(f"no source is named for rank {rank}, step {step}")
         except TimeoutError:
-            raise self._late(rank, step, held, source, timeout_s) from None
+            raise self._late(rank, step, held or twin, source, timeout_s) from None
         if held is None:
             self._shelf.put(shard)
         if self._shelf.lineage.generation != began or shard.dropped:
@@ -328,6 +338,32 @@ class Keeper:
                 raise
             raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
         return shard
+
+    async def _copied(self, twin: Shard, rank: Rank) -> Shard:
+        """Copy what another rank staged here to a file of the agent's own, verified."""
+        path = self._files.new("restore", rank, twin.step)
+
+        def copy() -> None:
+            copy_file(twin.path, path, twin.size)
+            try:
+                verify_file(path, twin.index)
+            except KeeperError:
+                path.unlink()
+                raise
+
+        self._shelf.pin(twin)
+        running = asyncio.get_running_loop().run_in_executor(self._threads, copy)
+        running.add_done_callback(lambda _: self._shelf.unpin(twin))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # A thread can not be stopped: what it made meanwhile goes at once.
+            running.add_done_callback(lambda _: self._files.remove_soon(path))
+            raise
+        except CorruptError:
+            await self._verified(twin)
+            raise
+        return replace(twin, rank=rank, path=path, slot=None, pins=0)
 
     def _give_up(self, shard: Shard) -> None:
         """Drop what is of no use, and say so before anybody counts on it again."""

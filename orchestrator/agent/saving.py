@@ -105,9 +105,13 @@ class Saving:
         if order is None or order.restore is None or buddy is None:
             return
         there = (order.peers.get(buddy, ""), order.restore)
-        for rank, seat, source in zip(order.ranks, order.seats, order.sources, strict=True):
+        staged_as = order.staged_as or order.ranks
+        for rank, seat, source, other in zip(
+            order.ranks, order.seats, order.sources, staged_as, strict=True
+        ):
             # Whoever a shard was fetched from has it still; so has who was sent our own of it.
             held = source == buddy or (source == seat and self._copied.get(rank) == there)
+            held = held and rank == other
             if seat == self._node and not held:
                 self._start(self._copy(buddy, rank, order.restore))
 

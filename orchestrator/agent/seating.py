@@ -199,6 +199,7 @@ class Seating:
         """
         place = order.ranks.index(rank)
         source = order.sources[place]
+        staged_as = order.staged_as[place] if order.staged_as else rank
         durable = None
         if order.commit and store is not None:
             durable = DurableShard(store=store, commit=order.commit, shard=order.shard_of[place])
@@ -206,14 +207,17 @@ class Seating:
         pauses_s = iter(FETCH_AGAIN_S)
         while True:
             node = self._config.node
-            holder = node if self._keeper.holds(rank, step) else NodeId(source)
+            held = self._keeper.holds(rank, step)
+            holder = node if held else NodeId(source)
             left_s = give_up_at - time.monotonic()
             try:
-                return await self._keeper.prepare(rank, step, source, durable, timeout_s=left_s)
+                return await self._keeper.prepare(
+                    rank, step, source, durable, staged_as=staged_as, timeout_s=left_s
+                )
             except KeeperError as error:
                 again_s = _again_s(error, pauses_s, elsewhere=holder == node != source)
                 if again_s is None or time.monotonic() + again_s > give_up_at:
-                    failed += _failed(error, holder, node, rank)
+                    failed += _failed(error, holder, node, rank if held else staged_as)
                     raise
                 log.warning("%s; trying %s", error, source or "the durable tier")
                 await asyncio.sleep(again_s)

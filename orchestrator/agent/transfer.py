@@ -116,6 +116,24 @@ def allocate(path: Path, size: int) -> int:
     return descriptor
 
 
+def copy_file(source: Path, path: Path, size: int) -> None:
+    """Copy the first `size` bytes of a file into a new one. Blocks.
+
+    Raises:
+        NoRoomError: if there is too little memory; there is no new file then.
+        NotHeldError: if there is no source.
+        CorruptError: if it is shorter.
+    """
+    content = map_file(source, size)
+    descriptor = allocate(path, size)
+    try:
+        written = 0
+        while written < size:  # one call takes no more than two gigabytes
+            written += os.pwrite(descriptor, content[written:], written)
+    finally:
+        os.close(descriptor)
+
+
 def map_file(path: Path, size: int) -> memoryview:
     """Return the first `size` bytes of a file, read-only.
 

@@ -110,7 +110,10 @@ class Controller:
         incident = state.incident.id if state.incident else None
         if state.best_step == 0 and all(i.kind == RESTARTED for i in state.incidents):
             bucket = Bucket.STARTUP
-        state.ledger.charge(at, bucket, incident)
+        if bucket is Bucket.EFFECTIVE and state.short:
+            state.ledger.charge(at, bucket, state.shrunk_by, state.run.speed(state.replicas))
+        else:
+            state.ledger.charge(at, bucket, incident)
         gap = at - state.now
         self._heard_before, state.now = state.now, at
         watched_s = event.watched_s if isinstance(event, Telemetry | Tick) else 0.0

@@ -7,9 +7,13 @@ when no whole set of copies is left, or when it fails in a way that was known an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from orchestrator.core.events import CopiesHeld
+from orchestrator.core.holdings import Copies, Share
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import NodeId, Rank, Step
@@ -123,36 +127,88 @@ def strained(state: RunState) -> frozenset[NodeId]:
     )
 
 
-def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> tuple[NodeId, ...] | None:
+class Found(NamedTuple):
+    """Where the shards of a world can be had."""
+
+    nodes: tuple[NodeId, ...]
+    """Per rank: whose memory has it."""
+    staged_as: tuple[Rank, ...]
+    """Per rank: as whose it was staged; none if each has its own."""
+
+
+def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> Found | None:
     """Return per rank whose copy of a step it can start from; None if there is not one for each.
 
-    Its own node's if that has one, else that of the first node that does. What was staged on a node
-    before it became unusable is as good as it was, and its agent serves it while it is there.
+    Its own node's if that has one, else one that another replica staged, if its node has that: the
+    same bits; else that of the first node that has one, else any other replica's. What was staged
+    on a node before it became unusable is as good as it was, and its agent serves it while it is
+    there.
     """
     copies = state.holdings.of(step)
     mute = [node for node in state.unfit if not state.nodes[node].serves]
-    if copies.least(mute) == 0:
+    if copies.least(mute) == 0 and not _each_shard(state, copies, mute):
         return None
-    found = list(seats)
+    nodes, staged_as = list(seats), [Rank(rank) for rank in range(len(seats))]
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
+    # Memory that has spoilt one copy may have spoilt others.
+    spoilt = {c.node for s, _, c in state.struck if s == step and c.kind == "corrupt"}
+    there: dict[Rank, list[NodeId]] | None = None
     for seat, own in ranks_by_node(seats).items():
         held = frozenset() if seat in state.unfit else copies.of(seat)
-        if held.issuperset(own):
-            continue
-        reachable = [
-            node
-            for node in copies.holding_any(frozenset(own))
-            if state.nodes[node].serves and (seat, node) not in cut_off
-        ]
-        for rank in own:
-            if rank in held:
-                continue
-            holder = next((node for node in reachable if rank in copies.of(node)), None)
-            if seat in cramped or holder is None:
+        missing = () if held.issuperset(own) else tuple(rank for rank in own if rank not in held)
+        if missing and there is None:
+            there = _serving(state, copies)
+        for rank in missing:
+            assert there is not None, "made for the first that is missing"
+            here = frozenset() if seat in spoilt else held
+            found = _copy_of(state, rank, seat, here, there, cut_off)
+            if found is None or seat in cramped:
                 return None
-            found[rank] = holder
-    return tuple(found)
+            nodes[rank], staged_as[rank] = found
+    own_all = all(rank == other for rank, other in enumerate(staged_as))
+    return Found(tuple(nodes), () if own_all else tuple(staged_as))
+
+
+def _each_shard(state: RunState, copies: Copies, mute: Sequence[NodeId]) -> bool:
+    """Whether there is a copy of each shard, whichever replica staged it."""
+    shard_R, held_R = state.run.layout.shards(), copies.count_R(mute) > 0
+    return bool(np.bincount(shard_R, held_R, state.shard_count()).all())
+
+
+def _serving(state: RunState, copies: Copies) -> dict[Rank, list[NodeId]]:
+    """Return who can serve each shard of a step, sorted."""
+    there: dict[Rank, list[NodeId]] = {}
+    for node in sorted(copies.nodes()):
+        if state.nodes[node].serves:
+            for rank in copies.of(node):
+                there.setdefault(rank, []).append(node)
+    return there
+
+
+def _copy_of(
+    state: RunState,
+    rank: Rank,
+    seat: NodeId,
+    held: Share,
+    there: dict[Rank, list[NodeId]],
+    cut_off: Container[tuple[NodeId, NodeId]],
+) -> tuple[NodeId, Rank] | None:
+    """Return from whom a seat can have a shard that it lacks, and as whose that was staged."""
+    layout = state.run.layout
+    shard = layout.shard_of(rank)
+    twins = [Rank(layout.rank_of(shard, replica)) for replica in range(layout.dp_replicate)]
+    if (here := next((twin for twin in twins if twin in held), None)) is not None:
+        return seat, here
+    reach = {
+        twin: [node for node in there.get(twin, ()) if (seat, node) not in cut_off]
+        for twin in twins
+    }
+    if reach[rank]:
+        return reach[rank][0], rank
+    others = [(node, twin) for twin in twins for node in reach[twin]]
+    # Several replicas that lack all do not ask one and the same node.
+    return others[layout.replica_of(rank) % len(others)] if others else None
 
 
 def newest_safe_step(state: RunState) -> Step | None:
@@ -162,11 +218,13 @@ def newest_safe_step(state: RunState) -> Step | None:
     """
     newer = sorted((step for step in state.holdings if step > state.retained), reverse=True)
     # Asked for at every event: nearly always, nothing new is held by everybody.
-    if not any(state.holdings.of(step).least() for step in newer):
+    # None of all ranks, while the world has fewer.
+    first = len(state.seats) if state.short else None
+    if not any(state.holdings.of(step).least(first=first) for step in newer):
         return None
     wanted = _copies_wanted(state)
     for step in newer:
-        if state.holdings.of(step).least(state.unfit) >= wanted:
+        if state.holdings.of(step).least(state.unfit, first=first) >= wanted:
             return step
     return None
 

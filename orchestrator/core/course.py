@@ -47,7 +47,7 @@ def advance(state: RunState) -> None:
 def complete(state: RunState) -> bool:
     """Whether every rank is done and what they came to is durable, whoever was lost since."""
     last = Step(state.run.spec.trainer.steps)
-    return len(state.lanes) == state.run.world_size and state.committed(last)
+    return 0 < len(state.seats) == len(state.lanes) and state.committed(last)
 
 
 def succeed(state: RunState) -> list[Decision]:

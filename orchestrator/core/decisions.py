@@ -30,6 +30,9 @@ class RestoreFrom(msgspec.Struct, frozen=True, kw_only=True):
     """Per rank: the node whose memory has its shard; "" for the durable tier."""
     commit: str = ""
     """Key of the commit record; "" if memory has everything."""
+    staged_as: tuple[Rank, ...] = ()
+    """Per rank: as whose the copy was staged that is in that memory, if replicas have taken each
+    other's; none if each has its own."""
 
 
 class StartGeneration(_Decision, frozen=True, kw_only=True):
@@ -38,7 +41,7 @@ class StartGeneration(_Decision, frozen=True, kw_only=True):
     seats: tuple[NodeId, ...]
     """Node of each rank, indexed by rank."""
     dismiss: tuple[Rank, ...]
-    """Ranks whose process must not live on."""
+    """Ranks of the generation before whose process must not live on."""
     restore: RestoreFrom | None
     """None: from the seed."""
     buddies: dict[NodeId, NodeId]

@@ -221,6 +221,10 @@ class StepTimes:
         """Take in the duration of one healthy step."""
         self._recent.append(seconds)
 
+    def stretch(self, factor: float) -> None:
+        """Have all that was learned be longer by a factor: steps will be."""
+        self._recent = deque((s * factor for s in self._recent), maxlen=self._recent.maxlen)
+
     @property
     def known(self) -> int:
         """How many steps the estimate rests on."""

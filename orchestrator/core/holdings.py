@@ -116,11 +116,16 @@ class Copies:
         """Return what a node holds."""
         return self._held.get(node, _NOTHING)
 
-    def least(self, without: Iterable[NodeId] = ()) -> int:
-        """Return how many copies there are of what has the fewest, not counting some nodes'."""
+    def least(self, without: Iterable[NodeId] = (), *, first: int | None = None) -> int:
+        """Return how many copies there are of what has the fewest.
+
+        Args:
+            without: nodes that do not count.
+            first: of the first ranks only, so many; None for all.
+        """
         kept_out = [node for node in without if node in self._held]
-        if kept_out:
-            return int(self.count_R(kept_out).min())
+        if kept_out or first is not None:
+            return int(self.count_R(kept_out)[:first].min())
         if self._least is None:
             self._least = int(self._count_R.min(initial=np.iinfo(np.int32).max))
         return self._least
@@ -134,6 +139,10 @@ class Copies:
         if not self._count_R[rank]:
             return []
         return sorted(node for node, ranks in self._held.items() if rank in ranks)
+
+    def nodes(self) -> Iterator[NodeId]:
+        """Yield every node that holds any."""
+        yield from self._held
 
     def ranks(self) -> list[Rank]:
         """Return the ranks of which there is a copy, ascending."""

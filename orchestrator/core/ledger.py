@@ -3,21 +3,41 @@
 It is a list of adjacent spans. Time is entered as it passes and may be re-labelled later: only
 when a run falls back to step 40 is it known that what came after step 40 was lost work. Whole
 microseconds are kept, so that buckets sum to the wall clock exactly, not nearly.
+
+Training with fewer replicas counts as effective by the share of the full speed that it reaches, as
+in Meta's definition of the effective training time ratio. The rest of it is lost capacity.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator.core.phases import Bucket
 from orchestrator.protocol.ids import IncidentId, Seconds
+
+Speed = tuple[int, int]
+"""A share of the full speed of training, as a fraction: numerator, denominator."""
+FULL: Speed = (1, 1)
 
 
 class Span(NamedTuple):
     """From `start_us` to the start of the next span (the last: to the ledger's end)."""
 
     start_us: int
+    bucket: Bucket
+    incident: IncidentId | None
+    """Of training at less than full speed: what took the replicas that are missing."""
+    speed: Speed = FULL
+    """Of training only."""
+
+
+class Part(NamedTuple):
+    """Time of one span in one bucket."""
+
+    start_us: int
+    us: int
     bucket: Bucket
     incident: IncidentId | None
 
@@ -34,8 +54,16 @@ class Ledger:
         self._spans: list[Span] = []
         self.end_us = 0
 
-    def charge(self, until: Seconds, bucket: Bucket, incident: IncidentId | None) -> None:
+    def charge(
+        self, until: Seconds, bucket: Bucket, incident: IncidentId | None, speed: Speed = FULL
+    ) -> None:
         """Enter the time from the end of the ledger to `until`.
+
+        Args:
+            until: seconds on the run's clock.
+            bucket: what it was spent on.
+            incident: what caused that.
+            speed: of training: the share of the full speed that it went on with.
 
         Raises:
             ValueError: if `until` lies before the end.
@@ -46,8 +74,8 @@ class Ledger:
         if until_us == self.end_us:
             return
         last = self._spans[-1] if self._spans else None
-        if last is None or (last.bucket, last.incident) != (bucket, incident):
-            self._spans.append(Span(self.end_us, bucket, incident))
+        if last is None or last[1:] != (bucket, incident, speed):
+            self._spans.append(Span(self.end_us, bucket, incident, speed))
         self.end_us = until_us
 
     def relabel(
@@ -82,10 +110,20 @@ class Ledger:
     def totals(self, incident: IncidentId | None = None) -> dict[Bucket, int]:
         """Return microseconds per bucket, of one incident or (None) of the whole run."""
         totals = dict.fromkeys(Bucket, 0)
-        for index, span in enumerate(self._spans):
-            if incident is None or span.incident == incident:
-                totals[span.bucket] += self._end_of(index) - span.start_us
+        for part in self.parts():
+            if incident is None or part.incident == incident:
+                totals[part.bucket] += part.us
         return totals
+
+    def parts(self) -> Iterator[Part]:
+        """Yield how long each span was for which bucket, oldest first; in sum, the wall clock."""
+        for index, span in enumerate(self._spans):
+            us = self._end_of(index) - span.start_us
+            done, of = span.speed
+            whole = us * done // of
+            yield Part(span.start_us, whole, span.bucket, span.incident)
+            if whole < us:
+                yield Part(span.start_us, us - whole, Bucket.LOST_CAPACITY, span.incident)
 
     @property
     def effective_ratio(self) -> float:
@@ -103,14 +141,14 @@ class Ledger:
         span = self._spans[index]
         if span.start_us == at_us:
             return index
-        self._spans.insert(index + 1, Span(at_us, span.bucket, span.incident))
+        self._spans.insert(index + 1, span._replace(start_us=at_us))
         return index + 1
 
     def _merge(self, first: int, last: int) -> None:
         index = first
         while index + 1 < min(last + 1, len(self._spans)):
             here, after = self._spans[index], self._spans[index + 1]
-            if (here.bucket, here.incident) == (after.bucket, after.incident):
+            if here[1:] == after[1:]:
                 del self._spans[index + 1]
                 last -= 1
             else:

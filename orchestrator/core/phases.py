@@ -47,6 +47,9 @@ class Bucket(StrEnum):
     """Steps that are part of the final result."""
     LOST_WORK = "lost_work"
     """Steps that were computed and then rolled back."""
+    LOST_CAPACITY = "lost_capacity"
+    """By which training with fewer replicas falls short of full speed: 1 s of a step that takes 8 s
+    and would take 7 s with all of them."""
     CHECKPOINT_STALL = "checkpoint_stall"
     STARTUP = "startup"
     """Before the first step of the run."""

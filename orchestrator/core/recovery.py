@@ -27,7 +27,7 @@ from orchestrator.core.plans import (
     Search,
     WaitForNodes,
 )
-from orchestrator.core.state import RunState, decide
+from orchestrator.core.state import Resize, RunState, decide
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
 
@@ -134,8 +134,10 @@ class Recovery:
         self._write_off(plan, restored)
         if state.diverged:
             state.sound_step = min(state.sound_step, restored)
+        before = state.replicas
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
-        state.fleet = Fleet(state.run.world_size, state.now)
+        self._resize(before)
+        state.fleet = Fleet(len(state.seats), state.now)
         state.wanting = False
         state.found = state.asked_at = None
         state.search_failure, state.search_failures = "", 0
@@ -163,6 +165,17 @@ class Recovery:
             if state.nodes[node].generation > 0 and state.nodes[node].connected
         ]
         return decisions
+
+    def _resize(self, before: int) -> None:
+        """Enter that the number of replicas is another than before, if it is."""
+        state, after = self._state, self._state.replicas
+        if before in (0, after):
+            return
+        incident = state.incident.id if state.incident else None
+        state.resizes.append(Resize(state.now, incident, before, after))
+        # What was learned of steps holds for those of the new world, in proportion.
+        (done, of), (done_now, of_now) = state.run.speed(before), state.run.speed(after)
+        state.step_times.stretch(done * of_now / (of * done_now))
 
     def _write_off(self, plan: Restart, restored: Step) -> None:
         """Enter what the restart costs: steps that will be computed again are lost work."""
@@ -199,10 +212,19 @@ def _ancestors(state: RunState, plan: Restart) -> tuple[Ancestor, ...]:
 def _tiers(plan: Restart) -> str:
     if plan.restore is None:
         return "seed"
-    if plan.restore.sources == plan.seats:
+    if plan.restore.sources == plan.seats and not plan.restore.staged_as:
         return f"own memory ({len(plan.seats)} ranks)"
     own = sum(map(eq, plan.restore.sources, plan.seats))
     durable = plan.restore.sources.count(NodeId(""))
-    buddies = len(plan.seats) - own - durable
-    tiers = (("own memory", own), ("buddy's memory", buddies), ("durable tier", durable))
+    twins = 0
+    if plan.restore.staged_as:
+        moved = [rank for rank, other in enumerate(plan.restore.staged_as) if rank != other]
+        twins = len(moved)
+        own -= sum(plan.restore.sources[rank] == plan.seats[rank] for rank in moved)
+    tiers = (
+        ("own memory", own),
+        ("buddy's memory", len(plan.seats) - own - twins - durable),
+        ("another replica's copy", twins),
+        ("durable tier", durable),
+    )
     return ", ".join(f"{name} ({count} ranks)" for name, count in tiers if count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
@@ -137,6 +137,16 @@ class Budget:
         return self.limit - self.spent
 
 
+class Resize(NamedTuple):
+    """A new generation with another number of replicas than the one before."""
+
+    at: Seconds
+    incident: IncidentId | None
+    """What it was for."""
+    before: int
+    after: int
+
+
 @dataclass(slots=True)
 class RunState:
     """One run, as its controller knows it."""
@@ -157,6 +167,8 @@ class RunState:
     """Ranks of each node of the current world, in rank order."""
     buddies: dict[NodeId, NodeId] = field(default_factory=dict)
     """Where each of them copies what its ranks stage."""
+    resizes: list[Resize] = field(default_factory=list)
+    """When the number of replicas changed, oldest first."""
     staged: Copies = field(default_factory=lambda: Copies(0))
     """What they hold of a step when every rank has staged it."""
     copied: Copies = field(default_factory=lambda: Copies(0))
@@ -304,6 +316,22 @@ class RunState:
         return [incident for incident in self.incidents[self._over :] if incident.open]
 
     @property
+    def replicas(self) -> int:
+        """Replicas of the current world; 0 before the first."""
+        return len(self.seats) // self.shard_count()
+
+    @property
+    def short(self) -> bool:
+        """Whether the current world has fewer replicas than the run."""
+        return 0 < len(self.seats) < self.run.world_size
+
+    @property
+    def shrunk_by(self) -> IncidentId | None:
+        """What took the replicas that are missing; None if none are, or they never came."""
+        shrinks = (r.incident for r in reversed(self.resizes) if r.after < r.before)
+        return next(shrinks, None) if self.short else None
+
+    @property
     def world(self) -> tuple[NodeId, ...]:
         """The nodes of the current world, each once, in rank order."""
         return tuple(self.seated)
@@ -331,7 +359,9 @@ class RunState:
         both = dict(own)
         for node, buddy in buddies.items():
             both[buddy] = both.get(buddy, frozenset()) | own[node]
-        self.staged, self.copied = Copies(len(seats), own), Copies(len(seats), both)
+        # Of the full world, whatever is left of it: a rank's number says which shard it has.
+        full = self.run.world_size
+        self.staged, self.copied = Copies(full, own), Copies(full, both)
 
     def spares(self) -> tuple[NodeId, ...]:
         """Return the usable nodes without a seat that are not cordoned or quarantined, sorted."""
@@ -394,7 +424,11 @@ class RunState:
         return self.run.shard_count
 
     def shard_of(self, rank: Rank) -> int:
-        """Return the durable shard of a rank."""
+        """Return the durable shard of a rank, of a world of any number of replicas.
+
+        With pipelines a world has all of them: a stage's ranks come after all replicas' of the one
+        before, so that their numbers depend on how many those are.
+        """
         return self.run.layout.shard_of(rank)
 
 
@@ -412,8 +446,13 @@ def decide(state: RunState, kind: type[D], reason: str, /, **fields: Any) -> D: 
 def violations(state: RunState) -> list[str]:
     """Return every invariant that the state breaks; empty for a sound one. For tests and replay."""
     broken = []
-    if state.seats and len(state.seats) != state.run.world_size:
-        broken.append(f"world has {len(state.seats)} seats, run has {state.run.world_size} ranks")
+    replicas, rest = divmod(len(state.seats), state.shard_count())
+    full, least = state.run.spec.parallelism.dp_replicate, state.run.least_replicas
+    if state.seats and (rest or not least <= replicas <= full):
+        broken.append(
+            f"world has {len(state.seats)} seats, run has {least} to {full} replicas of "
+            f"{state.shard_count()} ranks"
+        )
     per_node = state.run.spec.nodes.ranks_per_node
     crowded = [n for n, ranks in state.seated.items() if len(ranks) != per_node]
     if crowded:

@@ -48,7 +48,7 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
             return End(state="Failed", reason=why)
         restore = RestoreFrom(
             step=state.found.step,
-            sources=("",) * state.run.world_size,
+            sources=("",) * len(placement.seats),
             commit=state.found.key,
         )
         return _restart(state, placement, restore)
@@ -119,7 +119,7 @@ def newest_in_memory(state: RunState, placement: Placement) -> RestoreFrom | Non
     """Return the newest step of which every seat can have its shard from some node's memory."""
     for step in sorted(state.holdings, reverse=True):
         if step not in state.condemned_memory and (found := sources(state, placement.seats, step)):
-            return RestoreFrom(step=step, sources=found)
+            return RestoreFrom(step=step, sources=found.nodes, staged_as=found.staged_as)
     return None
 
 
@@ -195,7 +195,7 @@ def _dismissed(state: RunState) -> tuple[Rank, ...]:
     if incident is None or incident.generation != state.generation:
         return ()
     if any(f.kind in _NOBODY_NAMED and not f.ranks for f in incident.findings):
-        return tuple(Rank(rank) for rank in range(state.run.world_size))
+        return tuple(Rank(rank) for rank in range(len(state.seats)))
     return incident.ranks
 
 

@@ -7,7 +7,11 @@ report, the simulator. Ranks are counted with pp slowest, then dpReplicate, dpSh
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Position(NamedTuple):
@@ -78,6 +82,10 @@ class Layout(NamedTuple):
         stage, rest = divmod(rank, self._inner * self.dp_replicate)
         return stage * self._inner + rest % self._inner
 
+    def shards(self) -> npt.NDArray[np.int64]:
+        """Return the number of every rank's shard, shape [world_size]; not to be written to."""
+        return _shards(self)
+
     def rank_of(self, shard: int, replica: int = 0) -> int:
         """Return the rank that holds a shard in a replica."""
         stage, rest = divmod(shard, self._inner)
@@ -90,3 +98,8 @@ class Layout(NamedTuple):
     @property
     def _inner(self) -> int:
         return self.dp_shard * self.cp * self.tp
+
+
+@lru_cache
+def _shards(layout: Layout) -> npt.NDArray[np.int64]:
+    return np.array([layout.shard_of(rank) for rank in range(layout.world_size)])

@@ -308,12 +308,13 @@ class Begin(_Message, frozen=True, kw_only=True):
     world_size: int
     """How many ranks the world has."""
     ranks: tuple[Rank, ...]
-    """Which of them this is about, ascending; `seats`, `sources` and `shard_of` are columns over
-    these."""
+    """Which of them this is about, ascending; `seats`, `sources`, `staged_as` and `shard_of` are
+    columns over these."""
     seats: tuple[NodeId, ...]
     """The node of each."""
     dismiss: tuple[Rank, ...] = ()
-    """Ranks whose process may not go on, whatever it says: it is killed and started anew."""
+    """Ranks of the generation before whose process may not go on, whatever it says: it is killed
+    and started anew."""
     buddies: dict[NodeId, NodeId] = {}
     """Where each of the nodes copies what its ranks stage."""
     peers: dict[NodeId, str] = {}
@@ -328,6 +329,8 @@ class Begin(_Message, frozen=True, kw_only=True):
     sources: tuple[str, ...] = ()
     """The node whose memory has the shard of each, or "" for the durable tier; none without
     `restore`."""
+    staged_as: tuple[Rank, ...] = ()
+    """As whose that shard was staged: of replicas, any one's will do. None if each is its own."""
     commit: str = ""
     """Key of the commit record when any shard comes from the durable tier."""
     shard_of: tuple[int, ...]

@@ -15,6 +15,8 @@ import msgspec
 from orchestrator.protocol.layout import Layout
 
 API_VERSION = "holdfast.dev/v1alpha1"
+EMBEDDED = "trainer.train:main"
+"""The entrypoint of the trainer that comes with holdfast."""
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -84,9 +86,7 @@ class Parallelism(_Section, frozen=True, kw_only=True):
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
 
-    entrypoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")] = (
-        "trainer.train:main"
-    )
+    entrypoint: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z")] = EMBEDDED
     """`module:function`, called without arguments in a warm process; it calls `worker.serve`."""
     model: str | dict[str, Any] = "debug"
     """`debug`, `8B`, `70B`, `405B`, or the sizes themselves."""
@@ -172,9 +172,13 @@ class Recovery(_Section, frozen=True, kw_only=True):
     spare_wait: Duration = "1m"
     """How long to wait for a node when none is free, or for room for the journal on a full disk,
     before giving up."""
+    min_replicas: Positive | None = None
+    """With how few of `parallelism.dpReplicate` the run may go on when no node is free in place of
+    one that is gone; it grows back when there is one again. The global batch stays what it is, but
+    its gradients are added up in another order. Default: all, so it waits."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
-    `quarantine-first`, `over-eviction`, `back-off`, `stop-poison`, `hang`."""
+    `quarantine-first`, `over-eviction`, `shrink`, `back-off`, `stop-poison`, `hang`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):
@@ -210,6 +214,34 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
     def layout(self) -> Layout:
         """How the world is cut; says where a rank stands, and which shard it holds."""
         return self.spec.parallelism.layout(self.world_size)
+
+    @property
+    def least_replicas(self) -> int:
+        """With how few replicas the run goes on (docs/adr/0011)."""
+        return self.spec.recovery.min_replicas or self.spec.parallelism.dp_replicate
+
+    def speed(self, replicas: int) -> tuple[int, int]:
+        """Return the share of the full speed that some of the replicas reach, as a fraction.
+
+        The batch stays what it is, and goes to replicas in rounds of one micro-batch for each of
+        their ranks, which nobody can divide: the replica that takes most of them decides. Of a
+        trainer that is not the embedded one it is only known how many replicas it has.
+
+        >>> run = TrainingRun(api_version=API_VERSION, kind="TrainingRun",
+        ...     metadata=Metadata(name="a"), spec=Spec(nodes=Nodes(count=8),
+        ...     parallelism=Parallelism(dp_replicate=8),
+        ...     trainer=Trainer(global_batch=128, micro_batch=1)))
+        >>> run.speed(7)  # 19 rounds instead of 16
+        (16, 19)
+        """
+        full, trainer = self.spec.parallelism.dp_replicate, self.spec.trainer
+        p = self.spec.parallelism
+        shard = self.shard_count // (p.tp * p.pp * p.cp)
+        micro = trainer.micro_batch or trainer.global_batch // (full * shard)
+        rounds, rest = divmod(trainer.global_batch, max(micro * shard, 1))
+        if trainer.entrypoint != EMBEDDED or rest or rounds % full:
+            return replicas, full
+        return rounds // full, -(-rounds // replicas)
 
     def job(self) -> dict[str, Any]:
         """Return what a rank needs to know of this run, in the run file's own words.

@@ -181,7 +181,8 @@ class AgentWorld:
         self._vault.begin(state.generation)
         if state.wanting:
             self._vault.hold()  # a search may have been answered already
-        self._columns.begin(state.generation, state.reached_step)
+        ranks = len(state.seats) or self.run.world_size
+        self._columns.begin(state.generation, state.reached_step, ranks)
         self._schedule.resume(entry.event for entry in entries)
         self._wording.resume(state, entries)
         if self._wording.started is not None:
@@ -398,7 +399,8 @@ class AgentWorld:
         restore = decision.restore
         if decision.generation > self._generation:
             self._vault.begin(decision.generation)
-            self._columns.begin(decision.generation, restore.step if restore else Step(0))
+            reached = restore.step if restore else Step(0)
+            self._columns.begin(decision.generation, reached, len(decision.seats))
             self._wording.start(decision)
             self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats

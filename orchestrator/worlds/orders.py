@@ -41,6 +41,8 @@ class Orders:
         self._restore: Step | None = None
         self._ancestors: tuple[Ancestor, ...] = ()
         self._ranks: dict[NodeId, tuple[Rank, ...]] = {}
+        self._former: dict[NodeId, tuple[Rank, ...]] = {}
+        """Ranks of each node of the generation before."""
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -53,16 +55,18 @@ class Orders:
         # Whoever continues from the seed has none.
         self._restore = state.start_step if state.ancestors else None
         for decision in (d for entry in entries for d in entry.decisions):
-            if isinstance(decision, StartGeneration):
-                self.started = decision
-        if self.started is not None:
-            self._ranks = ranks_by_node(self.started.seats)
+            if isinstance(decision, StartGeneration) and decision != self.started:
+                self._seat(decision)
+
+    def _seat(self, decision: StartGeneration) -> None:
+        self.started, self._former = decision, self._ranks
+        self._ranks = ranks_by_node(decision.seats)
 
     def start(self, decision: StartGeneration) -> None:
         """Enter a new generation, and note which one it continues."""
         restore = decision.restore
         before = self.started.generation if self.started else Generation(0)
-        self.started, self._ranks = decision, ranks_by_node(decision.seats)
+        self._seat(decision)
         self._restore = restore.step if restore else None
         commit = parse_commit_key(restore.commit) if restore else None
         epoch = Generation(commit[1]) if commit else None
@@ -87,7 +91,9 @@ class Orders:
             peers: addresses for it.
         """
         started, ranks = self._started(), self._ranks[node]
-        dismiss = tuple(rank for rank in started.dismiss if rank in ranks)
+        # Whose process is to go is said in the words of the world that it belonged to.
+        former = self._former.get(node, ())
+        dismiss = tuple(rank for rank in started.dismiss if rank in former)
         buddies = {n: buddy for n, buddy in ((node, started.buddies.get(node)),) if buddy}
         return self._begin(order, self._parts(ranks), dismiss, buddies, peers)
 
@@ -125,6 +131,7 @@ class Orders:
             restore=self._restore,
             ancestors=self._ancestors,
             sources=_taken(restore.sources, ranks) if restore else (),
+            staged_as=_taken(restore.staged_as, ranks) if restore and restore.staged_as else (),
             commit=restore.commit if restore else "",
             shard_of=parts.shard_of,
             writers=parts.writers,

@@ -29,9 +29,9 @@ class Columns:
         self._stalled_s = 0.0
         self._clear()
 
-    def begin(self, generation: Generation, restored: Step) -> None:
+    def begin(self, generation: Generation, restored: Step, world_size: int) -> None:
         """Forget what an older generation said; steps count from `restored` on."""
-        self._generation = generation
+        self._generation, self._size = generation, world_size
         self.reported = restored
         self._reports = []
         self._stall_s_R = {}

@@ -74,10 +74,23 @@ def test_a_copy_that_its_holder_has_anew_counts_again(cluster: Any) -> None:
     assert cluster.state.holders(Step(5), Rank(2)) == ("node-0", "node-1")
 
 
-def test_a_step_is_given_up_when_no_copy_of_one_of_its_shards_is_left(cluster: Any) -> None:
+def test_a_shard_that_nobody_has_any_more_is_had_from_what_another_replica_staged(
+    cluster: Any,
+) -> None:
     fail(cluster, "node-1", ("node-1", 2, CORRUPT))
 
-    assert fail(cluster, "node-0", ("node-0", 2, CORRUPT)) is None
+    order = fail(cluster, "node-0", ("node-0", 2, CORRUPT))
+
+    assert order.restore.step == 5
+    assert order.restore.staged_as == (0, 1, 0, 3), "two replicas of two shards"
+
+
+def test_a_step_is_given_up_when_no_copy_of_one_of_its_shards_is_left(cluster: Any) -> None:
+    fail(cluster, "node-1", ("node-1", 2, CORRUPT))
+    fail(cluster, "node-0", ("node-0", 2, CORRUPT))
+    fail(cluster, "node-0", ("node-0", 0, CORRUPT))
+
+    assert fail(cluster, "node-1", ("node-1", 0, CORRUPT)) is None
 
     assert restarted(cluster.after(0.1).found()).restore is None
 

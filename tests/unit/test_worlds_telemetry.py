@@ -28,7 +28,7 @@ def report(step: int) -> StepReport:
 
 def started(restored: int = 0) -> Columns:
     columns = Columns(4)
-    columns.begin(Generation(1), Step(restored))
+    columns.begin(Generation(1), Step(restored), 4)
     return columns
 
 

@@ -25,11 +25,15 @@ class _Missing(NamedTuple):
 
 
 def apart(order: Begin) -> frozenset[NodeId]:
-    """Return the nodes some of whose shards are not to come from themselves: mostly few."""
-    if not order.sources or order.sources == order.seats:
+    """Return the nodes some of whose shards are not as they staged them themselves: mostly few."""
+    if not order.sources or (order.sources == order.seats and not order.staged_as):
         return frozenset()
-    pairs = zip(order.seats, order.sources, strict=True)
-    return frozenset(seat for seat, source in pairs if seat != source)
+    columns = zip(order.ranks, order.seats, order.sources, _staged_as(order), strict=True)
+    return frozenset(s for rank, s, source, other in columns if (s, rank) != (source, other))
+
+
+def _staged_as(order: Begin) -> tuple[Rank, ...]:
+    return order.staged_as or order.ranks
 
 
 def tier_of(order: Begin, node: SimNode) -> str:
@@ -63,7 +67,8 @@ def bring(
         source = order.sources[rank]
         found = _fetch(cluster, order, node, rank, step)
         if isinstance(found, _Missing):
-            copies = (FailedCopy(node=NodeId(source), rank=rank, kind=found.kind),)
+            staged_as = _staged_as(order)[rank]
+            copies = (FailedCopy(node=NodeId(source), rank=staged_as, kind=found.kind),)
             return PreparationFailed(
                 generation=order.generation,
                 step=step,
@@ -104,5 +109,5 @@ def _fetch(
     there = cluster.nodes[NodeId(source)]
     if there is not node and not (there.alive and there.reachable and node.reachable):
         return _Missing("unreachable", f"{source} does not answer")
-    found = there.find(rank, step)
+    found = there.find(_staged_as(order)[rank], step)
     return found or _Missing("absent", f"{source} has no shard of step {step}")

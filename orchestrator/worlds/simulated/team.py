@@ -92,6 +92,8 @@ class Team:
         self._apart = apart(order)
         self._expected = -1
         self._under_way = 0
+        self._cold: set[NodeId] = set()
+        """Nodes that start a process before they are seated."""
         self._heard: tuple[NodeId, ...] = ()
         self._unheard = frozenset(self.ranks)
         counts = [len(own) for own in self.ranks.values()]
@@ -157,6 +159,8 @@ class Team:
         had = [n for n in new if n.ranks]
         # Not `not n.ranks` once they have begun: by then they have the new ones.
         had_none = [n for n in new if not n.ranks]
+        dismissed = frozenset(self._order.dismiss)
+        self._cold.update(n.id for n in new if n.fresh or not dismissed.isdisjoint(n.ranks))
         for node in new:
             node.begin(self.ranks_of(node.id), self._judge)
         profile = self._cluster.profile
@@ -165,11 +169,9 @@ class Team:
 
     def _clear(self, nodes: Nodes) -> None:
         self._reach(nodes, CLEARED)
-        dismissed = {self.seats[rank] for rank in self._order.dismiss}
-        cold = {n.id: n for n in nodes if n.fresh or n.id in dismissed}
         profile = self._cluster.profile
-        self._after(profile.warm, list(cold.values()), self._seat)
-        self._after(profile.seat, [n for n in nodes if n.id not in cold], self._seat)
+        self._after(profile.warm, [n for n in nodes if n.id in self._cold], self._seat)
+        self._after(profile.seat, [n for n in nodes if n.id not in self._cold], self._seat)
         self._prepare(nodes)
 
     def _seat(self, nodes: Nodes) -> None:

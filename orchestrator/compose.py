@@ -24,6 +24,7 @@ from orchestrator.faults.sections import ModelError
 from orchestrator.policy import switches
 from orchestrator.policy.planned import PlannedSwap
 from orchestrator.policy.recovery import ladder
+from orchestrator.policy.shrinking import GrowBack
 from orchestrator.protocol.fitting import misfits
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.protocol.timeouts import Timeouts, derive
@@ -131,7 +132,7 @@ def controller(run: TrainingRun) -> Controller:
     when it was written.
     """
     disabled = run.spec.recovery.disable
-    detectors = (Exits(), Silence(), Preparation(), Corruption(), Hang(), PlannedSwap())
+    detectors = (Exits(), Silence(), Preparation(), Corruption(), Hang(), PlannedSwap(), GrowBack())
     return Controller(
         run,
         _timeouts(run, run.metadata.name),

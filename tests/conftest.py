@@ -166,7 +166,7 @@ class Cluster:
         loss: float = 2.0,
     ) -> list[Decision]:
         """Telemetry of all ranks; those not `moving` show no sign of life."""
-        world = self.run.world_size
+        world = len(self.state.seats) or self.run.world_size
         self.progress += 1
         known = self.state.fleet.progress_R
         return self.tell(

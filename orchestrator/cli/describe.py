@@ -18,6 +18,7 @@ from orchestrator.cli.tables import grid
 from orchestrator.core.journal import JournalError
 from orchestrator.core.report import fault_reports, reduction
 from orchestrator.core.state import RunState
+from orchestrator.policy import shrinking
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.steps import StepLine
@@ -87,6 +88,7 @@ def run_lines(follower: Follower, state: RunState) -> list[str]:
 
 def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
     spec = state.run.spec
+    p = spec.parallelism
     pid = runs.controller_pid(follower.folder)
     rungs = ", ".join(f"{rung} {count}" for rung, count in sorted(state.rungs.items()))
     loss = state.losses.get(state.reached_step)
@@ -104,6 +106,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Controller", _controller_words(state, pid)),
         ("Parallelism", _parallelism(state)),
         ("Reduction", reduction(state.run)),
+        ("Replicas", shrinking.standing(state) if p.dp_replicate > 1 else ""),
         ("Folder", str(follower.folder.root)),
         ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),

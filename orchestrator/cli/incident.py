@@ -18,6 +18,10 @@ RUNGS = {
     "from the copy on another node",
     "over-eviction": "ranks hung or lost each other again, and nobody knows for certain whose "
     "fault it is; whom the evidence points to gave their seats to spares, and are spares now",
+    "shrink": "a node is gone and none is free; the replicas that are left go on with the same "
+    "batch, slower, from what is in memory, and good nodes of the others are spares",
+    "grow back": "nodes are free again for replicas that were missing; the state comes from "
+    "memory, at the moment at which least has to be done again",
     "planned swap": "a node is to be free, and a spare is; the state comes from memory, at "
     "the moment at which least has to be done again",
     "roll back before the onset": "what came after the last step that is known to be good may be "
@@ -120,6 +124,7 @@ def _cost(incident: Incident, told: IncidentReport) -> list[str]:
 MEANING = {
     str(Bucket.EFFECTIVE): "effective: steps of the final result",
     str(Bucket.LOST_WORK): "lost_work: steps that are done again",
+    str(Bucket.LOST_CAPACITY): "lost_capacity: replicas were missing",
     str(Bucket.CHECKPOINT_STALL): "checkpoint_stall: waiting for saves",
     str(Bucket.STARTUP): "startup: before the first step of the run",
     str(Bucket.DETECT): "detect: until it was noticed",

@@ -72,6 +72,7 @@ def words(told: Report) -> str:
                 ),
                 ("Reduction", told.reduction),
                 ("ETTR", units.percent(told.ettr)),
+                ("Replicas", _replicas(told)),
                 ("Wall clock", units.seconds(told.wall_s)),
                 ("Generations", f"{told.generations} ({_counted(told.rungs)})"),
                 ("Controllers", str(told.controllers)),
@@ -91,6 +92,12 @@ def words(told: Report) -> str:
         *section("Not to be trusted", _doubts(told)),
     ]
     return units.printable("\n".join(lines))
+
+
+def _replicas(told: Report) -> str:
+    if told.replicas_least == told.replicas:
+        return str(told.replicas)
+    return f"{told.replicas}; {told.replicas_least} at the least"
 
 
 def _counted(rungs: dict[str, int]) -> str:

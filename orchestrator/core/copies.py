@@ -233,8 +233,11 @@ def _copies_wanted(state: RunState) -> int:
     """Return how many copies make a shard safe: two, unless the cluster has one node.
 
     A node that may be back at once is part of the cluster: after a controller died, all are. One
-    that was drained or quarantined is not.
+    that was drained or quarantined is not. A world of one node that began without another has
+    nobody to copy to, whoever has come since.
     """
+    if not state.buddies:
+        return 1
     silent, members, kept_out = state.hearing.silent(state.now), 0, state.cordoned()
     for node in state.nodes.values():
         gone = node.lost or node.unusable or node.id in silent

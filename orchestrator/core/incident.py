@@ -41,6 +41,8 @@ BUDGET_OF: dict[Cause, str] = {
 
 CORRUPTION = "silent-corruption"
 """Kind of a finding that says that state is wrong, and since when."""
+GROWTH = "grow-back"
+"""Kind of a finding that says that a world can have more replicas again."""
 LOST = ("node-lost", "node-silent")
 """Kinds of findings that take a node out of the world."""
 Likeness = tuple[str, str, Step]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 import xxhash
 
-from orchestrator.core.incident import CORRUPTION, Finding, Incident
+from orchestrator.core.incident import CORRUPTION, GROWTH, Finding, Incident
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
@@ -48,6 +48,7 @@ WITNESSED = frozenset(
         "controller-restart",
         "planned",
         CORRUPTION,
+        GROWTH,
     }
 )
 """Kinds of incident that rest on something that happened."""
@@ -144,9 +145,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Steps of the final lineage that nobody reported, beyond what a life whose journal is not in
     this folder computed."""
     ettr: float
+    """Effective over wall clock; training with fewer replicas counts by its share of full speed."""
     wall_s: float
     ledger: dict[str, float]
     """Seconds per bucket; in microseconds they sum to `wall_s` exactly."""
+    replicas: int
+    """Of the last world."""
+    replicas_least: int
+    """The fewest of any."""
     generations: int
     generation: Generation
     """The last one."""
@@ -183,6 +189,8 @@ def report(state: RunState) -> Report:
         ettr=round(state.ledger.effective_ratio, 6),
         wall_s=state.ledger.end_us / 1e6,
         ledger={str(bucket): us / 1e6 for bucket, us in state.ledger.totals().items()},
+        replicas=state.replicas,
+        replicas_least=min([state.replicas, *(r.after for r in state.resizes)]),
         generations=sum(state.rungs.values()),
         generation=state.generation,
         controllers=state.incarnation,

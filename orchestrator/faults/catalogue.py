@@ -43,7 +43,7 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "spin-rank": Traits("rank", ("holdGil",), "endless loop; `holdGil` blocks all threads"),
     "slow-rank": Traits("rank", ("for", "share"), "the rank gets `share` of its time"),
     "kill-agent": Traits("node", (), "SIGKILL to a node's agent"),
-    "lose-node": Traits("node", (), "agent, ranks and memory of a node vanish"),
+    "lose-node": Traits("node", ("for",), "agent, ranks and memory vanish; `for` gives it back"),
     "partition-node": Traits("node", ("for",), "the agent is alive but unreachable"),
     "kill-controller": Traits("controller", (), "SIGKILL to the controller"),
     "corrupt-shard": Traits("node", (), "bits flip in the newest checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -9,6 +10,7 @@ from orchestrator.core.copies import strained
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
+from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
 from orchestrator.policy.suspicion import aside, suspects
@@ -22,6 +24,7 @@ class Placement:
     """Seats of a new generation, and which nodes changed."""
 
     seats: tuple[NodeId, ...]
+    replicas: int
     replaced: tuple[tuple[NodeId, NodeId], ...] = ()
     """(old, new) for every node that was swapped."""
     evicted: tuple[NodeId, ...] = ()
@@ -35,36 +38,49 @@ def place(state: RunState) -> Placement | None:
     gone = _gone(state)
     if any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined):
         return None  # disconnected, and may be back at once; silence decides
+    replicas = shrinking.wanted(state, len(state.seated) - len(gone) + len(state.spares()))
+    if not replicas:
+        return None
+    frame = shrinking.frame(state, gone, replicas)
     lemons = retired(state)
     guilty = blamed(state) | strained(state) | lemons | aside(state)
-    spares = sorted(state.spares(), key=lambda node: (node in lemons, node in guilty))
-    if len(spares) < len(gone):
-        return None
-    out = list(dict.fromkeys([*gone, *leaving(state)]))
-    swaps = dict(zip(out, spares, strict=False))
+    spares = sorted(
+        (*frame.freed, *state.spares()),
+        key=lambda node: (node in state.drains, node in lemons, node in guilty),
+    )
+    # A place of a replica that is new is nobody's yet.
+    needed = len(frame.places) - sum(node is not None for node in frame.places)
+    fresh = iter(spares[:needed])
+    places = [next(fresh) if node is None else node for node in frame.places]
+    swaps = {old: places[place] for place, old in frame.gone.items()}
+    seated, left = set(places), spares[needed:]
+    # Who is to be free does not go to another place.
+    left = [node for node in left if node not in state.drains]
+    out = [node for node in leaving(state) if node in seated]
+    swaps |= dict(zip(out, left, strict=False))
     # What is left is for nodes that could go on. A spare that is under suspicion itself would
     # show nothing, and the two would change places at every restart.
-    clean = [node for node in spares[len(out) :] if node not in guilty]
-    evicted = [node for node in suspects(state) if node not in swaps][: len(clean)]
-    accused = [node for node in state.seated if node in guilty and node not in (*swaps, *evicted)]
+    clean = [node for node in left[len(out) :] if node not in guilty]
+    there = [node for node in suspects(state) if node in seated and node not in swaps]
+    evicted = there[: len(clean)]
+    accused = [node for node in places if node in guilty and node not in (*swaps, *evicted)]
+    accused = [node for node in accused if node in state.seated]
     accused.sort(key=lambda node: node not in lemons)
     swaps |= dict(zip([*evicted, *accused], clean, strict=False))
     return Placement(
-        seats=_swapped(state, swaps),
+        seats=_seats(state, [swaps.get(node, node) for node in places]),
+        replicas=replicas,
         replaced=tuple(sorted(swaps.items())),
         evicted=tuple(evicted),
     )
 
 
-def _swapped(state: RunState, swaps: dict[NodeId, NodeId]) -> tuple[NodeId, ...]:
-    """Return the seats of the world with some of its nodes changed for others."""
-    if not swaps:
-        return state.seats
-    seats = list(state.seats)
-    for old, new in swaps.items():
-        for rank in state.seated[old]:
-            seats[rank] = new
-    return tuple(seats)
+def _seats(state: RunState, places: Sequence[NodeId]) -> tuple[NodeId, ...]:
+    """Return the seats of a world of these nodes, each with as many ranks as there are on one."""
+    per_node = state.run.spec.nodes.ranks_per_node
+    seats = tuple(chain.from_iterable(repeat(node, per_node) for node in places))
+    # Most restarts change nobody; then it is the same tuple, which is known at once.
+    return state.seats if seats == state.seats else seats
 
 
 def blamed(state: RunState) -> frozenset[NodeId]:
@@ -102,7 +118,8 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     return WaitForNodes(
         until=until,
         reason=f"waiting for a node in place of {', '.join(gone)}: "
-        f"{len(state.spares())} spares are free, giving up after {patience_s:g} s",
+        f"{len(state.spares())} spares are free, giving up after {patience_s:g} s"
+        f"{shrinking.refusal(state, _usable(state))}",
     )
 
 
@@ -123,16 +140,27 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
 
 
 def _first(state: RunState) -> Placement | None:
-    nodes = state.run.spec.nodes
-    if not _can_start(state):
+    """Return the seats of the first generation; with fewer replicas once nobody else will come."""
+    count = _starting(state)
+    if not count:
         return None
-    each = [repeat(node, nodes.ranks_per_node) for node in state.spares()[: nodes.count]]
-    return Placement(seats=tuple(chain.from_iterable(each)))
+    seats = _seats(state, state.spares()[:count])
+    return Placement(seats=seats, replicas=len(seats) // state.shard_count())
 
 
 def _can_start(state: RunState) -> bool:
     """Whether the first generation can have its seats; asked for whenever a node comes."""
-    return _usable(state) >= state.run.spec.nodes.count
+    return _starting(state) > 0
+
+
+def _starting(state: RunState) -> int:
+    """Return on how many nodes the first generation can begin, 0 for not yet."""
+    count, usable = state.run.spec.nodes.count, _usable(state)
+    if usable >= count:
+        return count
+    if state.now < state.wanted_since + state.timeouts.warmup_s:
+        return 0
+    return shrinking.nodes_for(state.run, shrinking.fitting(state, usable))
 
 
 def _gone(state: RunState) -> list[NodeId]:
@@ -175,9 +203,10 @@ def _give_up(state: RunState, patience_s: float) -> Plan:
     if state.quarantined:
         last += f"; quarantined: {', '.join(sorted(state.quarantined))}"
     last += f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
+    needed = shrinking.nodes_for(state.run, shrinking.least(state))
     return End(
         state="Failed",
-        reason=f"needs {state.run.spec.nodes.count} nodes and has {_usable(state)}, "
+        reason=f"needs {needed} nodes and has {_usable(state)}, "
         f"{len(state.spares())} of {state.run.spec.nodes.spares} spares free, "
-        f"after waiting {patience_s:g} s{last}",
+        f"after waiting {patience_s:g} s{last}{shrinking.refusal(state, _usable(state))}",
     )

@@ -13,18 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from orchestrator.core.copies import newest_safe_step
 from orchestrator.core.drains import pressing_at
 from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import Cause, Finding
-from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import Drain, RunState
+from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.switches import PLANNED_SWAP, enabled
-from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.ids import NodeId, Seconds
 
 KIND = "planned"
-STILL_SAVES = 3
-"""Memory that has held no newer step for as long as this many saves take is not waited for."""
 
 
 def leaving(state: RunState) -> tuple[NodeId, ...]:
@@ -52,20 +49,17 @@ class PlannedSwap:
     name = PLANNED_SWAP
 
     def __init__(self) -> None:
-        self._held: Step | None = None
-        """Which step memory has on two nodes; None while no node waits for a better moment."""
-        self._held_at = Seconds(0.0)
-        """Since when it has nothing newer, or a node waits."""
+        self._moment = Moment()
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding when the moment has come, for all nodes that can be swapped."""
-        nodes = leaving(state) if state.drains and _trains(state) else ()
+        nodes = leaving(state) if state.drains and trains(state) else ()
         if not nodes:
-            self._held = None
+            self._moment.forget()
             return ()
-        why = self._good(state)
+        why = self._moment.good(state)
         if not why and isinstance(event, Telemetry | Tick):
-            why = _pressing(state, nodes[0]) or self._still(state)
+            why = _pressing(state, nodes[0]) or self._moment.still(state)
         if not why:
             return ()
         nodes = nodes[: len(state.spares())]
@@ -73,49 +67,6 @@ class PlannedSwap:
         if not nodes or not state.unfit.isdisjoint(state.seated):
             return ()
         return (_finding(state, nodes, why),)
-
-    def _good(self, state: RunState) -> str:
-        """Say why going on from memory loses as little now as it ever will; "" if it does not."""
-        # Not one event later, when it is retained: the next one may be a whole save away.
-        held = max(state.retained, newest_safe_step(state) or state.retained)
-        newer = self._held is not None and held > self._held
-        if held != self._held:
-            self._held, self._held_at = held, state.now
-        newest_commit = max(state.sound_commits, default=Step(-1))
-        # A restart now would be one more in a row that brings no new step.
-        if held < newest_commit or state.futile_restarts:
-            return ""
-        if held == state.reached_step and _just_reached(state):
-            return f"memory has step {held}, which was just reached"
-        # Saves take longer than a step: it will not come any closer than this.
-        return f"memory has just come to have step {held}" if newer else ""
-
-    def _still(self, state: RunState) -> str:
-        """Say for how long memory has come to hold nothing newer; "" if that is to be expected."""
-        step_s = state.step_times.quantile(0.99)
-        limit_s = STILL_SAVES * state.run.spec.checkpoint.memory_every_steps * step_s
-        limit_s = max(limit_s, state.timeouts.form_s)
-        still_s = state.now - self._held_at
-        if still_s <= limit_s:
-            return ""
-        return f"memory has had nothing newer for {still_s:.1f} s, limit {limit_s:.1f} s"
-
-
-def _trains(state: RunState) -> bool:
-    """Whether it is known that the run trains and nothing else is the matter."""
-    return (
-        state.phase is RunPhase.TRAINING
-        and not state.wanting
-        and state.incident is None
-        and state.reached_step > state.start_step
-        # After a controller died: seen by this one, not only by the one before.
-        and state.step_log[-1][1] > state.took_over_at
-    )
-
-
-def _just_reached(state: RunState) -> bool:
-    """Whether no step can have been made since the last that is known of."""
-    return state.now - state.step_log[-1][1] <= state.step_times.quantile(0.5)
 
 
 def _pressing(state: RunState, node: NodeId) -> str:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
-from orchestrator.core.incident import CORRUPTION
+from orchestrator.core.incident import CORRUPTION, GROWTH
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
-from orchestrator.policy import lemons, planned, suspicion
+from orchestrator.policy import lemons, planned, shrinking, suspicion
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
@@ -125,6 +125,7 @@ def newest_in_memory(state: RunState, placement: Placement) -> RestoreFrom | Non
 
 def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None) -> Restart:
     rung = _rung(state, placement, restore)
+    resized = shrinking.reason(state, placement.replicas)
     where = f"from step {restore.step}" if restore else "from the seed"
     swaps = "".join(
         f", {_named(state, new)} in place of {_named(state, old)}"
@@ -135,13 +136,16 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         nodes = list(dict.fromkeys(placement.seats))
         named = ", ".join(nodes) if len(nodes) <= NAMED_MAX else f"{len(nodes)} nodes"
         reason = f"starting {where} on {named}"
+        reason += f"; {resized}" * bool(resized)
         reason += "".join(f"; passed over {text}" for text in _rejections(state))
     else:
         lost = state.reached_step - (restore.step if restore else 0)
+        who = "" if incident.kind == GROWTH else f"{incident.suspects()}: "
         reason = (
-            f"{incident.suspects()}: {incident.findings[0].evidence}; {rung}{swaps}"
+            f"{who}{incident.findings[0].evidence}; {rung}{swaps}"
             f"{f' {where}' if restore else ''}, {max(lost, 0)} steps to do again"
         )
+        reason += f"; {resized}" * bool(resized)
         if placement.evicted:
             reason += (
                 f"; {', '.join(placement.evicted)} may be at fault, the second time within "
@@ -179,6 +183,8 @@ def _rung(  # noqa: PLR0911 - one return per rung
         return "roll back before the onset"
     if restore.commit:
         return "resume from the durable tier"
+    if placement.replicas != state.replicas:
+        return "shrink" if placement.replicas < state.replicas else "grow back"
     if not placement.replaced:
         return "restart in place"
     if state.incident.kind == planned.KIND:

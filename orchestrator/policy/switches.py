@@ -15,6 +15,7 @@ PLANNED_SWAP = "planned-swap"
 LEMON_RETIREMENT = "lemon-retirement"
 QUARANTINE_FIRST = "quarantine-first"
 OVER_EVICTION = "over-eviction"
+SHRINK = "shrink"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
@@ -24,6 +25,8 @@ SWITCHABLE: dict[str, str] = {
     "once; without it, it keeps them until that is proven, or it is suspected again",
     OVER_EVICTION: "when ranks hang or lose each other again within an hour, whoever may be at "
     "fault gives its seats to spares; without it, everybody starts in place",
+    SHRINK: "without a node in place of one that is gone, the run goes on with fewer replicas, as "
+    "far as spec.recovery.minReplicas lets it; without it, it waits",
     "back-off": "after a restart that brought no new step the next one waits; without it, it comes "
     "at once",
     "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",

@@ -34,6 +34,7 @@ def misfits(run: TrainingRun) -> Iterator[Misfit]:
     """Yield what does not fit, the most basic first."""
     yield from _world(run)
     yield from _pauses(run)
+    yield from _replicas(run)
     if run.spec.trainer.entrypoint == EMBEDDED:
         yield from _sizes(run.spec.trainer.model)
         yield from _embedded(run)
@@ -68,6 +69,16 @@ def _pauses(run: TrainingRun) -> Iterator[Misfit]:
             f"spec.recovery.backoff is {recovery.backoff}, "
             f"expected at most backoffMax = {recovery.backoff_max}",
             "the first pause is the shortest: raise backoffMax, or lower backoff",
+        )
+
+
+def _replicas(run: TrainingRun) -> Iterator[Misfit]:
+    least, full = run.spec.recovery.min_replicas, run.spec.parallelism.dp_replicate
+    if least is not None and least > full:
+        yield Misfit(
+            f"spec.recovery.minReplicas is {least}, expected at most "
+            f"spec.parallelism.dpReplicate = {full}",
+            "leave it out for a run that goes on with all of them or not at all",
         )
 
 

@@ -8,7 +8,8 @@ are the business of `orchestrator.compose`; here stand the shapes and the defaul
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from math import gcd
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -192,6 +193,13 @@ class Spec(_Section, frozen=True, kw_only=True):
     recovery: Recovery = Recovery()
 
 
+class Block(NamedTuple):
+    """The fewest replicas that fill whole nodes: a world has some of these."""
+
+    replicas: int
+    nodes: int
+
+
 class TrainingRun(_Section, frozen=True, kw_only=True):
     """A run file."""
 
@@ -214,6 +222,13 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
     def layout(self) -> Layout:
         """How the world is cut; says where a rank stands, and which shard it holds."""
         return self.spec.parallelism.layout(self.world_size)
+
+    @property
+    def block(self) -> Block:
+        """The unit in which the world shrinks and grows."""
+        per_node = self.spec.nodes.ranks_per_node
+        replicas = per_node // gcd(per_node, self.shard_count)
+        return Block(replicas, replicas * self.shard_count // per_node)
 
     @property
     def least_replicas(self) -> int:

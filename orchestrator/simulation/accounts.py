@@ -102,13 +102,11 @@ def unnoticed_s(state: RunState, by: Causes) -> dict[IncidentId, float]:
 
 def lost(ledger: Ledger) -> dict[IncidentId | None, dict[Bucket, int]]:
     """Return microseconds by incident and bucket, what was effective left out."""
-    spans = ledger.spans()
-    ends = [span.start_us for span in spans[1:]] + [ledger.end_us]
     found: dict[IncidentId | None, dict[Bucket, int]] = {}
-    for span, end_us in zip(spans, ends, strict=True):
-        if span.bucket is not Bucket.EFFECTIVE:
-            buckets = found.setdefault(span.incident, {})
-            buckets[span.bucket] = buckets.get(span.bucket, 0) + end_us - span.start_us
+    for part in ledger.parts():
+        if part.bucket is not Bucket.EFFECTIVE:
+            buckets = found.setdefault(part.incident, {})
+            buckets[part.bucket] = buckets.get(part.bucket, 0) + part.us
     return found
 
 
@@ -173,10 +171,10 @@ def daily(ledger: Ledger, horizon_s: float) -> list[float]:
     spans = ledger.spans()
     starts = np.array([span.start_us for span in spans], np.float64) / 1e6
     ends = np.append(starts[1:], ledger.end_us / 1e6)
-    effective = np.array([span.bucket is Bucket.EFFECTIVE for span in spans])
+    speeds = [(span.bucket is Bucket.EFFECTIVE) * span.speed[0] / span.speed[1] for span in spans]
     # The effective time up to each moment is a line with a corner at every span.
     at_s = np.concatenate(([0.0], ends))
-    passed_s = np.concatenate(([0.0], np.cumsum(np.where(effective, ends - starts, 0.0))))
+    passed_s = np.concatenate(([0.0], np.cumsum(speeds * (ends - starts))))
     edges = np.append(np.arange(0.0, horizon_s, DAY_S), horizon_s)
     reached = np.interp(edges, at_s, passed_s)
     return [float(share) for share in np.diff(reached) / np.diff(edges)]

@@ -22,11 +22,13 @@ from orchestrator.core.events import (
     CopiesHeld,
     Event,
     Reported,
+    Telemetry,
     Tick,
     Together,
 )
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState, violations
+from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import retired
 from orchestrator.policy.suspicion import most
 from orchestrator.protocol.ids import Generation, NodeId, Step
@@ -45,6 +47,8 @@ class Invariants:
     def __init__(self, loss_of: Callable[[Step], float] | None = None) -> None:
         self._loss_of = loss_of
         self._ordered: dict[Generation, StartGeneration] = {}
+        self._batches: set[int] = set()
+        """Tokens of a step, the same with however many replicas."""
         self._good: list[tuple[Generation, Step]] = []
         """Of each corruption that was told: the newest generation by then, and the last good step.
         """
@@ -56,6 +60,9 @@ class Invariants:
         assert not broken, "; ".join(broken)
         assert not controller.disabled, f"detectors raised: {controller.disabled}"
         match event:
+            case Telemetry(reports=reports):
+                self._batches.update(report.tokens for report in reports)
+                assert len(self._batches) <= 1, f"batches of {sorted(self._batches)} tokens"
             case Reported(fact=StateDiverged(generation=generation, since=since)):
                 newest = max(self._ordered, default=Generation(0))
                 if generation == newest:
@@ -100,6 +107,7 @@ class Invariants:
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
             assert buddy not in state.quarantined, f"{buddy} is quarantined, and a buddy"
+        self._count(state, order)
         evicted = state.incident.evicted if state.incident is not None else ()
         assert len(evicted) <= most(state), f"{len(evicted)} nodes evicted for suspicion"
         if order.restore is not None:
@@ -107,6 +115,16 @@ class Invariants:
         if order.restore is not None and not order.restore.commit:
             for rank, source in enumerate(order.restore.sources):
                 assert state.nodes[NodeId(source)].serves, f"rank {rank} restores from {source}"
+
+    def _count(self, state: RunState, order: StartGeneration) -> None:
+        """Raise AssertionError if a world has fewer replicas than it could have."""
+        replicas = len(order.seats) // state.shard_count()
+        nodes = len({*order.seats}) + len(state.spares())
+        fitting = shrinking.fitting(state, nodes)
+        assert replicas >= shrinking.least(state), f"{replicas} replicas are too few"
+        assert fitting <= replicas or shrinking.undone(state), (
+            f"{replicas} replicas on {nodes} nodes, which are enough for {fitting}"
+        )
 
     def _trust(self, order: StartGeneration, newest: Generation) -> None:
         """Raise AssertionError if what is restored came after a corruption that is known."""
@@ -128,9 +146,8 @@ class Invariants:
             nodes = state.nodes.values()
             kept_out = state.cordoned()
             usable = sum(node.usable and node.id not in kept_out for node in nodes)
-            assert usable < state.run.spec.nodes.count, (
-                f"gave up with enough nodes: {state.end_reason}"
-            )
+            needed = shrinking.nodes_for(state.run, shrinking.least(state))
+            assert usable < needed, f"gave up with enough nodes: {state.end_reason}"
         if end == "Succeeded":
             last = Step(state.run.spec.trainer.steps)
             assert state.committed(last), f"succeeded without a checkpoint of step {last}"

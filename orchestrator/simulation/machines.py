@@ -122,7 +122,7 @@ class Machines:
         if not recorded and first.id in self._lemons and self._spared():
             return None
         seated = self._seated(place)
-        if seated.id in well:
+        if seated is not None and seated.id in well:
             return seated
         return self.anybody() if recorded else None
 
@@ -131,13 +131,17 @@ class Machines:
         well = {node.id for node in self.in_job()}
         there = [self._all[place + i] for i in range(count)]
         if not any(node.id in well for node in there):
-            there = [self._seated(place + i) for i in range(count)]
+            seated = [self._seated(place + i) for i in range(count)]
+            there = [node for node in seated if node is not None]
         return [n for n in dict.fromkeys(there) if n.alive and n.id not in self.use.away]
 
-    def _seated(self, place: int) -> SimNode:
+    def _seated(self, place: int) -> SimNode | None:
+        """Return whose a place is; None if its replica is missing."""
         team = self._world.team
         if team is None:
             return self._all[place]
+        if place * RANKS_PER_NODE >= len(team.seats):
+            return None
         return self._world.cluster.nodes[team.seats[place * RANKS_PER_NODE]]
 
     def _spared(self) -> bool:

@@ -30,6 +30,11 @@ STEPS_TIMES = 4
 """How many times as many steps a run has as fit into the days: it is stopped, and never done."""
 MEMORY_S, DURABLE_S, DETECT_WITHIN_S = 30.0, 600.0, 10.0
 """Where a profile has no habits: near Daly's best at 16,384 GPUs; a usual interval; our default."""
+MICRO_BATCHES = 16
+"""That a GPU takes in a step: Llama 3 had a batch of 16 per data-parallel group at 16,384 GPUs
+(arXiv 2407.21783, Table 4). They are what fewer replicas share out anew."""
+LEAST_SHARE = 0.5
+"""Of the replicas, with how few the run goes on: see docs/adr/0011."""
 WARMUP_S = 600.0
 KEEP_LAST = 3
 SPAN_LEAST_S = 0.001
@@ -200,6 +205,7 @@ def run_file(settings: Settings, profile: Profile, looks: Care) -> TrainingRun:
     step_s = profile.step.value
     memory_every = max(round((looks.memory_s or looks.durable_s) / step_s), 1)
     durable_every = memory_every * max(round(looks.durable_s / (memory_every * step_s)), 1)
+    replicas = settings.replicas or _replicas(settings.gpus)
     hours = ceil(settings.days * 24) + 1
     # What nobody has seen yet may take as long as the slowest thing there is, and then some.
     slowest_s = max(constant.value for constant in profile.constants().values())
@@ -214,10 +220,11 @@ def run_file(settings: Settings, profile: Profile, looks: Care) -> TrainingRun:
                     "ranksPerNode": RANKS_PER_NODE,
                     "spares": looks.spares,
                 },
-                "parallelism": {"dpReplicate": settings.replicas or _replicas(settings.gpus)},
+                "parallelism": {"dpReplicate": replicas},
                 "trainer": {
                     "steps": ceil(STEPS_TIMES * settings.horizon_s / step_s) + 1,
-                    "globalBatch": settings.gpus,
+                    "globalBatch": MICRO_BATCHES * settings.gpus,
+                    "microBatch": 1,
                 },
                 "checkpoint": {
                     "everySteps": durable_every,
@@ -234,6 +241,7 @@ def run_file(settings: Settings, profile: Profile, looks: Care) -> TrainingRun:
                     "preemptionBudget": BUDGET,
                     # Nobody gives up: waiting for nodes is what an experiment may be about.
                     "spareWait": f"{hours}h",
+                    "minReplicas": ceil(LEAST_SHARE * replicas),
                     "disable": list(settings.off),
                 },
             },

@@ -37,6 +37,8 @@ PATIENCE = 40.0
 """How many times the longest limit of a run a world without faults may take to its end."""
 OFF_SHARE = 0.1
 """Of the worlds in which a policy that can be switched off is."""
+SHRINK_SHARE = 0.7
+"""Of the worlds that may go on with fewer replicas, if they have several."""
 _KINDS = (
     "kill-rank", "exit-rank", "segfault-rank", "freeze-rank", "spin-rank", "slow-rank",
     "kill-agent", "lose-node", "partition-node", "kill-controller", "corrupt-shard",
@@ -157,6 +159,9 @@ def draw(seed: int) -> Drawn:
         ),
         rage_s=rage_s,
     )
+    # From a stream of its own: the other draws of seeds that are known stay as they were.
+    shrinking = np.random.Generator(np.random.Philox(seed + (3 << 40)))
+    run = _shrinking(shrinking, run)
     off = [name for name in SWITCHABLE if chance.random() < OFF_SHARE]
     # Without it a rank that stands still is never found, as promised, and no run has to end.
     off = [name for name in off if name != "hang"]
@@ -200,6 +205,17 @@ def _run(chance: np.random.Generator) -> TrainingRun:
     }
     run = msgspec.convert(text, TrainingRun)
     compose.check(run, "the drawn run")
+    return run
+
+
+def _shrinking(chance: np.random.Generator, run: TrainingRun) -> TrainingRun:
+    """Return a run that may go on with fewer replicas, mostly."""
+    replicas = run.spec.parallelism.dp_replicate
+    if chance.random() < SHRINK_SHARE:
+        least = int(chance.integers(1, replicas + 1))
+        recovery = msgspec.structs.replace(run.spec.recovery, min_replicas=least)
+        spec = msgspec.structs.replace(run.spec, recovery=recovery)
+        run = msgspec.structs.replace(run, spec=spec)
     return run
 
 

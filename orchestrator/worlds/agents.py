@@ -376,10 +376,11 @@ class AgentWorld:
     # Planned faults --------------------------------------------------------------------------
 
     def _due_faults(self, now: Seconds) -> Iterator[Event]:
-        for armed in self._schedule.due(now, self._columns.reported, set(self._seats)):
+        seats = self._seats
+        for armed in self._schedule.due(now, self._columns.reported, set(seats), len(seats)):
             target = armed.fault
             node = target.node
-            if target.rank is not None and self._seats:
+            if target.rank is not None:
                 node = self._seats[target.rank]
             yield from self._inject(now, armed, NodeId(node or ""))
 

@@ -73,11 +73,20 @@ class Schedule:
             if ordered == node and index not in self._carried_out
         )
 
-    def due(self, now: Seconds, reached: Step, seated: AbstractSet[NodeId]) -> list[ArmedFault]:
-        """Return the faults that are due now and that no agent watches for."""
+    def due(
+        self, now: Seconds, reached: Step, seated: AbstractSet[NodeId], ranks: int
+    ) -> list[ArmedFault]:
+        """Return the faults that are due now and that no agent watches for.
+
+        What is aimed at a rank is due once there is one: of `ranks`, while replicas are missing.
+        """
         if self._first_step_at is None and reached > 0:
             self._first_step_at = now
-        return [armed for armed in self.left() if self._is_due(armed.fault, now, reached, seated)]
+        return [
+            armed
+            for armed in self.left()
+            if (armed.fault.rank or 0) < ranks and self._is_due(armed.fault, now, reached, seated)
+        ]
 
     def end_this_process(self) -> None:
         """Do to the controller what `kill-controller` says."""

@@ -11,7 +11,7 @@ from orchestrator.core.events import ControllerStarted, DrainCancelled, DrainReq
 from orchestrator.core.incident import Cause
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.report import report
-from orchestrator.policy import planned
+from orchestrator.policy import moments, planned
 from orchestrator.policy.switches import PLANNED_SWAP
 from orchestrator.protocol.ids import NodeId
 from tests import runfiles
@@ -191,7 +191,7 @@ def test_memory_that_stands_still_is_not_waited_for_without_end(cluster: Any) ->
     training(cluster)
     drain(cluster, "node-0")
     limit_s = max(
-        planned.STILL_SAVES * 5 * STEP_S, cluster.state.timeouts.form_s
+        moments.STILL_SAVES * 5 * STEP_S, cluster.state.timeouts.form_s
     )  # runfiles: memoryEverySteps is 5
     begun = cluster.now
     while len(starts(cluster)) == 1 and cluster.now < begun + 2 * limit_s:

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.core.incident import CORRUPTION
+from orchestrator.core.incident import CORRUPTION, GROWTH
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_every_kind_that_a_detector_can_emit_is_known() -> None:
     emitted = set().union(*map(words_in, (ROOT / "orchestrator/detect").glob("*.py")))
     emitted |= kinds_named_in(ROOT / "orchestrator/core/casebook.py")
     emitted |= kinds_named_in(ROOT / "orchestrator/policy/planned.py")
-    emitted.add(CORRUPTION)
+    emitted |= {CORRUPTION, GROWTH}
 
     assert emitted - NO_KINDS == KINDS
 

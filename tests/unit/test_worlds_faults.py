@@ -22,8 +22,8 @@ def schedule() -> Schedule:
     return Schedule(compose.parse(PLAN, FaultPlan, "plan.yaml").drawn())
 
 
-def due(s: Schedule, now: float, reached: int) -> list[int]:
-    return [armed.index for armed in s.due(Seconds(now), Step(reached), SEATED)]
+def due(s: Schedule, now: float, reached: int, ranks: int = 4) -> list[int]:
+    return [armed.index for armed in s.due(Seconds(now), Step(reached), SEATED, ranks)]
 
 
 def test_the_step_of_a_seated_rank_is_watched_by_its_agent_not_here() -> None:

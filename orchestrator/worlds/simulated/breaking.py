@@ -63,7 +63,9 @@ class Breaking:
         world, team = self._world, self._world.team
         reached = team.pace.done(world.cluster.now) if team and team.pace else Step(0)
         seated = {n.id for n in team.members} if team else set()
-        due = {armed.index for armed in self._schedule.due(world.cluster.now, reached, seated)}
+        ranks = len(team.seats) if team else 0
+        now_due = self._schedule.due(world.cluster.now, reached, seated, ranks)
+        due = {armed.index for armed in now_due}
         for armed in self._schedule.left():
             node = self._node_of(armed.fault)
             if armed.index in due or (team and self._steps_reached(armed.fault, team, node)):
@@ -81,7 +83,8 @@ class Breaking:
     def _node_of(self, fault: Fault) -> SimNode | None:
         team = self._world.team
         if fault.rank is not None and team is not None:
-            return self._world.cluster.nodes[team.seats[fault.rank]]
+            there = fault.rank < len(team.seats)
+            return self._world.cluster.nodes[team.seats[fault.rank]] if there else None
         return self._world.cluster.nodes.get(NodeId(fault.node or ""))
 
     def _steps_reached(self, fault: Fault, team: Team, node: SimNode | None) -> bool:
@@ -111,6 +114,8 @@ class Breaking:
         """Break something at once."""
         world, team = self._world, self._world.team
         rank = Rank(fault.rank) if fault.rank is not None else Rank(0)
+        if team is not None and rank >= len(team.seats):
+            return  # its replica is gone since it was put on record
         match fault.fault:
             case "kill-controller":
                 world.controller_killed = True
@@ -124,6 +129,7 @@ class Breaking:
                 self._later(fault, lambda: self._slow(node, 1.0))
             case "kill-agent" | "lose-node" if node:
                 world.cluster.lose(node, back=fault.fault == "kill-agent")
+                self._later(fault, lambda: world.cluster.repair(node))
             case "partition-node" if node:
                 world.cluster.part(node)
                 self._later(fault, lambda: world.cluster.rejoin(node))

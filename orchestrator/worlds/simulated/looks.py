@@ -7,6 +7,7 @@ watched. `tests/simulation/test_quiet_looks.py` shows that a run comes out the s
 from __future__ import annotations
 
 from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.simulated.cluster import Cluster
 from orchestrator.worlds.simulated.team import Team
@@ -23,14 +24,18 @@ class Looks:
         cluster: the machines.
         timeouts: of the run.
         quiet_s: between two looks while nothing is amiss, seconds; a tick at least.
+        run: how many ranks and nodes it has.
 
     Attributes:
         to_be_free: nodes that wait for the moment at which memory comes to have a newer step.
         told_at: when the controller was told anything by a look.
     """
 
-    def __init__(self, cluster: Cluster, timeouts: Timeouts, quiet_s: float) -> None:
+    def __init__(
+        self, cluster: Cluster, timeouts: Timeouts, quiet_s: float, run: TrainingRun
+    ) -> None:
         self._cluster, self._timeouts = cluster, timeouts
+        self._ranks, self._nodes_more = run.world_size, run.block.nodes
         self._quiet_s = max(quiet_s, timeouts.tick_s)
         self._looked_at = Seconds(cluster.now - timeouts.tick_s)
         self.told_at = cluster.now
@@ -76,12 +81,19 @@ class Looks:
             return True
         if team is not None and not self.to_be_free.isdisjoint(team.ranks):
             return True
+        if team is not None and self._can_grow(team):
+            return True
         if _goes_well(team):
             self._broken_at = None
             return False
         if self._broken_at is None:
             self._broken_at = now
         return now - self._broken_at < FOUND_WITHIN_S
+
+    def _can_grow(self, team: Team) -> bool:
+        """Whether it has too few replicas, and nodes wait for the moment at which it has more."""
+        idle = len(self._cluster.heard()) - len(team.members)
+        return len(team.seats) < self._ranks and idle >= self._nodes_more
 
 
 def _goes_well(team: Team | None) -> bool:

@@ -108,7 +108,7 @@ class SimulatedWorld:
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
         self._reported = Step(0)
-        self._looks = Looks(self.cluster, timeouts, look_every_s)
+        self._looks = Looks(self.cluster, timeouts, look_every_s, run)
         self._step_s = profile.step.value
         self._over = False
         self._requests: list[_Request] = []
@@ -398,8 +398,10 @@ class SimulatedWorld:
         if self.team is None:
             return
         slow = max(node.slow for node in self.team.members)
+        done, of = self._run.speed(len(self.team.seats) // self._run.shard_count)
         every = self._run.spec.checkpoint.memory_every_steps
-        self._step_s = slow * self._profile.step.value + self._profile.stall.value / every
+        step_s = slow * self._profile.step.value * of / done
+        self._step_s = step_s + self._profile.stall.value / every
         self.team.set_speed(self._step_s)
 
     def _foresee(self, team: Team) -> None:

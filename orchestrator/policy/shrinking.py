@@ -40,7 +40,8 @@ def nodes_for(run: TrainingRun, replicas: int) -> int:
 def least(state: RunState) -> int:
     """Return with how few replicas the run goes on: all, if it may not shrink."""
     full = state.run.spec.parallelism.dp_replicate
-    if not enabled(state, SHRINK):
+    # With pipelines a rank's number would be that of another shard in a smaller world.
+    if not enabled(state, SHRINK) or state.run.spec.parallelism.pp > 1:
         return full
     unit = state.run.block.replicas
     return min(-(-state.run.least_replicas // unit) * unit, full)

@@ -249,11 +249,10 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         >>> run.speed(7)  # 19 rounds instead of 16
         (16, 19)
         """
-        full, trainer = self.spec.parallelism.dp_replicate, self.spec.trainer
-        p = self.spec.parallelism
-        shard = self.shard_count // (p.tp * p.pp * p.cp)
-        micro = trainer.micro_batch or trainer.global_batch // (full * shard)
-        rounds, rest = divmod(trainer.global_batch, max(micro * shard, 1))
+        layout, trainer = self.layout, self.spec.trainer
+        full = layout.dp_replicate
+        micro = trainer.micro_batch or trainer.global_batch // layout.readers
+        rounds, rest = divmod(trainer.global_batch, max(micro * layout.dp_shard, 1))
         if trainer.entrypoint != EMBEDDED or rest or rounds % full:
             return replicas, full
         return rounds // full, -(-rounds // replicas)

@@ -79,8 +79,11 @@ class Orders:
             order: names the order.
             peers: addresses for it.
         """
-        started = self._started()
-        return self._begin(order, self._of_all, started.dismiss, started.buddies, peers)
+        started, parts = self._started(), self._of_all
+        if len(started.seats) < len(parts.ranks):
+            fewer = tuple(rank for ranks in self._ranks.values() for rank in ranks)
+            parts = self._parts(fewer)
+        return self._begin(order, parts, started.dismiss, started.buddies, peers)
 
     def begin_on(self, node: NodeId, order: str, peers: dict[NodeId, str]) -> Begin:
         """Return the part of that which is about the ranks of one node.

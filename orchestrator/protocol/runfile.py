@@ -175,8 +175,9 @@ class Recovery(_Section, frozen=True, kw_only=True):
     before giving up."""
     min_replicas: Positive | None = None
     """With how few of `parallelism.dpReplicate` the run may go on when no node is free in place of
-    one that is gone; it grows back when there is one again. The global batch stays what it is, but
-    its gradients are added up in another order. Default: all, so it waits."""
+    one that is gone; it grows back when there is one again. The global batch stays what it is.
+    Default: half of them if `trainer.reduction` is deterministic, since then the result stays the
+    same to the bit; else all, so the run waits, and a user who wants the time more says so."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
     `quarantine-first`, `over-eviction`, `shrink`, `back-off`, `stop-poison`, `hang`."""
@@ -232,8 +233,12 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
 
     @property
     def least_replicas(self) -> int:
-        """With how few replicas the run goes on (docs/adr/0011)."""
-        return self.spec.recovery.min_replicas or self.spec.parallelism.dp_replicate
+        """With how few replicas the run goes on (docs/adr/0012)."""
+        full, trainer = self.spec.parallelism.dp_replicate, self.spec.trainer
+        if self.spec.recovery.min_replicas is not None:
+            return self.spec.recovery.min_replicas
+        same = trainer.entrypoint == EMBEDDED and trainer.reduction == "deterministic"
+        return -(-full // 2) if same and self.spec.parallelism.pp == 1 else full
 
     def speed(self, replicas: int) -> tuple[int, int]:
         """Return the share of the full speed that some of the replicas reach, as a fraction.
@@ -251,7 +256,8 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         """
         layout, trainer = self.layout, self.spec.trainer
         full = layout.dp_replicate
-        micro = trainer.micro_batch or trainer.global_batch // layout.readers
+        one = trainer.reduction == "deterministic"
+        micro = trainer.micro_batch or (1 if one else trainer.global_batch // layout.readers)
         rounds, rest = divmod(trainer.global_batch, max(micro * layout.dp_shard, 1))
         if trainer.entrypoint != EMBEDDED or rest or rounds % full:
             return replicas, full

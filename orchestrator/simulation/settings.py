@@ -34,7 +34,7 @@ MICRO_BATCHES = 16
 """That a GPU takes in a step: Llama 3 had a batch of 16 per data-parallel group at 16,384 GPUs
 (arXiv 2407.21783, Table 4). They are what fewer replicas share out anew."""
 LEAST_SHARE = 0.5
-"""Of the replicas, with how few the run goes on: see docs/adr/0011."""
+"""Of the replicas, with how few the run goes on: see docs/adr/0012."""
 WARMUP_S = 600.0
 KEEP_LAST = 3
 SPAN_LEAST_S = 0.001

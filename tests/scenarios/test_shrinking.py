@@ -329,3 +329,23 @@ def test_speed_follows_from_how_many_rounds_the_replica_with_most_of_them_takes(
     run = compose.parse(runfiles.text(**sections), TrainingRun, "run.yaml")
 
     assert run.speed(replicas) == speed
+
+
+@pytest.mark.parametrize(
+    ("sections", "least"),
+    [
+        ({"trainer": {"reduction": "deterministic"}}, 4),
+        ({"trainer": {}}, 7),
+        ({"trainer": {"reduction": "deterministic", "entrypoint": "mine:main"}}, 7),
+        ({"trainer": {}, "recovery": {"minReplicas": 2}}, 2),
+        ({"trainer": {"reduction": "deterministic"}, "recovery": {"minReplicas": 7}}, 7),
+    ],
+    ids=["same bits", "other bits", "who knows", "told to", "told not to"],
+)
+def test_a_run_that_was_not_told_otherwise_shrinks_only_if_its_result_stays_the_same(
+    sections: dict[str, Any], least: int, cluster_of: Callable[[str], Cluster]
+) -> None:
+    sections["trainer"]["globalBatch"] = 7
+    text = runfiles.text(nodes={"count": 7}, parallelism={"dpReplicate": 7}, **sections)
+
+    assert shrinking.least(cluster_of(text).state) == least

@@ -30,12 +30,16 @@ from storage.verdicts import DELETING, QUARANTINED, RELEASED, Standing, Trust, W
 
 
 class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of the catalog: a manifest, or else what is wrong with its record."""
+    """One entry of the catalog: a manifest, or else what is wrong with its record.
+
+    Nothing is wrong with one that is superseded; a newer epoch's stands for its step.
+    """
 
     step: int
     epoch: int
     manifest: Manifest | None
     fault: str = ""
+    superseded: bool = False
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +85,11 @@ class Catalog:
         for step, epoch in sorted((found for found in parsed if found), reverse=True):
             if records and records[-1].step == step:
                 fault = f"superseded by epoch {records[-1].epoch}"
-                records.append(CommitRecord(step=step, epoch=epoch, manifest=None, fault=fault))
+                records.append(
+                    CommitRecord(
+                        step=step, epoch=epoch, manifest=None, fault=fault, superseded=True
+                    )
+                )
             else:
                 records.append(self._read(step, epoch))
         return records

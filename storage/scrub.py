@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from storage.blob import BlobStore
-from storage.catalog import Catalog
+from storage.catalog import Catalog, CommitRecord
 from storage.commit import body_blocks, fetch_index
 from storage.digest import Buffer, digest_stream
 from storage.errors import BlobNotFoundError, StorageError
 from storage.manifest import Manifest, body_key, commit_key, index_key
 from storage.shard import ShardIndex
-from storage.verdicts import SUSPECT, Trust
+from storage.verdicts import SUSPECT, Standing, Trust
 
 DAMAGES_TOLD = 3
 HEADER = "header"
@@ -90,8 +90,8 @@ def scrub_next(
     """
     standings = catalog.standings()
     for record in catalog.commits():
-        standing = standings.get((record.step, record.epoch))
-        if standing and (standing.barred or (standing.trust > Trust.WRITTEN and not again)):
+        standing = standings.get((record.step, record.epoch), Standing())
+        if not is_due(record, standing, again=again):
             continue
         if record.manifest is None:
             yield Examined(step=record.step, epoch=record.epoch, damages=(), fault=record.fault)
@@ -101,6 +101,13 @@ def scrub_next(
             continue  # collected while it was read
         _judge(catalog, record.manifest, damages)
         yield Examined(step=record.step, epoch=record.epoch, damages=tuple(damages))
+
+
+def is_due(record: CommitRecord, standing: Standing, *, again: bool) -> bool:
+    """Return whether a scrub reads a checkpoint: not if it is barred, or verified already."""
+    if record.superseded or standing.barred:
+        return False
+    return again or standing.trust is Trust.WRITTEN
 
 
 def _judge(catalog: Catalog, manifest: Manifest, damages: list[Damage]) -> None:

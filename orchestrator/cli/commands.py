@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli import checkpoint as checkpoints
 from orchestrator.cli import plan as planning
 from orchestrator.cli import simulate as simulating
 from orchestrator.cli import weights
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(checkpoints.app)
 app.add_typer(planning.app)
 app.add_typer(simulating.app)
 app.add_typer(weights.app)

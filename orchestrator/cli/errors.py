@@ -25,6 +25,8 @@ class Exit(IntEnum):
     """Bad usage or a bad file."""
     RUN_FAILED = 3
     TIMED_OUT = 4
+    DAMAGED = 6
+    """Bytes that were verified are not what was saved."""
     INTERRUPTED = 130
 
 
@@ -63,6 +65,9 @@ _ADVICE = {
 }
 
 
+_DAMAGE = {"ShardCorruptError", "ManifestCorruptError", "BlobCorruptError", "BlobTooLargeError"}
+
+
 class Commands(TyperGroup):
     """A group of commands that tells its users what is wrong instead of how it failed."""
 
@@ -98,6 +103,8 @@ def explanation(error: Exception) -> tuple[str, str, Exit] | None:
         where = f": {error.filename}" if error.filename else ""
         advice = _ADVICE.get(error.errno or 0, "check the path and its permissions")
         return f"{error.strerror}{where}", hint or advice, Exit.ERROR
+    if type(error).__name__ in _DAMAGE:
+        return str(error), hint, Exit.DAMAGED
     if hint:
         return str(error), hint, Exit.ERROR
     return None

@@ -1,0 +1,128 @@
+"""Says what in a store need not be kept, and deletes it once somebody agreed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+import typer
+
+from orchestrator.cli import units
+from orchestrator.cli.choices import Form
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.cli.stored import Store, opened
+from orchestrator.cli.tables import grid, in_json
+from storage.blob import Sweepable
+from storage.manifest import Manifest
+from storage.retention import Ladder
+from storage.verdicts import Where
+
+__all__ = ["Ladder", "collect", "opened", "plan", "require_consent", "told"]
+LEFT_OVER_S = 3600.0
+"""What nobody has worked on for so long is of a writer that died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What is kept, and what goes or went.
+
+    Attributes:
+        kept: by step and epoch, why.
+        going: the checkpoints that go.
+        leased: those that would, and that somebody reads just now.
+        orphans: generations that were never committed and can not be any more.
+        swept: how many unfinished files or uploads were removed; None if nothing was done.
+        whole: the checkpoint that was read and found whole before anything may go; None if no
+            checkpoint is, and so nothing goes.
+        done: whether it was done, or only planned.
+    """
+
+    kept: dict[Where, str]
+    going: tuple[Where, ...]
+    leased: tuple[Where, ...]
+    orphans: tuple[Where, ...]
+    whole: Manifest | None
+    swept: int | None = None
+    done: bool = False
+
+
+def plan(store: Store, ladder: Ladder) -> Collection:
+    """Return what would be done. Reads the newest checkpoint: nothing may go if none is whole."""
+    catalog = store.catalog
+    whole, _ = catalog.newest_verified()
+    planned = catalog.plan(ladder, verified=whole) if whole else None
+    if planned is None:
+        return Collection({}, (), (), (), None)
+    held = store.leases.all_held()
+    return Collection(
+        planned.kept,
+        tuple(where for where in planned.victims if where not in held),
+        tuple(where for where in planned.victims if where in held),
+        tuple(catalog.orphans()),
+        whole,
+    )
+
+
+def require_consent(planned: Collection, uri: str) -> None:
+    """Ask whoever sits at the terminal.
+
+    Raises:
+        CliError: if nobody does.
+        typer.Exit: if it is declined.
+    """
+    if planned.whole is None or not (planned.going or planned.orphans):
+        return
+    if not sys.stdin.isatty():
+        raise CliError(
+            f"{units.count(len(planned.going), 'checkpoint')} would be deleted: {uri}",
+            "look at it with --dry-run, and agree with --yes",
+            Exit.USAGE,
+        )
+    if not typer.confirm("Delete them?", err=True):
+        raise typer.Exit(Exit.ERROR)
+
+
+def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
+    """Do what was planned; what came to be leased meanwhile stays."""
+    if planned.whole is None:
+        return planned
+    gone = store.catalog.retain(ladder, verified=planned.whole, leases=store.leases)
+    inner = getattr(store.blobs, "inner", store.blobs)
+    swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
+    stayed = tuple(where for where in planned.going if where not in gone)
+    leased = tuple(sorted({*planned.leased, *stayed}))
+    return replace(planned, going=tuple(gone), leased=leased, swept=swept, done=True)
+
+
+def told(came: Collection, output: Form) -> str:
+    """Return a collection in the asked form."""
+    if output is Form.JSON:
+        return in_json(
+            {
+                "done": came.done,
+                "kept": [
+                    {"name": _name(where), "why": why}
+                    for where, why in sorted(came.kept.items(), reverse=True)
+                ],
+                "deleted": [_name(where) for where in came.going],
+                "leased": [_name(where) for where in came.leased],
+                "orphans": [_name(where) for where in came.orphans],
+                "swept": came.swept,
+            }
+        )
+    if came.whole is None:
+        return "nothing goes: no checkpoint is whole, and so whatever is there is the last hope"
+    verb = "deleted" if came.done else "to delete"
+    rows = [(where, "kept", why) for where, why in came.kept.items()]
+    rows += [(where, verb, "") for where in came.going]
+    rows += [(where, "kept", "somebody reads it") for where in came.leased]
+    rows += [(where, verb, "never committed") for where in came.orphans]
+    cells = [[_name(where), what, why or "-"] for where, what, why in sorted(rows, reverse=True)]
+    lines = [grid(["NAME", "IS", "WHY"], cells)]
+    if came.swept:
+        lines += ["", f"removed {units.count(came.swept, 'unfinished file')} of dead writers"]
+    return "\n".join(lines)
+
+
+def _name(where: Where) -> str:
+    return f"{where[0]}@{where[1]}"

@@ -1,0 +1,198 @@
+"""What is in a store of checkpoints: the list, one of them, and verdicts about it."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from orchestrator.cli import units
+from orchestrator.cli.blocks import facts, section
+from orchestrator.cli.choices import Form, Output
+from orchestrator.cli.errors import CliError, Exit, unknown
+from orchestrator.cli.tables import Column, Row, grid, in_json, rendered, text
+from storage.address import open_store
+from storage.blob import BlobStore
+from storage.catalog import Catalog, CommitRecord
+from storage.errors import UnsupportedUriError
+from storage.leases import Leases
+from storage.local import LocalStore
+from storage.manifest import Manifest, commit_key
+from storage.verdicts import Standing, reason_of, standing_of
+from storage.wrappers import RetryingStore
+
+ATTEMPTS_MAX = 3
+
+
+class Store(NamedTuple):
+    """A store and its address."""
+
+    uri: str
+    blobs: BlobStore
+    leases: Leases
+
+    @property
+    def catalog(self) -> Catalog:
+        """Its checkpoints."""
+        return Catalog(self.blobs)
+
+
+def opened(uri: str) -> Store:
+    """Open a store that is there.
+
+    Raises:
+        CliError: if the address can not be one, or there is no such folder.
+    """
+    try:
+        store = open_store(uri)
+    except (UnsupportedUriError, ValueError) as error:
+        hint = getattr(error, "hint", UnsupportedUriError.hint)
+        raise CliError(units.printable(str(error)), hint, Exit.USAGE) from error
+    folder = getattr(store, "inner", store)
+    if isinstance(folder, LocalStore) and not folder.root.is_dir():
+        # An empty list would look like a run that has saved nothing yet.
+        raise CliError(
+            f"there is no folder {folder.root}",
+            "is the volume mounted? `holdfast describe run` tells where a run saves",
+            Exit.USAGE,
+        )
+    # Leases end by a clock that the machines of a run share, more or less.
+    leases = Leases(store, time.time)  # noqa: TID251
+    return Store(uri, RetryingStore(store, attempts_max=ATTEMPTS_MAX), leases)
+
+
+def picked(store: Store, name: str | None) -> CommitRecord:
+    """Return the checkpoint that is meant by STEP, STEP@EPOCH or step-STEP; the newest for None.
+
+    Raises:
+        CliError: if there is none.
+    """
+    records = store.catalog.commits()
+    if not records:
+        raise CliError(
+            f"there is no checkpoint: {store.uri}",
+            "see that the address is that of a run's checkpoints, and not of its folder",
+        )
+    if name is None:
+        return records[0]
+    for record in records:
+        if name in {name_of(record), str(record.step), f"step-{record.step}"}:
+            return record
+    raise unknown("checkpoint", name, [name_of(record) for record in records], store.uri)
+
+
+def readable(record: CommitRecord) -> Manifest:
+    """Return a checkpoint's manifest.
+
+    Raises:
+        CliError: if its record can not be read; with the exit code for damage.
+    """
+    if record.manifest is None:
+        key = commit_key(record.step, record.epoch)
+        raise CliError(
+            units.printable(f"the commit record can not be read: {record.fault}: {key}"),
+            "`holdfast checkpoint ls` lists those that can",
+            Exit.DAMAGED,
+        )
+    return record.manifest
+
+
+def name_of(record: CommitRecord) -> str:
+    """Return the name by which a checkpoint is told from all others."""
+    return f"{record.step}@{record.epoch}"
+
+
+def size_of(manifest: Manifest) -> int:
+    """Return the bytes of all bodies."""
+    return sum(entry.size for entry in manifest.entries)
+
+
+def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
+    """Return a checkpoint as a plain object."""
+    manifest = record.manifest
+    return {
+        "name": name_of(record),
+        "step": record.step,
+        "epoch": record.epoch,
+        "state": standing.kind or ("readable" if manifest else "unreadable"),
+        "trust": standing.trust.words,
+        "shards": manifest.shards if manifest else None,
+        "bytes": size_of(manifest) if manifest else None,
+        "leased": leased,
+        "run": manifest.run_id if manifest else "",
+        "model": manifest.model if manifest else "",
+        "fault": record.fault,
+    }
+
+
+COLUMNS = (
+    Column("NAME", "name"),
+    Column("STATE", "state"),
+    Column("TRUST", "trust"),
+    Column("SHARDS", "shards", text),
+    Column("SIZE", "bytes", lambda value: "-" if value is None else units.size(value)),
+    Column("RUN", "run", text),
+    Column("LEASED", "leased", lambda value: "yes" if value else "no", wide=True),
+    Column("MODEL", "model", text, wide=True),
+    Column("FAULT", "fault", text, wide=True),
+)
+
+
+def listed(store: Store, output: Output) -> str:
+    """Return the list of checkpoints."""
+    standings, leased = store.catalog.standings(), store.leases.all_held()
+    rows = [
+        row(
+            record,
+            standings.get((record.step, record.epoch), Standing()),
+            leased=(record.step, record.epoch) in leased,
+        )
+        for record in store.catalog.commits()
+    ]
+    return rendered("checkpoint", COLUMNS, rows, output)
+
+
+def shown(store: Store, name: str | None, output: Form) -> str:
+    """Return everything about one checkpoint."""
+    record = picked(store, name)
+    standing = standing_of(store.blobs, record.step, record.epoch)
+    leased = store.leases.held(record.step, record.epoch)
+    told = row(record, standing, leased=leased)
+    told["key"] = commit_key(record.step, record.epoch)
+    told["verdicts"] = [reason_of(store.blobs, key) for key in standing.keys]
+    manifest = record.manifest
+    if manifest is not None:
+        told["state_digest"], told["root"] = manifest.state_digest, manifest.root
+        told["layout"] = manifest.layout
+        told["shard_sizes"] = [entry.size for entry in manifest.entries]
+    if output is Form.JSON:
+        return in_json(told)
+    lines = facts(
+        [
+            ("Name", told["name"]),
+            ("State", told["state"]),
+            ("Trust", told["trust"]),
+            ("Fault", told["fault"]),
+            ("Run", told["run"]),
+            ("Model", told["model"]),
+            ("Size", f"{units.size(told['bytes'])}, {told['shards']} shards" if manifest else ""),
+            ("Leased", "yes" if leased else "no"),
+            ("State digest", told.get("state_digest", "")),
+            ("Root", told.get("root", "")),
+            ("Key", told["key"]),
+        ]
+    )
+    layout = [[key, text(value)] for key, value in told.get("layout", {}).items()]
+    lines += section("Layout", grid(["AXIS", "VALUE"], layout).splitlines() if layout else [])
+    lines += section("Verdicts", told["verdicts"])
+    return units.printable("\n".join(lines))
+
+
+def judged(store: Store, name: str, kind: str, reason: str, output: Form) -> str:
+    """Add a verdict about a checkpoint; return what its standing is now."""
+    record = picked(store, name)
+    key = store.catalog.judge(record.step, record.epoch, kind, reason)
+    standing = standing_of(store.blobs, record.step, record.epoch)
+    state = standing.kind or "not barred"
+    if output is Form.JSON:
+        return in_json({"name": name_of(record), "state": state, "verdict": key})
+    return units.printable(f"checkpoint {name_of(record)} is {state} now: {key}")

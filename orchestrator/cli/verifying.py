@@ -1,0 +1,180 @@
+"""Reads checkpoints of a store back, with a gauge, and tells what is damaged."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import typer
+
+from orchestrator.cli import units
+from orchestrator.cli.blocks import section
+from orchestrator.cli.choices import Form
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.cli.stored import Store, opened, picked, size_of
+from orchestrator.cli.tables import in_json
+from storage.catalog import Catalog, CommitRecord
+from storage.errors import StorageRefusedError
+from storage.scrub import Examined, examine, is_due, scrub_next
+from storage.verdicts import DELETING, Standing
+from storage.wrappers import ThrottledStore
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+__all__ = ["gauge", "opened", "scrub", "tell", "verify"]
+LEASE_S = 6 * 3600.0
+DAMAGES_SHOWN = 50
+_RATE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*(KiB|MiB|GiB|B)")
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+class Gauge(Protocol):
+    """Shows how far reading has come."""
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """Begin with something of this size."""
+        ...
+
+    def read(self, read_bytes: int) -> None:
+        """So much more was read."""
+        ...
+
+
+@contextmanager
+def gauge(*, quiet: bool) -> Iterator[Gauge]:
+    """Show a bar on standard error while this is open, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    shown = not quiet and sys.stderr.isatty()
+    with Progress(*columns, TransferSpeedColumn(), console=console, disable=not shown) as progress:
+        yield _Bars(progress)
+
+
+class _Bars:
+    def __init__(self, progress: object) -> None:
+        from rich.progress import Progress
+
+        assert isinstance(progress, Progress)
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def begin(self, what: str, total_bytes: int) -> None:
+        """See `Gauge.begin`."""
+        self._task = self._progress.add_task(what, total=total_bytes)
+
+    def read(self, read_bytes: int) -> None:
+        """See `Gauge.read`."""
+        if self._task is not None:
+            self._progress.advance(self._task, read_bytes)
+
+
+def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) -> list[Examined]:
+    """Read one checkpoint, or all, and return what came of it; nothing is put on record."""
+    if everything and name is not None:
+        raise CliError(
+            f"--all was given, and checkpoint {name}", "give one or the other", Exit.USAGE
+        )
+    records = [picked(store, name)]
+    if everything:
+        standings = store.catalog.standings()
+        going = {where for where, one in standings.items() if one.kind == DELETING}
+        records = [
+            record
+            for record in store.catalog.commits()
+            if not record.superseded and (record.step, record.epoch) not in going
+        ]
+    return [_verify(store, record, gauge) for record in records]
+
+
+def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[Examined]:
+    """Verify what is not verified, and judge it; see `storage.scrub.scrub_next`."""
+    blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _bytes_per_s(rate))
+    catalog = Catalog(blobs)
+    standings = catalog.standings()
+    total = sum(
+        size_of(record.manifest)
+        for record in catalog.commits()
+        if record.manifest
+        and is_due(record, standings.get((record.step, record.epoch), Standing()), again=again)
+    )
+    gauge.begin("scrubbing", total)
+    return list(scrub_next(catalog, again=again, read=gauge.read))
+
+
+def tell(told: list[Examined], output: Form) -> None:
+    """Print what came of it.
+
+    Raises:
+        typer.Exit: with the exit code for damage, if there is any.
+    """
+    bad = [one for one in told if one.damages or one.fault]
+    typer.echo(
+        in_json({"checkpoints": told, "bad": len(bad)}) if output is Form.JSON else _in_words(told)
+    )
+    if bad:
+        raise typer.Exit(Exit.DAMAGED)
+
+
+def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined:
+    step, epoch, manifest = record.step, record.epoch, record.manifest
+    if manifest is None:
+        return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
+    gauge.begin(f"step {step}", size_of(manifest))
+    with _leased(store, step, epoch):
+        damages = examine(store.blobs, manifest, read=gauge.read)
+    return Examined(step=step, epoch=epoch, damages=tuple(damages))
+
+
+@contextmanager
+def _leased(store: Store, step: int, epoch: int) -> Iterator[None]:
+    """Keep a checkpoint from being collected while it is read, if the store can be written."""
+    try:
+        key = store.leases.take(step, epoch, "verify", LEASE_S)
+    except StorageRefusedError:
+        # Whoever may only read can verify all the same; what is collected meanwhile shows as gone.
+        yield
+        return
+    try:
+        yield
+    finally:
+        store.leases.drop(key)
+
+
+def _bytes_per_s(rate: str) -> float:
+    match = _RATE.fullmatch(rate.removesuffix("/s"))
+    if match is None or float(match[1]) <= 0:
+        raise CliError(
+            f"rate is {rate!r}, expected bytes per second with a unit, such as 200MiB",
+            "units are B, KiB, MiB and GiB",
+            Exit.USAGE,
+        )
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _in_words(told: list[Examined]) -> str:
+    if not told:
+        return "nothing to verify: every checkpoint is verified already, or barred"
+    lines = []
+    for one in told:
+        if one.fault:
+            verdict = f"unreadable: {one.fault}"
+        elif one.damages:
+            verdict = f"DAMAGED in {units.count(len(one.damages), 'place')}"
+        else:
+            verdict = "whole: every byte is what was staged"
+        lines.append(f"{one.step}@{one.epoch}  {verdict}")
+    damages = [damage for one in told for damage in one.damages]
+    for damage in damages[:DAMAGES_SHOWN]:
+        where = [f"chunk:     {damage.chunk}"] if damage.chunk else []
+        found = [f"expected:  {damage.expected}", f"found:     {damage.found}"]
+        lines += section(damage.key, [*where, *found])
+    if len(damages) > DAMAGES_SHOWN:
+        lines += ["", f"and {len(damages) - DAMAGES_SHOWN} more; -o json has them all"]
+    return units.printable("\n".join(lines))

@@ -1,0 +1,267 @@
+"""`holdfast checkpoint`: any store, no run, no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage import verdicts
+from storage.address import open_store
+from storage.local import LocalStore
+from storage.manifest import body_key, commit_key, index_key
+from storage.verdicts import Trust
+from tests.buckets import Server
+from tests.checkpoints import LAYOUT, committed, steps_of, written
+from tests.journals import holdfast
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    store = LocalStore(tmp_path / "tier")
+    for step in (10, 20, 30, 40):
+        committed(store, step)
+    return store
+
+
+def told(store: LocalStore, command: str, *arguments: str, code: int = 0) -> str:
+    result = holdfast("checkpoint", command, str(store.root), *arguments)
+    assert result.exit_code == code, result.output
+    return str(result.stdout)
+
+
+def data(store: LocalStore, command: str, *arguments: str, code: int = 0) -> Any:
+    return json.loads(told(store, command, *arguments, "-o", "json", code=code))
+
+
+def refused(command: str, *arguments: str, code: int = 2) -> str:
+    result = holdfast("checkpoint", command, *arguments)
+    assert result.exit_code == code, result.output
+    return str(result.stderr)
+
+
+def damage(store: LocalStore, key: str, at: int) -> None:
+    path = store.root / key
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def test_the_list_says_how_far_each_is_trusted_and_what_bars_it(store: LocalStore) -> None:
+    verdicts.add(store, 20, 1, Trust.STATE_VERIFIED.kind, "")
+    verdicts.add(store, 30, 1, verdicts.QUARANTINED, "")
+    damage(store, commit_key(10, 1), 100)
+
+    rows = data(store, "ls")
+
+    assert [(row["name"], row["state"], row["trust"]) for row in rows] == [
+        ("40@1", "readable", "written"),
+        ("30@1", "quarantined", "written"),
+        ("20@1", "readable", "state verified"),
+        ("10@1", "unreadable", "written"),
+    ]
+    assert rows[0]["bytes"] == 2 * LAYOUT.size
+    assert "40@1" in told(store, "ls")
+    assert told(store, "ls", "-o", "name").splitlines()[0] == "checkpoint/40@1"
+
+
+def test_one_is_shown_with_its_history(store: LocalStore) -> None:
+    told(store, "quarantine", "20", "--reason", "loss\x1b[31m went up")
+    told(store, "release", "20@1", "--reason", "it came down again")
+
+    shown = data(store, "show", "step-20")
+
+    assert shown["state"] == "readable"
+    assert shown["verdicts"] == [
+        "quarantined: loss\x1b[31m went up",
+        "released: it came down again",
+    ]
+    assert shown["layout"] == {"dpShard": 2}
+    text = told(store, "show", "20")
+    assert "released: it came down again" in text
+    # What anybody may have written into a store is no command to the terminal.
+    assert "\x1b" not in text
+
+
+def test_a_whole_checkpoint_verifies_and_nothing_is_put_on_record(store: LocalStore) -> None:
+    before = store.keys()
+
+    (one,) = data(store, "verify")["checkpoints"]
+
+    assert (one["step"], one["damages"], one["fault"]) == (40, [], "")
+    assert len(data(store, "verify", "--all")["checkpoints"]) == 4
+    assert "whole" in told(store, "verify", "10")
+    assert store.keys() == before
+
+
+def test_damage_is_told_with_file_chunk_expected_and_found_and_has_its_exit_code(
+    store: LocalStore,
+) -> None:
+    key = body_key(30, 1, 1)
+    damage(store, key, LAYOUT.spans[1][0])
+
+    came = data(store, "verify", "30", code=6)
+
+    (found,) = came["checkpoints"][0]["damages"]
+    assert (found["key"], found["chunk"]) == (key, "param/w")
+    assert found["expected"].startswith("xxh3-128 ")
+    assert found["found"].startswith("xxh3-128 ")
+    text = told(store, "verify", "30", code=6)
+    for word in (key, "param/w", found["expected"], found["found"]):
+        assert word in text
+    assert data(store, "verify", "--all", code=6)["bad"] == 1
+
+
+def test_an_unreadable_record_is_damage_too(store: LocalStore) -> None:
+    damage(store, commit_key(40, 1), 100)
+
+    assert "unreadable" in told(store, "verify", code=6)
+    assert "commit record can not be read" in refused("diff", str(store.root), "40", "30", code=6)
+    damage(store, index_key(30, 1, 0), 100)
+    assert "sha-256" in refused("diff", str(store.root), "30", "20", code=6)
+
+
+def test_a_scrub_puts_on_record_what_it_found_and_is_done_once(store: LocalStore) -> None:
+    damage(store, body_key(30, 1, 0), LAYOUT.spans[0][0])
+
+    first = data(store, "scrub", "--rate", "1GiB", code=6)
+    again = data(store, "scrub")
+
+    assert (len(first["checkpoints"]), first["bad"]) == (4, 1)
+    assert again["checkpoints"] == []
+    states = {row["name"]: (row["state"], row["trust"]) for row in data(store, "ls")}
+    assert states["30@1"] == ("suspect", "written")
+    assert states["40@1"] == ("readable", "bytes verified")
+    assert "nothing to verify" in told(store, "scrub")
+
+
+def test_two_checkpoints_are_compared_tensor_by_tensor(store: LocalStore) -> None:
+    same = data(store, "diff", "40", "40")
+    differs = data(store, "diff", "40", "30", code=1)
+
+    assert same["same"]
+    assert set(same["tensors"].values()) == {"same"}
+    assert set(differs["tensors"].values()) == {"differs"}
+    assert "2 tensors differs" in told(store, "diff", "40", "30", code=1)
+
+
+def test_a_collection_is_planned_without_touching_anything_and_then_done(store: LocalStore) -> None:
+    written(store, 35)
+    before = store.keys()
+
+    planned = data(store, "gc", "--keep-last", "2", "--dry-run")
+
+    assert store.keys() == before
+    assert planned["deleted"] == ["10@1", "20@1"]
+    assert planned["orphans"] == ["35@1"]
+    assert {row["name"]: row["why"] for row in planned["kept"]} == {
+        "40@1": "of the newest 2",
+        "30@1": "of the newest 2",
+    }
+
+    done = data(store, "gc", "--keep-last", "2", "--yes")
+
+    assert done["deleted"] == planned["deleted"]
+    assert steps_of(store) == [(40, 1), (30, 1)]
+    assert len(store.keys("gen/")) == 8
+
+
+def test_a_collection_is_not_done_unless_somebody_agrees(store: LocalStore) -> None:
+    before = store.keys()
+
+    said = refused("gc", str(store.root), "--keep-last", "1")
+
+    assert "3 checkpoints would be deleted" in said
+    assert "--yes" in said
+    assert store.keys() == before
+
+
+def test_nothing_is_collected_while_nothing_is_whole(store: LocalStore) -> None:
+    for step in (10, 20, 30, 40):
+        damage(store, body_key(step, 1, 0), LAYOUT.spans[0][0])
+
+    assert "last hope" in told(store, "gc", "--keep-last", "1", "--yes")
+    assert len(steps_of(store)) == 4
+
+
+def test_the_way_back_behind_a_corruption_is_told_and_not_taken(store: LocalStore) -> None:
+    for step in (10, 20):
+        verdicts.add(store, step, 1, Trust.BYTES_VERIFIED.kind, "")
+    verdicts.add(store, 40, 1, verdicts.QUARANTINED, "")
+    before = store.keys()
+
+    planned = data(store, "rollback-plan", "--onset", "25")
+
+    assert planned["resume"] == "20@1"
+    assert planned["lost_steps"] == 20
+    assert planned["quarantine"] == ["30@1"]
+    assert f"holdfast checkpoint quarantine {store.root} 30@1" in planned["commands"][0]
+    assert store.keys() == before
+    assert data(store, "rollback-plan", "--onset", "35", "--trust", "written")["resume"] == "30@1"
+    nothing = told(store, "rollback-plan", "--onset", "5", code=1)
+    assert "nothing" in nothing
+    unverified = told(
+        store, "rollback-plan", "--onset", "25", "--trust", "compute-verified", code=1
+    )
+    assert "20@1: bytes verified, expected compute verified" in unverified
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("ls", "gs://x"), "supported are a folder"),
+        (("ls", "{root}/absent"), "there is no folder"),
+        (("show", "{root}", "99"), "no checkpoint '99'"),
+        (("verify", "{root}", "10", "--all"), "--all was given"),
+        (("scrub", "{root}", "--rate", "fast"), "rate is 'fast', expected bytes per second"),
+        (("rollback-plan", "{root}", "--onset", "1", "--trust", "blind"), "trust is 'blind'"),
+        (("ls", "s3://me:hunter2@bucket"), "name or password"),
+    ],
+)
+def test_a_mistake_is_one_message_and_a_hint(
+    store: LocalStore, arguments: tuple[str, ...], says: str
+) -> None:
+    said = refused(*(word.format(root=store.root) for word in arguments))
+
+    assert says in said
+    assert "hint: " in said
+    assert "hunter2" not in said
+
+
+def test_a_folder_without_checkpoints_is_told_apart_from_one_that_is_not_there(
+    tmp_path: Path,
+) -> None:
+    assert "there is no checkpoint" in refused("show", str(tmp_path), code=1)
+
+
+def test_a_bucket_is_as_good_as_a_folder(s3: Server) -> None:
+    bucket = s3.bucket()
+    uri = s3.uri(bucket)
+    store = open_store(uri)
+    for step in (10, 20):
+        committed(store, step)
+
+    assert holdfast("checkpoint", "verify", uri, "--all", "-q").exit_code == 0
+    assert holdfast("checkpoint", "gc", uri, "--keep-last", "1", "--yes").exit_code == 0
+    assert steps_of(store) == [(20, 1)]
+    s3.drop(bucket)
+    gone = holdfast("checkpoint", "ls", uri)
+    assert gone.exit_code == 1
+    assert f"there is no bucket {bucket}" in gone.stderr
+
+
+def test_neither_torch_nor_the_trainer_is_needed(store: LocalStore) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['trainer'] = None\n"
+        "from orchestrator.cli.commands import app\n"
+        f"app(['checkpoint', 'verify', {str(store.root)!r}, '--all'])"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("whole") == 4

@@ -29,11 +29,6 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
 
     Shares of the global batch are taken to be equal, or are looked at elsewhere.
     """
-    if job.reduction == "deterministic" and layout.pp > 1:
-        yield Obstacle(
-            f"spec.trainer.reduction is deterministic, expected fast with pp = {layout.pp}",
-            "a pipeline adds gradients up by itself: use tp or dpShard, or fast reduction",
-        )
     found = [*_sizes(model, job, layout)]
     if layout.pp > 1 and job.reduction == "deterministic":
         found.append(

@@ -117,7 +117,7 @@ EMBEDDED_ONLY = [
     ("nodes: {count: 2}, parallelism: {pp: 2}", "microBatch is 8, which makes 1 of a share of 8"),
     (
         "nodes: {count: 2}, parallelism: {pp: 2}, trainer: {reduction: deterministic}",
-        "reduction is deterministic, expected fast",
+        "reduction is deterministic and spec.parallelism.pp is 2",
     ),
     ("nodes: {count: 2}, parallelism: {cp: 2}", "spec.parallelism.cp is 2, expected 1"),
 ]

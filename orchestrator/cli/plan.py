@@ -1,4 +1,4 @@
-"""The commands of `holdfast plan`: three questions to ask before a run, answered at once."""
+"""The commands of `holdfast plan`: four questions to ask before a run, answered at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.cli.choices import Output
 
 app = typer.Typer(
     name="plan",
-    help="Answer what a run needs before it starts: spares, checkpoint interval, ETTR.",
+    help="Answer what a run needs before it starts: spares, checkpoint interval, ETTR, memory.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -140,3 +140,15 @@ def ettr(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         runs.refuse_mtti(mtti)
         answer = beside.ettr(answer, runs)
     typer.echo(answers.shown(answer, output))
+
+
+@app.command()
+def layout(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """What a rank holds, in bytes, and whether it fits a GPU; for published models as well."""
+    from orchestrator import compose
+    from orchestrator.cli import answers, laying
+
+    typer.echo(answers.shown(laying.layout(compose.read_run(run_file)), output))

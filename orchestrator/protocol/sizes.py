@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+Shape = tuple[int, ...]
+
 
 class RopeScaling(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True
@@ -107,3 +109,31 @@ def misfits(config: ModelConfig) -> Iterator[tuple[str, str]]:
             "0 < lowFreqFactor < highFreqFactor, and the others to be at least 1"
         )
         yield message, "Llama 3.1: factor 8, lowFreqFactor 1, highFreqFactor 4, originalLength 8192"
+
+
+def weight_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Yield our name and the shape of every weight, in the order in which they are used."""
+    dim, ffn, keys = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
+    yield "embedding.weight", (config.vocab, dim)
+    for n in range(config.layers):
+        yield f"layers.{n}.attention_norm.weight", (dim,)
+        yield f"layers.{n}.attention.wq.weight", (dim, dim)
+        yield f"layers.{n}.attention.wk.weight", (keys, dim)
+        yield f"layers.{n}.attention.wv.weight", (keys, dim)
+        yield f"layers.{n}.attention.wo.weight", (dim, dim)
+        yield f"layers.{n}.ffn_norm.weight", (dim,)
+        yield f"layers.{n}.ffn.w1.weight", (ffn, dim)
+        yield f"layers.{n}.ffn.w2.weight", (dim, ffn)
+        yield f"layers.{n}.ffn.w3.weight", (ffn, dim)
+    yield "norm.weight", (dim,)
+    yield "head.weight", (config.vocab, dim)
+
+
+def cut_dimension(name: str) -> int | None:
+    """Return along which dimension tensor parallelism cuts a weight; None if each rank has all.
+
+    So does Meta's release, which is in as many parts. Source: its reference model.
+    """
+    if "norm" in name:
+        return None
+    return 1 if name.endswith((".attention.wo.weight", ".ffn.w2.weight")) else 0

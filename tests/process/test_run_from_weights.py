@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
+from orchestrator.protocol.footprint import footprint
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.runfile import TrainingRun
+from storage.shard import decode_index
 from tests import runfiles
 from tests.runs import REPOSITORY, Job
 from tests.weights import TINY, loaded, written
@@ -29,6 +34,10 @@ def holdfast(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def run_of(fields: dict[str, Any]) -> TrainingRun:
+    return msgspec.convert(fields, TrainingRun)
 
 
 def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_path: Path) -> None:
@@ -54,6 +63,11 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_p
     assert (code, report.final_step) == (0, 1), job.output()
 
     folder = str(job.folder.root)
+    # What `holdfast plan layout` says of such a run.
+    said = footprint(MODEL, run_of(run).spec.trainer, Layout(dp_shard=4), compute=4)
+    indices = [decode_index(path.read_bytes()) for path in job.folder.checkpoints.rglob("*.idx")]
+    assert {index.step for index in indices} == {1}
+    assert max(sum(c.size for c in index.chunks) for index in indices) == said.checkpoint
     done = holdfast(job.root, "weights", "convert", folder, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     shown = holdfast(job.root, "weights", "show", "from", "--check", "-o", "json")

@@ -3,16 +3,19 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.cli import planning
+from orchestrator.cli import laying, planning
 from orchestrator.cli.answers import Answer
 from orchestrator.cli.choices import Output
 from orchestrator.cli.errors import CliError
 from orchestrator.policy.arithmetic import daly_interval_s, renewal_ettr
+from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
 from tests.journals import holdfast
 
 MINE = """
@@ -247,3 +250,71 @@ def test_a_simulation_needs_to_know_what_breaks() -> None:
 
     assert result.exit_code == 2
     assert "expected rates by class of fault" in result.stderr
+
+
+# Layouts ----------------------------------------------------------------------------------------
+
+
+def run_file(folder: Path, **trainer: object) -> str:
+    """A run of 70B on 512 ranks, but for what is given."""
+    given = {"model": "70B", "seqLen": 8192, "globalBatch": 512, **trainer}
+    spec = runfiles.fields(
+        "big",
+        nodes={"count": 64, "ranksPerNode": 8},
+        parallelism={"dpReplicate": 1, "dpShard": 512},
+        trainer=given,
+    )
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return str(path)
+
+
+def test_a_layout_is_told_for_the_run_s_model_and_for_published_ones(tmp_path: Path) -> None:
+    path = run_file(tmp_path, activationCheckpointing="selective")
+
+    data = json.loads(told("layout", path, "-o", "json"))
+    rows = {row["name"]: row for row in data["rows"]}
+
+    assert list(rows) == ["run", "8B", "405B"]
+    assert rows["run"]["weights"] == 4 * rows["run"]["parameters"]
+    assert rows["run"]["parameters"] == pytest.approx(70_553_706_496 / 512, rel=0.001)
+    for row in rows.values():
+        parts = ("weights", "gradients", "optimizer", "gathered", "accumulated", "activations",
+                 "recomputed", "logits")  # fmt: skip
+        assert row["total"] == sum(row[part] for part in parts)
+        assert row["80GB"] == (row["total"] + data["reserve_bytes"] <= 80_000_000_000)
+    assert [rows[name]["80GB"] for name in rows] == [False, True, False]
+    assert rows["405B"]["141GB"] is False
+    assert any("left to all else (assumed)" in words for words in data["assumptions"])
+
+
+def test_computing_layers_again_makes_a_layout_fit(tmp_path: Path) -> None:
+    table = told("layout", run_file(tmp_path, activationCheckpointing="full"))
+
+    run = next(line for line in table.splitlines() if line.startswith("run "))
+    assert run.split()[-4:-2] == ["fits", "fits"]
+
+
+def test_a_model_that_can_not_be_cut_in_this_way_is_told_why() -> None:
+    sizes = {"dim": 64, "layers": 2, "heads": 16, "kvHeads": 16, "ffnDim": 96, "vocab": 1280}
+    run = runfiles.fields(
+        "wide",
+        nodes={"count": 2, "ranksPerNode": 8},
+        parallelism={"tp": 16},
+        trainer={"model": sizes, "globalBatch": 1},
+    )
+
+    rows = {row["name"]: row for row in laying.layout(msgspec.convert(run, TrainingRun)).rows}
+
+    assert rows["run"]["note"] == ""
+    assert rows["run"]["total"] > 0
+    for size in ("8B", "70B", "405B"):
+        assert "kvHeads is 8, expected a multiple of tp = 16" in rows[size]["note"]
+        assert rows[size]["total"] is None
+
+
+def test_a_layout_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    result = holdfast("plan", "layout", run_file(tmp_path, entrypoint="mine:main"))
+
+    assert result.exit_code == 2
+    assert "expected trainer.train:main" in result.stderr

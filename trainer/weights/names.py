@@ -7,12 +7,21 @@ order. Meta's release is cut for tensor parallelism. Small models of both share 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from trainer.config import ModelConfig
+from orchestrator.protocol.sizes import Shape, cut_dimension
+from orchestrator.protocol.sizes import weight_shapes as shapes
 
-Shape = tuple[int, ...]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "HUGGING_FACE",
+    "META",
+    "Naming",
+    "Shape",
+    "cut_dimension",
+    "shapes",
+]
 HEAD, EMBEDDING = "head.weight", "embedding.weight"
 
 
@@ -82,34 +91,6 @@ META = Naming(
 )
 
 
-def shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Yield our name and the shape of every weight, in the order in which they are used."""
-    D, F, KV = config.dim, config.ffn_dim, config.kv_heads * config.head_dim
-    yield EMBEDDING, (config.vocab, D)
-    for n in range(config.layers):
-        yield f"layers.{n}.attention_norm.weight", (D,)
-        yield f"layers.{n}.attention.wq.weight", (D, D)
-        yield f"layers.{n}.attention.wk.weight", (KV, D)
-        yield f"layers.{n}.attention.wv.weight", (KV, D)
-        yield f"layers.{n}.attention.wo.weight", (D, D)
-        yield f"layers.{n}.ffn_norm.weight", (D,)
-        yield f"layers.{n}.ffn.w1.weight", (F, D)
-        yield f"layers.{n}.ffn.w2.weight", (D, F)
-        yield f"layers.{n}.ffn.w3.weight", (F, D)
-    yield "norm.weight", (D,)
-    yield HEAD, (config.vocab, D)
-
-
 def is_rotated(name: str) -> bool:
     """Whether rotary embedding turns what comes of this weight: its order of rows counts."""
     return name.endswith((".attention.wq.weight", ".attention.wk.weight"))
-
-
-def cut_dimension(name: str) -> int | None:
-    """Return the dimension along which Meta's release cuts a weight; None if each part has it all.
-
-    Source: the parallel layers of the reference model.
-    """
-    if "norm" in name:
-        return None
-    return 1 if name.endswith((".attention.wo.weight", ".ffn.w2.weight")) else 0

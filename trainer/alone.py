@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from orchestrator.protocol.layout import Layout
 from trainer import parallel
-from trainer.data import Samples, open_tokens
+from trainer.data import Samples, open_data
 from trainer.job import read_job
 from trainer.optim import STATES
 from trainer.step import Training, Unheard
@@ -54,11 +54,11 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = read_job(msgspec.json.decode(arguments.job.read_bytes()), size)
     with _world(job.trainer.device, job.layout) as world:
-        tokens = open_tokens(job.trainer.data, job.tokenizer, arguments.cache, lambda: None)
+        sources = open_data(job.trainer.data, job.tokenizer, arguments.cache, lambda: None)
         training = Training(
             job.trainer,
             job.config,
-            Samples(tokens, job.trainer),
+            Samples(sources, job.trainer),
             world,
             empty=job.initial is not None,
         )

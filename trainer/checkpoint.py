@@ -25,6 +25,7 @@ from torch import Tensor
 from orchestrator.worker import MisconfiguredError, Slot
 from storage import shard
 from storage.digest import Lanes, combine, partial_digest
+from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
 from trainer.tensor import cut_dimension
@@ -34,16 +35,32 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-class Cursor(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a run stands in its data, and what that number of samples is counted in."""
+class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a run stands in its data, and what that number of samples is counted in.
+
+    Columns with an entry for each source are empty if there is only one: its offset is `samples`.
+    """
 
     samples: int
     """Samples consumed."""
     seed: int
+    """Of the permutations."""
     seq_len: int
     global_batch: int
     data: str
     """Digest of all tokens."""
+    shuffle: bool = True
+    sources: list[str] = []
+    digests: list[str] = []
+    """Of the tokens of each source."""
+    weights: list[float] = []
+    offsets: list[int] = []
+    """Samples consumed of each source, over all epochs."""
+
+    def after(self, samples: int) -> Cursor:
+        """Return the cursor after so many samples: it follows from their number."""
+        offsets = list(Mixture(self.weights).offsets(samples)) if self.weights else []
+        return msgspec.structs.replace(self, samples=samples, offsets=offsets)
 
 
 class Stamp(NamedTuple):
@@ -58,7 +75,7 @@ class Stamp(NamedTuple):
 
     def cursor(self, step: int) -> Cursor:
         """Return where the run stands in its data after `step` steps."""
-        return msgspec.structs.replace(self.start, samples=step * self.start.global_batch)
+        return self.start.after(step * self.start.global_batch)
 
 
 class Keeper(Protocol):
@@ -227,11 +244,13 @@ class Checkpointer:
                 hint=CUT_HINT,
             )
         expected_cursor = msgspec.to_builtins(stamp.cursor(index.step))
-        for name, value in expected_cursor.items():
+        for name in dict.fromkeys([*expected_cursor, *index.extra]):
+            value = expected_cursor.get(name)
             if index.extra.get(name) != value:
                 raise MisconfiguredError(
                     f"checkpoint's {name} is {index.extra.get(name)}, expected {value}: {where}",
-                    hint="data, seed, seqLen and globalBatch must not change within a run",
+                    hint="data and its weights, seed, seqLen and globalBatch must not change "
+                    "within a run",
                 )
 
 

@@ -1,47 +1,34 @@
 """Turns text into the samples of a run, so that they do not depend on how many ranks read them.
 
-The text is tokenised once per node into a file of 32-bit ids, which every rank maps. A sample is
-`seqLen` inputs and the tokens that follow them. Which sample stands where in which global batch is
-a function of (seed, step, index), by a permutation per epoch that is computed, not stored: the
-whole state of the data is the number of samples consumed.
+A sample is `seqLen` inputs and the tokens that follow them. Which source the sample with a number
+comes from is a formula (mixing.py); where it lies there is one of (seed, epoch, offset), by a
+permutation per epoch that is computed, not stored. So the whole state of the data is the number of
+samples consumed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import os
 import struct
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
+from trainer.mixing import Mixture
 from trainer.text import Text
-from trainer.tokenizer import PIECE_CHARS_MAX, Tokenizer
+from trainer.tokenizer import Tokenizer
+from trainer.tokens import Room, TokenFile, Tokens
 
-_HEAD = struct.Struct("<8sQ16s")
-_MAGIC = b"HFTOK\x00\x00\x01"
-_HEAD_BYTES = 64
 _POLL_S = 0.01
-
-
-class Tokens(NamedTuple):
-    """All tokens of the text, one document after the other, each begun by `bos`."""
-
-    ids: npt.NDArray[np.uint32]
-    digest: str
-    """Of the ids; equal texts have equal digests, wherever they come from."""
-    bos: int
+_SOURCE_SHIFT = 48
+"""Above the bits of any seed: each source has permutations of its own."""
+Wanted = runfile.Data | tuple[str, ...] | str | None
 
 
 class Batch(NamedTuple):
@@ -55,48 +42,89 @@ class Batch(NamedTuple):
     """Per sample, the borders of its documents, from 0 to L (Llama.forward)."""
 
 
+class Batches(Protocol):
+    """Who has the samples of a step; `Samples` does, and whatever reads them ahead."""
+
+    @property
+    def mark(self) -> float:
+        """A number that differs if the data does."""
+
+    def batch(self, step: int, indices: range) -> Batch:
+        """Return the samples at these indices of the global batch of `step` (1-based)."""
+
+
 class Samples:
     """The samples of a run in their order.
 
     Args:
-        tokens: the text.
-        job: `spec.trainer`; its seed, batch and sequence length count.
+        tokens: the text, or that of each source.
+        job: `spec.trainer`; its seed, batch and sequence length count, and whether to shuffle.
 
     Raises:
-        MisconfiguredError: if the text is too short for a single sample.
+        MisconfiguredError: if a source is too short for a single sample.
     """
 
-    def __init__(self, tokens: Tokens, job: runfile.Trainer) -> None:
-        self.tokens, self._job = tokens, job
-        self.count = (len(tokens.ids) - 1) // job.seq_len
-        if self.count < 1:
-            raise MisconfiguredError(
-                f"spec.trainer.data has {len(tokens.ids)} tokens, "
-                f"expected more than spec.trainer.seqLen = {job.seq_len}",
-                hint="add text, or shorten the sequences",
-            )
+    def __init__(self, tokens: Tokens | Sequence[Tokens], job: runfile.Trainer) -> None:
+        self.sources = [tokens] if isinstance(tokens, Tokens) else list(tokens)
+        self.mixture = Mixture([source.weight for source in self.sources])
+        self.counts = [(len(source.ids) - 1) // job.seq_len for source in self.sources]
+        """Samples of an epoch of each source."""
+        self.digest = digest(self.sources)
+        self._job, self._shuffle = job, settings(job.data).shuffle
+        for source, count in zip(self.sources, self.counts, strict=True):
+            if count < 1:
+                where = f"spec.trainer.data{f', source {source.name}' if source.name else ''}"
+                raise MisconfiguredError(
+                    f"{where} has {len(source.ids)} tokens, "
+                    f"expected more than spec.trainer.seqLen = {job.seq_len}",
+                    hint="add text, or shorten the sequences",
+                )
 
     @property
     def mark(self) -> float:
         """The first 48 bits of the digest, which a float64 holds exactly."""
-        return float(int(self.tokens.digest[:12], 16))
+        return float(int(self.digest[:12], 16))
 
     def batch(self, step: int, indices: range) -> Batch:
         """Return the samples at these indices of the global batch of `step` (1-based)."""
-        L = self._job.seq_len
         first = (step - 1) * self._job.global_batch
-        rows = [self._place(first + index) for index in indices]
-        pieces = [self.tokens.ids[row * L : (row + 1) * L + 1] for row in rows]
-        ids = np.stack(pieces).astype(np.int64)
-        return Batch(ids[:, :-1], ids[:, 1:], [self._cuts(row) for row in ids[:, :-1]])
+        places = [self.place(first + index) for index in indices]
+        return cut([(self.sources[at].ids, row) for at, row in places], self.sources[0].bos,
+                   self._job.seq_len)  # fmt: skip
 
-    def _place(self, consumed: int) -> int:
-        epoch, position = divmod(consumed, self.count)
-        return shuffled(position, self.count, (self._job.seed, epoch))
+    def place(self, sample: int) -> tuple[int, int]:
+        """Return the source of a sample of the run, and which of the source's samples it is."""
+        source, offset = self.mixture.place(sample)
+        count = self.counts[source]
+        epoch, position = divmod(offset, count)
+        if not self._shuffle:
+            return source, position
+        key = (self._job.seed ^ source << _SOURCE_SHIFT, epoch)
+        return source, shuffled(position, count, key)
 
-    def _cuts(self, inputs_L: npt.NDArray[np.int64]) -> list[int]:
-        begins = np.flatnonzero(inputs_L == self.tokens.bos)
-        return [0, *(int(at) for at in begins if at > 0), len(inputs_L)]
+    def epochs(self, samples: int) -> tuple[int, ...]:
+        """Return how often each source has been gone through after so many samples, in full."""
+        offsets = self.mixture.offsets(samples)
+        return tuple(o // count for o, count in zip(offsets, self.counts, strict=True))
+
+
+def cut(rows: Sequence[tuple[npt.NDArray[np.uint32], int]], bos: int, length: int) -> Batch:
+    """Return samples of `length` tokens, each the one at a row of all tokens of its source."""
+    pieces = [ids[row * length : (row + 1) * length + 1] for ids, row in rows]
+    ids = np.stack(pieces).astype(np.int64)
+    cuts = []
+    for inputs in ids[:, :-1]:
+        begins = np.flatnonzero(inputs == bos)
+        cuts.append([0, *(int(at) for at in begins if at > 0), length])
+    return Batch(ids[:, :-1], ids[:, 1:], cuts)
+
+
+def digest(sources: Sequence[Tokens]) -> str:
+    """Return a digest of all text and how it is mixed; that of the only source is its own."""
+    if len(sources) == 1:
+        return sources[0].digest
+    parts = "\n".join(f"{source.digest} {source.weight!r}" for source in sources)
+    return xxhash.xxh3_128_hexdigest(parts.encode())
 
 
 def shuffled(position: int, size: int, key: tuple[int, int]) -> int:
@@ -120,13 +148,15 @@ def shuffled(position: int, size: int, key: tuple[int, int]) -> int:
             return position
 
 
-def open_tokens(
-    data: tuple[str, ...] | str | None,
-    tokenizer: Tokenizer,
-    cache_dir: str,
-    check: Callable[[], None],
-) -> Tokens:
-    """Return the tokens of the text; on each node only the first to ask tokenises.
+def settings(data: Wanted) -> runfile.Data:
+    """Return how data is to be handled, which the short forms leave at its defaults."""
+    return data if isinstance(data, runfile.Data) else runfile.Data(sources=())
+
+
+def open_data(
+    data: Wanted, tokenizer: Tokenizer, cache_dir: str, check: Callable[[], None]
+) -> list[Tokens]:
+    """Return the tokens of every source; addresses in a short form are one source together.
 
     Args:
         data: `spec.trainer.data`.
@@ -136,78 +166,47 @@ def open_tokens(
             may raise. What was tokenised by then is lost.
 
     Raises:
-        MisconfiguredError: if the text is missing, empty, or not text.
+        MisconfiguredError: if a source is missing, empty, not text, or too much for the disk.
+        SourceUnavailableError: if one does not answer.
     """
-    text = Text(data)
-    if not cache_dir:
-        with tempfile.TemporaryFile() as file:
-            _write(file, text, tokenizer, check)
-            return _map(file, tokenizer.bos)
-    parts = [_MAGIC.hex(), tokenizer.digest, text.fingerprint]
-    key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-    path = Path(cache_dir) / f"tokens-{key[:32]}"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock"), check):
-            if not path.exists():
-                _make(path, text, tokenizer, check)
-    with path.open("rb") as file:
-        return _map(file, tokenizer.bos)
+    how = settings(data)
+    size = how.cache_gib_max * (1 << 30) if how.cache_gib_max is not None else None
+    room = Room(Path(cache_dir) if cache_dir else None, size)
+    named = list(data.sources) if isinstance(data, runfile.Data) else [None]
+    files = [
+        TokenFile(_text(data, how, source, check), tokenizer, room, held=how.validation)
+        for source in named
+    ]
+    room.require(sum(file.missing_bytes for file in files), at_least=True)
+    # Whoever finds one source in the hands of another process takes the next.
+    waiting = [file for file in files if not file.make(check)]
+    while waiting:
+        check()
+        time.sleep(_POLL_S)
+        waiting = [file for file in waiting if not file.make(check)]
+    opened = [file.open(check) for file in files]
+    return [
+        tokens._replace(name=source.uri, weight=source.weight) if source else tokens
+        for source, tokens in zip(named, opened, strict=True)
+    ]
 
 
-@contextlib.contextmanager
-def _lock(path: Path, check: Callable[[], None]) -> Iterator[None]:
-    # The kernel drops the lock of a process that is killed, so nobody waits for the dead.
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                check()
-                time.sleep(_POLL_S)
-        yield
+def open_tokens(
+    data: tuple[str, ...] | str | None,
+    tokenizer: Tokenizer,
+    cache_dir: str,
+    check: Callable[[], None],
+) -> Tokens:
+    """Return the tokens of the only source; see `open_data`."""
+    (tokens,) = open_data(data, tokenizer, cache_dir, check)
+    return tokens
 
 
-def _make(path: Path, text: Text, tokenizer: Tokenizer, check: Callable[[], None]) -> None:
-    # One name for all attempts: only the holder of the lock writes, over what a killed one left.
-    unfinished = path.with_suffix(".tmp")
-    try:
-        with unfinished.open("w+b") as file:
-            _write(file, text, tokenizer, check)
-            os.fsync(file.fileno())
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    unfinished.rename(path)
-
-
-def _write(file: IO[bytes], text: Text, tokenizer: Tokenizer, check: Callable[[], None]) -> None:
-    digest = xxhash.xxh3_128(tokenizer.digest.encode())
-    count = 0
-    file.seek(_HEAD_BYTES)
-    for document in text.documents():
-        pieces = []
-        # A piece takes some 50 ms; the tokens are those of the whole, which is cut there anyway.
-        for at in range(0, len(document), PIECE_CHARS_MAX):
-            check()
-            pieces.append(tokenizer.encode(document[at : at + PIECE_CHARS_MAX]))
-        ids = np.concatenate(([tokenizer.bos], *pieces, [tokenizer.eos]))
-        content = ids.astype("<u4").tobytes()
-        digest.update(content)
-        file.write(content)
-        count += len(ids)
-    file.seek(0)
-    file.write(_HEAD.pack(_MAGIC, count, digest.digest()))
-    file.flush()
-
-
-def _map(file: IO[bytes], bos: int) -> Tokens:
-    file.seek(0)
-    head = file.read(_HEAD.size)
-    size = file.seek(0, os.SEEK_END)
-    magic, count, digest = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, b"")
-    if magic != _MAGIC or size != _HEAD_BYTES + 4 * count:
-        raise OSError(f"not a token file of this version, {size} bytes: {file.name}")
-    ids = np.memmap(file, "<u4", "r", offset=_HEAD_BYTES, shape=(count,))
-    return Tokens(ids, digest.hex(), bos)
+def _text(
+    data: Wanted, how: runfile.Data, source: runfile.DataSource | None, check: Callable[[], None]
+) -> Text:
+    skip = how.on_bad_record == "skip"
+    if source is None:
+        assert not isinstance(data, runfile.Data)
+        return Text(data, skip=skip, check=check)
+    return Text(source.uri, form=source.format, field=source.field, skip=skip, check=check)

@@ -297,6 +297,13 @@ def last_of_step(model: nn.Module, world: World, *, last: bool, apart: bool) -> 
                 module.set_reshard_after_backward(last, recurse=False)
 
 
+def let_go(model: nn.Module) -> None:
+    """Hold no more than this rank's part of the weights, after a pass that no backward follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 

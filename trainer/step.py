@@ -15,7 +15,7 @@ from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, tensor
 from trainer.config import ModelConfig
-from trainer.data import Samples
+from trainer.data import Batches
 from trainer.documents import pairs
 from trainer.flops import train_flops
 from trainer.metrics import Figures
@@ -71,7 +71,7 @@ class Training:
         self,
         job: runfile.Trainer,
         config: ModelConfig,
-        samples: Samples,
+        samples: Batches,
         world: parallel.World,
         *,
         empty: bool = False,

@@ -21,13 +21,15 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.ids import Generation
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import parallel
-from trainer.checkpoint import Checkpointer, Cursor, Readiness, Stamp
+from trainer.checkpoint import Checkpointer, Readiness, Stamp
 from trainer.config import ModelConfig, model_config
-from trainer.data import Samples, Tokens, open_tokens
+from trainer.data import Samples, open_data
+from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
 from trainer.metrics import open_log
 from trainer.step import Training, Unheard
 from trainer.tokenizer import open_tokenizer
+from trainer.tokens import Tokens
 
 _POLL_S = 0.01
 
@@ -41,49 +43,41 @@ def train(worker: Worker, seat: Seat) -> None:
     ):
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
-        tokens = open_tokens(job.trainer.data, job.tokenizer, seat.cache_dir, worker.check)
+        feed = Feed(job, seat.cache_dir, worker.check)
         training = Training(
             job.trainer,
             job.config,
-            Samples(tokens, job.trainer),
+            feed.samples,
             world,
             empty=seat.restore is not None or job.initial is not None,
             note=note,
         )
-        checkpointer = Checkpointer(
-            training.optimizer.shards, world, stamp_of(seat.run_id, seat.generation, job, tokens)
-        )
+        stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
+        checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
         done = 0
         if seat.restore is not None:
+            feed.require_same(seat.restore.index)
             done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
             training.optimizer.set_steps(done)
         elif job.initial is not None:
             job.initial.fill(training.parts, worker.check)
         worker.reached("restored")
         try:
-            for step in range(done + 1, job.trainer.steps + 1):
-                _step_and_save(training, checkpointer, worker, step, job)
+            steps = range(done + 1, job.trainer.steps + 1)
+            share = training.share.micro_batches
+            with feed.ahead(steps, share, worker) as training.samples:
+                for step in steps:
+                    _step_and_save(training, checkpointer, worker, step, job)
+                    feed.after(step, training, worker)
             _finish(checkpointer, worker, seat, job.trainer.steps, durable=world.replica == 0)
         finally:
             # Until the thread is done it writes to a slot that the next seat may name as free.
             checkpointer.settle()
 
 
-def stamp_of(run_id: str, generation: Generation, job: Job, tokens: Tokens) -> Stamp:
+def stamp_of(run_id: str, generation: Generation, job: Job, samples: Samples) -> Stamp:
     """Return what checkpoints of this generation belong to."""
-    trainer = job.trainer
-    return Stamp(
-        run_id,
-        job.identity,
-        generation,
-        Cursor(
-            samples=0,
-            seed=trainer.seed,
-            seq_len=trainer.seq_len,
-            global_batch=trainer.global_batch,
-            data=tokens.digest,
-        ),
-    )
+    return Stamp(run_id, job.identity, generation, cursor_of(samples, job.trainer))
 
 
 def _step_and_save(
@@ -183,7 +177,7 @@ def prepare(ahead: JobAhead, check: Callable[[], None]) -> None:
     """
     trainer = msgspec.convert(ahead.job.get("trainer", {}), runfile.Trainer)
     tokenizer = open_tokenizer(trainer.tokenizer, model_config(trainer.model).vocab)
-    open_tokens(trainer.data, tokenizer, ahead.cache_dir, check)
+    open_data(trainer.data, tokenizer, ahead.cache_dir, check)
 
 
 def _settle_heap() -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from orchestrator.protocol import sizes
 from orchestrator.protocol.cutting import obstacles, unsupported
-from orchestrator.protocol.runfile import Trainer, TrainingRun, seconds
+from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
 
 EMBEDDED = Trainer().entrypoint
 """The trainer that comes with holdfast; what others make of the fields is their own affair."""
@@ -135,10 +135,12 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
         config = _config(trainer.model)
         for obstacle in obstacles(config, trainer, layout) if config is not None else ():
             yield Misfit(*obstacle)
-    if trainer.data is not None and (not trainer.data or not all(trainer.data)):
+    yield from _data(trainer)
+    if trainer.eval_every_steps is not None and run.spec.parallelism.pp > 1:
         yield Misfit(
-            "spec.trainer.data names nothing",
-            "name files, folders or globs, or leave it out for the demo's text",
+            f"spec.trainer.evalEverySteps is {trainer.eval_every_steps} with parallelism.pp = "
+            f"{run.spec.parallelism.pp}, expected no evaluation, or pp 1",
+            "a pipeline only trains; evaluate a checkpoint of it in a run without one",
         )
 
 
@@ -180,4 +182,33 @@ def _round_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Mis
             f"{what}, which is {rounds} rounds of dpShard x microBatch = {shards} x {size}, "
             f"expected one for each of the {replicas} replicas at least",
             why,
+        )
+
+
+def _data(trainer: Trainer) -> Iterator[Misfit]:
+    where, data = "spec.trainer.data", trainer.data
+    named: tuple[str, ...] | None
+    match data:
+        case Data():
+            named = tuple(source.uri for source in data.sources)
+        case str():
+            named = (data,)
+        case _:
+            named = data
+    if named is not None and (not named or not all(map(str.strip, named))):
+        yield Misfit(
+            f"{where} names nothing",
+            "name files, folders or globs, or leave it out for the demo's text",
+        )
+    if isinstance(data, Data):
+        try:
+            seconds(data.wait_max)
+        except ValueError as error:
+            yield Misfit(f"{where}.waitMax: {error}", "write for example `10m`")
+    held = data.validation if isinstance(data, Data) else 0.0
+    if trainer.eval_every_steps is not None and held == 0:
+        yield Misfit(
+            f"spec.trainer.evalEverySteps is {trainer.eval_every_steps}, and no document is held "
+            f"back: {where}.validation is 0",
+            "write `data: {sources: [...], validation: 0.005}`",
         )

@@ -84,6 +84,40 @@ class Parallelism(_Section, frozen=True, kw_only=True):
         return Layout(self.pp, self.dp_replicate, shard, self.cp, self.tp)
 
 
+class DataSource(_Section, frozen=True, kw_only=True):
+    """Documents of one kind, and how much of what is trained on comes from them."""
+
+    uri: str
+    """A file, a folder or a glob of .txt, .py, .md, .jsonl or .parquet; an fsspec address works
+    too (`s3://...`, `https://...`), and is looked up on every node."""
+    weight: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)] = 1.0
+    """Samples of this source go into the mixture in proportion to it, whatever its size."""
+    format: Literal["text", "jsonl", "parquet"] | None = None
+    """Default: what the ends of the files' names say."""
+    field: Annotated[str, msgspec.Meta(min_length=1)] = "text"
+    """The field of a JSON line, or the column of a Parquet file, that holds the text."""
+
+
+class Data(_Section, frozen=True, kw_only=True):
+    """What is trained on: documents of several sources, and how they are mixed."""
+
+    sources: tuple[DataSource, ...]
+    """At least one; `[{uri: a.jsonl, weight: 3}, {uri: b/}]` takes three samples of four from
+    a.jsonl."""
+    validation: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    """The share of documents that is never trained on, and that `evalEverySteps` evaluates."""
+    shuffle: bool = True
+    """Whether the samples of a source come in another order in each epoch, or as they lie."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What becomes of a document that can not be read: the run stops, or goes on and counts it."""
+    cache_gib_max: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """How much the tokens of all sources may take of a node's disk; default what is free there."""
+    prefetch: Annotated[int, msgspec.Meta(ge=0, le=64)] = 2
+    """Micro-batches that a thread reads ahead; 0 reads each when it is needed."""
+    wait_max: Duration = "10m"
+    """A rank that waits longer than this for its next micro-batch ends."""
+
+
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
 
@@ -110,8 +144,13 @@ class Trainer(_Section, frozen=True, kw_only=True):
     init_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Weights to begin from, not drawn by `seed`: a folder of Hugging Face's or Meta's layout, as
     path or fsspec address, or of a run. They stay until the run is over (docs/weights.md)."""
-    data: tuple[str, ...] | str | None = None
-    """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too."""
+    data: Data | tuple[str, ...] | str | None = None
+    """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too.
+    Or a section, for several sources in a mixture."""
+    eval_every_steps: Positive | None = None
+    """How often the loss on `data.validation` is computed; default never."""
+    eval_samples: Positive = 256
+    """Samples of an evaluation, if the validation split has as many."""
     tokenizer: str | None = None
     """A file in tiktoken format; default the small one that comes with holdfast."""
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 3e-4

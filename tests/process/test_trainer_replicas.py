@@ -104,6 +104,6 @@ def one_rank(job: dict[str, Any]) -> Result:
         training = Training(read.trainer, read.config, Samples(tokens, read.trainer), world)
         for step in range(1, STEPS + 1):
             training.step(step, Recorder())
-        stamp = stamp_of("run", Generation(1), read, tokens)
+        stamp = stamp_of("run", Generation(1), read, Samples(tokens, read.trainer))
         lanes = Checkpointer(training.optimizer.shards, world, stamp).lanes(STEPS)
     return lanes, losses

@@ -30,7 +30,7 @@ RUN = (
     model: {dim: 64, layers: 1, heads: 2, kvHeads: 2, ffnDim: 64}
     steps: 100
     learningRate: 3e-4
-    data: ["a.txt"]
+    data: {sources: [{uri: a.txt, weight: 2.5}, {uri: b/, field: body}], validation: 0.005}
     options: {x: [1, {y: null}], when: 2024-02-30, at: 10:30}
   detection: {detectWithin: 10s}
 """

@@ -232,6 +232,16 @@ def test_hang_is_not_reported_while_a_checkpoint_stalls_every_rank(cluster: Any)
         assert cluster.after(0.5).beat(step=20, moving=lambda _: False, phases=phases) == []
 
 
+def test_a_world_that_waits_for_one_rank_that_waits_for_data_does_not_hang(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(20)
+
+    for _ in range(120):
+        phases = {1: RankPhase.DATA}
+        beat = cluster.after(0.5).beat(step=20, moving=lambda rank: rank == 1, phases=phases)
+        assert beat == []
+
+
 def test_a_rank_that_is_done_is_no_reason_for_the_others_to_stand_still(cluster: Any) -> None:
     cluster.start()
     cluster.train(20)

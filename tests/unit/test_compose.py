@@ -134,11 +134,52 @@ def test_what_the_embedded_trainer_would_refuse_is_refused_with_the_file(
         read_job(run.job(), run.world_size)
 
 
-@pytest.mark.parametrize("data", ["''", "[]", "['']", "[a.txt, '']"])
+@pytest.mark.parametrize(
+    "data",
+    ["''", "[]", "['']", "[a.txt, '']", "{sources: []}", "{sources: [{uri: a.txt}, {uri: ' '}]}"],
+)
 def test_data_that_names_nothing_is_refused_with_the_file(data: str, tmp_path: Path) -> None:
     says = str(refused(HEAD + f"spec: {{trainer: {{data: {data}}}}}", tmp_path))
 
     assert "spec.trainer.data names nothing" in says
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ("data: {}", "missing required field `sources`"),
+        ("data: {sources: [{}]}", "missing required field `uri`"),
+        ("data: {sources: [{uri: a, weight: 0}]}", "`float` >= 1e-06"),
+        ("data: {sources: [{uri: a, weightt: 1}]}", "unknown field `weightt`"),
+        ("data: {sources: [{uri: a, format: csv}]}", "enum value 'csv'"),
+        ("data: {sources: [{uri: a}], validation: 1}", "`float` < 1.0"),
+        ("data: {sources: [{uri: a}], onBadRecord: ignore}", "enum value 'ignore'"),
+        ("data: {sources: [{uri: a}], waitMax: long}", "data.waitMax: duration is 'long'"),
+        ("data: {sources: [{uri: a}], prefetch: 65}", "`int` <= 64"),
+        ("data: {sources: [{uri: a}]}, evalEverySteps: 5", "no document is held back"),
+        ("data: a.txt, evalEverySteps: 5", "no document is held back"),
+    ],
+)
+def test_data_that_can_not_be_trained_on_as_written_is_refused_with_the_place_and_a_hint(
+    trainer: str, says: str, tmp_path: Path
+) -> None:
+    refusal = refused(HEAD + f"spec: {{trainer: {{{trainer}}}}}", tmp_path)
+
+    assert says in str(refusal)
+    assert refusal.hint
+
+
+def test_a_pipeline_is_not_evaluated(tmp_path: Path) -> None:
+    data = "data: {sources: [{uri: a}], validation: 0.1}, evalEverySteps: 5, microBatch: 4"
+    spec = f"spec: {{nodes: {{ranksPerNode: 2}}, parallelism: {{pp: 2}}, trainer: {{{data}}}}}"
+
+    assert "expected no evaluation, or pp 1" in str(refused(HEAD + spec, tmp_path))
+
+
+def test_a_source_with_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    spec = "spec: {trainer: {data: {sources: [{uri: a, weightt: 1}]}}}"
+
+    assert refused(HEAD + spec, tmp_path).hint == "did you mean `weight`?"
 
 
 @pytest.mark.parametrize(("spec", "says"), EMBEDDED_ONLY)

@@ -1,7 +1,9 @@
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
-from trainer.data import Samples, Tokens, open_tokens, shuffled
+from tests import texts
+from trainer.data import Samples, open_data, open_tokens, shuffled
 from trainer.tokenizer import open_tokenizer
+from trainer.tokens import Tokens
 
 TOKENIZER = open_tokenizer(None, 1280)
 IDS = np.random.default_rng(1).integers(0, 1000, 1000).astype(np.uint32)
@@ -47,12 +51,14 @@ def test_a_sample_does_not_depend_on_how_many_ranks_share_the_batch() -> None:
 
 def test_every_sample_is_seen_once_per_epoch() -> None:
     data = samples(batch=1)
-    seen = [data.batch(step, range(1)).inputs.tobytes() for step in range(1, 2 * data.count + 1)]
+    seen = [
+        data.batch(step, range(1)).inputs.tobytes() for step in range(1, 2 * data.counts[0] + 1)
+    ]
 
-    assert data.count == 62
-    assert len(set(seen[: data.count])) == data.count
-    assert set(seen[: data.count]) == set(seen[data.count :])
-    assert seen[: data.count] != seen[data.count :]
+    assert data.counts == [62]
+    assert len(set(seen[:62])) == 62
+    assert set(seen[:62]) == set(seen[62:])
+    assert seen[:62] != seen[62:]
 
 
 def test_targets_are_the_tokens_that_follow() -> None:
@@ -172,7 +178,6 @@ def test_waiting_for_another_process_to_tokenise_can_be_given_up(tmp_path: Path)
     made.unlink()
     child = os.fork()
     if child == 0:
-        import fcntl  # noqa: PLC0415 - in the child only
         import time  # noqa: PLC0415
 
         with made.with_suffix(".lock").open("ab") as file:
@@ -190,3 +195,200 @@ def test_waiting_for_another_process_to_tokenise_can_be_given_up(tmp_path: Path)
         os.waitpid(child, 0)
     # And the lock of the dead is nobody's.
     assert open_in(cache, str(tmp_path / "a.txt")).ids[0] == TOKENIZER.bos
+
+
+def opened(data: runfile.Data, folder: Path | str = "") -> list[Tokens]:
+    return open_data(data, TOKENIZER, str(folder), lambda: None)
+
+
+def sources_of(folder: Path, **settings: object) -> runfile.Data:
+    return texts.mixed(folder, **settings)
+
+
+def split(ids: np.ndarray) -> set[bytes]:
+    """Return the documents that some tokens are made of."""
+    begins = np.flatnonzero(ids == TOKENIZER.bos)
+    return {part.tobytes() for part in np.split(ids, begins[1:])} if len(ids) else set()
+
+
+def test_one_source_in_a_section_is_what_it_is_in_the_short_form(tmp_path: Path) -> None:
+    address = texts.jsonl(tmp_path / "a.jsonl", texts.documents(40))
+    section = runfile.Data(sources=(runfile.DataSource(uri=address, weight=7),))
+    settings = {"seq_len": 16, "global_batch": 4, "seed": 3}
+
+    (tokens,) = opened(section)
+    short = open_tokens(address, TOKENIZER, "", lambda: None)
+
+    assert tokens.digest == short.digest
+    of_section = Samples([tokens], runfile.Trainer(data=section, **settings))  # type: ignore[arg-type]
+    of_short = Samples(short, runfile.Trainer(data=address, **settings))  # type: ignore[arg-type]
+    assert of_section.mark == of_short.mark
+    for step in (1, 40):
+        rows = [s.batch(step, range(4)).inputs.tolist() for s in (of_section, of_short)]
+        assert rows[0] == rows[1]
+
+
+def test_samples_come_from_sources_by_weight_and_each_source_has_an_order_of_its_own(
+    tmp_path: Path,
+) -> None:
+    data = sources_of(tmp_path)
+    job = runfile.Trainer(seq_len=16, global_batch=8, data=data)
+    found = Samples(opened(data), job)
+
+    places = [found.place(sample) for sample in range(400)]
+
+    assert [sum(source == at for source, _ in places) for at in (0, 1)] == [300, 100]
+    few = [row for source, row in places if source == 0]
+    many = [row for source, row in places if source == 1]
+    count = found.counts[0]
+    assert sorted(few[:count]) == list(range(count))
+    assert few[:count] != few[count : 2 * count]
+    assert len(set(many)) == 100
+    assert many != sorted(many)
+
+
+def test_without_shuffling_samples_come_as_they_lie(tmp_path: Path) -> None:
+    data = sources_of(tmp_path, shuffle=False)
+    found = Samples(opened(data), runfile.Trainer(seq_len=16, global_batch=8, data=data))
+
+    many = [row for source, row in map(found.place, range(400)) if source == 1]
+
+    assert many == list(range(100))
+
+
+def test_what_is_held_back_stays_so_when_sources_grow_move_and_change_their_form(
+    tmp_path: Path,
+) -> None:
+    documents = texts.documents(200)
+    first = runfile.Data(
+        sources=(runfile.DataSource(uri=texts.jsonl(tmp_path / "a.jsonl", documents[:100])),),
+        validation=0.2,
+    )
+    grown = runfile.Data(
+        sources=(
+            runfile.DataSource(uri=texts.table(tmp_path / "b.parquet", documents[100:])),
+            runfile.DataSource(uri=texts.table(tmp_path / "a.parquet", documents[::-1])),
+        ),
+        validation=0.2,
+    )
+
+    (before,), (more, all_) = opened(first), opened(grown)
+
+    held, trained = split(before.held), split(before.ids)
+    assert 10 <= len(held) <= 30
+    assert len(held) + len(trained) == 100
+    assert held <= split(all_.held)
+    assert trained <= split(all_.ids)
+    assert split(more.held) == split(all_.held) - held
+    assert before.account.held == len(held)
+    more_held = msgspec.structs.replace(first, validation=0.4)
+    assert held < split(opened(more_held)[0].held)
+
+
+def test_every_setting_that_decides_what_is_trained_on_changes_the_digest(tmp_path: Path) -> None:
+    def digest_of(**changes: object) -> str:
+        data = sources_of(tmp_path, **changes)
+        return Samples(opened(data), runfile.Trainer(seq_len=16, data=data)).digest
+
+    plain = digest_of()
+    few, many = sources_of(tmp_path).sources
+    digests = [
+        plain,
+        digest_of(validation=0.1),
+        digest_of(validation=0.2),
+        Samples(
+            opened(runfile.Data(sources=(few, msgspec.structs.replace(many, weight=2)))),
+            runfile.Trainer(seq_len=16),
+        ).digest,
+        Samples(opened(runfile.Data(sources=(many, few))), runfile.Trainer(seq_len=16)).digest,
+    ]
+
+    assert len(set(digests)) == len(digests)
+    assert digest_of(on_bad_record="skip", prefetch=0) == plain
+
+
+def test_a_source_that_is_added_leaves_the_tokens_of_the_others(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = sources_of(tmp_path)
+    opened(runfile.Data(sources=data.sources[:1]), cache)
+    (made,) = cache.glob("tokens-" + "?" * 32)
+    before = made.stat().st_mtime_ns
+
+    opened(data, cache)
+
+    assert made.stat().st_mtime_ns == before
+    assert len(list(cache.glob("tokens-" + "?" * 32))) == 2
+
+
+def test_whoever_finds_a_source_in_other_hands_takes_the_next(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = sources_of(tmp_path)
+    (few, many) = (runfile.Data(sources=(source,)) for source in data.sources)
+    (first,) = _names_of(cache, few)
+    opened(many, cache)
+    second = _made(cache) - {first}
+    (cache / second.pop()).unlink()
+    with (cache / f"{first}.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        with pytest.raises(GivenUpError):
+            open_data(data, TOKENIZER, str(cache), Patience(61))
+
+    assert first not in _made(cache)
+    assert len(_made(cache)) == 1
+
+
+def _names_of(cache: Path, data: runfile.Data) -> set[str]:
+    opened(data, cache)
+    names = _made(cache)
+    for name in names:
+        (cache / name).unlink()
+    return names
+
+
+def _made(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("tokens-" + "?" * 32)}
+
+
+def test_a_node_without_room_for_the_tokens_says_so_before_it_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    data = sources_of(tmp_path, cache_gib_max=1e-7)
+
+    with pytest.raises(MisconfiguredError, match=r"at least .* GiB of tokens to write") as caught:
+        opened(data, cache)
+    assert "cacheGibMax" in caught.value.hint
+    assert list(cache.iterdir()) == []
+
+    class Full:
+        free = 100
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Full)
+    with pytest.raises(MisconfiguredError, match=r"of tokens to write, 9\.31e-08 GiB free"):
+        opened(sources_of(tmp_path), cache)
+
+
+def test_a_limit_that_is_met_while_tokens_are_written_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.tokens._CHUNK_BYTES", 256)
+    cache = tmp_path / "cache"
+    whole = opened(sources_of(tmp_path), cache)
+    size = sum(4 * len(tokens.ids) for tokens in whole)
+    for name in _made(cache):
+        (cache / name).unlink()
+
+    with pytest.raises(MisconfiguredError, match=r"GiB of tokens to write beside .*, limit"):
+        opened(sources_of(tmp_path, cache_gib_max=size * 0.9 / (1 << 30)), cache)
+
+    assert list(cache.glob("*.tmp")) == []
+    assert len(_made(cache)) == 1
+    opened(sources_of(tmp_path, cache_gib_max=size * 1.2 / (1 << 30)), cache)
+
+
+def test_a_source_too_short_for_a_sample_is_named(tmp_path: Path) -> None:
+    data = sources_of(tmp_path)
+
+    with pytest.raises(MisconfiguredError, match=r"source .*few\.jsonl has \d+ tokens, expected"):
+        Samples(opened(data), runfile.Trainer(seq_len=1000, data=data))

@@ -168,7 +168,7 @@ def test_a_parquet_column_that_is_said_to_be_text_and_is_not_is_refused(tmp_path
 def test_no_document_may_be_longer_than_what_fits_into_memory(
     suffix: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.text.DOCUMENT_BYTES_MAX", 64)
+    monkeypatch.setattr("trainer.records.DOCUMENT_BYTES_MAX", 64)
     address = f"{scheme}{tmp_path}/a{suffix}"
 
     def write(text: str) -> None:

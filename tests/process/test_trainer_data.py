@@ -1,0 +1,87 @@
+"""Ranks train on a mixture, evaluate what is held back, and wait for a source that is slow."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from orchestrator.agent import linux
+from orchestrator.agent.warm import Warm
+from tests import runfiles, texts
+from tests.programs.seated import JOB, a_world
+from tests.programs.starving import SLOW_S
+from tests.runs import Job
+
+pytestmark = pytest.mark.process
+MODEL = {"dim": 32, "layers": 1, "heads": 2, "kvHeads": 1, "ffnDim": 48, "vocab": 1280}
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    linux.adopt_orphans()
+    with tempfile.TemporaryFile() as log:
+        warm = Warm("trainer.train:main", log)
+        warm.wait_ready()
+        yield warm
+    warm.close()
+    linux.adopt_orphans(on=False)
+
+
+def test_a_mixture_is_trained_on_and_evaluated_across_a_death_without_changing_a_bit(
+    warm: Warm, tmp_path: Path
+) -> None:
+    data = msgspec.to_builtins(texts.mixed(tmp_path, validation=0.2))
+    job = {**JOB, "trainer": {**JOB["trainer"], "data": data}}
+    evaluated = {**job, "trainer": {**job["trainer"], "evalEverySteps": 8, "evalSamples": 6}}
+    with a_world(warm, parked=4, job=job) as world:
+        world.until(world.finished)
+        expected = world.result()
+
+    with a_world(warm, parked=5, job=evaluated) as world:
+        world.until(lambda: world.step() >= 10)
+        world.kill(1)
+        world.begin()
+        world.until(world.finished)
+        log = (world.memory / "ranks.log").read_text()
+
+        assert world.result() == expected
+    # What is evaluated again after a death comes to the same.
+    told = dict.fromkeys(line for line in log.splitlines() if line.startswith("evaluation after"))
+    assert [line.split()[3] for line in told] == ["8:", "16:", "24:"]
+    few = data["sources"][0]["uri"]
+    assert f"data, source {few}: epoch 2 begins" in log
+    assert f"data, source {few}: 6 documents of 1 file" in log
+
+
+def starved(tmp_path: Path) -> Job:
+    documents = texts.jsonl(tmp_path / "a.jsonl", texts.documents(40))
+    run = runfiles.fields(
+        "starved",
+        nodes={"count": 1, "ranksPerNode": 2, "spares": 0},
+        parallelism={"dpReplicate": 1, "dpShard": 2},
+        trainer={
+            "entrypoint": "tests.programs.starving:main",
+            "model": MODEL,
+            "steps": 20,
+            "seqLen": 16,
+            "globalBatch": 2,
+            "data": {"sources": [{"uri": documents}]},
+        },
+        checkpoint={"everySteps": 10, "memoryEverySteps": 5},
+        detection={"detectWithin": "2s"},
+    )
+    return Job(tmp_path / "job", run)
+
+
+def test_a_source_that_is_slow_is_waited_for_and_is_no_hang(tmp_path: Path) -> None:
+    job = starved(tmp_path)
+    try:
+        code, report = job.conduct("--quiet", timeout_s=90)
+    finally:
+        job.close()
+
+    assert (code, report.final_step) == (0, 20)
+    assert "hang" not in [incident.kind for incident in report.incidents]
+    assert report.ledger["effective"] > SLOW_S

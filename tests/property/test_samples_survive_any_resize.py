@@ -1,0 +1,121 @@
+"""A run whose world is resized at any time trains on the samples of the run that never was."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.protocol import runfile
+from tests import texts
+from trainer.checkpoint import Cursor
+from trainer.data import Samples, open_data
+from trainer.feed import cursor_of
+from trainer.prefetch import Prefetch
+from trainer.shares import Place, share_of
+from trainer.tokenizer import open_tokenizer
+
+BATCH, STEPS = 8, 24
+SHAPES = [(r, s) for r in range(1, 9) for s in range(1, 9) if BATCH % (r * s) == 0]
+"""Replicas and shards per replica."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> runfile.Trainer:
+    folder = tmp_path_factory.mktemp("sources")
+    return runfile.Trainer(
+        steps=STEPS,
+        seq_len=16,
+        global_batch=BATCH,
+        seed=5,
+        data=texts.mixed(folder, validation=0.1),
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(job: runfile.Trainer) -> Samples:
+    return Samples(open_data(job.data, open_tokenizer(None, 1280), "", lambda: None), job)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: runfile.Trainer, samples: Samples) -> list[bytes]:
+    """What a world of one trains on, sample by sample."""
+    return trained(job, samples, (1, 1), range(1, STEPS + 1))
+
+
+def trained(
+    job: runfile.Trainer, samples: Samples, shape: tuple[int, int], steps: range
+) -> list[bytes]:
+    """What all ranks of a world train on in some steps, in the order of the global batch."""
+    found: dict[tuple[int, int], bytes] = {}
+    replicas, shards = shape
+    for replica in range(replicas):
+        for shard in range(shards):
+            share = share_of(job, Place(replica, replicas, shard, shards)).micro_batches
+            slices = [(step, indices) for step in steps for indices in share]
+            with Prefetch(samples, slices, 2, lambda: None, 10.0) as ahead:
+                for step, indices in slices:
+                    batch = ahead.batch(step, indices)
+                    for index, row in zip(indices, batch.inputs, strict=True):
+                        assert (step, index) not in found
+                        found[step, index] = row.tobytes()
+    return [found[place] for place in sorted(found)]
+
+
+LIVES = st.lists(st.tuples(st.sampled_from(SHAPES), st.integers(1, 9), st.integers(0, 4)),
+                 min_size=1, max_size=6)  # fmt: skip
+"""Of each world: its shape, the steps that it takes, and how many of them are lost with it."""
+
+
+@settings(max_examples=25)
+@given(LIVES)
+def test_no_sample_is_skipped_or_repeated_whatever_becomes_of_the_world(
+    job: runfile.Trainer, samples: Samples, undisturbed: list[bytes], lives: list[Any]
+) -> None:
+    kept: list[bytes] = []
+    saved: Cursor = cursor_of(samples, job)
+    for shape, taken, lost in [*lives, ((1, 1), STEPS, 0)]:
+        # All that a new world knows: how many samples the checkpoint says are consumed.
+        done, rest = divmod(saved.samples, BATCH)
+        assert rest == 0
+        steps = range(done + 1, min(done + taken, STEPS) + 1)
+        rows = trained(job, samples, shape, steps)
+        saves = max(len(steps) - lost, 0)
+        kept += rows[: saves * BATCH]
+        saved = cursor_of(samples, job).after((done + saves) * BATCH)
+
+    assert kept == undisturbed
+    assert saved.offsets == [
+        sum(samples.place(at)[0] == source for at in range(STEPS * BATCH)) for source in (0, 1)
+    ]
+
+
+def test_the_smaller_source_is_gone_through_again_and_the_larger_one_is_not(
+    samples: Samples, undisturbed: list[bytes]
+) -> None:
+    epochs = samples.epochs(STEPS * BATCH)
+    by_source = [
+        [row for at, row in enumerate(undisturbed) if samples.place(at)[0] == source]
+        for source in (0, 1)
+    ]
+
+    assert epochs[0] >= 2
+    assert epochs[1] == 0
+    count = samples.counts[0]
+    first, second = by_source[0][:count], by_source[0][count : 2 * count]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert len(set(by_source[1])) == len(by_source[1])
+
+
+def test_a_held_document_is_in_no_sample(samples: Samples) -> None:
+    seen = np.concatenate([source.ids for source in samples.sources])
+    held = [source.held for source in samples.sources]
+
+    assert sum(map(len, held)) > 0
+    joined = seen.tobytes()
+    for ids in held:
+        begins = np.flatnonzero(ids == samples.sources[0].bos)
+        for document in np.split(ids, begins[1:]) if len(ids) else []:
+            assert document.tobytes() not in joined

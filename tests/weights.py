@@ -75,11 +75,11 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def run_folder(root: Path, model: Llama, *, shards: int = 3, step: int = 7) -> Path:
+def run_folder(root: Path, model: Llama, *, shards: int = 3, step: int = 7, **trainer: Any) -> Path:
     """Return the folder of a run that has a checkpoint of a model, cut as fully_shard cuts it."""
     root.mkdir(exist_ok=True)
     sizes = msgspec.to_builtins(model.config)
-    run = runfiles.fields("made", trainer={"model": sizes})
+    run = runfiles.fields("made", trainer={"model": sizes, **trainer})
     (root / "run.json").write_bytes(msgspec.json.encode(run))
     store = LocalStore(root / "checkpoints")
     receipts = []

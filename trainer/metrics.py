@@ -1,8 +1,9 @@
-"""One line of JSON per step, written by rank 0 beside its log: `steps.jsonl`."""
+"""One line of JSON per step, written by rank 0 beside its log: `steps.jsonl`; and loss spikes."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.rank import Seat
 from orchestrator.protocol.steps import STEPS_FILE, StepLine
 from trainer.flops import peak_tflops
+from trainer.spikes import Spikes
 
 
 class Figures(NamedTuple):
@@ -48,11 +50,14 @@ def open_log(
     peak = job.peak_tflops or known
     # In one piece and without a buffer: a rank that is killed leaves whole lines.
     with Path(seat.log).with_name(STEPS_FILE).open("ab", buffering=0) as file:
-        yield lambda figures: _write(file, _line(figures, seat.generation, peak))
+        spikes = Spikes()
+        yield lambda figures: _note(file, _line(figures, seat.generation, peak), spikes)
 
 
-def _write(file: FileIO, line: StepLine) -> None:
+def _note(file: FileIO, line: StepLine, spikes: Spikes) -> None:
     file.write(msgspec.json.encode(line) + b"\n")
+    if (words := spikes.observe(line.step, line.loss, line.grad_norm)) is not None:
+        print(words, file=sys.stderr)  # noqa: T201 - the rank's log
 
 
 def _line(figures: Figures, generation: int, peak_tflops: float | None) -> StepLine:

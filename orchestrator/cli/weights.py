@@ -84,22 +84,51 @@ def show(
     spawned.spawn(PROGRAM, "show", "-o", output.value, *more, "--", spawned.source(source))
 
 
+Out = Annotated[Path, typer.Option(metavar="OUT", help="A folder that is not there yet.")]
+To = Annotated[Layout, typer.Option("--to", help="The layout.")]
+InType = Annotated[Dtype, typer.Option("--dtype", help="The type of numbers.")]
+Parts = Annotated[
+    int, typer.Option(min=1, max=100, help="Files of Meta's layout; published: 1 (8B) or 8.")
+]
+
+
 @app.command()
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
-    to: Annotated[Layout, typer.Option("--to", help="The layout.")] = Layout.HUGGING_FACE,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="The type of numbers.")] = Dtype.SAME,
-    parts: Annotated[
-        int, typer.Option(min=1, max=100, help="Files of Meta's layout; published: 1 (8B) or 8.")
-    ] = 1,
+    out: Out,
+    to: To = Layout.HUGGING_FACE,
+    dtype: InType = Dtype.SAME,
+    parts: Parts = 1,
 ) -> None:
     """Write weights in a public layout; the folder is whole or not there."""
     from orchestrator.cli import spawned
 
-    where = [spawned.source(source), str(out)]
-    more = ["--to", to.value, "--dtype", dtype.value, "--parts", str(parts)]
-    spawned.spawn(PROGRAM, "convert", *more, "--", *where)
+    spawned.spawn(PROGRAM, "convert", *_output(out, to, dtype, parts), "--", spawned.source(source))
+
+
+@app.command()
+def average(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Weights, as above; a run by itself: its checkpoints within the anneal.",
+        ),
+    ],
+    out: Out,
+    to: To = Layout.HUGGING_FACE,
+    dtype: InType = Dtype.SAME,
+    parts: Parts = 1,
+) -> None:
+    """Write the mean of several weights, such as a run's checkpoints while its rate fell to 0."""
+    from orchestrator.cli import spawned
+
+    found = [spawned.source(source) for source in sources]
+    spawned.spawn(PROGRAM, "average", *_output(out, to, dtype, parts), "--", *found)
+
+
+def _output(out: Path, to: Layout, dtype: Dtype, parts: int) -> list[str]:
+    return [f"--out={out}", f"--to={to.value}", f"--dtype={dtype.value}", f"--parts={parts}"]
 
 
 @tokenizers.callback()

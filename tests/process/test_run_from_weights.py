@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_p
     indices = [decode_index(path.read_bytes()) for path in job.folder.checkpoints.rglob("*.idx")]
     assert {index.step for index in indices} == {1}
     assert max(sum(c.size for c in index.chunks) for index in indices) == said.checkpoint
-    done = holdfast(job.root, "weights", "convert", folder, str(tmp_path / "out"))
+    done = holdfast(job.root, "weights", "convert", folder, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     shown = holdfast(job.root, "weights", "show", "from", "--check", "-o", "json")
     assert shown.returncode == 0, shown.stderr
@@ -86,7 +86,8 @@ def test_weights_that_are_refused_end_a_command_with_code_2_and_a_hint(tmp_path:
     written(tmp_path / "one")
     os.truncate(tmp_path / "one/model.safetensors", 1000)
 
-    done = holdfast(tmp_path, "weights", "convert", str(tmp_path / "one"), str(tmp_path / "two"))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    done = holdfast(tmp_path, "weights", "convert", one, "--out", two)
 
     assert done.returncode == 2
     message, hint = done.stderr.splitlines()

@@ -150,6 +150,8 @@ def test_a_run_s_checkpoint_is_read_whatever_number_of_shards_it_has(
         assert_same(loaded(weights), model)
         assert "checkpoint of step 7" in weights.layout
     assert "steps 7" in refused(f"{folder}@8").hint
+    written(folder / "exported")
+    assert open_weights(str(folder / "exported")).layout.startswith("Hugging Face")
 
 
 def test_any_box_of_a_weight_is_that_box_of_the_whole(tmp_path: Path) -> None:
@@ -414,7 +416,10 @@ def test_the_command_shows_and_converts(tmp_path: Path, capsys: pytest.CaptureFi
     model = written(tmp_path / "one")
 
     assert main(["show", str(tmp_path / "one"), "--check"]) == 0
-    assert main(["convert", str(tmp_path / "one"), str(tmp_path / "two"), "--to", "meta"]) == 0
+    assert (
+        main(["convert", str(tmp_path / "one"), "--out", str(tmp_path / "two"), "--to", "meta"])
+        == 0
+    )
     capsys.readouterr()
     assert main(["show", str(tmp_path / "two"), "-o", "json"]) == 0
 
@@ -431,10 +436,10 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_why(
     retensor(tmp_path / "one/model.safetensors", lambda t: t["lm_head.weight"].fill_(1e30))
 
     for more in (["--dtype", "float16"], ["--to", "meta", "--parts", "3"]):
-        assert main(["convert", str(tmp_path / "one"), str(tmp_path / "two"), *more]) == 2
+        assert main(["convert", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *more]) == 2
         assert "hint: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    assert main(["convert", str(tmp_path / "one"), str(tmp_path / "one")]) == 2
+    assert main(["convert", str(tmp_path / "one"), "--out", str(tmp_path / "one")]) == 2
     assert "something is there already" in capsys.readouterr().err
 
 
@@ -473,3 +478,45 @@ def test_a_run_is_not_begun_from_weights_of_another_model(tmp_path: Path) -> Non
     assert "spec.trainer.model" in caught.value.hint
     with pytest.raises(MisconfiguredError, match=r"spec.trainer.initFrom: no such folder"):
         job_from(tmp_path / "nowhere")
+
+
+# Averages -------------------------------------------------------------------------------------
+
+
+def test_the_checkpoints_of_an_anneal_are_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [model_of(seed=seed) for seed in range(3)]
+    for model, step in zip(models, (8, 9, 10), strict=True):
+        run_folder(tmp_path / "run", model, step=step, annealSteps=2, steps=10)
+
+    assert main(["average", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "mean of 2" in capsys.readouterr().out
+    one_by_one = [f"{tmp_path / 'run'}@{step}" for step in (9, 10)]
+    assert main(["average", *one_by_one, "--out", str(tmp_path / "same"), "--to", "meta"]) == 0
+
+    for out in ("out", "same"):
+        read = loaded(open_weights(str(tmp_path / out)))
+        for name, weight in read.named_parameters():
+            expected = (models[1].get_parameter(name) + models[2].get_parameter(name)) / 2
+            torch.testing.assert_close(weight, expected, atol=1e-7, rtol=1e-6)
+
+
+def test_what_can_not_be_averaged_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path / "hf")
+    written(tmp_path / "other", config=STRETCHED)
+    run_folder(tmp_path / "run", model_of())
+    run_folder(tmp_path / "early", model_of(), step=7, annealSteps=2, steps=10)
+
+    for sources, says in (
+        (["hf"], "no run to find the checkpoints of"),
+        (["run"], "spec.trainer.annealSteps is 0"),
+        (["early"], "no checkpoint after step 8, at which the anneal begins"),
+        (["hf", "other"], "rope_scaling of the weights is"),
+    ):
+        addresses = [str(tmp_path / source) for source in sources]
+        assert main(["average", *addresses, "--out", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -14,9 +14,10 @@ import msgspec
 
 from orchestrator.worker import MisconfiguredError
 from trainer.config import PRESETS
+from trainer.weights import run
 from trainer.weights.convert import LAYOUTS, TYPES, convert
 from trainer.weights.sources import open_weights
-from trainer.weights.stored import Weights, describe
+from trainer.weights.stored import Weights, describe, mean
 
 EXIT_MISUSE = 2
 
@@ -25,14 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     asked = _parser().parse_args(arguments)
     try:
-        weights = open_weights(asked.source)
+        weights = _opened(asked)
         if asked.command == "show":
             told = _checked(weights) if asked.check else _told(weights)
             _say(_in_json(told) if asked.output == "json" else _in_words(told))
         else:
             dtype = TYPES.get(asked.dtype)
             convert(weights, asked.out, asked.to, dtype=dtype, parts=asked.parts)
-            _say(f"{weights.parameters} parameters written: {asked.out}")
+            _say(f"{weights.layout}: {weights.parameters} parameters written: {asked.out}")
     except MisconfiguredError as error:
         _complain(str(error), error.hint)
         return EXIT_MISUSE
@@ -50,13 +51,31 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("source", help=source)
     show.add_argument("--check", action="store_true", help="read everything: is it all finite?")
     show.add_argument("--output", "-o", choices=("text", "json"), default="text")
-    written = commands.add_parser("convert", help="write it in a public layout")
-    written.add_argument("source", help=source)
-    written.add_argument("out", type=Path, help="a new folder")
+    once = commands.add_parser("convert", help="write it in a public layout")
+    once.add_argument("source", help=source)
+    several = commands.add_parser("average", help="write the mean of several in a public layout")
+    several.add_argument(
+        "sources", nargs="+", help="each as above; a run by itself: its checkpoints in the anneal"
+    )
+    for written in (once, several):
+        _add_output(written)
+    return parser
+
+
+def _add_output(written: argparse.ArgumentParser) -> None:
+    written.add_argument("--out", type=Path, required=True, help="a new folder")
     written.add_argument("--to", choices=LAYOUTS, default="hf")
     written.add_argument("--dtype", choices=("same", *TYPES), default="same")
     written.add_argument("--parts", type=_count, default=1, help="files of Meta's layout")
-    return parser
+
+
+def _opened(asked: argparse.Namespace) -> Weights:
+    if asked.command != "average":
+        return open_weights(asked.source)
+    sources: list[str] = asked.sources
+    if len(sources) == 1:
+        sources = run.annealed(sources[0])
+    return mean([open_weights(source) for source in sources])
 
 
 def _count(text: str) -> int:

@@ -31,6 +31,8 @@ from trainer.weights.stored import DTYPES, Box, Stored, Weights
 
 RUN_FILE = "run.json"
 """In the folder of a run: `TrainingRun` as JSON."""
+CHECKPOINTS = "checkpoints"
+"""There too: the durable tier, unless the run file names another one."""
 STATE = "param"
 """Of what a checkpoint has for each weight, the weight itself."""
 _STEP = re.compile(r"(?P<folder>.+)@(?P<step>[0-9]{1,15})")
@@ -56,10 +58,10 @@ def find(address: str) -> RunAt | None:
         path, step = match["folder"], int(match["step"])
     if "://" in path or "\0" in path:
         return None
-    for folder in (Path(path), Path(path).absolute().parent):
-        if (folder / RUN_FILE).is_file():
-            return RunAt(folder, step)
-    return None
+    folder = Path(path)
+    if folder.name == CHECKPOINTS and not (folder / RUN_FILE).is_file():
+        folder = folder.parent
+    return RunAt(folder, step) if (folder / RUN_FILE).is_file() else None
 
 
 def read(at: RunAt) -> TrainingRun:
@@ -82,7 +84,7 @@ def open_run(at: RunAt) -> Weights:
     run = read(at)
     config = model_config(run.spec.trainer.model)
     with _told(str(at.folder)):
-        store = open_store(run.spec.checkpoint.uri or str(at.folder / "checkpoints"))
+        store = open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS))
         manifest = _manifest(store, at)
         if not manifest.model.startswith(config.fingerprint):
             raise MisconfiguredError(
@@ -106,14 +108,46 @@ def open_run(at: RunAt) -> Weights:
     )
 
 
-def _manifest(store: BlobStore, at: RunAt) -> Manifest:
+def annealed(address: str) -> list[str]:
+    """Return the addresses of a run's checkpoints within its anneal, the oldest first.
+
+    Raises:
+        MisconfiguredError: if it is no run, had no anneal, or has no checkpoints in it.
+    """
+    hint = "name checkpoints one by one: RUN@STEP RUN@STEP ..."
+    if (at := find(address)) is None or at.step is not None:
+        raise MisconfiguredError(
+            f"no run, expected one to find checkpoints of: {address}", hint=hint
+        )
+    run = read(at)
+    trainer = run.spec.trainer
+    if not trainer.anneal_steps:
+        raise MisconfiguredError(f"spec.trainer.annealSteps is 0: {at.folder}", hint=hint)
+    with _told(str(at.folder)):
+        found = _sound(open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS)))
+    begins = trainer.steps - trainer.anneal_steps
+    steps = sorted({manifest.step for manifest in found if manifest.step > begins})
+    if not steps:
+        raise MisconfiguredError(
+            f"no checkpoint after step {begins}, at which the anneal begins: {at.folder}",
+            hint="spec.checkpoint.keepLast says how many there are in the end",
+        )
+    return [f"{at.folder}@{step}" for step in steps]
+
+
+def _sound(store: BlobStore) -> list[Manifest]:
+    """Return what was committed, can be read and is not barred, the newest first."""
     catalog = Catalog(store)
     barred = catalog.barred()
-    sound = [
+    return [
         record.manifest
         for record in catalog.commits()
         if record.manifest is not None and (record.step, record.epoch) not in barred
     ]
+
+
+def _manifest(store: BlobStore, at: RunAt) -> Manifest:
+    sound = _sound(store)
     steps = sorted({manifest.step for manifest in sound})
     for manifest in sound:
         if at.step in {None, manifest.step}:

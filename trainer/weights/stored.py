@@ -6,8 +6,9 @@ cut into shards. Nothing is read before somebody asks, and then only the rows th
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -190,6 +191,48 @@ class Weights:
             offset, shape = _box_of(weight)
             if math.prod(shape):
                 param.copy_(self.read(name, offset, shape))
+
+
+class _Mean:
+    """The mean of the same weight in several places, as a piece of a weight."""
+
+    def __init__(self, several: Sequence[Stored]) -> None:
+        self._several = several
+        self.shape, self.dtype = several[0].shape, several[0].dtype
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Read these rows of all, one after the other, and add them up in float64."""
+        offset = (first, *(0,) * (len(self.shape) - 1))
+        total = torch.zeros((count, *self.shape[1:]), dtype=torch.float64)
+        for stored in self._several:
+            total += stored.read(offset, tuple(total.shape))
+        return (total / len(self._several)).to(self.dtype)
+
+
+def mean(several: Sequence[Weights]) -> Weights:
+    """Return weights each of which is the mean of those in several places, made as they are read.
+
+    Raises:
+        MisconfiguredError: if they are not of the same sizes.
+    """
+    first = several[0]
+    for other in several[1:]:
+        other.require(first.config)
+    stored = {
+        name: Stored(
+            shape=found.shape,
+            boxes=(Box((0,) * len(found.shape), _Mean([w.stored[name] for w in several])),),
+            called=name,
+        )
+        for name, found in first.stored.items()
+    }
+    return Weights(
+        first.config,
+        stored,
+        layout=f"mean of {len(several)}",
+        where=", ".join(weights.where for weights in several),
+        digest=hashlib.sha256(" ".join(weights.digest for weights in several).encode()).hexdigest(),
+    )
 
 
 def neighbours(rows: Tensor, head: int) -> Tensor:

@@ -116,9 +116,7 @@ def annealed(address: str) -> list[str]:
     """
     hint = "name checkpoints one by one: RUN@STEP RUN@STEP ..."
     if (at := find(address)) is None or at.step is not None:
-        raise MisconfiguredError(
-            f"no run, expected one to find checkpoints of: {address}", hint=hint
-        )
+        raise MisconfiguredError(f"no run to find the checkpoints of: {address}", hint=hint)
     run = read(at)
     trainer = run.spec.trainer
     if not trainer.anneal_steps:

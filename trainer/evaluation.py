@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,17 +33,18 @@ class Held:
     def __init__(self, sources: Sequence[Tokens], job: runfile.Trainer) -> None:
         self._length = job.seq_len
         total = math.fsum(source.weight for source in sources)
-        self._rows = [
-            (source, row)
-            for source in sources
-            for row in range(
-                min(
-                    max(len(source.held) - 1, 0) // job.seq_len,
-                    math.ceil(job.eval_samples * source.weight / total),
-                )
+        rows = [
+            min(
+                max(len(source.held) - 1, 0) // job.seq_len,
+                math.ceil(job.eval_samples * source.weight / total),
             )
+            for source in sources
         ]
-        if not self._rows:
+        self.sources = [
+            (source, count) for source, count in zip(sources, rows, strict=True) if count
+        ]
+        """Those that have held something back, and how many samples each has."""
+        if not self.sources:
             held = sum(len(source.held) for source in sources)
             raise MisconfiguredError(
                 f"spec.trainer.data.validation holds back {held} tokens, expected more than "
@@ -51,43 +53,70 @@ class Held:
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(count for _, count in self.sources)
 
-    def batch(self, indices: range) -> Batch:
-        """Return the samples at these indices."""
-        rows = [self._rows[at] for at in indices]
-        return cut([(s.held, row) for s, row in rows], rows[0][0].bos, self._length)
+    def batch(self, source: Tokens, rows: range) -> Batch:
+        """Return these samples of a source."""
+        return cut([(source.held, row) for row in rows], source.bos, self._length)
 
 
-def evaluate(training: Training, held: Held, reporter: Reporter) -> float:
-    """Return the mean loss per token on all of `held`, together with the other ranks.
+class Evaluation(NamedTuple):
+    """What an evaluation came to."""
 
-    Every rank gets the same number. Weights and the state of the optimizer stay as they are; so do
-    the bits of every later step. Which rank computes what depends on their number, so the last bits
-    of the loss do.
+    loss: float
+    """Mean per token."""
+    samples: int
+    of_sources: dict[str, float]
+    """The loss of each source that has held something back, by name."""
+
+
+def evaluate(training: Training, held: Held, reporter: Reporter) -> Evaluation:
+    """Compute the loss on all of `held` together with the other ranks; each gets the same.
+
+    Weights and the state of the optimizer stay as they are, and so do the bits of every later step.
+    Which rank computes what depends on their number, and so do the last bits of the loss.
     """
-    world, job = training.world, training.job
-    replica, replicas, shard, shards = world.place
-    ranks, own = replicas * shards, replica * shards + shard
-    size = len(training.share.micro_batches[0])
-    losses = [0.0]
+    world = training.world
+    own = []
     (model,) = training.stages  # fitting.py refuses pipelines
     with torch.no_grad(), tensor.losses(world.layout.tp):
-        for at in range(0, len(held), size * ranks):
-            reporter.phase(RankPhase.EVALUATING, micro_batch=at // (size * ranks))
-            first = at + size * own
-            share = range(min(first, len(held)), min(first + size, len(held)))
-            # All ranks pass together, to put the weights together; one without a share looks on.
-            batch = held.batch(share or range(1))
-            inputs_BL, targets_BL = (
-                torch.from_numpy(np.ascontiguousarray(ids)).to(world.device)
-                for ids in (batch.inputs, batch.targets)
-            )
-            loss = training.loss(model(inputs_BL, batch.cuts), targets_BL)
-            if share:
-                losses.append(float(loss))
+        for source, count in held.sources:
+            own.append(_loss_of(training, held, source, count, reporter))
     parallel.let_go(model)
     reporter.entered_collective()
-    sums = world.gather([math.fsum(losses)])
+    rows = world.gather(own)
     # Ranks that train on the same data have the same losses.
-    return math.fsum(row[0] for row in sums) * ranks / world.size / (len(held) * job.seq_len)
+    copies = world.size // (world.place.replicas * world.place.shards)
+    sums = [math.fsum(row[at] for row in rows) / copies for at in range(len(own))]
+    length = training.job.seq_len
+    of_sources = {
+        source.name: loss / (count * length)
+        for (source, count), loss in zip(held.sources, sums, strict=True)
+    }
+    return Evaluation(math.fsum(sums) / (len(held) * length), len(held), of_sources)
+
+
+def _loss_of(
+    training: Training, held: Held, source: Tokens, count: int, reporter: Reporter
+) -> float:
+    """Return the sum of losses of this rank's share of a source."""
+    world = training.world
+    replica, replicas, shard, shards = world.place
+    size = len(training.share.micro_batches[0])
+    each = size * replicas * shards
+    (model,) = training.stages
+    losses = []
+    for at in range(0, count, each):
+        reporter.phase(RankPhase.EVALUATING, micro_batch=at // each)
+        first = at + size * (replica * shards + shard)
+        share = range(min(first, count), min(first + size, count))
+        # All ranks pass together, to put the weights together; one without a share looks on.
+        batch = held.batch(source, share or range(1))
+        inputs_BL, targets_BL = (
+            torch.from_numpy(np.ascontiguousarray(ids)).to(world.device)
+            for ids in (batch.inputs, batch.targets)
+        )
+        loss = training.loss(model(inputs_BL, batch.cuts), targets_BL)
+        if share:
+            losses.append(float(loss))
+    return math.fsum(losses)

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
+
 from orchestrator.protocol import runfile
+from orchestrator.protocol.steps import EVALUATIONS_FILE, EvaluationLine
 from orchestrator.worker import MisconfiguredError, RankPhase, Worker
 from storage import shard
 from trainer.checkpoint import Cursor
 from trainer.data import Batches, Samples, open_data, settings
-from trainer.evaluation import Held, evaluate
+from trainer.evaluation import Evaluation, Held, evaluate
 from trainer.job import Job
 from trainer.prefetch import Prefetch
 from trainer.step import Training
@@ -107,9 +110,12 @@ class Feed:
                 _say(f"data{_of(source)}: epoch {now + 1} begins, at step {step}")
         if self._held is None or step % (trainer.eval_every_steps or step + 1):
             return
-        loss = evaluate(training, self._held, worker)
+        found = evaluate(training, self._held, worker)
         if _is_first(worker):
-            _say(f"evaluation after step {step}: loss {loss:.6f} over {len(self._held)} samples")
+            _say(
+                f"evaluation after step {step}: loss {found.loss:.6f} over {found.samples} samples"
+            )
+            _note(found, step, worker)
 
     def words(self) -> list[str]:
         """Say what each source came to."""
@@ -144,6 +150,23 @@ def cursor_of(samples: Samples, job: runfile.Trainer) -> Cursor:
         weights=[source.weight for source in several],
     )
     return start.after(0)
+
+
+def _note(found: Evaluation, step: int, worker: Worker) -> None:
+    """Write a line beside the log."""
+    seat = worker.seat
+    if seat is None or not seat.log:
+        return
+    line = EvaluationLine(
+        generation=seat.generation,
+        step=step,
+        loss=found.loss,
+        samples=found.samples,
+        sources=found.of_sources if len(found.of_sources) > 1 else {},
+    )
+    # In one piece and without a buffer: a rank that is killed leaves whole lines.
+    with Path(seat.log).with_name(EVALUATIONS_FILE).open("ab", buffering=0) as file:
+        file.write(msgspec.json.encode(line) + b"\n")
 
 
 def changes(before: Account, now: Account) -> list[str]:

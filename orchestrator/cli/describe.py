@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,12 +23,15 @@ from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import MARKS
-from orchestrator.protocol.steps import StepLine
+from orchestrator.protocol.steps import EvaluationLine, StepLine
 from orchestrator.worlds.folder import JOURNAL, RunFolder, former_journals
 
 SHOWN_MAX = 10
 """Rows of a section; the lists of `holdfast get` are complete."""
-LINE_BYTES_MAX = 1024
+L = TypeVar("L", EvaluationLine, StepLine)
+SOURCES_SHOWN = 4
+"""Of those that were evaluated, so many are told with their losses."""
+LINE_BYTES_MAX = 1 << 18
 """Of a line of the trainer's notes; it has nine numbers."""
 
 
@@ -100,6 +105,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Loss", units.loss(loss) if state.reached_step in state.losses else ""),
         ("Speed", f"{units.rate(state.tokens_per_s)} tokens/s" if state.tokens_per_s else ""),
         ("Arithmetic", _arithmetic(follower.folder)),
+        ("Evaluation", _evaluation(follower.folder)),
         ("Wall clock", units.seconds(state.now)),
         ("ETTR", units.percent(state.ledger.effective_ratio)),
         ("Generation", f"{state.generation} ({rungs or 'none was started'})"),
@@ -115,16 +121,33 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
 
 def _arithmetic(folder: RunFolder) -> str:
     """Say how fast the newest step was, as the trainer noted it; "" if it notes nothing."""
-    if not folder.steps.exists():
+    line = _newest(folder.steps, StepLine)
+    if line is None:
         return ""
-    with folder.steps.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - LINE_BYTES_MAX, 0))
-        whole = file.read().rpartition(b"\n")[0]
-    if not whole:
-        return ""
-    line = msgspec.json.decode(whole.rpartition(b"\n")[2], type=StepLine)
     share = f", MFU {units.percent(line.mfu)}" if line.mfu is not None else ""
     return f"{line.tflops_per_gpu:.3g} TFLOPS per rank{share} (step {line.step})"
+
+
+def _evaluation(folder: RunFolder) -> str:
+    """Say what the newest evaluation came to; "" if there is none."""
+    line = _newest(folder.evaluations, EvaluationLine)
+    if line is None:
+        return ""
+    told = [f"; {name} {units.loss(loss)}" for name, loss in line.sources.items()]
+    more = len(told) - SOURCES_SHOWN
+    each = "".join(told[:SOURCES_SHOWN]) + (f"; {more} more" if more > 0 else "")
+    samples = units.count(line.samples, "sample")
+    return f"loss {units.loss(line.loss)} on {samples} after step {line.step}{each}"
+
+
+def _newest(path: Path, kind: type[L]) -> L | None:
+    """Return the last whole line of a file of JSON lines; None if there is none."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - LINE_BYTES_MAX, 0))
+        whole = file.read().rpartition(b"\n")[0]
+    return msgspec.json.decode(whole.rpartition(b"\n")[2], type=kind) if whole else None
 
 
 def _controller_words(state: RunState, pid: int | None) -> str:

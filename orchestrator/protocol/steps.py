@@ -1,4 +1,4 @@
-"""What the embedded trainer writes of each step, beside the log of rank 0."""
+"""What the embedded trainer writes of steps and evaluations, beside the log of rank 0."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import msgspec
 
 STEPS_FILE = "steps.jsonl"
 """In the folder of the ranks' logs; a line of JSON for each step, each time it is taken."""
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+"""Beside it; a line of JSON for each evaluation, each time it is done."""
+
+
+class EvaluationLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What the loss on documents is that are never trained on."""
+
+    generation: int
+    step: int
+    """After which it was computed."""
+    loss: float
+    """Mean per token."""
+    samples: int
+    sources: dict[str, float]
+    """The loss of each source, if there are several that have held something back."""
 
 
 class StepLine(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from orchestrator.protocol.steps import STEPS_FILE
+from orchestrator.protocol.steps import EVALUATIONS_FILE, STEPS_FILE
 
 HOME_VARIABLE = "HOLDFAST_HOME"
 JOURNAL = "journal"
@@ -47,6 +47,8 @@ class RunFolder:
         self.logs = self.root / "logs"
         self.steps = self.logs / STEPS_FILE
         """`StepLine` for each step that was taken, by the embedded trainer."""
+        self.evaluations = self.logs / EVALUATIONS_FILE
+        """`EvaluationLine` for each evaluation, by the same."""
         self.nodes = self.root / "nodes"
         self.checkpoints = self.root / "checkpoints"
 

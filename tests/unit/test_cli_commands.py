@@ -331,6 +331,22 @@ def test_describe_run_says_how_much_arithmetic_the_newest_whole_line_tells_of(
     assert "Arithmetic:   0.5 TFLOPS per rank (step 5)" in told("describe", "run", "demo")
 
 
+def test_describe_run_says_what_the_newest_evaluation_came_to(demo: RunFolder) -> None:
+    assert "Evaluation" not in told("describe", "run", "demo")
+
+    sources = "{" + ",".join(f'"s{n}/":{n}.5' for n in range(1, 7)) + "}"
+    numbers = '"generation":1,"step":{},"loss":2.25,"samples":32,"sources":{}'
+    lines = [f"{{{numbers.format(step, of)}}}\n" for step, of in ((20, "{}"), (40, sources))]
+
+    demo.evaluations.write_text(lines[0])
+    assert "Evaluation:   loss 2.2500 on 32 samples after step 20\n" in told(
+        "describe", "run", "demo"
+    )
+    demo.evaluations.write_text("".join(lines))
+    words = "after step 40; s1/ 1.5000; s2/ 2.5000; s3/ 3.5000; s4/ 4.5000; 2 more\n"
+    assert words in told("describe", "run", "demo")
+
+
 def test_describe_incident_shows_the_traceback_of_what_ended_the_run(home: Path) -> None:
     write(raising(), home / "demo")
 

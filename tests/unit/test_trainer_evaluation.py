@@ -61,7 +61,7 @@ def train(
     for step in range(1, 7):
         training.step(step, phases)
         if held is not None and step % 2 == 0:
-            losses.append(evaluate(training, held, phases))
+            losses.append(evaluate(training, held, phases).loss)
     return phases, losses
 
 
@@ -88,18 +88,25 @@ def test_the_loss_is_that_of_all_held_samples_however_they_are_shared_out(
     held = Held(sources, job)
     model = Llama(CONFIG)
     model.init_weights(0)
-    total = 0.0
-    for at in range(len(held)):
-        batch = held.batch(range(at, at + 1))
-        inputs, targets = map(torch.tensor, (batch.inputs, batch.targets))
-        total += float(next_token_loss(model(inputs, batch.cuts), targets).detach())
+    expected = {}
+    for source, count in held.sources:
+        losses = []
+        for row in range(count):
+            batch = held.batch(source, range(row, row + 1))
+            inputs, targets = map(torch.tensor, (batch.inputs, batch.targets))
+            losses.append(float(next_token_loss(model(inputs, batch.cuts), targets).detach()))
+        expected[source.name] = pytest.approx(math.fsum(losses) / (16 * count), rel=1e-6)
 
     cut = msgspec.structs.replace(job, micro_batch=micro_batch)
     training = Training(cut, CONFIG, Samples(sources, cut), world)
 
     found = evaluate(training, held, Unheard())
-    assert found == pytest.approx(total / (16 * len(held)), rel=1e-6)
-    assert math.isfinite(found)
+    assert len(expected) == 2
+    assert found.of_sources == expected
+    counts = [count for _, count in held.sources]
+    mean = math.fsum(map(math.prod, zip(found.of_sources.values(), counts, strict=True)))
+    assert found.loss == pytest.approx(mean / found.samples, rel=1e-12)
+    assert found.samples == sum(counts) == len(held)
 
 
 def test_each_source_has_samples_by_its_weight_as_far_as_it_has_some(

@@ -6,11 +6,15 @@ import msgspec
 import pytest
 
 from orchestrator.protocol import runfile
-from orchestrator.worker import MisconfiguredError
+from orchestrator.protocol.ids import Generation, NodeId, Rank
+from orchestrator.protocol.steps import EVALUATIONS_FILE, EvaluationLine
+from orchestrator.worker import MisconfiguredError, Seat
 from storage.shard import Chunk, ShardMeta, encode_index, plan, seal
 from tests import texts
+from trainer import parallel
 from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
+from trainer.step import Training, Unheard
 
 LAYOUT = plan([Chunk(fqn="w", state="p", dtype="F32", shape=(8,), global_shape=(8,), offset=(0,))])
 
@@ -96,6 +100,50 @@ def test_a_checkpoint_says_where_each_source_stands(tmp_path: Path) -> None:
     assert cursor.data == feed.samples.digest
     single = job_of(texts.mixed(tmp_path).sources[0].uri)
     assert cursor_of(feed_of(single).samples, single.trainer).after(24).offsets == []
+
+
+def test_an_evaluation_that_is_due_is_noted_beside_the_log_and_others_are_not_done(
+    tmp_path: Path,
+) -> None:
+    sizes = {"dim": 16, "layers": 1, "heads": 2, "kvHeads": 1, "ffnDim": 16, "vocab": 1280}
+    trainer = {
+        "model": sizes,
+        "seqLen": 16,
+        "globalBatch": 2,
+        "data": msgspec.to_builtins(texts.mixed(tmp_path, validation=0.3)),
+        "evalEverySteps": 4,
+        "evalSamples": 8,
+    }
+    job = read_job({"trainer": trainer}, 1)
+    feed = feed_of(job)
+    seat = Seat(
+        generation=Generation(3),
+        rank=Rank(0),
+        world_size=1,
+        local_rank=0,
+        node=NodeId("node-0"),
+        run_id="run",
+        job={},
+        log=str(tmp_path / "rank-00000.log"),
+    )
+
+    with parallel.alone() as world:
+        training = Training(job.trainer, job.config, feed.samples, world)
+        for step in range(1, 9):
+            feed.after(step, training, Seated(seat))  # type: ignore[arg-type]
+
+    lines = (tmp_path / EVALUATIONS_FILE).read_bytes().splitlines()
+    told = [msgspec.json.decode(line, type=EvaluationLine) for line in lines]
+    assert [(line.generation, line.step) for line in told] == [(3, 4), (3, 8)]
+    assert told[0].loss == told[1].loss
+    assert set(told[0].sources) == {source["uri"] for source in trainer["data"]["sources"]}
+
+
+class Seated(Unheard):
+    """Who a rank reports to, and the seat that it has."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
 
 
 def test_what_each_source_came_to_is_told_and_nothing_is_skipped_in_silence(

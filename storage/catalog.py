@@ -5,10 +5,11 @@ happens to a checkpoint after its commit is told by verdicts, records that are o
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import msgspec
 
-from storage import verdicts
+from storage import parallel, verdicts
 from storage.blob import BlobStore
 from storage.commit import check_shard, latest_commit
 from storage.errors import ForeignCheckpointError, StorageError
@@ -80,19 +81,7 @@ class Catalog:
             StorageUnavailableError: if the store does not answer; that says nothing about any
                 checkpoint, and must not be taken for one that is bad.
         """
-        parsed = [parse_commit_key(key) for key in self.store.keys(COMMITS)]
-        records: list[CommitRecord] = []
-        for step, epoch in sorted((found for found in parsed if found), reverse=True):
-            if records and records[-1].step == step:
-                fault = f"superseded by epoch {records[-1].epoch}"
-                records.append(
-                    CommitRecord(
-                        step=step, epoch=epoch, manifest=None, fault=fault, superseded=True
-                    )
-                )
-            else:
-                records.append(self._read(step, epoch))
-        return records
+        return parallel.each(self._record, self._entries())
 
     def newest_verified(
         self,
@@ -118,21 +107,14 @@ class Catalog:
             StorageUnavailableError: if the store does not answer. Falling back to an older
                 checkpoint, or to none, because of a slow network would throw work away.
         """
-        rejections: list[Rejection] = []
         barred = self.barred()
-        for record in self.commits():
-            if before_step is not None and record.step >= before_step:
-                continue
-            verdict_at = barred.get((record.step, record.epoch))
-            reason = (
-                verdicts.reason_of(self.store, verdict_at)
-                if verdict_at
-                else self._why_not(record, run_id=run_id, model=model)
-            )
-            if not reason:
-                return record.manifest, rejections
-            rejections.append(Rejection(step=record.step, epoch=record.epoch, reason=reason))
-        return None, rejections
+
+        def why_not(record: Callable[[], CommitRecord], where: Where) -> str:
+            if where in barred:
+                return verdicts.reason_of(self.store, barred[where])
+            return self._why_not(record(), run_id=run_id, model=model)
+
+        return self._first(why_not, before_step)
 
     def newest_trusted(
         self,
@@ -160,16 +142,16 @@ class Catalog:
             StorageUnavailableError: if the store does not answer.
         """
         known = self.standings()
-        rejections: list[Rejection] = []
-        for record in self.commits():
-            if before_step is not None and record.step >= before_step:
-                continue
-            standing = known.get((record.step, record.epoch), Standing())
-            reason = self._why_untrusted(record, standing, at_least, run_id=run_id, model=model)
-            if not reason:
-                return record.manifest, rejections
-            rejections.append(Rejection(step=record.step, epoch=record.epoch, reason=reason))
-        return None, rejections
+
+        def why_not(record: Callable[[], CommitRecord], where: Where) -> str:
+            standing = known.get(where, Standing())
+            if standing.barred:
+                return verdicts.reason_of(self.store, standing.barred)
+            if standing.trust < at_least:
+                return f"{standing.trust.words}, expected {at_least.words}"
+            return _why_foreign(record(), run_id=run_id, model=model)
+
+        return self._first(why_not, before_step)
 
     def quarantine(self, step: int, epoch: int, reason: str) -> str:
         """Bar a checkpoint from being resumed from, and return the verdict's key.
@@ -288,7 +270,38 @@ class Catalog:
         found = sorted(where for where in stored - committed if where)
         return [where for where in found if latest is not None and where[::-1] < latest]
 
-    def _read(self, step: int, epoch: int) -> CommitRecord:
+    def _entries(self) -> list[tuple[Where, int | None]]:
+        """Return every commit, newest first, with the epoch by which it is superseded, if it is."""
+        parsed = [parse_commit_key(key) for key in self.store.keys(COMMITS)]
+        entries: list[tuple[Where, int | None]] = []
+        for step, epoch in sorted((found for found in parsed if found), reverse=True):
+            newer = entries[-1][0][1] if entries and entries[-1][0][0] == step else None
+            entries.append(((step, epoch), newer))
+        return entries
+
+    def _first(
+        self,
+        why_not: Callable[[Callable[[], CommitRecord], Where], str],
+        before_step: int | None,
+    ) -> tuple[Manifest | None, list[Rejection]]:
+        """Return the newest that nothing speaks against; only what is asked for is read."""
+        rejections: list[Rejection] = []
+        for entry in self._entries():
+            (step, epoch), _ = entry
+            if before_step is not None and step >= before_step:
+                continue
+            record = cache(partial(self._record, entry))
+            reason = why_not(record, entry[0])
+            if not reason:
+                return record().manifest, rejections
+            rejections.append(Rejection(step=step, epoch=epoch, reason=reason))
+        return None, rejections
+
+    def _record(self, entry: tuple[Where, int | None]) -> CommitRecord:
+        (step, epoch), newer = entry
+        if newer is not None:
+            fault = f"superseded by epoch {newer}"
+            return CommitRecord(step=step, epoch=epoch, manifest=None, fault=fault, superseded=True)
         manifest, fault = None, ""
         try:
             manifest = read_manifest(self.store, commit_key(step, epoch))
@@ -303,38 +316,16 @@ class Catalog:
 
     def _why_not(self, record: CommitRecord, *, run_id: str | None, model: str | None) -> str:
         """Return why a checkpoint cannot be resumed from; empty if it can."""
-        if record.manifest is None:
-            return record.fault
+        foreign = _why_foreign(record, run_id=run_id, model=model)
+        if foreign or record.manifest is None:
+            return foreign
         try:
-            check_identity(record.manifest, run_id=run_id, model=model)
             for shard in range(record.manifest.shards):
                 check_shard(self.store, record.manifest, shard)
         except StorageError as error:
             if error.retryable:
                 raise
             return str(error)
-        return ""
-
-    def _why_untrusted(
-        self,
-        record: CommitRecord,
-        standing: Standing,
-        at_least: Trust,
-        *,
-        run_id: str | None,
-        model: str | None,
-    ) -> str:
-        """Return why a checkpoint does not have this much trust; empty if it has."""
-        if standing.barred:
-            return verdicts.reason_of(self.store, standing.barred)
-        if record.manifest is None:
-            return record.fault
-        try:
-            check_identity(record.manifest, run_id=run_id, model=model)
-        except ForeignCheckpointError as error:
-            return str(error)
-        if standing.trust < at_least:
-            return f"{standing.trust.words}, expected {at_least.words}"
         return ""
 
     def _delete_shards(self, step: int, epoch: int) -> None:
@@ -344,3 +335,14 @@ class Catalog:
     def _collect_orphans(self) -> None:
         for step, epoch in self.orphans():
             self._delete_shards(step, epoch)
+
+
+def _why_foreign(record: CommitRecord, *, run_id: str | None, model: str | None) -> str:
+    """Return why a checkpoint is none of ours; empty if it is."""
+    if record.manifest is None:
+        return record.fault
+    try:
+        check_identity(record.manifest, run_id=run_id, model=model)
+    except ForeignCheckpointError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,55 @@
+"""Asks a store many small things at once, since each takes a round trip and little else."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+AT_ONCE = 32
+FEW = 8
+
+
+def each(call: Callable[[A], B], items: Sequence[A], *, at_once: int = AT_ONCE) -> list[B]:
+    """Return what the call makes of each item, in the order of the items.
+
+    A few items are gone through one after the other. The threads are daemons: a store that hangs
+    keeps no program from ending.
+
+    Raises:
+        BaseException: what the first of the calls raised that raised anything; all others are over
+            by then, or were not begun.
+    """
+    if len(items) <= FEW:
+        return [call(item) for item in items]
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(items)):
+        todo.put(number)
+    done: dict[int, B] = {}
+    failed: dict[int, BaseException] = {}
+
+    def work() -> None:
+        while not failed:
+            try:
+                number = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                done[number] = call(items[number])
+            except BaseException as error:  # noqa: BLE001 - raised where the call was asked for
+                failed[number] = error
+
+    name = f"{threading.current_thread().name}-each"
+    threads = [
+        threading.Thread(target=work, name=name, daemon=True)
+        for _ in range(min(at_once, len(items)))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[min(failed)]
+    return [done[number] for number in range(len(items))]

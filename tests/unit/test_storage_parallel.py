@@ -1,0 +1,71 @@
+"""Asking a store many things at once: the same answers, sooner."""
+
+import threading
+import time
+
+import pytest
+
+from storage.catalog import Catalog
+from storage.errors import StorageUnavailableError
+from storage.faulty import FaultyStore
+from storage.manifest import commit_key, encode_manifest
+from storage.memory import MemoryStore
+from storage.parallel import FEW, each
+from tests.checkpoints import committed, written
+
+
+def test_answers_come_in_the_order_of_the_questions() -> None:
+    def slowly(number: int) -> int:
+        time.sleep(0.001 * (number % 3))
+        return number * number
+
+    assert each(slowly, range(100)) == [number * number for number in range(100)]
+    assert each(slowly, []) == []
+
+
+def test_a_few_are_asked_one_after_the_other_by_whoever_asks() -> None:
+    names = each(lambda _: threading.current_thread().name, range(FEW))
+
+    assert set(names) == {threading.current_thread().name}
+
+
+def test_what_the_first_one_raised_is_raised_even_a_kill() -> None:
+    def fail(number: int) -> None:
+        if number >= 40:
+            raise KeyboardInterrupt(number)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        each(fail, range(50), at_once=1)
+
+    assert raised.value.args == (40,)
+
+
+def test_a_thousand_checkpoints_are_listed_and_one_is_chosen_in_a_second_of_20_ms_answers() -> None:
+    inner = MemoryStore()
+    for step in range(1000):
+        # Not by `commit`, which looks through all that there are.
+        inner.put(commit_key(step, 1), encode_manifest(written(inner, step)))
+    store = FaultyStore(inner, slow_s=0.02)
+    begun = time.monotonic()
+
+    found, _ = Catalog(store).newest_verified()
+    chosen_s = time.monotonic() - begun
+    records = Catalog(store).commits()
+    listed_s = time.monotonic() - begun - chosen_s
+
+    assert found is not None
+    assert found.step == 999
+    assert len(records) == 1000
+    # One after the other it would take 20 s. The target is 1 s on a machine that does nothing else.
+    assert chosen_s < 2
+    assert listed_s < 5
+
+
+def test_a_store_that_does_not_answer_fails_the_whole_list() -> None:
+    store = FaultyStore(MemoryStore())
+    for step in range(20):
+        committed(store, step)
+    store.before = lambda _operation, key: setattr(store, "down", "0-1.json" in key)
+
+    with pytest.raises(StorageUnavailableError):
+        Catalog(store).commits()

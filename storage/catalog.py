@@ -239,7 +239,7 @@ class Catalog:
             return []
         deleted = []
         for step, epoch in planned.victims:
-            if leased(step, epoch) or (leases and leases.held(step, epoch)):
+            if (leases and leases.held(step, epoch)) or leased(step, epoch):
                 continue
             # The verdict first: from here on nobody starts to read it. Then the commit, so that no
             # commit is visible without its shards.

@@ -69,38 +69,65 @@ def examine(
     return damages
 
 
-def scrub_next(
+def scrub_all(
     catalog: Catalog,
     *,
     again: bool = False,
     read: Callable[[int], None] = lambda _bytes: None,
 ) -> Iterator[Examined]:
-    """Examine one checkpoint after the other, newest first, and put on record what came of it.
+    """Scrub every checkpoint that is due, newest first; see `scrub`.
+
+    Args:
+        catalog: of the run.
+        again: also those whose bytes were verified before; bytes can rot.
+        read: as for `examine`.
+    """
+    for record in due(catalog, again=again):
+        examined = scrub(catalog, record, read=read)
+        if examined is not None:
+            yield examined
+
+
+def due(catalog: Catalog, *, again: bool = False) -> list[CommitRecord]:
+    """Return the checkpoints that a scrub has to read, newest first."""
+    standings = catalog.standings()
+    return [
+        record
+        for record in catalog.commits()
+        if is_due(record, standings.get((record.step, record.epoch), Standing()), again=again)
+    ]
+
+
+def scrub(
+    catalog: Catalog,
+    record: CommitRecord,
+    *,
+    read: Callable[[int], None] = lambda _bytes: None,
+) -> Examined | None:
+    """Examine a checkpoint, and put on record what came of it.
 
     What is whole gets the verdict that its bytes are verified. What is damaged becomes suspect, so
     that nobody resumes from it; its bytes stay.
 
     Args:
         catalog: of the run. Hand one on a `ThrottledStore` to leave bandwidth to the run.
-        again: also those whose bytes were verified before; bytes can rot.
+        record: of the checkpoint.
         read: as for `examine`.
+
+    Returns:
+        What came of it; None if it was collected while it was read.
 
     Raises:
         StorageError: if the store does not answer or refuses.
     """
-    standings = catalog.standings()
-    for record in catalog.commits():
-        standing = standings.get((record.step, record.epoch), Standing())
-        if not is_due(record, standing, again=again):
-            continue
-        if record.manifest is None:
-            yield Examined(step=record.step, epoch=record.epoch, damages=(), fault=record.fault)
-            continue
-        damages = examine(catalog.store, record.manifest, read=read)
-        if damages and not _is_there(catalog.store, record.manifest):
-            continue  # collected while it was read
-        _judge(catalog, record.manifest, damages)
-        yield Examined(step=record.step, epoch=record.epoch, damages=tuple(damages))
+    step, epoch, manifest = record.step, record.epoch, record.manifest
+    if manifest is None:
+        return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
+    damages = examine(catalog.store, manifest, read=read)
+    if damages and not _is_there(catalog.store, manifest):
+        return None
+    _judge(catalog, manifest, damages)
+    return Examined(step=step, epoch=epoch, damages=tuple(damages))
 
 
 def is_due(record: CommitRecord, standing: Standing, *, again: bool) -> bool:

@@ -66,12 +66,19 @@ class Tier:
         self.gates: list[Gate] = []
 
     def open(
-        self, *gates: Gate, keep_last: int = 3, commit_s: float = WITHIN_S, name: str = "steps"
+        self,
+        *gates: Gate,
+        keep_last: int = 3,
+        commit_s: float = WITHIN_S,
+        name: str = "steps",
+        scrub_mib_per_second: int = 0,
     ) -> Vault:
         """Open a vault whose way to the folder leads through gates."""
         run = msgspec.convert(steps_job(), TrainingRun)
         replace = msgspec.structs.replace
-        checkpoint = replace(run.spec.checkpoint, keep_last=keep_last)
+        checkpoint = replace(
+            run.spec.checkpoint, keep_last=keep_last, scrub_mib_per_second=scrub_mib_per_second
+        )
         run = replace(
             run,
             spec=replace(run.spec, checkpoint=checkpoint),

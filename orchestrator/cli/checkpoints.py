@@ -65,12 +65,14 @@ def why_untrusted(state: RunState, commit: Committed) -> str:
 
 def _why_expired(state: RunState, commit: Committed) -> str:
     """Say that a checkpoint is too old to have been kept; the journal does not see deletions."""
-    keep = state.run.spec.checkpoint.keep_last
+    keep, every = state.run.spec.checkpoint.keep_last, state.run.spec.checkpoint.keep_every_steps
     sound = sorted(
         (c.step, c.epoch) for c in state.commits if not (c.rejected or why_untrusted(state, c))
     )
     older = (commit.step, commit.epoch) < min(sound[-keep:], default=(0, 0))
-    return f"older than the newest {keep} (spec.checkpoint.keepLast)" if older else ""
+    if not older or (every and commit.step % every == 0):
+        return ""
+    return f"older than the newest {keep} (spec.checkpoint.keepLast), kept as an anchor at most"
 
 
 def copies(state: RunState, step: Step) -> list[int]:

@@ -18,8 +18,8 @@ from orchestrator.cli.stored import Store, opened, picked, size_of
 from orchestrator.cli.tables import in_json
 from storage.catalog import Catalog, CommitRecord
 from storage.errors import StorageRefusedError
-from storage.scrub import Examined, examine, is_due, scrub_next
-from storage.verdicts import DELETING, Standing
+from storage.scrub import Examined, due, examine, scrub_all
+from storage.verdicts import DELETING
 from storage.wrappers import ThrottledStore
 
 if TYPE_CHECKING:
@@ -94,18 +94,12 @@ def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) ->
 
 
 def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[Examined]:
-    """Verify what is not verified, and judge it; see `storage.scrub.scrub_next`."""
+    """Verify what is not verified, and judge it; see `storage.scrub.scrub_all`."""
     blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _bytes_per_s(rate))
     catalog = Catalog(blobs)
-    standings = catalog.standings()
-    total = sum(
-        size_of(record.manifest)
-        for record in catalog.commits()
-        if record.manifest
-        and is_due(record, standings.get((record.step, record.epoch), Standing()), again=again)
-    )
-    gauge.begin("scrubbing", total)
-    return list(scrub_next(catalog, again=again, read=gauge.read))
+    records = due(catalog, again=again)
+    gauge.begin("scrubbing", sum(size_of(one.manifest) for one in records if one.manifest))
+    return list(scrub_all(catalog, again=again, read=gauge.read))
 
 
 def tell(told: list[Examined], output: Form) -> None:

@@ -187,6 +187,14 @@ class Checkpoint(_Section, frozen=True, kw_only=True):
     every_steps: Positive = 50
     memory_every_steps: Positive = 5
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 3
+    """So many of the newest stay on the durable tier."""
+    keep_every_steps: NonNegative = 0
+    """And every one whose step is a multiple of this; 0: no others."""
+    keep_anchors: bool = True
+    """And verified ones at distances from the newest that double, so that a corruption that is
+    found late has one from before it."""
+    scrub_mib_per_second: NonNegative = 64
+    """At most so much is read back in the background, to verify what was written; 0: nothing."""
 
 
 class Detection(_Section, frozen=True, kw_only=True):

@@ -26,11 +26,13 @@ from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.lane import Lane
+from orchestrator.worlds.scrubbing import Scrubber
 from storage.address import open_store
 from storage.blob import BlobStore, Sweepable
 from storage.catalog import Catalog
 from storage.commit import commit, newest_epoch
 from storage.errors import StorageError, StorageUnavailableError
+from storage.leases import Leases
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.retention import Ladder
 from storage.wrappers import CountingStore, RetryingStore
@@ -80,6 +82,10 @@ class Vault:
         self._searching = threading.BoundedSemaphore(SEARCHES_MAX)
         self._commits = Lane("holdfast-commit", limits.commit_s)
         self._tidying = Lane("holdfast-tidy", limits.save_s)
+        scrub_bytes_per_s = run.spec.checkpoint.scrub_mib_per_second * 2.0**20
+        self._scrubber = Scrubber(self._store, scrub_bytes_per_s) if scrub_bytes_per_s else None
+        # Leases end by a clock that all readers of the store share, more or less.
+        self._leases = Leases(self._store, time.time)  # noqa: TID251
         self._tidy(self._sweep)
 
     def begin(self, generation: Generation) -> None:
@@ -148,6 +154,8 @@ class Vault:
             tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
             self._tidy(partial(self._retain, manifest))
             self._tidy(self._sweep)
+            if self._scrubber is not None:
+                self._scrubber.wake()
 
         def late() -> None:
             if not answered.is_set():
@@ -253,8 +261,17 @@ class Vault:
     def _retain(self, newest: Manifest) -> None:
         """Delete what is older than the checkpoints to keep, now that there is a newer one."""
         with self._guard.deleting(newest.epoch) as leased:
-            keep_last = self._run.spec.checkpoint.keep_last
-            Catalog(self._store).retain(Ladder(last=keep_last), verified=newest, leased=leased)
+            keep = self._run.spec.checkpoint
+            ladder = Ladder(
+                last=keep.keep_last, every_steps=keep.keep_every_steps, anchors=keep.keep_anchors
+            )
+
+            def in_use(step: int, epoch: int) -> bool:
+                # Asked first, for the guard takes down what it lets go of.
+                scrubbed = self._scrubber is not None and self._scrubber.reads(step, epoch)
+                return scrubbed or leased(step, epoch)
+
+            Catalog(self._store).retain(ladder, verified=newest, leased=in_use, leases=self._leases)
 
     def _sweep(self) -> None:
         """Remove what writers that were killed left behind; readers never see it, disks do."""

@@ -7,7 +7,7 @@ from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import body_key, commit_key, index_key
 from storage.memory import MemoryStore
-from storage.scrub import HEADER, Damage, Examined, examine, scrub_next
+from storage.scrub import HEADER, Damage, Examined, examine, scrub_all
 from storage.verdicts import Trust, standing_of
 from tests.checkpoints import LAYOUT, committed
 
@@ -98,7 +98,7 @@ def test_a_scrub_verifies_what_is_whole_and_suspects_what_is_not_once() -> None:
     store.flips[commit_key(10, 1)] = 800
     catalog = Catalog(store)
 
-    done = list(scrub_next(catalog))
+    done = list(scrub_all(catalog))
 
     assert [(one.step, bool(one.damages), bool(one.fault)) for one in done] == [
         (30, False, False),
@@ -111,8 +111,8 @@ def test_a_scrub_verifies_what_is_whole_and_suspects_what_is_not_once() -> None:
     assert found is None
     assert "scrub found expected xxh3-128" in rejections[0].reason
     # What is on record is not read again, unless it is asked for.
-    assert [one.step for one in scrub_next(catalog)] == [10]
-    assert [one.step for one in scrub_next(catalog, again=True)] == [30, 10]
+    assert [one.step for one in scrub_all(catalog)] == [10]
+    assert [one.step for one in scrub_all(catalog, again=True)] == [30, 10]
 
 
 def test_what_is_deleted_while_it_is_read_is_not_suspected() -> None:
@@ -127,7 +127,7 @@ def test_what_is_deleted_while_it_is_read_is_not_suspected() -> None:
 
     store.before = collect
 
-    assert [one.step for one in scrub_next(Catalog(store))] == [20]
+    assert [one.step for one in scrub_all(Catalog(store))] == [20]
     assert standing_of(store, 10, 1).keys == ()
 
 

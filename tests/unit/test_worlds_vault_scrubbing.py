@@ -1,0 +1,92 @@
+"""What the durable tier does in the background: verify what was written, and keep anchors of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from storage import verdicts
+from storage.leases import Leases
+from storage.verdicts import Trust, standing_of
+from tests.vaults import WITHIN_S, Gate, Tier
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[Tier]:
+    tier = Tier(tmp_path / "tier")
+    yield tier
+    tier.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def trust(tier: Tier, step: int) -> Trust:
+    return standing_of(tier.store, step, 1).trust
+
+
+def test_what_was_committed_is_read_back_and_verified(tier: Tier) -> None:
+    vault = tier.open(scrub_mib_per_second=64)
+
+    tier.commit(vault, 20, epoch=1)
+
+    until(lambda: trust(tier, 20) is Trust.BYTES_VERIFIED)
+
+
+def test_damage_is_found_before_anybody_needs_the_checkpoint(tier: Tier) -> None:
+    tier.commit(tier.open(), 20, epoch=1)
+    tier.commit(tier.open(), 40, epoch=1)
+    tier.damage(20, 1)
+
+    tier.commit(tier.open(scrub_mib_per_second=64), 60, epoch=1)
+
+    until(lambda: standing_of(tier.store, 20, 1).kind == verdicts.SUSPECT)
+    until(lambda: trust(tier, 40) is Trust.BYTES_VERIFIED)
+    (key,) = standing_of(tier.store, 20, 1).keys
+    assert "scrub found expected xxh3-128" in verdicts.reason_of(tier.store, key)
+
+
+def test_verified_ones_become_anchors_and_others_go(tier: Tier) -> None:
+    vault = tier.open(keep_last=2, scrub_mib_per_second=64)
+    for step in range(20, 340, 20):
+        tier.commit(vault, step, epoch=1)
+        until(lambda step=step: trust(tier, step) is Trust.BYTES_VERIFIED)
+
+    steps = tier.steps()
+    assert steps[:2] == [320, 300]
+    assert steps[-1] <= 160
+    assert len(steps) < 9
+
+
+def test_what_is_just_being_read_back_is_not_deleted_however_long_that_takes(tier: Tier) -> None:
+    gate = Gate("get", ".st", by="scrub")
+    vault = tier.open(gate, keep_last=1, scrub_mib_per_second=64)
+    tier.commit(vault, 20, epoch=1)
+    assert gate.reached.wait(WITHIN_S)
+
+    for step in (40, 60, 80):
+        tier.commit(vault, step, epoch=1)
+
+    assert tier.steps() == [80, 20]
+    gate.opened.set()
+    until(lambda: trust(tier, 20) is Trust.BYTES_VERIFIED)
+
+
+def test_what_a_reader_has_a_lease_of_stays(tier: Tier) -> None:
+    vault = tier.open(keep_last=1)
+    tier.commit(vault, 20, epoch=1)
+    leases = Leases(tier.store, time.time)  # noqa: TID251 - as the vault has it
+    key = leases.take(20, 1, "reader", 60.0)
+
+    tier.commit(vault, 40, epoch=1)
+    tier.commit(vault, 60, epoch=1)
+    assert tier.steps() == [60, 20]
+
+    leases.drop(key)
+    tier.commit(vault, 80, epoch=1)
+    assert tier.steps() == [80]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,7 @@ from trainer import parallel, pipeline, tensor
 from trainer.model import Block, Llama, next_token_loss
 from trainer.reduction import keep_order
 
-COMPILING: dict[str, Any] = {
-    "fullgraph": True,
-    "dynamic": False,
-    "backend": "inductor",
-    # Nothing that moves the last bits is chosen by how fast it was just now: a process or a node
-    # that takes over computes what the one before it did.
-    "options": {"deterministic": True},
-}
+COMPILING: dict[str, Any] = {"fullgraph": True, "dynamic": False}
 """How layers are compiled. Kernels are kept on the node's disk, for processes to come."""
 
 
@@ -50,6 +44,7 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
     for layer in layers:
         layer.recompute = job.activation_checkpointing
     if compiles(job, world.device):
+        _choose_nothing_by_its_speed()
         for layer in layers:
             for module in _compiled_parts(layer, world.device):
                 module.compile(**COMPILING)
@@ -59,6 +54,16 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
         if apart:
             keep_order(part)
     return parts
+
+
+def _choose_nothing_by_its_speed() -> None:
+    """Have kernels with other last bits not be chosen by how fast they were just now.
+
+    A process, or a node, that takes over has to compute what the one before it did.
+    """
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    if hasattr(inductor, "deterministic"):  # since torch 2.10
+        inductor.deterministic = True
 
 
 def _compiled_parts(layer: Block, device: torch.device) -> list[nn.Module]:

@@ -59,16 +59,14 @@ def per_document(q_BHLE: Tensor, k_BKLE: Tensor, v_BKLE: Tensor, cuts: Cuts) -> 
     """
     rows = []
     for row, borders in enumerate(cuts):
-        spans = itertools.pairwise(borders)
+        # Not by slices: the gradient of each would be as long as the sequence, and mostly zeros.
+        lengths = [b - a for a, b in itertools.pairwise(borders)]
+        q, k, v = (
+            torch.split(whole[row : row + 1], lengths, dim=2) for whole in (q_BHLE, k_BKLE, v_BKLE)
+        )
         parts = [
-            F.scaled_dot_product_attention(
-                q_BHLE[row : row + 1, :, a:b],
-                k_BKLE[row : row + 1, :, a:b],
-                v_BKLE[row : row + 1, :, a:b],
-                is_causal=True,
-                enable_gqa=True,
-            )
-            for a, b in spans
+            F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+            for part in zip(q, k, v, strict=True)
         ]
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)

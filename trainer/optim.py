@@ -119,7 +119,10 @@ class Optimizer:
         norm = torch.tensor(grad_norm, dtype=torch.float32)
         if not self._job.clip_norm / (norm + 1e-6) >= 1.0:  # else it would multiply all by 1
             nn.utils.clip_grads_with_norm_(
-                [shard.param for shard in self.shards], self._job.clip_norm, norm, foreach=True
+                [shard.param for shard in self.shards],
+                self._job.clip_norm,
+                norm.to(self._device, non_blocking=True),
+                foreach=True,
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(step, self._job)

@@ -211,9 +211,9 @@ def _give_way(worker: Worker, error: BaseException) -> NoReturn:
 
 
 @contextlib.contextmanager
-def alone(store: Store | None = None) -> Iterator[World]:
-    """Form a world of one, on the CPU, and leave it without a trace."""
-    world = World(0, Layout(), device_of("cpu", 0))
+def alone(store: Store | None = None, device: str = "cpu") -> Iterator[World]:
+    """Form a world of one, and leave it without a trace; `device` as in `device_of`."""
+    world = World(0, Layout(), device_of(device, 0))
     try:
         world.join(store or HashStore(), 60.0)
         yield world

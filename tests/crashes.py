@@ -1,0 +1,424 @@
+"""Stops writers between any two operations, and looks at what is left: the crash matrix.
+
+Nothing of the product catches `Killed`, so nothing is tidied up, as after a kill. Tables are made
+of what was seen, and stand in storage/FORMAT.md.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import verdicts
+from storage.blob import BlobStore
+from storage.catalog import Catalog
+from storage.commit import fetch_shard
+from storage.errors import StorageError, StorageUnavailableError
+from storage.faulty import FaultyStore
+from storage.leases import SKEW_S, Leases
+from storage.local import LocalStore
+from storage.manifest import body_key, commit_key, index_key
+from storage.memory import MemoryStore
+from storage.remote import S3Store
+from storage.retention import Ladder
+from storage.scrub import scrub_all
+from storage.wrappers import RetryingStore
+from tests.checkpoints import SHARDS, committed
+
+NOW = 1.7e9
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Killer:
+    """Kills the caller before its operation of this number, counting from 0."""
+
+    def __init__(self, number: int) -> None:
+        self.left, self.killed = number, False
+        self.last = ("", "")
+
+    def come(self, operation: str, key: str) -> None:
+        if self.left == 0:
+            self.killed = True
+            raise Killed
+        self.left -= 1
+        self.last = (operation, key)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is left when the writer is killed after an operation."""
+
+    after: str
+    visible: str
+    left: str
+    cleaned: str
+
+
+@dataclass(frozen=True)
+class Story:
+    """Something that is done to a store, from which it can be kept.
+
+    Attributes:
+        name: in the table.
+        prepare: brings the store to where it begins; is not killed.
+        work: is killed.
+        stays: the step that must be there throughout.
+    """
+
+    name: str
+    prepare: Callable[[BlobStore], object]
+    work: Callable[[BlobStore], object]
+    stays: int
+
+
+def leases_of(store: BlobStore, now: float = NOW) -> Leases:
+    return Leases(store, lambda: now)
+
+
+def collect(store: BlobStore, now: float = NOW) -> None:
+    Catalog(store).retain(Ladder(last=1), leases=leases_of(store, now))
+
+
+def save(step: int, epoch: int = 1) -> Callable[[BlobStore], object]:
+    return lambda store: committed(store, step, epoch)
+
+
+def several(*steps: int) -> Callable[[BlobStore], None]:
+    def prepare(store: BlobStore) -> None:
+        for step in steps:
+            committed(store, step)
+
+    return prepare
+
+
+def half_a_save(store: BlobStore) -> None:
+    """Leave what a writer leaves that is killed when the first shard is half there."""
+    committed(store, 10)
+    calls = itertools.count()
+
+    def kill(operation: str, _key: str) -> None:
+        if operation == "put" and next(calls) == 1:
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        committed(FaultyStore(store, before=kill), 20)
+
+
+def read(store: BlobStore) -> None:
+    leases = leases_of(store)
+    key = leases.take(10, 1, "reader", 60.0)
+    assert not verdicts.standing_of(store, 10, 1).barred
+    record = Catalog(store).commits()[-1]
+    assert record.manifest is not None
+    for shard in range(SHARDS):
+        fetch_shard(store, record.manifest, shard)
+    leases.drop(key)
+
+
+STORIES = (
+    Story("save and commit", save(10), save(20), 10),
+    Story("save again what was half done", half_a_save, save(20), 10),
+    Story("save in a newer epoch, beside a half-done one", half_a_save, save(30, 2), 10),
+    Story("collect", several(10, 20), collect, 20),
+    Story("quarantine", several(10, 20), lambda s: Catalog(s).quarantine(20, 1, "x"), 10),
+    Story("scrub", several(10, 20), lambda s: list(scrub_all(Catalog(s))), 20),
+    Story("read with a lease", several(10, 20), read, 20),
+)
+
+
+def copy(store: MemoryStore) -> MemoryStore:
+    other, keys = MemoryStore(), store.keys()
+    for key in keys:
+        other.put(key, store.get(key))
+    return other
+
+
+def rows(story: Story) -> Iterator[Row]:
+    """Yield a row for each operation of the work that changes the store, in order."""
+    prepared = MemoryStore()
+    story.prepare(prepared)
+    after, seen = "nothing yet", set()
+    for number in itertools.count():
+        store, killer = copy(prepared), Killer(number)
+        with contextlib.suppress(Killed):
+            story.work(FaultyStore(store, before=killer.come))
+        check(store, story)
+        operation, key = killer.last
+        if operation in {"put", "delete"}:
+            after = f"{operation} {kind_of(key)}"
+        row = Row(after, visible(store), left_behind(store), cleaned_by(store, story))
+        if (row.after, row.visible, row.left) not in seen:
+            seen.add((row.after, row.visible, row.left))
+            yield row
+        if not killer.killed:
+            return
+
+
+def check(store: BlobStore, story: Story) -> None:
+    """Check what must hold after every kill."""
+    catalog = Catalog(store)
+    barred = catalog.barred()
+    records = catalog.commits()
+    for record in records:
+        if (record.step, record.epoch) in barred:
+            continue
+        assert record.manifest is not None, f"{story.name}: {record.fault}"
+        for shard in range(record.manifest.shards):
+            _, body = fetch_shard(store, record.manifest, shard)
+            assert body[-64:] == bytes([record.step % 256]) * 64
+    found, _ = catalog.newest_verified()
+    assert found is not None, f"{story.name}: nothing is left"
+    assert story.stays in [record.step for record in records], f"{story.name}: lost a commit"
+
+
+def kind_of(key: str) -> str:
+    """Return what a key is of, in words."""
+    if key.startswith("commits/"):
+        return "the record"
+    if key.startswith("verdicts/"):
+        return f"the verdict `{key.rpartition('/')[2][7:].removesuffix('.json')}`"
+    if key.startswith("leases/"):
+        return "the lease"
+    return "a body" if key.endswith(".st") else "an index"
+
+
+def visible(store: BlobStore) -> str:
+    """Return the checkpoints that readers see, those that are barred in brackets."""
+    barred = Catalog(store).barred()
+    shown = [
+        f"({record.step})" if (record.step, record.epoch) in barred else str(record.step)
+        for record in reversed(Catalog(store).commits())
+    ]
+    return ", ".join(shown)
+
+
+def garbage(store: BlobStore) -> list[str]:
+    """Return the keys that no checkpoint has that can be resumed from, and that are no history."""
+    catalog = Catalog(store)
+    going = {
+        where
+        for where, standing in catalog.standings().items()
+        if standing.kind == verdicts.DELETING
+    }
+    needed: set[str] = set()
+    for record in catalog.commits():
+        if (record.step, record.epoch) not in going:
+            where = (record.step, record.epoch)
+            needed.add(commit_key(*where))
+            needed |= {of(*where, n) for of in (body_key, index_key) for n in range(SHARDS)}
+    keys = store.keys()
+    return [key for key in keys if key not in needed and not key.startswith("verdicts/")]
+
+
+def left_behind(store: BlobStore) -> str:
+    """Return in words what is of no use to anybody."""
+    keys = garbage(store)
+    bodies = {key[:-3] for key in keys if key.endswith(".st")}
+    indexes = {key[:-4] for key in keys if key.endswith(".idx")}
+    counted = (
+        (sum(key.startswith("commits/") for key in keys), "record", "records"),
+        (len(bodies & indexes), "shard", "shards"),
+        (len(bodies - indexes), "body without index", "bodies without index"),
+        (len(indexes - bodies), "index without body", "indexes without body"),
+        (sum(key.startswith("leases/") for key in keys), "lease", "leases"),
+    )
+    words = [f"{n} {one if n == 1 else more}" for n, one, more in counted if n]
+    return ", ".join(words) or "-"
+
+
+def cleaned_by(store: MemoryStore, story: Story) -> str:
+    """Return who removes what was left behind."""
+    if not garbage(store):
+        return "-"
+    again = copy(store)
+    story.work(again)
+    check(again, story)
+    if not garbage(again):
+        return "the same again"
+    later = copy(store)
+    committed(later, 90, 3)
+    collect(later, NOW + 60.0 + SKEW_S + 1)
+    assert garbage(later) == [], f"{story.name}: nobody removes it"
+    return "the next collect"
+
+
+def table(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> str:
+    lines = [titles, ("---",) * len(titles), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def crash_table() -> str:
+    """Return the table of what is left after each operation of each story."""
+    cells = [
+        (story.name, row.after, row.visible, row.left, row.cleaned)
+        for story in STORIES
+        for row in rows(story)
+    ]
+    shown = [
+        ("" if n and cells[n - 1][0] == line[0] else line[0], *line[1:])
+        for n, line in enumerate(cells)
+    ]
+    titles = ("killed during", "after", "checkpoints then", "left behind", "removed by")
+    return table(titles, shown)
+
+
+# A put to a folder and to a bucket, which are several operations each -----------------------------
+
+
+def local_table(root: Path) -> str:
+    """Return the table of a put to a folder, killed after each operation of the file system."""
+    cells = []
+    for number in itertools.count():
+        folder = root / str(number)
+        steps: list[str] = []
+
+        def kill(name: str, number: int = number, steps: list[str] = steps) -> None:
+            if len(steps) == number:
+                raise Killed
+            steps.append(name)
+
+        over = True
+        try:
+            LocalStore(folder / "run", before=kill).put("a/k", b"whole")
+        except Killed:
+            over = False
+        store = LocalStore(folder / "run")
+        there = store.keys()
+        assert there in ([], ["a/k"])
+        if there:
+            assert store.get("a/k") == b"whole"
+        left = [path for path in folder.rglob(".tmp-*") if path.is_file()]
+        removed = "`sweep_old`, after an hour" if left else "-"
+        if left:
+            assert store.sweep_old(-60.0) == left
+        if not there:
+            store.put("a/k", b"again")
+        if steps:
+            names = (steps[-1], "the blob" if there else "-", "`.tmp-...`" if left else "-")
+            cells.append((*names, removed))
+        if over:
+            return table(("after", "readers see", "left behind", "removed by"), cells)
+    raise AssertionError
+
+
+class Connection:
+    """Counts the requests of a store's client, and sends none after so many."""
+
+    def __init__(self, store: S3Store, requests_max: int) -> None:
+        self.sent: list[str] = []
+        self._max = requests_max
+        self._call = store._filesystem._call_s3
+        store._filesystem._call_s3 = self.call
+
+    async def call(self, method: str, *arguments: object, **more: object) -> object:
+        if len(self.sent) >= self._max:
+            raise ConnectionError("killed: nothing is sent any more")
+        self.sent.append(method)
+        return await self._call(method, *arguments, **more)
+
+
+def bucket_table(opened: Callable[[], S3Store], size: int) -> str:
+    """Return the table of a put to a bucket, killed after each request.
+
+    Args:
+        opened: opens a new, empty store with a client of its own.
+        size: bytes of the blob.
+    """
+    cells, data = [], bytes(size)
+    for number in itertools.count():
+        store = opened()
+        connection = Connection(store, number)
+        over = True
+        try:
+            store.put("k", data)
+        except StorageUnavailableError:
+            over = False
+        store._filesystem._call_s3 = connection._call
+        there = store.keys()
+        assert there in ([], ["k"])
+        if there:
+            assert store.size("k") == size
+        left = store.sweep_old(3600.0)
+        if not there:
+            store.put("k", data)
+        if connection.sent:
+            parts = connection.sent.count("upload_part")
+            after = connection.sent[-1] + (f" ({parts} of them)" if parts and not there else "")
+            left_words = "parts that no listing shows" if left else "-"
+            removed = "`sweep_old`, after an hour" if left else "-"
+            cells.append((f"`{after}`", "the blob" if there else "-", left_words, removed))
+        if over:
+            return table(("after", "readers see", "left behind", "removed by"), cells)
+    raise AssertionError
+
+
+# Faults instead of kills --------------------------------------------------------------------------
+
+
+FAULTS: dict[str, Callable[[FaultyStore], object]] = {
+    "503, too many requests": lambda store: setattr(store, "busy", 1),
+    "409, another request at the key": lambda store: setattr(store, "conflicts", 1),
+    "412, although the key is free": lambda store: setattr(store, "taken", 1),
+    "done, and the answer is lost": lambda store: setattr(store, "lose_confirmation", True),
+    "torn after 40 bytes, and no answer": lambda store: setattr(store, "tear_at", 40),
+    "no space left, for good": lambda store: setattr(store, "full", True),
+    "shows late": lambda store: setattr(store, "late", lambda _key: True),
+}
+
+
+def fault_cells(name: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what comes of a save with a fault at each of its puts."""
+    puts = 2 * SHARDS + 1
+    for number in range(puts):
+        inner = MemoryStore()
+        committed(inner, 10)
+        faulty, calls = FaultyStore(inner, sleep=lambda _: None), itertools.count()
+
+        def spoil(
+            operation: str,
+            _key: str,
+            store: FaultyStore = faulty,
+            calls: Iterator[int] = calls,
+            number: int = number,
+        ) -> None:
+            if operation == "put" and next(calls) == number:
+                FAULTS[name](store)
+
+        faulty.before = spoil
+        try:
+            committed(RetryingStore(faulty, attempts_max=3, sleep=lambda _: None), 20)
+            came = "commits"
+        except StorageError as error:
+            came = type(error).__name__
+        healed = FaultyStore(inner)
+        newest, rejections = Catalog(healed).newest_verified()
+        assert newest is not None
+        assert newest.step == 20 or came != "commits" or rejections, (name, number)
+        if came == "commits":
+            assert newest.step == 20, f"{name}: an acknowledged commit is gone"
+        try:
+            committed(healed, 20)
+            again = "commits"
+        except StorageError as error:
+            again = type(error).__name__
+        committed(healed, 30, 2)
+        found, _ = Catalog(healed).newest_verified()
+        assert found is not None
+        assert found.step == 30
+        place = "record" if number == puts - 1 else ("body", "index")[number % 2]
+        yield place, came, str(newest.step), again
+
+
+def fault_table() -> str:
+    """Return the table of what comes of a save when the store answers badly once."""
+    cells = []
+    for name in FAULTS:
+        told = dict.fromkeys(fault_cells(name))
+        for n, line in enumerate(told):
+            cells.append(("" if n else name, *line))
+    titles = ("the put is answered", "of a", "the save", "newest then", "the same save again")
+    return table(titles, cells)

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from orchestrator.agent.memory import Memory
 from orchestrator.agent.ranks import Ranks
 from orchestrator.faults.catalogue import CATALOGUE
 from orchestrator.faults.plan import ArmedFault, Fault
-from orchestrator.protocol.agent import NODE_LOST_EXIT
+from orchestrator.protocol.agent import LOST_FOR, NODE_LOST_EXIT
 from orchestrator.protocol.ids import NodeId, Rank
 from orchestrator.protocol.messages import Fact, FaultCarriedOut, FaultDue
 from orchestrator.protocol.rank import Misbehave
@@ -49,6 +50,7 @@ class Injection:
 
     Args:
         node: its name.
+        work: its folder on disk.
         memory: its folder in shared memory.
         ranks: its processes.
         keeper: what it holds for itself and others.
@@ -62,6 +64,7 @@ class Injection:
         self,
         node: NodeId,
         *,
+        work: Path,
         memory: Memory,
         ranks: Ranks,
         keeper: Keeper,
@@ -70,7 +73,7 @@ class Injection:
         tier: Callable[[], DurableTier | None],
         say: Callable[[Fact], None],
     ) -> None:
-        self._node, self._memory = node, memory
+        self._node, self._work, self._memory = node, work, memory
         self._ranks, self._keeper, self._channel = ranks, keeper, channel
         self._account, self._tier, self._say = account, tier, say
         self._known: dict[int, Fault] = {}
@@ -171,7 +174,7 @@ class Injection:
             case "kill-agent":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "lose-node":
-                self._lose_node()
+                self._lose_node(fault.lasts_s)
             case "full-disk":
                 self._durable().fill(fault.lasts_s)
             case "slow-disk":
@@ -208,7 +211,10 @@ class Injection:
         self._keeper.unreachable = False
         self._channel.set_reachable(on=True)
 
-    def _lose_node(self) -> None:
+    def _lose_node(self, lasts_s: float | None) -> None:
+        if lasts_s is not None:
+            # Whoever starts agents gives the node back after that.
+            (self._work / LOST_FOR).write_text(repr(lasts_s), encoding="ascii")
         self._ranks.kill_all()
         linux.end_strays(spared=())
         self._memory.remove()

@@ -101,6 +101,7 @@ class Node:
         self._ranks.on_heard, self._ranks.on_ended = self._hearing.heard, self._hearing.ended
         self._injection = Injection(
             config.node,
+            work=Path(config.work),
             memory=memory,
             ranks=self._ranks,
             keeper=self._keeper,

@@ -100,10 +100,11 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
 def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     node = state.nodes.get(node_id)
     if node is None:
-        node = Node(node_id, joined.incarnation, joined_at=state.now)
+        node = Node(node_id, joined.incarnation, joined_at=state.now, here_since=state.now)
         state.nodes[node_id] = node
     seated = node_id in state.seated and not state.wanting
     if joined.incarnation > node.incarnation:
+        node.here_since = state.now
         copies.hold_only(state, node_id, ())
         node.lost = node.unusable = ""
         if seated:

@@ -11,6 +11,9 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
 
+ON_A_NEW_NODE = ", on a new node"
+"""Ends the name of a way in which a world has a node that had no seat before."""
+
 
 def learn(state: RunState, *, whole: bool) -> None:
     """Take in how long the present phase has taken, at its end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import eq
 
-from orchestrator.core import course, facts, quarantine
+from orchestrator.core import course, facts, patience, quarantine
 from orchestrator.core.decisions import (
     Decision,
     FenceNode,
@@ -148,7 +148,7 @@ class Recovery:
             state.futile_restarts += 1
         course.enter(state, RunPhase.STOPPING)
         new = any(state.nodes[node].generation == 0 for node in state.seated)
-        state.way = f"{plan.rung}, on a new node" if new else plan.rung
+        state.way = plan.rung + patience.ON_A_NEW_NODE if new else plan.rung
         self.started = decide(
             state,
             StartGeneration,

@@ -41,6 +41,8 @@ class Node:
     id: NodeId
     incarnation: int
     joined_at: Seconds
+    here_since: Seconds
+    """When its present agent joined."""
     died_after: Seconds = Seconds(0.0)
     """When it was heard last before it was `reborn`."""
     connected: bool = True

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import GROWTH, Cause, Finding
+from orchestrator.core.patience import ON_A_NEW_NODE
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import Resize, RunState
 from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
@@ -141,8 +143,23 @@ class GrowBack:
 def growing_to(state: RunState) -> int:
     """Return how many replicas the nodes that are there can hold; 0 if no more than there are."""
     # A node that is to be free is none to grow with, though it may keep the seat that it has.
-    found = fitting(state, len(state.seated) + len(state.spares()))
+    found = fitting(state, len(state.seated) + len(_ready(state)))
     return found if found > state.replicas else 0
+
+
+def _ready(state: RunState) -> list[NodeId]:
+    """Return the spares that no world would have to wait for.
+
+    A node joins before its processes are warm, and while they get so the others can train. How long
+    it takes is known from worlds that began with such nodes.
+    """
+    new_s = [
+        spent_s
+        for (phase, way), spent_s in state.phase_times.items()
+        if phase is RunPhase.STARTING and way.endswith(ON_A_NEW_NODE)
+    ]
+    since = state.now - max(new_s, default=0.0)
+    return [node for node in state.spares() if state.nodes[node].here_since <= since]
 
 
 def grows_at(state: RunState, replicas: int) -> Seconds:
@@ -194,7 +211,7 @@ def _finding(state: RunState, replicas: int, why: str) -> Finding:
         kind=GROWTH,
         cause=Cause.PLANNED,
         step=state.reached_step,
-        evidence=f"{_nodes(len(state.spares()))} free, enough for {replicas} of {full} replicas "
+        evidence=f"{_nodes(len(_ready(state)))} free, enough for {replicas} of {full} replicas "
         f"instead of {state.replicas}; {why}",
     )
 
@@ -233,7 +250,7 @@ def standing(state: RunState) -> str:
     if not (replicas := growing_to(state)):
         unit = state.run.block
         more = nodes_for(state.run, state.replicas + unit.replicas) - len(state.seated)
-        return f"{words}; grows back when {_nodes(more)} free, {len(state.spares())} so far"
+        return f"{words}; grows back when {_nodes(more)} free and warm, {len(_ready(state))} so far"
     at = grows_at(state, replicas)
     if at == inf:
         return f"{words}; {replicas} would be no faster"

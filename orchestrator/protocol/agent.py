@@ -12,7 +12,9 @@ from orchestrator.protocol.ids import NodeId
 AGENT_PATH = "/agent"
 """Path of the agent channel on the controller's server."""
 NODE_LOST_EXIT = 73
-"""Exit code of an agent that a fault plan told to take its whole node away, for good."""
+"""Exit code of an agent that a fault plan told to take its whole node away."""
+LOST_FOR = "lost-for"
+"""File in a node's folder: for how many seconds it is lost, if that is not for good."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """The machine of a local run: its nodes are agents, processes with memory of their own.
 
 It is what a data centre does by itself: it starts agents, starts them again when they end, and
-leaves lost nodes lost.
+leaves lost nodes lost, unless a fault plan says that they come back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 from orchestrator.agent import linux
-from orchestrator.protocol.agent import NODE_LOST_EXIT, AgentConfig
+from orchestrator.protocol.agent import LOST_FOR, NODE_LOST_EXIT, AgentConfig
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -64,11 +64,19 @@ class _Agent:
     left: bool = False
     """No other is started."""
 
-    def judge(self, code: int) -> str:
-        """Decide what follows from its end; return it in words."""
+    def judge(self, code: int, lost_for_s: float | None) -> str:
+        """Decide what follows from its end; return it in words.
+
+        Args:
+            code: its exit code.
+            lost_for_s: after how long its node is given back, if that is lost; None for never.
+        """
         now = time.monotonic()
         self.again_at = now
         ended = f"agent of {self.node} ended with {code}"
+        if code == NODE_LOST_EXIT and lost_for_s is not None:
+            self.again_at = now + lost_for_s
+            return f"{self.node} is lost for {lost_for_s:g} s"
         if code == NODE_LOST_EXIT:
             self.left = True
             return f"{self.node} is lost for good"
@@ -137,7 +145,7 @@ class Machine:
             if code is None:
                 continue
             if agent.again_at is None:
-                news.append(agent.judge(code))
+                news.append(agent.judge(code, self._lost_for_s(agent.node)))
             if not agent.left and agent.again_at is not None and agent.again_at <= time.monotonic():
                 news += self._start_again(agent)
         if news or self._strays:
@@ -182,6 +190,13 @@ class Machine:
             time.sleep(0.01)
         self._memory.remove()
 
+    def _lost_for_s(self, node: NodeId) -> float | None:
+        """Return for how long a node said that it would be lost; None if it did not say."""
+        try:
+            return float((self._folder.nodes / node / LOST_FOR).read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return None
+
     def _pids(self) -> set[int]:
         return {agent.child.pid for agent in self._agents.values()}
 
@@ -207,6 +222,7 @@ class Machine:
     def _start(self, node: NodeId, incarnation: int) -> _Agent:
         work = self._folder.nodes / node
         work.mkdir(parents=True, exist_ok=True)
+        (work / LOST_FOR).unlink(missing_ok=True)
         config = AgentConfig(
             node=node,
             incarnation=incarnation,

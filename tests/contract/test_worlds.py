@@ -336,3 +336,36 @@ def test_a_restore_that_takes_longer_than_any_before_is_not_taken_for_a_hang(job
     assert [incident.kind for incident in report.incidents] == ["crash"]
     assert report.generations == 2
     assert report.false_alarms == 0
+
+
+def test_a_node_without_a_spare_costs_a_replica_until_it_is_back(job: Start) -> None:
+    one = job(
+        at(22, "lose-node", node="node-1", **{"for": "1s"}),
+        nodes={"count": 3, "ranksPerNode": 1, "spares": 0},
+        parallelism={"dpReplicate": 3, "dpShard": 1},
+        trainer__steps=STEPS_ELASTIC,
+        trainer__options={
+            "steps": STEPS_ELASTIC,
+            "step_s": 0.02,
+            "save_every": 5,
+            "durable_every": 100,
+        },
+        recovery={"minReplicas": 2},
+    )
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report, STEPS_ELASTIC)
+    assert report.rungs == {"grow back": 1, "shrink": 1, "start": 1}
+    assert (report.replicas, report.replicas_least) == (3, 2)
+    assert [i.restored_from for i in report.incidents] == [
+        "own memory (2 ranks)",
+        "own memory (2 ranks), another replica's copy (1 ranks)",
+    ]
+    assert [i.ledger.get("lost_capacity", 0.0) > 0 for i in report.incidents] == [True, False]
+    assert (report.false_alarms, report.replicas_differ) == (0, [])
+    assert one.leftovers() == []
+
+
+STEPS_ELASTIC = 500

@@ -1,6 +1,6 @@
 """A trainer without torch: its steps are naps, its collectives nothing.
 
-Its state is three numbers: how many steps it has, of which rank it is, which generation saved it.
+Its state is three numbers: how many steps it has, which shard it is, which generation saved it.
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
 garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, restore_s, await_persisted.
@@ -72,7 +72,16 @@ def train(worker: Worker, seat: Seat) -> None:
     _save_if_due(worker, seat, step)
     if options.get("await_persisted"):
         assert worker.await_persisted(step, 10)
-    worker.finished(step, (step, seat.rank))
+    worker.finished(step, (step, _shard(seat)))
+
+
+def _shard(seat: Seat) -> int:
+    """Replicas repeat each other's shards, however many there are."""
+    return seat.rank % _shards(seat)
+
+
+def _shards(seat: Seat) -> int:
+    return int(seat.job.get("parallelism", {}).get("dpShard", seat.world_size))
 
 
 def _await_others(worker: Worker, seat: Seat, step: int, folder: Path) -> None:
@@ -112,7 +121,7 @@ def _restored(worker: Worker, seat: Seat) -> int:
     index = decode_index(seat.restore.index.encode())
     words = open_views(index, worker.restore_view(seat.restore))["param/w"].cast("q")
     assert words[0] == seat.restore.step, (words[0], seat.restore.step)
-    assert words[1] == seat.rank
+    assert words[1] == _shard(seat)
     print(f"restored generation {seat.generation} step {words[0]} of {words[2]}", flush=True)
     return seat.restore.step
 
@@ -134,14 +143,14 @@ def _save(worker: Worker, seat: Seat, step: int, *, durable: bool) -> None:
         time.sleep(0.01)
         slot = worker.slot(_PLAN.size)
     words = _PLAN.views(slot.buffer)["param/w"].cast("q")
-    words[0], words[1], words[2] = step, seat.rank, seat.generation
+    words[0], words[1], words[2] = step, _shard(seat), seat.generation
     meta = ShardMeta(
         run_id=seat.run_id,
         model="steps",
         step=step,
         epoch=seat.generation,
-        shard=seat.rank,
-        shards=seat.world_size,
+        shard=_shard(seat),
+        shards=_shards(seat),
     )
     index = encode_index(seal(_PLAN, slot.buffer, meta)).decode()
     worker.staged(slot, generation=seat.generation, step=step, index=index, durable=durable)

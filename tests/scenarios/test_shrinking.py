@@ -223,6 +223,8 @@ def test_a_world_does_not_grow_before_that_pays(wide: Wide) -> None:
     cluster = shrunk(wide)
     cluster.join("node-1", incarnation=2)
     step = cluster.state.reached_step
+    assert "grows back when 1 node is free and warm, 0 so far" in shrinking.standing(cluster.state)
+    cluster.after(0.2).beat(step=step)
     pays_at = shrinking.grows_at(cluster.state, 4)
     assert "which pays from" in shrinking.standing(cluster.state)
 
@@ -256,7 +258,7 @@ def test_a_cordoned_node_is_none_to_grow_with(wide: Wide) -> None:
     drain(cluster.state, "node-1")
 
     assert shrinking.growing_to(cluster.state) == 0
-    assert "grows back when 1 node is free, 0 so far" in shrinking.standing(cluster.state)
+    assert "grows back when 1 node is free and warm, 0 so far" in shrinking.standing(cluster.state)
 
 
 def drain(state: RunState, node: str) -> None:

@@ -28,6 +28,7 @@ from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
+from trainer.ramp import Ramp
 from trainer.tensor import cut_dimension
 
 CUT_HINT = "pp, dpShard, cp and tp must not change within a run"
@@ -49,6 +50,9 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     global_batch: int
     data: str
     """Digest of all tokens."""
+    ramp_tokens: list[int] = []
+    ramp_batches: list[int] = []
+    """Samples of a step once so many tokens were trained on."""
     shuffle: bool = True
     sources: list[str] = []
     digests: list[str] = []
@@ -57,8 +61,10 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     offsets: list[int] = []
     """Samples consumed of each source, over all epochs."""
 
-    def after(self, samples: int) -> Cursor:
-        """Return the cursor after so many samples: it follows from their number."""
+    def after(self, steps: int) -> Cursor:
+        """Return the cursor after so many steps: it follows from their number."""
+        changes = zip(self.ramp_tokens, self.ramp_batches, strict=True)
+        samples = Ramp(self.global_batch, self.seq_len, changes).consumed(steps)
         offsets = list(Mixture(self.weights).offsets(samples)) if self.weights else []
         return msgspec.structs.replace(self, samples=samples, offsets=offsets)
 
@@ -75,7 +81,7 @@ class Stamp(NamedTuple):
 
     def cursor(self, step: int) -> Cursor:
         """Return where the run stands in its data after `step` steps."""
-        return self.start.after(step * self.start.global_batch)
+        return self.start.after(step)
 
 
 class Keeper(Protocol):

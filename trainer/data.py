@@ -21,6 +21,7 @@ import xxhash
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
 from trainer.mixing import Mixture
+from trainer.ramp import Ramp
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer
 from trainer.tokens import Room, TokenFile, Tokens
@@ -70,7 +71,7 @@ class Samples:
         self.counts = [(len(source.ids) - 1) // job.seq_len for source in self.sources]
         """Samples of an epoch of each source."""
         self.digest = digest(self.sources)
-        self._job, self._shuffle = job, settings(job.data).shuffle
+        self._job, self._shuffle, self._ramp = job, settings(job.data).shuffle, Ramp.of(job)
         for source, count in zip(self.sources, self.counts, strict=True):
             if count < 1:
                 where = f"spec.trainer.data{f', source {source.name}' if source.name else ''}"
@@ -87,7 +88,7 @@ class Samples:
 
     def batch(self, step: int, indices: range) -> Batch:
         """Return the samples at these indices of the global batch of `step` (1-based)."""
-        first = (step - 1) * self._job.global_batch
+        first = self._ramp.consumed(step - 1)
         places = [self.place(first + index) for index in indices]
         return cut([(self.sources[at].ids, row) for at, row in places], self.sources[0].bos,
                    self._job.seq_len)  # fmt: skip

@@ -19,6 +19,8 @@ from trainer.data import Batches, Samples, open_data, settings
 from trainer.evaluation import Evaluation, Held, evaluate
 from trainer.job import Job
 from trainer.prefetch import Prefetch
+from trainer.ramp import Ramp, slices
+from trainer.shares import Place
 from trainer.step import Training
 from trainer.text import FileAccount
 from trainer.tokens import Account, Tokens, account_of
@@ -76,14 +78,12 @@ class Feed:
         more = f"; {len(changed) - CHANGED_SHOWN} more" if len(changed) > CHANGED_SHOWN else ""
         return "".join(f"; {words}" for words in changed[:CHANGED_SHOWN]) + more
 
-    def ahead(
-        self, steps: range, share: list[range], worker: Worker
-    ) -> AbstractContextManager[Batches]:
+    def ahead(self, steps: range, place: Place, worker: Worker) -> AbstractContextManager[Batches]:
         """Read ahead what this rank takes of some steps, for as long as the block lasts.
 
         Args:
             steps: their numbers.
-            share: its micro-batches of every global batch, in order.
+            place: of this rank.
             worker: hears that the rank waits for data, if it does.
         """
         how = settings(self._job.trainer.data)
@@ -93,7 +93,7 @@ class Feed:
             return contextlib.nullcontext(self.samples)
         return Prefetch(
             self.samples,
-            ((step, indices) for step in steps for indices in share),
+            slices(self._job.trainer, place, steps),
             how.prefetch,
             # Each is a sign of life: a rank that waits for data does not hang.
             lambda: worker.phase(RankPhase.DATA),
@@ -103,8 +103,8 @@ class Feed:
     def after(self, step: int, training: Training, worker: Worker) -> None:
         """Evaluate if that is due after this step, and tell what source begins again."""
         trainer = self._job.trainer
-        batch = trainer.global_batch
-        epochs = (self.samples.epochs(samples) for samples in ((step - 1) * batch, step * batch))
+        ramp = Ramp.of(trainer)
+        epochs = (self.samples.epochs(ramp.consumed(steps)) for steps in (step - 1, step))
         for source, before, now in zip(self.samples.sources, *epochs, strict=True):
             if now > before and _is_first(worker):
                 _say(f"data{_of(source)}: epoch {now + 1} begins, at step {step}")
@@ -144,6 +144,8 @@ def cursor_of(samples: Samples, job: runfile.Trainer) -> Cursor:
         seq_len=job.seq_len,
         global_batch=job.global_batch,
         data=samples.digest,
+        ramp_tokens=[change.tokens for change in job.batch_ramp],
+        ramp_batches=[change.global_batch for change in job.batch_ramp],
         shuffle=settings(job.data).shuffle,
         sources=[source.name for source in several],
         digests=[source.digest for source in several],

@@ -8,7 +8,7 @@ import msgspec
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.cutting import obstacles, unsupported
-from orchestrator.protocol.fitting import batch_misfits
+from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
 from trainer.config import ModelConfig, model_config
@@ -53,6 +53,7 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         *batch_misfits(trainer, whole.dp_replicate, whole.dp_shard),
         *unsupported(parallelism),
         *obstacles(config, trainer, whole),
+        *ramp_misfits(trainer, whole),
     ):
         raise MisconfiguredError(message, hint=hint)
     if trainer.reduction == "fast":

@@ -22,6 +22,7 @@ from trainer.metrics import Figures
 from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
+from trainer.ramp import job_at
 from trainer.reduction import Reduction
 from trainer.shares import share_of
 
@@ -86,11 +87,9 @@ class Training:
         model.to_empty(device="cpu")
         if not empty:
             model.init_weights(job.seed)
-        self.share = share_of(job, world.place)
-        self.reduction: Reduction | None = None
-        """What adds up gradients in a fixed order; None leaves that to FSDP."""
-        if job.reduction == "deterministic":
-            self.reduction = Reduction(self.share.rounds, world.twins)
+        self.batch = job.global_batch
+        """Samples of the present step."""
+        self._share(job)
         self.stages = apply.to_model(model, world, job)
         """The model, or of a pipeline what this rank has of it."""
         self.loss = apply.loss_function(job, world)
@@ -118,6 +117,8 @@ class Training:
         """
         begun = time.monotonic()
         self._announce(reporter, RankPhase.DATA)
+        if (now := job_at(self.job, step)).global_batch != self.batch:
+            self._share(now)
         with tensor.losses(self.world.layout.tp):
             losses = self._accumulate(step, reporter)
         if self.world.position.tp != 0:
@@ -149,6 +150,15 @@ class Training:
         )
         return [int(row[2]) for row in rows]
 
+    def _share(self, job: runfile.Trainer) -> None:
+        """Share out global batches of this job's size."""
+        self.batch = job.global_batch
+        self.share = share_of(job, self.world.place)
+        self.reduction: Reduction | None = None
+        """What adds up gradients in a fixed order; None leaves that to FSDP."""
+        if job.reduction == "deterministic":
+            self.reduction = Reduction(self.share.rounds, self.world.twins)
+
     def _require_same_data(self, marks: list[float]) -> None:
         others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
         if others:
@@ -161,7 +171,7 @@ class Training:
     @property
     def tokens(self) -> int:
         """Tokens of the global batch."""
-        return self.job.global_batch * self.job.seq_len
+        return self.batch * self.job.seq_len
 
     @property
     def parts(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:

@@ -64,8 +64,7 @@ def train(worker: Worker, seat: Seat) -> None:
         worker.reached("restored")
         try:
             steps = range(done + 1, job.trainer.steps + 1)
-            share = training.share.micro_batches
-            with feed.ahead(steps, share, worker) as training.samples:
+            with feed.ahead(steps, world.place, worker) as training.samples:
                 for step in steps:
                     _step_and_save(training, checkpointer, worker, step, job)
                     feed.after(step, training, worker)

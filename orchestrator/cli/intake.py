@@ -81,7 +81,11 @@ def words(run: TrainingRun, plan: FaultPlan | None) -> str:
     ]
     if trainer.entrypoint == EMBEDDED:
         samples, tokens = count(trainer.global_batch, "sample"), count(trainer.seq_len, "token")
-        lines.insert(1, f"{samples} of {tokens} per step")
+        later = [
+            f"{change.global_batch} from {count(change.tokens, 'token')} on"
+            for change in trainer.batch_ramp
+        ]
+        lines.insert(1, "; ".join([f"{samples} of {tokens} per step", *later]))
     if note := warm_up_words(run):
         lines.append(f"note: {note}")
     if plan is not None:

@@ -13,6 +13,7 @@ import msgspec
 
 from orchestrator.protocol import sizes
 from orchestrator.protocol.cutting import obstacles, unsupported
+from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
 
 EMBEDDED = Trainer().entrypoint
@@ -135,6 +136,7 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
         config = _config(trainer.model)
         for obstacle in obstacles(config, trainer, layout) if config is not None else ():
             yield Misfit(*obstacle)
+        yield from ramp_misfits(trainer, layout)
     yield from _data(trainer)
     if trainer.eval_every_steps is not None and run.spec.parallelism.pp > 1:
         yield Misfit(
@@ -163,6 +165,29 @@ def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misf
             f"expected a divisor of each rank's {share} samples",
             "globalBatch / ranks must be a multiple of microBatch",
         )
+
+
+def ramp_misfits(trainer: Trainer, layout: Layout) -> Iterator[Misfit]:
+    """Yield why the global batch can not change as the ramp says."""
+    where = "spec.trainer.batchRamp"
+    if trainer.batch_ramp and layout.pp > 1:
+        yield Misfit(
+            f"{where} with parallelism.pp = {layout.pp}, expected no ramp, or pp 1",
+            "a pipeline is made for one number of micro-batches",
+        )
+    tokens = [change.tokens for change in trainer.batch_ramp]
+    if tokens != sorted(set(tokens)):
+        yield Misfit(
+            f"{where} has tokens {', '.join(map(str, tokens))}, expected rising numbers",
+            "write the changes in the order in which they happen",
+        )
+    micro = trainer.micro_batch
+    if trainer.reduction == "fast":
+        micro = micro or max(trainer.global_batch // layout.readers, 1)
+    for change in trainer.batch_ramp:
+        then = msgspec.structs.replace(trainer, global_batch=change.global_batch, micro_batch=micro)
+        for message, hint in batch_misfits(then, layout.dp_replicate, layout.dp_shard):
+            yield Misfit(f"{where}: {message.removeprefix('spec.trainer.')}", hint)
 
 
 def _round_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misfit]:

@@ -118,6 +118,14 @@ class Data(_Section, frozen=True, kw_only=True):
     """A rank that waits longer than this for its next micro-batch ends."""
 
 
+class BatchChange(_Section, frozen=True, kw_only=True):
+    """Another size of the global batch, for the rest of a run."""
+
+    tokens: Positive
+    """It changes with the first step that begins when so many were trained on."""
+    global_batch: Positive
+
+
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
 
@@ -129,6 +137,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     seq_len: Positive = 128
     global_batch: Positive = 8
     """Samples per optimizer step over all ranks."""
+    batch_ramp: tuple[BatchChange, ...] = ()
+    """Other sizes of the global batch later on: `[{tokens: 252000000, globalBatch: 16}]`."""
     micro_batch: Positive | None = None
     """Samples per forward pass of one rank; default all of its share of a whole world at once, or
     1 if reduction is deterministic."""

@@ -33,7 +33,8 @@ def test_a_mixture_is_trained_on_and_evaluated_across_a_death_without_changing_a
     warm: Warm, tmp_path: Path
 ) -> None:
     data = msgspec.to_builtins(texts.mixed(tmp_path, validation=0.2))
-    job = {**JOB, "trainer": {**JOB["trainer"], "data": data}}
+    ramp = [{"tokens": 1000, "globalBatch": 8}]  # from step 9 on
+    job = {**JOB, "trainer": {**JOB["trainer"], "data": data, "batchRamp": ramp}}
     evaluated = {**job, "trainer": {**job["trainer"], "evalEverySteps": 8, "evalSamples": 6}}
     with a_world(warm, parked=4, job=job) as world:
         world.until(world.finished)

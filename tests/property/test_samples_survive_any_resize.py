@@ -9,22 +9,30 @@ from hypothesis import strategies as st
 
 from orchestrator.protocol import runfile
 from tests import texts
-from trainer.checkpoint import Cursor
 from trainer.data import Samples, open_data
 from trainer.feed import cursor_of
 from trainer.prefetch import Prefetch
-from trainer.shares import Place, share_of
+from trainer.ramp import Ramp, slices
+from trainer.shares import Place
 from trainer.tokenizer import open_tokenizer
 
 BATCH, STEPS = 8, 24
 SHAPES = [(r, s) for r in range(1, 9) for s in range(1, 9) if BATCH % (r * s) == 0]
 """Replicas and shards per replica."""
+RAMP = (
+    runfile.BatchChange(tokens=16 * 37, global_batch=16),
+    runfile.BatchChange(tokens=16 * 120, global_batch=24),
+)
+"""From the 6th step on, which begins with the 41st sample; and from the 11th."""
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> runfile.Trainer:
+@pytest.fixture(scope="module", params=[(), RAMP], ids=["steady", "ramp"])
+def job(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> runfile.Trainer:
     folder = tmp_path_factory.mktemp("sources")
     return runfile.Trainer(
+        batch_ramp=request.param,
         steps=STEPS,
         seq_len=16,
         global_batch=BATCH,
@@ -52,10 +60,9 @@ def trained(
     replicas, shards = shape
     for replica in range(replicas):
         for shard in range(shards):
-            share = share_of(job, Place(replica, replicas, shard, shards)).micro_batches
-            slices = [(step, indices) for step in steps for indices in share]
-            with Prefetch(samples, slices, 2, lambda: None, 10.0) as ahead:
-                for step, indices in slices:
+            own = list(slices(job, Place(replica, replicas, shard, shards), steps))
+            with Prefetch(samples, own, 2, lambda: None, 10.0) as ahead:
+                for step, indices in own:
                     batch = ahead.batch(step, indices)
                     for index, row in zip(indices, batch.inputs, strict=True):
                         assert (step, index) not in found
@@ -74,39 +81,37 @@ def test_no_sample_is_skipped_or_repeated_whatever_becomes_of_the_world(
     job: runfile.Trainer, samples: Samples, undisturbed: list[bytes], lives: list[Any]
 ) -> None:
     kept: list[bytes] = []
-    saved: Cursor = cursor_of(samples, job)
+    done = 0
     for shape, taken, lost in [*lives, ((1, 1), STEPS, 0)]:
-        # All that a new world knows: how many samples the checkpoint says are consumed.
-        done, rest = divmod(saved.samples, BATCH)
-        assert rest == 0
+        # All that a new world knows is what the checkpoint says: steps, and the cursor after them.
+        assert cursor_of(samples, job).after(done).samples == len(kept)
         steps = range(done + 1, min(done + taken, STEPS) + 1)
+        saved = steps[: max(len(steps) - lost, 0)]
         rows = trained(job, samples, shape, steps)
-        saves = max(len(steps) - lost, 0)
-        kept += rows[: saves * BATCH]
-        saved = cursor_of(samples, job).after((done + saves) * BATCH)
+        kept += rows[: sum(Ramp.of(job).batch(step) for step in saved)]
+        done += len(saved)
 
     assert kept == undisturbed
-    assert saved.offsets == [
-        sum(samples.place(at)[0] == source for at in range(STEPS * BATCH)) for source in (0, 1)
+    assert cursor_of(samples, job).after(STEPS).offsets == [
+        sum(samples.place(at)[0] == source for at in range(len(kept))) for source in (0, 1)
     ]
 
 
-def test_the_smaller_source_is_gone_through_again_and_the_larger_one_is_not(
+def test_a_source_that_is_used_up_begins_again_in_another_order(
     samples: Samples, undisturbed: list[bytes]
 ) -> None:
-    epochs = samples.epochs(STEPS * BATCH)
+    epochs = samples.epochs(len(undisturbed))
     by_source = [
         [row for at, row in enumerate(undisturbed) if samples.place(at)[0] == source]
         for source in (0, 1)
     ]
 
     assert epochs[0] >= 2
-    assert epochs[1] == 0
-    count = samples.counts[0]
+    count, more = samples.counts
     first, second = by_source[0][:count], by_source[0][count : 2 * count]
     assert sorted(first) == sorted(second)
     assert first != second
-    assert len(set(by_source[1])) == len(by_source[1])
+    assert len(set(by_source[1][:more])) == min(len(by_source[1]), more)
 
 
 def test_a_held_document_is_in_no_sample(samples: Samples) -> None:

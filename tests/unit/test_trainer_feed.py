@@ -37,7 +37,7 @@ def saved(feed: Feed, job: Job) -> str:
         epoch=1,
         shard=0,
         shards=1,
-        extra=msgspec.to_builtins(cursor_of(feed.samples, job.trainer).after(24)),
+        extra=msgspec.to_builtins(cursor_of(feed.samples, job.trainer).after(6)),
     )
     return encode_index(seal(LAYOUT, bytearray(LAYOUT.size), meta)).decode()
 
@@ -93,13 +93,13 @@ def test_a_checkpoint_says_where_each_source_stands(tmp_path: Path) -> None:
     job = job_of(texts.mixed(tmp_path))
     feed = feed_of(job)
 
-    cursor = cursor_of(feed.samples, job.trainer).after(24)
+    cursor = cursor_of(feed.samples, job.trainer).after(6)
 
     assert cursor.offsets == [18, 6]
     assert cursor.digests == [source.digest for source in feed.samples.sources]
     assert cursor.data == feed.samples.digest
     single = job_of(texts.mixed(tmp_path).sources[0].uri)
-    assert cursor_of(feed_of(single).samples, single.trainer).after(24).offsets == []
+    assert cursor_of(feed_of(single).samples, single.trainer).after(6).offsets == []
 
 
 def test_an_evaluation_that_is_due_is_noted_beside_the_log_and_others_are_not_done(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from trainer import parallel, pipeline, tensor
+from trainer.context import Exchanging
 from trainer.model import Block, Llama, next_token_loss
 from trainer.reduction import keep_order
 
@@ -22,7 +23,7 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
     """Make of a whole model what this rank trains as the run file says; the model is used up.
 
     1. Stages of a pipeline, each of which goes through the rest by itself.
-    2. Tensor parallelism, which cuts weights whole.
+    2. Context parallelism, which changes how layers attend; tensor parallelism, which cuts weights.
     3. What is computed again in the backward pass, which is a matter of each layer.
     4. Compiling, layer by layer: all layers share one compiled graph, and so do the models of
        later generations in this process. What is computed again is part of it.
@@ -32,15 +33,8 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
     Returns:
         The model itself, or the stages of this rank.
     """
-    assert world.mesh is not None
     layers = [layer for layer in model.layers if isinstance(layer, Block)]
-    model.rotary.restarts = job.positions == "document"
-    parts: list[nn.Module] = [model]
-    if world.layout.pp > 1:
-        parts = [*pipeline.cut(model, world, job, loss_function(job, world))]
-    if world.layout.tp > 1:
-        for part in parts:
-            tensor.cut(part, world.mesh["tp"])
+    parts = _cut(model, world, job)
     for layer in layers:
         layer.recompute = job.activation_checkpointing
     if compiles(job, world.device):
@@ -53,6 +47,22 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
         parallel.shard(part, world, precision(job, world.device), apart=apart)
         if apart:
             keep_order(part)
+    return parts
+
+
+def _cut(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[nn.Module]:
+    assert world.mesh is not None
+    model.rotary.restarts = job.positions == "document"
+    if world.context is not None:
+        model.rotary.part, model.rotary.parts = world.position.cp, world.layout.cp
+        for layer in model.layers:
+            layer.attention.attend = Exchanging(world.context)  # type: ignore[union-attr]
+    parts: list[nn.Module] = [model]
+    if world.layout.pp > 1:
+        parts = [*pipeline.cut(model, world, job, loss_function(job, world))]
+    if world.layout.tp > 1:
+        for part in parts:
+            tensor.cut(part, world.mesh["tp"])
     return parts
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from orchestrator.protocol import runfile
@@ -85,8 +84,8 @@ def evaluate(training: Training, held: Held, reporter: Reporter) -> Evaluation:
     parallel.let_go(model)
     reporter.entered_collective()
     rows = world.gather(own)
-    # Ranks that train on the same data have the same losses.
-    copies = world.size // (world.place.replicas * world.place.shards)
+    # Ranks of tp have the same losses, those of cp each have their part.
+    copies = world.layout.tp
     sums = [math.fsum(row[at] for row in rows) / copies for at in range(len(own))]
     length = training.job.seq_len
     of_sources = {
@@ -112,11 +111,8 @@ def _loss_of(
         share = range(min(first, count), min(first + size, count))
         # All ranks pass together, to put the weights together; one without a share looks on.
         batch = held.batch(source, share or range(1))
-        inputs_BL, targets_BL = (
-            torch.from_numpy(np.ascontiguousarray(ids)).to(world.device)
-            for ids in (batch.inputs, batch.targets)
-        )
-        loss = training.loss(model(inputs_BL, batch.cuts), targets_BL)
+        micro = training.micro(batch)
+        loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
         if share:
             losses.append(float(loss))
     return math.fsum(losses)

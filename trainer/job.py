@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.protocol import runfile
-from orchestrator.protocol.cutting import obstacles, unsupported
+from orchestrator.protocol.cutting import obstacles
 from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
@@ -51,7 +51,6 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
     whole = layout._replace(dp_replicate=parallelism.dp_replicate)
     for message, hint in (
         *batch_misfits(trainer, whole.dp_replicate, whole.dp_shard),
-        *unsupported(parallelism),
         *obstacles(config, trainer, whole),
         *ramp_misfits(trainer, whole),
     ):

@@ -7,6 +7,7 @@ heads, E head width, F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -66,10 +67,15 @@ def rotate(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention that does not look across document borders."""
+    """Grouped-query causal attention that does not look across document borders.
+
+    Attributes:
+        attend: as `documents.attend`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.attend: Callable[..., Tensor] = attend
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_dim = config.head_dim
         self.wq = nn.Linear(config.dim, config.heads * self.head_dim, bias=False)
@@ -85,7 +91,7 @@ class Attention(nn.Module):
         k_BLKE = rotate(self.wk(x_BLD).unflatten(-1, (self.kv_heads, self.head_dim)), *rope)
         v_BLKE = self.wv(x_BLD).unflatten(-1, (self.kv_heads, self.head_dim))
         q, k, v = (t.transpose(1, 2) for t in (q_BLHE, k_BLKE, v_BLKE))
-        mixed = attend(q, k, v, documents)
+        mixed = self.attend(q, k, v, documents)
         return self.wo(mixed.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -146,17 +152,25 @@ class Rotary:
     Attributes:
         restarts: whether positions begin anew with each document. Rotary embedding knows distances
             only, and attention stays within a document, so that changes no more than roundings.
+        part, parts: which of how many equal parts of its sequences a rank has, counted from 0.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self.restarts = False
+        self.part, self.parts = 0, 1
         self._config = config
         self._table: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self, cuts: Cuts | None, length: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of each position of some sequences, as `rotate` takes them."""
+        """Return cosine and sine of each position that a rank has, as `rotate` takes them.
+
+        Args:
+            cuts: of the sequences; see `Llama.forward`.
+            length: of whole sequences.
+            device: where to.
+        """
         # Not a buffer: that would have to be saved, or rebuilt wherever a model is made on the meta
         # device. Made on the host: the same bits for every device.
         if self._table is None or (len(self._table[0]), self._table[0].device) != (length, device):
@@ -164,9 +178,11 @@ class Rotary:
             table = rope_table(length, config.head_dim, config.rope_theta, config.rope_scaling)
             self._table = (table[0].to(device), table[1].to(device))
         cos, sin = self._table
+        here = slice(self.part * length // self.parts, (self.part + 1) * length // self.parts)
         if cuts is None or not self.restarts:
-            return cos, sin
-        positions_BL = torch.from_numpy(positions_of(cuts, length)).to(device, non_blocking=True)
+            return cos[here], sin[here]
+        positions_BL = torch.from_numpy(positions_of(cuts, length))[:, here]
+        positions_BL = positions_BL.to(device, non_blocking=True)
         return cos[positions_BL], sin[positions_BL]
 
 
@@ -186,12 +202,12 @@ class Llama(nn.Module):
         """Return logits of the next token, shape [B, L, V].
 
         Args:
-            tokens_BL: int64 token ids.
+            tokens_BL: int64 token ids; with context parallelism this rank's part.
             cuts: per sequence, the borders of its documents, ascending from 0 to L. Attention
                 stays within a document; positions run on through the sequence, as in Llama 3,
                 unless `rotary.restarts`. None: every sequence is one document.
         """
-        length = tokens_BL.shape[1]
+        length = tokens_BL.shape[1] * self.rotary.parts
         rope = self.rotary(cuts, length, tokens_BL.device)
         documents = looking(cuts, length, tokens_BL.device)
         x_BLD = self.embedding(tokens_BL)

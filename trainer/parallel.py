@@ -66,6 +66,7 @@ class World:
 
     Attributes:
         layout: how its ranks are cut, and where this one stands is `position`.
+        context: the ranks with which this one shares its sequences, None if it does not.
         replica: which copy of the model this rank works on.
         shard: which of `shards` parts of that copy is its own.
         place: where this rank stands among those that train on different data.
@@ -78,6 +79,7 @@ class World:
         self.replica, self.shard = at.dp_replicate, layout.shard_of(rank)
         self.place = Place(self.replica, layout.dp_replicate, at.dp_shard, layout.dp_shard)
         self.mesh: DeviceMesh | None = None
+        self.context: dist.ProcessGroup | None = None
         self._store: Store | None = None
         self._others = _sockets()
         self._broken, self._left = threading.Event(), threading.Event()
@@ -110,6 +112,12 @@ class World:
             names = tuple(f"{name}@{number}" for name in names)
         ranks = torch.arange(self.size).view(*sizes.values())
         self.mesh = _Mesh(self.device.type, ranks, mesh_dim_names=names)
+        if layout.cp > 1:
+            # Not a dimension of the mesh: weights are sharded over dpShard and cp as over one.
+            rows = ranks.view(-1, layout.cp, layout.tp).transpose(1, 2).reshape(-1, layout.cp)
+            # Everybody makes all groups, or ranks count them differently.
+            groups = {tuple(members): dist.new_group(members) for members in rows.tolist()}
+            self.context = next(g for members, g in groups.items() if self.rank in members)
 
     @property
     def twins(self) -> dist.ProcessGroup:
@@ -138,7 +146,7 @@ class World:
     def leave(self) -> None:
         """Forget this world, so that another can be formed in this process."""
         self.close()
-        groups: list[Any] = [self._store, self.mesh]
+        groups: list[Any] = [self._store, self.mesh, self.context]
         _abandoned.append(groups)
         if dist.is_initialized():
             groups.append(dist.group.WORLD)
@@ -167,7 +175,7 @@ class World:
 
     def _abort_collectives(self) -> None:
         groups = self.mesh.get_all_groups() if self.mesh is not None else []
-        for group in [*groups, dist.group.WORLD]:
+        for group in [*groups, self.context, dist.group.WORLD]:
             if group is not None:
                 group.abort()
 

@@ -15,7 +15,7 @@ from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, tensor
 from trainer.config import ModelConfig
-from trainer.data import Batches
+from trainer.data import Batch, Batches
 from trainer.documents import pairs
 from trainer.flops import train_flops
 from trainer.metrics import Figures
@@ -218,9 +218,14 @@ class Training:
         return of_each.sum().view(1)
 
     def _micro(self, step: int, indices: range) -> Micro:
-        batch = self.samples.batch(step, indices)
+        return self.micro(self.samples.batch(step, indices))
+
+    def micro(self, batch: Batch) -> Micro:
+        """Return this rank's part of some samples, on the device."""
+        size = self.job.seq_len // self.world.layout.cp
+        first = self.world.position.cp * size
         inputs, targets = (
-            self._sent(torch.from_numpy(np.ascontiguousarray(ids)))
+            self._sent(torch.from_numpy(np.ascontiguousarray(ids[:, first : first + size])))
             for ids in (batch.inputs, batch.targets)
         )
         return Micro(inputs, targets, batch.cuts)
@@ -228,7 +233,7 @@ class Training:
     def _flops_of(self, micro: Micro) -> float:
         """Return this rank's share of what a micro-batch takes."""
         layout = self.world.layout
-        whole = train_flops(self.config, micro.inputs.numel(), pairs(micro.cuts))
+        whole = train_flops(self.config, micro.inputs.numel() * layout.cp, pairs(micro.cuts))
         return whole / (layout.pp * layout.cp * layout.tp)
 
     def _sent(self, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.runfile import Parallelism, Trainer
+from orchestrator.protocol.runfile import Trainer
 from orchestrator.protocol.sizes import ModelConfig
 
 
@@ -42,15 +42,6 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
         found += _pipeline(job, layout)
     for obstacle in found:
         yield obstacle._replace(hint=obstacle.hint or _nearest_words(model, job, layout))
-
-
-def unsupported(parallelism: Parallelism) -> Iterator[Obstacle]:
-    """Yield what the embedded trainer does not do."""
-    if parallelism.cp != 1:
-        yield Obstacle(
-            f"spec.parallelism.cp is {parallelism.cp}, expected 1",
-            "this trainer has no context parallelism: use tp, or shorter sequences",
-        )
 
 
 def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from orchestrator.protocol import sizes
-from orchestrator.protocol.cutting import obstacles, unsupported
+from orchestrator.protocol.cutting import obstacles
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
 
@@ -128,8 +128,6 @@ def _config(model: str | dict[str, Any]) -> sizes.ModelConfig | None:
 def _embedded(run: TrainingRun) -> Iterator[Misfit]:
     """Yield what the embedded trainer would refuse for other reasons than its model."""
     trainer = run.spec.trainer
-    for obstacle in unsupported(run.spec.parallelism):
-        yield Misfit(*obstacle)
     layout = run.layout
     if layout.world_size == run.world_size:  # or `_world` has said so
         yield from batch_misfits(trainer, layout.dp_replicate, layout.dp_shard)

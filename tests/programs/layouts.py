@@ -23,11 +23,14 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.sizes import ModelConfig
 from trainer import parallel, train
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
-from trainer.data import Samples, Tokens
+from trainer.data import Samples
+from trainer.evaluation import Held, evaluate
 from trainer.step import Training, Unheard
+from trainer.tokens import Tokens
 
-CONFIG = ModelConfig(dim=32, layers=4, heads=4, kv_heads=2, ffn_dim=52, vocab=64)
-TOKENS = Tokens(np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint32), "d16e57", 63)
+CONFIG = ModelConfig(dim=32, layers=4, heads=8, kv_heads=4, ffn_dim=52, vocab=64)
+IDS = np.random.default_rng(3).integers(0, 64, 2300).astype(np.uint32)
+TOKENS = Tokens(IDS[:2000], "d16e57", 63, held=IDS[2000:])
 STEPS = 3
 CURSOR = Cursor(samples=0, seed=0, seq_len=16, global_batch=8, data="d16e57")
 
@@ -46,9 +49,11 @@ def trained(world: parallel.World, job: runfile.Trainer) -> dict[str, Any]:
     recorder = Recorder()
     for step in range(1, STEPS + 1):
         training.step(step, recorder)
+    parts: dict[str, Any] = {"steps": np.array(recorder.steps)}
+    if world.layout.pp == 1:
+        parts["evaluated"] = np.array(evaluate(training, Held([TOKENS], job), Unheard()).loss)
     shards = training.optimizer.shards
     checkpointer = Checkpointer(shards, world, Stamp("run", CONFIG.fingerprint, 1, CURSOR))
-    parts: dict[str, Any] = {"steps": np.array(recorder.steps)}
     parts["lanes"] = np.array(checkpointer.lanes(STEPS), np.uint64)
     for chunk in checkpointer.chunks:
         parts[f"{chunk.state}/{chunk.fqn}@{','.join(map(str, chunk.offset))}"] = next(

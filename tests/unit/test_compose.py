@@ -119,7 +119,7 @@ EMBEDDED_ONLY = [
         "nodes: {count: 2}, parallelism: {pp: 2}, trainer: {reduction: deterministic}",
         "reduction is deterministic and spec.parallelism.pp is 2",
     ),
-    ("nodes: {count: 2}, parallelism: {cp: 2}", "spec.parallelism.cp is 2, expected 1"),
+    ("nodes: {count: 4}, parallelism: {cp: 4}", "kvHeads is 2, expected a multiple of tp x cp = 4"),
 ]
 
 

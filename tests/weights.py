@@ -75,8 +75,13 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def run_folder(root: Path, model: Llama, *, shards: int = 3, step: int = 7, **trainer: Any) -> Path:
-    """Return the folder of a run that has a checkpoint of a model, cut as fully_shard cuts it."""
+def run_folder(
+    root: Path, model: Llama, *, shards: int = 3, step: int = 7, shared: str = "-", **trainer: Any
+) -> Path:
+    """Return the folder of a run that has a checkpoint of a model, cut as fully_shard cuts it.
+
+    Weights with `shared` in their names are in every shard.
+    """
     root.mkdir(exist_ok=True)
     sizes = msgspec.to_builtins(model.config)
     run = runfiles.fields("made", trainer={"model": sizes, **trainer})
@@ -86,8 +91,8 @@ def run_folder(root: Path, model: Llama, *, shards: int = 3, step: int = 7, **tr
     for number in range(shards):
         parts = {}
         for name, weight in model.named_parameters():
-            rows = -(-weight.shape[0] // shards)
-            first = min(number * rows, weight.shape[0])
+            rows = weight.shape[0] if shared in name else -(-weight.shape[0] // shards)
+            first = 0 if shared in name else min(number * rows, weight.shape[0])
             part = weight.detach()[first : first + rows].contiguous()
             rest = (0,) * (weight.ndim - 1)
             for state in ("param", "exp_avg"):

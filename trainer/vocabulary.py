@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.worker import MisconfiguredError
+from trainer.retrying import SourceUnavailableError
 from trainer.text import Text
 from trainer.tokenizer import FILE_BYTES_MAX, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         content = learn(Text(tuple(asked.data) or None).documents(), asked.ranks)
         assert len(content) <= FILE_BYTES_MAX
         _write(asked.out, content)
-    except (MisconfiguredError, OSError) as error:
+    except (MisconfiguredError, SourceUnavailableError, OSError) as error:
         hint = getattr(error, "hint", "") or "choose a file in a folder that can be written"
         print(f"{error}\nhint: {hint}", file=sys.stderr)  # noqa: T201 - it is a program
         return 2 if isinstance(error, MisconfiguredError) else 1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import msgspec
 import pytest
 import torch
@@ -138,12 +139,12 @@ def test_what_torch_saves_is_read_as_it_is(tmp_path: Path) -> None:
     assert_same(loaded(open_weights(str(tmp_path / "out"))), model)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("shards", "shared"), [(1, "-"), (3, "-"), (2, "norm")])
 def test_a_run_s_checkpoint_is_read_whatever_number_of_shards_it_has(
-    shards: int, tmp_path: Path
+    shards: int, shared: str, tmp_path: Path
 ) -> None:
     model = model_of()
-    folder = run_folder(tmp_path / "run", model, shards=shards)
+    folder = run_folder(tmp_path / "run", model, shards=shards, shared=shared)
 
     for address in (folder, folder / "checkpoints", f"{folder}@7"):
         weights = open_weights(str(address))
@@ -152,6 +153,16 @@ def test_a_run_s_checkpoint_is_read_whatever_number_of_shards_it_has(
     assert "steps 7" in refused(f"{folder}@8").hint
     written(folder / "exported")
     assert open_weights(str(folder / "exported")).layout.startswith("Hugging Face")
+
+
+def test_weights_are_read_from_where_fsspec_reaches_them(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for layout in ("hf", "meta"):
+        model = written(tmp_path / layout, layout, file_bytes=30_000)
+        files.put(str(tmp_path / layout), f"/weights/{layout}", recursive=True)
+
+        assert_same(loaded(open_weights(f"memory://weights/{layout}")), model)
+    files.rm("/weights", recursive=True)
 
 
 def test_any_box_of_a_weight_is_that_box_of_the_whole(tmp_path: Path) -> None:

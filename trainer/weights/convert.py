@@ -111,8 +111,10 @@ def _planned(
 def _made(
     weights: Weights, name: str, offset: Shape, shape: Shape, dtype: torch.dtype, turned: int
 ) -> Tensor:
-    tensor = weights.read(name, offset, shape).to(dtype)
-    require_finite(tensor, f"{name} as {dtype}: {weights.where}")
+    tensor = weights.read(name, offset, shape)
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+        require_finite(tensor, f"{name} as {dtype}: {weights.where}")
     return halves(tensor, turned) if turned else tensor.contiguous()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,16 +93,21 @@ def open_run(at: RunAt) -> Weights:
                 f"{describe(manifest)}: {at.folder}",
                 hint="the checkpoint is of a run with other sizes",
             )
-        boxes: dict[str, list[Box]] = {}
+        # Ranks of tensor parallelism have some weights in common, each in its own shard.
+        boxes: dict[str, dict[tuple[Shape, Shape], Box]] = {}
         for shard in range(manifest.shards):
             index = fetch_index(store, manifest, shard)
             key = body_key(manifest.step, manifest.epoch, shard)
             for chunk in index.chunks:
                 if chunk.state == STATE and 0 not in chunk.shape:
-                    boxes.setdefault(chunk.fqn, []).append(_box(store, key, chunk))
+                    place = (chunk.offset, chunk.shape)
+                    boxes.setdefault(chunk.fqn, {}).setdefault(place, _box(store, key, chunk))
     return Weights(
         config,
-        {name: _stored(name, shape, boxes, manifest) for name, shape in names.shapes(config)},
+        {
+            name: _stored(name, shape, tuple(boxes.get(name, {}).values()), manifest)
+            for name, shape in names.shapes(config)
+        },
         layout=f"holdfast, {describe(manifest)}",
         where=str(at.folder),
         digest=manifest.root,
@@ -205,15 +211,14 @@ def _box(store: BlobStore, key: str, chunk: StagedChunk) -> Box:
     return Box(chunk.offset, Chunk(store=store, key=key, chunk=chunk))
 
 
-def _stored(name: str, shape: Shape, boxes: dict[str, list[Box]], manifest: Manifest) -> Stored:
-    found = boxes.get(name, [])
-    items = sum(torch.Size(box.piece.shape).numel() for box in found)
-    if items != torch.Size(shape).numel():
+def _stored(name: str, shape: Shape, boxes: tuple[Box, ...], manifest: Manifest) -> Stored:
+    items = sum(math.prod(box.piece.shape) for box in boxes)
+    if items != math.prod(shape):
         raise MisconfiguredError(
             f"{name} has {items} values, expected {list(shape)}: {describe(manifest)}",
             hint="the checkpoint is not of the embedded trainer, or of a newer one",
         )
-    return Stored(shape=shape, boxes=tuple(found), called=name)
+    return Stored(shape=shape, boxes=boxes, called=name)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ import xxhash
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
+from trainer.joined import Ids
 from trainer.mixing import Mixture
 from trainer.ramp import Ramp
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer
-from trainer.tokens import Room, TokenFile, Tokens
+from trainer.tokens import PART_BYTES, Room, TokenFile, Tokens, join
 
 _POLL_S = 0.01
 _SOURCE_SHIFT = 48
@@ -109,7 +110,7 @@ class Samples:
         return tuple(o // count for o, count in zip(offsets, self.counts, strict=True))
 
 
-def cut(rows: Sequence[tuple[npt.NDArray[np.uint32], int]], bos: int, length: int) -> Batch:
+def cut(rows: Sequence[tuple[Ids, int]], bos: int, length: int) -> Batch:
     """Return samples of `length` tokens, each the one at a row of all tokens of its source."""
     pieces = [ids[row * length : (row + 1) * length + 1] for ids, row in rows]
     ids = np.stack(pieces).astype(np.int64)
@@ -174,18 +175,29 @@ def open_data(
     size = how.cache_gib_max * (1 << 30) if how.cache_gib_max is not None else None
     room = Room(Path(cache_dir) if cache_dir else None, size)
     named = list(data.sources) if isinstance(data, runfile.Data) else [None]
-    files = [
-        TokenFile(_text(data, how, source, check), tokenizer, room, held=how.validation)
+    parts = [
+        [
+            TokenFile(part, tokenizer, room, held=how.validation)
+            for part in _text(data, how, source, check).parts(PART_BYTES)
+        ]
         for source in named
     ]
+    files = [file for each in parts for file in each]
     room.require(sum(file.missing_bytes for file in files), at_least=True)
-    # Whoever finds one source in the hands of another process takes the next.
+    # Whoever finds one in the hands of another process takes the next.
     waiting = [file for file in files if not file.make(check)]
     while waiting:
         check()
         time.sleep(_POLL_S)
         waiting = [file for file in waiting if not file.make(check)]
-    opened = [file.open(check) for file in files]
+    opened = [
+        join(
+            [file.open(check) for file in each],
+            room.folder,
+            source.uri if source else "all addresses",
+        )
+        for source, each in zip(named, parts, strict=True)
+    ]
     return [
         tokens._replace(name=source.uri, weight=source.weight) if source else tokens
         for source, tokens in zip(named, opened, strict=True)

@@ -6,6 +6,7 @@ one document, and so is each line of a .jsonl file and each row of a .parquet fi
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import itertools
@@ -112,6 +113,8 @@ class Text:
         if not all(addresses) or not addresses:
             raise MisconfiguredError(f"{_WHERE} names nothing", hint=_HINT)
         self.sources = [source for address in addresses for source in self._find(address)]
+        self.is_part = False
+        """Whether it is some files of a text: then nothing to read in them is no reason to stop."""
         self.accounts: list[FileAccount] = []
         """Of the files that were read to their ends, in order."""
         self.bad_shown: list[str] = []
@@ -130,6 +133,26 @@ class Text:
         """How long the files are together, as far as their file systems say."""
         known = sum(source.size for source in self.sources)
         return min(known, DEMO_CHARS) if self.demo else known
+
+    def parts(self, size: int) -> list[Text]:
+        """Cut it between files into parts of at least `size` bytes, but for the last; in order."""
+        parts: list[list[Source]] = [[]]
+        room = size
+        for source in self.sources:
+            if room <= 0:
+                parts.append([])
+                room = size
+            parts[-1].append(source)
+            room -= source.size
+        if self.demo or len(parts) == 1:
+            return [self]
+        return [self._part(sources) for sources in parts]
+
+    def _part(self, sources: list[Source]) -> Text:
+        part = copy.copy(self)
+        part.sources, part.is_part = sources, True
+        part.accounts, part.bad_shown = [], []
+        return part
 
     def documents(self) -> Iterator[str]:
         """Yield the documents in order of their addresses, files sorted by name.
@@ -151,10 +174,8 @@ class Text:
                 yield document
                 if left == 0:
                     return
-            if not found:
-                raise MisconfiguredError(
-                    f"{_WHERE}: no text, expected at least one document: {address}", hint=_HINT
-                )
+            if not found and not self.is_part:
+                raise no_text(address)
 
     def _read(self, source: Source) -> Iterator[str]:
         """Yield the documents of a file, and account for it."""
@@ -255,6 +276,13 @@ class Text:
                 hint="the address is looked up on every node; a relative path may differ there",
             )
         return sources
+
+
+def no_text(address: str) -> MisconfiguredError:
+    """Return what is wrong with an address where nothing was found to train on."""
+    return MisconfiguredError(
+        f"{_WHERE}: no text, expected at least one document: {address}", hint=_HINT
+    )
 
 
 def _version(info: dict[str, Any]) -> str:

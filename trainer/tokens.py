@@ -1,6 +1,7 @@
-"""Keeps the tokens of a source in a file of 32-bit ids, which every rank of the node maps.
+"""Keeps the tokens of a source in files of 32-bit ids, which every rank of the node maps.
 
-On each node only the first to ask tokenises; several that ask for several sources share the work.
+A large source has several, each of some of its files: processes of a node share the work, and what
+is done stays done if they are ended. On each node only the first to ask for a file makes it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -22,7 +23,8 @@ import numpy.typing as npt
 import xxhash
 
 from orchestrator.worker import MisconfiguredError
-from trainer.text import FileAccount, Text
+from trainer.joined import NOTHING, Ids, Joined
+from trainer.text import BAD_SHOWN, FileAccount, Text, no_text
 from trainer.tokenizer import PIECE_CHARS_MAX, Tokenizer
 
 _HEAD = struct.Struct("<8sQ16sQQ")
@@ -33,7 +35,8 @@ _CHUNK_BYTES = 4 << 20
 """So much is written at once, after a look at whether there is room for it."""
 _BYTES_PER_TOKEN = 8
 """Of text, more than what any vocabulary comes to; half its bytes are the least it will take."""
-_NOTHING: npt.NDArray[np.uint32] = np.empty(0, np.uint32)
+PART_BYTES = 256 << 20
+"""Of text, which is tokenised in a minute or two: what a process loses that is ended meanwhile."""
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,11 +52,11 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
 class Tokens(NamedTuple):
     """All tokens of a source, one document after the other, each begun by `bos`."""
 
-    ids: npt.NDArray[np.uint32]
+    ids: Ids
     digest: str
     """Of the ids; equal texts have equal digests, wherever they come from."""
     bos: int
-    held: npt.NDArray[np.uint32] = _NOTHING
+    held: Ids = NOTHING
     """Of the documents that are never trained on."""
     name: str = ""
     """What the run file calls the source; "" for the only one."""
@@ -223,6 +226,42 @@ class _Side:
         return self._written
 
 
+def join(parts: Sequence[Tokens], folder: Path | None, address: str) -> Tokens:
+    """Return the tokens of a source that is kept in parts, and keep what became of its documents.
+
+    Raises:
+        MisconfiguredError: if there are none.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    accounts = [part.account for part in parts]
+    account = Account(
+        files=tuple(file for each in accounts for file in each.files),
+        held=sum(each.held for each in accounts),
+        bad_shown=tuple(words for each in accounts for words in each.bad_shown)[:BAD_SHOWN],
+    )
+    if not any(file.documents for file in account.files):
+        raise no_text(address)
+    digest = xxhash.xxh3_128_hexdigest("".join(part.digest for part in parts).encode())
+    if folder is not None:
+        _keep(folder / f"account-{digest}", msgspec.json.encode(account))
+    return Tokens(
+        Joined([part.ids for part in parts]),
+        digest,
+        parts[0].bos,
+        held=Joined([part.held for part in parts]),
+        account=account,
+    )
+
+
+def _keep(path: Path, content: bytes) -> None:
+    if not path.exists():
+        # Ranks that are at it together write the same.
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Hold a lock if nobody else does; say whether."""
@@ -237,7 +276,10 @@ def _lock(path: Path) -> Iterator[bool]:
 
 
 def account_of(folder: Path, digest: str) -> Account | None:
-    """Return what became of the documents of a token file that this node still has, by digest."""
+    """Return what became of the documents of a source that this node has read, by its digest."""
+    joined = folder / f"account-{digest}"
+    if joined.exists():
+        return msgspec.json.decode(joined.read_bytes(), type=Account)
     for path in sorted(folder.glob("tokens-*")):
         if path.suffix:
             continue

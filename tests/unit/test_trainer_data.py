@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.protocol import runfile
-from orchestrator.worker import MisconfiguredError
+from orchestrator.worker import JobAhead, MisconfiguredError
 from tests import texts
 from trainer.data import Samples, open_data, open_tokens, shuffled
+from trainer.feed import changes
+from trainer.joined import Joined
 from trainer.tokenizer import open_tokenizer
-from trainer.tokens import Tokens
+from trainer.tokens import Tokens, account_of
+from trainer.train import prepare
 
 TOKENIZER = open_tokenizer(None, 1280)
 IDS = np.random.default_rng(1).integers(0, 1000, 1000).astype(np.uint32)
@@ -392,3 +395,100 @@ def test_a_source_too_short_for_a_sample_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfiguredError, match=r"source .*few\.jsonl has \d+ tokens, expected"):
         Samples(opened(data), runfile.Trainer(seq_len=1000, data=data))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 12), st.integers(0, 12))
+def test_arrays_that_are_joined_are_sliced_like_one(
+    sizes: list[int], start: int, stop: int
+) -> None:
+    ids = np.arange(sum(sizes), dtype=np.uint32)
+    joined = Joined(np.split(ids, np.cumsum(sizes)[:-1]))
+
+    assert len(joined) == len(ids)
+    assert joined[start:stop].tolist() == ids[start:stop].tolist()
+    assert joined[start:].tolist() == ids[start:].tolist()
+
+
+@pytest.fixture
+def folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nine files of a kilobyte or so, of which three have nothing in them; parts of two each."""
+    monkeypatch.setattr("trainer.data.PART_BYTES", 1500)
+    for at in range(9):
+        name = tmp_path / "texts" / f"{at}.jsonl"
+        texts.jsonl(name, texts.documents(6, seed=at) if at not in (3, 4, 5) else [" " * 900] * 2)
+    return tmp_path / "texts"
+
+
+def test_a_source_in_parts_has_the_samples_of_one_in_a_piece(
+    folder_of_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = runfile.Data(sources=(runfile.DataSource(uri=str(folder_of_files)),), validation=0.2)
+    job = runfile.Trainer(seq_len=16, global_batch=8, data=data)
+    cache = tmp_path / "cache"
+
+    (parted,) = opened(data, cache)
+    (again,) = opened(data)
+    files = _made(cache)
+    monkeypatch.setattr("trainer.data.PART_BYTES", 1 << 30)
+    (whole,) = opened(data)
+
+    assert len(files) >= 4
+    assert parted.digest == again.digest
+    assert parted.account == again.account == whole.account
+    assert parted.held[0:].tolist() == whole.held.tolist()  # type: ignore[attr-defined]
+    for step in (1, 7, 100):
+        rows = [Samples(each, job).batch(step, range(8)).inputs for each in (parted, whole)]
+        assert np.array_equal(*rows)
+
+
+def test_a_part_that_is_done_stays_done_if_the_process_is_ended_at_the_next(
+    folder_of_files: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(GivenUpError):
+        open_data(str(folder_of_files), TOKENIZER, str(cache), Patience(15))
+    done = _made(cache)
+
+    open_data(str(folder_of_files), TOKENIZER, str(cache), lambda: None)
+
+    assert len(done) == 1
+    assert done < _made(cache)
+
+
+def test_a_changed_file_costs_its_own_part_and_is_named(
+    folder_of_files: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    before = open_tokens(str(folder_of_files), TOKENIZER, str(cache), lambda: None)
+    made = _made(cache)
+    texts.jsonl(folder_of_files / "0.jsonl", texts.documents(6, seed=10))
+
+    after = open_tokens(str(folder_of_files), TOKENIZER, str(cache), lambda: None)
+
+    assert len(_made(cache) - made) == 1
+    assert after.digest != before.digest
+    kept = account_of(cache, before.digest)
+    assert kept == before.account
+    assert [words.partition(":")[0] for words in changes(kept, after.account)] == [
+        f"{folder_of_files}/0.jsonl"
+    ]
+
+
+def test_a_source_in_parts_without_any_text_is_refused(
+    folder_of_files: Path, tmp_path: Path
+) -> None:
+    for path in folder_of_files.iterdir():
+        path.write_text("\n" * 2000)
+
+    with pytest.raises(MisconfiguredError, match="no text, expected at least one document"):
+        open_data(str(folder_of_files), TOKENIZER, str(tmp_path / "cache"), lambda: None)
+
+
+def test_a_parked_process_gets_every_source_ready(tmp_path: Path) -> None:
+    data = sources_of(tmp_path)
+    trainer = {"data": msgspec.to_builtins(data)}
+    cache = tmp_path / "cache"
+
+    prepare(JobAhead(job={"trainer": trainer}, cache_dir=str(cache)), lambda: None)
+
+    assert len(_made(cache)) == 2

@@ -33,6 +33,7 @@ from storage.manifest import (
     read_manifest,
     receipt_of,
 )
+from storage.parallel import ahead
 from storage.shard import (
     INDEX_BYTES_MAX,
     ShardIndex,
@@ -41,6 +42,9 @@ from storage.shard import (
     verify,
     verify_blocks,
 )
+
+BLOCKS_AHEAD = 4
+"""Of 16 MiB each, that are read at a time: a single stream of object storage is slow."""
 
 
 def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardReceipt:
@@ -220,10 +224,13 @@ def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:
 
 
 def body_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
-    """Yield a shard's body in blocks of 16 MiB, unverified; each is read when it is asked for."""
+    """Yield a shard's body in blocks of 16 MiB, unverified; a few are read ahead."""
     key = body_key(index.step, index.epoch, index.shard)
-    for start in range(0, index.size, BLOCK_BYTES):
-        yield store.get(key, start, min(BLOCK_BYTES, index.size - start))
+
+    def read(start: int) -> bytes:
+        return store.get(key, start, min(BLOCK_BYTES, index.size - start))
+
+    return ahead(read, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD)
 
 
 def _require_size(store: BlobStore, index: ShardIndex) -> None:

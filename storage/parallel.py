@@ -1,8 +1,10 @@
-"""Asks a store many small things at once, since each takes a round trip and little else."""
+"""Asks a store many things at once, since each takes a round trip, and one stream is slow."""
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -53,3 +55,35 @@ def each(call: Callable[[A], B], items: Sequence[A], *, at_once: int = AT_ONCE) 
     if failed:
         raise failed[min(failed)]
     return [done[number] for number in range(len(items))]
+
+
+def ahead(call: Callable[[A], B], items: Sequence[A], depth: int) -> Iterator[B]:
+    """Yield what the call makes of each item, in order, with up to `depth` calls under way.
+
+    For what is read in pieces that are large enough to be counted: no more than `depth` are held.
+    The threads are daemons, one for each call. Whoever stops early leaves the calls that are under
+    way to end by themselves.
+
+    Raises:
+        BaseException: what a call raised, when its turn comes.
+    """
+    if len(items) == 1:
+        yield call(items[0])
+        return
+    name = f"{threading.current_thread().name}-ahead"
+    pending: deque[Future[B]] = deque()
+    for item in items:
+        if len(pending) == depth:
+            yield pending.popleft().result()
+        future: Future[B] = Future()
+        pending.append(future)
+        threading.Thread(target=_fulfil, args=(future, call, item), name=name, daemon=True).start()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _fulfil(future: Future[B], call: Callable[[A], B], item: A) -> None:
+    try:
+        future.set_result(call(item))
+    except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+        future.set_exception(error)

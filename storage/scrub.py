@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from storage.blob import BlobStore
-from storage.catalog import Catalog, CommitRecord
+from storage.catalog import SHARDS_AT_ONCE, Catalog, CommitRecord
 from storage.commit import body_blocks, fetch_index
 from storage.digest import Buffer, digest_stream
 from storage.errors import BlobNotFoundError, StorageError
 from storage.manifest import Manifest, body_key, commit_key, index_key
+from storage.parallel import each
 from storage.shard import ShardIndex
 from storage.verdicts import SUSPECT, Standing, Trust
 
@@ -53,20 +54,23 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
 def examine(
     store: BlobStore, manifest: Manifest, *, read: Callable[[int], None] = lambda _bytes: None
 ) -> list[Damage]:
-    """Read a checkpoint, a block of 16 MiB at a time, and return all that is wrong with it.
+    """Read a checkpoint, a few blocks of 16 MiB at a time, and return all that is wrong with it.
 
     Args:
         store: of the run.
         manifest: of the checkpoint.
-        read: called with the number of bytes whenever some were read, for whoever watches.
+        read: called with the number of bytes whenever some were read, for whoever watches; from
+            any thread.
 
     Raises:
         StorageError: if the store does not answer or refuses; that says nothing of the bytes.
     """
-    damages: list[Damage] = []
-    for shard in range(manifest.shards):
-        damages += _examine_shard(store, manifest, shard, read)
-    return damages
+
+    def of_shard(shard: int) -> list[Damage]:
+        return list(_examine_shard(store, manifest, shard, read))
+
+    by_shard = each(of_shard, range(manifest.shards), at_once=SHARDS_AT_ONCE)
+    return [damage for damages in by_shard for damage in damages]
 
 
 def scrub_all(

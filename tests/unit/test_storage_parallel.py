@@ -10,7 +10,7 @@ from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import commit_key, encode_manifest
 from storage.memory import MemoryStore
-from storage.parallel import FEW, each
+from storage.parallel import FEW, ahead, each
 from tests.checkpoints import committed, written
 
 
@@ -69,3 +69,34 @@ def test_a_store_that_does_not_answer_fails_the_whole_list() -> None:
 
     with pytest.raises(StorageUnavailableError):
         Catalog(store).commits()
+
+
+def test_what_is_read_ahead_comes_in_order_and_no_more_than_that_is_under_way() -> None:
+    lock, under_way, most = threading.Lock(), 0, 0
+
+    def read(number: int) -> int:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.002)
+        with lock:
+            under_way -= 1
+        return number
+
+    assert list(ahead(read, range(30), 4)) == list(range(30))
+    assert 2 <= most <= 4
+    assert list(ahead(read, [], 4)) == []
+
+
+def test_what_a_call_raised_comes_when_its_turn_does() -> None:
+    def read(number: int) -> int:
+        if number == 2:
+            raise StorageUnavailableError("gone")
+        return number
+
+    reading = ahead(read, range(9), 4)
+
+    assert [next(reading), next(reading)] == [0, 1]
+    with pytest.raises(StorageUnavailableError, match="gone"):
+        next(reading)

@@ -153,20 +153,20 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> Found | Non
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
     # Memory that has spoilt one copy may have spoilt others.
     spoilt = {c.node for s, _, c in state.struck if s == step and c.kind == "corrupt"}
-    there: dict[Rank, list[NodeId]] | None = None
+    lacking: list[tuple[NodeId, Rank, Share]] = []
     for seat, own in ranks_by_node(seats).items():
         held = frozenset() if seat in state.unfit else copies.of(seat)
-        missing = () if held.issuperset(own) else tuple(rank for rank in own if rank not in held)
-        if missing and there is None:
-            there = _serving(state, copies)
-        for rank in missing:
-            assert there is not None, "made for the first that is missing"
+        if not held.issuperset(own):
             here = frozenset() if seat in spoilt else held
-            found = _copy_of(state, rank, seat, here, there, cut_off)
-            if found is None or seat in cramped:
-                return None
-            nodes[rank], staged_as[rank] = found
-    own_all = all(rank == other for rank, other in enumerate(staged_as))
+            lacking += [(seat, rank, here) for rank in own if rank not in held]
+    there = _serving(state, copies, [rank for _, rank, _ in lacking])
+    own_all = True
+    for seat, rank, here in lacking:
+        found = _copy_of(state, rank, seat, here, there, cut_off)
+        if found is None or seat in cramped:
+            return None
+        nodes[rank], staged_as[rank] = found
+        own_all = own_all and staged_as[rank] == rank
     return Found(tuple(nodes), () if own_all else tuple(staged_as))
 
 
@@ -176,14 +176,22 @@ def _each_shard(state: RunState, copies: Copies, mute: Sequence[NodeId]) -> bool
     return bool(np.bincount(shard_R, held_R, state.shard_count()).all())
 
 
-def _serving(state: RunState, copies: Copies) -> dict[Rank, list[NodeId]]:
-    """Return who can serve each shard of a step, sorted."""
-    there: dict[Rank, list[NodeId]] = {}
-    for node in sorted(copies.nodes()):
-        if state.nodes[node].serves:
-            for rank in copies.of(node):
-                there.setdefault(rank, []).append(node)
-    return there
+def _serving(
+    state: RunState, copies: Copies, ranks: Sequence[Rank]
+) -> dict[Rank, list[NodeId]]:
+    """Return who can serve the shards of some ranks, whichever replica staged them; sorted."""
+    wanted = frozenset(twin for rank in ranks for twin in _twins(state, rank))
+    there = copies.holders_of(wanted) if wanted else {}
+    return {
+        rank: [node for node in nodes if state.nodes[node].serves] for rank, nodes in there.items()
+    }
+
+
+def _twins(state: RunState, rank: Rank) -> list[Rank]:
+    """Return the ranks of all replicas that have the same shard, its own included."""
+    layout = state.run.layout
+    shard = layout.shard_of(rank)
+    return [Rank(layout.rank_of(shard, replica)) for replica in range(layout.dp_replicate)]
 
 
 def _copy_of(
@@ -195,9 +203,7 @@ def _copy_of(
     cut_off: Container[tuple[NodeId, NodeId]],
 ) -> tuple[NodeId, Rank] | None:
     """Return from whom a seat can have a shard that it lacks, and as whose that was staged."""
-    layout = state.run.layout
-    shard = layout.shard_of(rank)
-    twins = [Rank(layout.rank_of(shard, replica)) for replica in range(layout.dp_replicate)]
+    layout, twins = state.run.layout, _twins(state, rank)
     if (here := next((twin for twin in twins if twin in held), None)) is not None:
         return seat, here
     reach = {

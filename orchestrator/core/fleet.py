@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,8 @@ class Fleet:
 
     def __init__(self, world_size: int, at: Seconds) -> None:
         self._columns = _Columns(world_size, at)
+        self._told: dict[str, tuple[tuple[float, ...], npt.NDArray[Any]]] = {}
+        """The newest columns that were told, and what became of them."""
         self._row: _Row | None = None
         """Of all ranks, if it is newer than the columns."""
         self.last_moved_at = at
@@ -130,12 +132,16 @@ class Fleet:
             self._observe_alike(at, phases[0], steps[0], progress[0], states, cpu_s[0])
             return
         columns = self._filled()
-        progress_R = np.asarray(progress, np.int64)
+        progress_R = self._array("progress", progress, np.int64)
         known_R = progress_R >= 0
         moved_R = known_R & (progress_R != columns.progress_R)
-        cpu_R = np.asarray(cpu_s, np.float64)
-        columns.phase_R = np.where(known_R, np.asarray(phases, np.int64), columns.phase_R)
-        columns.step_R = np.where(known_R, np.asarray(steps, np.int64), columns.step_R)
+        cpu_R = self._array("cpu_s", cpu_s, np.float64)
+        phase_R, step_R = (
+            self._array("phase", phases, np.int64),
+            self._array("step", steps, np.int64),
+        )
+        columns.phase_R = np.where(known_R, phase_R, columns.phase_R)
+        columns.step_R = np.where(known_R, step_R, columns.step_R)
         columns.progress_R = np.where(known_R, progress_R, columns.progress_R)
         columns.cpu_s_R = np.where(known_R, cpu_R, columns.cpu_s_R)
         columns.moved_at_R = np.where(moved_R, at, columns.moved_at_R)
@@ -147,6 +153,15 @@ class Fleet:
         self._stop(columns, at, shown_R & ~moved_R)
         if bool(moved_R.any()):
             self.last_moved_at = at
+
+    def _array(
+        self, name: str, column: tuple[float, ...], kind: type[np.generic]
+    ) -> npt.NDArray[Any]:
+        """Return a column as an array, to be read: the same one while the same is told."""
+        known = self._told.get(name)
+        if known is None or (known[0] is not column and known[0] != column):
+            known = self._told[name] = (column, np.asarray(column, kind))
+        return known[1]
 
     def _observe_alike(
         self, at: Seconds, phase: int, step: int, progress: int, state: str, cpu_s: float

@@ -130,9 +130,14 @@ class Copies:
             self._least = int(self._count_R.min(initial=np.iinfo(np.int32).max))
         return self._least
 
-    def holding_any(self, ranks: Share) -> list[NodeId]:
-        """Return who holds the shard of any of these, sorted."""
-        return sorted(node for node, held in self._held.items() if not held.isdisjoint(ranks))
+    def holders_of(self, ranks: Share) -> dict[Rank, list[NodeId]]:
+        """Return who holds each of some shards, sorted: in one look at all nodes."""
+        found: dict[Rank, list[NodeId]] = {rank: [] for rank in ranks}
+        for node, held in self._held.items():
+            if not held.isdisjoint(ranks):
+                for rank in held & ranks:
+                    found[rank].append(node)
+        return {rank: sorted(nodes) for rank, nodes in found.items()}
 
     def holders(self, rank: Rank) -> list[NodeId]:
         """Return who holds a shard, sorted."""

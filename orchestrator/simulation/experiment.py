@@ -196,7 +196,7 @@ class Observer:
         del controller, event
         for decision in decisions:
             if isinstance(decision, StartGeneration):
-                if self._seats:
+                if self._seats and self._seats != decision.seats:
                     self.swaps += len(set(decision.seats) - set(self._seats))
                 self._seats = decision.seats
                 self._effects.seated(decision.seats)

@@ -142,10 +142,10 @@ class SimNode:
         """Hold these shards, too; return whether they count here."""
         if not self.judge.has(save):
             return False
-        held = self.shelf.get(save, frozenset())
-        if held.issuperset(ranks):
+        held = self.shelf.get(save)
+        if held is not None and held.issuperset(ranks):
             return True
-        self.shelf[save] = held.union(ranks)
+        self.shelf[save] = frozenset(ranks) if held is None else held.union(ranks)
         if len(self.shelf) <= SAVES_MAX:
             return True
         for oldest in sorted(self.shelf)[:-SAVES_MAX]:

@@ -5,9 +5,10 @@ Letters in array names: R ranks of the world.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from orchestrator.core.events import Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
@@ -49,13 +50,27 @@ class _Columns(NamedTuple):
 _NOBODY = _Columns((-1,), (-1,), (-1,), "?", (0.0,))
 
 
-def telemetry(team: Team | None, at: Seconds, news: News) -> Telemetry:
+class Told:
+    """The columns that were told last: what is the same again is told in the same words."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, tuple[npt.NDArray[Any], tuple[Any, ...]]] = {}
+
+    def words(self, name: str, column_R: npt.NDArray[Any]) -> tuple[Any, ...]:
+        """Return a column as the event has it."""
+        known = self._columns.get(name)
+        if known is None or not np.array_equal(known[0], column_R):
+            known = self._columns[name] = (column_R, tuple(column_R.tolist()))
+        return known[1]
+
+
+def telemetry(team: Team | None, at: Seconds, news: News, told: Told) -> Telemetry:
     """Return one tick of a team, as far as its nodes are heard."""
     columns = _NOBODY
     if team is not None:
         silent = team.silent(news.heard)
         alike = team.whole and team.in_step and not silent
-        columns = _alike(team, at) if alike else _each(team, at, silent)
+        columns = _alike(team, at) if alike else _each(team, at, silent, told)
     return Telemetry(
         at=at,
         generation=team.generation if team is not None else Generation(0),
@@ -79,7 +94,7 @@ def _alike(team: Team, at: Seconds) -> _Columns:
     return _Columns((phase,), (step,), (team.lowest + 10 + moves,), "S", (busy_s,))
 
 
-def _each(team: Team, at: Seconds, silent: frozenset[NodeId]) -> _Columns:
+def _each(team: Team, at: Seconds, silent: frozenset[NodeId], told: Told) -> _Columns:
     """Return one number per rank."""
     step, moves, busy_s = _progress(team, at)
     mark_R = np.fromiter(team.marks, np.int64)[team.place_R]
@@ -98,11 +113,11 @@ def _each(team: Team, at: Seconds, silent: frozenset[NodeId]) -> _Columns:
             cpu_s_R[rank] += at - team.stopped_at
     silent_R[sorted(team.dead)] = True
     return _Columns(
-        phases=tuple(np.where(silent_R, -1, phase_R).tolist()),
-        steps=tuple(np.where(silent_R, -1, step).tolist()),
-        progress=tuple(np.where(silent_R, -1, mark_R + 10 + moves).tolist()),
+        phases=told.words("phases", np.where(silent_R, -1, phase_R)),
+        steps=told.words("steps", np.where(silent_R, -1, step)),
+        progress=told.words("progress", np.where(silent_R, -1, mark_R + 10 + moves)),
         states=np.where(silent_R, np.uint8(ord("?")), letter_R).tobytes().decode("ascii"),
-        cpu_s=tuple(np.where(silent_R, 0.0, cpu_s_R).tolist()),
+        cpu_s=told.words("cpu_s", np.where(silent_R, 0.0, cpu_s_R)),
     )
 
 

@@ -55,7 +55,7 @@ from orchestrator.worlds.simulated.profile import Profile
 from orchestrator.worlds.simulated.saving import Saving
 from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
-from orchestrator.worlds.simulated.view import News, telemetry
+from orchestrator.worlds.simulated.view import News, Told, telemetry
 
 _BEFORE_S = 1e-6
 _Request = DrainRequested | DrainCancelled
@@ -107,7 +107,7 @@ class SimulatedWorld:
         self._saving: Saving | None = None
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
-        self._reported = Step(0)
+        self._reported, self._told = Step(0), Told()
         self._looks = Looks(self.cluster, timeouts, look_every_s, run)
         self._step_s = profile.step.value
         self._over = False
@@ -304,7 +304,7 @@ class SimulatedWorld:
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
         news = News(heard, reports, since_s, stall_s, self._looks.unseen_s())
-        return telemetry(team, self.now, news)
+        return telemetry(team, self.now, news, self._told)
 
     def _reports(self, first: int, last: Step) -> tuple[StepReport, ...]:
         """Return what there is to tell of steps, both ends included."""

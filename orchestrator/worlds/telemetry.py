@@ -26,6 +26,8 @@ class Columns:
         self._reports: list[StepReport] = []
         self._heard: set[NodeId] = set()
         self._stall_s_R: dict[Rank, float] = {}
+        self._stalls: dict[NodeId, tuple[tuple[Rank, ...], tuple[float, ...]]] = {}
+        """What each node said last of how long its ranks have stalled."""
         self._stalled_s = 0.0
         self._clear()
 
@@ -34,7 +36,7 @@ class Columns:
         self._generation, self._size = generation, world_size
         self.reported = restored
         self._reports = []
-        self._stall_s_R = {}
+        self._stall_s_R, self._stalls = {}, {}
         self._stalled_s = 0.0
         self._clear()
 
@@ -43,22 +45,46 @@ class Columns:
         self._heard.add(node)
         if beat.generation != self._generation:
             return
-        for place, rank in enumerate(beat.ranks):
-            if not 0 <= rank < self._size:
-                continue
-            self._phases[rank] = beat.phases[place]
-            self._steps[rank] = beat.steps[place]
-            self._progress[rank] = beat.progress[place]
-            self._states[rank] = beat.states[place]
-            self._cpu_s[rank] = beat.cpu_s[place]
-            # A rank's first beat says how long it stalled before anybody counted.
-            before_s = self._stall_s_R.get(rank, beat.stall_s[place])
-            self._stalled_s = max(self._stalled_s, beat.stall_s[place] - before_s)
-            self._stall_s_R[rank] = beat.stall_s[place]
+        self._enter(beat)
+        told = (beat.ranks, beat.stall_s)
+        if self._stalls.get(node) != told:
+            self._stalls[node] = told
+            self._count_stalls(beat)
         for report in beat.reports:
             if report.step > self.reported:
                 self.reported = report.step
                 self._reports.append(report)
+
+    def _enter(self, beat: Beat) -> None:
+        """Enter what a node says of its ranks where they are in the columns."""
+        ranks, count = beat.ranks, len(beat.ranks)
+        told = (beat.phases, beat.steps, beat.progress, beat.states, beat.cpu_s)
+        first, end = (ranks[0], ranks[0] + count) if ranks else (0, 0)
+        in_row = first >= 0 and end <= self._size and ranks == tuple(range(first, end))
+        if in_row and all(len(column) == count for column in told):
+            # So it nearly always is, a thousand times a second.
+            self._phases[first:end] = beat.phases
+            self._steps[first:end] = beat.steps
+            self._progress[first:end] = beat.progress
+            self._states[first:end] = beat.states
+            self._cpu_s[first:end] = beat.cpu_s
+            return
+        for place, rank in enumerate(ranks):
+            if 0 <= rank < self._size:
+                self._phases[rank] = beat.phases[place]
+                self._steps[rank] = beat.steps[place]
+                self._progress[rank] = beat.progress[place]
+                self._states[rank] = beat.states[place]
+                self._cpu_s[rank] = beat.cpu_s[place]
+
+    def _count_stalls(self, beat: Beat) -> None:
+        for place, rank in enumerate(beat.ranks):
+            if 0 <= rank < self._size:
+                stall_s = beat.stall_s[place]
+                # A rank's first beat says how long it stalled before anybody counted.
+                before_s = self._stall_s_R.get(rank, stall_s)
+                self._stalled_s = max(self._stalled_s, stall_s - before_s)
+                self._stall_s_R[rank] = stall_s
 
     def telemetry(self, at: Seconds) -> Telemetry | None:
         """Return everything since the last tick as one event; None if nobody was heard."""

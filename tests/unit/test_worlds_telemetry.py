@@ -44,6 +44,28 @@ def test_two_nodes_fill_their_own_ranks_and_the_rest_stays_unknown() -> None:
     assert event.heard == ("n0",)
 
 
+def test_ranks_that_are_not_in_a_row_have_their_own_places_as_well() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((3, 1), steps=(7, 8), cpu_s=(0.5, 0.25), states="RD"))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert event.steps == (-1, 8, -1, 7)
+    assert event.cpu_s == (0.0, 0.25, 0.0, 0.5)
+    assert event.states == "?D?R"
+
+
+def test_a_rank_out_of_the_world_is_passed_over_and_the_others_are_not() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((3, 4), steps=(7, 8)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert event.steps == (-1, -1, -1, 7)
+
+
 def test_a_tick_in_which_nobody_was_heard_is_no_telemetry() -> None:
     columns = started()
     columns.take(NodeId("n0"), beat((0, 1)))

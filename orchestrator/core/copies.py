@@ -226,7 +226,7 @@ def newest_safe_step(state: RunState) -> Step | None:
     # Asked for at every event: nearly always, nothing new is held by everybody.
     # None of all ranks, while the world has fewer.
     first = len(state.seats) if state.short else None
-    if not any(state.holdings.of(step).least(first=first) for step in newer):
+    if not any(state.holdings.of(step).whole(first) for step in newer):
         return None
     wanted = _copies_wanted(state)
     for step in newer:

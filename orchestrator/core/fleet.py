@@ -140,15 +140,16 @@ class Fleet:
             self._array("phase", phases, np.int64),
             self._array("step", steps, np.int64),
         )
-        columns.phase_R = np.where(known_R, phase_R, columns.phase_R)
-        columns.step_R = np.where(known_R, step_R, columns.step_R)
-        columns.progress_R = np.where(known_R, progress_R, columns.progress_R)
-        columns.cpu_s_R = np.where(known_R, cpu_R, columns.cpu_s_R)
-        columns.moved_at_R = np.where(moved_R, at, columns.moved_at_R)
-        columns.cpu_at_move_s_R = np.where(moved_R, cpu_R, columns.cpu_at_move_s_R)
+        # In place: at this size, a new array is new memory from the kernel each time.
+        np.copyto(columns.phase_R, phase_R, where=known_R)
+        np.copyto(columns.step_R, step_R, where=known_R)
+        np.copyto(columns.progress_R, progress_R, where=known_R)
+        np.copyto(columns.cpu_s_R, cpu_R, where=known_R)
+        np.copyto(columns.moved_at_R, at, where=moved_R)
+        np.copyto(columns.cpu_at_move_s_R, cpu_R, where=moved_R)
         # Not every tick hears of every rank: what is unknown is as it was.
         letter_R = np.frombuffer(states.encode("ascii", "replace"), np.uint8)
-        columns.letter_R = np.where(known_R, letter_R, columns.letter_R)
+        np.copyto(columns.letter_R, letter_R, where=known_R)
         shown_R = (columns.letter_R == ord("T")) | (columns.letter_R == ord("t"))
         self._stop(columns, at, shown_R & ~moved_R)
         if bool(moved_R.any()):
@@ -196,9 +197,12 @@ class Fleet:
 
     def _stop(self, columns: _Columns, at: Seconds, stopped_R: npt.NDArray[np.bool_]) -> None:
         """Enter which processes are shown as stopped, and have not moved."""
-        since_R = np.minimum(columns.stopped_since_R, at)
-        columns.stopped_since_R = np.where(stopped_R, since_R, np.inf)
-        self.stopped_since = float(columns.stopped_since_R.min())
+        since_R = columns.stopped_since_R
+        if math.isinf(self.stopped_since) and not bool(stopped_R.any()):
+            return
+        np.minimum(since_R, at, out=since_R)
+        np.copyto(since_R, np.inf, where=~stopped_R)
+        self.stopped_since = float(since_R.min())
 
     @property
     def states(self) -> str:
@@ -212,8 +216,8 @@ class Fleet:
     def forgive(self, at: Seconds) -> None:
         """Count standing still from `at` on: until then nobody was looking."""
         columns = self._filled()
-        columns.moved_at_R = np.maximum(columns.moved_at_R, at)
-        columns.stopped_since_R = np.where(np.isinf(columns.stopped_since_R), np.inf, at)
+        np.maximum(columns.moved_at_R, at, out=columns.moved_at_R)
+        np.copyto(columns.stopped_since_R, at, where=np.isfinite(columns.stopped_since_R))
         self.last_moved_at = max(self.last_moved_at, at)
         self.stopped_since = math.inf if math.isinf(self.stopped_since) else at
 

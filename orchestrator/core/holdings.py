@@ -33,7 +33,8 @@ class Copies:
     def __init__(self, world_size: int, held: Mapping[NodeId, Share] | None = None) -> None:
         self._held: dict[NodeId, Share] = dict(held or {})
         self._count_R = _counted(self._held.values(), world_size)
-        self._least: int | None = None
+        self._bare = _zeros(self._count_R)
+        """Of how many ranks there is no copy."""
         self._shared = False
         """Whether another one has the same columns, so that they may not be changed any more."""
 
@@ -58,7 +59,7 @@ class Copies:
         self._held = {names[node]: ranks for node, ranks in self._held.items()}
 
     def _become(self, other: Copies) -> None:
-        self._held, self._count_R, self._least = other._held, other._count_R, other.least()
+        self._held, self._count_R, self._bare = other._held, other._count_R, other._bare
         self._shared = other._shared = True
 
     def _change(self) -> None:
@@ -66,7 +67,6 @@ class Copies:
         if self._shared:
             self._held, self._count_R = dict(self._held), self._count_R.copy()
             self._shared = False
-        self._least = None
 
     def add(self, node: NodeId, ranks: Share) -> None:
         """Enter that a node holds these, too."""
@@ -74,7 +74,9 @@ class Copies:
         if new := ranks - before:
             self._change()
             self._held[node] = before | new
-            self._count_R[list(new)] += 1
+            places = list(new)
+            self._bare -= _zeros(self._count_R[places])
+            self._count_R[places] += 1
 
     def add_all(self, other: Copies) -> None:
         """Enter all that `other` has."""
@@ -97,17 +99,20 @@ class Copies:
             self._held[node] = left
         else:
             del self._held[node]
-        self._count_R[list(gone)] -= 1
+        places = list(gone)
+        self._count_R[places] -= 1
+        self._bare += _zeros(self._count_R[places])
 
     def discard_all(self, nodes: Iterable[NodeId]) -> None:
         """Strike off all that some nodes hold."""
         gone = {node for node in nodes if node in self._held}
         if len(gone) == len(self._held):
             self._held, self._count_R = {}, np.zeros_like(self._count_R)
-            self._least, self._shared = None, False
+            self._bare, self._shared = len(self._count_R), False
         elif gone:
             self._change()
             self._count_R -= _counted(map(self._held.pop, gone), len(self._count_R))
+            self._bare = _zeros(self._count_R)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -116,6 +121,10 @@ class Copies:
         """Return what a node holds."""
         return self._held.get(node, _NOTHING)
 
+    def whole(self, first: int | None = None) -> bool:
+        """Whether there is a copy of every rank's shard; of the first ones only, or (None) all."""
+        return self._bare == 0 if first is None else bool(self._count_R[:first].all())
+
     def least(self, without: Iterable[NodeId] = (), *, first: int | None = None) -> int:
         """Return how many copies there are of what has the fewest.
 
@@ -123,12 +132,11 @@ class Copies:
             without: nodes that do not count.
             first: of the first ranks only, so many; None for all.
         """
+        if not self.whole(first):
+            return 0
         kept_out = [node for node in without if node in self._held]
-        if kept_out or first is not None:
-            return int(self.count_R(kept_out)[:first].min())
-        if self._least is None:
-            self._least = int(self._count_R.min(initial=np.iinfo(np.int32).max))
-        return self._least
+        count_R = self.count_R(kept_out) if kept_out else self._count_R
+        return int(count_R[:first].min())
 
     def holders_of(self, ranks: Share) -> dict[Rank, list[NodeId]]:
         """Return who holds each of some shards, sorted: in one look at all nodes."""
@@ -165,6 +173,10 @@ def _counted(shares: Iterable[Share], world_size: int) -> npt.NDArray[np.int32]:
     """Return in how many of the shares each rank is, shape [R]."""
     ranks = np.fromiter(chain.from_iterable(shares), np.int64)
     return np.bincount(ranks, minlength=world_size).astype(np.int32)
+
+
+def _zeros(count_R: npt.NDArray[np.int32]) -> int:
+    return len(count_R) - int(np.count_nonzero(count_R))
 
 
 class Holdings:

@@ -45,18 +45,27 @@ def test_a_rank_that_was_continued_is_not_stopped_any_more() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(-1, 3), st.integers(0, 6), st.sampled_from("STRt?"), st.floats(0, 9)),
+        st.tuples(
+            st.integers(-1, 3), st.integers(0, 6), st.sampled_from("STRt?"), st.floats(0, 9),
+            st.sampled_from(["told", "looked at", "forgiven"]),
+        ),
         max_size=12,
     )
-)
+)  # fmt: skip
 def test_one_number_for_all_ranks_is_as_good_as_one_for_each(told: list) -> None:
     long, short = Fleet(3, Seconds(0.0)), Fleet(3, Seconds(0.0))
-    for tick, (progress, phase, state, cpu_s) in enumerate(told):
+    for tick, (progress, phase, state, cpu_s, then) in enumerate(told):
         for fleet, size in ((long, 3), (short, 1)):
             fleet.observe(
                 Seconds(float(tick)), phases=(phase,) * size, steps=(7,) * size,
                 progress=(progress,) * size, states=state * size, cpu_s=(cpu_s,) * size,
             )  # fmt: skip
+            if then == "forgiven":
+                fleet.forgive(Seconds(tick + 0.5))
+        assert short.last_moved_at == long.last_moved_at == long.moved_at_R.max()
+        assert short.stopped_since == long.stopped_since == long.stopped_since_R.min()
+        if then == "told" and tick < len(told) - 1:
+            continue
         for name in ("phase_R", "step_R", "progress_R", "cpu_s_R", "moved_at_R",
                      "cpu_at_move_s_R", "stopped_since_R"):  # fmt: skip
             assert getattr(short, name).tolist() == getattr(long, name).tolist(), name

@@ -176,9 +176,7 @@ def _each_shard(state: RunState, copies: Copies, mute: Sequence[NodeId]) -> bool
     return bool(np.bincount(shard_R, held_R, state.shard_count()).all())
 
 
-def _serving(
-    state: RunState, copies: Copies, ranks: Sequence[Rank]
-) -> dict[Rank, list[NodeId]]:
+def _serving(state: RunState, copies: Copies, ranks: Sequence[Rank]) -> dict[Rank, list[NodeId]]:
     """Return who can serve the shards of some ranks, whichever replica staged them; sorted."""
     wanted = frozenset(twin for rank in ranks for twin in _twins(state, rank))
     there = copies.holders_of(wanted) if wanted else {}

@@ -153,10 +153,6 @@ class Copies:
             return []
         return sorted(node for node, ranks in self._held.items() if rank in ranks)
 
-    def nodes(self) -> Iterator[NodeId]:
-        """Yield every node that holds any."""
-        yield from self._held
-
     def ranks(self) -> list[Rank]:
         """Return the ranks of which there is a copy, ascending."""
         return [Rank(int(rank)) for rank in np.flatnonzero(self._count_R)]

@@ -21,8 +21,10 @@ import xxhash
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
 from trainer.joined import Ids
+from trainer.kept import Memory
 from trainer.mixing import Mixture
 from trainer.ramp import Ramp
+from trainer.retrying import SourceUnavailableError
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer
 from trainer.tokens import PART_BYTES, Room, TokenFile, Tokens, join
@@ -169,20 +171,14 @@ def open_data(
 
     Raises:
         MisconfiguredError: if a source is missing, empty, not text, or too much for the disk.
-        SourceUnavailableError: if one does not answer.
+        SourceUnavailableError: if one does not answer, and this node does not have its tokens.
     """
     how = settings(data)
     size = how.cache_gib_max * (1 << 30) if how.cache_gib_max is not None else None
     room = Room(Path(cache_dir) if cache_dir else None, size)
     named = list(data.sources) if isinstance(data, runfile.Data) else [None]
-    parts = [
-        [
-            TokenFile(part, tokenizer, room, held=how.validation)
-            for part in _text(data, how, source, check).parts(PART_BYTES)
-        ]
-        for source in named
-    ]
-    files = [file for each in parts for file in each]
+    found = [_find(data, source, tokenizer, room, check) for source in named]
+    files = [file for each in found for file in each.files]
     room.require(sum(file.missing_bytes for file in files), at_least=True)
     # Whoever finds one in the hands of another process takes the next.
     waiting = [file for file in files if not file.make(check)]
@@ -190,18 +186,46 @@ def open_data(
         check()
         time.sleep(_POLL_S)
         waiting = [file for file in waiting if not file.make(check)]
-    opened = [
-        join(
-            [file.open(check) for file in each],
-            room.folder,
-            source.uri if source else "all addresses",
-        )
-        for source, each in zip(named, parts, strict=True)
-    ]
-    return [
-        tokens._replace(name=source.uri, weight=source.weight) if source else tokens
-        for source, tokens in zip(named, opened, strict=True)
-    ]
+    return [each.open(room, check) for each in found]
+
+
+class _Found(NamedTuple):
+    """A source as this node found it, or remembers it."""
+
+    source: runfile.DataSource | None
+    """None for all addresses of a short form."""
+    memory: Memory
+    files: list[TokenFile]
+    recalled: list[Tokens]
+    """Instead of files: what this node has, of a source that does not answer."""
+
+    def open(self, room: Room, check: Callable[[], None]) -> Tokens:
+        """Return its tokens, which are made."""
+        parts = self.recalled or [file.open(check) for file in self.files]
+        if self.files:
+            self.memory.keep(self.files)
+        source = self.source
+        tokens = join(parts, room.folder, source.uri if source else "all addresses")
+        return tokens._replace(name=source.uri, weight=source.weight) if source else tokens
+
+
+def _find(
+    data: Wanted,
+    source: runfile.DataSource | None,
+    tokenizer: Tokenizer,
+    room: Room,
+    check: Callable[[], None],
+) -> _Found:
+    how = settings(data)
+    what = data if source is None else [source.uri, source.format, source.field]
+    memory = Memory(room, [what, tokenizer.digest, how.validation, how.on_bad_record])
+    try:
+        text = _text(data, how, source, check)
+    except SourceUnavailableError as error:
+        return _Found(source, memory, [], memory.recall(tokenizer.bos, error))
+    parts = text.parts(PART_BYTES)
+    files = [TokenFile(part, tokenizer, room, held=how.validation) for part in parts]
+    return _Found(source, memory, files, [])
 
 
 def open_tokens(

@@ -113,6 +113,11 @@ class TokenFile:
         self._path = room.folder / f"tokens-{key[:32]}" if room.folder is not None else None
 
     @property
+    def name(self) -> str:
+        """Of the file; "" if it is kept nowhere."""
+        return self._path.name if self._path is not None else ""
+
+    @property
     def missing_bytes(self) -> int:
         """What is still to be written, at the least; 0 if all is there."""
         if self._path is None or self._path.exists():
@@ -146,8 +151,7 @@ class TokenFile:
             with tempfile.TemporaryFile() as file:
                 self._write(file, check)
                 return _map(file, self._tokenizer.bos)
-        with self._path.open("rb") as file:
-            return _map(file, self._tokenizer.bos)
+        return open_file(self._path, self._tokenizer.bos)
 
     def _make(self, path: Path, check: Callable[[], None]) -> None:
         # One name for all attempts: only the holder of the lock writes, over what a killed one
@@ -244,7 +248,9 @@ def join(parts: Sequence[Tokens], folder: Path | None, address: str) -> Tokens:
         raise no_text(address)
     digest = xxhash.xxh3_128_hexdigest("".join(part.digest for part in parts).encode())
     if folder is not None:
-        _keep(folder / f"account-{digest}", msgspec.json.encode(account))
+        path = folder / f"account-{digest}"
+        if not path.exists():
+            write_whole(path, msgspec.json.encode(account))
     return Tokens(
         Joined([part.ids for part in parts]),
         digest,
@@ -254,12 +260,11 @@ def join(parts: Sequence[Tokens], folder: Path | None, address: str) -> Tokens:
     )
 
 
-def _keep(path: Path, content: bytes) -> None:
-    if not path.exists():
-        # Ranks that are at it together write the same.
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(content)
-        unfinished.rename(path)
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a small file that nobody sees half of; if several do so at once, the last wins."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.rename(path)
 
 
 @contextlib.contextmanager
@@ -288,6 +293,12 @@ def account_of(folder: Path, digest: str) -> Account | None:
             if head is not None and head[2].hex() == digest:
                 return _read_account(file, head[4])
     return None
+
+
+def open_file(path: Path, bos: int) -> Tokens:
+    """Map a token file. Raises OSError if it is none of this version, or not whole."""
+    with path.open("rb") as file:
+        return _map(file, bos)
 
 
 def _map(file: IO[bytes], bos: int) -> Tokens:

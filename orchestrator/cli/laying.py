@@ -12,7 +12,7 @@ from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.tables import Column, Row, text
 from orchestrator.protocol.cutting import obstacles
 from orchestrator.protocol.fitting import EMBEDDED
-from orchestrator.protocol.footprint import Footprint, assumptions, footprint
+from orchestrator.protocol.footprint import Footprint, assumptions, footprint, micro_batches
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.sizes import PRESETS, ModelConfig
 
@@ -45,19 +45,19 @@ def layout(run: TrainingRun) -> Answer:
     models = {RUN: PRESETS[own] if isinstance(own, str) else msgspec.convert(own, ModelConfig)}
     models |= {size: PRESETS[size] for size in SIZES if PRESETS[size] != models[RUN]}
     left = f"of which {units.size(RESERVE)} are left to all else"
-    share = trainer.global_batch // run.layout.readers
+    micro, _ = micro_batches(trainer, run.layout)
     return Answer(
         question="layout",
         headline=(
             f"{run.metadata.name}: {run.world_size} ranks, {run.layout}; micro-batches of "
-            f"{units.count(trainer.micro_batch or share, 'sequence')} of "
+            f"{units.count(micro, 'sequence')} of "
             f"{units.count(trainer.seq_len, 'token')}, "
             f"activation checkpointing {trainer.activation_checkpointing}"
         ),
         given={
             "ranks": run.world_size,
             "seq_len": trainer.seq_len,
-            "micro_batch": trainer.micro_batch or share,
+            "micro_batch": micro,
             "reserve_bytes": RESERVE,
         },
         columns=_COLUMNS,

@@ -38,7 +38,8 @@ class Footprint(NamedTuple):
     gathered: int
     """Weights of other ranks while layers compute with them, and gradients on the way to them."""
     accumulated: int
-    """Gradients of whole layers that are added up over micro-batches before ranks exchange them."""
+    """Gradients that are added up over micro-batches: of whole layers, before ranks exchange them;
+    with deterministic reduction of this rank's shard, in several sums."""
     activations: int
     """What layers keep of the forward pass."""
     recomputed: int
@@ -84,22 +85,33 @@ def of_stage(
     shards = layout.dp_shard * layout.cp
     held = sum(-(-shape[0] // shards) * math.prod(shape[1:]) for _, shape in mine)
     whole = sum(math.prod(shape) for _, shape in mine)
-    share = job.global_batch // layout.readers
-    micro = job.micro_batch or share
+    micro, count = micro_batches(job, layout)
     tokens = micro * job.seq_len // layout.cp
+    fixed = job.reduction == "deterministic"
     return Footprint(
         parameters=held,
         weights=MASTER * held,
         gradients=MASTER * held,
         optimizer=2 * MASTER * held,
-        gathered=_gathered(mine, shards, compute, exchanged=share == micro),
-        accumulated=MASTER * whole if share > micro else 0,
+        gathered=_gathered(
+            mine, shards, compute, stays=layout.pp > 1, exchanged=fixed or count == 1
+        ),
+        # In a fixed order: this rank's part of a sum for each level of the tree.
+        accumulated=MASTER * (held * count.bit_length() if fixed else whole) if count > 1 else 0,
         activations=_activations(model, job, layout, tokens, len(layers), compute)
-        * _in_flight(job, layout, rank, share // micro),
+        * _in_flight(job, layout, rank, count),
         recomputed=_recomputed(model, job, layout, tokens, compute),
         logits=_logits(model, layout, tokens, compute) if last else 0,
         checkpoint=STATE * held,
     )
+
+
+def micro_batches(job: Trainer, layout: Layout) -> tuple[int, int]:
+    """Return the samples of a micro-batch, and how many of them a rank has in the largest batch."""
+    share = job.global_batch // layout.readers
+    micro = job.micro_batch or (1 if job.reduction == "deterministic" else share)
+    largest = max([job.global_batch, *(change.global_batch for change in job.batch_ramp)])
+    return micro, max(largest // layout.readers // micro, 1)
 
 
 def _is_of(name: str, layers: set[int], *, first: bool, last: bool) -> bool:
@@ -113,8 +125,18 @@ def _of_tensor_rank(name: str, shape: Shape, tp: int) -> Shape:
     return tuple(size // tp if d == dim else size for d, size in enumerate(shape))
 
 
-def _gathered(mine: list[tuple[str, Shape]], shards: int, compute: int, *, exchanged: bool) -> int:
-    """Return the bytes of weights that are there whole, and of gradients before their exchange."""
+def _gathered(
+    mine: list[tuple[str, Shape]], shards: int, compute: int, *, stays: bool, exchanged: bool
+) -> int:
+    """Return the bytes of weights that are there whole, and of gradients before their exchange.
+
+    Args:
+        mine: the weights of this rank's stages.
+        shards: into how many they are cut.
+        compute: bytes of a number that layers compute with.
+        stays: whether they are kept whole for all of a step, as stages of a pipeline are.
+        exchanged: whether each micro-batch's gradients are exchanged.
+    """
     of_layers: dict[str, int] = {}
     for name, shape in mine:
         group = name.split(".")[1] if name.startswith("layers.") else ""
@@ -126,7 +148,8 @@ def _gathered(mine: list[tuple[str, Shape]], shards: int, compute: int, *, excha
     layer = max(of_layers.values(), default=0)
     if layer < GROUP_MIN:
         ends, layer = ends + sum(of_layers.values()), 0
-    weights = compute * (ends + min(GATHERED_LAYERS, len(of_layers)) * layer)
+    layers = len(of_layers) if stays else min(GATHERED_LAYERS, len(of_layers))
+    weights = compute * (ends + layers * layer)
     if not exchanged:
         return weights
     # Of embedding and head they wait for the end of the pass; one group at a time is exchanged.
@@ -160,10 +183,10 @@ def _norm(model: ModelConfig, tp: int, compute: int) -> _Kept:
     return kept if compute != MASTER else _Kept(1, kept.master - 1 + kept.computed)
 
 
-def _attention(model: ModelConfig, tp: int, cp: int) -> _Kept:
+def _attention(model: ModelConfig, tp: int) -> _Kept:
     """Return queries, keys, values, what comes of them, its copy for the product, and sums."""
     dim, keys = model.dim, model.kv_heads * model.head_dim
-    return _Kept(model.heads // tp, 3 * dim // tp + 2 * keys * cp // tp)
+    return _Kept(model.heads // tp, 3 * dim // tp + 2 * keys // tp)
 
 
 def _feed_forward(model: ModelConfig, tp: int) -> _Kept:
@@ -175,7 +198,7 @@ def _layer(model: ModelConfig, layout: Layout, kept: str, compute: int) -> int:
     """Return the bytes that a layer keeps for each token."""
     dim, tp = model.dim, layout.tp
     norm = _norm(model, tp, compute).bytes(compute)
-    attention = norm + _attention(model, tp, layout.cp).bytes(compute)
+    attention = norm + _attention(model, tp).bytes(compute)
     match kept:
         case "full":
             return compute * dim // tp
@@ -215,9 +238,13 @@ def assumptions(compute: int) -> Iterator[str]:
     yield "the worst rank: the first shard of the pipeline stage that holds most"
     yield (
         f"gathered: weights of embedding, head and {GATHERED_LAYERS} layers, and gradients of one, "
-        "before they are exchanged; of a rank that has all of the model, its copy in bf16"
+        "before they are exchanged; of a rank that has all of the model, its copy in bf16; of a "
+        "pipeline, all of a rank's stages"
     )
-    yield "accumulated: with several micro-batches, gradients of whole layers in float32"
+    yield (
+        "accumulated: with several micro-batches, gradients of whole layers in float32, or a few "
+        "sums of this rank's with deterministic reduction; of the largest batch of batchRamp"
+    )
     yield (
         "activations are counted tensor by tensor, as kept without compiling; a pipeline keeps "
         "them for as many micro-batches as are under way (1F1B)"

@@ -40,17 +40,21 @@ def run_of(fields: dict[str, Any]) -> TrainingRun:
     return msgspec.convert(fields, TrainingRun)
 
 
-def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2, tp=2), Layout(pp=2, dp_shard=2)], ids=str)
+def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(
+    layout: Layout, tmp_path: Path
+) -> None:
     begun = written(tmp_path / "begun", config=MODEL)
     run = runfiles.fields(
         "from",
-        parallelism={"dpReplicate": 1, "dpShard": 4},
+        parallelism={"dpShard": 2, "tp": layout.tp, "pp": layout.pp},
         trainer={
             "model": msgspec.to_builtins(MODEL),
             "initFrom": str(tmp_path / "begun"),
             "steps": 1,
             "seqLen": 32,
             "globalBatch": 4,
+            "microBatch": 1,
             "learningRate": 1e-4,
             "warmupSteps": 0,
         },
@@ -64,7 +68,7 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(tmp_p
 
     folder = str(job.folder.root)
     # What `holdfast plan layout` says of such a run.
-    said = footprint(MODEL, run_of(run).spec.trainer, Layout(dp_shard=4), compute=4)
+    said = footprint(MODEL, run_of(run).spec.trainer, layout, compute=4)
     indices = [decode_index(path.read_bytes()) for path in job.folder.checkpoints.rglob("*.idx")]
     assert {index.step for index in indices} == {1}
     assert max(sum(c.size for c in index.chunks) for index in indices) == said.checkpoint

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from orchestrator.protocol.footprint import GROUP_MIN, footprint, of_stage
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.runfile import Trainer
+from orchestrator.protocol.runfile import BatchChange, Trainer
 from orchestrator.protocol.sizes import PRESETS, ModelConfig, cut_dimension, weight_shapes
 from trainer import parallel
 from trainer.data import Samples, Tokens
@@ -117,6 +117,20 @@ def test_cutting_a_model_further_leaves_less_on_each_rank() -> None:
     assert whole.total > sharded.total > 0
     once = msgspec.structs.replace(job, global_batch=8)
     assert footprint(model, once, Layout(dp_shard=8), compute=2).accumulated == 0
+
+
+def test_sums_in_a_fixed_order_take_a_shard_for_each_level_of_the_tree() -> None:
+    job = Trainer(seq_len=8192, global_batch=64, reduction="deterministic")
+
+    found = footprint(PRESETS["8B"], job, Layout(dp_shard=8), compute=2)
+
+    assert found.accumulated == 4 * found.weights  # 8 rounds: of 1, 2, 4 and 8
+    fast = msgspec.structs.replace(job, reduction="fast", micro_batch=1)
+    whole = footprint(PRESETS["8B"], fast, Layout(dp_shard=8), compute=2)
+    assert whole.accumulated == 8 * whole.weights
+    ramp = (BatchChange(tokens=1, global_batch=64),)
+    later = msgspec.structs.replace(fast, global_batch=8, batch_ramp=ramp)
+    assert footprint(PRESETS["8B"], later, Layout(dp_shard=8), compute=2) == whole
 
 
 def test_layers_are_gathered_by_themselves_from_the_size_at_which_the_trainer_does_so() -> None:

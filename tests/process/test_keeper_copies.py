@@ -13,8 +13,9 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.protocol.ids import Step
+from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.messages import Holding
+from orchestrator.protocol.rank import Restore
 from storage.shard import encode_index, open_views
 from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, sealed, settled, stage, two
 
@@ -261,5 +262,76 @@ def test_what_is_not_held_is_said(tmp_path: Path) -> None:
                 await here.keeper.prepare(RANK, STEP, THERE)
             with pytest.raises(NotHeldError, match="no source"):
                 await here.keeper.prepare(RANK, STEP, "")
+
+    asyncio.run(scenario())
+
+
+OTHER = Rank(3)
+"""Of another replica; to the keeper, which shard it has is only its name."""
+
+
+def file_of(restore: Restore) -> Path:
+    return Path(restore.path)
+
+
+def test_what_another_replica_staged_here_is_copied_for_the_rank_that_starts_from_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            here.stage(OTHER, 7, 2, slot=1)
+            here.begin(3, {THERE: there}, 7)
+
+            restore, tier = await here.keeper.prepare(RANK, STEP, HERE, staged_as=OTHER)
+
+            assert tier == "own"
+            assert set(here.keeper.holdings()) == {Holding(RANK, STEP), Holding(OTHER, STEP)}
+            _, body = sealed(OTHER, 7, 2)
+            assert file_of(restore).read_bytes() == body
+            # Its slot is the other rank's to write to, which may be seated here again.
+            assert file_of(restore).name.startswith("restore-00000-7-")
+            here.keeper.retain(Step(8))
+            assert here.keeper.free_slots(OTHER) == (0, 1, 2)
+            assert file_of(restore).exists()
+
+    asyncio.run(scenario())
+
+
+def test_what_another_replica_staged_is_fetched_under_its_name_and_held_under_the_own(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            there.stage(OTHER, 7, 2)
+            here.begin(3, {THERE: there}, 7)
+            there.begin(3, {HERE: here}, 7)
+
+            restore, tier = await here.keeper.prepare(RANK, STEP, THERE, staged_as=OTHER)
+
+            assert tier == "fetched"
+            assert here.keeper.holdings() == (Holding(RANK, STEP),)
+            assert file_of(restore).read_bytes() == sealed(OTHER, 7, 2)[1]
+            again, tier = await here.keeper.prepare(RANK, STEP, THERE, staged_as=OTHER)
+            assert (tier, again) == ("own", restore)
+
+    asyncio.run(scenario())
+
+
+def test_a_spoilt_shard_of_another_replica_is_not_copied_and_not_offered_any_more(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            here.stage(OTHER, 7, 2)
+            here.begin(3, {THERE: there}, 7)
+            with (here.memory / "rank-00003.slot-0").open("r+b") as file:
+                file.seek(5_000)
+                file.write(b"spoilt")
+
+            with pytest.raises(CorruptError):
+                await here.keeper.prepare(RANK, STEP, HERE, staged_as=OTHER)
+
+            assert here.keeper.holdings() == ()
+            assert [path.name for path in here.memory.iterdir() if "restore" in path.name] == []
 
     asyncio.run(scenario())

@@ -103,6 +103,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
         node = Node(node_id, joined.incarnation, joined_at=state.now, here_since=state.now)
         state.nodes[node_id] = node
     seated = node_id in state.seated and not state.wanting
+    was_lost = bool(node.lost)
     if joined.incarnation > node.incarnation:
         node.here_since = state.now
         copies.hold_only(state, node_id, ())
@@ -117,6 +118,8 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     elif node.lost and not seated:
         # The very process that was given up for lost is back, for example after a partition.
         node.lost = ""
+    if was_lost and not node.lost:
+        state.absences_s.append(state.now - node.lost_at)
     node.connected = True
     state.weigh(node)
     state.hearing.hear(node_id, state.now)
@@ -319,6 +322,8 @@ def _refill(state: RunState) -> None:
 
 def give_up(state: RunState, node: NodeId, evidence: str) -> None:
     """Take a node for lost until it joins again: what it ran and what it held."""
+    if not state.nodes[node].lost:
+        state.nodes[node].lost_at = state.now
     state.nodes[node].lost = evidence
     state.weigh(state.nodes[node])
     copies.forget(state, node)

@@ -30,6 +30,7 @@ from orchestrator.protocol.timeouts import Timeouts
 
 D = TypeVar("D", bound=Decision)
 STEP_LOG_LENGTH = 200_000
+ABSENCES_MAX = 32
 COMMITS_MAX = 1000
 """Checkpoints that are remembered: older ones were deleted (spec.checkpoint.keepLast)."""
 
@@ -43,6 +44,8 @@ class Node:
     joined_at: Seconds
     here_since: Seconds
     """When its present agent joined."""
+    lost_at: Seconds = Seconds(0.0)
+    """When it was lost, if it is."""
     died_after: Seconds = Seconds(0.0)
     """When it was heard last before it was `reborn`."""
     connected: bool = True
@@ -169,6 +172,8 @@ class RunState:
     """Ranks of each node of the current world, in rank order."""
     buddies: dict[NodeId, NodeId] = field(default_factory=dict)
     """Where each of them copies what its ranks stage."""
+    absences_s: deque[float] = field(default_factory=lambda: deque(maxlen=ABSENCES_MAX))
+    """For how long nodes were lost that came back, the newest ones."""
     resizes: list[Resize] = field(default_factory=list)
     """When the number of replicas changed, oldest first."""
     staged: Copies = field(default_factory=lambda: Copies(0))

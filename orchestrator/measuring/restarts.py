@@ -56,7 +56,8 @@ class _Restart:
         self.generation = order.generation
         self._at, self._kept, self._rebooted = at, kept, rebooted
         self._nodes = frozenset(order.seats)
-        self._dismissed = {order.seats[rank] for rank in order.dismiss}
+        ranks = len(order.seats)  # fewer than before, if replicas are missing
+        self._dismissed = {order.seats[rank] for rank in order.dismiss if rank < ranks}
         self._reached: dict[str, dict[NodeId, Seconds]] = {mark: {} for mark in MARKS}
         self._prepared: dict[NodeId, Seconds] = {}
         self._brought: list[tuple[str, float]] = []

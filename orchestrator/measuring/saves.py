@@ -69,6 +69,8 @@ class _Taking:
     def _holds(self, at: Seconds, node: NodeId, held: ShardsHeld) -> None:
         if held.generation == self._generation:
             for holding in held.holdings:
+                if holding.rank >= len(self._seats):
+                    continue  # staged when there were more replicas
                 own = node == self._seats[holding.rank]
                 self._hold(at, holding.rank, holding.step, own=own)
 

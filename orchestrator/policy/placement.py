@@ -38,8 +38,8 @@ def place(state: RunState) -> Placement | None:
     gone = _gone(state)
     if any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined):
         return None  # disconnected, and may be back at once; silence decides
-    replicas = shrinking.wanted(state, len(state.seated) - len(gone) + len(state.spares()))
-    if not replicas:
+    replicas = _replicas(state, gone)
+    if not replicas or shrinking.hope(state, gone, replicas) is not None:
         return None
     frame = shrinking.frame(state, gone, replicas)
     lemons = retired(state)
@@ -73,6 +73,11 @@ def place(state: RunState) -> Placement | None:
         replaced=tuple(sorted(swaps.items())),
         evicted=tuple(evicted),
     )
+
+
+def _replicas(state: RunState, gone: Sequence[NodeId]) -> int:
+    """Return with how many replicas a restart could go on now, 0 for with none."""
+    return shrinking.wanted(state, len(state.seated) - len(gone) + len(state.spares()))
 
 
 def _seats(state: RunState, places: Sequence[NodeId]) -> tuple[NodeId, ...]:
@@ -115,6 +120,8 @@ def wait_for_nodes(state: RunState) -> Plan | None:
         there = f"{_usable(state)} of {nodes.count + nodes.spares}"
         return WaitForNodes(until=until, reason=f"waiting for nodes: {there} are there")
     gone = _gone(state)
+    if (hope := shrinking.hope(state, gone, _replicas(state, gone))) is not None:
+        return WaitForNodes(until=hope.until, reason=hope.words)
     return WaitForNodes(
         until=until,
         reason=f"waiting for a node in place of {', '.join(gone)}: "

@@ -27,8 +27,10 @@ from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.switches import SHRINK, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
-from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.runfile import TrainingRun, seconds
 
+ABSENCES_MIN = 3
+"""Of fewer nodes that came back nobody knows how long it takes."""
 DOUBLINGS_MAX = 10
 RESTARTS = 2
 """That a growth costs which is taken back: the one with which it came, and the one that ends it."""
@@ -65,6 +67,49 @@ def wanted(state: RunState, nodes: int) -> int:
     if found > state.replicas and undone(state) and state.now < grows_at(state, found):
         return state.replicas
     return found
+
+
+class Hope(NamedTuple):
+    """Why a run waits for a node instead of going on with fewer replicas."""
+
+    until: Seconds
+    words: str
+
+
+def hope(state: RunState, gone: Collection[NodeId], replicas: int) -> Hope | None:
+    """Return until when a node is waited for before the run shrinks; None if it is not.
+
+    A restart is due in either case; whoever shrinks has another one ahead, to grow back. As long as
+    that costs it may wait, if nodes of this run mostly were back sooner: it loses no more than
+    twice what it could have, even if this one is not.
+    """
+    if not 0 < replicas < state.replicas or len(state.absences_s) < ABSENCES_MIN:
+        return None
+    known_s = _usual_absence_s(state)
+    worth_s = min(_growth_s(state, replicas), seconds(state.run.spec.recovery.spare_wait))
+    since = max([state.nodes[node].lost_at for node in gone], default=state.now)
+    if known_s > worth_s or state.now >= since + worth_s:
+        return None
+    words = (
+        f"waiting up to {worth_s:.1f} s for {', '.join(gone)}: nodes that were lost came back "
+        f"after {known_s:.1f} s, {_most(state)}, and to shrink and grow back costs a restart more"
+    )
+    return Hope(Seconds(since + worth_s), words)
+
+
+def _growth_s(state: RunState, replicas: int) -> float:
+    """Return what growing back from so many replicas costs, in seconds at full speed."""
+    done, of = state.run.speed(replicas)
+    return restart_s(state) * done / of
+
+
+def _usual_absence_s(state: RunState) -> float:
+    """Return the median time for which nodes were lost that came back, seconds."""
+    return sorted(state.absences_s)[len(state.absences_s) // 2]
+
+
+def _most(state: RunState) -> str:
+    return f"the median of {len(state.absences_s)}"
 
 
 class Frame(NamedTuple):
@@ -225,11 +270,21 @@ def reason(state: RunState, replicas: int) -> str:
     if replicas < (state.replicas or full):
         return (
             f"going on with {replicas} of {full} replicas, since no nodes are free for more: "
-            f"{_slower(state, replicas)}"
+            f"{_slower(state, replicas)}{_hopeless(state, replicas)}"
         )
     if replicas > state.replicas > 0:
         return f"{replicas} of {full} replicas from now on instead of {state.replicas}"
     return ""
+
+
+def _hopeless(state: RunState, replicas: int) -> str:
+    """Say why it is not worth to wait for a node, if anything is known of that."""
+    if not state.replicas or len(state.absences_s) < ABSENCES_MIN:
+        return ""
+    return (
+        f"; a node that is lost is back after {_usual_absence_s(state):.0f} s ({_most(state)}), to "
+        f"grow back costs {_growth_s(state, replicas):.0f} s"
+    )
 
 
 def _slower(state: RunState, replicas: int) -> str:

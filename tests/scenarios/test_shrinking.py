@@ -185,6 +185,48 @@ def test_a_run_starts_with_fewer_replicas_once_nobody_else_will_come(
 WARMUP = {"detectWithin": "10s", "warmupLimit": "30s"}
 
 
+# Whether to wait --------------------------------------------------------------------------------
+
+
+def blinking(wide: Wide) -> Cluster:
+    """Four replicas of one node; one that had no seat was lost three times, and soon back."""
+    cluster = wide(4, 1, spares=1)
+    cluster.exit(0)
+    cluster.resume()
+    cluster.train(3)
+    hold(cluster, cluster.state.reached_step)
+    for incarnation in (2, 3, 4):
+        cluster.lose("node-4")
+        cluster.after(0.1).join("node-4", incarnation=incarnation)
+    cluster.lose("node-4")
+    return cluster
+
+
+def test_a_node_that_is_known_to_be_back_soon_is_waited_for(wide: Wide) -> None:
+    cluster = blinking(wide)
+
+    waiting = cluster.lose("node-1")
+    back = cluster.after(0.1).join("node-1", incarnation=2)
+
+    assert started_none(waiting)
+    (reason,) = [d.reason for d in waiting if "waiting up to" in d.reason]
+    assert "node-1: nodes that were lost came back after 0.1 s, the median of 3" in reason
+    assert len(started(back).seats) == 4
+
+
+def test_a_node_that_is_not_back_soon_after_all_is_not_waited_for_any_longer(wide: Wide) -> None:
+    cluster = blinking(wide)
+    cluster.lose("node-1")
+    assert started_none(cluster.after(0.15).beat(step=cluster.state.reached_step))
+
+    order = started(cluster.after(0.1).beat(step=cluster.state.reached_step))
+
+    assert len(order.seats) == 3
+    assert "a node that is lost is back after 0 s (the median of 3), to grow back costs" in (
+        order.reason
+    )
+
+
 # Where their state is from ---------------------------------------------------------------------
 
 

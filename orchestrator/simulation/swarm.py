@@ -18,7 +18,7 @@ from orchestrator import compose
 from orchestrator.core.journal import Entry
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.report import report
-from orchestrator.faults.plan import FaultPlan
+from orchestrator.faults.plan import Fault, FaultPlan
 from orchestrator.policy.switches import SWITCHABLE, without
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
@@ -39,6 +39,8 @@ OFF_SHARE = 0.1
 """Of the worlds in which a policy that can be switched off is."""
 SHRINK_SHARE = 0.7
 """Of the worlds that may go on with fewer replicas, if they have several."""
+BACK_SHARE = 0.8
+"""Of the nodes that such a world loses in addition, and that come back by themselves."""
 _KINDS = (
     "kill-rank", "exit-rank", "segfault-rank", "freeze-rank", "spin-rank", "slow-rank",
     "kill-agent", "lose-node", "partition-node", "kill-controller", "corrupt-shard",
@@ -162,6 +164,9 @@ def draw(seed: int) -> Drawn:
     # From a stream of its own: the other draws of seeds that are known stay as they were.
     shrinking = np.random.Generator(np.random.Philox(seed + (3 << 40)))
     run = _shrinking(shrinking, run)
+    if run.spec.recovery.min_replicas is not None:
+        losses = _losses(shrinking, names, rage_s)
+        drawn = drawn._replace(plan=msgspec.structs.replace(plan, faults=plan.faults + losses))
     off = [name for name in SWITCHABLE if chance.random() < OFF_SHARE]
     # Without it a rank that stands still is never found, as promised, and no run has to end.
     off = [name for name in off if name != "hang"]
@@ -217,6 +222,19 @@ def _shrinking(chance: np.random.Generator, run: TrainingRun) -> TrainingRun:
         spec = msgspec.structs.replace(run.spec, recovery=recovery)
         run = msgspec.structs.replace(run, spec=spec)
     return run
+
+
+def _losses(chance: np.random.Generator, nodes: list[str], rage_s: float) -> tuple[Fault, ...]:
+    """Return losses of nodes, most of which come back: more than there are spares, now and then."""
+    faults = []
+    for _ in range(int(chance.integers(0, len(nodes) + 1))):
+        after_s = float(chance.uniform(0, rage_s))
+        fault = {"fault": "lose-node", "when": {"after": f"{after_s:.3f}s"}}
+        fault["node"] = str(chance.choice(nodes))
+        if chance.random() < BACK_SHARE:
+            fault["for"] = f"{min(float(chance.exponential(30)) + 0.05, rage_s):.3f}s"
+        faults.append(msgspec.convert(fault, Fault))
+    return tuple(faults)
 
 
 def _fault(

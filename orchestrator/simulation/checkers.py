@@ -32,7 +32,7 @@ from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import retired
 from orchestrator.policy.suspicion import most
 from orchestrator.protocol.ids import Generation, NodeId, Step
-from orchestrator.protocol.messages import StateDiverged
+from orchestrator.protocol.messages import StateDiverged, StepReport
 from orchestrator.protocol.runfile import TrainingRun
 from storage.manifest import parse_commit_key
 
@@ -47,8 +47,8 @@ class Invariants:
     def __init__(self, loss_of: Callable[[Step], float] | None = None) -> None:
         self._loss_of = loss_of
         self._ordered: dict[Generation, StartGeneration] = {}
-        self._batches: set[int] = set()
-        """Tokens of a step, the same with however many replicas."""
+        self._batches: dict[Step, int] = {}
+        """Tokens of each step, the same with however many replicas."""
         self._good: list[tuple[Generation, Step]] = []
         """Of each corruption that was told: the newest generation by then, and the last good step.
         """
@@ -61,8 +61,7 @@ class Invariants:
         assert not controller.disabled, f"detectors raised: {controller.disabled}"
         match event:
             case Telemetry(reports=reports):
-                self._batches.update(report.tokens for report in reports)
-                assert len(self._batches) <= 1, f"batches of {sorted(self._batches)} tokens"
+                self._same_batches(reports)
             case Reported(fact=StateDiverged(generation=generation, since=since)):
                 newest = max(self._ordered, default=Generation(0))
                 if generation == newest:
@@ -85,6 +84,14 @@ class Invariants:
             assert event.epoch <= state.generation, f"epoch {event.epoch} is ahead"
         for name, budget in state.budgets.items():
             assert budget.spent <= budget.limit, f"{name} budget: {budget.spent} of {budget.limit}"
+
+    def _same_batches(self, reports: Iterable[StepReport]) -> None:
+        """Raise AssertionError if a step is done again with another batch."""
+        for report in reports:
+            known = self._batches.setdefault(report.step, report.tokens)
+            assert known == report.tokens, (
+                f"step {report.step} had {known} tokens, and now {report.tokens}"
+            )
 
     def _start(self, state: RunState, order: StartGeneration) -> None:
         known = self._ordered.get(order.generation)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import msgspec
+import numpy as np
 import pytest
 
 from orchestrator import compose
@@ -180,10 +181,25 @@ def test_without_the_policy_who_is_suspected_of_wrong_numbers_goes_on_until_it_i
 
 
 def test_a_node_that_nobody_can_replace_is_waited_for_until_it_is_repaired() -> None:
-    found = run({"power-supply": 1}, spares=0, repair=0.02, minutes=60)
+    found = run({"power-supply": 1}, spares=0, repair=0.02, minutes=60, off=("shrink",))
 
     assert found.spares["waited_s"] > 10
     assert found.ledger["wait_for_nodes"] == found.spares["waited_s"]
+
+
+def test_a_node_that_nobody_can_replace_costs_no_more_than_its_replica() -> None:
+    waits = run({"power-supply": 1}, spares=0, repair=0.001, minutes=60, off=("shrink",))
+    found = run({"power-supply": 1}, spares=0, repair=0.001, minutes=60)
+
+    assert (found.rungs["shrink"], found.rungs["grow back"]) == (1, 1)
+    assert found.spares["waited_s"] < 1
+    assert 0 < found.ledger["lost_capacity"] < waits.spares["waited_s"]
+    assert found.ettr > waits.ettr
+    assert found.steps > waits.steps
+    # The batch is 16 rounds for each of 8 replicas: 19 for seven.
+    (charge,) = [c for c in found.charges if "lost_capacity" in c.seconds]
+    assert charge.fault == "power-supply"
+    assert np.mean(found.daily) == pytest.approx(found.ettr, abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:

@@ -46,7 +46,7 @@ def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[
     for part in parts:
         parallel.shard(part, world, precision(job, world.device), apart=apart)
         if apart:
-            keep_order(part)
+            keep_order(part, world.wait)
     return parts
 
 

@@ -2,9 +2,9 @@
 
 Getting out is the hard part. With gloo, destroying a group whose peer died can wait for ever in
 the group's destructor, and a collective with a frozen peer only ends at its timeout. What works
-is to shut down the group's own sockets, which fails the collective at once, and then to keep a
-reference to the old groups so that their destructor never runs. That leaks about 9 threads and 13
-descriptors per failure, so a process that has left many worlds gives way to a parked one.
+is to shut down the group's own sockets, which fails the collective at once, and to keep the old
+groups until the next world has formed (trainer.abandoned). A process that can not get rid of many
+worlds gives way to a parked one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
+from trainer.abandoned import Abandoned
 from trainer.shares import Place
 
 HOST_VARIABLE = "HOLDFAST_HOST"
@@ -39,10 +41,10 @@ BREAK_EVERY_S = 0.02
 SHARD_PARAMETERS_MIN = 4_000_000
 """A layer below this is not worth collectives of its own: it is gathered with the others."""
 WORLDS_MAX = 32
-"""A process that has left this many worlds does not leave another: it ends."""
+"""A process that still has this many worlds which it left does not leave another: it ends."""
+LOOK_EVERY = timedelta(seconds=0.1)
 _worlds = itertools.count()
-_abandoned: list[Any] = []
-"""Groups of past generations. Never emptied: see the head of this file."""
+_abandoned = Abandoned()
 
 
 class _Mesh(DeviceMesh):
@@ -132,8 +134,33 @@ class World:
         """
         own = torch.as_tensor(values, dtype=torch.float64, device=self.device)
         rows = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(rows, own)
+        self.wait(dist.all_gather(rows, own, async_op=True))
         return torch.stack(rows).tolist()
+
+    def wait(self, work: dist.Work | None) -> None:
+        """Wait for a collective, or until this world is broken up.
+
+        The second is for gloo, which tells a send nothing if its write is what finds a connection
+        broken: it would wait for the timeout of the collective, and did after one of ten aborts.
+
+        Raises:
+            PeerLostError: if the world was broken up.
+        """
+        assert work is not None
+        if self.device.type == "cuda":
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(LOOK_EVERY)
+            except RuntimeError as error:
+                if work.is_completed():
+                    work.wait()  # raises what went wrong, unless it came out well just now
+                elif self._broken.is_set():
+                    raise PeerLostError(f"the world was broken up: {error}") from error
+                else:
+                    continue
+            return
 
     def break_out(self) -> None:
         """Make whatever the main thread waits for in this world fail. Any thread, does not block.
@@ -146,15 +173,16 @@ class World:
     def leave(self) -> None:
         """Forget this world, so that another can be formed in this process."""
         self.close()
-        groups: list[Any] = [self._store, self.mesh, self.context]
-        _abandoned.append(groups)
+        # Every group that torch has made, also those of a mesh that never stood as a whole.
+        _abandoned.add([self._store, *_world.pg_map])
+        self._store = self.context = None
         if dist.is_initialized():
-            groups.append(dist.group.WORLD)
-            if self.mesh is not None:
-                groups += self.mesh.get_all_groups()
             dist.destroy_process_group()
         else:
             _forget_half_formed()
+        mesh, self.mesh = self.mesh, None
+        if mesh is not None:
+            _forget_groups(mesh)
 
     def close(self) -> None:
         """End the thread that stands by to break out."""
@@ -194,6 +222,7 @@ def form(worker: Worker, seat: Seat, job: runfile.Trainer, layout: Layout) -> It
     try:
         store = _open_store(worker, seat)
         world.join(PrefixStore(f"generation-{seat.generation}", store), seat.collective_timeout_s)
+        _abandoned.let_go()
         yield world
     except BaseException as error:
         # Whoever waits for this rank in a collective must hear of it, not wait for an order.
@@ -230,9 +259,7 @@ def alone(store: Store | None = None, device: str = "cpu") -> Iterator[World]:
         world.close()
         dist.destroy_process_group()
         if mesh is not None:
-            # torch's cache of shardings remembers meshes for ever. With their groups it would keep
-            # threads of gloo that wake a hundred times a second, in every process that stands by.
-            mesh._pg_registry.clear()  # noqa: SLF001 - nothing public lets go of them
+            _forget_groups(mesh)
 
 
 def device_of(wanted: str, local_rank: int) -> torch.device:
@@ -325,6 +352,14 @@ def _forget_half_formed() -> None:
     """
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     dist.destroy_process_group()
+
+
+def _forget_groups(mesh: DeviceMesh) -> None:
+    """Have a mesh let go of its groups: torch's cache of shardings remembers meshes for ever.
+
+    With it go threads of gloo that wake a hundred times a second.
+    """
+    mesh._pg_registry.clear()  # noqa: SLF001 - nothing public lets go of them
 
 
 def _open_store(worker: Worker, seat: Seat) -> TCPStore:

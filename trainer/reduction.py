@@ -25,6 +25,9 @@ BUCKET_ELEMENTS = 1 << 22
 """Elements of each sum that are exchanged at once: what bounds the memory of an exchange."""
 
 
+Wait = Callable[[dist.Work | None], None]
+
+
 class Node(NamedTuple):
     """A subtree: of the rounds `[number << level, (number + 1) << level)`, as far as they exist."""
 
@@ -94,10 +97,11 @@ class Reduction:
     Args:
         rounds: of every replica, by replica.
         group: the ranks that have the same shard, by replica.
+        wait: waits for a collective.
     """
 
-    def __init__(self, rounds: Sequence[range], group: dist.ProcessGroup) -> None:
-        self._group, self._replica = group, group.rank()
+    def __init__(self, rounds: Sequence[range], group: dist.ProcessGroup, wait: Wait) -> None:
+        self._group, self._replica, self._wait = group, group.rank(), wait
         self._nodes = list(map(subtrees, rounds))
         self._rounds = rounds[self._replica]
         self._tree = Tree()
@@ -140,14 +144,16 @@ class Reduction:
         sent_RKE = sums_KE.view(own, replicas, part).transpose(0, 1).contiguous()
         counts = [len(nodes) for nodes in self._nodes]
         came_TE = sums_KE.new_empty(sum(counts), part)
-        dist.all_to_all_single(
-            came_TE, sent_RKE.flatten(0, 1), counts, [own] * replicas, self._group
+        sent, own_counts = sent_RKE.flatten(0, 1), [own] * replicas
+        self._wait(
+            dist.all_to_all_single(came_TE, sent, counts, own_counts, self._group, async_op=True)
         )
         tree = Tree()
         for node, row_E in zip((n for nodes in self._nodes for n in nodes), came_TE, strict=True):
             tree.add(node, [row_E])
         total_E = sums_KE.new_empty(replicas * part)
-        dist.all_gather(list(torch.split(total_E, part)), tree.total()[0], self._group)
+        parts = list(torch.split(total_E, part))
+        self._wait(dist.all_gather(parts, tree.total()[0], self._group, async_op=True))
         lengths = [piece.numel() for piece in pieces[0]]
         torch._foreach_copy_(pieces[0], torch.split(total_E[:elements], lengths))
 
@@ -178,6 +184,9 @@ class OrderedReduceScatter(ReduceScatter):
     This moves as many bytes.
     """
 
+    def __init__(self, wait: Wait) -> None:
+        self._wait = wait
+
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
@@ -196,15 +205,15 @@ class OrderedReduceScatter(ReduceScatter):
         assert op == dist.ReduceOp.SUM
         assert not async_op
         came = torch.empty_like(input_tensor)
-        dist.all_to_all_single(came, input_tensor, group=group)
+        self._wait(dist.all_to_all_single(came, input_tensor, group=group, async_op=True))
         tree = Tree()
         for shard, part in enumerate(came.view(group.size(), -1)):
             tree.add(Node(0, shard), [part])
         output_tensor.copy_(tree.total()[0])
 
 
-def keep_order(model: torch.nn.Module) -> None:
+def keep_order(model: torch.nn.Module, wait: Wait) -> None:
     """Have FSDP add up within a replica in a fixed order."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_reduce_scatter(OrderedReduceScatter())
+            module.set_custom_reduce_scatter(OrderedReduceScatter(wait))

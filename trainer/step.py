@@ -157,7 +157,7 @@ class Training:
         self.reduction: Reduction | None = None
         """What adds up gradients in a fixed order; None leaves that to FSDP."""
         if job.reduction == "deterministic":
-            self.reduction = Reduction(self.share.rounds, self.world.twins)
+            self.reduction = Reduction(self.share.rounds, self.world.twins, self.world.wait)
 
     def _require_same_data(self, marks: list[float]) -> None:
         others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]

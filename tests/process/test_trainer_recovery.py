@@ -145,14 +145,27 @@ def test_four_ranks_train_what_one_would(expected: Result) -> None:
     assert losses == pytest.approx([loss for _, loss in expected[1]], rel=1e-5)
 
 
-def test_a_process_that_has_left_many_worlds_gives_way_to_a_parked_one(
+def test_a_process_that_can_not_get_rid_of_worlds_gives_way_to_a_parked_one(
     warm: Warm, expected: Result
 ) -> None:
-    with a_world(warm, parked=5, worlds_max=1) as world:
-        for step in (2, 4):
-            world.until(lambda step=step: world.step() >= step)
+    with a_world(warm, parked=5, worlds_max=0) as world:
+        world.until(lambda: world.step() >= 2)
+        world.begin()
+        world.until(world.finished)
+
+        assert world.stuck == 4
+        assert world.result() == expected
+
+
+def test_ranks_that_are_told_to_leave_again_and_again_nearly_always_keep_their_process(
+    warm: Warm, expected: Result
+) -> None:
+    """Whether gloo notices that connections broke or not: about one in ten times it does not."""
+    with a_world(warm, parked=5) as world:
+        for _ in range(8):
+            world.until(lambda: world.reached("stepped"))
             world.begin()
         world.until(world.finished)
 
-        assert world.stuck >= 4
+        assert world.stuck <= 2
         assert world.result() == expected

@@ -95,9 +95,9 @@ def test_a_step_says_which_ranks_can_not_save_with_the_exchange_that_it_makes_an
 ) -> None:
     exchanged: list[int] = []
 
-    def gather(rows: list[torch.Tensor], own: torch.Tensor) -> object:
+    def gather(rows: list[torch.Tensor], own: torch.Tensor, **more: object) -> object:
         exchanged.append(len(own))
-        return all_gather(rows, own)
+        return all_gather(rows, own, **more)
 
     all_gather = torch.distributed.all_gather
     monkeypatch.setattr(torch.distributed, "all_gather", gather)

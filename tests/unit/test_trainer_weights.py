@@ -213,6 +213,15 @@ def test_published_feed_forward_widths_follow_from_what_params_json_says() -> No
     ] == [PRESETS[size].ffn_dim for size in ("8B", "70B", "405B")]  # fmt: skip
 
 
+def test_a_small_release_that_does_not_say_how_far_it_is_stretched_is_refused(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "out", "meta", STRETCHED)
+    change_json(tmp_path / "out/params.json", rope_scaling_factor=None)
+
+    assert "use_scaled_rope without rope_scaling_factor" in str(refused(tmp_path / "out"))
+
+
 def test_the_digest_changes_with_the_content_and_not_with_the_place(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         convert(weights_of(model_of(seed=seed)), tmp_path / name, "hf")

@@ -10,7 +10,7 @@ import msgspec
 
 from orchestrator.protocol.sizes import misfits
 from orchestrator.worker import MisconfiguredError
-from trainer.config import ModelConfig, RopeScaling
+from trainer.config import PRESETS, ModelConfig, RopeScaling
 from trainer.weights import names, run, safetensors, tensorzip
 from trainer.weights.files import HINT, Folder
 from trainer.weights.spans import Span
@@ -253,6 +253,12 @@ def _open_meta(folder: Folder) -> Weights:
 def _meta_config(read: _Params, where: str) -> ModelConfig:
     scaling = None
     if read.use_scaled_rope:
+        if read.rope_scaling_factor is None and read.dim < PRESETS["8B"].dim:
+            raise MisconfiguredError(
+                f"use_scaled_rope without rope_scaling_factor, of dim {read.dim}: {where}",
+                hint='Llama 3.2 is not stretched as 3.1: add "rope_scaling_factor": 32 for 1B and '
+                "3B, or take Hugging Face's layout",
+            )
         known = RopeScaling()
         scaling = RopeScaling(
             factor=read.rope_scaling_factor or known.factor,

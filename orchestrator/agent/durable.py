@@ -15,7 +15,7 @@ from orchestrator.protocol.ids import Rank, Step
 from storage.address import open_store
 from storage.blob import BlobStore
 from storage.commit import fetch_body, fetch_index
-from storage.errors import BlobNotFoundError, ForeignCheckpointError, UnsupportedUriError
+from storage.errors import BlobNotFoundError, ForeignCheckpointError
 from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.manifest import COMMITS, body_key, describe, parse_commit_key, read_manifest
@@ -98,19 +98,16 @@ class DurableTier:
         self._end_after("slow", lasts_s, lambda: setattr(self._faulty, "slow_s", 0.0))
 
     def corrupt_newest(self) -> str:
-        """Change a few bytes in the middle of a shard of the newest checkpoint, on the disk itself.
+        """Change a few bytes in the middle of a shard of the newest checkpoint, in the store.
 
-        Blocks for as long as the disk takes.
+        Blocks for as long as the store takes.
 
         Returns:
             Which bytes of which file, for people.
 
         Raises:
             BlobNotFoundError: if there is no checkpoint, or its shard is not there.
-            UnsupportedUriError: if the store has no files to reach behind.
         """
-        if not isinstance(self._root, LocalStore):
-            raise UnsupportedUriError("only checkpoints in a folder can be corrupted by a plan")
         found = [parse_commit_key(key) for key in self._root.keys(COMMITS)]
         newest = max((where for where in found if where), default=None)
         if newest is None:
@@ -118,15 +115,18 @@ class DurableTier:
         key = body_key(*newest, 0)
         size = self._root.size(key)
         at = max(size - CHANGED_BYTES, 0) // 2
-        descriptor = os.open(self._root.root / key, os.O_RDWR)
-        try:
-            # Counted up, not inverted: doing it twice must not heal it.
-            changed = bytes((byte + 1) & 0xFF for byte in os.pread(descriptor, CHANGED_BYTES, at))
-            os.pwrite(descriptor, changed, at)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        return f"changed bytes {at} to {at + len(changed) - 1} of {self._root.root / key}"
+        # Counted up, not inverted: doing it twice must not heal it.
+        changed = bytes((byte + 1) & 0xFF for byte in self._root.get(key, at, CHANGED_BYTES))
+        if isinstance(self._root, LocalStore):
+            _write_over(self._root.root / key, at, changed)
+            where = str(self._root.root / key)
+        else:
+            body = bytearray(self._root.get(key))
+            body[at : at + len(changed)] = changed
+            self._root.delete(key)
+            self._root.put(key, body)
+            where = key
+        return f"changed bytes {at} to {at + len(changed) - 1} of {where}"
 
     def close(self) -> None:
         """End every fault that is let loose."""
@@ -141,3 +141,12 @@ class DurableTier:
             earlier.cancel()
         if lasts_s is not None:
             self._ends[kind] = asyncio.get_running_loop().call_later(lasts_s, end)
+
+
+def _write_over(path: Path, at: int, changed: bytes) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(descriptor, changed, at)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

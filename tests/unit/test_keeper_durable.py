@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from orchestrator.agent.durable import DurableTier
+from storage.address import open_store
+from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
 from storage.errors import BlobNotFoundError, StorageFullError, UnsupportedUriError
 from storage.local import LocalStore
 from storage.manifest import Manifest, make_manifest
+from tests.buckets import Server
 from tests.shards import sealed
 
 
-def checkpoint(store: LocalStore, step: int, generation: int = 1) -> Manifest:
+def checkpoint(store: BlobStore, step: int, generation: int = 1) -> Manifest:
     receipts = [write_shard(store, *sealed(shard, step, generation, shards=2)) for shard in (0, 1)]
     manifest = make_manifest(
         receipts, run_id="run-7", model="llama-test", step=step, epoch=generation
@@ -101,6 +104,19 @@ def test_corrupting_twice_damages_the_same_checkpoint_and_does_not_heal_it(tmp_p
     tier.corrupt_newest()
 
     assert Catalog(store).newest_verified()[0] is None
+
+
+def test_a_checkpoint_in_a_bucket_is_corrupted_in_the_same_way(s3: Server) -> None:
+    uri = s3.uri(s3.bucket())
+    store = open_store(uri)
+    older = checkpoint(store, step=10)
+    checkpoint(store, step=20)
+
+    assert "/20-1/s0.st" in DurableTier(uri).corrupt_newest()
+
+    found, rejections = Catalog(store).newest_verified()
+    assert found == older
+    assert [(r.step, "xxh3-128 is" in r.reason) for r in rejections] == [(20, True)]
 
 
 def test_the_newest_generation_of_a_step_is_the_one_that_is_corrupted(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ModelConfig, RopeScaling
-from trainer.documents import Cuts, attend, looking, positions_of
+from trainer.documents import Cuts, attend, looking, positions_of, sent
+from trainer.embedding import Embedding
 
 
 class RMSNorm(nn.Module):
@@ -59,10 +60,16 @@ def rotate(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
 
     Angles are those of all sequences, [L, E / 2], or of each its own, [B, L, E / 2].
     """
-    pairs = x_BLHE.float().reshape(*x_BLHE.shape[:-1], -1, 2)
-    even, odd = pairs.unbind(-1)
     cos, sin = cos_LE.unsqueeze(-2), sin_LE.unsqueeze(-2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    pairs = x_BLHE.float().reshape(*x_BLHE.shape[:-1], -1, 2)
+    if pairs.device.type == "cpu" and pairs.shape[-2] % 8 == 0:
+        # The same products and sums, and the same bits, in a tenth of the time: a CPU is slow to
+        # take every other number. Of fewer than eight it would round the two products as one, and
+        # compilers for GPUs know nothing of complex numbers.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x_BLHE)
 
 
@@ -181,8 +188,7 @@ class Rotary:
         here = slice(self.part * length // self.parts, (self.part + 1) * length // self.parts)
         if cuts is None or not self.restarts:
             return cos[here], sin[here]
-        positions_BL = torch.from_numpy(positions_of(cuts, length))[:, here]
-        positions_BL = positions_BL.to(device, non_blocking=True)
+        positions_BL = sent(positions_of(cuts, length)[:, here], device)
         return cos[positions_BL], sin[positions_BL]
 
 
@@ -192,7 +198,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.embedding = Embedding(config.vocab, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab, bias=False)

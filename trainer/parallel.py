@@ -315,8 +315,10 @@ def shard(
             mp_policy=policy,
             reshard_after_forward=False if stays else None,
         )
-        # Each rank's loss is divided by the tokens of the global batch already.
-        sharded.set_gradient_divide_factor(1.0)
+        # Each rank's loss is divided by the tokens of the global batch already. Alone, a rank
+        # would divide by one, which takes as long and as much memory as any other number.
+        if mesh.size() > 1:
+            sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
 

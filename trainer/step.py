@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, tensor
 from trainer.config import ModelConfig
 from trainer.data import Batch, Batches
-from trainer.documents import pairs
+from trainer.documents import pairs, sent
 from trainer.flops import train_flops
 from trainer.metrics import Figures
 from trainer.model import Llama
@@ -225,7 +224,7 @@ class Training:
         size = self.job.seq_len // self.world.layout.cp
         first = self.world.position.cp * size
         inputs, targets = (
-            self._sent(torch.from_numpy(np.ascontiguousarray(ids[:, first : first + size])))
+            sent(ids[:, first : first + size], self.world.device)
             for ids in (batch.inputs, batch.targets)
         )
         return Micro(inputs, targets, batch.cuts)

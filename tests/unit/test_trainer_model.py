@@ -4,6 +4,7 @@ import torch
 
 from orchestrator.worker import MisconfiguredError
 from trainer.config import PRESETS, ModelConfig, RopeScaling, model_config
+from trainer.embedding import Looked
 from trainer.model import Llama, next_token_loss, rope_table, rotate
 
 torch.set_num_threads(1)  # on a busy machine, two that spin took twenty seconds for one test
@@ -60,6 +61,41 @@ def test_rope_depends_on_distance_only() -> None:
         return (here * there).sum()
 
     torch.testing.assert_close(score(2, 5), score(20, 5), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 8, 10, 16, 32, 48, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turning_has_the_bits_of_products_and_sums_of_pairs(width: int, dtype: torch.dtype) -> None:
+    chance = torch.Generator().manual_seed(width)
+    x, towards = (torch.randn(2, 3, 9, width, generator=chance).to(dtype) for _ in range(2))
+    x, towards = (t.transpose(1, 2).requires_grad_() for t in (x, towards))
+    cos, sin = (table.unsqueeze(-2) for table in rope_table(9, width, 500_000.0))
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    expected = pairs.flatten(-2).type_as(x)
+
+    turned = rotate(x, cos.squeeze(-2), sin.squeeze(-2))
+
+    assert torch.equal(turned, expected)
+    assert torch.equal(
+        torch.autograd.grad(turned, x, towards)[0], torch.autograd.grad(expected, x, towards)[0]
+    )
+
+
+def test_words_that_are_looked_up_in_a_fixed_order_have_the_gradient_that_they_have() -> None:
+    chance = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 4, generator=chance, requires_grad=True)
+    words = torch.randint(0, 8, (3, 50), generator=chance)
+    towards = torch.randn(3, 50, 4, generator=chance)
+
+    mine, theirs = Looked.apply(words, weight), torch.nn.functional.embedding(words, weight)
+
+    assert torch.equal(mine, theirs)
+    assert torch.equal(
+        torch.autograd.grad(mine, weight, towards)[0],
+        torch.autograd.grad(theirs, weight, towards)[0],
+    )
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:

@@ -24,7 +24,7 @@ from trainer.joined import Ids
 from trainer.kept import Memory
 from trainer.mixing import Mixture
 from trainer.ramp import Ramp
-from trainer.retrying import SourceUnavailableError
+from trainer.retrying import ATTEMPTS, ATTEMPTS_KNOWN, SourceUnavailableError
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer
 from trainer.tokens import PART_BYTES, Room, TokenFile, Tokens, join
@@ -220,7 +220,7 @@ def _find(
     what = data if source is None else [source.uri, source.format, source.field]
     memory = Memory(room, [what, tokenizer.digest, how.validation, how.on_bad_record])
     try:
-        text = _text(data, how, source, check)
+        text = _text(data, source, check, ATTEMPTS_KNOWN if memory.files else ATTEMPTS)
     except SourceUnavailableError as error:
         return _Found(source, memory, [], memory.recall(tokenizer.bos, error))
     parts = text.parts(PART_BYTES)
@@ -240,10 +240,17 @@ def open_tokens(
 
 
 def _text(
-    data: Wanted, how: runfile.Data, source: runfile.DataSource | None, check: Callable[[], None]
+    data: Wanted, source: runfile.DataSource | None, check: Callable[[], None], attempts: int
 ) -> Text:
-    skip = how.on_bad_record == "skip"
+    skip = settings(data).on_bad_record == "skip"
     if source is None:
         assert not isinstance(data, runfile.Data)
-        return Text(data, skip=skip, check=check)
-    return Text(source.uri, form=source.format, field=source.field, skip=skip, check=check)
+        return Text(data, skip=skip, check=check, attempts=attempts)
+    return Text(
+        source.uri,
+        form=source.format,
+        field=source.field,
+        skip=skip,
+        check=check,
+        attempts=attempts,
+    )

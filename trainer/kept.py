@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -24,6 +25,15 @@ class Memory:
         key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
         self._path = room.folder / f"found-{key[:32]}" if room.folder is not None else None
 
+    @property
+    def files(self) -> list[Path]:
+        """What the source came to, if all of it is there."""
+        if self._path is None or not self._path.exists():
+            return []
+        names = msgspec.json.decode(self._path.read_bytes(), type=list[str])
+        files = [self._path.with_name(name) for name in names]
+        return files if all(file.exists() for file in files) else []
+
     def keep(self, files: Sequence[TokenFile]) -> None:
         """Remember the files that the source came to, all of which are made."""
         names = msgspec.json.encode([file.name for file in files])
@@ -37,11 +47,8 @@ class Memory:
         Raises:
             SourceUnavailableError: if this node does not have them; as given.
         """
-        path = self._path
-        if path is None or not path.exists():
-            raise error
-        files = [path.with_name(name) for name in msgspec.json.decode(path.read_bytes())]
-        if not all(file.exists() for file in files):
+        files = self.files
+        if not files:
             raise error
         print(  # noqa: T201 - the rank's log
             f"data: going on with the tokens that this node has: {error}", file=sys.stderr

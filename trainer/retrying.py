@@ -20,6 +20,8 @@ T = TypeVar("T")
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
 """Doubles with each attempt: 15 s in all, after which a restart of the ranks is the next try."""
+ATTEMPTS_KNOWN = 2
+"""Of a node that can do without an answer: others may be waiting for it in a recovery."""
 _LOOK_S = 0.05
 _BUSY = frozenset({408, 425, 429})
 """HTTP statuses below 500 that ask to come again."""
@@ -79,16 +81,19 @@ def _status(error: BaseException) -> int | None:
     return found if isinstance(found, int) and found >= 400 else None
 
 
-def patiently(act: Callable[[], T], check: Callable[[], None], where: str) -> T:
+def patiently(
+    act: Callable[[], T], check: Callable[[], None], where: str, attempts: int = ATTEMPTS
+) -> T:
     """Return what `act` does, tried again while what stops it may pass.
 
     Args:
         act: what to try.
         check: called a few times per 0.1 s between attempts; may raise.
         where: what is read, for the log.
+        attempts: how often, the first time included.
 
     Raises:
-        SourceUnavailableError: if it did not pass within `ATTEMPTS`.
+        SourceUnavailableError: if it did not pass within so many attempts.
         Exception: whatever else `act` raises, at once.
     """
 
@@ -101,13 +106,13 @@ def patiently(act: Callable[[], T], check: Callable[[], None], where: str) -> T:
     def say(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         print(  # noqa: T201 - the rank's log
-            f"data: attempt {state.attempt_number} of {ATTEMPTS}, {words(error)}: {where}",
+            f"data: attempt {state.attempt_number} of {attempts}, {words(error)}: {where}",
             file=sys.stderr,
         )
 
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
-        stop=stop_after_attempt(ATTEMPTS),
+        stop=stop_after_attempt(attempts),
         wait=wait_exponential(FIRST_PAUSE_S),
         sleep=sleep,
         before_sleep=say,
@@ -119,7 +124,7 @@ def patiently(act: Callable[[], T], check: Callable[[], None], where: str) -> T:
         if not may_pass(error):
             raise
         raise SourceUnavailableError(
-            f"no answer in {ATTEMPTS} attempts, {words(error)}: {where}",
+            f"no answer in {attempts} attempts, {words(error)}: {where}",
             "is the server up, and the network between it and this node?",
         ) from error
 

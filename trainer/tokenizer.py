@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tiktoken
 
 from orchestrator.worker import MisconfiguredError
-from trainer.text import is_no_file
+from trainer.finding import is_no_file
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

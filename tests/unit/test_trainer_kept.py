@@ -50,6 +50,7 @@ def test_a_node_that_has_the_tokens_goes_on_with_them_and_says_so(
     told = capfd.readouterr().err
     assert "data: going on with the tokens that this node has: " in told
     assert "a.jsonl" in told
+    assert "attempt 1 of 2" in told
 
 
 @pytest.mark.parametrize(

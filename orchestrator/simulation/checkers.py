@@ -183,8 +183,9 @@ class Redelivery:
         if not isinstance(event, Reported | Together | CopiesHeld) or not self._repeats():
             return
         twin = copy.deepcopy(controller)
-        again = twin.handle(event)
-        # Some things come about with whatever event is next; this one makes no difference to them.
+        # Some things come about with whatever event is next, or with a tick only, such as that
+        # somebody is silent; the second delivery makes no difference to them.
+        again = twin.handle(event) + twin.handle(Tick(at=event.at))
         other = copy.deepcopy(controller)
         anyway = other.handle(Tick(at=event.at))
         before, after = _essence(other.state), _essence(twin.state)

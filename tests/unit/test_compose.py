@@ -305,3 +305,21 @@ def test_a_plan_draws_the_same_faults_from_the_same_seed_and_others_from_another
 
     assert drawn(1) == drawn(1) != drawn(2)
     assert 5 < len(drawn(1)) < 35
+
+
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*-faults.yaml")), ids=lambda path: path.name)
+def test_the_faults_of_an_example_fit_its_run(path: Path) -> None:
+    run = compose.read_run(path.with_name(path.name.replace("-faults", "")))
+    names = tuple(
+        NodeId(f"node-{index}") for index in range(run.spec.nodes.count + run.spec.nodes.spares)
+    )
+
+    check(
+        compose.read_plan(path),
+        world_size=run.world_size,
+        nodes=names,
+        steps=run.spec.trainer.steps,
+    )

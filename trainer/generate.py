@@ -148,7 +148,13 @@ def tokenizer_of(source: str, address: str | None, vocab: int) -> Tokenizer:
         MisconfiguredError: if none is known, or it has tokens that the model does not have.
     """
     if address is not None:
-        return open_tokenizer(address, vocab)
+        try:
+            return open_tokenizer(address, vocab)
+        except MisconfiguredError as error:
+            # Said of the run file, which nobody has written here.
+            message = str(error).replace("spec.trainer.tokenizer", "--tokenizer", 1)
+            hint = "name the file that belongs to the weights; in releases it is tokenizer.model"
+            raise MisconfiguredError(message, hint=hint) from error
     if (found := run.find(source)) is not None:
         return open_tokenizer(run.read(found).spec.trainer.tokenizer, vocab)
     for place in ("tokenizer.model", "original/tokenizer.model"):

@@ -126,3 +126,13 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
     assert run.world_size == 4
     assert plan is not None
     assert len(plan.faults) == 3
+
+
+def test_a_batch_that_grows_is_told_with_what_it_grows_from(tmp_path: Path) -> None:
+    ramp = [{"tokens": 4000, "globalBatch": 16}]
+    path = tmp_path / "run.yaml"
+    path.write_text(runfiles.text(trainer={"globalBatch": 8, "batchRamp": ramp}))
+
+    told = intake.words(*intake.read(path, None))
+
+    assert "8 samples of 128 tokens per step; 16 from 4000 tokens on" in told

@@ -1,5 +1,6 @@
 """Whole runs whose durable tier is a bucket of object storage."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,13 @@ import pytest
 
 from storage.address import open_store
 from storage.catalog import Catalog
+from storage.encrypted import MAGIC
 from tests.buckets import CREDENTIALS, Server
 from tests.programs.played import wait_for
 from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process
+KEY = base64.b64encode(bytes(range(32))).decode()
 
 
 @pytest.fixture
@@ -28,11 +31,16 @@ def job(tmp_path: Path) -> Iterator[Job]:
 def assert_no_secrets(job: Job) -> None:
     for path in job.root.rglob("*"):
         if path.is_file():
-            assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in path.read_bytes(), path
+            for secret in (CREDENTIALS["AWS_SECRET_ACCESS_KEY"], KEY):
+                assert secret.encode() not in path.read_bytes(), path
 
 
-def test_nodes_that_are_all_lost_are_replaced_from_the_bucket(s3: Server, job: Job) -> None:
-    uri = s3.uri(s3.bucket())
+def test_nodes_that_are_all_lost_are_replaced_from_the_bucket_and_all_in_it_is_encrypted(
+    s3: Server, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_TEST_KEY", KEY)
+    bucket = s3.bucket()
+    uri = s3.uri(bucket, encrypt="HOLDFAST_TEST_KEY")
     job.run["spec"]["checkpoint"]["uri"] = uri
     job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 40}
     job.faults = [
@@ -48,6 +56,8 @@ def test_nodes_that_are_all_lost_are_replaced_from_the_bucket(s3: Server, job: J
     found, rejections = Catalog(open_store(uri)).newest_verified(run_id="steps")
     assert found is not None
     assert (found.step, rejections) == (120, [])
+    for key in open_store(s3.uri(bucket)).keys():  # noqa: SIM118 - a store is no mapping
+        assert s3.client.cat_file(f"{bucket}/run/{key}").startswith(MAGIC), key
     assert_no_secrets(job)
     assert job.leftovers() == []
 

@@ -77,14 +77,14 @@ def evaluate(training: Training, held: Held, reporter: Reporter) -> Evaluation:
     """
     world = training.world
     own = []
-    (model,) = training.stages  # fitting.py refuses pipelines
     with torch.no_grad(), tensor.losses(world.layout.tp):
         for source, count in held.sources:
             own.append(_loss_of(training, held, source, count, reporter))
-    parallel.let_go(model)
+    for stage in training.stages:
+        parallel.let_go(stage)
     reporter.entered_collective()
     rows = world.gather(own)
-    # Ranks of tp have the same losses, those of cp each have their part.
+    # Ranks of tp have the same losses, those of cp their parts, and of a pipeline only the last.
     copies = world.layout.tp
     sums = [math.fsum(row[at] for row in rows) / copies for at in range(len(own))]
     length = training.job.seq_len
@@ -103,7 +103,6 @@ def _loss_of(
     replica, replicas, shard, shards = world.place
     size = len(training.share.micro_batches[0])
     each = size * replicas * shards
-    (model,) = training.stages
     losses = []
     for at in range(0, count, each):
         reporter.phase(RankPhase.EVALUATING, micro_batch=at // each)
@@ -112,7 +111,7 @@ def _loss_of(
         # All ranks pass together, to put the weights together; one without a share looks on.
         batch = held.batch(source, share or range(1))
         micro = training.micro(batch)
-        loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+        loss = training.look(micro)
         if share:
-            losses.append(float(loss))
+            losses.append(loss)
     return math.fsum(losses)

@@ -14,7 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+)
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.cutting import stages, stages_per_rank
@@ -98,14 +103,12 @@ def cut(model: Llama, world: World, job: runfile.Trainer, loss: Loss) -> list[St
 
 
 class Pipeline:
-    """Takes steps through the stages of this rank.
+    """Takes micro-batches through the stages of this rank.
 
     Args:
         parts: the stages of this rank, sharded.
         world: whose pipeline it is.
         job: what to train.
-        micro_batches: how many a step has.
-        tokens: of a global batch, by which losses are divided.
         compute: the type of what goes from stage to stage.
     """
 
@@ -114,37 +117,65 @@ class Pipeline:
         parts: Sequence[nn.Module],
         world: World,
         job: runfile.Trainer,
-        micro_batches: int,
-        tokens: int,
         compute: torch.dtype,
     ) -> None:
-        stages_here = [part for part in parts if isinstance(part, Stage)]
-        self._count, self._tokens = micro_batches, tokens
+        self._stages = [part for part in parts if isinstance(part, Stage)]
+        self._world, self._job, self._compute = world, job, compute
+        self._schedules: dict[tuple[int, int, bool], Any] = {}
+        """By number of micro-batches, samples of one, and whether they are trained on."""
         self._losses: list[Tensor] = []
         self._micros: Sequence[Micro] = ()
+        self._tokens = 1
         self._announce: Announce = _nobody
-        count = world.layout.pp * len(stages_here)
-        self._first = stages_here[0].first
-        staged = [_Staged(part, count, world, job, compute, self._feed) for part in stages_here]
-        kind: Any = Schedule1F1B if job.pipeline_schedule == "1F1B" else ScheduleInterleaved1F1B
-        self._schedule = kind(
-            staged[0] if kind is Schedule1F1B else staged,
-            micro_batches,
-            loss_fn=self._mean,
-            scale_grads=False,
-        )
 
-    def step(self, micros: Sequence[Micro], announce: Announce) -> list[Tensor]:
+    def step(self, micros: Sequence[Micro], tokens: int, announce: Announce) -> list[Tensor]:
         """Leave the gradient of the mean loss in the stages; return the sums of losses.
+
+        Args:
+            micros: all of this rank's micro-batches of a step.
+            tokens: of the global batch, by which losses are divided.
+            announce: hears how it gets on.
 
         Returns:
             One for each micro-batch if this rank has the last stage, else none.
         """
-        self._micros, self._announce, self._losses = micros, announce, []
-        inputs = (torch.cat([micro.inputs for micro in micros]),) if self._first else ()
-        # The schedule hands targets out by micro-batch; stages get theirs from `_feed`.
-        self._schedule.step(*inputs, target=torch.empty(self._count), return_outputs=False)
+        self._announce, self._tokens = announce, tokens
+        self._pass(self._schedule(micros, trains=True).step, micros)
         return self._losses
+
+    def look(self, micro: Micro) -> list[Tensor]:
+        """Return the sum of losses of one micro-batch, likewise, and learn nothing from it."""
+        self._announce = _nobody
+        self._pass(self._schedule([micro], trains=False).eval, [micro])
+        return self._losses
+
+    def _pass(self, run: Callable[..., None], micros: Sequence[Micro]) -> None:
+        self._micros, self._losses = micros, []
+        first = self._stages[0].first
+        inputs = (torch.cat([micro.inputs for micro in micros]),) if first else ()
+        # The schedule hands targets out by micro-batch; stages get theirs from `_feed`.
+        run(*inputs, target=torch.empty(len(micros)), return_outputs=False)
+
+    def _schedule(self, micros: Sequence[Micro], *, trains: bool) -> Any:  # noqa: ANN401 - torch's have no common type
+        """Return what orders micro-batches like these; it remembers their shapes, and is kept."""
+        count, samples = len(micros), len(micros[0].inputs)
+        key = (count, samples, trains)
+        if key not in self._schedules:
+            kind: Any = ScheduleInterleaved1F1B
+            world, job, all_stages = (
+                self._world,
+                self._job,
+                len(self._stages) * self._world.layout.pp,
+            )
+            staged: Any = [
+                _Staged(stage, all_stages, world, (samples, job.seq_len), self._compute, self._feed)
+                for stage in self._stages
+            ]
+            if job.pipeline_schedule == "1F1B":
+                # One that looks has fewer micro-batches than stages, and no backward passes.
+                kind, (staged,) = Schedule1F1B if trains else ScheduleGPipe, staged
+            self._schedules[key] = kind(staged, count, loss_fn=self._mean, scale_grads=False)
+        return self._schedules[key]
 
     def _feed(self, phase: RankPhase, micro: int) -> Micro:
         self._announce(phase, micro)
@@ -167,18 +198,16 @@ class _Staged(PipelineStage):
         part: Stage,
         count: int,
         world: World,
-        job: runfile.Trainer,
+        shape: tuple[int, int],
         compute: torch.dtype,
         feed: Feed,
     ) -> None:
-        samples = job.micro_batch
-        assert samples is not None, "read_job writes it out"
         assert world.mesh is not None
         # What goes from stage to stage, said beforehand: else torch takes a step to find out.
-        tokens = torch.empty(samples, job.seq_len, dtype=torch.int64, device="meta")
-        length = job.seq_len // (world.layout.tp * world.layout.cp)
-        shape = (samples, length, part.config.dim)
-        between = torch.empty(shape, dtype=compute, device="meta", requires_grad=True)
+        B, L = shape
+        tokens = torch.empty(B, L // world.layout.cp, dtype=torch.int64, device="meta")
+        sizes = (B, L // (world.layout.cp * world.layout.tp), part.config.dim)
+        between = torch.empty(sizes, dtype=compute, device="meta", requires_grad=True)
         loss = torch.empty((), device="meta", requires_grad=True)
         super().__init__(
             part,

@@ -96,8 +96,7 @@ class Training:
         self._pipeline: Pipeline | None = None
         if world.layout.pp > 1:
             compute = apply.precision(job, world.device)
-            count = len(self.share.micro_batches)
-            self._pipeline = Pipeline(self.stages, world, job, count, self.tokens, compute)
+            self._pipeline = Pipeline(self.stages, world, job, compute)
         self._warm = False
         self._flops = 0.0
 
@@ -189,7 +188,7 @@ class Training:
             micros = [self._micro(step, indices) for indices in self.share.micro_batches]
             self._flops = math.fsum(map(self._flops_of, micros))
             losses = self._pipeline.step(
-                micros, lambda phase, micro: self._announce(reporter, phase, micro)
+                micros, self.tokens, lambda phase, micro: self._announce(reporter, phase, micro)
             )
             # Ranks without the last stage have none.
             return torch.stack([*losses, self._sent(torch.zeros(()))]).double().sum().view(1)
@@ -228,6 +227,13 @@ class Training:
             for ids in (batch.inputs, batch.targets)
         )
         return Micro(inputs, targets, batch.cuts)
+
+    def look(self, micro: Micro) -> float:
+        """Return the sum of losses of some samples, 0 if other ranks have it; learn nothing."""
+        if self._pipeline is not None:
+            return math.fsum(map(float, self._pipeline.look(micro)))
+        (model,) = self.stages
+        return float(self.loss(model(micro.inputs, micro.cuts), micro.targets))
 
     def _flops_of(self, micro: Micro) -> float:
         """Return this rank's share of what a micro-batch takes."""

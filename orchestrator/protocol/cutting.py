@@ -38,8 +38,7 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
                 "it reduces one micro-batch after the other, and a pipeline wants many at once",
             )
         )
-    if job.global_batch % layout.readers == 0:
-        found += _pipeline(job, layout)
+    found += idle_pipeline(job, layout)
     for obstacle in found:
         yield obstacle._replace(hint=obstacle.hint or _nearest_words(model, job, layout))
 
@@ -122,9 +121,11 @@ def _sizes(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacl
         )
 
 
-def _pipeline(job: Trainer, layout: Layout) -> Iterator[Obstacle]:
-    """Yield why micro-batches can not keep a pipeline busy; shares are taken to be equal."""
-    pp, share = layout.pp, job.global_batch // layout.readers
+def idle_pipeline(job: Trainer, layout: Layout) -> Iterator[Obstacle]:
+    """Yield why micro-batches can not keep a pipeline busy, if shares are equal."""
+    pp, (share, rest) = layout.pp, divmod(job.global_batch, layout.readers)
+    if rest:
+        return  # said elsewhere
     size = job.micro_batch or share
     micro_batches = share // size
     what = (

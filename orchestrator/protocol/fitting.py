@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from orchestrator.protocol import sizes
-from orchestrator.protocol.cutting import obstacles
+from orchestrator.protocol.cutting import idle_pipeline, obstacles
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
 
@@ -136,12 +136,6 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
             yield Misfit(*obstacle)
         yield from ramp_misfits(trainer, layout)
     yield from _data(trainer)
-    if trainer.eval_every_steps is not None and run.spec.parallelism.pp > 1:
-        yield Misfit(
-            f"spec.trainer.evalEverySteps is {trainer.eval_every_steps} with parallelism.pp = "
-            f"{run.spec.parallelism.pp}, expected no evaluation, or pp 1",
-            "a pipeline only trains; evaluate a checkpoint of it in a run without one",
-        )
 
 
 def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misfit]:
@@ -168,11 +162,6 @@ def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misf
 def ramp_misfits(trainer: Trainer, layout: Layout) -> Iterator[Misfit]:
     """Yield why the global batch can not change as the ramp says."""
     where = "spec.trainer.batchRamp"
-    if trainer.batch_ramp and layout.pp > 1:
-        yield Misfit(
-            f"{where} with parallelism.pp = {layout.pp}, expected no ramp, or pp 1",
-            "a pipeline is made for one number of micro-batches",
-        )
     tokens = [change.tokens for change in trainer.batch_ramp]
     if tokens != sorted(set(tokens)):
         yield Misfit(
@@ -184,7 +173,10 @@ def ramp_misfits(trainer: Trainer, layout: Layout) -> Iterator[Misfit]:
         micro = micro or max(trainer.global_batch // layout.readers, 1)
     for change in trainer.batch_ramp:
         then = msgspec.structs.replace(trainer, global_batch=change.global_batch, micro_batch=micro)
-        for message, hint in batch_misfits(then, layout.dp_replicate, layout.dp_shard):
+        for message, hint in (
+            *batch_misfits(then, layout.dp_replicate, layout.dp_shard),
+            *idle_pipeline(then, layout),
+        ):
             yield Misfit(f"{where}: {message.removeprefix('spec.trainer.')}", hint)
 
 

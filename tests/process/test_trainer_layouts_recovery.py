@@ -14,7 +14,7 @@ from orchestrator.agent.warm import Warm
 from tests.programs.seated import Result, a_world
 
 pytestmark = pytest.mark.process
-SIZES = {"dim": 32, "layers": 2, "heads": 4, "kvHeads": 2, "ffnDim": 48, "vocab": 1280}
+SIZES = {"dim": 32, "layers": 2, "heads": 8, "kvHeads": 4, "ffnDim": 48, "vocab": 1280}
 JOB: dict[str, Any] = {
     "trainer": {
         "model": SIZES,
@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {
         "globalBatch": 4,
         "microBatch": 1,
     },
-    "parallelism": {"pp": 2, "dpReplicate": 1, "dpShard": 2, "tp": 2},
+    "parallelism": {"pp": 2, "dpReplicate": 1, "dpShard": 1, "cp": 2, "tp": 2},
     "checkpoint": {"everySteps": 10, "memoryEverySteps": 1},
 }
 

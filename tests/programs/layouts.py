@@ -47,11 +47,12 @@ def trained(world: parallel.World, job: runfile.Trainer) -> dict[str, Any]:
     """Return steps, parts of weights with where they begin, and lanes."""
     training = Training(job, CONFIG, Samples(TOKENS, job), world)
     recorder = Recorder()
-    for step in range(1, STEPS + 1):
+    for step in range(1, STEPS):
         training.step(step, recorder)
-    parts: dict[str, Any] = {"steps": np.array(recorder.steps)}
-    if world.layout.pp == 1:
-        parts["evaluated"] = np.array(evaluate(training, Held([TOKENS], job), Unheard()).loss)
+    parts: dict[str, Any] = {}
+    parts["evaluated"] = np.array(evaluate(training, Held([TOKENS], job), Unheard()).loss)
+    training.step(STEPS, recorder)  # as if nothing had happened
+    parts["steps"] = np.array(recorder.steps)
     shards = training.optimizer.shards
     checkpointer = Checkpointer(shards, world, Stamp("run", CONFIG.fingerprint, 1, CURSOR))
     parts["lanes"] = np.array(checkpointer.lanes(STEPS), np.uint64)
@@ -69,7 +70,8 @@ def take_part(rank: int, folder: Path, layouts: list[str]) -> None:
         layout = Layout(**sizes)
         if rank >= layout.world_size:
             continue
-        settings = {"steps": 20, "seq_len": 16, "global_batch": 8, "micro_batch": 2}
+        settings: dict[str, Any] = {"steps": 20, "seq_len": 16, "global_batch": 8, "micro_batch": 2}
+        settings["batch_ramp"] = (runfile.BatchChange(tokens=2 * 8 * 16, global_batch=16),)
         job = runfile.Trainer(**{**settings, "warmup_steps": 2, "learning_rate": 0.01, **fields})
         world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
         store = FileStore(str(folder / f"store-{number}"), layout.world_size)

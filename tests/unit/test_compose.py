@@ -169,13 +169,6 @@ def test_data_that_can_not_be_trained_on_as_written_is_refused_with_the_place_an
     assert refusal.hint
 
 
-def test_a_pipeline_is_not_evaluated(tmp_path: Path) -> None:
-    data = "data: {sources: [{uri: a}], validation: 0.1}, evalEverySteps: 5, microBatch: 4"
-    spec = f"spec: {{nodes: {{ranksPerNode: 2}}, parallelism: {{pp: 2}}, trainer: {{{data}}}}}"
-
-    assert "expected no evaluation, or pp 1" in str(refused(HEAD + spec, tmp_path))
-
-
 def test_a_source_with_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     spec = "spec: {trainer: {data: {sources: [{uri: a, weightt: 1}]}}}"
 

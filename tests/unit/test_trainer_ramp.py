@@ -86,7 +86,7 @@ def test_steps_after_a_change_take_more_samples_whether_or_not_the_run_was_inter
         ([(10, 8), (10, 16)], {}, "expected rising numbers"),
         ([(10, 9)], {}, "batchRamp: globalBatch is 9, expected a multiple of the 2 ranks"),
         ([(10, 12)], {}, "batchRamp: microBatch is 4, expected a divisor of each rank's 6"),
-        ([(10, 16)], {"pp": 2}, "expected no ramp, or pp 1"),
+        ([(10, 4)], {"pp": 2}, "batchRamp: microBatch is 2, which makes 1 of a share of 2"),
     ],
 )
 def test_a_ramp_that_can_not_be_shared_out_is_refused(

@@ -28,6 +28,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.false_alarms
 	$(BIN)/python -m tests.bench.copy
 	$(BIN)/python -m tests.bench.controller
+	$(BIN)/python -m tests.bench.reduction
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.data
 

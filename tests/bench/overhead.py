@@ -96,6 +96,15 @@ class Side:
         spent = time.monotonic() - begun
         return self.steps()[before:], spent
 
+    def processor_s(self) -> float:
+        """Return what all its processes together have computed so far, seconds."""
+        ticks = 0
+        for pid in self._tree():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def _tree(self) -> list[int]:
         children: dict[int, list[int]] = {}
         for entry in Path("/proc").iterdir():
@@ -141,11 +150,16 @@ def supervised(root: Path) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
-def alone(root: Path) -> Iterator[Side]:
-    """Start the same trainer under plain torchrun; end it with the block."""
+def alone(root: Path, fields: dict[str, Any] | None = None) -> Iterator[Side]:
+    """Start the same trainer under plain torchrun; end it with the block.
+
+    Args:
+        root: a folder that is not there yet.
+        fields: of its run file; default that of this benchmark.
+    """
     root.mkdir(parents=True)
     job = root / "job.json"
-    run = compose.parse(json.dumps(run_file()), TrainingRun, "bench")
+    run = compose.parse(json.dumps(fields or run_file()), TrainingRun, "bench")
     job.write_bytes(msgspec.json.encode(run.job()))
 
     def steps() -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.cli.tables import Column, Kind, Row, span, text
 from orchestrator.core.state import Committed, RunState
 from orchestrator.core.trust import why_not
-from orchestrator.protocol.ids import Step
+from orchestrator.protocol.ids import Rank, Step
 from orchestrator.worlds.folder import RunFolder
 
 
@@ -35,7 +35,7 @@ def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
             "name": f"step-{step}",
             "step": step,
             "tier": "memory",
-            "state": "Whole" if len(counts) == state.run.world_size else "Partial",
+            "state": "Whole" if _has_every_shard(state, step) else "Partial",
             "shards": len(counts),
             "copies": min(counts),
             "epoch": None,
@@ -47,6 +47,13 @@ def checkpoint_rows(state: RunState, folder: RunFolder) -> list[Row]:
         if (counts := copies(state, step))
     ]
     return sorted(durable + memory, key=lambda row: (-int(str(row["step"])), str(row["tier"])))
+
+
+def _has_every_shard(state: RunState, step: Step) -> bool:
+    """Whether there is a copy of each, whichever replica staged it."""
+    counts = state.holdings.of(step).count_R(state.unfit).tolist()
+    held = {state.shard_of(Rank(rank)) for rank, count in enumerate(counts) if count}
+    return len(held) == state.shard_count()
 
 
 def condition(state: RunState, commit: Committed) -> str:

@@ -215,7 +215,8 @@ def _take_together(
             )
             copies.hold_verified(state, (node.id for node in nodes), step)
         case RanksTroubled():
-            state.troubled = {node.id: (state.now, fact.message) for node in nodes} | state.troubled
+            said = dict.fromkeys([node.id for node in nodes], (state.now, fact.message))
+            state.troubled = said | state.troubled
         case ShardsWritten():
             # All receipts are in one of them: whoever wrote a shard, it is there.
             _take(state, nodes[0], fact)

@@ -8,6 +8,7 @@ when no whole set of copies is left, or when it fails in a way that was known an
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -42,10 +43,11 @@ def hold(state: RunState, node: NodeId, holdings: Iterable[Holding]) -> None:
     bad = {(s, copy.rank) for s, _, copy in state.struck if _is_gone_from(node, copy)}
     ranks: dict[Step, set[Rank]] = {}
     for holding in holdings:
-        if counts(state, holding.step) and (holding.step, holding.rank) not in bad:
+        if (holding.step, holding.rank) not in bad:
             ranks.setdefault(holding.step, set()).add(holding.rank)
     for step, held in ranks.items():
-        state.holdings.add(step, node, frozenset(held))
+        if counts(state, step):
+            state.holdings.add(step, node, frozenset(held))
 
 
 def hold_together(state: RunState, held: CopiesHeld) -> None:
@@ -72,7 +74,7 @@ def counts(state: RunState, step: Step) -> bool:
 
 def hold_only(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
     """Enter that a node holds this and no more: what it comes to hold later is another copy."""
-    named = {(holding.step, holding.rank) for holding in holdings}
+    named = {(h.step, h.rank) for h in holdings} if state.struck else frozenset()
     for mark in tuple(state.struck):
         step, _, copy = mark
         if _is_gone_from(node, copy) and (step, copy.rank) not in named:
@@ -242,10 +244,12 @@ def _copies_wanted(state: RunState) -> int:
     """
     if not state.buddies:
         return 1
-    silent, members, kept_out = state.hearing.silent(state.now), 0, state.cordoned()
+    kept_out = state.cordoned()
+    usable = (node for node in state.nodes.values() if node.usable and node.id not in kept_out)
+    if sum(1 for _ in islice(usable, 2)) > 1:
+        return 2
+    silent, members = state.hearing.silent(state.now), 0
     for node in state.nodes.values():
         gone = node.lost or node.unusable or node.id in silent
         members += (node.usable or not gone) and node.id not in kept_out
-        if members > 1:
-            return 2
-    return 1
+    return 2 if members > 1 else 1

@@ -28,6 +28,7 @@ class Columns:
         self._stall_s_R: dict[Rank, float] = {}
         self._stalls: dict[NodeId, tuple[tuple[Rank, ...], tuple[float, ...]]] = {}
         """What each node said last of how long its ranks have stalled."""
+        self._rows: dict[tuple[Rank, ...], slice | None] = {}
         self._stalled_s = 0.0
         self._clear()
 
@@ -36,7 +37,7 @@ class Columns:
         self._generation, self._size = generation, world_size
         self.reported = restored
         self._reports = []
-        self._stall_s_R, self._stalls = {}, {}
+        self._stall_s_R, self._stalls, self._rows = {}, {}, {}
         self._stalled_s = 0.0
         self._clear()
 
@@ -57,17 +58,13 @@ class Columns:
 
     def _enter(self, beat: Beat) -> None:
         """Enter what a node says of its ranks where they are in the columns."""
-        ranks, count = beat.ranks, len(beat.ranks)
-        told = (beat.phases, beat.steps, beat.progress, beat.states, beat.cpu_s)
-        first, end = (ranks[0], ranks[0] + count) if ranks else (0, 0)
-        in_row = first >= 0 and end <= self._size and ranks == tuple(range(first, end))
-        if in_row and all(len(column) == count for column in told):
+        ranks, phases, steps, progress = beat.ranks, beat.phases, beat.steps, beat.progress
+        states, cpu_s, count = beat.states, beat.cpu_s, len(beat.ranks)
+        whole = len(phases) == len(steps) == len(progress) == len(states) == len(cpu_s) == count
+        if whole and (row := self._row(ranks)) is not None:
             # So it nearly always is, a thousand times a second.
-            self._phases[first:end] = beat.phases
-            self._steps[first:end] = beat.steps
-            self._progress[first:end] = beat.progress
-            self._states[first:end] = beat.states
-            self._cpu_s[first:end] = beat.cpu_s
+            self._phases[row], self._steps[row], self._progress[row] = phases, steps, progress
+            self._states[row], self._cpu_s[row] = states, cpu_s
             return
         for place, rank in enumerate(ranks):
             if 0 <= rank < self._size:
@@ -76,6 +73,18 @@ class Columns:
                 self._progress[rank] = beat.progress[place]
                 self._states[rank] = beat.states[place]
                 self._cpu_s[rank] = beat.cpu_s[place]
+
+    def _row(self, ranks: tuple[Rank, ...]) -> slice | None:
+        """Return where these ranks lie in the columns; None if that is not one place after another.
+
+        Nodes have the same ranks for a whole generation.
+        """
+        if ranks not in self._rows:
+            first = ranks[0] if ranks else Rank(0)
+            end = first + len(ranks)
+            in_row = first >= 0 and end <= self._size and ranks == tuple(range(first, end))
+            self._rows[ranks] = slice(first, end) if in_row else None
+        return self._rows[ranks]
 
     def _count_stalls(self, beat: Beat) -> None:
         for place, rank in enumerate(beat.ranks):

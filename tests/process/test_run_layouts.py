@@ -11,7 +11,7 @@ from tests import tiny
 from tests.runs import REPOSITORY, Job
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
-STEPS = 9
+STEPS = 7
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_ranks_of_two_stages_that_die_and_freeze_change_no_bit(
     run: dict[str, Any], tmp_path: Path
 ) -> None:
     faults = [
-        {"when": {"step": 3}, "fault": "kill-rank", "rank": 5},
-        {"when": {"step": 6}, "fault": "freeze-rank", "rank": 2},
+        {"when": {"step": 2}, "fault": "kill-rank", "rank": 5},
+        {"when": {"step": 4}, "fault": "freeze-rank", "rank": 2},
     ]
     twin = tiny.undisturbed(tmp_path / "twin", run)
     job = Job(tmp_path / "disturbed", run, faults)

@@ -65,9 +65,7 @@ def _whole(pieces: list[tuple[tuple[int, ...], np.ndarray]]) -> np.ndarray:
     return whole
 
 
-@pytest.fixture(scope="module")
-def came(tmp_path_factory: pytest.TempPathFactory) -> list[Came]:
-    folder = tmp_path_factory.mktemp("layouts")
+def came(folder: Path) -> list[Came]:
     command = [sys.executable, "-W", "error", "-m", "tests.programs.layouts", str(folder)]
     texts = [json.dumps(layout) for layout in LAYOUTS]
     done = subprocess.run(
@@ -80,33 +78,37 @@ def came(tmp_path_factory: pytest.TempPathFactory) -> list[Came]:
     ]
 
 
-@pytest.mark.parametrize("number", range(1, len(LAYOUTS)), ids=lambda n: json.dumps(LAYOUTS[n]))
-def test_losses_norms_and_weights_are_those_of_one_rank(came: list[Came], number: int) -> None:
-    alone, cut = came[0], came[number]
+def test_every_layout_trains_what_one_rank_does_and_has_the_digest_of_its_state(
+    tmp_path: Path,
+) -> None:
+    """One test, so that workers of a parallel run do not all train everything."""
+    alone, *others = came(tmp_path)
 
+    assert_digest_of_the_whole(alone)
+    for cut in others:
+        assert_same(cut, alone)
+        assert_digest_of_the_whole(cut)
+
+
+def assert_same(cut: Came, alone: Came) -> None:
     expected, found = alone.weights(), cut.weights()
-
     assert cut.steps.shape == (STEPS, 2)
-    np.testing.assert_allclose(cut.steps, alone.steps, rtol=2e-6)
+    np.testing.assert_allclose(cut.steps, alone.steps, rtol=2e-6, err_msg=str(cut.layout))
     assert found.keys() == expected.keys()
     for name, whole in expected.items():
         # Adam divides by the root of tiny squares, so moments are compared more closely.
         close = 1e-4 if name.startswith("param") else 1e-6
-        np.testing.assert_allclose(found[name], whole, rtol=1e-3, atol=close, err_msg=name)
+        message = f"{name} of {cut.layout}"
+        np.testing.assert_allclose(found[name], whole, rtol=1e-3, atol=close, err_msg=message)
     for rank in cut.ranks:
         assert np.array_equal(rank["steps"], cut.steps), "ranks report, and clip by, other bits"
         np.testing.assert_allclose(rank["evaluated"], alone.ranks[0]["evaluated"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=lambda n: json.dumps(LAYOUTS[n]))
-def test_the_state_digest_is_that_of_the_whole_state_however_it_is_cut(
-    came: list[Came], number: int
-) -> None:
-    whole = came[number].weights()
+def assert_digest_of_the_whole(came: Came) -> None:
+    whole = came.weights()
     cursor = Stamp("run", "", 1, CURSOR).cursor(STEPS)
     text = np.frombuffer(msgspec.json.encode(cursor, order="deterministic"), np.uint8)
-
     parts = [partial_digest(name, weight) for name, weight in whole.items()]
-
     assert {name.partition("/")[0] for name in whole} == set(STATES)
-    assert came[number].lanes() == combine([*parts, partial_digest("cursor", text)])
+    assert came.lanes() == combine([*parts, partial_digest("cursor", text)])

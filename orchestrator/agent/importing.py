@@ -6,7 +6,7 @@ import re
 
 from orchestrator.agent.warm import Answer
 
-TRAIN_EXTRA = frozenset({"torch", "fsspec", "pyarrow", "tiktoken"})
+TRAIN_EXTRA = frozenset({"aiohttp", "fsspec", "pyarrow", "tiktoken", "torch"})
 """Modules that come with `holdfast[train]` and not with the base."""
 _MISSING = re.compile(r"No module named '([^'.]+)")
 

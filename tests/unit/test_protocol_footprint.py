@@ -35,7 +35,8 @@ def kept_bytes(recompute: str, dtype: torch.dtype) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        # Angles: a CPU has them as complex numbers, one table for each use and not for each sample.
+        if storage.data_ptr() not in weights and not tensor.is_complex():
             held[storage.data_ptr()] = storage
         return tensor
 

@@ -136,7 +136,7 @@ class Recovery:
             state.sound_step = min(state.sound_step, restored)
         before = state.replicas
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
-        self._resize(before)
+        self._resize(before, restored)
         state.fleet = Fleet(len(state.seats), state.now)
         state.wanting = False
         state.found = state.asked_at = None
@@ -166,13 +166,17 @@ class Recovery:
         ]
         return decisions
 
-    def _resize(self, before: int) -> None:
+    def _resize(self, before: int, restored: Step) -> None:
         """Enter that the number of replicas is another than before, if it is."""
         state, after = self._state, self._state.replicas
-        if before in (0, after):
+        resized = before not in (0, after)
+        if not state.run.same_bits and (resized or any(r.step > restored for r in state.resizes)):
+            # Others made those steps: they come out differently, and nothing is wrong with that.
+            state.losses = {step: loss for step, loss in state.losses.items() if step <= restored}
+        if not resized:
             return
         incident = state.incident.id if state.incident else None
-        state.resizes.append(Resize(state.now, incident, before, after))
+        state.resizes.append(Resize(state.now, incident, before, after, restored))
         # What was learned of steps holds for those of the new world, in proportion.
         (done, of), (done_now, of_now) = state.run.speed(before), state.run.speed(after)
         state.step_times.stretch(done * of_now / (of * done_now))

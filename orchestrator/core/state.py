@@ -150,6 +150,8 @@ class Resize(NamedTuple):
     """What it was for."""
     before: int
     after: int
+    step: Step
+    """From which it continued."""
 
 
 @dataclass(slots=True)
@@ -335,8 +337,13 @@ class RunState:
     @property
     def shrunk_by(self) -> IncidentId | None:
         """What took the replicas that are missing; None if none are, or they never came."""
-        shrinks = (r.incident for r in reversed(self.resizes) if r.after < r.before)
-        return next(shrinks, None) if self.short else None
+        if not self.short:
+            return None
+        # Not of those that are back: the newest that took the world from more than it has now.
+        here = self.replicas
+        return next(
+            (r.incident for r in reversed(self.resizes) if r.after <= here < r.before), None
+        )
 
     @property
     def world(self) -> tuple[NodeId, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 
 from orchestrator.core.copies import strained
+from orchestrator.core.incident import Cause
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.state import Node, RunState
@@ -77,7 +78,27 @@ def place(state: RunState) -> Placement | None:
 
 def _replicas(state: RunState, gone: Sequence[NodeId]) -> int:
     """Return with how many replicas a restart could go on now, 0 for with none."""
-    return shrinking.wanted(state, len(state.seated) - len(gone) + len(state.spares()))
+    there = len(state.seated) - len(gone) + len(state.spares())
+    found = shrinking.wanted(state, there)
+    if found <= state.replicas:
+        return found
+    return max(shrinking.wanted(state, there - _promised(state, gone)), state.replicas)
+
+
+def _promised(state: RunState, gone: Sequence[NodeId]) -> int:
+    """Return how many spares take the place of nodes that could go on, before any is to grow with.
+
+    Whoever was asked to leave is to leave, and a fault that comes again where it was ends the run
+    unless it was tried elsewhere; to grow back can wait for the next restart.
+    """
+    here = state.seated.keys() - set(gone)
+    out = here & set(leaving(state))
+    if state.incident is None or state.incident.cause is Cause.PLANNED:
+        return len(out)
+    at_fault = blamed(state) | strained(state)
+    clean = set(state.spares()) - at_fault - retired(state) - aside(state)
+    accused = (here & (at_fault | set(suspects(state)))) - out
+    return len(out) + min(len(accused), len(clean))
 
 
 def _seats(state: RunState, places: Sequence[NodeId]) -> tuple[NodeId, ...]:

@@ -25,6 +25,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import Resize, RunState
 from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
+from orchestrator.policy.planned import leaving
 from orchestrator.policy.switches import SHRINK, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
@@ -85,13 +86,19 @@ def hope(state: RunState, gone: Collection[NodeId], replicas: int) -> Hope | Non
     """
     if not 0 < replicas < state.replicas or len(state.absences_s) < ABSENCES_MIN:
         return None
+    # What is unusable or cordoned will not be back by itself, however soon others were.
+    kept_out = state.cordoned()
+    away = [n for n in gone if n not in kept_out and not state.nodes[n].unusable]
+    there = len(state.seated) - len(gone) + len(state.spares())
+    if not away or fitting(state, there + len(away)) <= replicas:
+        return None
     known_s = _usual_absence_s(state)
     worth_s = min(_growth_s(state, replicas), seconds(state.run.spec.recovery.spare_wait))
-    since = max([state.nodes[node].lost_at for node in gone], default=state.now)
+    since = max(state.nodes[node].lost_at for node in away)
     if known_s > worth_s or state.now >= since + worth_s:
         return None
     words = (
-        f"waiting up to {worth_s:.1f} s for {', '.join(gone)}: nodes that were lost came back "
+        f"waiting up to {worth_s:.1f} s for {', '.join(away)}: nodes that were lost came back "
         f"after {known_s:.1f} s, {_most(state)}, and to shrink and grow back costs a restart more"
     )
     return Hope(Seconds(since + worth_s), words)
@@ -187,9 +194,16 @@ class GrowBack:
 
 def growing_to(state: RunState) -> int:
     """Return how many replicas the nodes that are there can hold; 0 if no more than there are."""
-    # A node that is to be free is none to grow with, though it may keep the seat that it has.
-    found = fitting(state, len(state.seated) + len(_ready(state)))
+    found = fitting(state, _staying(state) + len(_ready(state)))
     return found if found > state.replicas else 0
+
+
+def _staying(state: RunState) -> int:
+    """Return how many nodes of the world a larger one is made of: of spares, some are promised.
+
+    A node that is to be free may keep its seat, but the next spare is there to take it.
+    """
+    return len(state.seated) - len(leaving(state))
 
 
 def _ready(state: RunState) -> list[NodeId]:
@@ -304,7 +318,7 @@ def standing(state: RunState) -> str:
     words += f"; speed {100 * done / of:.0f} %"
     if not (replicas := growing_to(state)):
         unit = state.run.block
-        more = nodes_for(state.run, state.replicas + unit.replicas) - len(state.seated)
+        more = nodes_for(state.run, state.replicas + unit.replicas) - _staying(state)
         return f"{words}; grows back when {_nodes(more)} free and warm, {len(_ready(state))} so far"
     at = grows_at(state, replicas)
     if at == inf:
@@ -339,4 +353,6 @@ def refusal(state: RunState, usable: int) -> str:
     why = f"spec.recovery.minReplicas is {'not set' if told is None else told}"
     if not enabled(state, SHRINK):
         why = f"spec.recovery.disable has {SHRINK}"
+    elif state.run.spec.parallelism.pp > 1:
+        why = "with pipelines a run can not go on with fewer yet"
     return f"; {replicas} of {full} replicas could go on, but {why}"

@@ -291,11 +291,16 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
     @property
     def least_replicas(self) -> int:
         """With how few replicas the run goes on (docs/adr/0012)."""
-        full, trainer = self.spec.parallelism.dp_replicate, self.spec.trainer
+        full = self.spec.parallelism.dp_replicate
         if self.spec.recovery.min_replicas is not None:
             return self.spec.recovery.min_replicas
-        same = trainer.entrypoint == EMBEDDED and trainer.reduction == "deterministic"
-        return -(-full // 2) if same and self.spec.parallelism.pp == 1 else full
+        return -(-full // 2) if self.same_bits and self.spec.parallelism.pp == 1 else full
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether a step comes out the same with however many replicas, to the last bit."""
+        trainer = self.spec.trainer
+        return trainer.entrypoint == EMBEDDED and trainer.reduction == "deterministic"
 
     def speed(self, replicas: int) -> tuple[int, int]:
         """Return the share of the full speed that some of the replicas reach, as a fraction.

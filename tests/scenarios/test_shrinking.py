@@ -10,10 +10,10 @@ from orchestrator.core import drains
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.events import ControllerStarted, DrainRequested
 from orchestrator.core.phases import RunPhase
-from orchestrator.core.state import RunState
+from orchestrator.core.state import Resize, RunState
 from orchestrator.policy import shrinking
-from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import Holding, ShardsHeld
+from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import Holding, NodeUnusable, ShardsHeld
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import checkers
 from orchestrator.worlds.orders import Orders
@@ -227,6 +227,17 @@ def test_a_node_that_is_not_back_soon_after_all_is_not_waited_for_any_longer(wid
     )
 
 
+def test_a_node_that_is_unusable_is_not_waited_for_however_soon_others_were_back(
+    wide: Wide,
+) -> None:
+    cluster = blinking(wide)
+    unusable = NodeUnusable(reason="node-1: a process does not die")
+
+    decisions = cluster.say("node-1", unusable)
+
+    assert len(started(decisions).seats) == 3
+
+
 # Where their state is from ---------------------------------------------------------------------
 
 
@@ -301,6 +312,83 @@ def test_a_cordoned_node_is_none_to_grow_with(wide: Wide) -> None:
 
     assert shrinking.growing_to(cluster.state) == 0
     assert "grows back when 1 node is free and warm, 0 so far" in shrinking.standing(cluster.state)
+
+
+def test_a_spare_takes_the_place_of_a_node_that_is_to_be_free_before_any_is_to_grow_with(
+    wide: Wide,
+) -> None:
+    cluster = shrunk(wide)
+    drain(cluster.state, "node-2")
+    cluster.join("node-1", incarnation=2)
+    cluster.train(3)
+    hold(cluster, cluster.state.reached_step)
+    cluster.train(1)
+
+    assert cluster.state.incidents[-1].rung == "planned swap"
+    assert cluster.seated() == nodes(0, 3, 1)
+
+
+def test_a_fault_that_came_again_is_tried_on_a_spare_before_any_is_to_grow_with(
+    wide: Wide,
+) -> None:
+    cluster = wide(4, 1)
+    cluster.exit(2, 1, step=5, kind="ValueError")
+    cluster.resume()
+    cluster.train(1)
+    cluster.lose("node-1")
+    cluster.resume()
+    cluster.train(3)
+    cluster.join("node-1", incarnation=2)
+    assert cluster.state.world == nodes(0, 3, 2)
+
+    order = started(cluster.exit(2, 1, step=5, kind="ValueError"))
+
+    assert order.seats == nodes(0, 3, 1)
+
+
+def test_steps_of_another_number_of_replicas_are_compared_only_if_they_have_the_same_bits(
+    cluster_of: Callable[[str], Cluster],
+) -> None:
+    for reduction, told in (("deterministic", [6, 7]), ("fast", [])):
+        cluster = cluster_of(
+            runfiles.text(
+                nodes={"count": 4, "ranksPerNode": 1, "spares": 0},
+                parallelism={"dpReplicate": 4},
+                trainer={"steps": 1000, "globalBatch": 240, "reduction": reduction},
+                recovery={"minReplicas": 2},
+            )
+        )
+        cluster.tell(ControllerStarted(at=cluster.at(), incarnation=1))
+        for node in range(4):
+            cluster.join(f"node-{node}")
+        started(cluster.found())
+        cluster.resume()
+        cluster.train(5)
+        hold(cluster, 5)
+        cluster.train(2)
+        cluster.lose("node-1")
+        cluster.resume()
+
+        for step in (6, 7):
+            cluster.after(0.1).beat(step=step, report=True, loss=2.5)
+
+        assert cluster.state.divergences == told, reduction
+
+
+def test_lost_capacity_is_no_more_charged_to_who_took_a_replica_that_is_back() -> None:
+    run = compose.parse(
+        runfiles.text(nodes={"count": 4, "ranksPerNode": 1}, parallelism={"dpReplicate": 4}),
+        TrainingRun,
+        "run.yaml",
+    )
+    state = compose.controller(run).state
+    changes = [("inc-1", 4, 3), ("inc-2", 3, 2), ("inc-3", 2, 3)]
+    for at, (incident, before, after) in enumerate(changes):
+        resize = Resize(Seconds(at), IncidentId(incident), before, after, Step(at))
+        state.resizes.append(resize)
+    state.seat(nodes(0, 2, 3), {})
+
+    assert state.shrunk_by == "inc-1"
 
 
 def drain(state: RunState, node: str) -> None:

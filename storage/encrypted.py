@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from storage.blob import BlobStore, Sweepable, validate_key, validate_range
 from storage.digest import BLOCK_BYTES, Buffer, byte_view
-from storage.errors import BlobCorruptError, StorageRefusedError
+from storage.errors import BlobCorruptError, WrongKeyError
 
 MAGIC = b"HFENC\x00\x00\x01"
 SALT_BYTES = 16
@@ -63,7 +63,7 @@ class EncryptedStore:
 
         Raises:
             BlobCorruptError: if what is stored is not what was put under this key.
-            StorageRefusedError: if it was encrypted with another key.
+            WrongKeyError: if it was encrypted with another key.
         """
         validate_range(start, length)
         size = self.size(key)
@@ -116,7 +116,7 @@ class EncryptedStore:
         if header[: len(MAGIC)] != MAGIC or len(header) != HEADER_BYTES:
             raise BlobCorruptError(f"header is not that of an encrypted blob: {key}")
         if found != self._id:
-            raise StorageRefusedError(
+            raise WrongKeyError(
                 f"encrypted with key {found.hex()}, the one given is {self._id.hex()}: {key}"
             )
         return _Cipher(self._key, header[-SALT_BYTES:], key)

@@ -47,6 +47,12 @@ class StorageRefusedError(StorageError):
     )
 
 
+class WrongKeyError(StorageRefusedError):
+    """A blob was encrypted with another key than the one given, or its header is damaged."""
+
+    hint = "Compare the key in the environment with the one that the run was started with."
+
+
 class BlobCorruptError(StorageError):
     """A blob is not what was put, and what reads it can tell: its encryption does not open."""
 

@@ -11,7 +11,12 @@ from storage.blob import BlobStore
 from storage.catalog import SHARDS_AT_ONCE, Catalog, CommitRecord
 from storage.commit import body_blocks, fetch_index
 from storage.digest import Buffer, digest_stream
-from storage.errors import BlobNotFoundError, StorageError
+from storage.errors import (
+    BlobNotFoundError,
+    StorageError,
+    StorageRefusedError,
+    WrongKeyError,
+)
 from storage.manifest import Manifest, body_key, commit_key, index_key
 from storage.parallel import each
 from storage.shard import ShardIndex
@@ -128,7 +133,7 @@ def scrub(
     if manifest is None:
         return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
     damages = examine(catalog.store, manifest, read=read)
-    if damages and not _is_there(catalog.store, manifest):
+    if damages and not is_there(catalog.store, manifest):
         return None
     _judge(catalog, manifest, damages)
     return Examined(step=step, epoch=epoch, damages=tuple(damages))
@@ -150,7 +155,8 @@ def _judge(catalog: Catalog, manifest: Manifest, damages: list[Damage]) -> None:
     catalog.judge(manifest.step, manifest.epoch, SUSPECT, f"scrub found {told}{more}")
 
 
-def _is_there(store: BlobStore, manifest: Manifest) -> bool:
+def is_there(store: BlobStore, manifest: Manifest) -> bool:
+    """Return whether a checkpoint is still there; the record goes before the shards."""
     key = commit_key(manifest.step, manifest.epoch)
     return key in store.keys(key)
 
@@ -165,7 +171,7 @@ def _examine_shard(
         yield Damage(key=index_key(*where), chunk="", expected="an index", found="nothing")
         return
     except StorageError as error:
-        if error.retryable:
+        if _says_nothing(error):
             raise
         digest = manifest.entries[shard].index_digest
         yield Damage(
@@ -183,7 +189,7 @@ def _examine_shard(
     except BlobNotFoundError:
         yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found="nothing")
     except StorageError as error:
-        if error.retryable:
+        if _says_nothing(error):
             raise
         yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found=str(error))
 
@@ -210,6 +216,16 @@ def _examine_body(index: ShardIndex, key: str, blocks: Iterator[Buffer]) -> Iter
                 # Every chunk is intact, so it is what lies before them.
                 expected, found = f"crc32c {expected_crc:08x}", f"crc32c {crc:08x}"
                 yield Damage(key=key, chunk=HEADER, expected=expected, found=found)
+
+
+def _says_nothing(error: StorageError) -> bool:
+    """Return whether an error is about the store, or about who asks, and not about the bytes.
+
+    Who may not read must not make a sound checkpoint suspect. Another key than the record's is
+    damage: the record was read with ours.
+    """
+    refused = isinstance(error, StorageRefusedError) and not isinstance(error, WrongKeyError)
+    return error.retryable or refused
 
 
 def _watched(blocks: Iterator[bytes], read: Callable[[int], None]) -> Iterator[bytes]:

@@ -146,14 +146,20 @@ def reason_of(store: BlobStore, key: str) -> str:
     return f"{verdict.kind}: {verdict.reason}"
 
 
+def _rank(key: str) -> tuple[str, bool, str]:
+    number, _, kind = key.rpartition("/")[2].partition("-")
+    return number, kind != f"{RELEASED}.json", kind
+
+
 def _standing(keys: Iterable[str]) -> Standing:
     """Go through the verdicts of one checkpoint in order.
 
     A release undoes suspicion and quarantine that came before it. It does not bring back what is
-    being deleted. A kind that is unknown bars: a newer program had something against it.
+    being deleted. A kind that is unknown bars: a newer program had something against it. Of two
+    with one number neither came first: who released did not see what the other had against it.
     """
     trust, barred, deleting = Trust.WRITTEN, "", ""
-    ordered = sorted(keys, key=lambda key: key.rpartition("/")[2])
+    ordered = sorted(keys, key=_rank)
     for key in ordered:
         found = parse_verdict_key(key)
         assert found is not None

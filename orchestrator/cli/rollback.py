@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from orchestrator.cli import units
@@ -68,8 +69,11 @@ def told(planned: Plan, uri: str, output: Form) -> str:
     """Return a plan in the asked form."""
     resume = planned.resume
     bar = [f"{step}@{epoch}" for step, epoch in planned.bar]
+    # An address with options has characters that a shell takes for its own.
+    quoted = shlex.quote(uri)
     commands = [
-        f"holdfast checkpoint quarantine {uri} {name} --reason 'corrupt from step {planned.onset}'"
+        f"holdfast checkpoint quarantine {quoted} {name} "
+        f"--reason 'corrupt from step {planned.onset}'"
         for name in bar
     ]
     if output is Form.JSON:
@@ -99,7 +103,7 @@ def told(planned: Plan, uri: str, output: Form) -> str:
         lines += section(
             "Instead",
             [
-                f"holdfast checkpoint scrub {uri}",
+                f"holdfast checkpoint scrub {quoted}",
                 "or ask for less with --trust written",
             ],
         )

@@ -55,9 +55,9 @@ def opened(uri: str) -> Store:
             "is the volume mounted? `holdfast describe run` tells where a run saves",
             Exit.USAGE,
         )
+    blobs = RetryingStore(store, attempts_max=ATTEMPTS_MAX)
     # Leases end by a clock that the machines of a run share, more or less.
-    leases = Leases(store, time.time)  # noqa: TID251
-    return Store(uri, RetryingStore(store, attempts_max=ATTEMPTS_MAX), leases)
+    return Store(uri, blobs, Leases(blobs, time.time))  # noqa: TID251
 
 
 def picked(store: Store, name: str | None) -> CommitRecord:
@@ -113,7 +113,7 @@ def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
         "name": name_of(record),
         "step": record.step,
         "epoch": record.epoch,
-        "state": standing.kind or ("readable" if manifest else "unreadable"),
+        "state": standing.kind or _state(record),
         "trust": standing.trust.words,
         "shards": manifest.shards if manifest else None,
         "bytes": size_of(manifest) if manifest else None,
@@ -122,6 +122,12 @@ def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
         "model": manifest.model if manifest else "",
         "fault": record.fault,
     }
+
+
+def _state(record: CommitRecord) -> str:
+    if record.superseded:
+        return "superseded"
+    return "readable" if record.manifest else "unreadable"
 
 
 COLUMNS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.stored import Store, opened, picked, size_of
 from orchestrator.cli.tables import in_json
 from storage.catalog import Catalog, CommitRecord
-from storage.errors import StorageRefusedError
-from storage.scrub import Examined, due, examine, scrub_all
+from storage.errors import StorageFullError, StorageRefusedError
+from storage.scrub import Examined, due, examine, is_there, scrub_all
 from storage.verdicts import DELETING
 from storage.wrappers import ThrottledStore
 
@@ -81,16 +82,33 @@ def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) ->
         raise CliError(
             f"--all was given, and checkpoint {name}", "give one or the other", Exit.USAGE
         )
-    records = [picked(store, name)]
-    if everything:
-        standings = store.catalog.standings()
-        going = {where for where, one in standings.items() if one.kind == DELETING}
-        records = [
-            record
-            for record in store.catalog.commits()
-            if not record.superseded and (record.step, record.epoch) not in going
-        ]
-    return [_verify(store, record, gauge) for record in records]
+    if not everything:
+        record = picked(store, name)
+        if record.superseded:
+            raise CliError(
+                f"checkpoint {record.step}@{record.epoch} is {record.fault}: {store.uri}",
+                f"`holdfast checkpoint verify {shlex.quote(store.uri)} {record.step}` reads that "
+                "one",
+                Exit.USAGE,
+            )
+        examined = _verify(store, record, gauge)
+        if examined is None:
+            raise CliError(
+                f"checkpoint {record.step}@{record.epoch} was deleted meanwhile: {store.uri}",
+                "the run or a collection needs it no longer; verify a newer one",
+            )
+        return [examined]
+    picked(store, None)  # an empty store is a wrong address, more likely than not
+    standings = store.catalog.standings()
+    going = {where for where, one in standings.items() if one.kind == DELETING}
+    records = [
+        record
+        for record in store.catalog.commits()
+        if not record.superseded and (record.step, record.epoch) not in going
+    ]
+    # Reading them all takes long; a run deletes some of them before their turn comes.
+    came = (_verify(store, record, gauge) for record in records)
+    return [examined for examined in came if examined is not None]
 
 
 def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[Examined]:
@@ -116,13 +134,16 @@ def tell(told: list[Examined], output: Form) -> None:
         raise typer.Exit(Exit.DAMAGED)
 
 
-def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined:
+def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None:
+    """Read a checkpoint; return None if it was collected before that was done."""
     step, epoch, manifest = record.step, record.epoch, record.manifest
     if manifest is None:
         return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
     gauge.begin(f"step {step}", size_of(manifest))
     with _leased(store, step, epoch):
         damages = examine(store.blobs, manifest, read=gauge.read)
+        if damages and not is_there(store.blobs, manifest):
+            return None
     return Examined(step=step, epoch=epoch, damages=tuple(damages))
 
 
@@ -131,8 +152,8 @@ def _leased(store: Store, step: int, epoch: int) -> Iterator[None]:
     """Keep a checkpoint from being collected while it is read, if the store can be written."""
     try:
         key = store.leases.take(step, epoch, "verify", LEASE_S)
-    except StorageRefusedError:
-        # Whoever may only read can verify all the same; what is collected meanwhile shows as gone.
+    except (StorageRefusedError, StorageFullError):
+        # Whoever may only read, or has no room, can verify all the same; it may be collected first.
         yield
         return
     try:

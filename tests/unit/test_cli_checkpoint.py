@@ -1,6 +1,7 @@
 """`holdfast checkpoint`: any store, no run, no torch."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from storage import verdicts
 from storage.address import open_store
+from storage.errors import StorageFullError
+from storage.leases import Leases
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, index_key
 from storage.verdicts import Trust
@@ -265,3 +268,47 @@ def test_neither_torch_nor_the_trainer_is_needed(store: LocalStore) -> None:
 
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("whole") == 4
+
+
+def test_one_that_a_newer_epoch_stands_for_is_not_called_damaged(store: LocalStore) -> None:
+    committed(store, 40, epoch=2)
+
+    assert [row["state"] for row in data(store, "ls")][:2] == ["readable", "superseded"]
+    assert "superseded by epoch 2" in refused("verify", str(store.root), "40@1")
+
+
+def test_what_a_run_deletes_before_its_turn_to_be_verified_is_not_damaged(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Leases.take
+
+    def too_late(self: Leases, step: int, epoch: int, holder: str, lasts_s: float) -> str:
+        for shard in (0, 1) if step == 10 else ():
+            for gone in (commit_key(10, 1), body_key(10, 1, shard), index_key(10, 1, shard)):
+                store.delete(gone)
+        return take(self, step, epoch, holder, lasts_s)
+
+    monkeypatch.setattr(Leases, "take", too_late)
+
+    assert [one["step"] for one in data(store, "verify", "--all")["checkpoints"]] == [40, 30, 20]
+
+
+def test_a_full_disk_keeps_nobody_from_verifying(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise StorageFullError("no space left on the device")
+
+    monkeypatch.setattr(Leases, "take", full)
+
+    assert data(store, "verify")["bad"] == 0
+
+
+def test_what_is_to_be_done_can_be_given_to_a_shell(store: LocalStore) -> None:
+    address = f"file://{store.root}/it%20s;a"
+    (store.root / "it s;a").mkdir()
+    committed(open_store(address), 10)
+
+    result = holdfast("checkpoint", "rollback-plan", address, "--onset", "5")
+
+    assert shlex.split(result.stdout.splitlines()[-1].strip())[3] == address

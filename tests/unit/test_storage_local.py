@@ -11,6 +11,7 @@ import pytest
 
 from storage.errors import (
     BlobExistsError,
+    BlobNotFoundError,
     StorageFullError,
     StorageRefusedError,
     StorageUnavailableError,
@@ -192,3 +193,10 @@ def test_a_folder_that_cannot_be_read_does_not_look_empty(
 
     with pytest.raises(StorageUnavailableError):
         LocalStore(tmp_path).keys()
+
+
+def test_a_pipe_that_lies_where_a_blob_should_be_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+
+    with pytest.raises(BlobNotFoundError):
+        LocalStore(tmp_path).get("a")

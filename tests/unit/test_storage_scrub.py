@@ -3,7 +3,8 @@
 import pytest
 
 from storage.catalog import Catalog
-from storage.errors import StorageUnavailableError
+from storage.encrypted import EncryptedStore
+from storage.errors import StorageRefusedError, StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import body_key, commit_key, index_key
 from storage.memory import MemoryStore
@@ -136,3 +137,30 @@ def test_a_damage_can_be_told_on_one_line() -> None:
 
     assert str(damage) == "expected 5 bytes, found nothing: gen/a"
     assert Examined(step=1, epoch=1, damages=(damage,)).fault == ""
+
+
+@pytest.mark.parametrize("key_of", [body_key, index_key])
+def test_who_may_not_read_a_file_makes_nothing_suspect(key_of: object) -> None:
+    store = FaultyStore(MemoryStore())
+    committed(store, 10)
+    secret = key_of(10, 1, 1)  # type: ignore[operator]
+
+    def refuse(operation: str, key: str) -> None:
+        if operation != "put" and key == secret:
+            raise StorageRefusedError(f"Permission denied: {key}")
+
+    store.before = refuse
+
+    with pytest.raises(StorageRefusedError, match="Permission denied"):
+        list(scrub_all(Catalog(store)))
+    assert standing_of(store, 10, 1).keys == ()
+
+
+def test_a_bit_that_flipped_in_the_name_of_a_blobs_key_is_damage() -> None:
+    inner = FaultyStore(MemoryStore(), flips={BODY: 8 * 8})
+    store = EncryptedStore(inner, bytes(32))
+
+    (damage,) = examine(store, committed(store, 10))
+
+    assert damage.key == BODY
+    assert "encrypted with key" in damage.found

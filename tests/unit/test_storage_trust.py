@@ -231,3 +231,18 @@ def test_a_lease_of_what_is_gone_keeps_nothing_and_breaks_nothing() -> None:
     assert steps_of(store) == [(30, 1)]
     with pytest.raises(BlobNotFoundError):
         store.get(commit_key(10, 1))
+
+
+@pytest.mark.parametrize("kind", [verdicts.QUARANTINED, verdicts.SUSPECT])
+def test_a_release_does_not_take_back_what_was_found_at_the_same_moment(kind: str) -> None:
+    store = MemoryStore()
+    committed(store, 10)
+    verdicts.add(store, 10, 1, verdicts.SUSPECT, "")
+    # Both saw the suspicion, and neither saw the other.
+    for one in (verdicts.RELEASED, kind):
+        store.put(verdict_key(10, 1, 1, one), b"")
+
+    assert verdicts.standing_of(store, 10, 1).kind == kind
+
+    verdicts.add(store, 10, 1, verdicts.RELEASED, "looked at")
+    assert verdicts.standing_of(store, 10, 1).barred == ""

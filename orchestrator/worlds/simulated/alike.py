@@ -40,14 +40,16 @@ class Alike:
         # Nodes that are still about to begin are no disturbance, and will have.
         if not self._answer or self._asked_at != self._cluster.disturbances:
             self._asked_at = self._cluster.disturbances
-            team = self._team
-            self._answer = len(team.members) >= TOGETHER_MIN and all(
-                node.heard
-                and node.generation == team.generation
-                and team.buddy_of(node.id) in team.ranks
-                for node in team.members
-            )
+            self._answer = len(self._team.members) >= TOGETHER_MIN and self._all_do()
         return self._answer
+
+    def _all_do(self) -> bool:
+        team = self._team
+        generation, there, buddy_of = team.generation, team.ranks, team.buddy_of
+        for node in team.members:
+            if node.generation != generation or not node.heard or buddy_of(node.id) not in there:
+                return False
+        return True
 
     def stage(self, save: Save) -> None:
         """Have every node hold its ranks' shards."""

@@ -359,11 +359,11 @@ def test_a_node_without_a_spare_costs_a_replica_until_it_is_back(job: Start) -> 
     assert_whole(report, STEPS_ELASTIC)
     assert report.rungs == {"grow back": 1, "shrink": 1, "start": 1}
     assert (report.replicas, report.replicas_least) == (3, 2)
-    assert [i.restored_from for i in report.incidents] == [
-        "own memory (2 ranks)",
-        "own memory (2 ranks), another replica's copy (1 ranks)",
-    ]
-    assert [i.ledger.get("lost_capacity", 0.0) > 0 for i in report.incidents] == [True, False]
+    shrunk, grown = report.incidents[0], report.incidents[-1]
+    assert shrunk.restored_from == "own memory (2 ranks)", report.incidents
+    # Of how many is a matter of how busy the machine is: who has dropped that step has it brought.
+    assert "another replica's copy" in grown.restored_from, report.incidents
+    assert (shrunk.ledger["lost_capacity"] > 0, "lost_capacity" in grown.ledger) == (True, False)
     assert (report.false_alarms, report.replicas_differ) == (0, [])
     assert one.leftovers() == []
 

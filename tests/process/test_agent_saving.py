@@ -114,7 +114,9 @@ def test_a_buddy_that_takes_a_lost_ones_place_gets_what_the_lost_one_held(
     # Before any new save: step 20 is never reached.
     at, fact = controller.hear(ShardsHeld, "node-2", where=lambda fact: holder(fact, 0, 10))
     assert holder(fact, 1, 10)
-    assert at >= controller.reached("stepped", 2), "copies take their time from the recovery"
+    # The two nodes speak on connections of their own, whose order is known to some milliseconds.
+    stepped_at = controller.reached("stepped", 2) - 0.05
+    assert at >= stepped_at, "copies take their time from the recovery"
     # What node-2 fetched from node-0 lies there already, and is not sent back.
     assert [name.split("-")[1] for name in copies(agents["node-0"])] == ["00001"]
     before = copies(agents["node-2"])

@@ -87,7 +87,7 @@ def hope(state: RunState, gone: Collection[NodeId], replicas: int) -> Hope | Non
     if not 0 < replicas < state.replicas or len(state.absences_s) < ABSENCES_MIN:
         return None
     # What is unusable or cordoned will not be back by itself, however soon others were.
-    kept_out = state.cordoned()
+    kept_out = state.quarantined.keys() | state.drains.keys()
     away = [n for n in gone if n not in kept_out and not state.nodes[n].unusable]
     there = len(state.seated) - len(gone) + len(state.spares())
     if not away or fitting(state, there + len(away)) <= replicas:

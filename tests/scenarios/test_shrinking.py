@@ -13,7 +13,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import Resize, RunState
 from orchestrator.policy import shrinking
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Holding, NodeUnusable, ShardsHeld
+from orchestrator.protocol.messages import Holding, ShardsHeld
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import checkers
 from orchestrator.worlds.orders import Orders
@@ -227,13 +227,13 @@ def test_a_node_that_is_not_back_soon_after_all_is_not_waited_for_any_longer(wid
     )
 
 
-def test_a_node_that_is_unusable_is_not_waited_for_however_soon_others_were_back(
+def test_a_node_that_was_to_be_free_is_not_waited_for_however_soon_others_were_back(
     wide: Wide,
 ) -> None:
     cluster = blinking(wide)
-    unusable = NodeUnusable(reason="node-1: a process does not die")
+    drain(cluster.state, "node-1")
 
-    decisions = cluster.say("node-1", unusable)
+    decisions = cluster.lose("node-1")
 
     assert len(started(decisions).seats) == 3
 

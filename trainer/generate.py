@@ -124,8 +124,10 @@ def chosen(logits_V: Tensor, sampling: Sampling, chance: torch.Generator) -> int
     """Return the next token; of equally likely ones, the first."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
+    # Below the greatest, so that a temperature near 0 leaves that one and makes no infinity of it.
+    below_V = logits_V.double() - logits_V.max()
     likely_V, order_V = (
-        (logits_V.double() / sampling.temperature).softmax(0).sort(descending=True, stable=True)
+        (below_V / sampling.temperature).softmax(0).sort(descending=True, stable=True)
     )
     before_V = likely_V.cumsum(0) - likely_V
     likely_V = likely_V.where(before_V < sampling.top_p, 0.0)

@@ -123,6 +123,8 @@ def _ranks(text: str) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
+    if path.is_dir():
+        raise MisconfiguredError(f"a folder is there: {path}", hint="name a file to write")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)

@@ -50,9 +50,15 @@ def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:
     the least of pp, cp and tp, which cost more than data parallelism.
     """
     world, best = layout.world_size, None
-    for pp, cp, tp in itertools.product(_divisors(world), repeat=3):
+    # Only what a size can be cut into is tried: of a huge world nobody could try all divisors.
+    together = _divisors(math.gcd(world, model.kv_heads, job.seq_len))
+    batches = _divisors(math.gcd(world, job.global_batch))
+    stage_counts = [pp for pp in range(1, min(model.layers, world) + 1) if world % pp == 0]
+    for pp, cp, tp in itertools.product(stage_counts, together, together):
         rest, over = divmod(world, pp * cp * tp)
-        for replicate in _divisors(rest) if not over else ():
+        if over or job.global_batch % rest:
+            continue
+        for replicate in (size for size in batches if rest % size == 0):
             other = Layout(pp, replicate, rest // replicate, cp, tp)
             far = sum(abs(math.log(a / b)) for a, b in zip(other, layout, strict=True))
             rank = (round(far, 6), pp * cp * tp, other)
@@ -160,4 +166,5 @@ def _nearest_words(model: ModelConfig, job: Trainer, layout: Layout) -> str:
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})

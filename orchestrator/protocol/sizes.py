@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import msgspec
 
 Shape = tuple[int, ...]
+LAYERS_MAX = 100_000
+"""Each is looked at by itself when a model is cut or counted."""
 
 
 class RopeScaling(
@@ -86,6 +88,11 @@ def misfits(config: ModelConfig) -> Iterator[tuple[str, str]]:
     if min(sizes) < 1:
         yield f"a size is {min(sizes)}", "sizes are at least 1"
         return
+    if config.layers > LAYERS_MAX:
+        yield f"layers is {config.layers}, expected at most {LAYERS_MAX}", "405B has 126"
+    if config.rope_theta <= 0 or config.norm_eps <= 0:
+        found = f"ropeTheta is {config.rope_theta:g} and normEps {config.norm_eps:g}"
+        yield f"{found}, expected both above 0", "Llama 3: ropeTheta 500000, normEps 1e-5"
     if config.dim % (2 * config.heads):
         yield (
             f"dim is {config.dim}, expected a multiple of 2 x heads = {2 * config.heads}",

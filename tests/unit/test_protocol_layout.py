@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.protocol.cutting import nearest, obstacles, stages
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import Parallelism, Trainer
-from orchestrator.protocol.sizes import PRESETS, ModelConfig
+from orchestrator.protocol.sizes import PRESETS, ModelConfig, misfits
 
 layouts = st.builds(Layout, *[st.integers(1, 3)] * 5)
 
@@ -146,3 +146,20 @@ def test_what_is_named_as_the_nearest_can_be_cut_and_a_layout_that_can_is_its_ow
     assert nearest(TINY, job, Layout(pp=2, dp_shard=2, tp=2)) == Layout(pp=2, dp_shard=2, tp=2)
     assert nearest(TINY, job, Layout(tp=8)) == Layout(dp_shard=4, tp=2)
     assert nearest(TINY, Trainer(seq_len=32, global_batch=1), Layout(tp=16)) is None
+
+
+@pytest.mark.parametrize("world", [720_720, 1 << 33, 1 << 80])
+def test_the_nearest_layout_of_any_world_is_found_without_trying_all_of_them(world: int) -> None:
+    job = Trainer(seq_len=32, global_batch=1 << 40)
+
+    found = nearest(TINY, job, Layout(dp_shard=world // 16, tp=16))
+
+    assert found is None or found.world_size == world
+    assert (found is not None) == (world == 1 << 33)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"layers": 10**12}, {"rope_theta": 0.0}, {"rope_theta": -1.0}, {"norm_eps": -1e-5}]
+)
+def test_a_model_that_can_not_be_computed_or_counted_is_refused(wrong: dict[str, float]) -> None:
+    assert len(list(misfits(msgspec.structs.replace(TINY, **wrong)))) == 1

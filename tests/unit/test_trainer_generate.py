@@ -117,3 +117,9 @@ def test_what_can_not_be_continued_is_refused_with_code_2(
     message, hint = capsys.readouterr().err.splitlines()
     assert says.format(here=tmp_path) in message
     assert hint.startswith("hint: ")
+
+
+def test_a_temperature_next_to_nothing_leaves_the_most_likely_token() -> None:
+    logits = torch.tensor([1.0, 3.0, -2.0])
+
+    assert chosen(logits, Sampling(temperature=1e-308), torch.Generator().manual_seed(0)) == 1

@@ -202,3 +202,10 @@ def test_a_text_that_is_too_short_to_learn_from_is_refused_and_nothing_is_writte
     assert "tokens, expected 600" in said
     assert said.count("hint: ") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("out", ["", "/", "."])
+def test_a_tokenizer_is_not_written_in_place_of_a_folder(out: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 50)
+
+    assert learn([str(tmp_path / "a.txt"), "--out", out, "--ranks", "260"]) == 2

@@ -33,6 +33,7 @@ from trainer.model import Llama
 from trainer.weights import names
 from trainer.weights.__main__ import main
 from trainer.weights.convert import convert
+from trainer.weights.machine import tensors_of
 from trainer.weights.sources import ffn_dim, open_weights
 from trainer.weights.stored import halves, neighbours
 
@@ -540,3 +541,14 @@ def test_what_can_not_be_averaged_is_refused(
         assert main(["average", *addresses, "--out", str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_tensor_of_very_many_dimensions_is_refused_at_once(tmp_path: Path) -> None:
+    program = (
+        b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n("
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ"
+        b"K\x00(" + b"K\x02" * 30_000 + b"K\x00t(" + b"K\x00" * 30_001 + b"t\x89)tRs."
+    )
+
+    with pytest.raises(MisconfiguredError, match="30001 dimensions, expected 8 at most"):
+        tensors_of(program, str(tmp_path))

@@ -26,6 +26,7 @@ OTHER_STORAGES = {
     for kind in ("Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped", "Float8_e4m3fn")
 }
 """Known, and no weights."""
+DIMENSIONS_MAX = 8
 _TENSOR = "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED = "collections OrderedDict"
@@ -243,6 +244,11 @@ def _tensor(
     storage: StorageRecord, offset: int, size: tuple[Any, ...], stride: tuple[Any, ...]
 ) -> TensorRecord:
     numbers = (offset, *size, *stride)
+    # Of more dimensions, sizes that are multiplied with each other may take for ever.
+    if len(size) > DIMENSIONS_MAX:
+        raise _RefusedError(
+            f"a tensor of {len(size)} dimensions, expected {DIMENSIONS_MAX} at most"
+        )
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or len(size) != len(stride):
         raise _RefusedError(f"a tensor of size {_words(size)} and strides {_words(stride)}")
     for dim, length in enumerate(size):

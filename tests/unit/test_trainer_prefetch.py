@@ -20,9 +20,9 @@ SLICES = [(step, range(at, at + 2)) for step in range(1, 6) for at in (0, 2)]
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
     yield
-    assert set(threading.enumerate()) <= before
+    # Servers of other tests in this process have threads that come and go.
+    assert [thread for thread in threading.enumerate() if thread.name == "holdfast-data"] == []
 
 
 class Slow:

@@ -143,7 +143,9 @@ def _finish(
     left_s = max(deadline - time.monotonic(), 0.0)
     if not saved or (durable and not worker.await_persisted(steps, left_s)):
         print(f"step {steps} is not durable after {seat.persist_within_s:g} s", file=sys.stderr)  # noqa: T201 - the rank's log
-    worker.finished(steps, checkpointer.lanes(steps))
+    lanes = checkpointer.lanes(steps)
+    checkpointer.settle()  # whoever hears that this rank is done has heard of its last save
+    worker.finished(steps, lanes)
 
 
 def warm_up() -> None:

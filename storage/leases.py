@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Callable
 
+from storage import keys
 from storage.blob import BlobStore
 from storage.verdicts import Where
 
@@ -17,7 +18,6 @@ SKEW_S = 300.0
 """Clocks of two machines may differ by so much without harm."""
 LEASE_S_MAX = 7 * 86_400.0
 
-_KEY = re.compile(r"leases/(\d{1,16})-(\d{1,16})/(\d{12})-[A-Za-z0-9._-]+")
 _HOLDER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -76,9 +76,11 @@ class Leases:
         return ended
 
     def _held(self, prefix: str) -> set[Where]:
-        matches = [_KEY.fullmatch(key) for key in self._store.keys(prefix) if not self._over(key)]
+        matches = [
+            keys.LEASE.fullmatch(key) for key in self._store.keys(prefix) if not self._over(key)
+        ]
         return {(int(match[1]), int(match[2])) for match in matches if match}
 
     def _over(self, key: str) -> bool:
-        match = _KEY.fullmatch(key)
+        match = keys.LEASE.fullmatch(key)
         return match is not None and int(match[3]) + SKEW_S < self._clock()

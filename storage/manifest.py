@@ -4,13 +4,13 @@ A manifest lists every shard by size and index digest, so that whoever trusts th
 every byte of the checkpoint. A checkpoint exists when its manifest is stored under `commit_key`.
 """
 
-import re
 from collections.abc import Iterable
 from operator import attrgetter
 
 import msgspec
 import xxhash
 
+from storage import keys
 from storage.blob import BlobStore, get_small
 from storage.digest import Buffer, sha256_hex
 from storage.errors import ForeignCheckpointError, ManifestCorruptError, UnsupportedVersionError
@@ -23,11 +23,6 @@ GENERATIONS = "gen/"
 VERDICTS = "verdicts/"
 
 MANIFEST_BYTES_MAX = 64 * 1024 * 1024
-
-# Numbers of at most 16 digits: whoever can write to the store can also make up keys.
-_COMMIT_KEY = re.compile(r"commits/(\d{16})-(\d{1,16})\.json")
-_GENERATION_KEY = re.compile(r"gen/[0-9a-f]{2}/(\d{1,16})-(\d{1,16})/s\d+\.(?:st|idx)")
-_VERDICT_KEY = re.compile(r"verdicts/(\d{1,16})-(\d{1,16})/(\d{6})-([a-z]+(?:-[a-z]+)*)\.json")
 
 
 class ShardReceipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,7 +200,7 @@ def verdict_key(step: int, epoch: int, number: int, kind: str) -> str:
 
 def parse_commit_key(key: str) -> tuple[int, int] | None:
     """Return (step, epoch), or None if this is no commit's key."""
-    match = _COMMIT_KEY.fullmatch(key)
+    match = keys.COMMIT.fullmatch(key)
     if match is None or int(match[1]) > STEP_MAX:
         return None
     return STEP_MAX - int(match[1]), int(match[2])
@@ -213,13 +208,13 @@ def parse_commit_key(key: str) -> tuple[int, int] | None:
 
 def parse_generation_key(key: str) -> tuple[int, int] | None:
     """Return (step, epoch), or None if this is no shard's key."""
-    match = _GENERATION_KEY.fullmatch(key)
+    match = keys.GENERATION.fullmatch(key)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def parse_verdict_key(key: str) -> tuple[int, int, str] | None:
     """Return (step, epoch, kind), or None if this is no verdict's key."""
-    match = _VERDICT_KEY.fullmatch(key)
+    match = keys.VERDICT.fullmatch(key)
     return (int(match[1]), int(match[2]), match[4]) if match else None
 
 

@@ -32,6 +32,7 @@ from storage.errors import (
     StorageRefusedError,
     StorageUnavailableError,
 )
+from storage.keys import is_ours
 
 PARTS_AT_ONCE = 8
 PARTS_MAX = 10_000
@@ -187,12 +188,15 @@ class S3Store:
     def sweep_old(self, idle_s: float) -> list[str]:
         """Abort the uploads of parts that were begun so long ago and never completed.
 
-        Their parts cost money and no listing shows them. See `Sweepable.sweep_old`.
+        Their parts cost money and no listing shows them. Only those are touched whose keys are of
+        our own shapes: other programs may use the same bucket, and upload for days. See
+        `Sweepable.sweep_old`.
         """
         aborted = []
         with self._translated(self._root):
             for upload, now in self._uploads():
-                if (now - upload["Initiated"]).total_seconds() <= idle_s:
+                key = upload["Key"][len(self._root) :]
+                if not is_ours(key) or (now - upload["Initiated"]).total_seconds() <= idle_s:
                     continue
                 self._filesystem.call_s3(
                     "abort_multipart_upload",
@@ -200,7 +204,7 @@ class S3Store:
                     Key=upload["Key"],
                     UploadId=upload["UploadId"],
                 )
-                aborted.append(upload["Key"][len(self._root) :])
+                aborted.append(key)
         return sorted(aborted)
 
     def _head(self, key: str) -> dict[str, Any]:

@@ -328,23 +328,23 @@ def bucket_table(opened: Callable[[], S3Store], size: int) -> str:
         opened: opens a new, empty store with a client of its own.
         size: bytes of the blob.
     """
-    cells, data = [], bytes(size)
+    cells, data, key = [], bytes(size), body_key(10, 1, 0)
     for number in itertools.count():
         store = opened()
         connection = Connection(store, number)
         over = True
         try:
-            store.put("k", data)
+            store.put(key, data)
         except StorageUnavailableError:
             over = False
         store._filesystem._call_s3 = connection._call
         there = store.keys()
-        assert there in ([], ["k"])
+        assert there in ([], [key])
         if there:
-            assert store.size("k") == size
+            assert store.size(key) == size
         left = store.sweep_old(3600.0)
         if not there:
-            store.put("k", b"the key is free")
+            store.put(key, b"the key is free")
         if connection.sent:
             parts = connection.sent.count("upload_part")
             after = connection.sent[-1] + (f" ({parts} of them)" if parts and not there else "")

@@ -14,40 +14,58 @@ from storage.errors import (
     StorageRefusedError,
     StorageUnavailableError,
 )
+from storage.manifest import body_key, commit_key, index_key
+from storage.remote import S3Store
 from tests.buckets import CREDENTIALS, Server
 
 MIB = 1 << 20
+BODY = body_key(10, 1, 0)
 
 
 def test_a_large_blob_goes_up_in_parts_and_takes_its_key_once(s3: Server) -> None:
     store = s3.store(part_bytes=5 * MIB)
     data = bytearray(bytes(range(256)) * (11 * MIB // 256))
 
-    store.put("large", memoryview(data))
+    store.put(BODY, memoryview(data))
 
-    etag = s3.client.info(store._path("large"))["ETag"].strip('"')
+    etag = s3.client.info(store._path(BODY))["ETag"].strip('"')
     assert etag.endswith("-3")
-    assert store.size("large") == len(data)
-    assert store.get("large", 5 * MIB - 2, 4) == data[5 * MIB - 2 : 5 * MIB + 2]
-    with pytest.raises(BlobExistsError, match="large"):
-        store.put("large", bytes(11 * MIB))
-    assert store.get("large") == data
+    assert store.size(BODY) == len(data)
+    assert store.get(BODY, 5 * MIB - 2, 4) == data[5 * MIB - 2 : 5 * MIB + 2]
+    with pytest.raises(BlobExistsError, match=BODY):
+        store.put(BODY, bytes(11 * MIB))
+    assert store.get(BODY) == data
     # What was refused is not left behind for somebody to pay for.
     assert store.sweep_old(-1.0) == []
 
 
+def begin_uploads(s3: Server, bucket: str, *keys: str) -> None:
+    for key in keys:
+        s3.client.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+
+
 def test_parts_that_nobody_completed_are_aborted_once_they_are_old(s3: Server) -> None:
-    store = s3.store()
-    for key in ("a/one", "a/two"):
-        s3.client.call_s3(
-            "create_multipart_upload", Bucket=store._bucket, Key=f"{store._root}{key}"
-        )
+    store, ours = s3.store(), sorted([BODY, index_key(10, 1, 0), commit_key(10, 1)])
+    begin_uploads(s3, store._bucket, *(f"{store._root}{key}" for key in ours))
 
     century_s = 100 * 365.25 * 86400
     # This server says of every upload that it was begun in 2010.
     assert store.sweep_old(century_s) == []
-    assert store.sweep_old(3600.0) == ["a/one", "a/two"]
+    assert store.sweep_old(3600.0) == ours
     assert store.sweep_old(3600.0) == []
+
+
+def test_uploads_of_other_programs_in_the_same_bucket_are_left_alone(s3: Server) -> None:
+    bucket = s3.bucket()
+    store = open_store(s3.uri(bucket, ""))
+    assert isinstance(store, S3Store)
+    others = ["backup.tar", "gen/notes.st", f"logs/{BODY}", f"{BODY}.gz", "commits/1.json"]
+    begin_uploads(s3, bucket, BODY, *others)
+
+    assert store.sweep_old(3600.0) == [BODY]
+
+    left = s3.client.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]
+    assert sorted(upload["Key"] for upload in left) == sorted(others)
 
 
 def test_a_bucket_that_is_gone_says_so_and_does_not_look_empty(s3: Server) -> None:

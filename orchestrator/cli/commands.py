@@ -21,7 +21,6 @@ from orchestrator.cli.errors import CliError, Commands, Exit
 app = typer.Typer(
     cls=Commands,
     name="holdfast",
-    help="Keeps large training runs running.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -32,6 +31,26 @@ app.add_typer(planning.app)
 app.add_typer(simulating.app)
 app.add_typer(weights.app)
 app.add_typer(weights.tokenizers)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"holdfast {version('holdfast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def holdfast(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which holdfast this is.", callback=_say_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Keeps large training runs running."""
 
 
 @app.command()

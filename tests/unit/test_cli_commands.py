@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -812,6 +813,10 @@ def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(get.time, "sleep", interrupt)
 
     assert holdfast("get", "runs", "--watch").exit_code == 130
+
+
+def test_the_command_says_which_version_it_is() -> None:
+    assert holdfast("--version").stdout == f"holdfast {version('holdfast')}\n"
 
 
 def test_help_loads_neither_numpy_nor_rich_nor_torch() -> None:

@@ -81,11 +81,15 @@ def _row(run: TrainingRun, name: str, model: ModelConfig, compute: int) -> Row:
 
 
 def _bytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f}"
+    if value is None:
+        return "-"
+    return f"{value / 1e9:.2f}" if value >= 1e9 or not value else f"{value / 1e9:.2g}"
 
 
 def _number(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.3f}"
+    if value is None:
+        return "-"
+    return f"{value / 1e9:.3f}" if value >= 1e9 else f"{value / 1e9:.2g}"
 
 
 def _fits(value: bool | None) -> str:

@@ -39,6 +39,9 @@ def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[
     )
     try:
         tasks: list[Future[R]] = [pool.submit(work, item) for item in items]
+        # The executor looks at its processes anew whenever it is given something, which is before
+        # it has begun another one: the end of the last one would be noticed with the next result.
+        pool.submit(_nothing)
         for task in as_completed(tasks):
             yield task.result()
     except BrokenProcessPool as error:
@@ -55,6 +58,10 @@ def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _end_with(parent: int) -> None:

@@ -3,9 +3,19 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.cli import pool
+
+
+class Slowly(list[str]):
+    """One thing at a time: whoever watches the processes is waiting again when the next begins."""
+
+    def __iter__(self) -> Iterator[str]:
+        for each in super().__iter__():
+            yield each
+            time.sleep(0.2)
 
 
 def work(folder: str) -> None:
@@ -14,4 +24,4 @@ def work(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    list(pool.each(work, sys.argv[1:] * 2, jobs=2))
+    list(pool.each(work, Slowly(sys.argv[1:] * 2), jobs=2))

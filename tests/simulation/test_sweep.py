@@ -126,7 +126,7 @@ def test_a_sweep_without_an_ending_needs_a_folder_for_its_results(tmp_path: Path
 
 @pytest.fixture
 def workers(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], list[int]]]]:
-    """Two processes that work for one, each of which has said that it does."""
+    """Two processes that work for one, each of which has said that it does; the older one first."""
     made: list[subprocess.Popen[str]] = []
 
     def make() -> tuple[subprocess.Popen[str], list[int]]:
@@ -136,10 +136,11 @@ def workers(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str]
         )  # fmt: skip
         made.append(one)
         deadline = time.monotonic() + 60
-        while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        while len(said := list(tmp_path.iterdir())) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        return one, pids
+        said.sort(key=lambda path: path.stat().st_mtime_ns)
+        return one, [int(path.name) for path in said]
 
     yield make
     for one in made:
@@ -163,12 +164,13 @@ def test_no_worker_outlives_the_process_that_it_works_for(
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("which", [0, -1])
 def test_a_worker_that_is_ended_from_outside_is_said_to_have_been(
-    workers: Callable[[], tuple[subprocess.Popen[str], list[int]]],
+    workers: Callable[[], tuple[subprocess.Popen[str], list[int]]], which: int
 ) -> None:
     one, pids = workers()
 
-    os.kill(pids[0], signal.SIGKILL)
+    os.kill(pids[which], signal.SIGKILL)
     _, told = one.communicate(timeout=30)
 
     assert "CliError: a process that worked on it was ended from outside" in told

@@ -35,7 +35,7 @@ def run_of(nodes: int) -> TrainingRun:
             "trainer": {"steps": 1_000_000, "globalBatch": 2 * nodes},
             "checkpoint": {"everySteps": 60, "memoryEverySteps": 6, "keepLast": 2},
             "detection": {"detectWithin": "10s", "warmupLimit": "600s"},
-            "recovery": {"hardwareBudget": 100, "softwareBudget": 100},
+            "recovery": {"hardwareBudget": 100, "softwareBudget": 100, "spareWait": "1h"},
         },
     }
     return msgspec.convert(text, TrainingRun)
@@ -116,3 +116,17 @@ def test_a_small_world_is_told_of_node_by_node() -> None:
     _, events = conduct(lose, 600.0, nodes=8)
 
     assert not any(isinstance(e, Together | CopiesHeld) for e in events)
+
+
+def test_a_world_that_waits_is_looked_at_now_and_then_though_one_of_its_nodes_is_to_be_free() -> (
+    None
+):
+    def lose_too_many(world: SimulatedWorld) -> None:
+        for name in ("node-1", "node-2", "node-3"):
+            world.cluster.lose(world.cluster.nodes[NodeId(name)], back=False)
+        world.cluster.agenda.at(Seconds(1100.0), partial(drain, world))
+
+    _, events = conduct(lose_too_many, 600.0)
+
+    waiting = [event for event in events if 1400.0 < event.at < 1500.0]
+    assert 0 < len(waiting) <= 5

@@ -79,21 +79,22 @@ class Looks:
         within_s = 3 * self._timeouts.silence_s
         if any(now - since < within_s for since in self._cluster.unexplained.values()):
             return True
-        if team is not None and not self.to_be_free.isdisjoint(team.ranks):
-            return True
-        if team is not None and self._can_grow(team):
-            return True
         if _goes_well(team):
             self._broken_at = None
-            return False
+            # A restart that may choose its moment is waited for, and only while the world trains.
+            return team is not None and (
+                not self.to_be_free.isdisjoint(team.ranks) or self._can_grow(team)
+            )
         if self._broken_at is None:
             self._broken_at = now
         return now - self._broken_at < FOUND_WITHIN_S
 
     def _can_grow(self, team: Team) -> bool:
         """Whether it has too few replicas, and nodes wait for the moment at which it has more."""
-        idle = len(self._cluster.heard()) - len(team.members)
-        return len(team.seats) < self._ranks and idle >= self._nodes_more
+        if len(team.seats) == self._ranks:
+            return False
+        idle = set(self._cluster.heard()).difference(team.ranks, self.to_be_free)
+        return len(idle) >= self._nodes_more
 
 
 def _goes_well(team: Team | None) -> bool:

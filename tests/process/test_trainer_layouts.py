@@ -18,6 +18,8 @@ from trainer.optim import STATES
 
 pytestmark = pytest.mark.process
 ALONE: dict[str, Any] = {}
+FIXED: dict[str, Any] = {"reduction": "deterministic"}
+AGAIN: dict[str, Any] = {"activation_checkpointing": "full"}
 LAYOUTS: list[dict[str, Any]] = [
     ALONE,
     {"dp_shard": 2, "tp": 2},
@@ -26,7 +28,14 @@ LAYOUTS: list[dict[str, Any]] = [
     {"pp": 2, "dp_shard": 2, "tp": 2},
     {"pp": 2, "cp": 2, "tp": 2, "positions": "document"},
     {"dp_shard": 2, "cp": 2},
+    {"pp": 2, "tp": 2, "pipeline_schedule": "interleaved", **AGAIN},
+    {**FIXED, "tp": 2},
+    {**FIXED, "dp_replicate": 2, "tp": 2},
+    {**FIXED, "cp": 2, "positions": "document"},
+    {**FIXED, "dp_replicate": 3, "cp": 2, "positions": "document"},
 ]
+TWINS = [(3, 7), (8, 9), (10, 11)]
+"""Layouts of which the second has to come to the bits of the first."""
 
 
 class Came:
@@ -82,12 +91,18 @@ def test_every_layout_trains_what_one_rank_does_and_has_the_digest_of_its_state(
     tmp_path: Path,
 ) -> None:
     """One test, so that workers of a parallel run do not all train everything."""
-    alone, *others = came(tmp_path)
+    all_came = came(tmp_path)
+    alone, *others = all_came
 
     assert_digest_of_the_whole(alone)
     for cut in others:
         assert_same(cut, alone)
         assert_digest_of_the_whole(cut)
+    for first, second in TWINS:
+        one, other = all_came[first], all_came[second]
+        # More replicas with deterministic reduction, or activations that are computed again.
+        assert one.lanes() == other.lanes(), LAYOUTS[second]
+        assert np.array_equal(one.steps, other.steps), LAYOUTS[second]
 
 
 def assert_same(cut: Came, alone: Came) -> None:

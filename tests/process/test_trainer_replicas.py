@@ -2,14 +2,19 @@
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
 from orchestrator.protocol.ids import Generation
+from orchestrator.protocol.sizes import ModelConfig
+from tests import texts
 from tests.programs.seated import SIZES, Result, a_world
+from tests.weights import written
 from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.data import Samples, open_tokens
@@ -20,6 +25,7 @@ from trainer.train import stamp_of
 pytestmark = pytest.mark.process
 
 STEPS = 18
+CONFIG = msgspec.convert(SIZES, ModelConfig)
 
 
 def job(replicas: int, shards: int, **trainer: Any) -> dict[str, Any]:
@@ -88,6 +94,43 @@ def test_deterministic_reduction_gives_the_same_bits_where_replicas_are_sharded(
         world.until(world.finished)
 
         assert world.result() == expected
+
+
+def test_deterministic_reduction_gives_the_same_bits_with_all_else_that_a_run_may_ask_for(
+    warm: Warm, tmp_path: Path
+) -> None:
+    """Rounds are 5, then 7 and then 3, and no two of 1, 2 and 3 replicas take them alike."""
+    written(tmp_path / "weights", config=CONFIG)
+    settings = {
+        "globalBatch": 10,
+        "reduction": "deterministic",
+        "batchRamp": [
+            {"tokens": 10 * 32 * 6, "globalBatch": 14},
+            {"tokens": 10 * 32 * 14, "globalBatch": 6},
+        ],
+        "precision": "bf16",
+        "activationCheckpointing": "selective",
+        "positions": "document",
+        "initFrom": str(tmp_path / "weights"),
+        "data": msgspec.to_builtins(texts.mixed(tmp_path, validation=0.2)),
+        "evalEverySteps": 5,
+        "evalSamples": 6,
+    }
+    with a_world(warm, parked=2, job=job(1, 2, **settings)) as world:
+        world.until(world.finished)
+        expected = world.result()
+
+    with a_world(warm, parked=6, job=job(3, 2, **settings)) as world:
+        for step, replicas in ((4, 1), (8, 2), (12, 3)):
+            world.until(lambda step=step: world.step() >= step)
+            world.begin(replicas)
+        world.until(world.finished)
+        log = (world.memory / "ranks.log").read_text()
+
+        assert world.result() == expected
+        assert min(world.restored_from[6:]) >= 1
+    for step in (5, 10, 15):
+        assert f"evaluation after step {step}: " in log
 
 
 def one_rank(job: dict[str, Any]) -> Result:

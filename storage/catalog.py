@@ -4,7 +4,7 @@ The commit records are the truth; there is no "latest" pointer that could point 
 happens to a checkpoint after its commit is told by verdicts, records that are only ever added.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import msgspec
@@ -195,7 +195,13 @@ class Catalog:
             ladder: what to keep.
             verified: what `newest_verified` returned lately. Without it, it is asked now, which
                 reads a whole checkpoint.
+
+        Raises:
+            ForeignCheckpointError: if there are checkpoints of more than one run. Each would be
+                measured by the steps of the other, and the shorter one might lose all it has.
         """
+        records = self.commits()
+        self._require_one_run(records)
         known = self.standings()
         barred = frozenset(where for where, standing in known.items() if standing.barred)
         whole = verified
@@ -204,7 +210,6 @@ class Catalog:
         if whole is None:
             # With nothing to fall back to, whatever is there is evidence or the last hope.
             return None
-        records = self.commits()
         candidates = [
             Candidate(r.step, r.epoch, known.get((r.step, r.epoch), Standing()).trust)
             for r in records
@@ -236,6 +241,9 @@ class Catalog:
 
         Returns:
             (step, epoch) of the checkpoints deleted, oldest first.
+
+        Raises:
+            ForeignCheckpointError: as `plan`; nothing was deleted.
         """
         planned = self.plan(ladder, verified=verified)
         if planned is None:
@@ -316,6 +324,18 @@ class Catalog:
                 raise
             fault = str(error)
         return CommitRecord(step=step, epoch=epoch, manifest=manifest, fault=fault)
+
+    def _require_one_run(self, records: Sequence[CommitRecord]) -> None:
+        """Check that all checkpoints are of one run, as far as their records can be read."""
+        # What is superseded goes first of all, and may be the other run's.
+        superseded = [((r.step, r.epoch), None) for r in records if r.superseded]
+        known = [*records, *parallel.each(self._record, superseded)]
+        runs = sorted({record.manifest.run_id for record in known if record.manifest})
+        if len(runs) > 1:
+            raise ForeignCheckpointError(
+                f"store has checkpoints of runs {', '.join(runs)}, expected one run; nothing was "
+                "deleted"
+            )
 
     def _why_not(self, record: CommitRecord, *, run_id: str | None, model: str | None) -> str:
         """Return why a checkpoint cannot be resumed from; empty if it can."""

@@ -86,7 +86,10 @@ class StaleEpochError(StorageError):
 class ForeignCheckpointError(StorageError):
     """The checkpoint is of another run or another model."""
 
-    hint = "Compare the store's address in the run file with the run that wrote it."
+    hint = (
+        "Compare the store's address in the run file with the run that wrote it, as `holdfast "
+        "checkpoint ls` tells; each run needs a store of its own."
+    )
 
 
 class UnsupportedVersionError(StorageError):

@@ -181,6 +181,17 @@ def test_a_collection_is_not_done_unless_somebody_agrees(store: LocalStore) -> N
     assert store.keys() == before
 
 
+def test_a_store_that_two_runs_share_is_not_collected(store: LocalStore) -> None:
+    committed(store, 400, epoch=2, run_id="another")
+    before = store.keys()
+
+    said = refused("gc", str(store.root), "--keep-last", "1", "--yes", code=1)
+
+    assert "checkpoints of runs another, run, expected one run; nothing was deleted" in said
+    assert "a store of its own" in said
+    assert store.keys() == before
+
+
 def test_nothing_is_collected_while_nothing_is_whole(store: LocalStore) -> None:
     for step in (10, 20, 30, 40):
         damage(store, body_key(step, 1, 0), LAYOUT.spans[0][0])

@@ -5,7 +5,7 @@ import pytest
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
-from storage.errors import StaleEpochError, StorageUnavailableError
+from storage.errors import ForeignCheckpointError, StaleEpochError, StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import (
     Manifest,
@@ -262,6 +262,21 @@ def test_shards_that_cannot_be_committed_any_more_are_collected_and_others_stay(
         False
     ] * 3
     assert all(store.keys(generation_prefix(*g)) for g in ((20, 2), (30, 2), (5, 3)))
+
+
+@pytest.mark.parametrize("superseded", [False, True])
+def test_nothing_goes_from_a_store_that_two_runs_share(superseded: bool) -> None:  # noqa: FBT001 - a case of two
+    store = MemoryStore()
+    committed(store, 10, 1, run_id="short")
+    for step in (10, 200, 300) if superseded else (100, 200, 300):
+        committed(store, step, 2, run_id="long")
+    before = store.keys()
+
+    for verified in (None, Catalog(store).newest_verified()[0]):
+        with pytest.raises(ForeignCheckpointError, match="of runs long, short, expected one run"):
+            Catalog(store).retain(Ladder(last=1), verified=verified)
+
+    assert store.keys() == before
 
 
 def test_the_latest_of_the_running_epoch_is_kept_however_far_an_earlier_epoch_had_come() -> None:

@@ -90,6 +90,20 @@ def test_a_search_tells_of_checkpoints_of_another_run_and_does_not_take_them(tie
     assert found.foreign == "checkpoints of run another"
 
 
+def test_a_run_deletes_nothing_from_a_store_that_it_shares_and_says_so(
+    tier: Tier, caplog: pytest.LogCaptureFixture
+) -> None:
+    vault = tier.open(keep_last=1)
+    tier.commit(tier.open(name="another"), 20, epoch=1)
+
+    tier.commit(vault, 40, epoch=1)
+    tier.commit(vault, 60, epoch=1)
+
+    assert tier.steps() == [60, 40, 20]
+    assert tier.search(vault).step == 60
+    assert "checkpoints of runs another, steps, expected one run" in caplog.text
+
+
 # A search, and what is deleted meanwhile ----------------------------------------------------------
 
 

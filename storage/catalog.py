@@ -12,7 +12,7 @@ import msgspec
 from storage import parallel, verdicts
 from storage.blob import BlobStore
 from storage.commit import check_shard, latest_commit
-from storage.errors import ForeignCheckpointError, StorageError
+from storage.errors import ForeignCheckpointError, StorageError, is_of_content
 from storage.leases import Leases
 from storage.manifest import (
     COMMITS,
@@ -81,10 +81,15 @@ class Catalog:
         the newer epoch's stands and the older one is reported as superseded.
 
         Raises:
-            StorageUnavailableError: if the store does not answer; that says nothing about any
-                checkpoint, and must not be taken for one that is bad.
+            StorageUnavailableError, StorageRefusedError: if the store does not answer, or lets us
+                not read a record; that says nothing about any checkpoint, and must not be taken for
+                one that is bad.
         """
         return parallel.each(self._record, self._entries())
+
+    def known(self) -> list[Where]:
+        """Return (step, epoch) of every commit, readable or not, newest first. One listing."""
+        return [where for where, _ in self._entries()]
 
     def newest_verified(
         self,
@@ -107,8 +112,9 @@ class Catalog:
             with rejections is not an empty store: stop and let an operator look.
 
         Raises:
-            StorageUnavailableError: if the store does not answer. Falling back to an older
-                checkpoint, or to none, because of a slow network would throw work away.
+            StorageUnavailableError, StorageRefusedError: if the store does not answer, or lets us
+                not read what is newer. Falling back to an older checkpoint, or to none, because of
+                a slow network or missing permissions would throw work away.
         """
         barred = self.barred()
 
@@ -142,7 +148,7 @@ class Catalog:
             As `newest_verified`.
 
         Raises:
-            StorageUnavailableError: if the store does not answer.
+            StorageUnavailableError, StorageRefusedError: as `newest_verified`.
         """
         known = self.standings()
 
@@ -320,7 +326,7 @@ class Catalog:
                 fault = f"record is of another {describe(manifest)}"
                 manifest = None
         except StorageError as error:
-            if error.retryable:
+            if not is_of_content(error):
                 raise
             fault = str(error)
         return CommitRecord(step=step, epoch=epoch, manifest=manifest, fault=fault)
@@ -346,7 +352,7 @@ class Catalog:
             check = partial(check_shard, self.store, record.manifest)
             parallel.each(check, range(record.manifest.shards), at_once=SHARDS_AT_ONCE)
         except StorageError as error:
-            if error.retryable:
+            if not is_of_content(error):
                 raise
             return str(error)
         return ""

@@ -92,6 +92,16 @@ class ForeignCheckpointError(StorageError):
     )
 
 
+def is_of_content(error: StorageError) -> bool:
+    """Return whether an error tells of a blob, and not of the store or of who asks it.
+
+    Who may not read must not make a sound checkpoint a bad one. Another key than that of the
+    records is damage: they were read with ours.
+    """
+    refused = isinstance(error, StorageRefusedError) and not isinstance(error, WrongKeyError)
+    return not (error.retryable or refused)
+
+
 class UnsupportedVersionError(StorageError):
     """The file was written in a format version that this program does not know."""
 

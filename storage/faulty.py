@@ -10,6 +10,7 @@ from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
     StorageFullError,
+    StorageRefusedError,
     StorageUnavailableError,
 )
 
@@ -38,6 +39,7 @@ class FaultyStore:
         flips: by key, the bit of the blob that reads return inverted (0 is the lowest bit of byte
             0). Stored bytes are not changed.
         truncated: by key, how many bytes of the blob are left for readers.
+        refused: keys of blobs that whoever asks may not read.
         before: called with (operation, key) before each operation; a test stops the caller there.
     """
 
@@ -54,6 +56,7 @@ class FaultyStore:
     late: Callable[[str], bool] = lambda _key: False
     flips: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
     before: Callable[[str, str], None] = lambda _operation, _key: None
     _hidden: set[str] = field(default_factory=set)
 
@@ -129,5 +132,7 @@ class FaultyStore:
             raise BlobExistsError(f"key is taken, put is answered 412: {key}")
 
     def _look(self, key: str) -> None:
+        if key in self.refused:
+            raise StorageRefusedError(f"Permission denied: {key}")
         if key in self._hidden:
             raise BlobNotFoundError(f"no blob yet: {key}")

@@ -11,12 +11,7 @@ from storage.blob import BlobStore
 from storage.catalog import SHARDS_AT_ONCE, Catalog, CommitRecord
 from storage.commit import body_blocks, fetch_index
 from storage.digest import Buffer, digest_stream
-from storage.errors import (
-    BlobNotFoundError,
-    StorageError,
-    StorageRefusedError,
-    WrongKeyError,
-)
+from storage.errors import BlobNotFoundError, StorageError, is_of_content
 from storage.manifest import Manifest, body_key, commit_key, index_key
 from storage.parallel import each
 from storage.shard import ShardIndex
@@ -171,7 +166,7 @@ def _examine_shard(
         yield Damage(key=index_key(*where), chunk="", expected="an index", found="nothing")
         return
     except StorageError as error:
-        if _says_nothing(error):
+        if not is_of_content(error):
             raise
         digest = manifest.entries[shard].index_digest
         yield Damage(
@@ -189,7 +184,7 @@ def _examine_shard(
     except BlobNotFoundError:
         yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found="nothing")
     except StorageError as error:
-        if _says_nothing(error):
+        if not is_of_content(error):
             raise
         yield Damage(key=key, chunk="", expected=f"{index.size} bytes", found=str(error))
 
@@ -216,16 +211,6 @@ def _examine_body(index: ShardIndex, key: str, blocks: Iterator[Buffer]) -> Iter
                 # Every chunk is intact, so it is what lies before them.
                 expected, found = f"crc32c {expected_crc:08x}", f"crc32c {crc:08x}"
                 yield Damage(key=key, chunk=HEADER, expected=expected, found=found)
-
-
-def _says_nothing(error: StorageError) -> bool:
-    """Return whether an error is about the store, or about who asks, and not about the bytes.
-
-    Who may not read must not make a sound checkpoint suspect. Another key than the record's is
-    damage: the record was read with ours.
-    """
-    refused = isinstance(error, StorageRefusedError) and not isinstance(error, WrongKeyError)
-    return error.retryable or refused
 
 
 def _watched(blocks: Iterator[bytes], read: Callable[[int], None]) -> Iterator[bytes]:

@@ -198,7 +198,9 @@ class Vault:
         if found is not None and (found.step, found.epoch) in going:
             # Every newer one was rejected, and this one was let go before anybody searched.
             raise StorageUnavailableError(f"{describe(found)} is just being deleted")
-        manifests = [record.manifest for record in catalog.commits() if record.manifest is not None]
+        # Whose else's there are matters where there is none of ours, and only then all are read.
+        records = catalog.commits() if found is None else []
+        manifests = [record.manifest for record in records if record.manifest is not None]
         strangers = sorted({manifest.run_id for manifest in manifests} - {name})
         epoch_seen = newest_epoch(store)
         return CheckpointFound(
@@ -287,10 +289,10 @@ def bar(catalog: Catalog, onsets: Sequence[Onset]) -> None:
     if not onsets:
         return
     barred = catalog.barred()
-    for record in catalog.commits():
-        why = why_not(onsets, Step(record.step), Generation(record.epoch))
-        if why and (record.step, record.epoch) not in barred:
-            catalog.quarantine(record.step, record.epoch, why)
+    for step, epoch in catalog.known():
+        why = why_not(onsets, Step(step), Generation(epoch))
+        if why and (step, epoch) not in barred:
+            catalog.quarantine(step, epoch, why)
 
 
 class _Guard:

@@ -1,13 +1,21 @@
 """Which checkpoint to resume from, and which to delete."""
 
+from collections.abc import Callable
+
 import pytest
 
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
-from storage.errors import ForeignCheckpointError, StaleEpochError, StorageUnavailableError
+from storage.errors import (
+    ForeignCheckpointError,
+    StaleEpochError,
+    StorageRefusedError,
+    StorageUnavailableError,
+)
 from storage.faulty import FaultyStore
 from storage.manifest import (
+    COMMITS,
     Manifest,
     body_key,
     commit_key,
@@ -18,6 +26,7 @@ from storage.manifest import (
 from storage.memory import MemoryStore
 from storage.retention import Ladder
 from storage.shard import Chunk, ShardMeta, plan, seal
+from storage.verdicts import Trust
 from storage.wrappers import CountingStore
 
 LAYOUT = plan(
@@ -151,6 +160,30 @@ def test_a_store_that_does_not_answer_is_not_taken_for_bad_checkpoints() -> None
         Catalog(store).newest_verified()
 
 
+@pytest.mark.parametrize(
+    "key", [commit_key(20, 1), index_key(20, 1, 1), body_key(20, 1, 1)], ids=["rec", "idx", "body"]
+)
+def test_what_may_not_be_read_is_an_error_and_no_reason_for_an_older_checkpoint(key: str) -> None:
+    store = FaultyStore(MemoryStore())
+    for step in (10, 20):
+        committed(store, step)
+    catalog = Catalog(store)
+    catalog.judge(20, 1, Trust.BYTES_VERIFIED.kind, "")
+    store.refused.add(key)
+
+    calls: list[Callable[[], object]] = [catalog.newest_verified]
+    if key.startswith(COMMITS):
+        calls += [catalog.newest_trusted, catalog.commits, lambda: catalog.retain(Ladder(last=1))]
+    for call in calls:
+        with pytest.raises(StorageRefusedError, match=f"Permission denied: {key}"):
+            call()
+
+    assert catalog.known() == [(20, 1), (10, 1)]
+    # What is older than what is looked for is not asked for.
+    older, _ = catalog.newest_verified(before_step=20)
+    assert older is not None
+
+
 def test_a_quarantined_checkpoint_is_passed_over_with_its_reason() -> None:
     store = MemoryStore()
     older = committed(store, 10)
@@ -264,11 +297,11 @@ def test_shards_that_cannot_be_committed_any_more_are_collected_and_others_stay(
     assert all(store.keys(generation_prefix(*g)) for g in ((20, 2), (30, 2), (5, 3)))
 
 
-@pytest.mark.parametrize("superseded", [False, True])
-def test_nothing_goes_from_a_store_that_two_runs_share(superseded: bool) -> None:  # noqa: FBT001 - a case of two
+@pytest.mark.parametrize("first", [100, 10], ids=["all read", "one superseded"])
+def test_nothing_goes_from_a_store_that_two_runs_share(first: int) -> None:
     store = MemoryStore()
     committed(store, 10, 1, run_id="short")
-    for step in (10, 200, 300) if superseded else (100, 200, 300):
+    for step in (first, 200, 300):
         committed(store, step, 2, run_id="long")
     before = store.keys()
 

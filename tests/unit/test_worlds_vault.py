@@ -18,6 +18,7 @@ from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
+from storage.errors import StorageRefusedError
 from storage.manifest import COMMITS, VERDICTS, commit_key
 from tests.conftest import Cluster
 from tests.vaults import LAYOUT, WITHIN_S, Gate, Tier
@@ -88,6 +89,37 @@ def test_a_search_tells_of_checkpoints_of_another_run_and_does_not_take_them(tie
 
     assert found.step is None
     assert found.foreign == "checkpoints of run another"
+
+
+class Refusal(Gate):
+    """Whoever reads a blob is refused, until it is opened."""
+
+    def keep(self, operation: str, key: str) -> None:
+        if (operation, key) == (self.operation, self.key) and not self.opened.is_set():
+            raise StorageRefusedError(f"Permission denied: {key}")
+
+
+def test_a_record_that_may_not_be_read_is_said_and_nothing_older_is_taken(tier: Tier) -> None:
+    refusal = Refusal("get", commit_key(80, 1))
+    vault = tier.open(refusal)
+    tier.commit(vault, 60, epoch=1)
+    tier.commit(vault, 80, epoch=1)
+
+    vault.search(tier.told.put)
+    failed = tier.answer(SearchFailed)
+    refusal.opened.set()
+
+    assert f"Permission denied: {commit_key(80, 1)}" in failed.reason
+    assert "permissions" in failed.reason
+    assert tier.search(vault).step == 80
+
+
+def test_a_record_that_may_not_be_read_keeps_nobody_from_a_newer_checkpoint(tier: Tier) -> None:
+    vault = tier.open(Refusal("get", commit_key(60, 1)))
+    tier.commit(vault, 60, epoch=1)
+    tier.commit(vault, 80, epoch=1)
+
+    assert tier.search(vault, (Onset(Step(95), Generation(1)),)).step == 80
 
 
 def test_a_run_deletes_nothing_from_a_store_that_it_shares_and_says_so(

@@ -4,7 +4,7 @@ The commit records are the truth; there is no "latest" pointer that could point 
 happens to a checkpoint after its commit is told by verdicts, records that are only ever added.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 
 import msgspec
@@ -233,6 +233,7 @@ class Catalog:
         verified: Manifest | None = None,
         leased: Callable[[int, int], bool] = lambda _step, _epoch: False,
         leases: Leases | None = None,
+        agreed: Collection[Where] | None = None,
     ) -> list[Where]:
         """Delete the checkpoints that need not be kept, and the shards that can not be committed.
 
@@ -244,6 +245,8 @@ class Catalog:
             leased: whether somebody reads, or is about to read, the checkpoint of this step and
                 epoch; asked of each when its deletion is about to begin, and not after that.
             leases: those that readers have in the store.
+            agreed: nothing else goes, neither checkpoints nor shards without one; None if whatever
+                need not be kept may go.
 
         Returns:
             (step, epoch) of the checkpoints deleted, oldest first.
@@ -256,6 +259,8 @@ class Catalog:
             return []
         deleted = []
         for step, epoch in planned.victims:
+            if agreed is not None and (step, epoch) not in agreed:
+                continue
             if (leases and leases.held(step, epoch)) or leased(step, epoch):
                 continue
             # The verdict first: from here on nobody starts to read it. Then the commit, so that no
@@ -270,7 +275,9 @@ class Catalog:
             deleted.append((step, epoch))
             self.store.delete(commit_key(step, epoch))
             self._delete_shards(step, epoch)
-        self._collect_orphans()
+        for where in self.orphans():
+            if agreed is None or where in agreed:
+                self._delete_shards(*where)
         if leases:
             leases.tidy()
         return deleted
@@ -359,10 +366,6 @@ class Catalog:
 
     def _delete_shards(self, step: int, epoch: int) -> None:
         parallel.each(self.store.delete, self.store.keys(generation_prefix(step, epoch)))
-
-    def _collect_orphans(self) -> None:
-        for step, epoch in self.orphans():
-            self._delete_shards(step, epoch)
 
 
 def _why_foreign(record: CommitRecord, *, run_id: str | None, model: str | None) -> str:

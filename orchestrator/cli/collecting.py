@@ -83,15 +83,33 @@ def require_consent(planned: Collection, uri: str) -> None:
 
 
 def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
-    """Do what was planned; what came to be leased meanwhile stays."""
+    """Do what was planned and nothing else, since nobody saw anything else when they agreed.
+
+    What came to be leased meanwhile stays, and so does what the ladder came to need, as when a
+    newer checkpoint was quarantined.
+    """
     if planned.whole is None:
         return planned
-    gone = store.catalog.retain(ladder, verified=planned.whole, leases=store.leases)
+    gone = store.catalog.retain(
+        ladder,
+        verified=planned.whole,
+        leases=store.leases,
+        agreed={*planned.going, *planned.orphans},
+    )
     inner = getattr(store.blobs, "inner", store.blobs)
     swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
-    stayed = tuple(where for where in planned.going if where not in gone)
-    leased = tuple(sorted({*planned.leased, *stayed}))
-    return replace(planned, going=tuple(gone), leased=leased, swept=swept, done=True)
+    stayed = {where for where in planned.going if where not in gone}
+    read = stayed & store.leases.all_held()
+    still = set(store.catalog.orphans())
+    return replace(
+        planned,
+        kept={**planned.kept, **dict.fromkeys(sorted(stayed - read), "needed by now")},
+        going=tuple(gone),
+        leased=tuple(sorted({*planned.leased, *read})),
+        orphans=tuple(where for where in planned.orphans if where not in still),
+        swept=swept,
+        done=True,
+    )
 
 
 def told(came: Collection, output: Form) -> str:

@@ -4,17 +4,19 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.cli import collecting
 from storage import verdicts
 from storage.address import open_store
 from storage.errors import StorageFullError
 from storage.leases import Leases
 from storage.local import LocalStore
-from storage.manifest import body_key, commit_key, index_key
+from storage.manifest import body_key, commit_key, generation_prefix, index_key
 from storage.verdicts import Trust
 from tests.buckets import Server
 from tests.checkpoints import LAYOUT, committed, steps_of, written
@@ -179,6 +181,49 @@ def test_a_collection_is_not_done_unless_somebody_agrees(store: LocalStore) -> N
     assert "3 checkpoints would be deleted" in said
     assert "--yes" in said
     assert store.keys() == before
+
+
+def test_what_is_collected_was_shown_before_whatever_became_of_the_store_meanwhile(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(store, 35)
+    shown: list[collecting.Collection] = []
+
+    def ponder(planned: collecting.Collection, _uri: str) -> None:
+        """Agree, but not before the run has gone on, and something bad was found."""
+        shown.append(planned)
+        verdicts.add(store, 40, 1, verdicts.QUARANTINED, "")
+        for step in (50, 60):
+            committed(store, step)
+            written(store, step - 5)
+
+    monkeypatch.setattr(collecting, "require_consent", ponder)
+
+    done = data(store, "gc", "--keep-last", "3")
+
+    # By now 20, 30 and 40 could go, and 45 will never be committed: nobody was shown that.
+    (planned,) = shown
+    assert (planned.going, planned.orphans) == (((10, 1),), ((35, 1),))
+    assert (done["deleted"], done["orphans"]) == (["10@1"], ["35@1"])
+    assert [step for step, _ in steps_of(store)] == [60, 50, 40, 30, 20]
+    assert store.keys(generation_prefix(45, 1))
+    assert not store.keys(generation_prefix(35, 1))
+
+
+def test_what_came_to_be_needed_since_it_was_shown_stays(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ponder(_planned: collecting.Collection, _uri: str) -> None:
+        verdicts.add(store, 40, 1, verdicts.QUARANTINED, "")
+        Leases(store, time.time).take(10, 1, "reader", 60.0)  # noqa: TID251 - as the command
+
+    monkeypatch.setattr(collecting, "require_consent", ponder)
+
+    done = data(store, "gc", "--keep-last", "2")
+
+    assert (done["deleted"], done["leased"]) == ([], ["10@1"])
+    assert {"name": "20@1", "why": "needed by now"} in done["kept"]
+    assert [step for step, _ in steps_of(store)] == [40, 30, 20, 10]
 
 
 def test_a_store_that_two_runs_share_is_not_collected(store: LocalStore) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from storage.blob import BlobStore
-from storage.digest import Buffer, blocks_of
+from storage.blob import BlobStore, validate_range
+from storage.digest import BLOCK_BYTES, Buffer, blocks_of
 from storage.errors import BlobExistsError, StorageError, StorageUnavailableError
 
 
@@ -66,7 +66,9 @@ class ThrottledStore:
     """Moves bytes at a bounded rate, so that work in the background leaves room for the rest.
 
     A blob goes through in one piece; whoever comes next waits for as long as it should have taken.
-    Several threads share the rate. Listings, sizes and deletions wait like an empty blob.
+    Several threads share the rate: each books its bytes before it moves them, and so has a moment
+    of its own at which it may begin. Listings, sizes and deletions wait like an empty blob. To book
+    no more than there is, the size is asked for first where a read has no bound, or a wide one.
 
     Args:
         inner: the store that does the work.
@@ -93,15 +95,23 @@ class ThrottledStore:
 
     def put(self, key: str, data: Buffer) -> None:
         """See `BlobStore.put`."""
-        self._wait()
+        self._wait(memoryview(data).nbytes)
         self.inner.put(key, data)
-        self._charge(memoryview(data).nbytes)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
-        self._wait()
-        data = self.inner.get(key, start, length)
-        self._charge(len(data))
+        validate_range(start, length)
+        booked = length
+        if booked is None or booked > BLOCK_BYTES:
+            there = max(self.inner.size(key) - start, 0)
+            booked = there if booked is None else min(booked, there)
+        self._wait(booked)
+        moved = 0
+        try:
+            data = self.inner.get(key, start, length)
+            moved = len(data)
+        finally:
+            self._return(booked - moved)
         return data
 
     def size(self, key: str) -> int:
@@ -119,16 +129,19 @@ class ThrottledStore:
         self._wait()
         self.inner.delete(key)
 
-    def _wait(self) -> None:
+    def _wait(self, booked_bytes: int = 0) -> None:
+        """Wait until so many bytes may go through, which nobody else can book any more."""
         with self._lock:
-            wait_s = self._free_at - self._clock()
-        if wait_s > 0:
-            self._sleep(wait_s)
+            now = self._clock()
+            begin = max(self._free_at, now)
+            self._free_at = begin + booked_bytes / self._bytes_per_s
+        if begin > now:
+            self._sleep(begin - now)
 
-    def _charge(self, moved_bytes: int) -> None:
+    def _return(self, unused_bytes: int) -> None:
+        """Give back what was booked and not moved, for those who come later."""
         with self._lock:
-            begin = max(self._free_at, self._clock())
-            self._free_at = begin + moved_bytes / self._bytes_per_s
+            self._free_at -= unused_bytes / self._bytes_per_s
 
 
 class RetryingStore:

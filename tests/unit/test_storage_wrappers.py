@@ -1,8 +1,12 @@
 """Each wrapper's own concern."""
 
+import queue
+import threading
+from typing import Any
+
 import pytest
 
-from storage.digest import BLOCK_BYTES
+from storage.digest import BLOCK_BYTES, Buffer
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
@@ -12,6 +16,8 @@ from storage.errors import (
 from storage.faulty import FaultyStore
 from storage.memory import MemoryStore
 from storage.wrappers import CountingStore, RetryingStore, ThrottledStore
+
+THREADS = 8
 
 
 def test_calls_and_bytes_are_counted() -> None:
@@ -202,6 +208,60 @@ def test_bytes_move_at_the_rate_that_is_asked_for_and_idle_time_is_not_saved_up(
     for _ in range(3):
         store.get("k")
     assert now == pytest.approx(101.0)
+
+
+class Together(MemoryStore):
+    """Has nobody go on with a blob before so many have come for one."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(threads, timeout=20.0)
+
+    def put(self, key: str, data: Buffer) -> None:
+        self.barrier.wait()
+        super().put(key, data)
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        self.barrier.wait()
+        return super().get(key, start, length)
+
+
+@pytest.mark.parametrize(
+    "length", ["put", None, 50, BLOCK_BYTES + 1], ids=["put", "all", "a part", "all there is"]
+)
+def test_threads_that_come_at_once_go_one_after_the_other_at_the_rate(length: Any) -> None:
+    """Each waits for a moment of its own: none finds the way free because all are still reading."""
+    inner, waits = Together(THREADS), queue.SimpleQueue[float]()
+    MemoryStore.put(inner, "k", bytes(50))
+    store = ThrottledStore(inner, 100.0, clock=lambda: 0.0, sleep=waits.put)
+
+    def move(number: int) -> None:
+        if length == "put":
+            store.put(f"new-{number}", bytes(50))
+        else:
+            store.get("k", 0, length)
+
+    threads = [threading.Thread(target=move, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    # 50 bytes at 100 a second; the first need not wait.
+    assert sorted(waits.get() for _ in range(waits.qsize())) == [0.5 * n for n in range(1, THREADS)]
+
+
+def test_what_was_booked_and_is_not_there_is_given_back() -> None:
+    waits: list[float] = []
+    store = ThrottledStore(MemoryStore(), 100.0, clock=lambda: 0.0, sleep=waits.append)
+    store.put("k", bytes(50))
+
+    assert len(store.get("k", 40, 1000)) == 10
+    with pytest.raises(BlobNotFoundError):
+        store.get("absent", 0, 1000)
+    store.keys()
+
+    assert waits == pytest.approx([0.5, 0.6, 0.6])
 
 
 def test_a_rate_of_nothing_is_refused() -> None:

@@ -26,6 +26,8 @@ from storage.errors import ShardCorruptError, UnsupportedVersionError
 VERSION = 1
 DATA_ALIGNMENT = 4096
 SHARD_BYTES_MAX = 1 << 40
+DIMENSIONS_MAX = 64
+"""As many as torch has. To multiply a million made-up ones takes for ever."""
 INDEX_BYTES_MAX = 64 * 1024 * 1024
 
 ITEM_BYTES = {
@@ -139,8 +141,8 @@ def plan(chunks: Iterable[Chunk]) -> ShardPlan:
     """Lay out the chunks: largest items first, then by name, no gaps, from a multiple of 4 KiB.
 
     Raises:
-        ValueError: if a dtype is unknown, a box does not fit its tensor, a name occurs twice, or
-            the body would exceed 1 TiB.
+        ValueError: if a dtype is unknown, a box does not fit its tensor or has more than
+            `DIMENSIONS_MAX` dimensions, a name occurs twice, or the body would exceed 1 TiB.
 
     Source: https://github.com/huggingface/safetensors#format; gaps are illegal there, and larger
         items first keeps every chunk aligned to its item.
@@ -294,6 +296,9 @@ def _checked(chunk: Chunk) -> Chunk:
     if not chunk.fqn or not chunk.state or "/" in chunk.state:
         raise ValueError(f"fqn and state must not be empty, nor the state have a /: {chunk.name}")
     dims = (chunk.shape, chunk.offset, chunk.global_shape)
+    most = max(map(len, dims))
+    if most > DIMENSIONS_MAX:
+        raise ValueError(f"box has {most} dimensions, may have {DIMENSIONS_MAX}: {chunk.name}")
     if len(set(map(len, dims))) != 1 or any(
         size < 0 or at < 0 or at + size > whole for size, at, whole in zip(*dims, strict=True)
     ):

@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import msgspec
 import pytest
 
 from storage import commit as committing
@@ -26,9 +27,10 @@ from storage.manifest import (
     parse_verdict_key,
 )
 from storage.memory import MemoryStore
-from storage.shard import INDEX_BYTES_MAX, decode_index, encode_index
-from tests.checkpoints import committed
+from storage.shard import INDEX_BYTES_MAX, ShardMeta, decode_index, encode_index, seal
+from tests.checkpoints import LAYOUT, committed
 
+META = ShardMeta(run_id="run", model="m", step=10, epoch=1, shard=0, shards=1)
 DEEP = (
     b'{"version":1,"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
     b'{"version":1,"a":' + b'{"a":' * 200_000 + b"1" + b"}" * 200_001,
@@ -49,6 +51,18 @@ def test_json_of_any_depth_is_refused(data: bytes) -> None:
     store.delete(key)
     store.put(key, data)
     assert "unreadable" in verdicts.reason_of(store, key)
+
+
+@pytest.mark.parametrize("field", ["shape", "offset", "global_shape"])
+def test_a_tensor_of_more_dimensions_than_there_are_is_refused_at_once(field: str) -> None:
+    index = seal(LAYOUT, bytearray(LAYOUT.size), META)
+    wide = msgspec.structs.replace(index.chunks[0], **{field: (2**62,) * 100_000})
+    data = encode_index(msgspec.structs.replace(index, chunks=(wide, *index.chunks[1:])))
+
+    with pytest.raises(ShardCorruptError, match="100000 dimensions, may have 64") as refused:
+        decode_index(data)
+
+    assert len(str(refused.value)) < 200
 
 
 class Endless(MemoryStore):

@@ -289,14 +289,16 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _written_at(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        status = path.lstat()
     except FileNotFoundError:
         return math.inf  # its writer has just finished
+    # A folder or a link of such a name is of nobody who writes here.
+    return status.st_mtime if stat.S_ISREG(status.st_mode) else math.inf
 
 
 def _is_left_over(path: Path, gone_hosts: Collection[str]) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
-    if match is None:
+    if match is None or _written_at(path) == math.inf:
         return False
     host, pid = match["host"], int(match["pid"])
     if host != socket.gethostname():

@@ -90,14 +90,15 @@ def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
     """
     if planned.whole is None:
         return planned
+    # First: if it fails, nothing is gone yet of which nobody would be told.
+    inner = getattr(store.blobs, "inner", store.blobs)
+    swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
     gone = store.catalog.retain(
         ladder,
         verified=planned.whole,
         leases=store.leases,
         agreed={*planned.going, *planned.orphans},
     )
-    inner = getattr(store.blobs, "inner", store.blobs)
-    swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
     stayed = {where for where in planned.going if where not in gone}
     read = stayed & store.leases.all_held()
     still = set(store.catalog.orphans())

@@ -1,6 +1,7 @@
 """`holdfast checkpoint`: any store, no run, no torch."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from orchestrator.cli import collecting
 from storage import verdicts
 from storage.address import open_store
-from storage.errors import StorageFullError
+from storage.errors import StorageFullError, StorageRefusedError
 from storage.leases import Leases
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, generation_prefix, index_key
@@ -208,6 +209,32 @@ def test_what_is_collected_was_shown_before_whatever_became_of_the_store_meanwhi
     assert [step for step, _ in steps_of(store)] == [60, 50, 40, 30, 20]
     assert store.keys(generation_prefix(45, 1))
     assert not store.keys(generation_prefix(35, 1))
+
+
+def test_what_can_not_be_swept_is_said_before_anything_is_deleted(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: LocalStore, _idle_s: float) -> list[Path]:
+        raise StorageRefusedError("Permission denied: .tmp-*")
+
+    monkeypatch.setattr(LocalStore, "sweep_old", fail)
+    before = store.keys()
+
+    said = refused("gc", str(store.root), "--keep-last", "1", "--yes", code=1)
+
+    assert "Permission denied: .tmp-*" in said
+    assert store.keys() == before
+
+
+def test_a_folder_that_looks_like_an_unfinished_file_keeps_nothing_from_going(
+    store: LocalStore,
+) -> None:
+    planted = store.root / ".tmp-elsewhere-7-0"
+    planted.mkdir()
+    os.utime(planted, (1, 1))
+
+    assert data(store, "gc", "--keep-last", "3", "--yes")["deleted"] == ["10@1"]
+    assert planted.is_dir()
 
 
 def test_what_came_to_be_needed_since_it_was_shown_stays(

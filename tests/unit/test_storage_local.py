@@ -158,6 +158,21 @@ def test_what_nobody_has_written_to_for_long_is_removed_whoever_it_is_of(tmp_pat
     assert len(temporaries(tmp_path)) == 2
 
 
+def test_a_folder_or_a_link_in_place_of_an_unfinished_file_is_left_alone(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    folder, link = tmp_path / ".tmp-node-b-7-0", tmp_path / ".tmp-node-b-7-1"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for path in (folder, link):
+        os.utime(path, (1, 1), follow_symlinks=False)
+
+    assert store.sweep_old(3600) == []
+    assert store.sweep(gone_hosts={"node-b"}) == []
+
+    assert folder.is_dir()
+    assert link.is_symlink()
+
+
 def test_a_store_that_is_not_there_yet_has_nothing_to_sweep(tmp_path: Path) -> None:
     assert LocalStore(tmp_path / "none").sweep_old(0.0) == []
     assert not (tmp_path / "none").exists()

@@ -5,6 +5,7 @@ happens to a checkpoint after its commit is told by verdicts, records that are o
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import cache, partial
 
 import msgspec
@@ -12,7 +13,13 @@ import msgspec
 from storage import parallel, verdicts
 from storage.blob import BlobStore
 from storage.commit import check_shard, latest_commit
-from storage.errors import ForeignCheckpointError, StorageError, is_of_content
+from storage.errors import (
+    BlobNotFoundError,
+    ForeignCheckpointError,
+    StorageError,
+    StorageRefusedError,
+    is_of_content,
+)
 from storage.leases import Leases
 from storage.manifest import (
     COMMITS,
@@ -295,13 +302,27 @@ class Catalog:
         return [where for where in found if latest is not None and where[::-1] < latest]
 
     def _entries(self) -> list[tuple[Where, int | None]]:
-        """Return every commit, newest first, with the epoch by which it is superseded, if it is."""
-        parsed = [parse_commit_key(key) for key in self.store.keys(COMMITS)]
+        """Return every commit, newest first, with the epoch by which it is superseded, if it is.
+
+        Raises:
+            StorageRefusedError: if there is a file where the folder of commits should be.
+        """
+        keys = self.store.keys(COMMITS)
+        if not keys:
+            self._require_folder()
+        parsed = [parse_commit_key(key) for key in keys]
         entries: list[tuple[Where, int | None]] = []
         for step, epoch in sorted((found for found in parsed if found), reverse=True):
             newer = entries[-1][0][1] if entries and entries[-1][0][0] == step else None
             entries.append(((step, epoch), newer))
         return entries
+
+    def _require_folder(self) -> None:
+        """Tell a store without commits from one in which a file stands in their place."""
+        name = COMMITS.rstrip("/")
+        with suppress(BlobNotFoundError):
+            self.store.size(name)
+            raise StorageRefusedError(f"{name} is a file, expected a folder of commit records")
 
     def _first(
         self,

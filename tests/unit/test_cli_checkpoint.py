@@ -322,6 +322,18 @@ def test_a_folder_without_checkpoints_is_told_apart_from_one_that_is_not_there(
     assert "there is no checkpoint" in refused("show", str(tmp_path), code=1)
 
 
+def test_a_file_in_place_of_the_commits_is_not_taken_for_a_run_that_has_saved_nothing(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "commits").write_bytes(b"")
+
+    said = refused("ls", str(tmp_path), code=1)
+
+    assert "commits is a file, expected a folder of commit records" in said
+    (tmp_path / "commits").unlink()
+    assert holdfast("checkpoint", "ls", str(tmp_path)).exit_code == 0
+
+
 def test_a_bucket_is_as_good_as_a_folder(s3: Server) -> None:
     bucket = s3.bucket()
     uri = s3.uri(bucket)

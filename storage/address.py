@@ -19,7 +19,7 @@ from storage.local import LocalStore
 
 KEY_BYTES = 32
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?!//)")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _S3_OPTIONS = ("endpoint", "region", "checksum", "connections", "part", "encrypt")
 _FILE_OPTIONS = ("encrypt",)
@@ -55,16 +55,11 @@ def open_store(uri: str, environment: Mapping[str, str] = os.environ) -> BlobSto
             password in it, what would be a folder here was meant as something else ("file:/path",
             "s3:bucket", "~/path"), or what it takes is not installed.
     """
+    _require_no_secret(uri)
     if "://" not in uri:
         _require_path(uri)
         return LocalStore(Path(uri))
     parts = urlsplit(uri)
-    # First of all, and without repeating it: what is wrong with an address is logged.
-    if parts.username is not None or parts.password is not None:
-        raise UnsupportedUriError(
-            f"address of scheme {parts.scheme} has a name or password in it, expected credentials "
-            "in the environment"
-        )
     if parts.scheme == "file" and parts.netloc in {"", "localhost"}:
         options = _options(parts, _FILE_OPTIONS)
         store: BlobStore = LocalStore(Path(unquote(parts.path)))
@@ -76,6 +71,21 @@ def open_store(uri: str, environment: Mapping[str, str] = os.environ) -> BlobSto
             f"address is {_bare(parts)}, supported are a folder, file:///folder and s3://bucket"
         )
     return _encrypted(store, options["encrypt"], environment) if "encrypt" in options else store
+
+
+def _require_no_secret(uri: str) -> None:
+    """Refuse an address with a name or password, however it is put, without repeating any of it.
+
+    What is wrong with an address is logged. Keys have slashes in them, so that it takes more than
+    to look before the host; only the names of folders may have an @.
+    """
+    scheme = _SCHEME.match(uri)
+    folder = scheme is None or scheme[0].lower() == "file:"
+    host = uri.partition("://")[2].partition("/")[0]
+    if "@" in (host if folder else uri):
+        raise UnsupportedUriError(
+            "address has a name or password in it, expected credentials in the environment"
+        )
 
 
 def _require_path(uri: str) -> None:

@@ -304,6 +304,7 @@ def test_the_way_back_behind_a_corruption_is_told_and_not_taken(store: LocalStor
         (("scrub", "{root}", "--rate", "fast"), "rate is 'fast', expected bytes per second"),
         (("rollback-plan", "{root}", "--onset", "1", "--trust", "blind"), "trust is 'blind'"),
         (("ls", "s3://me:hunter2@bucket"), "name or password"),
+        (("ls", "s3:me:hunter2@bucket"), "name or password"),
     ],
 )
 def test_a_mistake_is_one_message_and_a_hint(

@@ -13,11 +13,13 @@ from storage.local import LocalStore
 from storage.remote import S3Store
 
 
-def test_addresses_of_folders_open_the_local_store(tmp_path: Path) -> None:
-    for address in (str(tmp_path), f"file://{tmp_path}", f"file://localhost{tmp_path}"):
+@pytest.mark.parametrize("name", ["run", "me@home"])
+def test_addresses_of_folders_open_the_local_store(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    for address in (str(folder), f"file://{folder}", f"file://localhost{folder}"):
         store = open_store(address)
         assert isinstance(store, LocalStore)
-        assert store.root == tmp_path
+        assert store.root == folder
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/run", "file://other-host/run", "http://x"])
@@ -83,6 +85,13 @@ def test_an_address_of_a_bucket_with_a_mistake_is_refused_and_says_which(
     "address",
     [
         "s3://me:hunter2@bucket/run",
+        "s3:me:hunter2@bucket/run",
+        "S3:/me:hunter2@bucket/run",
+        "me:hunter2@bucket/run",
+        # Keys have slashes in them.
+        "s3://me:hunter2/hunter2/hunter2@bucket/run",
+        "s3://me:hunter2#hunter2@bucket/run",
+        "gs://me:hunter2/hunter2@bucket/run",
         "file://hunter2@/run",
         "s3://bucket/run?secret=hunter2",
         "s3://bucket/run?endpoint=http://me:hunter2@host",

@@ -4,6 +4,7 @@ Where a reader on its way to a restore stops at the first bad byte, this looks a
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -78,6 +79,9 @@ def scrub_all(
     *,
     again: bool = False,
     read: Callable[[int], None] = lambda _bytes: None,
+    reading: Callable[[int, int], AbstractContextManager[None]] = lambda _step, _epoch: (
+        nullcontext()
+    ),
 ) -> Iterator[Examined]:
     """Scrub every checkpoint that is due, newest first; see `scrub`.
 
@@ -85,9 +89,11 @@ def scrub_all(
         catalog: of the run.
         again: also those whose bytes were verified before; bytes can rot.
         read: as for `examine`.
+        reading: entered with the step and epoch of each while it is read, to have a lease of it.
     """
     for record in due(catalog, again=again):
-        examined = scrub(catalog, record, read=read)
+        with reading(record.step, record.epoch):
+            examined = scrub(catalog, record, read=read)
         if examined is not None:
             yield examined
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import typer
@@ -112,12 +113,16 @@ def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) ->
 
 
 def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[Examined]:
-    """Verify what is not verified, and judge it; see `storage.scrub.scrub_all`."""
+    """Verify what is not verified, and judge it; see `storage.scrub.scrub_all`.
+
+    Each is leased while it is read, lest a run collects it half-way.
+    """
     blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _bytes_per_s(rate))
     catalog = Catalog(blobs)
     records = due(catalog, again=again)
     gauge.begin("scrubbing", sum(size_of(one.manifest) for one in records if one.manifest))
-    return list(scrub_all(catalog, again=again, read=gauge.read))
+    leased = partial(_leased, store, holder="scrub")
+    return list(scrub_all(catalog, again=again, read=gauge.read, reading=leased))
 
 
 def tell(told: list[Examined], output: Form) -> None:
@@ -140,7 +145,7 @@ def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None
     if manifest is None:
         return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
     gauge.begin(f"step {step}", size_of(manifest))
-    with _leased(store, step, epoch):
+    with _leased(store, step, epoch, holder="verify"):
         damages = examine(store.blobs, manifest, read=gauge.read)
         if damages and not is_there(store.blobs, manifest):
             return None
@@ -148,10 +153,10 @@ def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None
 
 
 @contextmanager
-def _leased(store: Store, step: int, epoch: int) -> Iterator[None]:
+def _leased(store: Store, step: int, epoch: int, *, holder: str) -> Iterator[None]:
     """Keep a checkpoint from being collected while it is read, if the store can be written."""
     try:
-        key = store.leases.take(step, epoch, "verify", LEASE_S)
+        key = store.leases.take(step, epoch, holder, LEASE_S)
     except (StorageRefusedError, StorageFullError):
         # Whoever may only read, or has no room, can verify all the same; it may be collected first.
         yield

@@ -389,6 +389,28 @@ def test_what_a_run_deletes_before_its_turn_to_be_verified_is_not_damaged(
     assert [one["step"] for one in data(store, "verify", "--all")["checkpoints"]] == [40, 30, 20]
 
 
+@pytest.mark.parametrize("command", [("verify", "--all"), ("scrub",), ("scrub", "--rate", "1GiB")])
+def test_each_checkpoint_is_leased_while_it_is_read_and_not_longer(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    get, held = LocalStore.get, []
+    leases = Leases(store, time.time)  # noqa: TID251 - as the command
+
+    def watched(self: LocalStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if key.endswith(".st"):
+            held.append((key, leases.all_held()))
+        return get(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get", watched)
+
+    data(store, *command)
+
+    assert held == [
+        (body_key(step, 1, shard), {(step, 1)}) for step in (40, 30, 20, 10) for shard in (0, 1)
+    ]
+    assert store.keys("leases/") == []
+
+
 def test_a_full_disk_keeps_nobody_from_verifying(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

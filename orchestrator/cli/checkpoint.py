@@ -143,32 +143,25 @@ def gc(
     typer.echo(collecting.told(collecting.collect(store, ladder, planned), output))
 
 
-@app.command()
-def quarantine(
-    uri: UriArgument,
-    checkpoint: NameArgument,
-    reason: ReasonOption = "by hand",
-    output: FormOption = Form.TEXT,
-) -> None:
-    """Have nobody resume from a checkpoint; its bytes stay for now."""
-    from orchestrator.cli import stored
-    from storage.verdicts import QUARANTINED
+def _judging(name: str, kind: str, about: str) -> None:
+    """Add a command that gives a verdict of this kind, one of `storage.verdicts.KINDS`."""
 
-    typer.echo(stored.judged(stored.opened(uri), checkpoint, QUARANTINED, reason, output))
+    @app.command(name=name, help=about)
+    def judge(
+        uri: UriArgument,
+        checkpoint: NameArgument,
+        reason: ReasonOption = "by hand",
+        output: FormOption = Form.TEXT,
+    ) -> None:
+        from orchestrator.cli import stored
+
+        typer.echo(stored.judged(stored.opened(uri), checkpoint, kind, reason, output))
 
 
-@app.command()
-def release(
-    uri: UriArgument,
-    checkpoint: NameArgument,
-    reason: ReasonOption = "by hand",
-    output: FormOption = Form.TEXT,
-) -> None:
-    """Take back a quarantine or a suspicion."""
-    from orchestrator.cli import stored
-    from storage.verdicts import RELEASED
-
-    typer.echo(stored.judged(stored.opened(uri), checkpoint, RELEASED, reason, output))
+_judging(
+    "quarantine", "quarantined", "Have nobody resume from a checkpoint; its bytes stay for now."
+)
+_judging("release", "released", "Take back a quarantine or a suspicion.")
 
 
 @app.command(name="rollback-plan")

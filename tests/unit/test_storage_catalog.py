@@ -4,9 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from storage.blob import BlobStore
 from storage.catalog import Catalog
-from storage.commit import commit, write_shard
 from storage.errors import (
     ForeignCheckpointError,
     StaleEpochError,
@@ -16,41 +14,16 @@ from storage.errors import (
 from storage.faulty import FaultyStore
 from storage.manifest import (
     COMMITS,
-    Manifest,
     body_key,
     commit_key,
     generation_prefix,
     index_key,
-    make_manifest,
 )
 from storage.memory import MemoryStore
 from storage.retention import Ladder
-from storage.shard import Chunk, ShardMeta, plan, seal
 from storage.verdicts import Trust
 from storage.wrappers import CountingStore
-
-LAYOUT = plan(
-    [Chunk(fqn="w", state="param", dtype="U8", shape=(64,), global_shape=(64,), offset=(0,))]
-)
-
-
-def written(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
-    receipts = []
-    for shard in (0, 1):
-        body = bytearray(LAYOUT.size)
-        meta = ShardMeta(run_id=run_id, model="m", step=step, epoch=epoch, shard=shard, shards=2)
-        receipts.append(write_shard(store, seal(LAYOUT, body, meta), body))
-    return make_manifest(receipts, run_id=run_id, model="m", step=step, epoch=epoch)
-
-
-def committed(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:
-    manifest = written(store, step, epoch, run_id)
-    commit(store, manifest, newest_epoch_known=epoch)
-    return manifest
-
-
-def steps_of(store: BlobStore) -> list[tuple[int, int]]:
-    return [(record.step, record.epoch) for record in Catalog(store).commits()]
+from tests.checkpoints import LAYOUT, committed, steps_of, written
 
 
 def test_an_empty_store_has_nothing_and_rejects_nothing() -> None:

@@ -379,6 +379,32 @@ def test_pickles_without_a_zip_are_refused(tmp_path: Path) -> None:
     assert "pickled weights are not loaded" in str(refused(tmp_path / "bin"))
 
 
+def test_a_zip_of_a_version_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """Each member says which version it takes, and newer ones compress or encrypt otherwise."""
+    written(tmp_path / "out", "meta")
+    path = tmp_path / "out/consolidated.00.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(content)
+
+    said = str(refused(tmp_path / "out"))
+
+    assert "no zip as torch.save makes it: zip file version 9.9" in said
+    assert str(path) in said
+
+
+def test_a_zip_whose_members_are_compressed_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "out", "meta")
+    path = tmp_path / "out/consolidated.00.pth"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+
+    assert "in the file, expected as many, as they are" in str(refused(tmp_path / "out"))
+
+
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     written(tmp_path / "out", "meta", parts=2)
     (tmp_path / "out/consolidated.01.pth").rename(tmp_path / "out/consolidated.02.pth")

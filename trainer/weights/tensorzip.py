@@ -70,6 +70,8 @@ def read_table(folder: Folder, file: str) -> dict[str, Span]:
 def _members(folder: Folder, file: str) -> dict[str, zipfile.ZipInfo]:
     where, size = folder.where(file), folder.size(file)
     with folder.opened(file) as opened:
+        # NotImplementedError is no code of ours left to be written: it is how the library refuses
+        # a member whose kind of compression or encryption takes a newer version of zip than 6.3.
         try:
             infos = zipfile.ZipFile(opened).infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:

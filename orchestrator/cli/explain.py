@@ -105,6 +105,8 @@ def _bounds(meta: object) -> str:
     told = [f"{sign} {_bound(value)}" for sign, value in bounds if value is not None]
     if meta.pattern:
         told.append(f"like {meta.pattern}")
+    if meta.min_length is not None:
+        told.append(f"of at least {meta.min_length} characters")
     if meta.max_length is not None:
         told.append(f"of at most {meta.max_length} characters")
     return f" {' and '.join(told)}" if told else ""

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ import msgspec
 import pytest
 import yaml
 
+from orchestrator.cli import explain
 from orchestrator.core import journal
 from orchestrator.core.events import StopRequested
 from orchestrator.core.report import report
+from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from tests.conftest import RUN, Cluster
@@ -623,6 +627,35 @@ def test_explain_gives_type_default_and_meaning_of_a_field() -> None:
     assert "`debug`, `8B`, `70B`, `405B`" in told("explain", "spec.trainer.model")
     assert "How long it lasts" in told("explain", "plan.faults.for")
     assert "kind: TrainingRun, required" in told("explain")
+
+
+def test_explain_knows_every_field_of_a_run_file_and_lists_it_in_its_section() -> None:
+    paths = list(fields_in(TrainingRun))
+    new = ("trainer.data.sources.uri", "trainer.batchRamp.tokens", "recovery.minReplicas")
+    assert {f"spec.{path}" for path in new} <= set(paths)
+
+    for path in paths:
+        section = path.rpartition(".")[0]
+        line = explain.explain(path).splitlines()[0]
+        assert f"  {line}" in explain.explain(section).splitlines()
+        # Words for who writes the file, not Python's for the type.
+        assert not re.search(r"typing\.|msgspec|<class|NoneType|\.runfile", line)
+
+
+def fields_in(section: type[msgspec.Struct], at: str = "") -> Iterator[str]:
+    for field in msgspec.structs.fields(section):
+        path = f"{at}{field.encode_name}"
+        yield path
+        inner = [a for a in annotations_in(field.type) if issubclass(a, msgspec.Struct)]
+        for each in inner:
+            yield from fields_in(each, f"{path}.")
+
+
+def annotations_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from annotations_in(argument)
 
 
 # What is not there, and what is broken ----------------------------------------------------------

@@ -151,12 +151,14 @@ def tokenizer_of(source: str, address: str | None, vocab: int) -> Tokenizer:
     """
     if address is not None:
         try:
-            return open_tokenizer(address, vocab)
+            tokenizer = open_tokenizer(address, vocab)
+            tokenizer.encode(" ")  # what is wrong with a line of it comes out by using it
         except MisconfiguredError as error:
             # Said of the run file, which nobody has written here.
             message = str(error).replace("spec.trainer.tokenizer", "--tokenizer", 1)
             hint = "name the file that belongs to the weights; in releases it is tokenizer.model"
             raise MisconfiguredError(message, hint=hint) from error
+        return tokenizer
     if (found := run.find(source)) is not None:
         return open_tokenizer(run.read(found).spec.trainer.tokenizer, vocab)
     for place in ("tokenizer.model", "original/tokenizer.model"):

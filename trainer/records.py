@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -105,6 +106,8 @@ def _what_is_wrong(line: bytes, error: Exception) -> str:
     """Return why a line is no JSON; msgspec takes half a surrogate pair for a line that was cut."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
+    if line.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark (BOM), expected UTF-8 without one"
     try:
         json.dumps(json.loads(line), ensure_ascii=False).encode()
     except UnicodeEncodeError:

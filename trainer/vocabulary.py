@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.worker import MisconfiguredError
+from trainer.outputs import placing, require_folder
 from trainer.retrying import SourceUnavailableError
 from trainer.text import Text
 from trainer.tokenizer import FILE_BYTES_MAX, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     asked = _parser().parse_args(arguments)
     try:
+        _require_place(asked.out)
         content = learn(Text(tuple(asked.data) or None).documents(), asked.ranks)
         assert len(content) <= FILE_BYTES_MAX
         _write(asked.out, content)
@@ -122,15 +124,23 @@ def _ranks(text: str) -> int:
     return number
 
 
-def _write(path: Path, content: bytes) -> None:
-    if path.is_dir():
+def _require_place(path: Path) -> None:
+    """Refuse a place where nothing can be written, before there is anything to write."""
+    require_folder(path)
+    with placing(path):
+        there = path.is_dir()
+    if there:
         raise MisconfiguredError(f"a folder is there: {path}", hint="name a file to write")
+
+
+def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with placing(path):
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

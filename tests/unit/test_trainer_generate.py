@@ -100,6 +100,7 @@ def test_the_command_continues_a_text_with_a_run_s_checkpoint(
             ["{here}/hf", "--tokenizer", "{here}/large"],
             "--tokenizer has 1300 ids, the model's vocabulary 1280",
         ),
+        (["{here}/hf", "--tokenizer", "{here}/torn"], "--tokenizer: line 1024 is b'"),
         (["{here}/hf", "a b " * 70_000, "--tokenizer", "{here}/fits"], "at most 131072 together"),
     ],
 )
@@ -110,6 +111,7 @@ def test_what_can_not_be_continued_is_refused_with_code_2(
     fits = (resources.files("trainer.assets") / "small.tiktoken").read_bytes()
     (tmp_path / "fits").write_bytes(fits)
     more = [b"%s %d\n" % (base64.b64encode(b"\0%d" % n), 1024 + n) for n in range(20)]
+    (tmp_path / "torn").write_bytes(fits[:-9])
     (tmp_path / "large").write_bytes(fits + b"".join(more))
 
     assert main([argument.format(here=tmp_path) for argument in arguments]) == 2

@@ -124,6 +124,7 @@ def test_a_pipe_that_is_named_as_the_source_is_refused_and_not_waited_on(
         ("other.jsonl", b'{"body": "a"}\n', "missing required field `text`"),
         ("number.jsonl", b'{"text": 1}\n', "Expected `str`"),
         ("half.jsonl", b'{"text": "a \\ud800 b"}\n', "line 1: half a surrogate pair"),
+        ("mark.jsonl", b'\xef\xbb\xbf{"text": "a"}\n', "line 1: begins with a byte order mark"),
         ("bytes.jsonl", b'{"text": "\xff"}\n', "line 1"),
         ("deep.jsonl", b'{"text": "a"}\n' + b'{"a":' * 100_000, "line 2: nested too deeply"),
         ("deep-text.jsonl", b'{"text":' + b"[" * 100_000, "line 1: "),

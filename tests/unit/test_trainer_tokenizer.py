@@ -196,7 +196,7 @@ def test_a_text_that_is_too_short_to_learn_from_is_refused_and_nothing_is_writte
     assert learn([str(source), "--ranks", "600", "--out", str(tmp_path / "out")]) == 2
     assert learn([str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "out")]) == 2
     source.write_text(inspect.getsource(argparse))
-    assert learn([str(source), "--out", str(tmp_path / "no" / "out")]) == 1
+    assert learn([str(source), "--out", str(tmp_path / "no" / "out")]) == 2
 
     said = capsys.readouterr().err
     assert "tokens, expected 600" in said
@@ -209,3 +209,17 @@ def test_a_tokenizer_is_not_written_in_place_of_a_folder(out: str, tmp_path: Pat
     (tmp_path / "a.txt").write_text("hello world " * 50)
 
     assert learn([str(tmp_path / "a.txt"), "--out", out, "--ranks", "260"]) == 2
+
+
+@pytest.mark.parametrize("out", ["a.txt/b", "nowhere/b", "b" * 250, "lost/b"])
+def test_a_place_where_no_tokenizer_can_be_written_is_refused_with_a_hint(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 50)
+    (tmp_path / "lost").symlink_to("nowhere")
+
+    where = str(tmp_path / out)
+    assert learn([str(tmp_path / "a.txt"), "--out", where, "--ranks", "260"]) == 2
+
+    assert "hint: " in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "lost"}

@@ -490,6 +490,21 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_why(
     assert "something is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "out", ["one/config.json/b", "nowhere/b", "b" * 250, "b" * 300, "lost", "lost/b"]
+)
+def test_a_place_where_no_weights_can_be_written_is_refused_with_a_hint(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path / "one")
+    (tmp_path / "lost").symlink_to("nowhere")
+
+    assert main(["convert", str(tmp_path / "one"), "--out", str(tmp_path / out)]) == 2
+
+    assert "hint: " in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "lost"}
+
+
 # A run that begins from them ------------------------------------------------------------------
 
 

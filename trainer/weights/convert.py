@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orchestrator.worker import MisconfiguredError
 from trainer.config import ModelConfig, RopeScaling
+from trainer.outputs import placing, require_folder
 from trainer.weights import names, safetensors, tensorzip
 from trainer.weights.names import Shape
 from trainer.weights.safetensors import Planned
@@ -60,14 +61,17 @@ def convert(
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    if out.exists():
+    with placing(out):
+        # A link counts, also one to nothing: no folder could take its place.
+        there = out.is_symlink() or out.exists()
+    if there:
         raise MisconfiguredError(
             f"something is there already: {out}", hint="choose a folder that is not there yet"
         )
-    if not out.absolute().parent.is_dir():
-        raise MisconfiguredError(f"no such folder: {out.absolute().parent}", hint="make it first")
+    require_folder(out)
     unfinished = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir()
+    with placing(out):
+        unfinished.mkdir()
     try:
         yield unfinished
         unfinished.rename(out)

@@ -3,7 +3,8 @@
 Its state is three numbers: how many steps it has, which shard it is, which generation saved it.
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
-garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, restore_s, await_persisted.
+garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, gate_at and gate, restore_s,
+await_persisted.
 """
 
 import atexit
@@ -61,6 +62,9 @@ def train(worker: Worker, seat: Seat) -> None:
         # Like a collective that can not be interrupted: nothing is heard meanwhile.
         napping = step == options.get("nap_at")
         time.sleep(options["nap_s"] if napping else options.get("step_s", 0.005))
+        while step == options.get("gate_at") and not Path(options["gate"]).exists():
+            worker.check()
+            time.sleep(0.001)
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
         if options.get("lockstep"):

@@ -1,10 +1,13 @@
 """Real agents, and the controller that a test plays; a real rank, and its agent that one plays."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.agent import linux
+from orchestrator.agent.warm import Warm
 from tests.programs import supervised
 from tests.programs.played import Agent, Controller, remove, shared_folder
 
@@ -40,3 +43,15 @@ def agent(tmp_path: Path) -> Iterator[supervised.Agent]:
     agent = supervised.Agent(tmp_path)
     yield agent
     agent.close()
+
+
+@pytest.fixture(scope="module")
+def warm(request: pytest.FixtureRequest) -> Iterator[Warm]:
+    """Have the trainer imported; what it begins with is ENTRYPOINT, if a module names one."""
+    linux.adopt_orphans()
+    with tempfile.TemporaryFile() as log:
+        warm = Warm(getattr(request.module, "ENTRYPOINT", "trainer.train:main"), log)
+        warm.wait_ready()
+        yield warm
+    warm.close()
+    linux.adopt_orphans(on=False)

@@ -1,32 +1,18 @@
 """Ranks train on a mixture, evaluate what is held back, and wait for a source that is slow."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
 from tests import runfiles, texts
-from tests.programs.seated import JOB, a_world
+from tests.programs.seated import JOB, a_world, left_alone
 from tests.programs.starving import SLOW_S
 from tests.runs import Job
 
 pytestmark = pytest.mark.process
 MODEL = {"dim": 32, "layers": 1, "heads": 2, "kvHeads": 1, "ffnDim": 48, "vocab": 1280}
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    linux.adopt_orphans()
-    with tempfile.TemporaryFile() as log:
-        warm = Warm("trainer.train:main", log)
-        warm.wait_ready()
-        yield warm
-    warm.close()
-    linux.adopt_orphans(on=False)
 
 
 def test_a_mixture_is_trained_on_and_evaluated_across_a_death_without_changing_a_bit(
@@ -36,9 +22,7 @@ def test_a_mixture_is_trained_on_and_evaluated_across_a_death_without_changing_a
     ramp = [{"tokens": 1000, "globalBatch": 8}]  # from step 9 on
     job = {**JOB, "trainer": {**JOB["trainer"], "data": data, "batchRamp": ramp}}
     evaluated = {**job, "trainer": {**job["trainer"], "evalEverySteps": 8, "evalSamples": 6}}
-    with a_world(warm, parked=4, job=job) as world:
-        world.until(world.finished)
-        expected = world.result()
+    expected = left_alone(warm, job)
 
     with a_world(warm, parked=5, job=evaluated) as world:
         world.until(lambda: world.step() >= 10)

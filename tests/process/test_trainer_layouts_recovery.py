@@ -2,16 +2,13 @@
 
 import os
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
-from tests.programs.seated import Result, a_world
+from tests.programs.seated import Result, a_world, left_alone
 
 pytestmark = pytest.mark.process
 SIZES = {"dim": 32, "layers": 2, "heads": 8, "kvHeads": 4, "ffnDim": 48, "vocab": 1280}
@@ -29,22 +26,9 @@ JOB: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    linux.adopt_orphans()
-    with tempfile.TemporaryFile() as log:
-        warm = Warm("trainer.train:main", log)
-        warm.wait_ready()
-        yield warm
-    warm.close()
-    linux.adopt_orphans(on=False)
-
-
-@pytest.fixture(scope="module")
 def expected(warm: Warm) -> Result:
     """What the run comes to that is left alone."""
-    with a_world(warm, parked=8, job=JOB) as world:
-        world.until(world.finished)
-        return world.result()
+    return left_alone(warm, JOB)
 
 
 def test_ranks_that_die_freeze_and_change_seats_change_no_bit(warm: Warm, expected: Result) -> None:

@@ -2,44 +2,24 @@
 
 import os
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 
-import msgspec
 import pytest
 
-from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
-from orchestrator.protocol import runfile
 from orchestrator.protocol.rank import SlotFreed
+from tests.programs.alone import one_rank
 from tests.programs.played import slots_of
-from tests.programs.seated import JOB, SLOTS, Result, a_world
-from trainer import parallel
-from trainer.data import Samples, open_tokens
-from trainer.job import read_job
-from trainer.step import Training, Unheard
+from tests.programs.seated import JOB, SLOTS, Result, a_world, left_alone
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    linux.adopt_orphans()
-    with tempfile.TemporaryFile() as log:
-        warm = Warm("tests.programs.wearing:main", log)
-        warm.wait_ready()
-        yield warm
-    warm.close()
-    linux.adopt_orphans(on=False)
+ENTRYPOINT = "tests.programs.wearing:main"
 
 
 @pytest.fixture(scope="module")
 def expected(warm: Warm) -> Result:
     """What the run comes to that is left alone."""
-    with a_world(warm, parked=4) as world:
-        world.until(world.finished)
-        return world.result()
+    return left_alone(warm)
 
 
 def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_left_alone(
@@ -128,20 +108,9 @@ def test_ranks_that_change_seats_map_nothing_of_the_ranks_they_were(
 
 def test_four_ranks_train_what_one_would(expected: Result) -> None:
     """The data does not depend on the number of ranks, nor, up to rounding, does the loss."""
-    trainer = msgspec.convert(JOB["trainer"], runfile.Trainer)
-    job = read_job({"trainer": JOB["trainer"]}, 1)
-    tokens = open_tokens(None, job.tokenizer, "", lambda: None)
-    losses: list[float] = []
+    alone = one_rank({"trainer": JOB["trainer"]})
 
-    class Recorder(Unheard):
-        def step_done(self, step: int, *, loss: float, **_: object) -> None:
-            losses.append(loss)
-
-    with parallel.alone() as world:
-        training = Training(trainer, job.config, Samples(tokens, trainer), world)
-        for step in range(1, 25):
-            training.step(step, Recorder())
-
+    losses = [loss for _, loss in alone[1]]
     assert losses == pytest.approx([loss for _, loss in expected[1]], rel=1e-5)
 
 

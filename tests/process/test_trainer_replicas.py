@@ -1,28 +1,20 @@
 """Ranks of the trainer go on with fewer replicas than the run asks for, and with more again."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
-from orchestrator.protocol.ids import Generation
 from orchestrator.protocol.sizes import ModelConfig
 from tests import texts
-from tests.programs.seated import SIZES, Result, a_world
+from tests.programs.alone import one_rank
+from tests.programs.seated import SIZES, a_world, left_alone
 from tests.weights import written
-from trainer import parallel
-from trainer.checkpoint import Checkpointer
-from trainer.data import Samples, open_tokens
-from trainer.job import read_job
-from trainer.step import Training, Unheard
-from trainer.train import stamp_of
 
 pytestmark = pytest.mark.process
+ENTRYPOINT = "tests.programs.wearing:main"
 
 STEPS = 18
 CONFIG = msgspec.convert(SIZES, ModelConfig)
@@ -36,17 +28,6 @@ def job(replicas: int, shards: int, **trainer: Any) -> dict[str, Any]:
         "parallelism": {"dpReplicate": replicas, "dpShard": shards},
         "checkpoint": {"everySteps": 10, "memoryEverySteps": 1},
     }
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    linux.adopt_orphans()
-    with tempfile.TemporaryFile() as log:
-        warm = Warm("tests.programs.wearing:main", log)
-        warm.wait_ready()
-        yield warm
-    warm.close()
-    linux.adopt_orphans(on=False)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
@@ -83,9 +64,7 @@ def test_deterministic_reduction_gives_the_same_bits_where_replicas_are_sharded(
     warm: Warm,
 ) -> None:
     settings = {"globalBatch": 10, "reduction": "deterministic"}
-    with a_world(warm, parked=2, job=job(1, 2, **settings)) as world:
-        world.until(world.finished)
-        expected = world.result()
+    expected = left_alone(warm, job(1, 2, **settings))
 
     with a_world(warm, parked=6, job=job(3, 2, **settings)) as world:
         for step, replicas in ((4, 1), (8, 2), (12, 3)):
@@ -116,9 +95,7 @@ def test_deterministic_reduction_gives_the_same_bits_with_all_else_that_a_run_ma
         "evalEverySteps": 5,
         "evalSamples": 6,
     }
-    with a_world(warm, parked=2, job=job(1, 2, **settings)) as world:
-        world.until(world.finished)
-        expected = world.result()
+    expected = left_alone(warm, job(1, 2, **settings))
 
     with a_world(warm, parked=6, job=job(3, 2, **settings)) as world:
         for step, replicas in ((4, 1), (8, 2), (12, 3)):
@@ -131,22 +108,3 @@ def test_deterministic_reduction_gives_the_same_bits_with_all_else_that_a_run_ma
         assert min(world.restored_from[6:]) >= 1
     for step in (5, 10, 15):
         assert f"evaluation after step {step}: " in log
-
-
-def one_rank(job: dict[str, Any]) -> Result:
-    """Return what a job comes to in this process."""
-    read = read_job(job, 1)
-    tokens = open_tokens(None, read.tokenizer, "", lambda: None)
-    losses: list[tuple[int, float]] = []
-
-    class Recorder(Unheard):
-        def step_done(self, step: int, *, loss: float, **_: object) -> None:
-            losses.append((step, loss))
-
-    with parallel.alone() as world:
-        training = Training(read.trainer, read.config, Samples(tokens, read.trainer), world)
-        for step in range(1, STEPS + 1):
-            training.step(step, Recorder())
-        stamp = stamp_of("run", Generation(1), read, Samples(tokens, read.trainer))
-        lanes = Checkpointer(training.optimizer.shards, world, stamp).lanes(STEPS)
-    return lanes, losses

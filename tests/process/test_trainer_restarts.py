@@ -1,13 +1,10 @@
 """A rank that loses its peers again and again has no more threads, descriptors or memory for it."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from orchestrator.agent import linux
 from orchestrator.agent.warm import Warm
 from tests.programs.seated import SIZES, a_world
 
@@ -36,17 +33,6 @@ def look(pid: int) -> Look:
     ]
     threads, descriptors = (len(list((proc / name).iterdir())) for name in ("task", "fd"))
     return Look(threads, descriptors, int(resident) / 1024)
-
-
-@pytest.fixture
-def warm() -> Iterator[Warm]:
-    linux.adopt_orphans()
-    with tempfile.TemporaryFile() as log:
-        warm = Warm("trainer.train:main", log)
-        warm.wait_ready()
-        yield warm
-    warm.close()
-    linux.adopt_orphans(on=False)
 
 
 def test_fifty_restarts_leave_nothing_behind_in_a_process_that_survives_them(warm: Warm) -> None:

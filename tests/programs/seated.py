@@ -315,3 +315,11 @@ def a_world(
             yield world
         finally:
             world.close()
+
+
+def left_alone(warm: Warm, job: dict[str, Any] = JOB) -> Result:
+    """Return what a run comes to in which nothing happens."""
+    layout = msgspec.convert(job["parallelism"], Parallelism).layout(0)
+    with a_world(warm, parked=layout.world_size, job=job) as world:
+        world.until(world.finished)
+        return world.result()

@@ -183,7 +183,11 @@ class Job:
         return found
 
     def close(self) -> None:
-        """End whatever a failed test left behind of this run."""
+        """End whatever a failed test left behind of this run; print what its logs end with."""
+        for name in ("supervisor.log", "controller.log"):
+            path = self.folder.logs / name
+            if path.exists():
+                sys.stdout.write(f"{name} ends with\n{path.read_text(errors='replace')[-3000:]}\n")
         if self.started is not None and self.started.poll() is None:
             self.started.send_signal(signal.SIGINT)
             try:

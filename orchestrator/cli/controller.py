@@ -15,6 +15,8 @@ from orchestrator.worlds.folder import RunFolder
 
 DEAD_STARTS_MAX = 5
 """Controllers that may end without having put anything on record, before that is given up."""
+AGAIN_S = 1.0
+"""Pause before the next start of a controller that ended in order."""
 ROOM_LOOK_S = 1.0
 """A controller that found no room for its journal is started again after this."""
 # The exit codes of `python -m orchestrator.server`, by number: importing it would load its server.
@@ -71,6 +73,9 @@ class ControllerProcess:
         grew = size > self._size
         if grew or code != EXIT_NO_ROOM:
             self._full_since = None
+        if code == 0:
+            # The run is over, and the caller finds that out during this pause.
+            self._again_at = time.monotonic() + AGAIN_S
         if code == EXIT_NO_ROOM:
             return self._await_room(last_words(self._log))
         if code == EXIT_UNTRUSTED:

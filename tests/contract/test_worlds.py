@@ -359,6 +359,7 @@ def test_a_node_without_a_spare_costs_a_replica_until_it_is_back(job: Start) -> 
 
     assert code == 0
     assert_whole(report, STEPS_ELASTIC)
+    assert report.controllers == 1
     assert report.rungs == {"grow back": 1, "shrink": 1, "start": 1}
     assert (report.replicas, report.replicas_least) == (3, 2)
     assert [(i.kind, i.restored_from) for i in report.incidents] == [

@@ -32,4 +32,7 @@ def trusted(onsets: Iterable[Onset], step: Step, epoch: Generation) -> bool:
 def why_not(onsets: Iterable[Onset], step: Step, epoch: Generation) -> str:
     """Say why a state is not trusted; "" if it is."""
     good = [onset.step for onset in onsets if not trusted((onset,), step, epoch)]
-    return f"made after a silent corruption; step {min(good)} is known to be good" if good else ""
+    if not good:
+        return ""
+    last = f"step {min(good)}" if min(good) > 0 else "the seed"
+    return f"made after a silent corruption: nothing after {last} is trusted"

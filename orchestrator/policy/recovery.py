@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
+from textwrap import shorten
 
 from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
@@ -19,6 +22,8 @@ from orchestrator.protocol.runfile import seconds
 
 NAMED_MAX = 16
 """Of more nodes than this, a reason says how many they are."""
+PASSED_OVER_MAX, PASSED_OVER_CHARACTERS = 3, 240
+"""Of more checkpoints, each with its own fault, an end says how many they are; of each, so much."""
 
 
 def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per rung
@@ -88,8 +93,8 @@ def _nothing_of_ours(state: RunState) -> str:
     if state.found.rejected:
         return (
             f"spec.checkpoint.uri has checkpoints of this run, and none can be trusted: "
-            f"{'; '.join(state.found.rejected)}\nhint: nothing was deleted; bring one back, or "
-            "choose another folder to begin anew"
+            f"{_passed_over(state.found.rejected)}\nhint: nothing was deleted; bring an older one "
+            "back, or choose another folder to begin anew"
         )
     newest = max((known.step for known in state.commits), default=Step(0))
     if newest > 0:
@@ -99,6 +104,26 @@ def _nothing_of_ours(state: RunState) -> str:
             "choose another metadata.name or --out to begin anew"
         )
     return ""
+
+
+def _passed_over(rejected: Sequence[str]) -> str:
+    """Say what is wrong with the newest checkpoints, once where it is the same.
+
+    Args:
+        rejected: "step S, epoch E: why", newest first.
+    """
+    told = []
+    alike = [
+        (why, [text.partition(": ")[0] for text in texts])
+        for why, texts in groupby(rejected, key=lambda text: text.partition(": ")[2])
+    ]
+    for why, which in alike[:PASSED_OVER_MAX]:
+        words = shorten(f"{which[0]}: {why}", PASSED_OVER_CHARACTERS, placeholder=" ...")
+        if len(which) > 1:
+            words += f" (the same of {len(which) - 1} older, down to {which[-1]})"
+        told.append(words)
+    left = sum(len(which) for _, which in alike[PASSED_OVER_MAX:])
+    return "; ".join(told) + f"; and {left} more, older still" * bool(left)
 
 
 def _cut_otherwise(state: RunState) -> str:

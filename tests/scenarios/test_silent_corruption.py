@@ -83,7 +83,10 @@ def test_a_state_is_trusted_if_no_onset_of_its_generation_or_a_later_one_is_befo
     assert not trusted(onsets, Step(11), Generation(3))
     assert not trusted(onsets, Step(11), Generation(1))
     assert trusted(onsets, Step(11), Generation(4))
-    assert "step 10 is known to be good" in why_not(onsets, Step(11), Generation(2))
+    assert "nothing after step 10 is trusted" in why_not(onsets, Step(11), Generation(2))
+    assert "nothing after the seed is" in why_not(
+        [Onset(Step(0), Generation(1))], Step(5), Generation(1)
+    )
     assert why_not(onsets, Step(9), Generation(2)) == ""
 
 
@@ -149,7 +152,7 @@ def test_a_checkpoint_from_after_the_onset_is_kept_shown_and_never_taken(cluster
         if row["tier"] == "durable"
     }
     assert rows["step-11"]["state"] == "Untrusted"
-    assert "step 7 is known to be good" in str(rows["step-11"]["why"])
+    assert "nothing after step 7 is trusted" in str(rows["step-11"]["why"])
     assert rows["step-5"]["state"] == "Committed"
     # An answer of who did not know yet is none.
     cluster.after(0.1).found(11)
@@ -374,11 +377,35 @@ def test_if_no_step_is_known_to_be_good_nothing_but_the_seed_is_trusted(cluster:
     trained(cluster)
 
     diverge(cluster, "node-1", since=None, proven=True)
-    rejected = ("step 5, epoch 1: made after a silent corruption; step 0 is known to be good",)
-    cluster.after(0.1).found(None, rejected=rejected)
+    why = why_not(cluster.state.onsets, Step(5), Generation(1))
+    cluster.after(0.1).found(None, rejected=(f"step 5, epoch 1: {why}",))
 
     assert cluster.state.phase is RunPhase.FAILED
     assert "none can be trusted: step 5, epoch 1" in cluster.state.end_reason
+    assert "known to be good" not in cluster.state.end_reason
+
+
+def test_of_many_checkpoints_with_one_fault_an_end_says_it_once(cluster: Any) -> None:
+    trained(cluster)
+
+    diverge(cluster, "node-1", since=None, proven=True)
+    rejected = [f"step {step}, epoch 1: made after it" for step in range(60, 0, -5)]
+    cluster.after(0.1).found(None, rejected=tuple(rejected))
+
+    words = "step 60, epoch 1: made after it (the same of 11 older, down to step 5, epoch 1)\n"
+    assert words in cluster.state.end_reason
+
+
+def test_of_many_checkpoints_with_a_fault_each_an_end_says_how_many_they_are(cluster: Any) -> None:
+    trained(cluster)
+
+    diverge(cluster, "node-1", since=None, proven=True)
+    rejected = [f"step {step}, epoch 1: {'shard ' * 200}{step}" for step in range(60, 0, -1)]
+    cluster.after(0.1).found(None, rejected=tuple(rejected))
+
+    assert "; step 58, epoch 1: shard" in cluster.state.end_reason
+    assert "; and 57 more, older still\n" in cluster.state.end_reason
+    assert len(cluster.state.end_reason) < 1000
 
 
 def test_the_next_life_trusts_what_was_not_trusted_no_more_and_uses_no_quarantined_node(

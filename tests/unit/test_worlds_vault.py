@@ -61,7 +61,8 @@ def test_what_came_after_a_silent_corruption_is_barred_for_good_and_not_deleted(
     assert (found.step, found.epoch) == (70, 2)
     (why,) = found.rejected
     assert why == (
-        "step 80, epoch 1: quarantined: made after a silent corruption; step 65 is known to be good"
+        "step 80, epoch 1: quarantined: made after a silent corruption: "
+        "nothing after step 65 is trusted"
     )
     verdicts = tier.store.keys(VERDICTS)
 

@@ -45,9 +45,15 @@ def place(state: RunState) -> Placement | None:
     frame = shrinking.frame(state, gone, replicas)
     lemons = retired(state)
     guilty = blamed(state) | strained(state) | lemons | aside(state)
+    cold_since = _cold_since(state)
     spares = sorted(
         (*frame.freed, *state.spares()),
-        key=lambda node: (node in state.drains, node in lemons, node in guilty),
+        key=lambda node: (
+            node in state.drains,
+            node in lemons,
+            node in guilty,
+            cold_since.get(node, 0.0),
+        ),
     )
     # A place of a replica that is new is nobody's yet.
     needed = len(frame.places) - sum(node is not None for node in frame.places)
@@ -74,6 +80,12 @@ def place(state: RunState) -> Placement | None:
         replaced=tuple(sorted(swaps.items())),
         evicted=tuple(evicted),
     )
+
+
+def _cold_since(state: RunState) -> dict[NodeId, Seconds]:
+    """Return when the spares came that a world would have to wait for: the first is warm first."""
+    cold = set(state.spares()).difference(shrinking.ready(state))
+    return {node: state.nodes[node].here_since for node in cold}
 
 
 def _replicas(state: RunState, gone: Sequence[NodeId]) -> int:

@@ -194,7 +194,7 @@ class GrowBack:
 
 def growing_to(state: RunState) -> int:
     """Return how many replicas the nodes that are there can hold; 0 if no more than there are."""
-    found = fitting(state, _staying(state) + len(_ready(state)))
+    found = fitting(state, _staying(state) + len(ready(state)))
     return found if found > state.replicas else 0
 
 
@@ -206,8 +206,8 @@ def _staying(state: RunState) -> int:
     return len(state.seated) - len(leaving(state))
 
 
-def _ready(state: RunState) -> list[NodeId]:
-    """Return the spares that no world would have to wait for.
+def ready(state: RunState) -> list[NodeId]:
+    """Return the spares that no world would have to wait for, sorted.
 
     A node joins before its processes are warm, and while they get so the others can train. How long
     it takes is known from worlds that began with such nodes.
@@ -270,7 +270,7 @@ def _finding(state: RunState, replicas: int, why: str) -> Finding:
         kind=GROWTH,
         cause=Cause.PLANNED,
         step=state.reached_step,
-        evidence=f"{_nodes(len(_ready(state)))} free, enough for {replicas} of {full} replicas "
+        evidence=f"{_nodes(len(ready(state)))} free, enough for {replicas} of {full} replicas "
         f"instead of {state.replicas}; {why}",
     )
 
@@ -319,7 +319,7 @@ def standing(state: RunState) -> str:
     if not (replicas := growing_to(state)):
         unit = state.run.block
         more = nodes_for(state.run, state.replicas + unit.replicas) - _staying(state)
-        return f"{words}; grows back when {_nodes(more)} free and warm, {len(_ready(state))} so far"
+        return f"{words}; grows back when {_nodes(more)} free and warm, {len(ready(state))} so far"
     at = grows_at(state, replicas)
     if at == inf:
         return f"{words}; {replicas} would be no faster"

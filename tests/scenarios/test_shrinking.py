@@ -131,6 +131,37 @@ def test_a_spare_is_taken_before_a_replica_is_dissolved(wide: Wide) -> None:
     assert "replicas" not in order.reason
 
 
+def test_a_spare_that_is_warm_is_taken_before_one_whose_processes_still_start(wide: Wide) -> None:
+    cluster = wide(2, 1, spares=1)
+    cluster.join("node-10")
+
+    order = started(cluster.after(0.01).lose("node-1"))
+
+    assert order.seats == nodes(0, 2)
+
+
+def test_of_spares_whose_processes_still_start_the_one_that_came_first_is_taken(wide: Wide) -> None:
+    cluster = wide(2, 1)
+    cluster.join("node-11")
+    cluster.after(0.01).join("node-10")
+
+    order = started(cluster.after(0.01).lose("node-1"))
+
+    assert order.seats == nodes(0, 11)
+
+
+def test_a_world_that_grows_takes_the_spares_that_are_warm(wide: Wide) -> None:
+    cluster = shrunk(wide)
+    cluster.join("node-8")
+    until_it_pays(cluster)
+    cluster.train(1)
+    cluster.join("node-10")
+    hold(cluster, cluster.state.reached_step)
+
+    assert cluster.state.incidents[-1].kind == "grow-back"
+    assert cluster.seated() == nodes(0, 3, 2, 8)
+
+
 def test_replicas_that_share_a_node_leave_with_it(cluster_of: Callable[[str], Cluster]) -> None:
     text = runfiles.text(
         nodes={"count": 3, "ranksPerNode": 4},

@@ -47,7 +47,7 @@ class Recovery:
         self._state = state
         self._policies = tuple(policies)
         self._waking: Seconds | None = None
-        """When the next search is due, if it was asked to be woken for one."""
+        """For when it asked last to be woken, by what it waits for."""
         self.started: StartGeneration | None = None
 
     def recover(self) -> list[Decision]:
@@ -87,9 +87,11 @@ class Recovery:
 
     def _wait(self, phase: RunPhase, until: Seconds, reason: str) -> list[Decision]:
         state = self._state
-        if state.phase is phase:
-            return []
-        course.enter(state, phase)
+        if state.phase is not phase:
+            course.enter(state, phase)
+        elif self._waking is None or state.now < self._waking <= until:
+            return []  # is asked again then, if not before, or gathers from the beginning on
+        self._waking = until
         if state.incident is not None:
             state.incident.timeline.append(Note(at=state.now, text=reason))
         return [decide(state, WakeAt, reason, at=until)]

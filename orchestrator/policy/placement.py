@@ -143,6 +143,8 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     spare_wait_s = seconds(state.run.spec.recovery.spare_wait)
     patience_s = state.timeouts.warmup_s if starting else spare_wait_s
     since = state.phase_since if state.phase is RunPhase.GATHERING else state.now
+    if not starting and (hope := _hope(state)) is not None:
+        return WaitForNodes(until=hope.until, reason=hope.words)
     if not placed and state.phase is RunPhase.GATHERING and state.now < since + patience_s:
         return WaitForNodes(until=Seconds(since + patience_s), reason="nodes are still missing")
     until = settled_at if placed else _give_up_at(state, since + patience_s)
@@ -152,15 +154,17 @@ def wait_for_nodes(state: RunState) -> Plan | None:
         nodes = state.run.spec.nodes
         there = f"{_usable(state)} of {nodes.count + nodes.spares}"
         return WaitForNodes(until=until, reason=f"waiting for nodes: {there} are there")
-    gone = _gone(state)
-    if (hope := shrinking.hope(state, gone, _replicas(state, gone))) is not None:
-        return WaitForNodes(until=hope.until, reason=hope.words)
     return WaitForNodes(
         until=until,
-        reason=f"waiting for a node in place of {', '.join(gone)}: "
+        reason=f"waiting for a node in place of {', '.join(_gone(state))}: "
         f"{len(state.spares())} spares are free, giving up after {patience_s:g} s"
         f"{shrinking.refusal(state, _usable(state))}",
     )
+
+
+def _hope(state: RunState) -> shrinking.Hope | None:
+    gone = _gone(state)
+    return shrinking.hope(state, gone, _replicas(state, gone))
 
 
 def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:

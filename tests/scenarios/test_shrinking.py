@@ -7,8 +7,8 @@ import pytest
 
 from orchestrator import compose
 from orchestrator.core import drains
-from orchestrator.core.decisions import StartGeneration
-from orchestrator.core.events import ControllerStarted, DrainRequested
+from orchestrator.core.decisions import StartGeneration, WakeAt
+from orchestrator.core.events import ControllerStarted, DrainRequested, NodeDisconnected
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import Resize, RunState
 from orchestrator.policy import shrinking
@@ -256,6 +256,25 @@ def test_a_node_that_is_not_back_soon_after_all_is_not_waited_for_any_longer(wid
     assert "a node that is lost is back after 0 s (the median of 3), to grow back costs" in (
         order.reason
     )
+
+
+def test_who_waits_already_is_woken_when_a_node_is_not_worth_waiting_for_any_longer(
+    wide: Wide,
+) -> None:
+    cluster = blinking(wide)
+    gone = NodeDisconnected(at=cluster.at(), node=NodeId("node-1"))
+    cluster.tell(gone)
+    assert "waiting for a node in place of node-1" in cluster.exit(0)[-1].reason
+
+    (wake,) = cluster.after(0.05).lose("node-1")
+    again = cluster.after(0.01).tick()
+
+    assert isinstance(wake, WakeAt)
+    assert "waiting up to 0.2 s for node-1" in wake.reason
+    assert cluster.now < wake.at < cluster.now + 0.3
+    assert again == []
+    cluster.after(wake.at - cluster.now)
+    assert len(started(cluster.tick()).seats) == 3
 
 
 def test_a_node_that_was_to_be_free_is_not_waited_for_however_soon_others_were_back(

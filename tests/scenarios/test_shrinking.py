@@ -343,6 +343,24 @@ def test_a_world_does_not_grow_before_that_pays(wide: Wide) -> None:
     assert cluster.state.incidents[-1].lost_steps == 0
 
 
+def test_one_restart_that_was_stuck_does_not_put_off_growing_in_proportion(wide: Wide) -> None:
+    cluster = shrunk(wide)
+    cluster.exit(0)
+    cluster.resume()
+    cluster.train(3)
+    hold(cluster, cluster.state.reached_step)
+    pays_after_s = shrinking.grows_at(cluster.state, 4) - cluster.state.resizes[-1].at
+
+    cluster.exit(0)
+    cluster.after(60.0).resume()
+
+    last = cluster.state.incidents[-1]
+    assert last.resumed_at is not None
+    assert last.resumed_at - (last.decided_at or 0.0) > 60.0
+    after_s = shrinking.grows_at(cluster.state, 4) - cluster.state.resizes[-1].at
+    assert after_s == pytest.approx(pays_after_s, rel=0.01)
+
+
 def test_growing_back_costs_no_budget(wide: Wide) -> None:
     cluster = shrunk(wide)
     spent = {name: budget.spent for name, budget in cluster.state.budgets.items()}

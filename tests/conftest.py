@@ -18,8 +18,9 @@ from orchestrator.core.events import (
     Telemetry,
     Tick,
 )
+from orchestrator.core.invariants import violations
 from orchestrator.core.phases import RunPhase
-from orchestrator.core.state import RunState, violations
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,

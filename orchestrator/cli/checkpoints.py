@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.cli.tables import Column, Kind, Row, span, text
-from orchestrator.core.state import Committed, RunState
+from orchestrator.core.records import Committed
+from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
 from orchestrator.protocol.ids import Rank, Step
 from orchestrator.worlds.folder import RunFolder

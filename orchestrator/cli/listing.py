@@ -11,8 +11,9 @@ from orchestrator.cli.errors import CliError
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.tables import Column, Kind, Row, percent, span, text
 from orchestrator.core.journal import Entry
+from orchestrator.core.records import Node
 from orchestrator.core.report import incident_reports
-from orchestrator.core.state import Node, RunState
+from orchestrator.core.state import RunState
 from orchestrator.policy import lemons, planned, quarantine, suspicion
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS

@@ -9,7 +9,8 @@ from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import CORRUPTION, LOST, Cause, Finding, Incident, Note
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import Detector
-from orchestrator.core.state import Occurrence, RunState
+from orchestrator.core.records import Occurrence
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
 
 RESTARTED = "controller-restart"

@@ -32,8 +32,9 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.phases import BUCKET_OF, Bucket, RunPhase
 from orchestrator.core.plans import Detector, Policy
+from orchestrator.core.records import Budget
 from orchestrator.core.recovery import Recovery
-from orchestrator.core.state import Budget, RunState, decide
+from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import Joined, RendezvousOffered
 from orchestrator.protocol.runfile import TrainingRun

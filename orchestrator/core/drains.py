@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from orchestrator.core.decisions import Decision, WakeAt
 from orchestrator.core.events import DrainRequested
-from orchestrator.core.state import Drain, RunState, decide
+from orchestrator.core.records import Drain
+from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import NodeId, Seconds
 
 

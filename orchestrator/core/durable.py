@@ -8,7 +8,8 @@ from orchestrator.core.events import (
     CommitFailed,
     SearchFailed,
 )
-from orchestrator.core.state import Committed, RunState
+from orchestrator.core.records import Committed
+from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Seconds, Step
 

@@ -23,7 +23,8 @@ from orchestrator.core.events import (
     Together,
 )
 from orchestrator.core.phases import Bucket, RunPhase
-from orchestrator.core.state import Node, RunState
+from orchestrator.core.records import Node
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,

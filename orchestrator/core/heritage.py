@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import CommitLeft, Inherited
-from orchestrator.core.state import Committed, Quarantined, RunState
+from orchestrator.core.records import Committed, Quarantined
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds, Step
 
 LOSSES_MAX = 100_000

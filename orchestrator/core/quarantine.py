@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from orchestrator.core.state import Quarantined, RunState
+from orchestrator.core.records import Quarantined
+from orchestrator.core.state import RunState
 from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import StateDiverged

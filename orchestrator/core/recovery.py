@@ -27,7 +27,8 @@ from orchestrator.core.plans import (
     Search,
     WaitForNodes,
 )
-from orchestrator.core.state import Resize, RunState, decide
+from orchestrator.core.records import Resize
+from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
 

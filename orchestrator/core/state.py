@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
@@ -15,6 +15,15 @@ from orchestrator.core.holdings import Copies, Holdings, Share
 from orchestrator.core.incident import Finding, Incident, Likeness
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import RunPhase
+from orchestrator.core.records import (
+    Budget,
+    Committed,
+    Drain,
+    Node,
+    Occurrence,
+    Quarantined,
+    Resize,
+)
 from orchestrator.core.trust import Onset, trusted
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
@@ -33,125 +42,6 @@ STEP_LOG_LENGTH = 200_000
 ABSENCES_MAX = 32
 COMMITS_MAX = 1000
 """Checkpoints that are remembered: older ones were deleted (spec.checkpoint.keepLast)."""
-
-
-@dataclass(slots=True)
-class Node:
-    """What is known of one node."""
-
-    id: NodeId
-    incarnation: int
-    joined_at: Seconds
-    here_since: Seconds
-    """When its present agent joined."""
-    lost_at: Seconds = Seconds(0.0)
-    """When it was lost, if it is."""
-    died_after: Seconds = Seconds(0.0)
-    """When it was heard last before it was `reborn`."""
-    connected: bool = True
-    generation: Generation = Generation(0)
-    mark: int = 0
-    """How far its ranks have come in `generation` (index into MARKS)."""
-    lost: str = ""
-    """Evidence that it is gone, and what it ran; "" while it is not."""
-    reborn: str = ""
-    """Evidence that it is here, and what it ran in this generation is gone; "" while it is not."""
-    unusable: str = ""
-    """Why it must not be used any more; "" while it may."""
-    finished: bool = False
-
-    @property
-    def usable(self) -> bool:
-        """Whether a generation may be started on it."""
-        return self.connected and not self.lost and not self.unusable
-
-    @property
-    def serves(self) -> bool:
-        """Whether others can fetch what its memory holds, whatever its devices are good for."""
-        return self.connected and not self.lost
-
-    def condition(self, seats: Container[NodeId]) -> str:
-        """Return its condition in one word."""
-        if self.unusable:
-            return "Unusable"
-        if self.lost:
-            return "Lost"
-        if not self.connected:
-            return "Disconnected"
-        return "Training" if self.id in seats else "Spare"
-
-
-@dataclass(slots=True)
-class Committed:
-    """A checkpoint that exists on the durable tier."""
-
-    step: Step
-    epoch: Generation
-    key: str
-    at: Seconds
-    """When this life knew of it."""
-    rejected: str = ""
-    """Why a search passed it over; "" if none has."""
-
-
-@dataclass(slots=True)
-class Occurrence:
-    """One fault with a signature, at one step: in which generations it struck, and where."""
-
-    signature: str
-    step: Step
-    generations: set[Generation] = field(default_factory=set)
-    nodes: set[NodeId] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
-    """A node that is to be free of this run. It is cordoned: as long as that it gets no seat."""
-
-    node: NodeId
-    asked_at: Seconds
-    by: str
-    reason: str
-    until: Seconds | None
-    """When it will be taken, whatever runs there; None if nobody said."""
-    incarnation: int
-    """Of its agent, when it was asked for first; 0 if it had none."""
-    request: str = ""
-    """Names who asked, and when (events.DrainRequested)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quarantined:
-    """A node that may have corrupted the state: nothing is put there until somebody says so."""
-
-    node: NodeId
-    since: Seconds
-    why: str
-
-
-@dataclass(slots=True)
-class Budget:
-    """Restarts left for faults of one origin."""
-
-    limit: int
-    spent: int = 0
-
-    @property
-    def left(self) -> int:
-        """How many restarts are left."""
-        return self.limit - self.spent
-
-
-class Resize(NamedTuple):
-    """A new generation with another number of replicas than the one before."""
-
-    at: Seconds
-    incident: IncidentId | None
-    """What it was for."""
-    before: int
-    after: int
-    step: Step
-    """From which it continued."""
 
 
 @dataclass(slots=True)
@@ -455,32 +345,3 @@ def decide(state: RunState, kind: type[D], reason: str, /, **fields: Any) -> D: 
         incident=incident.id if incident else None,
         **fields,
     )
-
-
-def violations(state: RunState) -> list[str]:
-    """Return every invariant that the state breaks; empty for a sound one. For tests and replay."""
-    broken = []
-    replicas, rest = divmod(len(state.seats), state.shard_count())
-    full, least = state.run.spec.parallelism.dp_replicate, state.run.least_replicas
-    if state.seats and (rest or not least <= replicas <= full):
-        broken.append(
-            f"world has {len(state.seats)} seats, run has {least} to {full} replicas of "
-            f"{state.shard_count()} ranks"
-        )
-    per_node = state.run.spec.nodes.ranks_per_node
-    crowded = [n for n, ranks in state.seated.items() if len(ranks) != per_node]
-    if crowded:
-        broken.append(f"not {per_node} ranks each: {', '.join(crowded)}")
-    if sum(state.ledger.totals().values()) != state.ledger.end_us:
-        broken.append("ledger buckets do not sum to the wall clock")
-    if state.unfit != {node.id for node in state.nodes.values() if not node.usable}:
-        broken.append("which nodes are usable was not kept up")
-    if any(budget.spent < 0 for budget in state.budgets.values()):
-        broken.append("a budget has more than its limit left")
-    if state.phase.final and not state.end_state:
-        broken.append(f"phase is {state.phase} without an end")
-    newest = max((c.epoch for c in state.commits), default=Generation(0))
-    # While a generation is wanted, what a search found may be of an earlier life of the run.
-    if newest > state.generation and not state.wanting:
-        broken.append(f"a commit has epoch {newest}, the run is at {state.generation}")
-    return broken

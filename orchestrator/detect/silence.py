@@ -14,7 +14,8 @@ from orchestrator.core.events import (
     Tick,
 )
 from orchestrator.core.incident import Cause, Finding
-from orchestrator.core.state import Node, RunState
+from orchestrator.core.records import Node
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.messages import Joined, NodeUnusable
 

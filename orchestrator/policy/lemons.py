@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.core.incident import LOST, Cause, Finding
-from orchestrator.core.state import Occurrence, RunState
+from orchestrator.core.records import Occurrence
+from orchestrator.core.state import RunState
 from orchestrator.policy.arithmetic import DAY_S, poisson_quantile
 from orchestrator.policy.switches import LEMON_RETIREMENT, enabled
 from orchestrator.protocol.ids import IncidentId, NodeId

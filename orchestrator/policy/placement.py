@@ -10,7 +10,8 @@ from orchestrator.core.copies import strained
 from orchestrator.core.incident import Cause
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
-from orchestrator.core.state import Node, RunState
+from orchestrator.core.records import Node
+from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving

@@ -16,7 +16,8 @@ from math import inf
 from orchestrator.core.drains import pressing_at
 from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import Cause, Finding
-from orchestrator.core.state import Drain, RunState
+from orchestrator.core.records import Drain
+from orchestrator.core.state import RunState
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.switches import PLANNED_SWAP, enabled
 from orchestrator.protocol.ids import NodeId, Seconds

@@ -23,7 +23,8 @@ from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import GROWTH, Cause, Finding
 from orchestrator.core.patience import ON_A_NEW_NODE
 from orchestrator.core.phases import RunPhase
-from orchestrator.core.state import Resize, RunState
+from orchestrator.core.records import Resize
+from orchestrator.core.state import RunState
 from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.planned import leaving

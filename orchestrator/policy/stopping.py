@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from orchestrator.core.incident import BUDGET_OF, Cause
 from orchestrator.core.plans import End, Pause, Plan
-from orchestrator.core.state import Occurrence, RunState
+from orchestrator.core.records import Occurrence
+from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import seconds
 

@@ -26,8 +26,9 @@ from orchestrator.core.events import (
     Tick,
     Together,
 )
+from orchestrator.core.invariants import violations
 from orchestrator.core.journal import Entry
-from orchestrator.core.state import RunState, violations
+from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import retired
 from orchestrator.policy.suspicion import most

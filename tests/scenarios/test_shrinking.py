@@ -10,7 +10,8 @@ from orchestrator.core import drains
 from orchestrator.core.decisions import StartGeneration, WakeAt
 from orchestrator.core.events import ControllerStarted, DrainRequested, NodeDisconnected
 from orchestrator.core.phases import RunPhase
-from orchestrator.core.state import Resize, RunState
+from orchestrator.core.records import Resize
+from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Holding, ShardsHeld

@@ -14,9 +14,9 @@ from orchestrator.core.events import (
     DrainCancelled,
 )
 from orchestrator.core.heritage import left_by
+from orchestrator.core.invariants import violations
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.report import report
-from orchestrator.core.state import violations
 from orchestrator.core.trust import Onset, trusted, why_not
 from orchestrator.policy.quarantine import AGAIN_DAYS
 from orchestrator.policy.switches import QUARANTINE_FIRST

@@ -1,0 +1,128 @@
+"""What a run keeps of one thing: a node, a checkpoint, a fault, a request, a budget. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
+
+
+@dataclass(slots=True)
+class Node:
+    """What is known of one node."""
+
+    id: NodeId
+    incarnation: int
+    joined_at: Seconds
+    here_since: Seconds
+    """When its present agent joined."""
+    lost_at: Seconds = Seconds(0.0)
+    """When it was lost, if it is."""
+    died_after: Seconds = Seconds(0.0)
+    """When it was heard last before it was `reborn`."""
+    connected: bool = True
+    generation: Generation = Generation(0)
+    mark: int = 0
+    """How far its ranks have come in `generation` (index into MARKS)."""
+    lost: str = ""
+    """Evidence that it is gone, and what it ran; "" while it is not."""
+    reborn: str = ""
+    """Evidence that it is here, and what it ran in this generation is gone; "" while it is not."""
+    unusable: str = ""
+    """Why it must not be used any more; "" while it may."""
+    finished: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether a generation may be started on it."""
+        return self.connected and not self.lost and not self.unusable
+
+    @property
+    def serves(self) -> bool:
+        """Whether others can fetch what its memory holds, whatever its devices are good for."""
+        return self.connected and not self.lost
+
+    def condition(self, seats: Container[NodeId]) -> str:
+        """Return its condition in one word."""
+        if self.unusable:
+            return "Unusable"
+        if self.lost:
+            return "Lost"
+        if not self.connected:
+            return "Disconnected"
+        return "Training" if self.id in seats else "Spare"
+
+
+@dataclass(slots=True)
+class Committed:
+    """A checkpoint that exists on the durable tier."""
+
+    step: Step
+    epoch: Generation
+    key: str
+    at: Seconds
+    """When this life knew of it."""
+    rejected: str = ""
+    """Why a search passed it over; "" if none has."""
+
+
+@dataclass(slots=True)
+class Occurrence:
+    """One fault with a signature, at one step: in which generations it struck, and where."""
+
+    signature: str
+    step: Step
+    generations: set[Generation] = field(default_factory=set)
+    nodes: set[NodeId] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """A node that is to be free of this run. It is cordoned: as long as that it gets no seat."""
+
+    node: NodeId
+    asked_at: Seconds
+    by: str
+    reason: str
+    until: Seconds | None
+    """When it will be taken, whatever runs there; None if nobody said."""
+    incarnation: int
+    """Of its agent, when it was asked for first; 0 if it had none."""
+    request: str = ""
+    """Names who asked, and when (events.DrainRequested)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A node that may have corrupted the state: nothing is put there until somebody says so."""
+
+    node: NodeId
+    since: Seconds
+    why: str
+
+
+@dataclass(slots=True)
+class Budget:
+    """Restarts left for faults of one origin."""
+
+    limit: int
+    spent: int = 0
+
+    @property
+    def left(self) -> int:
+        """How many restarts are left."""
+        return self.limit - self.spent
+
+
+class Resize(NamedTuple):
+    """A new generation with another number of replicas than the one before."""
+
+    at: Seconds
+    incident: IncidentId | None
+    """What it was for."""
+    before: int
+    after: int
+    step: Step
+    """From which it continued."""

@@ -19,7 +19,7 @@ from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.protocol.ids import IncidentId
-from orchestrator.simulation.effects import Struck
+from orchestrator.simulation.struck import Struck
 
 NOBODY = "nothing that was let loose"
 NO_INCIDENT = "no incident"

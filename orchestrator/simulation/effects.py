@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import NamedTuple
@@ -15,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from orchestrator.faults.model import FaultClass, FaultModel
-from orchestrator.faults.quantities import span_s
 from orchestrator.faults.schedule import Schedule
-from orchestrator.protocol.ids import NodeId, Rank, Seconds
-from orchestrator.simulation.machines import Absence, Machines, drawn_out_s, names
-from orchestrator.simulation.signs import Sign, Sort, sign_of, sort_of
+from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.simulation.machines import LEAVES_S, Absence, Machines, drawn_out_s, names
+from orchestrator.simulation.ranks import Ranks
+from orchestrator.simulation.signs import Sign, sign_of, sort_of
 from orchestrator.simulation.speeds import Speeds
-from orchestrator.worlds.simulated.corruption import Habit
+from orchestrator.simulation.struck import Struck
+from orchestrator.simulation.wrong import WrongNumbers
 from orchestrator.worlds.simulated.flaws import Death
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.profile import Habits
@@ -31,16 +31,12 @@ PROBE_AFTER_DEATH_S = 1.0
 """Until an agent has read the driver's log after a rank of its node died. Assumed."""
 GPU_PROBE_EVERY_S, LINK_PROBE_EVERY_S = 10.0, 30.0
 """Between two looks of an agent at its GPUs, and at its links: arXiv 2509.16293, Table 3."""
-LEAVES_S = 60.0
-"""From the word that a node can not be used until it is switched off. Assumed."""
 PLANNED_OUT_S = 1_800.0
 """Until a node is back that an operation, or its owner, wanted. Assumed."""
 SUSPECTED_OUT_S = 1_800.0
 """Until a healthy node that was taken out with a bad one has passed its tests. Assumed."""
 RELAPSES_MEAN_S = 3_600.0
 """Until a node that came back unrepaired fails again, once it is in the job. Assumed."""
-SDC_FOUND_S = 14_400.0
-"""Until wrong numbers that do not show by themselves are noticed, where a model does not say."""
 SUSPECTED, RELAPSED = "false-eviction", "relapse"
 ABORTED = Death(-6)
 ENDED = Death(-15)
@@ -49,21 +45,6 @@ _OF_JOB = ("raise", "hang", "jam", "save-fails", "slow", "drain", "nothing")
 _ANNOUNCED = ("vanish", "taken", "drain")
 _STOPS = ("vanish", "abort", "stall", "unlinked", "cut", "raise", "hang", "jam")
 NOT_FINITE = Death(1, "FloatingPointError", "the loss is not finite")
-
-
-@dataclass(slots=True, kw_only=True)
-class Struck:
-    """One fault that was let loose."""
-
-    at: Seconds
-    name: str
-    """Its class; or what came of another: false-eviction, relapse."""
-    sort: Sort
-    nodes: tuple[NodeId, ...] = ()
-    found_at: Seconds | None = None
-    """Of wrong numbers: when somebody knew of them, and undid what came of them."""
-    hidden_s: float = 0.0
-    """How long nobody knew, by the habits of the profile, while training stood still."""
 
 
 class Fault(NamedTuple):
@@ -119,13 +100,11 @@ class Effects:
         self.log: list[Struck] = []
         self.unseen: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
-        self._outages = self._bugs = 0
+        self._outages = 0
+        self._ranks = Ranks(world, machines, chance)
+        self._wrong = WrongNumbers(world, machines, habits)
         self._worn_out: dict[NodeId, Absence] = {}
         """Nodes that are slow until they are repaired."""
-        self._corrupt_nodes: dict[NodeId, tuple[Struck, Absence]] = {}
-        """Those that compute wrong numbers, until they are tested."""
-        self._suspected: set[NodeId] = set()
-        world.corruption.found = self._found_corrupt
         self._seats: frozenset[NodeId] = frozenset()
         self._enter(schedule)
 
@@ -177,7 +156,7 @@ class Effects:
         for node in nodes:
             self._befall(node, sign, fault, struck)
         if sign == "cut":
-            self._jam(nodes)
+            self._ranks.jam(nodes)
             self._machines.cut_off(nodes, fault.out_s)
 
     # Habits of other systems ----------------------------------------------------------------------
@@ -196,13 +175,13 @@ class Effects:
     def _stand_still(self, nodes: Sequence[SimNode]) -> None:
         anybody = self._machines.anybody()
         for node in nodes or ([anybody] if anybody is not None else []):
-            self._freeze(node)
+            self._ranks.freeze(node)
 
     def _become_known(self, sign: Sign, fault: Fault, struck: Struck, nodes: list[SimNode]) -> None:
         """Have everybody know what was found and localised by then."""
         self._world.settle()
         if sign in ("hang", "jam"):
-            self._end_any(ENDED)
+            self._ranks.end_any(ENDED)
         elif sign in _OF_JOB:
             self._befall_job(sign, fault, struck, nodes)
         elif sign == "cut":
@@ -226,11 +205,11 @@ class Effects:
             case "raise":
                 if fault.rollback:
                     self._world.cluster.spoil_newest()
-                self._raise(struck)
+                struck.nodes = self._ranks.fail() or struck.nodes
             case "hang":
-                self._hang()
+                self._ranks.hang()
             case "jam":
-                self._jam(self._machines.in_job())
+                self._ranks.jam(self._machines.in_job())
             case "save-fails":
                 self._fail_saves(fault.lasts_s)
             case "slow":
@@ -253,18 +232,21 @@ class Effects:
                     self._machines.lose(node, absence)
                 self._suspect(sign)
             case "abort":
-                self._end(node, ABORTED)
+                self._ranks.end(node, ABORTED)
                 self._probe(node, struck.name, absence, PROBE_AFTER_DEATH_S)
             case "stall":
-                self._freeze(node)
+                self._ranks.freeze(node)
                 self._probe(node, struck.name, absence, self._until_look(GPU_PROBE_EVERY_S))
             case "unlinked":
-                self._jam([node])
+                self._ranks.jam([node])
                 self._probe(node, struck.name, absence, self._until_look(LINK_PROBE_EVERY_S))
             case "wrong":
-                self._corrupt(node, fault, struck, absence)
+                each = self._classes[fault.kind]
+                self._wrong.begin(node, each, struck, absence, shows=fault.fatal)
+                if fault.fatal:
+                    self._ranks.end(node, NOT_FINITE)
             case "cut":
-                self._freeze(node)
+                self._ranks.freeze(node)
             case _:
                 raise AssertionError(f"{sign} is of the job")
 
@@ -273,53 +255,6 @@ class Effects:
         if each.out is not None:
             return Absence(fault.kind, fault.out_s, each.out)
         return Absence(fault.kind, fault.lasts_s if isfinite(fault.lasts_s) else PLANNED_OUT_S)
-
-    # Ranks ----------------------------------------------------------------------------------------
-
-    def _rank_of(self, node: SimNode) -> Rank | None:
-        """Return a rank that has its seat on a node, drawn; None if it has none."""
-        team = self._world.team
-        ranks = team.ranks_of(node.id) if team is not None else ()
-        return ranks[int(self._chance.integers(len(ranks)))] if ranks else None
-
-    def _end_any(self, death: Death) -> None:
-        node = self._machines.anybody()
-        if node is not None:
-            self._end(node, death)
-
-    def _end(self, node: SimNode, death: Death) -> None:
-        rank = self._rank_of(node)
-        if rank is not None and self._world.team is not None:
-            self._world.team.end(rank, death)
-
-    def _raise(self, struck: Struck) -> None:
-        """Have a rank raise an exception: each time another, for it is another bug."""
-        node = self._machines.anybody()
-        if node is not None:
-            struck.nodes = (node.id,)
-            self._bugs += 1
-            self._end(node, Death(1, f"Bug{self._bugs}Error", "nobody had thought of that"))
-
-    def _freeze(self, node: SimNode) -> None:
-        """Have a rank wait for what never comes, as the kernel shows it: it sleeps."""
-        rank = self._rank_of(node)
-        if rank is not None and self._world.team is not None:
-            self._world.team.freeze(rank, "S")
-
-    def _hang(self) -> None:
-        team = self._world.team
-        if team is not None:
-            for rank in range(len(team.seats)):
-                team.freeze(Rank(rank), "S")
-
-    def _jam(self, nodes: Sequence[SimNode]) -> None:
-        """Have the collectives of all fail since those of one of these nodes do."""
-        team = self._world.team
-        if team is None or not nodes:
-            return
-        node = nodes[int(self._chance.integers(len(nodes)))]
-        self._freeze(node)
-        team.trouble("a collective timed out")
 
     # Nodes ----------------------------------------------------------------------------------------
 
@@ -347,39 +282,6 @@ class Effects:
             )
             words = "a test of a healthy node failed"
             self._machines.condemn(node, words, Absence(-1, SUSPECTED_OUT_S), LEAVES_S)
-
-    def _corrupt(self, node: SimNode, fault: Fault, struck: Struck, absence: Absence) -> None:
-        """Have a node compute wrong numbers, until somebody knows and takes it away.
-
-        Who knows says after which step it began, and suspects the node; it is proven once it is
-        localised. Other systems wait for that; what ours does is up to its policies.
-        """
-        each, habits = self._classes[fault.kind], self._habits
-        known_s = wrong_for_s(each, habits, shows=fault.fatal)
-        proof_s = 0.0 if habits is None else habits.localise_s(each)
-        habit = Habit(known_s, proven=False)
-        if habits is not None and habits.notice.value != "own":
-            habit = Habit(known_s)
-        elif proof_s > 0:
-            habit = Habit(known_s - proof_s, proven=False, proof_s=proof_s)
-        self._corrupt_nodes[node.id] = (struck, absence)
-        self._world.corruption.corrupt(node.id, habit)
-        if fault.fatal:
-            self._end(node, NOT_FINITE)
-
-    def _found_corrupt(self, name: NodeId) -> None:
-        struck, _ = self._corrupt_nodes[name]
-        if struck.found_at is None:
-            struck.found_at = self._world.now
-        self._suspected.add(name)
-        if name not in self._seats:
-            self._test(name)
-
-    def _test(self, name: NodeId) -> None:
-        """Have a node be tested that was suspected, now that it has no seat."""
-        self._suspected.remove(name)
-        _, absence = self._corrupt_nodes.pop(name)
-        self._machines.test(self._world.cluster.nodes[name], absence, LEAVES_S)
 
     def _plan(self, fault: Fault, struck: Struck) -> None:
         """Have an operation need a node, and give it back."""
@@ -439,8 +341,7 @@ class Effects:
         for name in sorted((self._seats - now) & self._worn_out.keys()):
             node = self._world.cluster.nodes[name]
             self._machines.repair_aside(node, self._worn_out.pop(name))
-        for name in sorted(self._suspected - now):
-            self._test(name)
+        self._wrong.seated(now)
         self._seats = now
 
     def _returned(self, name: NodeId) -> None:
@@ -455,23 +356,5 @@ class Effects:
         self._world.settle()
         self.log.append(Struck(at=self._world.now, name=RELAPSED, sort="seen", nodes=(node.id,)))
         out_s = drawn_out_s(self._model.repair_named(absence.repair), self._chance)
-        self._end(node, ABORTED)
+        self._ranks.end(node, ABORTED)
         self._probe(node, RELAPSED, absence._replace(out_s=out_s), PROBE_AFTER_DEATH_S)
-
-
-def wrong_for_s(fault: FaultClass, habits: Habits | None, *, shows: bool) -> float:
-    """Return how long a node computes wrong numbers before anybody names it, seconds.
-
-    Args:
-        fault: a class with that effect.
-        habits: of the profile.
-        shows: whether it shows by itself, so that it has only to be localised.
-    """
-    detect_s = SDC_FOUND_S
-    if fault.detect is not None:
-        detect_s = span_s(fault.detect.legacy or fault.detect.good)
-    if habits is None:
-        return 0.0 if shows else detect_s
-    found_s = habits.detect_s(fault)
-    localise_s = habits.localise_s(fault)
-    return localise_s + (0.0 if shows else detect_s if found_s is None else found_s)

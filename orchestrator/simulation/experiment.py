@@ -33,10 +33,11 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import accounts
 from orchestrator.simulation.accounts import Charge, Moment
 from orchestrator.simulation.drive import Simulation
-from orchestrator.simulation.effects import Effects, wrong_for_s
+from orchestrator.simulation.effects import Effects
 from orchestrator.simulation.machines import Machines
 from orchestrator.simulation.settings import Care, Settings, care, run_file
 from orchestrator.simulation.signs import sign_of
+from orchestrator.simulation.wrong import wrong_for_s
 from orchestrator.worlds.simulated import profiles
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.world import SimulatedWorld

@@ -22,6 +22,8 @@ from orchestrator.simulation.settings import RANKS_PER_NODE
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
+LEAVES_S = 60.0
+"""From the word that a node can not be used until it is switched off. Assumed."""
 OPERATOR = "whoever runs the cluster"
 
 

@@ -9,8 +9,9 @@ Then the same core decides for as many agents in virtual time, looked at as ofte
 connection.
 
 Measured are processor time and memory of the controller while agents beat every 2 s; how long after
-a rank was killed every agent had its order to begin again; and how long after the controller was
-killed all agents were back. In the end the journal must have all that it had when the controller
+a rank was killed every agent had its order to begin again; how long after the controller was
+killed all agents were back; and how long after it was killed between an order and its delivery to
+all of them the rest had it. In the end the journal must have all that it had when the controller
 was killed, must decide the same when it is replayed, byte for byte, and every agent must be where
 the last order put it; else the exit code is 1. With --strict so it is if a target is missed, too.
 """
@@ -48,6 +49,8 @@ SAVE_EVERY = 6
 """Steps. Twice a minute, as `holdfast plan interval` advises for 16,384 GPUs."""
 SETTLE_S = 4.0
 WAIT_S = 120.0
+ON_ITS_WAY_S = 0.5
+"""What a controller sent before it was killed arrives within that; nobody succeeds it before."""
 SIMULATED_S = 60.0
 TARGETS = {
     "cpu_cores": 0.15,
@@ -94,7 +97,9 @@ def live(root: Path, run: TrainingRun, seconds: float) -> dict[str, Any]:
         say(f"all back {found['back_s']:.1f} s after the controller was killed")
         there.let(SETTLE_S)
         found["successor_rss_mb"] = there.usage().rss_mb
-        found["problems"] = there.problems([first])
+        second = between(there, found)
+        there.let(SETTLE_S)
+        found["problems"] = there.problems([first, second])
         found["journal_mb"] = there.folder.journal.stat().st_size / 1e6
     return found
 
@@ -123,6 +128,21 @@ def order(there: Side) -> float:
     status = there.until_training(2, WAIT_S)
     say(f"all had an order {status.begun_at - lost_at:.2f} s after a rank was killed")
     return status.begun_at - lost_at
+
+
+def between(there: Side, found: dict[str, Any]) -> bytes:
+    """Kill the controller when an order has reached some; return what it had on record by then."""
+    there.crowd.lose_first_rank()
+    there.until("some begin anew", lambda now: now.generation == 3, WAIT_S)
+    killed_at, on_record = there.kill_controller()
+    time.sleep(ON_ITS_WAY_S)
+    found["without_order"] = there.agents - there.crowd.status().begun
+    status = there.until_training(3, WAIT_S)
+    found["caught_up_s"] = status.begun_at - killed_at
+    say(
+        f"{found['without_order']} agents had no order; after {found['caught_up_s']:.1f} s they had"
+    )
+    return on_record
 
 
 class Sample(NamedTuple):
@@ -178,6 +198,8 @@ def text(found: dict[str, Any]) -> str:
         ("rank killed until all have the order", "order_s", "s"),
         ("controller killed until all are back", "back_s", "s"),
         ("and that is on record", "known_s", "s"),
+        ("agents without an order when killed", "without_order", ""),
+        ("controller killed until they have it", "caught_up_s", "s"),
         ("memory of its successor", "successor_rss_mb", "MB"),
         ("journal, while agents beat", "journal_mb_per_hour", "MB/h"),
         ("processor time of the crowd", "crowd_cores", "cores"),

@@ -48,3 +48,19 @@ def mixed(folder: Path, **settings: object) -> runfile.Data:
         ),
         **settings,  # type: ignore[arg-type]
     )
+
+
+class GivenUpError(Exception):
+    pass
+
+
+class Patience:
+    """Gives up at the given call."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise GivenUpError

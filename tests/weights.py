@@ -1,10 +1,13 @@
 """Small models, and weights of them in every layout that is read."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from storage import shard
@@ -123,3 +126,15 @@ def run_folder(
     )
     commit(store, manifest, newest_epoch_known=1)
     return root
+
+
+def change_json(path: Path, **fields: Any) -> None:
+    """Change fields of a file of JSON."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def retensor(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)

@@ -16,7 +16,7 @@ from trainer.model import Block, Llama, next_token_loss
 from trainer.reduction import keep_order
 
 COMPILING: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-"""How layers are compiled. Kernels are kept on the node's disk, for processes to come."""
+"""How layers are compiled. Kernels stay on the node (trainer.kernels), for later processes."""
 
 
 def to_model(model: Llama, world: parallel.World, job: runfile.Trainer) -> list[nn.Module]:

@@ -20,7 +20,7 @@ import numpy as np
 from orchestrator.protocol import runfile
 from orchestrator.protocol.ids import Generation
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
-from trainer import parallel
+from trainer import kernels, parallel
 from trainer.checkpoint import Checkpointer, Readiness, Stamp
 from trainer.config import ModelConfig, model_config
 from trainer.data import Samples, open_data
@@ -41,6 +41,7 @@ def train(worker: Worker, seat: Seat) -> None:
         parallel.form(worker, seat, job.trainer, job.layout) as world,
         open_log(seat, job.trainer, world.device) as note,
     ):
+        kernels.keep_in(seat.cache_dir)
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
         feed = Feed(job, seat.cache_dir, worker.check)

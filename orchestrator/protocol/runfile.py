@@ -178,7 +178,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     feed-forward of each layer, or all of it."""
     compile: bool | None = None
     """Whether layers go through torch.compile; by itself on a GPU only. The first step, phase
-    `warming`, may take minutes then: detection.warmupLimit covers it."""
+    `warming`, may take minutes then: detection.warmupLimit covers it. Kernels are kept by each node
+    of the run, or, for all runs, in the folder that TORCHINDUCTOR_CACHE_DIR names."""
     peak_tflops: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """What MFU is a share of, dense bf16 products of a GPU; by itself the data sheet's figure."""
     positions: Literal["sequence", "document"] = "sequence"

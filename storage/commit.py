@@ -152,9 +152,7 @@ def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
         ForeignCheckpointError: if it is of another run, model or step than the manifest.
         ValueError: if the manifest has no such shard.
     """
-    if not 0 <= shard < manifest.shards:
-        raise ValueError(f"shard is {shard}, must be in 0..{manifest.shards - 1}")
-    entry = manifest.entries[shard]
+    entry = manifest.receipt(shard)
     key = index_key(manifest.step, manifest.epoch, shard)
     data = get_small(store, key, INDEX_BYTES_MAX)
     digest = sha256_hex(data)
@@ -252,11 +250,11 @@ def _require_same_body(store: BlobStore, index: ShardIndex) -> None:
 def _require_shards(store: BlobStore, manifest: Manifest) -> None:
     """Check by one listing that every shard is there; their bytes were verified on the way in."""
     there = set(store.keys(generation_prefix(manifest.step, manifest.epoch)))
-    for entry in manifest.entries:
+    for shard in range(manifest.shards):
         for key_of in (body_key, index_key):
-            key = key_of(manifest.step, manifest.epoch, entry.shard)
+            key = key_of(manifest.step, manifest.epoch, shard)
             if key not in there:
-                raise BlobNotFoundError(f"shard {entry.shard} is not in the store: {key}")
+                raise BlobNotFoundError(f"shard {shard} is not in the store: {key}")
 
 
 def _later_commit(store: BlobStore, manifest: Manifest) -> tuple[int, int] | None:

@@ -174,7 +174,7 @@ def _examine_shard(
     except StorageError as error:
         if not is_of_content(error):
             raise
-        digest = manifest.entries[shard].index_digest
+        digest = manifest.receipt(shard).index_digest
         yield Damage(
             key=index_key(*where), chunk="", expected=f"sha-256 {digest}", found=str(error)
         )

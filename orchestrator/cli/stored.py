@@ -101,11 +101,6 @@ def name_of(record: CommitRecord) -> str:
     return f"{record.step}@{record.epoch}"
 
 
-def size_of(manifest: Manifest) -> int:
-    """Return the bytes of all bodies."""
-    return sum(entry.size for entry in manifest.entries)
-
-
 def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
     """Return a checkpoint as a plain object."""
     manifest = record.manifest
@@ -116,7 +111,7 @@ def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
         "state": standing.kind or _state(record),
         "trust": standing.trust.words,
         "shards": manifest.shards if manifest else None,
-        "bytes": size_of(manifest) if manifest else None,
+        "bytes": manifest.size if manifest else None,
         "leased": leased,
         "run": manifest.run_id if manifest else "",
         "model": manifest.model if manifest else "",
@@ -169,7 +164,7 @@ def shown(store: Store, name: str | None, output: Form) -> str:
     if manifest is not None:
         told["state_digest"], told["root"] = manifest.state_digest, manifest.root
         told["layout"] = manifest.layout
-        told["shard_sizes"] = [entry.size for entry in manifest.entries]
+        told["shard_sizes"] = [receipt.size for receipt in manifest.receipts()]
     if output is Form.JSON:
         return in_json(told)
     lines = facts(

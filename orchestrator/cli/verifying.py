@@ -16,7 +16,7 @@ from orchestrator.cli import units
 from orchestrator.cli.blocks import section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, opened, picked, size_of
+from orchestrator.cli.stored import Store, opened, picked
 from orchestrator.cli.tables import in_json
 from storage.catalog import Catalog, CommitRecord
 from storage.errors import StorageFullError, StorageRefusedError
@@ -120,7 +120,7 @@ def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[
     blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _bytes_per_s(rate))
     catalog = Catalog(blobs)
     records = due(catalog, again=again)
-    gauge.begin("scrubbing", sum(size_of(one.manifest) for one in records if one.manifest))
+    gauge.begin("scrubbing", sum(one.manifest.size for one in records if one.manifest))
     leased = partial(_leased, store, holder="scrub")
     return list(scrub_all(catalog, again=again, read=gauge.read, reading=leased))
 
@@ -144,7 +144,7 @@ def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None
     step, epoch, manifest = record.step, record.epoch, record.manifest
     if manifest is None:
         return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
-    gauge.begin(f"step {step}", size_of(manifest))
+    gauge.begin(f"step {step}", manifest.size)
     with _leased(store, step, epoch, holder="verify"):
         damages = examine(store.blobs, manifest, read=gauge.read)
         if damages and not is_there(store.blobs, manifest):

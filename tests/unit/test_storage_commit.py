@@ -157,7 +157,7 @@ def test_a_different_manifest_for_a_committed_generation_is_refused() -> None:
     store = MemoryStore()
     manifest = written(store, 100, 2)
     commit(store, manifest, newest_epoch_known=2)
-    entries = [msgspec.structs.replace(e, index_digest="0" * 64) for e in manifest.entries]
+    entries = [msgspec.structs.replace(e, index_digest="0" * 64) for e in manifest.receipts()]
     other = make_manifest(entries, run_id="run", model="m", step=100, epoch=2)
 
     with pytest.raises(BlobExistsError, match="committed is"):
@@ -282,7 +282,7 @@ def test_a_shard_that_the_manifest_does_not_have_is_a_callers_mistake(shard: int
 
 @pytest.mark.parametrize("shards", [[], [0, 2], [1], [0, 0]])
 def test_receipts_with_gaps_or_repeats_make_no_manifest(shards: list[int]) -> None:
-    receipts = [ShardReceipt(shard=n, size=1, index_digest="") for n in shards]
+    receipts = [ShardReceipt(shard=n, size=1, index_digest="0" * 64) for n in shards]
 
     with pytest.raises(ValueError, match="receipts"):
         make_manifest(receipts, run_id="r", model="m", step=1, epoch=0)

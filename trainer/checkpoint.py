@@ -22,13 +22,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from orchestrator.protocol.ramp import Change, Ramp
 from orchestrator.worker import MisconfiguredError, Slot
 from storage import shard
 from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
-from trainer.ramp import Ramp
 from trainer.tensor import cut_dimension
 
 CUT_HINT = "pp, dpShard, cp and tp must not change within a run"
@@ -53,6 +53,9 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ramp_tokens: list[int] = []
     ramp_batches: list[int] = []
     """Samples of a step once so many tokens were trained on."""
+    length_tokens: list[int] = []
+    lengths: list[int] = []
+    """Tokens of a sample, likewise."""
     shuffle: bool = True
     sources: list[str] = []
     digests: list[str] = []
@@ -63,7 +66,10 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def after(self, steps: int) -> Cursor:
         """Return the cursor after so many steps: it follows from their number."""
-        changes = zip(self.ramp_tokens, self.ramp_batches, strict=True)
+        batches = zip(self.ramp_tokens, self.ramp_batches, strict=True)
+        lengths = zip(self.length_tokens, self.lengths, strict=True)
+        changes = [Change(tokens, batch=batch) for tokens, batch in batches]
+        changes += [Change(tokens, length=length) for tokens, length in lengths]
         samples = Ramp(self.global_batch, self.seq_len, changes).consumed(steps)
         offsets = list(Mixture(self.weights).offsets(samples)) if self.weights else []
         return msgspec.structs.replace(self, samples=samples, offsets=offsets)

@@ -2,13 +2,12 @@
 
 A sample is `seqLen` inputs and the tokens that follow them. Which source the sample with a number
 comes from is a formula (mixing.py); where it lies there is one of (seed, epoch, offset), by a
-permutation per epoch that is computed, not stored. So the whole state of the data is the number of
-samples consumed.
+permutation per epoch that is computed, not stored (windows.py). So the whole state of the data is
+the number of samples consumed.
 """
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +18,16 @@ import numpy.typing as npt
 import xxhash
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Ramp
 from orchestrator.worker import MisconfiguredError
 from trainer.joined import Ids
 from trainer.kept import Memory
 from trainer.mixing import Mixture
-from trainer.ramp import Ramp
 from trainer.retrying import ATTEMPTS, ATTEMPTS_KNOWN, SourceUnavailableError
 from trainer.text import Text
 from trainer.tokenizer import Tokenizer
 from trainer.tokens import PART_BYTES, Room, TokenFile, Tokens, join
+from trainer.windows import Span, Windows
 
 _POLL_S = 0.01
 _SOURCE_SHIFT = 48
@@ -72,17 +72,31 @@ class Samples:
         self.sources = [tokens] if isinstance(tokens, Tokens) else list(tokens)
         self.mixture = Mixture([source.weight for source in self.sources])
         self.counts = [(len(source.ids) - 1) // job.seq_len for source in self.sources]
-        """Samples of an epoch of each source."""
+        """Samples of an epoch of each source, of the length that they begin with."""
         self.digest = digest(self.sources)
-        self._job, self._shuffle, self._ramp = job, settings(job.data).shuffle, Ramp.of(job)
-        for source, count in zip(self.sources, self.counts, strict=True):
-            if count < 1:
+        self._ramp = Ramp.of(job)
+        longest = max(length for _, length in self._ramp.lengths)
+        for source in self.sources:
+            if len(source.ids) <= longest:
                 where = f"spec.trainer.data{f', source {source.name}' if source.name else ''}"
                 raise MisconfiguredError(
                     f"{where} has {len(source.ids)} tokens, "
-                    f"expected more than spec.trainer.seqLen = {job.seq_len}",
+                    f"expected more than spec.trainer.seqLen = {longest}",
                     hint="add text, or shorten the sequences",
                 )
+        shuffle = settings(job.data).shuffle
+        starts = [self.mixture.offsets(sample) for sample, _ in self._ramp.lengths]
+        self._windows = [
+            Windows(
+                len(source.ids) - 1,
+                [
+                    (start[at], length)
+                    for start, (_, length) in zip(starts, self._ramp.lengths, strict=True)
+                ],
+                job.seed ^ at << _SOURCE_SHIFT if shuffle else None,
+            )
+            for at, source in enumerate(self.sources)
+        ]
 
     @property
     def mark(self) -> float:
@@ -93,34 +107,37 @@ class Samples:
         """Return the samples at these indices of the global batch of `step` (1-based)."""
         first = self._ramp.consumed(step - 1)
         places = [self.place(first + index) for index in indices]
-        return cut([(self.sources[at].ids, row) for at, row in places], self.sources[0].bos,
-                   self._job.seq_len)  # fmt: skip
+        rows = [(self.sources[at].ids, spans) for at, spans in places]
+        return cut(rows, self.sources[0].bos)
 
-    def place(self, sample: int) -> tuple[int, int]:
-        """Return the source of a sample of the run, and which of the source's samples it is."""
+    def place(self, sample: int) -> tuple[int, list[Span]]:
+        """Return the source of a sample of the run, and which of the source's tokens it has."""
         source, offset = self.mixture.place(sample)
-        count = self.counts[source]
-        epoch, position = divmod(offset, count)
-        if not self._shuffle:
-            return source, position
-        key = (self._job.seed ^ source << _SOURCE_SHIFT, epoch)
-        return source, shuffled(position, count, key)
+        return source, self._windows[source](offset)
 
     def epochs(self, samples: int) -> tuple[int, ...]:
         """Return how often each source has been gone through after so many samples, in full."""
         offsets = self.mixture.offsets(samples)
-        return tuple(o // count for o, count in zip(offsets, self.counts, strict=True))
+        return tuple(own.epoch(o) for o, own in zip(offsets, self._windows, strict=True))
 
 
-def cut(rows: Sequence[tuple[Ids, int]], bos: int, length: int) -> Batch:
-    """Return samples of `length` tokens, each the one at a row of all tokens of its source."""
-    pieces = [ids[row * length : (row + 1) * length + 1] for ids, row in rows]
-    ids = np.stack(pieces).astype(np.int64)
+def cut(rows: Sequence[tuple[Ids, Sequence[Span]]], bos: int) -> Batch:
+    """Return samples, each of some pieces of all tokens of its source; all are equally long.
+
+    Pieces are documents by themselves, as far as attention goes.
+    """
+    pieces = [[ids[start : stop + 1] for start, stop in spans] for ids, spans in rows]
+    inputs, targets = (
+        np.stack([np.concatenate([piece[part] for piece in row]) for row in pieces])
+        for part in (slice(None, -1), slice(1, None))
+    )
     cuts = []
-    for inputs in ids[:, :-1]:
-        begins = np.flatnonzero(inputs == bos)
-        cuts.append([0, *(int(at) for at in begins if at > 0), length])
-    return Batch(ids[:, :-1], ids[:, 1:], cuts)
+    for row, tokens in zip(pieces, inputs, strict=True):
+        begins = tokens == bos
+        begins[np.cumsum([len(piece) - 1 for piece in row[:-1]], dtype=np.int64)] = True
+        begins[0] = False
+        cuts.append([0, *np.flatnonzero(begins).tolist(), len(tokens)])
+    return Batch(inputs.astype(np.int64), targets.astype(np.int64), cuts)
 
 
 def digest(sources: Sequence[Tokens]) -> str:
@@ -129,27 +146,6 @@ def digest(sources: Sequence[Tokens]) -> str:
         return sources[0].digest
     parts = "\n".join(f"{source.digest} {source.weight!r}" for source in sources)
     return xxhash.xxh3_128_hexdigest(parts.encode())
-
-
-def shuffled(position: int, size: int, key: tuple[int, int]) -> int:
-    """Return where `position` lands in a permutation of `range(size)`, one for each key.
-
-    A Feistel network permutes the next power of four; whoever lands beyond `size` goes through it
-    again. That needs no memory, however many samples there are.
-
-    >>> sorted(shuffled(i, 10, (1, 0)) for i in range(10)) == list(range(10))
-    True
-    """
-    half = max((size - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for turn in range(6):
-            word = struct.pack("<QQQQ", *key, turn, right)
-            left, right = right, left ^ (xxhash.xxh3_64_intdigest(word) & mask)
-        position = left << half | right
-        if position < size:
-            return position
 
 
 def settings(data: Wanted) -> runfile.Data:

@@ -30,7 +30,8 @@ class Held:
     """
 
     def __init__(self, sources: Sequence[Tokens], job: runfile.Trainer) -> None:
-        self._length = job.seq_len
+        self.length = job.seq_len
+        """Of all samples, also once the run has longer ones: losses are comparable."""
         total = math.fsum(source.weight for source in sources)
         rows = [
             min(
@@ -56,7 +57,8 @@ class Held:
 
     def batch(self, source: Tokens, rows: range) -> Batch:
         """Return these samples of a source."""
-        return cut([(source.held, row) for row in rows], source.bos, self._length)
+        L = self.length
+        return cut([(source.held, [(row * L, (row + 1) * L)]) for row in rows], source.bos)
 
 
 class Evaluation(NamedTuple):
@@ -87,12 +89,11 @@ def evaluate(training: Training, held: Held, reporter: Reporter) -> Evaluation:
     # Ranks of tp have the same losses, those of cp their parts, and of a pipeline only the last.
     copies = world.layout.tp
     sums = [math.fsum(row[at] for row in rows) / copies for at in range(len(own))]
-    length = training.job.seq_len
     of_sources = {
-        source.name: loss / (count * length)
+        source.name: loss / (count * held.length)
         for (source, count), loss in zip(held.sources, sums, strict=True)
     }
-    return Evaluation(math.fsum(sums) / (len(held) * length), len(held), of_sources)
+    return Evaluation(math.fsum(sums) / (len(held) * held.length), len(held), of_sources)
 
 
 def _loss_of(

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Ramp
 from orchestrator.protocol.steps import EVALUATIONS_FILE, EvaluationLine
 from orchestrator.worker import MisconfiguredError, RankPhase, Worker
 from storage import shard
@@ -19,8 +20,7 @@ from trainer.data import Batches, Samples, open_data, settings
 from trainer.evaluation import Evaluation, Held, evaluate
 from trainer.job import Job
 from trainer.prefetch import Prefetch
-from trainer.ramp import Ramp, slices
-from trainer.shares import Place
+from trainer.shares import Place, slices
 from trainer.step import Training
 from trainer.text import FileAccount
 from trainer.tokens import Account, Tokens, account_of
@@ -146,6 +146,8 @@ def cursor_of(samples: Samples, job: runfile.Trainer) -> Cursor:
         data=samples.digest,
         ramp_tokens=[change.tokens for change in job.batch_ramp],
         ramp_batches=[change.global_batch for change in job.batch_ramp],
+        length_tokens=[change.tokens for change in job.length_ramp],
+        lengths=[change.seq_len for change in job.length_ramp],
         shuffle=settings(job.data).shuffle,
         sources=[source.name for source in several],
         digests=[source.digest for source in several],

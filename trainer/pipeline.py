@@ -42,6 +42,11 @@ class Micro(NamedTuple):
     cuts: Cuts
     """As in `Llama.forward`."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of whole samples."""
+        return self.cuts[0][-1]
+
 
 # It prints the whole schedule when an operation fails, and that a peer is gone is told elsewhere.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -59,15 +64,12 @@ class Stage(nn.Module):
         model: gives up what the stage is made of.
         index: which stage.
         layers: of each stage.
-        length: of sequences.
         loss: as `next_token_loss`.
     """
 
-    def __init__(
-        self, model: Llama, index: int, layers: list[range], length: int, loss: Loss
-    ) -> None:
+    def __init__(self, model: Llama, index: int, layers: list[range], loss: Loss) -> None:
         super().__init__()
-        self.config, self.length, self.index = model.config, length, index
+        self.config, self.index = model.config, index
         self.rotary, self.loss = model.rotary, loss
         self.micro: Micro | None = None
         self.first, self.last = index == 0, index == len(layers) - 1
@@ -86,8 +88,8 @@ class Stage(nn.Module):
             x: tokens, shape [B, L], or what the stage before returned; of `micro`.
         """
         assert self.micro is not None
-        rope = self.rotary(self.micro.cuts, self.length, x.device)
-        documents = looking(self.micro.cuts, self.length, x.device)
+        rope = self.rotary(self.micro.cuts, self.micro.length, x.device)
+        documents = looking(self.micro.cuts, self.micro.length, x.device)
         x_BLD = self.embedding(x) if self.first else x
         for layer in self.layers:
             x_BLD = layer(x_BLD, rope, documents)
@@ -99,7 +101,7 @@ def cut(model: Llama, world: World, job: runfile.Trainer, loss: Loss) -> list[St
     pp, each = world.layout.pp, stages_per_rank(job)
     layers = stages(model.config.layers, pp * each)
     indices = range(world.position.pp, pp * each, pp)
-    return [Stage(model, index, layers, job.seq_len, loss) for index in indices]
+    return [Stage(model, index, layers, loss) for index in indices]
 
 
 class Pipeline:
@@ -121,8 +123,8 @@ class Pipeline:
     ) -> None:
         self._stages = [part for part in parts if isinstance(part, Stage)]
         self._world, self._job, self._compute = world, job, compute
-        self._schedules: dict[tuple[int, int, bool], Any] = {}
-        """By number of micro-batches, samples of one, and whether they are trained on."""
+        self._schedules: dict[tuple[int, int, int, bool], Any] = {}
+        """By number of micro-batches, samples of one, their length, and whether it trains."""
         self._losses: list[Tensor] = []
         self._micros: Sequence[Micro] = ()
         self._tokens = 1
@@ -158,8 +160,8 @@ class Pipeline:
 
     def _schedule(self, micros: Sequence[Micro], *, trains: bool) -> Any:  # noqa: ANN401 - torch's have no common type
         """Return what orders micro-batches like these; it remembers their shapes, and is kept."""
-        count, samples = len(micros), len(micros[0].inputs)
-        key = (count, samples, trains)
+        count, samples, length = len(micros), len(micros[0].inputs), micros[0].length
+        key = (count, samples, length, trains)
         if key not in self._schedules:
             kind: Any = ScheduleInterleaved1F1B
             world, job, all_stages = (
@@ -168,7 +170,7 @@ class Pipeline:
                 len(self._stages) * self._world.layout.pp,
             )
             staged: Any = [
-                _Staged(stage, all_stages, world, (samples, job.seq_len), self._compute, self._feed)
+                _Staged(stage, all_stages, world, (samples, length), self._compute, self._feed)
                 for stage in self._stages
             ]
             if job.pipeline_schedule == "1F1B":

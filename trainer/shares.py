@@ -8,9 +8,11 @@ replicas meet only once a step. So shares may be uneven without anybody passing 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Ramp, at_stage
 
 
 class Place(NamedTuple):
@@ -57,3 +59,14 @@ def share_of(job: runfile.Trainer, place: Place) -> Share:
         first = own.start * shards + len(own) * shard
         at = list(range(first, first + len(own)))
     return Share([range(n * size, (n + 1) * size) for n in at], rounds)
+
+
+def slices(job: runfile.Trainer, place: Place, steps: range) -> Iterator[tuple[int, range]]:
+    """Yield the micro-batches of a rank over some steps, in order, as indices of global batches."""
+    ramp = Ramp.of(job)
+    for stage, after in zip(ramp.stages, (*ramp.stages[1:], None), strict=True):
+        end = steps.stop if after is None else min(after.step, steps.stop)
+        share = share_of(at_stage(job, stage), place).micro_batches
+        for step in range(max(stage.step, steps.start), end):
+            for indices in share:
+                yield step, indices

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, tensor
 from trainer.config import ModelConfig
@@ -21,7 +22,6 @@ from trainer.metrics import Figures
 from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
-from trainer.ramp import job_at
 from trainer.reduction import Reduction
 from trainer.shares import share_of
 
@@ -86,9 +86,10 @@ class Training:
         model.to_empty(device="cpu")
         if not empty:
             model.init_weights(job.seed)
-        self.batch = job.global_batch
-        """Samples of the present step."""
-        self._share(job)
+        self._ramp, self._warm = Ramp.of(job), False
+        self.stage = self._ramp.stage(1)
+        """What the present step is of."""
+        self._share(self.stage)
         self.stages = apply.to_model(model, world, job)
         """The model, or of a pipeline what this rank has of it."""
         self.loss = apply.loss_function(job, world)
@@ -97,7 +98,6 @@ class Training:
         if world.layout.pp > 1:
             compute = apply.precision(job, world.device)
             self._pipeline = Pipeline(self.stages, world, job, compute)
-        self._warm = False
         self._flops = 0.0
 
     def step(
@@ -114,9 +114,9 @@ class Training:
             What each rank said to that; every rank gets the same answer.
         """
         begun = time.monotonic()
-        self._announce(reporter, RankPhase.DATA)
-        if (now := job_at(self.job, step)).global_batch != self.batch:
+        if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
+        self._announce(reporter, RankPhase.DATA)
         with tensor.losses(self.world.layout.tp):
             losses = self._accumulate(step, reporter)
         if self.world.position.tp != 0:
@@ -148,13 +148,16 @@ class Training:
         )
         return [int(row[2]) for row in rows]
 
-    def _share(self, job: runfile.Trainer) -> None:
-        """Share out global batches of this job's size."""
-        self.batch = job.global_batch
-        self.share = share_of(job, self.world.place)
+    def _share(self, stage: Stage) -> None:
+        """Share out the global batches of a stage."""
+        before, self.stage = self.stage, stage
+        if (stage.length, stage.micro) != (before.length, before.micro):
+            # The first step of other shapes is compiled and tuned as the very first one is.
+            self._warm = False
+        self.share = share_of(at_stage(self.job, stage), self.world.place)
         self.reduction: Reduction | None = None
         """What adds up gradients in a fixed order; None leaves that to FSDP."""
-        if job.reduction == "deterministic":
+        if self.job.reduction == "deterministic":
             self.reduction = Reduction(self.share.rounds, self.world.twins, self.world.wait)
 
     def _require_same_data(self, marks: list[float]) -> None:
@@ -169,7 +172,7 @@ class Training:
     @property
     def tokens(self) -> int:
         """Tokens of the global batch."""
-        return self.batch * self.job.seq_len
+        return self.stage.batch * self.stage.length
 
     @property
     def parts(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -220,7 +223,7 @@ class Training:
 
     def micro(self, batch: Batch) -> Micro:
         """Return this rank's part of some samples, on the device."""
-        size = self.job.seq_len // self.world.layout.cp
+        size = batch.inputs.shape[1] // self.world.layout.cp
         first = self.world.position.cp * size
         inputs, targets = (
             sent(ids[:, first : first + size], self.world.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from orchestrator import compose
@@ -11,6 +12,7 @@ from orchestrator.document import BadFileError
 from orchestrator.faults import plan as plans
 from orchestrator.faults.plan import FaultPlan, PlanError
 from orchestrator.protocol.fitting import EMBEDDED, warm_up_words
+from orchestrator.protocol.ramp import Ramp, Stage
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.worlds.machine import node_names
 
@@ -81,10 +83,7 @@ def words(run: TrainingRun, plan: FaultPlan | None) -> str:
     ]
     if trainer.entrypoint == EMBEDDED:
         samples, tokens = count(trainer.global_batch, "sample"), count(trainer.seq_len, "token")
-        later = [
-            f"{change.global_batch} from {count(change.tokens, 'token')} on"
-            for change in trainer.batch_ramp
-        ]
+        later = [_change(*pair) for pair in itertools.pairwise(Ramp.of(trainer).stages)]
         lines.insert(1, "; ".join([f"{samples} of {tokens} per step", *later]))
     if note := warm_up_words(run):
         lines.append(f"note: {note}")
@@ -94,6 +93,15 @@ def words(run: TrainingRun, plan: FaultPlan | None) -> str:
         lines.append(f"{happen} happen{'s' * (len(drawn) == 1)} (seed {plan.seed}):")
         lines += [f"  {armed.index}  {armed.fault.describe()}" for armed in drawn]
     return "\n".join(lines)
+
+
+def _change(before: Stage, stage: Stage) -> str:
+    """Say what steps have from a stage on that they had otherwise before."""
+    sizes = f"{stage.batch}" if stage.batch != before.batch else ""
+    if stage.length != before.length:
+        samples = units.count(stage.batch, "sample")
+        sizes = f"{samples} of {units.count(stage.length, 'token')}"
+    return f"{sizes or stage.batch} from {units.count(stage.tokens, 'token')} on"
 
 
 def _trained(run: TrainingRun) -> str:

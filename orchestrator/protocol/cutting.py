@@ -51,7 +51,7 @@ def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:
     """
     world, best = layout.world_size, None
     # Only what a size can be cut into is tried: of a huge world nobody could try all divisors.
-    together = _divisors(math.gcd(world, model.kv_heads, job.seq_len))
+    together = _divisors(math.gcd(world, model.kv_heads, job.seq_len, *_later(job)))
     batches = _divisors(math.gcd(world, job.global_batch))
     stage_counts = [pp for pp in range(1, min(model.layers, world) + 1) if world % pp == 0]
     for pp, cp, tp in itertools.product(stage_counts, together, together):
@@ -114,6 +114,7 @@ def _sizes(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacl
         ("spec.trainer.model: vocab", model.vocab, tp, "tp"),
         ("spec.trainer.model: kvHeads", model.kv_heads, tp * cp, "tp x cp"),
         ("spec.trainer.seqLen", job.seq_len, tp * cp, "tp x cp"),
+        *(("spec.trainer.lengthRamp: seqLen", L, tp * cp, "tp x cp") for L in _later(job)),
     ):
         if size % parts:
             yield Obstacle(f"{name} is {size}, expected a multiple of {by} = {parts}")
@@ -125,6 +126,11 @@ def _sizes(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacl
             f"spec.trainer.model: layers is {model.layers}, expected at least one for each of "
             f"the {count} stages of pp {layout.pp}{each}"
         )
+
+
+def _later(job: Trainer) -> list[int]:
+    """Return the lengths that sequences have later in a run."""
+    return [change.seq_len for change in job.length_ramp]
 
 
 def idle_pipeline(job: Trainer, layout: Layout) -> Iterator[Obstacle]:

@@ -6,6 +6,7 @@ has as many tokens as the model) is found out by the ranks, and ends the run as 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import msgspec
 from orchestrator.protocol import sizes
 from orchestrator.protocol.cutting import idle_pipeline, obstacles
 from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.ramp import Ramp, at_stage
 from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
 
 EMBEDDED = Trainer().entrypoint
@@ -160,19 +162,22 @@ def batch_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Misf
 
 
 def ramp_misfits(trainer: Trainer, layout: Layout) -> Iterator[Misfit]:
-    """Yield why the global batch can not change as the ramp says."""
-    where = "spec.trainer.batchRamp"
-    tokens = [change.tokens for change in trainer.batch_ramp]
-    if tokens != sorted(set(tokens)):
-        yield Misfit(
-            f"{where} has tokens {', '.join(map(str, tokens))}, expected rising numbers",
-            "write the changes in the order in which they happen",
-        )
-    micro = trainer.micro_batch
+    """Yield why batches or sequences can not change as the ramps say."""
+    for name, ramp in (("batchRamp", trainer.batch_ramp), ("lengthRamp", trainer.length_ramp)):
+        tokens = [change.tokens for change in ramp]
+        if tokens != sorted(set(tokens)):
+            yield Misfit(
+                f"spec.trainer.{name} has tokens {', '.join(map(str, tokens))}, "
+                "expected rising numbers",
+                "write the changes in the order in which they happen",
+            )
     if trainer.reduction == "fast":
-        micro = micro or max(trainer.global_batch // layout.readers, 1)
-    for change in trainer.batch_ramp:
-        then = msgspec.structs.replace(trainer, global_batch=change.global_batch, micro_batch=micro)
+        micro = trainer.micro_batch or max(trainer.global_batch // layout.readers, 1)
+        trainer = msgspec.structs.replace(trainer, micro_batch=micro)
+    for before, stage in itertools.pairwise(Ramp.of(trainer).stages):
+        then = at_stage(trainer, stage)
+        longer = (stage.length, stage.micro) != (before.length, before.micro)
+        where = f"spec.trainer.{'lengthRamp' if longer else 'batchRamp'}"
         for message, hint in (
             *batch_misfits(then, layout.dp_replicate, layout.dp_shard),
             *idle_pipeline(then, layout),

@@ -11,8 +11,11 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from orchestrator.protocol.cutting import stages, stages_per_rank
 from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.ramp import Ramp, at_stage
 from orchestrator.protocol.runfile import Trainer
 from orchestrator.protocol.sizes import ModelConfig, Shape, cut_dimension, weight_shapes
 
@@ -64,8 +67,19 @@ def footprint(model: ModelConfig, job: Trainer, layout: Layout, *, compute: int)
         layout: one into which the model can be cut (protocol.cutting).
         compute: bytes of a number that layers compute with: 2 for bf16, 4 for fp32.
     """
-    ranks = [of_stage(model, job, layout, rank, compute) for rank in range(layout.pp)]
+    ranks = [
+        of_stage(model, then, layout, rank, compute)
+        for then in stage_jobs(job, layout)
+        for rank in range(layout.pp)
+    ]
     return max(ranks, key=lambda found: found.total)
+
+
+def stage_jobs(job: Trainer, layout: Layout) -> list[Trainer]:
+    """Return a job as it is in each of its stages, with `micro_batch` written out."""
+    first, _ = micro_batches(job, layout)
+    whole = msgspec.structs.replace(job, micro_batch=first)
+    return [at_stage(whole, stage) for stage in Ramp.of(job).stages]
 
 
 def of_stage(
@@ -107,11 +121,10 @@ def of_stage(
 
 
 def micro_batches(job: Trainer, layout: Layout) -> tuple[int, int]:
-    """Return the samples of a micro-batch, and how many of them a rank has in the largest batch."""
+    """Return the samples of a micro-batch, and how many of them a rank has in a batch."""
     share = job.global_batch // layout.readers
     micro = job.micro_batch or (1 if job.reduction == "deterministic" else share)
-    largest = max([job.global_batch, *(change.global_batch for change in job.batch_ramp)])
-    return micro, max(largest // layout.readers // micro, 1)
+    return micro, max(share // micro, 1)
 
 
 def _is_of(name: str, layers: set[int], *, first: bool, last: bool) -> bool:
@@ -243,8 +256,9 @@ def assumptions(compute: int) -> Iterator[str]:
     )
     yield (
         "accumulated: with several micro-batches, gradients of whole layers in float32, or a few "
-        "sums of this rank's with deterministic reduction; of the largest batch of batchRamp"
+        "sums of this rank's with deterministic reduction"
     )
+    yield "of the stage of batchRamp and lengthRamp that needs most"
     yield (
         "activations are counted tensor by tensor, as kept without compiling; a pipeline keeps "
         "them for as many micro-batches as are under way (1F1B)"

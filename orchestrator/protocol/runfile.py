@@ -126,6 +126,16 @@ class BatchChange(_Section, frozen=True, kw_only=True):
     global_batch: Positive
 
 
+class LengthChange(_Section, frozen=True, kw_only=True):
+    """Another length of sequences, for the rest of a run."""
+
+    tokens: Positive
+    """It changes with the first step that begins when so many were trained on."""
+    seq_len: Positive
+    micro_batch: Positive | None = None
+    """Samples per forward pass of one rank from then on; default as many as before."""
+
+
 class Trainer(_Section, frozen=True, kw_only=True):
     """What is trained. Without `data`: the demo's text, sources of the standard library."""
 
@@ -139,6 +149,8 @@ class Trainer(_Section, frozen=True, kw_only=True):
     """Samples per optimizer step over all ranks."""
     batch_ramp: tuple[BatchChange, ...] = ()
     """Other sizes of the global batch later on: `[{tokens: 252000000, globalBatch: 16}]`."""
+    length_ramp: tuple[LengthChange, ...] = ()
+    """Other lengths of sequences later on: `[{tokens: 252000000, seqLen: 8192, microBatch: 1}]`."""
     micro_batch: Positive | None = None
     """Samples per forward pass of one rank; default all of its share of a whole world at once, or
     1 if reduction is deterministic."""

@@ -20,7 +20,9 @@ def test_a_mixture_is_trained_on_and_evaluated_across_a_death_without_changing_a
 ) -> None:
     data = msgspec.to_builtins(texts.mixed(tmp_path, validation=0.2))
     ramp = [{"tokens": 1000, "globalBatch": 8}]  # from step 9 on
-    job = {**JOB, "trainer": {**JOB["trainer"], "data": data, "batchRamp": ramp}}
+    longer = [{"tokens": 1500, "seqLen": 64}]  # from step 11 on, which follows the death
+    ramps = {"batchRamp": ramp, "lengthRamp": longer}
+    job = {**JOB, "trainer": {**JOB["trainer"], "data": data, **ramps}}
     evaluated = {**job, "trainer": {**job["trainer"], "evalEverySteps": 8, "evalSamples": 6}}
     expected = left_alone(warm, job)
 

@@ -72,6 +72,7 @@ def take_part(rank: int, folder: Path, layouts: list[str]) -> None:
             continue
         settings: dict[str, Any] = {"steps": 20, "seq_len": 16, "global_batch": 8, "micro_batch": 2}
         settings["batch_ramp"] = (runfile.BatchChange(tokens=2 * 8 * 16, global_batch=16),)
+        settings["length_ramp"] = (runfile.LengthChange(tokens=2 * 8 * 16, seq_len=32),)
         job = runfile.Trainer(**{**settings, "warmup_steps": 2, "learning_rate": 0.01, **fields})
         world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
         store = FileStore(str(folder / f"store-{number}"), layout.world_size)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Ramp
 from tests import texts
 from trainer.data import Samples, open_data
 from trainer.feed import cursor_of
 from trainer.prefetch import Prefetch
-from trainer.ramp import Ramp, slices
-from trainer.shares import Place
+from trainer.shares import Place, slices
 from trainer.tokenizer import open_tokenizer
 
 BATCH, STEPS = 8, 24
@@ -24,15 +24,25 @@ RAMP = (
     runfile.BatchChange(tokens=16 * 120, global_batch=24),
 )
 """From the 6th step on, which begins with the 41st sample; and from the 11th."""
+LONGER = (
+    runfile.LengthChange(tokens=16 * 50, seq_len=48),
+    runfile.LengthChange(tokens=16 * 900, seq_len=32),
+)
+"""In the middle of an epoch of the first source, and of the second."""
 
 
-@pytest.fixture(scope="module", params=[(), RAMP], ids=["steady", "ramp"])
+@pytest.fixture(
+    scope="module",
+    params=[((), ()), (RAMP, ()), (RAMP, LONGER)],
+    ids=["steady", "ramp", "longer"],
+)
 def job(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> runfile.Trainer:
     folder = tmp_path_factory.mktemp("sources")
     return runfile.Trainer(
-        batch_ramp=request.param,
+        batch_ramp=request.param[0],
+        length_ramp=request.param[1],
         steps=STEPS,
         seq_len=16,
         global_batch=BATCH,
@@ -98,8 +108,10 @@ def test_no_sample_is_skipped_or_repeated_whatever_becomes_of_the_world(
 
 
 def test_a_source_that_is_used_up_begins_again_in_another_order(
-    samples: Samples, undisturbed: list[bytes]
+    job: runfile.Trainer, samples: Samples, undisturbed: list[bytes]
 ) -> None:
+    if job.length_ramp:
+        pytest.skip("windows of each length are asked for their epochs in test_trainer_windows.py")
     epochs = samples.epochs(len(undisturbed))
     by_source = [
         [row for at, row in enumerate(undisturbed) if samples.place(at)[0] == source]

@@ -128,6 +128,19 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
     assert len(plan.faults) == 3
 
 
+def test_sequences_that_get_longer_are_told_with_how_many_a_step_has_then(tmp_path: Path) -> None:
+    ramps = {
+        "batchRamp": [{"tokens": 4000, "globalBatch": 16}, {"tokens": 9000, "globalBatch": 4}],
+        "lengthRamp": [{"tokens": 9000, "seqLen": 512, "microBatch": 1}],
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(runfiles.text(trainer={"globalBatch": 8, **ramps}))
+
+    told = intake.words(*intake.read(path, None))
+
+    assert "; 16 from 4096 tokens on; 4 samples of 512 tokens from 10240 tokens on" in told
+
+
 def test_a_batch_that_grows_is_told_with_what_it_grows_from(tmp_path: Path) -> None:
     ramp = [{"tokens": 4000, "globalBatch": 16}]
     path = tmp_path / "run.yaml"
@@ -135,4 +148,4 @@ def test_a_batch_that_grows_is_told_with_what_it_grows_from(tmp_path: Path) -> N
 
     told = intake.words(*intake.read(path, None))
 
-    assert "8 samples of 128 tokens per step; 16 from 4000 tokens on" in told
+    assert "8 samples of 128 tokens per step; 16 from 4096 tokens on" in told

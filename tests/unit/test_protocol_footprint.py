@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from orchestrator.protocol.footprint import GROUP_MIN, footprint, of_stage
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.runfile import BatchChange, Trainer
+from orchestrator.protocol.runfile import BatchChange, LengthChange, Trainer
 from orchestrator.protocol.sizes import PRESETS, ModelConfig, cut_dimension, weight_shapes
 from trainer import parallel
 from trainer.data import Samples, Tokens
@@ -132,6 +132,10 @@ def test_sums_in_a_fixed_order_take_a_shard_for_each_level_of_the_tree() -> None
     ramp = (BatchChange(tokens=1, global_batch=64),)
     later = msgspec.structs.replace(fast, global_batch=8, batch_ramp=ramp)
     assert footprint(PRESETS["8B"], later, Layout(dp_shard=8), compute=2) == whole
+    length = (LengthChange(tokens=1, seq_len=4 * later.seq_len),)
+    longer = msgspec.structs.replace(later, length_ramp=length)
+    found = footprint(PRESETS["8B"], longer, Layout(dp_shard=8), compute=2)
+    assert (found.weights, found.activations) == (whole.weights, 4 * whole.activations)
 
 
 def test_layers_are_gathered_by_themselves_from_the_size_at_which_the_trainer_does_so() -> None:

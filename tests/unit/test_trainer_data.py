@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError
-from trainer.data import Samples, shuffled
+from trainer.data import Samples
 from trainer.joined import Joined
 from trainer.tokens import Tokens
+from trainer.windows import shuffled
 
 IDS = np.random.default_rng(1).integers(0, 1000, 1000).astype(np.uint32)
 

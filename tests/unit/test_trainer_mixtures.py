@@ -61,8 +61,8 @@ def test_samples_come_from_sources_by_weight_and_each_source_has_an_order_of_its
     places = [found.place(sample) for sample in range(400)]
 
     assert [sum(source == at for source, _ in places) for at in (0, 1)] == [300, 100]
-    few = [row for source, row in places if source == 0]
-    many = [row for source, row in places if source == 1]
+    assert all(stop - start == 16 for _, ((start, stop),) in places)
+    few, many = ([spans[0][0] // 16 for source, spans in places if source == at] for at in (0, 1))
     count = found.counts[0]
     assert sorted(few[:count]) == list(range(count))
     assert few[:count] != few[count : 2 * count]
@@ -74,9 +74,9 @@ def test_without_shuffling_samples_come_as_they_lie(tmp_path: Path) -> None:
     data = sources_of(tmp_path, shuffle=False)
     found = Samples(opened(data), runfile.Trainer(seq_len=16, global_batch=8, data=data))
 
-    many = [row for source, row in map(found.place, range(400)) if source == 1]
+    many = [spans for source, spans in map(found.place, range(400)) if source == 1]
 
-    assert many == list(range(100))
+    assert many == [[(at, at + 16)] for at in range(0, 1600, 16)]
 
 
 def test_what_is_held_back_stays_so_when_sources_grow_move_and_change_their_form(

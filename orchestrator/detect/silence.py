@@ -43,9 +43,10 @@ class Silence:
                 # Found silent before: the finding that said so is the one that counts.
                 if not node.lost.endswith(_SILENT):
                     findings.append(_gone(state, node, "node-lost", Cause.HARDWARE, node.lost))
-            elif node.reborn:
+            elif node.reborn and name not in silent:
                 findings.append(_reborn(state, node))
             elif name in silent:
+                # Also one that was reborn, and is gone again before it had its seats back.
                 quiet_s = state.now - state.hearing.heard_at(name)
                 text = f"{name} not heard for {quiet_s:.1f} s, limit {state.timeouts.silence_s:g} s"
                 findings.append(

@@ -38,8 +38,8 @@ def place(state: RunState) -> Placement | None:
     if not state.seats:
         return _first(state)
     gone = _gone(state)
-    if any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined):
-        return None  # disconnected, and may be back at once; silence decides
+    if _undecided(state, gone):
+        return None
     replicas = _replicas(state, gone)
     if not replicas or shrinking.hope(state, gone, replicas) is not None:
         return None
@@ -213,6 +213,11 @@ def _gone(state: RunState) -> list[NodeId]:
     return sorted(gone, key=lambda node: state.seated[node][0])
 
 
+def _undecided(state: RunState, gone: Sequence[NodeId]) -> bool:
+    """Whether some node is disconnected, and may be back at once; silence decides."""
+    return any(_may_return(state.nodes[node]) for node in gone if node not in state.quarantined)
+
+
 def _usable(state: RunState) -> int:
     out = state.unfit | {node for node in state.cordoned() if node in state.nodes}
     return len(state.nodes) - len(out)
@@ -243,6 +248,10 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
 
 
 def _give_up(state: RunState, patience_s: float) -> Plan:
+    if _undecided(state, _gone(state)):
+        # Silence decides with the next tick, and this may be another event just before it.
+        soon = Seconds(state.now + state.timeouts.tick_s)
+        return WaitForNodes(until=soon, reason="a node is about to be taken for lost")
     kept_out = [node for node in sorted(state.drains) if state.drained(node)]
     last = f"; cordoned: {', '.join(kept_out)}" if kept_out else ""
     if state.quarantined:

@@ -111,3 +111,20 @@ def test_nobody_is_hung_up_on_for_what_was_not_heard_while_nobody_listened(clust
 
     assert cluster.after(3600).tick() == []
     assert fall_silent(cluster, "node-0", "node-1", "node-2") == []
+
+
+def test_a_node_that_came_back_and_fell_silent_before_it_had_its_seats_again_is_replaced(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    cluster.exit(0)  # which brings no new step: the next restart waits a moment
+    cluster.resume()
+    cluster.after(1).join("node-1", incarnation=2)
+
+    cluster.tell(NodeDisconnected(at=cluster.at(), node=NodeId("node-1")))
+    decisions = fall_silent(cluster, "node-0", "node-2", seconds=12)
+
+    (order,) = starts(decisions)
+    assert order.seats[2:] == ("node-2", "node-2")

@@ -202,3 +202,39 @@ def test_two_blamed_nodes_do_not_change_places(wide: Callable[[int, int], Cluste
     order = started(raise_twice(cluster, "node-2"))
 
     assert order.seats == ("node-2", "node-1")
+
+
+def test_a_run_that_goes_on_with_fewer_replicas_does_not_give_up_in_the_moment_of_silence(
+    cluster_of: Callable[[str], Cluster],
+) -> None:
+    text = runfiles.text(
+        nodes={**runfiles.NODES, "spares": 0},
+        parallelism={"dpReplicate": 2, "dpShard": 2},
+        recovery={"spareWait": "1s", "minReplicas": 1},
+        trainer={"steps": 1000},
+    )
+    cluster = cluster_of(text)
+    cluster.join("node-0")
+    cluster.join("node-1")
+    cluster.after(0.1).found()
+    cluster.resume()
+    cluster.train(5)
+    cluster.hold(5)
+    cluster.tell(NodeDisconnected(at=cluster.at(), node=NodeId("node-1")))
+    cluster.exit(0)
+    since = cluster.state.hearing.heard_at(NodeId("node-1"))
+    limit = since + cluster.state.timeouts.silence_s
+
+    # Whoever may be back is waited for; when that time is up, something else is told first.
+    while cluster.at() < limit - 0.5:
+        assert ends(cluster.after(0.4).beat(step=5, heard=("node-0",))) == []
+    cluster.now = limit
+    assert ends(cluster.exit(1)) == []
+
+    (order,) = [
+        d
+        for _ in range(4)
+        for d in cluster.after(0.5).beat(step=5, heard=("node-0",))
+        if isinstance(d, StartGeneration)
+    ]
+    assert order.seats == ("node-0", "node-0")

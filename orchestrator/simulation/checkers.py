@@ -115,7 +115,7 @@ class Invariants:
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
             assert buddy not in state.quarantined, f"{buddy} is quarantined, and a buddy"
-        self._count(state, order)
+        self._count(state, order, before)
         evicted = state.incident.evicted if state.incident is not None else ()
         assert len(evicted) <= most(state), f"{len(evicted)} nodes evicted for suspicion"
         if order.restore is not None:
@@ -124,10 +124,14 @@ class Invariants:
             for rank, source in enumerate(order.restore.sources):
                 assert state.nodes[NodeId(source)].serves, f"rank {rank} restores from {source}"
 
-    def _count(self, state: RunState, order: StartGeneration) -> None:
+    def _count(self, state: RunState, order: StartGeneration, before: Sequence[NodeId]) -> None:
         """Raise AssertionError if a world has fewer replicas than it could have."""
         replicas = len(order.seats) // state.shard_count()
         nodes = len({*order.seats}) + len(state.spares())
+        if len(order.seats) >= len(before):
+            # Who may be at fault, and was swapped for a spare, does not come back at once to have
+            # the run grow. No run shrinks for that.
+            nodes -= len({*before} & {*state.spares()})
         fitting = shrinking.fitting(state, nodes)
         assert replicas >= shrinking.least(state), f"{replicas} replicas are too few"
         assert fitting <= replicas or shrinking.undone(state), (

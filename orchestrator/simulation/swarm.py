@@ -27,6 +27,7 @@ from orchestrator.simulation.checkers import Invariants, Redelivery
 from orchestrator.simulation.drive import Dying, Simulation
 from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.wire import Wire
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 RAGE_S = (30.0, 600.0)
@@ -41,6 +42,10 @@ SHRINK_SHARE = 0.7
 """Of the worlds that may go on with fewer replicas, if they have several."""
 BACK_SHARE = 0.8
 """Of the nodes that such a world loses in addition, and that come back by themselves."""
+UNRULY = (0.0, 0.0, 0.0, 0.02, 0.1, 0.5)
+"""Shares of messages with which something is wrong, one of which is drawn."""
+LATE_S = (0.01, 10.0)
+"""Between which they are late on average."""
 _KINDS = (
     "kill-rank", "exit-rank", "segfault-rank", "freeze-rank", "spin-rank", "slow-rank",
     "kill-agent", "lose-node", "partition-node", "kill-controller", "corrupt-shard",
@@ -83,6 +88,10 @@ class Drawn(NamedTuple):
     drains: tuple[DrawnDrain, ...]
     corruptions: tuple[DrawnCorruption, ...]
     rage_s: float
+    unruly: float = 0.0
+    """Share of the messages that are late, said twice, or lost with their connection."""
+    late_s: float = 0.0
+    """How late these are, on average."""
 
 
 class Outcome(NamedTuple):
@@ -170,7 +179,12 @@ def draw(seed: int) -> Drawn:
     off = [name for name in SWITCHABLE if chance.random() < OFF_SHARE]
     # Without it a rank that stands still is never found, as promised, and no run has to end.
     off = [name for name in off if name != "hang"]
-    return drawn._replace(run=without(run, off))
+    wire = np.random.Generator(np.random.Philox(seed + (4 << 40)))
+    return drawn._replace(
+        run=without(run, off),
+        unruly=float(wire.choice(UNRULY)),
+        late_s=float(np.exp(wire.uniform(*np.log(LATE_S)))),
+    )
 
 
 def _run(chance: np.random.Generator) -> TrainingRun:
@@ -326,6 +340,10 @@ def conduct(seed: int, record: Callable[[Entry], None] | None = None) -> Outcome
         jitter=drawn.jitter,
     )
     calm_at = Seconds(drawn.rage_s)
+    unruly = np.random.Generator(np.random.Philox(seed + (5 << 40)))
+    world.cluster.wire = Wire(
+        world.cluster.agenda, unruly, drawn.unruly, drawn.late_s, until=calm_at
+    )
     _disturb(world, drawn, chance)
     simulation = Simulation(
         drawn.run,
@@ -345,7 +363,10 @@ def conduct(seed: int, record: Callable[[Entry], None] | None = None) -> Outcome
         f"of {drawn.run.spec.trainer.steps}"
     )
     if state.phase is RunPhase.SUCCEEDED:
-        wrong = world.corruption.wrong(state.generation).keys() - world.corruption.sought
+        # Who computes wrong numbers after the last step has made nothing wrong.
+        last = drawn.run.spec.trainer.steps
+        made_wrong = world.corruption.wrong(state.generation).items()
+        wrong = {node for node, after in made_wrong if after < last} - world.corruption.sought
         assert not wrong, f"succeeded with what {sorted(wrong)} made wrong, as was known"
     told = report(state)
     return Outcome(

@@ -1,7 +1,8 @@
 """The machines of a simulated cluster: who is alive, who can be reached, what gets through.
 
 A connection is like a real one: what is said on it arrives in order, what is on its way when it
-breaks is lost, and a node that connects again says everything it knows.
+breaks is lost, and a node that connects again says everything it knows. With a `wire` it is worse
+than a real one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from orchestrator.worlds.simulated.agenda import Act, Agenda
 from orchestrator.worlds.simulated.node import SimNode, stands
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.store import SimStore
+from orchestrator.worlds.simulated.wire import Wire
 
 Nodes = Sequence[SimNode]
 RECONNECT_S = 0.5
@@ -51,6 +53,7 @@ class Cluster:
         forgetful: whether nobody keeps state in memory.
         connected: called with a node that has connected.
         lost: called with a node that is lost.
+        wire: carries what nodes say one by one; None for at once, in order, and once.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Cluster:
         self.forgetful = False
         self.connected: Callable[[SimNode], None] = _nobody
         self.lost: Callable[[SimNode], None] = _nobody
+        self.wire: Wire | None = None
 
     @property
     def now(self) -> Seconds:
@@ -145,7 +149,17 @@ class Cluster:
             self.emit(Together(at=self.now, nodes=names, fact=fact))
             return
         for node in heard:
-            self.emit(Reported(at=self.now, node=node.id, fact=fact))
+            if self.wire is None:
+                self._report(node, fact)
+            else:
+                self.wire.carry(
+                    partial(self._report, node, fact),
+                    partial(_is_on, node, node.connection),
+                    partial(self.cut, node),
+                )
+
+    def _report(self, node: SimNode, fact: Fact) -> None:
+        self.emit(Reported(at=self.now, node=node.id, fact=fact))
 
     def send(self, nodes: Nodes, act: Callable[[Nodes], None]) -> None:
         """Have nodes obey an order, once it has reached them on the connections they have now."""
@@ -255,6 +269,11 @@ class Cluster:
         if not node.alive and node.incarnation == incarnation:
             node.reboot()
             self.connect(node)
+
+
+def _is_on(node: SimNode, connection: int) -> bool:
+    """Whether a node is heard on this very connection."""
+    return node.heard and node.connection == connection
 
 
 def _nothing() -> None:

@@ -101,9 +101,10 @@ class World:
             device_id=self.device if cuda else None,
         )
         layout = self.layout
-        sizes = {"replicate": layout.dp_replicate, "shard": layout.dp_shard * layout.cp}
+        sizes = {"replicate": layout.dp_replicate}
         if layout.pp > 1:
-            sizes = {"pp": layout.pp, **sizes}
+            sizes |= {"pp": layout.pp}
+        sizes |= {"shard": layout.dp_shard * layout.cp}
         if layout.tp > 1:
             sizes |= {"tp": layout.tp}
         names = tuple(sizes)

@@ -51,7 +51,6 @@ class Micro(NamedTuple):
 # It prints the whole schedule when an operation fails, and that a peer is gone is told elsewhere.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 Loss = Callable[[Tensor, Tensor], Tensor]
-Feed = Callable[[RankPhase, int], Micro]
 
 
 class Stage(nn.Module):
@@ -129,25 +128,35 @@ class Pipeline:
         self._micros: Sequence[Micro] = ()
         self._tokens = 1
         self._announce: Announce = _nobody
+        self._each: Callable[[], None] | None = None
 
-    def step(self, micros: Sequence[Micro], tokens: int, announce: Announce) -> list[Tensor]:
+    def step(
+        self,
+        micros: Sequence[Micro],
+        tokens: int,
+        announce: Announce,
+        each: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
         """Leave the gradient of the mean loss in the stages; return the sums of losses.
 
         Args:
             micros: all of this rank's micro-batches of a step.
             tokens: of the global batch, by which losses are divided.
             announce: hears how it gets on.
+            each: called when the gradient of a micro-batch is there, reduced over the ranks of a
+                replica; it takes it out of the model. In the order of micro-batches. Without it,
+                gradients of all are added up before they are reduced.
 
         Returns:
             One for each micro-batch if this rank has the last stage, else none.
         """
-        self._announce, self._tokens = announce, tokens
+        self._announce, self._tokens, self._each = announce, tokens, each
         self._pass(self._schedule(micros, trains=True).step, micros)
         return self._losses
 
     def look(self, micro: Micro) -> list[Tensor]:
         """Return the sum of losses of one micro-batch, likewise, and learn nothing from it."""
-        self._announce = _nobody
+        self._announce, self._each = _nobody, None
         self._pass(self._schedule([micro], trains=False).eval, [micro])
         return self._losses
 
@@ -170,7 +179,7 @@ class Pipeline:
                 len(self._stages) * self._world.layout.pp,
             )
             staged: Any = [
-                _Staged(stage, all_stages, world, (samples, length), self._compute, self._feed)
+                _Staged(stage, all_stages, world, (samples, length), self._compute, self)
                 for stage in self._stages
             ]
             if job.pipeline_schedule == "1F1B":
@@ -179,7 +188,13 @@ class Pipeline:
             self._schedules[key] = kind(staged, count, loss_fn=self._mean, scale_grads=False)
         return self._schedules[key]
 
-    def _feed(self, phase: RankPhase, micro: int) -> Micro:
+    @property
+    def each(self) -> Callable[[], None] | None:
+        """As in the present `step`."""
+        return self._each
+
+    def feed(self, phase: RankPhase, micro: int) -> Micro:
+        """Return a micro-batch that is about to be computed in this way."""
         self._announce(phase, micro)
         return self._micros[micro]
 
@@ -202,7 +217,7 @@ class _Staged(PipelineStage):
         world: World,
         shape: tuple[int, int],
         compute: torch.dtype,
-        feed: Feed,
+        pipeline: Pipeline,
     ) -> None:
         assert world.mesh is not None
         # What goes from stage to stage, said beforehand: else torch takes a step to find out.
@@ -220,14 +235,22 @@ class _Staged(PipelineStage):
             output_args=loss if part.last else between,
             group=world.mesh["pp"].get_group(),
         )
-        self._part, self._feed = part, feed
+        self._part, self._pipeline = part, pipeline
 
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: object, **more: object) -> object:
         """Compute a micro-batch forward."""
-        self._part.micro = self._feed(RankPhase.FORWARD, fwd_chunk_id)
+        self._part.micro = self._pipeline.feed(RankPhase.FORWARD, fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
 
     def backward_one_chunk(self, bwd_chunk_id: int, *rest: object, **more: object) -> None:
         """Compute a micro-batch backward."""
-        self._feed(RankPhase.BACKWARD, bwd_chunk_id)
+        self._pipeline.feed(RankPhase.BACKWARD, bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
+        if self._pipeline.each is not None:
+            super().perform_reduce_grad(1)
+            self._pipeline.each()
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce what all micro-batches came to, unless that was done with each of them."""
+        if self._pipeline.each is None:
+            super().perform_reduce_grad(grad_scale_factor)

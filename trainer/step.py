@@ -191,10 +191,16 @@ class Training:
             micros = [self._micro(step, indices) for indices in self.share.micro_batches]
             self._flops = math.fsum(map(self._flops_of, micros))
             losses = self._pipeline.step(
-                micros, self.tokens, lambda phase, micro: self._announce(reporter, phase, micro)
+                micros,
+                self.tokens,
+                lambda phase, micro: self._announce(reporter, phase, micro),
+                self._add_round if self.reduction is not None else None,
             )
             # Ranks without the last stage have none.
-            return torch.stack([*losses, self._sent(torch.zeros(()))]).double().sum().view(1)
+            nothing = self._sent(torch.zeros(()))
+            if self.reduction is not None:
+                return torch.stack([*losses, *[nothing] * (self.share.most - len(losses))]).double()
+            return torch.stack([*losses, nothing]).double().sum().view(1)
         (model,) = self.stages
         fixed = self.reduction is not None
         losses = []
@@ -208,8 +214,8 @@ class Training:
             last = micro == len(self.share.micro_batches) - 1
             parallel.last_of_step(model, self.world, last=last, apart=fixed)
             torch.autograd.backward(loss / self.tokens)
-            if self.reduction is not None:
-                self.reduction.add(self.optimizer.take_gradients())
+            if fixed:
+                self._add_round()
             losses.append(loss.detach())
             self._flops += self._flops_of(batch)
         of_each = torch.stack(losses).double()
@@ -217,6 +223,10 @@ class Training:
             return torch.cat((of_each, of_each.new_zeros(self.share.most - len(losses))))
         # Exact whatever the order: a float64 has 29 bits more than a loss.
         return of_each.sum().view(1)
+
+    def _add_round(self) -> None:
+        assert self.reduction is not None
+        self.reduction.add(self.optimizer.take_gradients())
 
     def _micro(self, step: int, indices: range) -> Micro:
         return self.micro(self.samples.batch(step, indices))

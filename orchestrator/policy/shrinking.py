@@ -49,8 +49,7 @@ def nodes_for(run: TrainingRun, replicas: int) -> int:
 def least(state: RunState) -> int:
     """Return with how few replicas the run goes on: all, if it may not shrink."""
     full = state.run.spec.parallelism.dp_replicate
-    # With pipelines a rank's number would be that of another shard in a smaller world.
-    if not enabled(state, SHRINK) or state.run.spec.parallelism.pp > 1:
+    if not enabled(state, SHRINK):
         return full
     unit = state.run.block.replicas
     return min(-(-state.run.least_replicas // unit) * unit, full)
@@ -366,6 +365,4 @@ def refusal(state: RunState, usable: int) -> str:
     why = f"spec.recovery.minReplicas is {'not set' if told is None else told}"
     if not enabled(state, SHRINK):
         why = f"spec.recovery.disable has {SHRINK}"
-    elif state.run.spec.parallelism.pp > 1:
-        why = "with pipelines a run can not go on with fewer yet"
     return f"; {replicas} of {full} replicas could go on, but {why}"

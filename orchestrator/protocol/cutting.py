@@ -30,12 +30,13 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
     Shares of the global batch are taken to be equal, or are looked at elsewhere.
     """
     found = [*_sizes(model, job, layout)]
-    if layout.pp > 1 and job.reduction == "deterministic":
+    if layout.pp > 1 and stages_per_rank(job) > 1 and job.reduction == "deterministic":
         found.append(
             Obstacle(
-                f"spec.trainer.reduction is deterministic and spec.parallelism.pp is {layout.pp}, "
-                "expected 1",
-                "it reduces one micro-batch after the other, and a pipeline wants many at once",
+                "spec.trainer.pipelineSchedule is interleaved and spec.trainer.reduction is "
+                "deterministic, expected 1F1B",
+                "it takes micro-batches in rounds of the pipeline, which do not come out even with "
+                "every number of replicas",
             )
         )
     found += idle_pipeline(job, layout)
@@ -59,7 +60,7 @@ def nearest(model: ModelConfig, job: Trainer, layout: Layout) -> Layout | None:
         if over or job.global_batch % rest:
             continue
         for replicate in (size for size in batches if rest % size == 0):
-            other = Layout(pp, replicate, rest // replicate, cp, tp)
+            other = Layout(replicate, pp, rest // replicate, cp, tp)
             far = sum(abs(math.log(a / b)) for a, b in zip(other, layout, strict=True))
             rank = (round(far, 6), pp * cp * tp, other)
             if (best is None or rank < best) and not _uncuttable(model, job, other):
@@ -136,10 +137,12 @@ def _later(job: Trainer) -> list[int]:
 def idle_pipeline(job: Trainer, layout: Layout) -> Iterator[Obstacle]:
     """Yield why micro-batches can not keep a pipeline busy, if shares are equal."""
     pp, (share, rest) = layout.pp, divmod(job.global_batch, layout.readers)
-    if rest:
+    fixed = job.reduction == "deterministic"
+    size = job.micro_batch or (1 if fixed else share)
+    # Shares may be uneven in a fixed order: the least one counts.
+    micro_batches = job.global_batch // (size * layout.dp_shard) // layout.dp_replicate
+    if (rest and not fixed) or micro_batches == 0:
         return  # said elsewhere
-    size = job.micro_batch or share
-    micro_batches = share // size
     what = (
         f"spec.trainer.microBatch is {size}, which makes {micro_batches} of a share of {share} "
         "samples"

@@ -83,12 +83,6 @@ def _replicas(run: TrainingRun) -> Iterator[Misfit]:
             f"spec.parallelism.dpReplicate = {full}",
             "leave it out for a run that goes on with all of them or not at all",
         )
-    elif least is not None and least < full and run.spec.parallelism.pp > 1:
-        yield Misfit(
-            f"spec.recovery.minReplicas is {least} and spec.parallelism.pp is "
-            f"{run.spec.parallelism.pp}, expected all {full} replicas or no pipeline",
-            "with pipelines a run can not go on with fewer replicas yet: leave minReplicas out",
-        )
 
 
 def _sizes(model: str | dict[str, Any]) -> Iterator[Misfit]:

@@ -67,7 +67,7 @@ class Nodes(_Section, frozen=True, kw_only=True):
 class Parallelism(_Section, frozen=True, kw_only=True):
     """How the world is cut; the product must equal the number of ranks.
 
-    Rank order, slowest first: pp, dpReplicate, dpShard, cp, tp.
+    Rank order, slowest first: dpReplicate, pp, dpShard, cp, tp.
     """
 
     dp_replicate: Positive = 1
@@ -81,7 +81,7 @@ class Parallelism(_Section, frozen=True, kw_only=True):
         """Return the sizes of all dimensions, in a world of so many ranks."""
         fixed = self.pp * self.dp_replicate * self.cp * self.tp
         shard = self.dp_shard or max(world_size // fixed, 1)
-        return Layout(self.pp, self.dp_replicate, shard, self.cp, self.tp)
+        return Layout(self.dp_replicate, self.pp, shard, self.cp, self.tp)
 
 
 class DataSource(_Section, frozen=True, kw_only=True):
@@ -307,7 +307,7 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         full = self.spec.parallelism.dp_replicate
         if self.spec.recovery.min_replicas is not None:
             return self.spec.recovery.min_replicas
-        return -(-full // 2) if self.same_bits and self.spec.parallelism.pp == 1 else full
+        return -(-full // 2) if self.same_bits else full
 
     @property
     def same_bits(self) -> bool:

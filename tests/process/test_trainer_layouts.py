@@ -33,8 +33,10 @@ LAYOUTS: list[dict[str, Any]] = [
     {**FIXED, "dp_replicate": 2, "tp": 2},
     {**FIXED, "cp": 2, "positions": "document"},
     {**FIXED, "dp_replicate": 3, "cp": 2, "positions": "document"},
+    {**FIXED, "pp": 2, "dp_shard": 2, "micro_batch": 1},
+    {**FIXED, "pp": 2, "dp_shard": 2, "micro_batch": 1, "dp_replicate": 2},
 ]
-TWINS = [(3, 7), (8, 9), (10, 11)]
+TWINS = [(3, 7), (8, 9), (10, 11), (12, 13)]
 """Layouts of which the second has to come to the bits of the first."""
 
 

@@ -20,12 +20,12 @@ STEPS = 18
 CONFIG = msgspec.convert(SIZES, ModelConfig)
 
 
-def job(replicas: int, shards: int, **trainer: Any) -> dict[str, Any]:
+def job(replicas: int, shards: int, stages: int = 1, **trainer: Any) -> dict[str, Any]:
     """Return a job of 8 samples a step, clipped at every step."""
     settings = {"steps": STEPS, "seqLen": 32, "globalBatch": 8, "clipNorm": 0.1, **trainer}
     return {
         "trainer": {"model": SIZES, **settings},
-        "parallelism": {"dpReplicate": replicas, "dpShard": shards},
+        "parallelism": {"dpReplicate": replicas, "dpShard": shards, "pp": stages},
         "checkpoint": {"everySteps": 10, "memoryEverySteps": 1},
     }
 
@@ -73,6 +73,22 @@ def test_deterministic_reduction_gives_the_same_bits_where_replicas_are_sharded(
         world.until(world.finished)
 
         assert world.result() == expected
+
+
+def test_deterministic_reduction_gives_the_same_bits_where_replicas_are_pipelines(
+    warm: Warm,
+) -> None:
+    settings = {"globalBatch": 7, "reduction": "deterministic"}
+    expected = left_alone(warm, job(1, 1, 2, **settings))
+
+    with a_world(warm, parked=6, job=job(3, 1, 2, **settings)) as world:
+        for step, replicas in ((4, 1), (8, 2), (12, 3)):
+            world.until(lambda step=step: world.step() >= step)
+            world.begin(replicas)
+        world.until(world.finished)
+
+        assert world.result() == expected
+        assert min(world.restored_from[6:]) >= 1
 
 
 def test_deterministic_reduction_gives_the_same_bits_with_all_else_that_a_run_may_ask_for(

@@ -31,11 +31,17 @@ def wide(cluster_of: Callable[[str], Cluster]) -> Wide:
     """A run that trains with so many replicas of some nodes of one rank each."""
 
     def make(
-        replicas: int, nodes_each: int, *, spares: int = 0, least: int = 1, **sections: Any
+        replicas: int,
+        nodes_each: int,
+        *,
+        spares: int = 0,
+        least: int = 1,
+        stages: int = 1,
+        **sections: Any,
     ) -> Cluster:
         text = runfiles.text(
             nodes={"count": replicas * nodes_each, "ranksPerNode": 1, "spares": spares},
-            parallelism={"dpReplicate": replicas},
+            parallelism={"dpReplicate": replicas, "pp": stages},
             trainer={"steps": 1000, "globalBatch": 240, "microBatch": 1},
             recovery={"minReplicas": least},
             **sections,
@@ -93,10 +99,11 @@ def until_it_pays(cluster: Cluster) -> None:
 # Who goes on ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stages", [1, 3])
 def test_the_replica_that_lacks_most_nodes_is_dissolved_and_fills_the_gaps_of_others(
-    wide: Wide,
+    wide: Wide, stages: int
 ) -> None:
-    cluster = wide(3, 3)
+    cluster = wide(3, 3, stages=stages)
     cluster.tell(ControllerStarted(at=cluster.at(), incarnation=2))  # all are gone at one moment
     for node in (0, 1, 2, 5, 6, 7, 8):
         cluster.join(f"node-{node}", generation=1, mark=5)
@@ -105,6 +112,8 @@ def test_the_replica_that_lacks_most_nodes_is_dissolved_and_fills_the_gaps_of_ot
     order = started(cluster.lose("node-4"))
 
     assert order.seats == nodes(0, 1, 2, 6, 7, 8)
+    assert order.restore is not None
+    assert order.restore.step == 5
     assert cluster.state.spares() == nodes(5)
 
 

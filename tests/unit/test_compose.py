@@ -115,10 +115,6 @@ EMBEDDED_ONLY = [
     ),
     ("nodes: {count: 4}, parallelism: {tp: 4}", "kvHeads is 2, expected a multiple of tp = 4"),
     ("nodes: {count: 2}, parallelism: {pp: 2}", "microBatch is 8, which makes 1 of a share of 8"),
-    (
-        "nodes: {count: 2}, parallelism: {pp: 2}, trainer: {reduction: deterministic}",
-        "reduction is deterministic and spec.parallelism.pp is 2",
-    ),
     ("nodes: {count: 4}, parallelism: {cp: 4}", "kvHeads is 2, expected a multiple of tp x cp = 4"),
 ]
 

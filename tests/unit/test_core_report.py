@@ -115,7 +115,7 @@ def test_a_replica_that_ends_in_another_state_is_named() -> None:
 
 def test_with_a_pipeline_the_replicas_of_each_stage_repeat_each_other() -> None:
     run = SHORT.replace("dpShard: 2", "pp: 2")
-    lanes = {0: (1, 2), 1: (1, 2), 2: (3, 4), 3: (3, 4)}
+    lanes = {0: (1, 2), 1: (3, 4), 2: (1, 2), 3: (3, 4)}
 
     told = report(succeeded(lanes, run).state)
     other = report(succeeded({**lanes, 3: (1, 2)}, run).state)

@@ -17,7 +17,7 @@ layouts = st.builds(Layout, *[st.integers(1, 3)] * 5)
 
 
 @given(layouts)
-def test_ranks_are_counted_with_pipelines_slowest_and_tensor_parallelism_fastest(
+def test_ranks_are_counted_with_replicas_slowest_and_tensor_parallelism_fastest(
     layout: Layout,
 ) -> None:
     places = [layout.position(rank) for rank in range(layout.world_size)]
@@ -112,10 +112,17 @@ TINY = ModelConfig(dim=32, layers=4, heads=4, kv_heads=2, ffn_dim=64, vocab=64)
         ),
         (
             {"pp": 2},
-            {"reduction": "deterministic", "micro_batch": 1},
+            {"reduction": "deterministic", "pipeline_schedule": "interleaved"},
             2,
-            "reduction is deterministic and spec.parallelism.pp is 2, expected 1",
-            "pipeline",
+            "pipelineSchedule is interleaved and spec.trainer.reduction is deterministic",
+            "number of replicas",
+        ),
+        (
+            {"pp": 2, "dp_replicate": 5},
+            {"reduction": "deterministic", "global_batch": 8},
+            10,
+            "microBatch is 1, which makes 1 of a share of 1 samples; expected at least pp = 2",
+            "the number of ranks",
         ),
     ],
 )

@@ -378,7 +378,7 @@ def test_a_commit_of_a_generation_before_the_present_one_is_refused(
     assert "newest epoch known is 2" in failed.reason
 
 
-def test_of_a_pipeline_the_first_replica_of_every_stage_writes_what_it_holds() -> None:
+def test_of_pipelines_the_first_replica_writes_what_all_hold() -> None:
     parallelism = {"pp": 2, "dpReplicate": 2, "tp": 2}
     run = runfiles.fields(nodes={"count": 4, "ranksPerNode": 2}, parallelism=parallelism)
     orders = Orders(msgspec.convert(run, TrainingRun))
@@ -390,5 +390,5 @@ def test_of_a_pipeline_the_first_replica_of_every_stage_writes_what_it_holds() -
 
     begin = orders.begin("order", {})
 
-    assert begin.writers == (0, 1, 4, 5)
-    assert begin.shard_of == (0, 1, 0, 1, 2, 3, 2, 3)
+    assert begin.writers == (0, 1, 2, 3)
+    assert begin.shard_of == (0, 1, 2, 3, 0, 1, 2, 3)

@@ -21,12 +21,13 @@ demo: setup
 	HOLDFAST_HOME=$(OUT)/home $(BIN)/holdfast drill deploy/examples/demo.yaml \
 		--faults deploy/examples/demo-faults.yaml --out $(OUT)
 
-# Ratios measured in one run each; about twenty-three minutes on two cores, which should be idle.
+# Ratios measured in one run each; about half an hour on two cores, which should be idle.
 bench: setup
 	$(BIN)/python -m tests.bench.recovery
 	$(BIN)/python -m tests.bench.overhead
 	$(BIN)/python -m tests.bench.false_alarms
 	$(BIN)/python -m tests.bench.copy
+	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.controller
 	$(BIN)/python -m tests.bench.reduction
 	$(BIN)/python -m tests.bench.trainer

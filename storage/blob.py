@@ -78,6 +78,28 @@ class Sweepable(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A store that can read into memory of the caller's: what is large is copied once less."""
+
+    def get_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill a flat, writable buffer from byte `start` on; return the bytes read.
+
+        Fewer than it holds past the end of the blob, like `BlobStore.get`, which says what is
+        raised.
+        """
+        ...
+
+
+def get_into(store: BlobStore, key: str, start: int, buffer: memoryview) -> int:
+    """Read from any store into the caller's memory; see `ReadsInto.get_into`."""
+    if isinstance(store, ReadsInto):
+        return store.get_into(key, start, buffer)
+    data = store.get(key, start, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
 def get_small(store: BlobStore, key: str, bytes_max: int) -> bytes:
     """Return a blob that is small by nature, without taking memory for one that is not.
 

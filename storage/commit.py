@@ -5,8 +5,10 @@ exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has t
 """
 
 from collections.abc import Iterator
+from functools import partial
 
-from storage.blob import BlobStore, get_small
+from storage import parallel
+from storage.blob import BlobStore, get_into, get_small
 from storage.digest import BLOCK_BYTES, Buffer, byte_view, sha256_hex
 from storage.errors import (
     BlobExistsError,
@@ -33,7 +35,6 @@ from storage.manifest import (
     read_manifest,
     receipt_of,
 )
-from storage.parallel import ahead
 from storage.shard import (
     INDEX_BYTES_MAX,
     ShardIndex,
@@ -50,8 +51,8 @@ BLOCKS_AHEAD = 4
 def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardReceipt:
     """Make a staged shard durable and return what the manifest needs of it.
 
-    The body is verified first: what was damaged between staging and here is not written. Writing
-    the same shard again is fine, so that a caller that was stopped half-way starts over.
+    The body is verified on the way: of what was damaged between staging and here nothing stays.
+    Writing the same shard again is fine, so that a caller that was stopped half-way starts over.
 
     Args:
         store: of the run.
@@ -59,18 +60,14 @@ def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardRecei
         body: the sealed buffer; what lies beyond `index.size` is not looked at.
 
     Raises:
-        ShardCorruptError: if the body does not match the index; nothing was written.
+        ShardCorruptError: if the body does not match the index; nothing of it stays.
         BlobExistsError: if another shard is stored under this number; it stays.
         StorageFullError: if there is no room.
     """
-    verify(index, body)
     encoded = encode_index(index)
     where = (index.step, index.epoch, index.shard)
     # The body goes first: an index that is there promises that its body is.
-    try:
-        store.put(body_key(*where), byte_view(body)[: index.size])
-    except BlobExistsError:
-        _require_same_body(store, index)
+    _put_body(store, index, body)
     try:
         store.put(index_key(*where), encoded)
     except BlobExistsError:
@@ -198,16 +195,14 @@ def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryvi
         raise ValueError(f"buffer must be writable and have {index.size} bytes")
     _require_size(store, index)
 
-    def copied() -> Iterator[memoryview]:
-        at = 0
-        for block in body_blocks(store, index):
-            piece = target[at : at + len(block)]
-            piece[:] = block
-            # Digest what arrived in the buffer, not what came from the store.
-            yield piece
-            at += len(block)
+    key = body_key(index.step, index.epoch, index.shard)
 
-    verify_blocks(index, copied())
+    def arrived(start: int) -> memoryview:
+        piece = target[start : min(start + BLOCK_BYTES, index.size)]
+        return piece[: get_into(store, key, start, piece)]
+
+    # Digest what arrived in the buffer, not what came from the store.
+    verify_blocks(index, parallel.ahead(arrived, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD))
 
 
 def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:
@@ -228,7 +223,29 @@ def body_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
     def read(start: int) -> bytes:
         return store.get(key, start, min(BLOCK_BYTES, index.size - start))
 
-    return ahead(read, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD)
+    return parallel.ahead(read, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD)
+
+
+def _put_body(store: BlobStore, index: ShardIndex, body: Buffer) -> None:
+    """Store a body, verified; a large one is verified while the store takes it."""
+    key, check = body_key(index.step, index.epoch, index.shard), partial(verify, index, body)
+    verified = parallel.begin(check) if index.size > BLOCK_BYTES else None
+    if verified is None:
+        check()
+    try:
+        store.put(key, byte_view(body)[: index.size])
+    except BlobExistsError:
+        if verified is not None:
+            verified.result()
+        _require_same_body(store, index)
+        return
+    try:
+        if verified is not None:
+            verified.result()
+    except ShardCorruptError:
+        # No index leads to it, so nobody has read it.
+        store.delete(key)
+        raise
 
 
 def _require_size(store: BlobStore, index: ShardIndex) -> None:

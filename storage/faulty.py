@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from storage.blob import BlobStore
+from storage.blob import BlobStore, get_into
 from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
@@ -88,6 +88,16 @@ class FaultyStore:
         flipped = bytearray(data)
         flipped[byte - start] ^= 1 << bit
         return bytes(flipped)
+
+    def get_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """See `ReadsInto.get_into`."""
+        if key in self.truncated or key in self.flips:
+            data = self.get(key, start, len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        self._enter("get", key)
+        self._look(key)
+        return get_into(self.inner, key, start, buffer)
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""

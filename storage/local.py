@@ -5,6 +5,7 @@ name: linking fails if the name is taken, which makes `put` exclusive where a re
 """
 
 import errno
+import fcntl
 import itertools
 import math
 import os
@@ -14,6 +15,8 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from storage.blob import validate_key, validate_prefix, validate_range
 from storage.digest import Buffer, byte_view
@@ -29,6 +32,10 @@ _TEMPORARY = re.compile(r"\.tmp-(?P<host>.+)-(?P<pid>\d+)-\d+")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.ENAMETOOLONG}
 _FOLDER_ATTEMPTS = 16
+_DIRECT_MIN = 16 * 1024 * 1024
+_ALIGNMENT = 4096
+"""Of memory, and of lengths, for writes past the page cache; no disk asks for more."""
+_PIECE = 16 * 1024 * 1024
 
 # One counter and one set for the whole process: two stores on one folder must not share names.
 _numbers = itertools.count()
@@ -83,15 +90,24 @@ class LocalStore:
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
         validate_range(start, length)
-        with _translated(key):
-            # Opening a pipe that somebody left here would wait for a writer, for ever.
-            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise BlobNotFoundError(f"no blob: {key}")
-                return _read(descriptor, start, length)
-            finally:
-                os.close(descriptor)
+        with self._opened(key) as descriptor:
+            return _read(descriptor, start, length)
+
+    def get_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """See `ReadsInto.get_into`."""
+        validate_range(start, None)
+        with self._opened(key) as descriptor:
+            done = _direct(
+                lambda at, end: os.preadv(descriptor, [buffer[at:end]], start + at),
+                descriptor,
+                buffer,
+                aligned=start % _ALIGNMENT == 0,
+            )
+            while done < len(buffer) and (
+                count := os.preadv(descriptor, [buffer[done:]], start + done)
+            ):
+                done += count
+            return done
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
@@ -165,6 +181,19 @@ class LocalStore:
                 path.unlink(missing_ok=True)
         return old
 
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        """Open a blob to read it, and close it again."""
+        with _translated(key):
+            # Opening a pipe that somebody left here would wait for a writer, for ever.
+            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise BlobNotFoundError(f"no blob: {key}")
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
     def _now(self) -> float:
         """Return what the clock says that stamps the files here; it need not be this host's."""
         temporary, descriptor = self._create_temporary(self.root)
@@ -201,6 +230,7 @@ class LocalStore:
     def _write(self, descriptor: int, data: Buffer) -> None:
         view = byte_view(data)
         self._before("write")
+        view = view[_direct(lambda at, end: os.write(descriptor, view[at:end]), descriptor, view) :]
         while len(view):
             # One call writes at most 2 GiB, and less on a disk that is nearly full.
             view = view[os.write(descriptor, view) :]
@@ -259,6 +289,35 @@ def _translated(key: str) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise StorageRefusedError(f"{error.strerror}: {key}") from error
         raise StorageUnavailableError(f"{error.strerror}: {key}") from error
+
+
+def _direct(
+    move: Callable[[int, int], int], descriptor: int, view: memoryview, *, aligned: bool = True
+) -> int:
+    """Write from, or read into, the start of a large view past the page cache; return the bytes.
+
+    A copy there takes as much memory again, and a core to make it, of what is hardly read twice.
+    What can not go this way is left to the caller: the end of it, memory or a place in the file
+    that is not aligned, and all of it on a file system that knows no such way.
+    """
+    whole = len(view) // _ALIGNMENT * _ALIGNMENT
+    if whole < _DIRECT_MIN or not aligned or np.frombuffer(view, np.uint8).ctypes.data % _ALIGNMENT:
+        return 0
+    flags, done = fcntl.fcntl(descriptor, fcntl.F_GETFL), 0
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        while done < whole:
+            end = min(done + _PIECE, whole)
+            done += move(done, end)
+            # What comes after a short piece is not aligned any more, or past the end.
+            if done < end:
+                break
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return done
 
 
 def _read(descriptor: int, start: int, length: int | None) -> bytes:

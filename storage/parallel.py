@@ -82,6 +82,16 @@ def ahead(call: Callable[[A], B], items: Sequence[A], depth: int) -> Iterator[B]
         yield pending.popleft().result()
 
 
+def begin(call: Callable[[], B]) -> "Future[B]":
+    """Run a call in a thread of its own, a daemon, and return what will have its result."""
+    future: Future[B] = Future()
+    name = f"{threading.current_thread().name}-begun"
+    threading.Thread(
+        target=_fulfil, args=(future, lambda _: call(), None), name=name, daemon=True
+    ).start()
+    return future
+
+
 def _fulfil(future: Future[B], call: Callable[[A], B], item: A) -> None:
     try:
         future.set_result(call(item))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from storage.blob import BlobStore, validate_range
+from storage.blob import BlobStore, get_into, validate_range
 from storage.digest import BLOCK_BYTES, Buffer, blocks_of
 from storage.errors import BlobExistsError, StorageError, StorageUnavailableError
 
@@ -45,6 +45,13 @@ class CountingStore:
         data = self.inner.get(key, start, length)
         self.bytes_got += len(data)
         return data
+
+    def get_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """See `ReadsInto.get_into`."""
+        self.gets += 1
+        moved = get_into(self.inner, key, start, buffer)
+        self.bytes_got += moved
+        return moved
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
@@ -197,6 +204,10 @@ class RetryingStore:
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
         return self._retrying.copy()(self.inner.get, key, start, length)
+
+    def get_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """See `ReadsInto.get_into`."""
+        return self._retrying.copy()(get_into, self.inner, key, start, buffer)
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""

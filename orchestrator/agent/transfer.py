@@ -151,7 +151,7 @@ def map_file(path: Path, size: int) -> memoryview:
 
 
 def verify_file(path: Path, index: ShardIndex | str) -> None:
-    """Check that a file has what an index (or its JSON) vouches for. Blocks; 4 GB/s.
+    """Check that a file has what an index (or its JSON) vouches for. Blocks; 8 GB/s.
 
     Raises:
         CorruptError: naming the first bad chunk.

@@ -15,7 +15,6 @@ does not come back in time is not waited for: the process ends itself, and a par
 from __future__ import annotations
 
 import gc
-import mmap
 import os
 import socket
 import threading
@@ -48,7 +47,7 @@ from orchestrator.worker.listening import Listener
 from orchestrator.worker.misbehaviour import misbehave
 from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
-from orchestrator.worker.slot import Slot, Slots
+from orchestrator.worker.slot import Slot, Slots, restore_view
 
 Prepare = Callable[[JobAhead, Callable[[], None]], None]
 """Gets what every seat of a job needs ready on this node, such as data.
@@ -239,8 +238,7 @@ class Worker:
 
     def restore_view(self, restore: Restore) -> memoryview:
         """Map the body of the shard to continue from, read-only."""
-        with Path(restore.path).open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        return restore_view(restore.path)
 
     def slot(self, size: int) -> Slot | None:
         """Return a staging slot of `size` bytes, or None if none is free or there is no room.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.blob import BlobStore
+from storage.blob import BlobStore, get_into
 from storage.encrypted import EncryptedStore
 from storage.errors import BlobExistsError, BlobNotFoundError
 from storage.faulty import FaultyStore
@@ -136,6 +136,21 @@ def test_a_negative_range_is_refused(store: BlobStore, start: int, length: int) 
 
     with pytest.raises(ValueError, match="0 or more"):
         store.get("k", start, length)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 10), (0, 4), (3, 4), (8, 9), (10, 1), (99, 5)])
+def test_memory_of_the_callers_is_filled_like_a_slice(
+    store: BlobStore, start: int, length: int
+) -> None:
+    store.put("a/b", b"0123456789")
+    buffer = bytearray(b"." * length)
+
+    read = get_into(store, "a/b", start, memoryview(buffer))
+
+    expected = b"0123456789"[start : start + length]
+    assert (read, bytes(buffer)) == (len(expected), expected.ljust(length, b"."))
+    with pytest.raises(BlobNotFoundError):
+        get_into(store, "a/c", 0, memoryview(buffer))
 
 
 @pytest.mark.parametrize("key", ["absent", "a/absent", "a", "a/b/c"])

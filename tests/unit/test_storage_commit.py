@@ -313,3 +313,27 @@ def test_keys_of_newer_steps_sort_first_and_parse_back() -> None:
     assert parse_generation_key(index_key(12, 3, 4)) == (12, 3)
     assert parse_verdict_key(verdict_key(12, 3, 0, "quarantined")) == (12, 3, "quarantined")
     assert parse_commit_key("commits/readme") is parse_generation_key("gen/x") is None
+
+
+def test_of_a_large_body_that_was_damaged_nothing_stays() -> None:
+    """It is verified while the store takes it already."""
+    store, items = MemoryStore(), 5 << 20
+    layout = plan(
+        [Chunk(fqn="w", state="p", dtype="F32", shape=(items,), global_shape=(items,), offset=(0,))]
+    )
+    body = bytearray(layout.size)
+    meta = ShardMeta(run_id="run", model="m", step=100, epoch=2, shard=0, shards=1)
+    index = seal(layout, body, meta)
+    body[-1] ^= 1
+
+    with pytest.raises(ShardCorruptError, match="p/w"):
+        write_shard(store, index, body)
+
+    assert store.keys() == []
+    body[-1] ^= 1
+    write_shard(store, index, body)
+    body[-1] ^= 1
+    with pytest.raises(ShardCorruptError, match="p/w"):
+        write_shard(store, index, body)
+    # What is there already is not what was damaged.
+    assert store.keys() == [index_key(100, 2, 0), body_key(100, 2, 0)]

@@ -1,6 +1,8 @@
 """What the contract cannot see of the local store: durability, left-overs, refusals."""
 
 import errno
+import fcntl
+import mmap
 import os
 import socket
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.blob import get_into
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
@@ -215,3 +218,47 @@ def test_a_pipe_that_lies_where_a_blob_should_be_keeps_nobody_waiting(tmp_path: 
 
     with pytest.raises(BlobNotFoundError):
         LocalStore(tmp_path).get("a")
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 4097])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_large_blob_is_the_same_whichever_way_it_goes(
+    tmp_path: Path, *, aligned: bool, beyond: int
+) -> None:
+    size, skip = (17 << 20) + beyond, 0 if aligned else 1
+    memory = memoryview(mmap.mmap(-1, size + skip))[skip:]
+    memory[:] = os.urandom(size)
+    store = LocalStore(tmp_path)
+
+    store.put("a/b", memory)
+
+    assert (tmp_path / "a/b").read_bytes() == memory
+    # Read to where a blob of this length ends, and to beyond its end.
+    arrived = memoryview(mmap.mmap(-1, size + skip + 5000))[skip:]
+    assert get_into(store, "a/b", 0, arrived) == size
+    assert arrived[:size] == memory
+    assert get_into(store, "a/b", 4096, arrived[: 16 << 20]) == 16 << 20
+    assert arrived[: 16 << 20] == memory[4096 : 4096 + (16 << 20)]
+
+
+@pytest.mark.parametrize("refused_at", [1, 2, 3])
+def test_a_file_system_without_a_way_past_the_cache_is_written_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_at: int
+) -> None:
+    memory = memoryview(mmap.mmap(-1, 40 << 20))
+    memory[:] = os.urandom(len(memory))
+    write, direct = os.write, []
+
+    def refusing(descriptor: int, data: memoryview) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            direct.append(len(data))
+            if len(direct) == refused_at:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", refusing)
+
+    LocalStore(tmp_path).put("a/b", memory)
+
+    assert len(direct) == refused_at
+    assert (tmp_path / "a/b").read_bytes() == memory

@@ -1,0 +1,156 @@
+"""What a checkpoint costs, beside the machine's own copies and torch.distributed.checkpoint.
+
+    python -m tests.bench.checkpoint [--mib 1024] [--also 64 4096] [--rounds 7] [--json]
+
+One rank and its agent, each a process, on a local disk. Ours takes the way that a trainer's shard
+takes: staged into shared memory, digested there in a thread, handed to the agent, verified and
+written by it, committed; and back: read into another agent's shared memory and verified there,
+verified by the rank and copied into the weights. Others: the same bytes copied (`memcpy`), written
+to one file and synced (`raw`), read; and DCP with its FileSystemWriter, `save`, and `async_save` in
+a thread and in a process. All take turns in each round; a ratio is one of medians. Before something
+is read, its files are taken out of the page cache: who restores is rarely who has just saved.
+
+The ratios without a size in their name are of the first size; `@64` are of 64 MiB, and so on. Then,
+unless `--only-saving`: a commit of 16,384 ranks, a choice among 1,000 checkpoints, and an upload.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from tests.bench.saving import fleet, upload
+from tests.bench.saving.others import Dcp, Raw, evict, timed
+from tests.bench.saving.ours import Ours, make_state
+from trainer import parallel
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where slots are
+TENSORS = 48
+PROCESS_MIB_MAX = 2048
+"""DCP's process has a copy of its own; from this size on it is left out, for want of memory."""
+
+RATIOS = {
+    "stall_over_memcpy": ("stall", "memcpy"),
+    "stall_dcp_over_ours": ("dcp_thread_stall", "stall"),
+    "stall_dcp_process_over_ours": ("dcp_process_stall", "stall"),
+    "save_over_raw": ("raw_write", "save"),
+    "save_over_raw_past_the_cache": ("raw_direct", "save"),
+    "save_dcp_over_ours": ("dcp_save", "save"),
+    "restore_over_raw": ("raw_read", "restore"),
+    "restore_dcp_over_ours": ("dcp_load", "restore"),
+}
+"""Of medians of seconds: which over which. `save_over_raw` is a share of raw's speed."""
+
+Rows = dict[str, list[float]]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--mib", type=int, default=1024)
+    options.add_argument("--also", type=int, nargs="*", default=[64, 4096])
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--ranks", type=int, default=16_384)
+    options.add_argument("--generations", type=int, default=100)
+    options.add_argument("--checkpoints", type=int, default=1000)
+    options.add_argument("--upload-mib", type=int, default=256)
+    options.add_argument("--only-saving", action="store_true")
+    options.add_argument("--root", type=Path, default=None, help="folder on the disk to measure")
+    options.add_argument("--json", action="store_true")
+    chosen = options.parse_args()
+    # torch says so of everything that it may still change.
+    warnings.simplefilter("ignore")
+    found: dict[str, float] = {}
+    for mib in (chosen.mib, *chosen.also):
+        suffix = "" if mib == chosen.mib else f"@{mib}"
+        # What is large takes long, and differs less from round to round.
+        rounds = chosen.rounds if mib <= PROCESS_MIB_MAX else max(chosen.rounds // 2, 1)
+        took = measure_size(mib, rounds, chosen.root)
+        found |= {f"{name}{suffix}": value for name, value in took.items()}
+    if not chosen.only_saving:
+        found |= fleet.measure_commits(chosen.ranks, chosen.generations)
+        found |= fleet.measure_listing(chosen.checkpoints)
+        found |= upload.measure(chosen.upload_mib << 20, max(chosen.rounds // 2, 1))
+    if chosen.json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<36}{value:12.4g}")
+
+
+def measure_size(mib: int, rounds: int, root: Path | None) -> dict[str, float]:
+    """Return the medians, in seconds, of every side with `mib` of state, and their ratios."""
+    size = mib << 20
+    state = make_state(size, TENSORS)
+    rows: Rows = {}
+    with folders(root) as (disk, memory), parallel.alone() as world:
+        raw, dcp = Raw(state, disk / "raw"), Dcp(state, disk / "dcp")
+        ours = Ours(state, world, memory, disk / "ours")
+        kinds = {"dcp_thread_stall": AsyncCheckpointerType.THREAD}
+        if mib <= PROCESS_MIB_MAX:
+            kinds["dcp_process_stall"] = AsyncCheckpointerType.PROCESS
+        try:
+            for turn in range(rounds + 1):
+                row = one_round(ours, raw, dcp, kinds)
+                # In the first, memory is made, and DCP's process started.
+                for name, value in row.items() if turn else ():
+                    rows.setdefault(name, []).append(value)
+            memory_over_state = ours.memory_over_state()
+        finally:
+            ours.close()
+    middle = {name: statistics.median(values) for name, values in rows.items()}
+    gib = size / 2**30
+    return {
+        **{n: middle[a] / middle[b] for n, (a, b) in RATIOS.items() if a in middle},
+        "digest_core_s_per_gib": (middle["stage_core"] - middle["memcpy_core"]) / gib,
+        "agent_core_s_per_gib": middle["agent_core"] / gib,
+        "memory_over_state": memory_over_state,
+        **{f"{name}_s": value for name, value in middle.items()},
+    }
+
+
+def one_round(
+    ours: Ours, raw: Raw, dcp: Dcp, kinds: dict[str, AsyncCheckpointerType]
+) -> dict[str, float]:
+    """Return the seconds of every side, one after the other."""
+    row = {}
+    row["memcpy"], row["memcpy_core"] = timed(raw.copy)
+    saved = ours.save()
+    row |= {"stall": saved.stall_s, "save": saved.durable_s}
+    row |= {"stage_core": saved.rank_core_s, "agent_core": saved.agent_core_s}
+    row["raw_direct"], _ = timed(raw.write_past_the_cache)
+    row["raw_write"], _ = timed(raw.write)
+    row |= {name: dcp.stall(kind) for name, kind in kinds.items()}
+    row["dcp_save"], _ = timed(dcp.save)
+    evict(raw.file, ours.body, *dcp.files)
+    os.sync()
+    row["raw_read"], _ = timed(raw.read)
+    row["restore"] = ours.restore()
+    row["dcp_load"], _ = timed(dcp.load)
+    return row
+
+
+@contextmanager
+def folders(root: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Make a folder on the disk and one in shared memory; both are gone afterwards."""
+    disk = Path(tempfile.mkdtemp(prefix="holdfast-saving-", dir=root))
+    memory = Path(tempfile.mkdtemp(prefix="holdfast-saving-", dir=SHARED_MEMORY))
+    try:
+        yield disk, memory
+    finally:
+        shutil.rmtree(memory)
+        shutil.rmtree(disk)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Commits checkpoints of 16,384 ranks, whose 2,048 agents are in this process, and lists many.
+
+Agents collect receipts, and say them in messages, as the product's do; the controller's side is its
+own vault. Shards have an index each and hardly a body: a commit reads neither.
+"""
+
+from __future__ import annotations
+
+import gc
+import queue
+import resource
+import time
+from pathlib import Path
+
+import msgspec
+
+from orchestrator.agent.owed import Owed
+from orchestrator.core.decisions import CommitCheckpoint
+from orchestrator.core.events import CheckpointCommitted, Event
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import Begin, Receipt, ShardsWritten
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.timeouts import derive
+from orchestrator.worlds.vault import Vault
+from storage.catalog import Catalog
+from storage.digest import sha256_hex
+from storage.faulty import FaultyStore
+from storage.manifest import (
+    ShardReceipt,
+    body_key,
+    commit_key,
+    encode_manifest,
+    index_key,
+    make_manifest,
+)
+from storage.memory import MemoryStore
+from storage.verdicts import Trust
+from tests.runs import steps_job
+
+RANKS_PER_NODE = 8
+BODY_BYTES = 346_000_000
+"""Of Llama 3 405B with its optimizer, by 16,384."""
+MODEL = "of a benchmark"
+EPOCH = Generation(1)
+LATENCY_S = 0.02
+LISTED_SHARDS = 8
+WARM = 10
+"""Generations after which memory should not grow any more."""
+
+
+class Fleet:
+    """The agents of so many ranks, a vault, and a store in memory."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._store = MemoryStore()
+        self._told: queue.Queue[Event] = queue.Queue()
+        job = steps_job(checkpoint__scrubMibPerSecond=0)
+        run = msgspec.convert(job, TrainingRun)
+        limits = derive(2.0, 60.0)
+        self._vault = Vault(run, "/nowhere", _no_time, limits=limits, store=self._store)
+        self._vault.begin(EPOCH)
+        self._agents = [
+            _agent(node, range(node * RANKS_PER_NODE, min((node + 1) * RANKS_PER_NODE, ranks)))
+            for node in range(-(-ranks // RANKS_PER_NODE))
+        ]
+
+    def commit(self, step: int) -> tuple[float, int]:
+        """Commit a checkpoint that is written; return the seconds, and the record's bytes.
+
+        The time begins when the first agent has its last receipt.
+        """
+        receipts = self._write(step)
+        begun = time.perf_counter()
+        messages = []
+        for rank in range(self._ranks):
+            agent = self._agents[rank // RANKS_PER_NODE]
+            fact = agent.written(Rank(rank), Step(step), receipts[rank], MODEL)
+            if fact is not None:
+                messages.append(msgspec.json.encode(fact))
+        facts = [msgspec.json.decode(message, type=ShardsWritten) for message in messages]
+        order = CommitCheckpoint(
+            generation=EPOCH,
+            reason="a benchmark",
+            step=Step(step),
+            receipts=tuple(one for fact in facts for one in fact.receipts),
+            model=MODEL,
+        )
+        self._vault.commit(order, self._told.put)
+        answer = self._told.get()
+        seconds = time.perf_counter() - begun
+        assert isinstance(answer, CheckpointCommitted), answer
+        # Older checkpoints are deleted beside the next steps.
+        assert self._vault.settle(600.0)
+        return seconds, self._store.size(commit_key(step, EPOCH))
+
+    def _write(self, step: int) -> list[Receipt]:
+        made = []
+        for shard in range(self._ranks):
+            self._store.put(body_key(step, EPOCH, shard), b"")
+            self._store.put(index_key(step, EPOCH, shard), b"")
+            digest = sha256_hex(f"{step} {shard}".encode())
+            made.append(Receipt(shard, BODY_BYTES + shard, digest))
+        return made
+
+
+def measure_commits(ranks: int, generations: int) -> dict[str, float]:
+    """Return seconds and bytes of a commit, and how memory grew from the tenth to the last."""
+    fleet = Fleet(ranks)
+    taken, before = [], 0
+    for step in range(1, generations + 1):
+        seconds, size = fleet.commit(step)
+        taken.append(seconds)
+        if step == min(WARM, generations):
+            before = _resident()
+    taken.sort()
+    return {
+        "commit_s": taken[len(taken) // 2],
+        "commit_longest_s": taken[-1],
+        "commit_record_mb": size / 1e6,
+        "commit_memory_mb": _resident() / 1e6,
+        "commit_memory_growth": _resident() / before - 1,
+    }
+
+
+def measure_listing(count: int) -> dict[str, float]:
+    """Return the seconds to list and to choose among `count` checkpoints, 20 ms an operation."""
+    store = MemoryStore()
+    for step in range(1, count + 1):
+        receipts = []
+        for shard in range(LISTED_SHARDS):
+            for key in (body_key(step, EPOCH, shard), index_key(step, EPOCH, shard)):
+                store.put(key, b"")
+            receipts.append(ShardReceipt(shard=shard, size=0, index_digest=sha256_hex(b"")))
+        manifest = make_manifest(receipts, run_id="run", model=MODEL, step=step, epoch=EPOCH)
+        store.put(commit_key(step, EPOCH), encode_manifest(manifest))
+    far = Catalog(FaultyStore(store, slow_s=LATENCY_S))
+    begun = time.perf_counter()
+    assert sum(record.manifest is not None for record in far.commits()) == count
+    listed = time.perf_counter()
+    chosen, _ = far.newest_trusted(at_least=Trust.WRITTEN)
+    assert chosen is not None
+    assert chosen.step == count
+    return {"list_s": listed - begun, "choose_s": time.perf_counter() - listed}
+
+
+def _agent(number: int, ranks: range) -> Owed:
+    node, mine = NodeId(f"node-{number:05d}"), tuple(map(Rank, ranks))
+    agent = Owed()
+    agent.begin(
+        Begin(
+            order="begin",
+            generation=EPOCH,
+            world_size=len(ranks),
+            ranks=mine,
+            seats=(node,) * len(ranks),
+            shard_of=mine,
+            writers=mine,
+        ),
+        node,
+    )
+    return agent
+
+
+def _no_time() -> Seconds:
+    return Seconds(0.0)
+
+
+def _resident() -> int:
+    """Return the bytes of this process that are in memory now."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()

@@ -1,0 +1,107 @@
+"""Uploads a shard to an S3 server, beside DCP's FsspecWriter, and what the server takes at all."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from urllib.parse import urlsplit
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+from storage.address import open_store
+from storage.commit import write_shard
+from storage.shard import Chunk, ShardIndex, ShardMeta, plan, seal
+from tests.bench.saving.others import State
+from tests.bench.saving.ours import make_state
+from tests.buckets import CREDENTIALS, Server, serve
+
+PART_BYTES = 32 << 20
+AT_ONCE = 8
+TENSORS = 4
+
+
+def measure(size: int, rounds: int) -> dict[str, float]:
+    """Return MiB per second of each, medians over rounds in turn, and their ratios."""
+    state = make_state(size, TENSORS)
+    shard = _staged(state)
+    sides: dict[str, list[float]] = {}
+    for server in serve():
+        bucket = server.bucket()
+        store = open_store(server.uri(bucket))
+        ways: dict[str, Callable[[], object]] = {
+            "upload_ours": partial(write_shard, store, *shard),
+            "upload_dcp": partial(_dcp, state, server, bucket),
+            "upload_server": partial(_flood, server, bucket, shard[1]),
+        }
+        for turn in range(rounds + 1):
+            for name, way in ways.items():
+                begun = time.perf_counter()
+                way()
+                rate = size / 2**20 / (time.perf_counter() - begun)
+                # The first of each pays for connections, and for the server's own first imports.
+                if turn:
+                    sides.setdefault(name, []).append(rate)
+                server.client.rm(f"{bucket}/*", recursive=True)
+    found = {f"{name}_mib_per_s": statistics.median(rates) for name, rates in sides.items()}
+    ours = found["upload_ours_mib_per_s"]
+    return found | {
+        "upload_ours_over_dcp": ours / found["upload_dcp_mib_per_s"],
+        "upload_ours_over_server": ours / found["upload_server_mib_per_s"],
+    }
+
+
+def _staged(state: State) -> tuple[ShardIndex, bytearray]:
+    shape = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    layout = plan(
+        Chunk(
+            fqn=name.partition(".")[2],
+            state=name.partition(".")[0],
+            dtype="F32",
+            shape=at,
+            global_shape=at,
+            offset=(0,) * len(at),
+        )
+        for name, at in shape.items()
+    )
+    body = bytearray(layout.size)
+    for view in layout.views(body).values():
+        view[:] = os.urandom(len(view))
+    meta = ShardMeta(run_id="bench", model="m", step=1, epoch=1, shard=0, shards=1)
+    return seal(layout, body, meta), body
+
+
+def _dcp(state: State, server: Server, bucket: str) -> None:
+    writer = FsspecWriter(
+        f"s3://{bucket}/{secrets.token_hex(4)}",
+        client_kwargs={"endpoint_url": server.endpoint},
+        key=CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        secret=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+    )
+    dcp.save(state, storage_writer=writer, no_dist=True)
+
+
+def _flood(server: Server, bucket: str, body: bytearray) -> None:
+    """Put the same bytes as objects of a part's size, with nothing to sign, hash or copy."""
+    where = urlsplit(server.endpoint)
+    view = memoryview(body)
+
+    def put(start: int) -> None:
+        connection = http.client.HTTPConnection(where.hostname or "", where.port)
+        try:
+            piece = view[start : start + PART_BYTES]
+            connection.request("PUT", f"/{bucket}/{secrets.token_hex(8)}", body=piece)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == http.HTTPStatus.OK, answer.status
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        list(threads.map(put, range(0, len(view), PART_BYTES)))

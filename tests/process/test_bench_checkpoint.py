@@ -20,7 +20,7 @@ RATIOS = {
 }
 ONCE = {
     *("commit_s", "commit_record_mb", "list_s", "choose_s"),
-    *("upload_ours_over_dcp", "upload_ours_over_server"),
+    *("upload_dcp_over_ours", "upload_ours_over_server"),
 }
 
 

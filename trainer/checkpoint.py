@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -31,7 +31,10 @@ from trainer.optim import STATES, ShardState
 from trainer.parallel import World
 from trainer.tensor import cut_dimension
 
-CUT_HINT = "pp, dpShard, cp and tp must not change within a run"
+CUT_HINT = (
+    "pp, dpShard, cp and tp must not change within a run; a new run of another name can go on from "
+    "this one in another cut: spec.trainer.continueFrom"
+)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -255,15 +258,29 @@ class Checkpointer:
                 f"checkpoint is cut otherwise than this run, into as many shards: {where}",
                 hint=CUT_HINT,
             )
-        expected_cursor = msgspec.to_builtins(stamp.cursor(index.step))
-        for name in dict.fromkeys([*expected_cursor, *index.extra]):
-            value = expected_cursor.get(name)
-            if index.extra.get(name) != value:
-                raise MisconfiguredError(
-                    f"checkpoint's {name} is {index.extra.get(name)}, expected {value}: {where}",
-                    hint="data and its weights, seed, seqLen and globalBatch must not change "
-                    "within a run",
-                )
+        require_same_data(stamp.cursor(index.step), index.extra, where)
+
+
+def require_same_data(cursor: Cursor, found: Mapping[str, object], where: str) -> None:
+    """Refuse a checkpoint whose run stood elsewhere in its data.
+
+    Args:
+        cursor: where this run stands after as many steps.
+        found: where that one stood, as builtins.
+        where: which checkpoint it is, in words.
+
+    Raises:
+        MisconfiguredError: naming the first thing that differs.
+    """
+    expected = msgspec.to_builtins(cursor)
+    for name in dict.fromkeys([*expected, *found]):
+        value = expected.get(name)
+        if found.get(name) != value:
+            raise MisconfiguredError(
+                f"checkpoint's {name} is {found.get(name)}, expected {value}: {where}",
+                hint="data and its weights, seed, seqLen and globalBatch must not change "
+                "within a run",
+            )
 
 
 def _chunk(s: ShardState, state: str, world: World) -> shard.Chunk:

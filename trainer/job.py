@@ -13,6 +13,7 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError
 from trainer.config import ModelConfig, model_config
 from trainer.tokenizer import Tokenizer, open_tokenizer
+from trainer.weights.continuing import Continued, open_state
 from trainer.weights.sources import open_weights
 from trainer.weights.stored import Weights
 
@@ -29,13 +30,16 @@ class Job(NamedTuple):
     """With the replicas that are there."""
     initial: Weights | None
     """Weights that it begins from, of the model's sizes."""
+    continued: Continued | None = None
+    """A checkpoint of another run that it goes on from."""
 
     @property
     def identity(self) -> str:
-        """What its checkpoints are marked with: the model, and the weights it began from."""
-        if self.initial is None:
+        """What its checkpoints are marked with: the model, and what it began from."""
+        begun = self.initial or self.continued
+        if begun is None:
             return self.config.fingerprint
-        return f"{self.config.fingerprint}-{self.initial.digest[:16]}"
+        return f"{self.config.fingerprint}-{begun.digest[:16]}"
 
 
 def read_job(job: dict[str, object], world_size: int) -> Job:
@@ -66,6 +70,7 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         open_tokenizer(trainer.tokenizer, config.vocab),
         layout,
         _initial(trainer.init_from, config),
+        _continued(trainer, config),
     )
 
 
@@ -78,6 +83,17 @@ def _initial(address: str | None, config: ModelConfig) -> Weights | None:
     except MisconfiguredError as error:
         raise MisconfiguredError(f"spec.trainer.initFrom: {error}", hint=error.hint) from error
     return weights
+
+
+def _continued(trainer: runfile.Trainer, config: ModelConfig) -> Continued | None:
+    if trainer.continue_from is None:
+        return None
+    try:
+        state = open_state(trainer.continue_from)
+        state.require(config, trainer.steps)
+    except MisconfiguredError as error:
+        raise MisconfiguredError(f"spec.trainer.continueFrom: {error}", hint=error.hint) from error
+    return state
 
 
 def layout_of(parallelism: runfile.Parallelism, ranks: int) -> Layout:

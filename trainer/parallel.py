@@ -279,6 +279,10 @@ def device_of(wanted: str, local_rank: int) -> torch.device:
         # Ranks share the cores; threads of each that spin for work made a step ten times slower.
         torch.set_num_threads(1)
         return torch.device("cpu")
+    # Without it cuBLAS may share its scratch between streams, and then sum in the order in which
+    # they come; of this size torch takes as much anyway on GPUs from Hopper on. Read when the first
+    # product of matrices is computed. Source: cuBLAS, section 2.1.4, results reproducibility.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

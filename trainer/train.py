@@ -50,7 +50,7 @@ def train(worker: Worker, seat: Seat) -> None:
             job.config,
             feed.samples,
             world,
-            empty=seat.restore is not None or job.initial is not None,
+            empty=seat.restore is not None or job.initial is not None or job.continued is not None,
             note=note,
         )
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
@@ -59,6 +59,9 @@ def train(worker: Worker, seat: Seat) -> None:
         if seat.restore is not None:
             feed.require_same(seat.restore.index)
             done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
+            training.optimizer.set_steps(done)
+        elif job.continued is not None:
+            done = job.continued.fill(training.optimizer.shards, stamp.start, worker.check)
             training.optimizer.set_steps(done)
         elif job.initial is not None:
             job.initial.fill(training.parts, worker.check)

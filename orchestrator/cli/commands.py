@@ -74,9 +74,10 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Run a training job on this machine, and keep it running until it is done."""
-    from orchestrator.cli import intake, progress, supervise
+    from orchestrator.cli import intake, progress, spawned, supervise
 
     training, plan = intake.read(run_file, faults)
+    spawned.require_weights(training)
     ended = supervise.supervise(
         training,
         plan,
@@ -103,9 +104,10 @@ def drill(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Run a job with faults and once more without, and compare the results bit by bit."""
-    from orchestrator.cli import drill, intake, progress, reporting
+    from orchestrator.cli import drill, intake, progress, reporting, spawned
 
     training, plan = intake.read(run_file, faults)
+    spawned.require_weights(training)
     assert plan is not None
     verdict = drill.drill(
         training,
@@ -128,9 +130,10 @@ def validate(
     ] = None,
 ) -> None:
     """Check a run file, and a fault plan against it, without starting anything."""
-    from orchestrator.cli import intake
+    from orchestrator.cli import intake, spawned
 
     training, plan = intake.read(run_file, faults)
+    spawned.require_weights(training)
     typer.echo(intake.words(training, plan))
 
 

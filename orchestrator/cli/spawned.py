@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import typer
 
 from orchestrator.cli.errors import CliError, Exit
+from orchestrator.protocol.runfile import EMBEDDED, TrainingRun
 from orchestrator.worlds import folder
 
 
@@ -35,6 +37,28 @@ def spawn(module: str, *arguments: str) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise typer.Exit(code if code > 0 else Exit.ERROR)
+
+
+def require_weights(run: TrainingRun) -> None:
+    """Refuse a run whose `initFrom` or `continueFrom` names nothing that its model can begin from.
+
+    Ranks find that out by themselves, but only once everything has been started for them.
+
+    Raises:
+        typer.Exit: with the code for misuse; what is wrong has been said.
+        CliError: if the trainer's libraries are not installed.
+    """
+    trainer = run.spec.trainer
+    if trainer.entrypoint != EMBEDDED:
+        return
+    model, steps = msgspec.json.encode(trainer.model).decode(), str(trainer.steps)
+    for field, address in (
+        ("initFrom", trainer.init_from),
+        ("continueFrom", trainer.continue_from),
+    ):
+        if address is not None:
+            asked = ("--field", field, "--model", model, "--steps", steps)
+            spawn("trainer.weights", "fit", address, *asked)
 
 
 def source(address: str) -> str:

@@ -131,6 +131,7 @@ def _embedded(run: TrainingRun) -> Iterator[Misfit]:
         for obstacle in obstacles(config, trainer, layout) if config is not None else ():
             yield Misfit(*obstacle)
         yield from ramp_misfits(trainer, layout)
+    yield from _beginning(trainer)
     yield from _data(trainer)
 
 
@@ -196,6 +197,15 @@ def _round_misfits(trainer: Trainer, replicas: int, shards: int) -> Iterator[Mis
             f"{what}, which is {rounds} rounds of dpShard x microBatch = {shards} x {size}, "
             f"expected one for each of the {replicas} replicas at least",
             why,
+        )
+
+
+def _beginning(trainer: Trainer) -> Iterator[Misfit]:
+    if trainer.init_from is not None and trainer.continue_from is not None:
+        yield Misfit(
+            f"spec.trainer.initFrom is {trainer.init_from} and continueFrom is "
+            f"{trainer.continue_from}, expected one of them",
+            "continueFrom takes the weights along with the rest",
         )
 
 

@@ -54,14 +54,18 @@ class Metadata(_Section, frozen=True, kw_only=True):
     """Who this run is."""
 
     name: Name
+    """Of the run and of its folder: lower-case letters, digits and dashes."""
 
 
 class Nodes(_Section, frozen=True, kw_only=True):
     """How many machines, and how many stand by."""
 
     count: Positive = 1
+    """Machines that the world has seats on."""
     ranks_per_node: Positive = 1
+    """Ranks of each machine; as many as it has GPUs."""
     spares: NonNegative = 0
+    """Machines more, warm, which take the place of others."""
 
 
 class Parallelism(_Section, frozen=True, kw_only=True):
@@ -71,11 +75,15 @@ class Parallelism(_Section, frozen=True, kw_only=True):
     """
 
     dp_replicate: Positive = 1
+    """Copies of the whole state, each trained on a share of the batch."""
     dp_shard: Positive | None = None
     """Default: whatever ranks the other dimensions leave."""
     tp: Positive = 1
+    """Tensor parallelism: ranks that share every layer, and each sequence between layers."""
     pp: Positive = 1
+    """Pipeline parallelism: ranks that have layers of their own, one after the other."""
     cp: Positive = 1
+    """Context parallelism: ranks that share every sequence, and exchange heads for attention."""
 
     def layout(self, world_size: int) -> Layout:
         """Return the sizes of all dimensions, in a world of so many ranks."""
@@ -124,6 +132,7 @@ class BatchChange(_Section, frozen=True, kw_only=True):
     tokens: Positive
     """It changes with the first step that begins when so many were trained on."""
     global_batch: Positive
+    """Samples per optimizer step from then on."""
 
 
 class LengthChange(_Section, frozen=True, kw_only=True):
@@ -132,6 +141,7 @@ class LengthChange(_Section, frozen=True, kw_only=True):
     tokens: Positive
     """It changes with the first step that begins when so many were trained on."""
     seq_len: Positive
+    """Tokens of a sample from then on."""
     micro_batch: Positive | None = None
     """Samples per forward pass of one rank from then on; default as many as before."""
 
@@ -144,7 +154,9 @@ class Trainer(_Section, frozen=True, kw_only=True):
     model: str | dict[str, Any] = "debug"
     """`debug`, `8B`, `70B`, `405B`, or the sizes themselves."""
     steps: Positive = 100
+    """Optimizer steps of the whole run; the learning rate is a function of them."""
     seq_len: Positive = 128
+    """Tokens of a sample, which is what attention can look back to."""
     global_batch: Positive = 8
     """Samples per optimizer step over all ranks."""
     batch_ramp: tuple[BatchChange, ...] = ()
@@ -163,9 +175,13 @@ class Trainer(_Section, frozen=True, kw_only=True):
     stages_per_rank: Annotated[int, msgspec.Meta(ge=2, le=64)] = 2
     """Stages of the pipeline that a rank has with `interleaved`; with `1F1B` it is one."""
     seed: NonNegative = 0
+    """Of the first weights and of the order of samples. The same seed gives the same bits."""
     init_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Weights to begin from, not drawn by `seed`: a folder of Hugging Face's or Meta's layout, as
     path or fsspec address, or of a run. They stay until the run is over (docs/weights.md)."""
+    continue_from: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """A checkpoint to go on from with its optimizer, step and place in data: folder of another run,
+    with `@STEP` behind it for one that is not the newest. That run may be cut in any other way."""
     data: Data | tuple[str, ...] | str | None = None
     """Files, folders or globs of .txt, .py, .md, .jsonl or .parquet; fsspec addresses work too.
     Or a section, for several sources in a mixture."""
@@ -176,12 +192,17 @@ class Trainer(_Section, frozen=True, kw_only=True):
     tokenizer: str | None = None
     """A file in tiktoken format; default the small one that comes with holdfast."""
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 3e-4
+    """The highest; after the warm-up it falls along a cosine to a hundredth."""
     warmup_steps: NonNegative = 10
+    """So many steps at the beginning, in which the learning rate goes up in a line."""
     anneal_steps: NonNegative = 0
     """So many steps at the end, in which the learning rate goes to 0 in a line."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
+    """AdamW's, of matrices; gains of norms do not decay."""
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Gradients are scaled down to this norm, over all ranks, where theirs is larger."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What ranks compute on; by itself a GPU for each rank of a node where there are as many."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What layers compute in: by itself fp32 on a CPU and bf16 on a GPU. Weights, sums of gradients
     over ranks and the optimizer are fp32 with either."""
@@ -208,7 +229,9 @@ class Checkpoint(_Section, frozen=True, kw_only=True):
     """Durable tier: a folder, file:///folder or s3://bucket/prefix; default `checkpoints` in the
     run's folder. Options follow after a question mark (storage/FORMAT.md), credentials never do."""
     every_steps: Positive = 50
+    """Steps between saves to the durable tier."""
     memory_every_steps: Positive = 5
+    """Steps between saves to memory, a node's own and another's."""
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 3
     """So many of the newest stay on the durable tier."""
     keep_every_steps: NonNegative = 0
@@ -224,6 +247,7 @@ class Detection(_Section, frozen=True, kw_only=True):
     """One number from which every timeout of the system is derived (protocol.timeouts)."""
 
     detect_within: Duration = "10s"
+    """A fault is to be noticed within this time, wherever it is; 0.5s to 1h."""
     warmup_limit: Duration = "10m"
     """How long a rank may compile, restore or start before that counts as hung."""
 
@@ -232,8 +256,11 @@ class Recovery(_Section, frozen=True, kw_only=True):
     """How often a run may be brought back, by whose fault it was, before it is given up."""
 
     hardware_budget: NonNegative = 16
+    """Restarts for faults of machines and of the network."""
     software_budget: NonNegative = 8
+    """Restarts for faults of the program and of numbers, and for what nobody could explain."""
     preemption_budget: NonNegative = 64
+    """Restarts because somebody took machines away."""
     refill_every_steps: Positive = 200
     """This many steps of new progress give back one restart to every budget."""
     backoff: Duration = "1s"
@@ -275,7 +302,9 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
     """A run file."""
 
     api_version: Literal["holdfast.dev/v1alpha1"]
+    """Which version of these fields the file is written in."""
     kind: Literal["TrainingRun"]
+    """What the file is."""
     metadata: Metadata
     spec: Spec
 

@@ -14,10 +14,17 @@ import torch
 from orchestrator.protocol.footprint import footprint
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worker import MisconfiguredError
 from storage.shard import decode_index
 from tests import runfiles
 from tests.runs import REPOSITORY, Job
 from tests.weights import TINY, loaded, written
+from trainer import parallel
+from trainer.data import Samples, open_data
+from trainer.feed import cursor_of
+from trainer.job import read_job
+from trainer.optim import STATES
+from trainer.step import Training, Unheard
 from trainer.weights.sources import open_weights
 
 pytestmark = pytest.mark.process
@@ -84,6 +91,65 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(
         # One step of AdamW moves a weight by the learning rate at most, a hundredth of it here.
         assert not torch.equal(before, after), name
         torch.testing.assert_close(before, after, atol=1.1e-4, rtol=0, msg=name)
+    assert_another_cut_goes_on(run, folder)
+
+
+def assert_another_cut_goes_on(run: dict[str, Any], folder: str) -> None:
+    """One rank takes the state of several, to the bit, and goes on as one that never ended."""
+    trainer = {**run["spec"]["trainer"], "steps": 2, "microBatch": 4}
+    further = read_job({"trainer": {**trainer, "initFrom": None, "continueFrom": folder}}, 1)
+    assert further.continued is not None
+    states = further.continued.states
+    with parallel.alone() as world:
+        samples = Samples(
+            open_data(further.trainer.data, further.tokenizer, "", lambda: None), further.trainer
+        )
+        training = Training(further.trainer, further.config, samples, world, empty=True)
+        start = cursor_of(samples, further.trainer)
+        done = further.continued.fill(training.optimizer.shards, start, lambda: None)
+        training.optimizer.set_steps(done)
+        for shard in training.optimizer.shards:
+            for state in STATES:
+                assert torch.equal(getattr(shard, state), states[state].read(shard.name))
+            assert shard.exp_avg_sq.any()
+        after = Heard()
+        training.step(done + 1, after)
+
+        # The run that ended had one step, and so another learning rate at it.
+        alone = read_job({"trainer": {**trainer, "steps": 1}}, 1)
+        assert alone.initial is not None
+        first = Training(alone.trainer, alone.config, samples, world, empty=True)
+        alone.initial.fill(first.parts)
+        first.step(1, Unheard())
+        whole = Training(further.trainer, further.config, samples, world, empty=True)
+        for mine, theirs in zip(whole.optimizer.shards, first.optimizer.shards, strict=True):
+            for state in STATES:
+                getattr(mine, state).copy_(getattr(theirs, state))
+        whole.optimizer.set_steps(1)
+        never = Heard()
+        whole.step(2, never)
+    assert done == 1
+    assert after.losses == pytest.approx(never.losses, rel=1e-6)
+    with pytest.raises(MisconfiguredError, match="checkpoint's seed is 0, expected 7"):
+        further.continued.fill(
+            training.optimizer.shards, msgspec.structs.replace(start, seed=7), lambda: None
+        )
+    for changed, says in (
+        ({"steps": 1}, "continueFrom: the checkpoint has 1 steps behind it, expected fewer than"),
+        ({"model": "debug"}, "continueFrom: embedding.weight is of shape"),
+        ({"continueFrom": f"{folder}@7"}, "continueFrom: no checkpoint of step 7"),
+    ):
+        other = {**trainer, "initFrom": None, "continueFrom": folder, **changed}
+        with pytest.raises(MisconfiguredError, match=says):
+            read_job({"trainer": other}, 1)
+
+
+class Heard(Unheard):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def step_done(self, step: int, *, loss: float, **_: object) -> None:
+        self.losses.append(loss)
 
 
 def test_weights_that_are_refused_end_a_command_with_code_2_and_a_hint(tmp_path: Path) -> None:
@@ -98,3 +164,23 @@ def test_weights_that_are_refused_end_a_command_with_code_2_and_a_hint(tmp_path:
     assert "model.safetensors" in message
     assert hint.startswith("hint: ")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_a_run_that_can_not_begin_from_its_weights_is_refused_before_anything_is_started(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path / "weights", config=MODEL)
+    file = tmp_path / "run.yaml"
+    for command, address, says in (
+        ("run", tmp_path / "none", "spec.trainer.initFrom: no such folder"),
+        ("validate", tmp_path / "weights", "spec.trainer.initFrom: embedding.weight is of shape "),
+    ):
+        file.write_text(runfiles.text("never", trainer={"initFrom": str(address)}))
+
+        done = holdfast(tmp_path, command, str(file))
+
+        assert (done.returncode, done.stdout) == (2, "")
+        message, hint = done.stderr.splitlines()
+        assert says in message
+        assert hint.startswith("hint: ")
+        assert not (tmp_path / "home").exists()

@@ -640,6 +640,8 @@ def test_explain_knows_every_field_of_a_run_file_and_lists_it_in_its_section() -
         assert f"  {line}" in explain.explain(section).splitlines()
         # Words for who writes the file, not Python's for the type.
         assert not re.search(r"typing\.|msgspec|<class|NoneType|\.runfile", line)
+        # And what it is for, in a sentence.
+        assert len(explain.explain(path).splitlines()) > 1, path
 
 
 def fields_in(section: type[msgspec.Struct], at: str = "") -> Iterator[str]:

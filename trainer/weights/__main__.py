@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 
 from orchestrator.worker import MisconfiguredError
-from trainer.config import PRESETS
+from trainer.config import PRESETS, ModelConfig, model_config
 from trainer.weights import run
+from trainer.weights.continuing import open_state
 from trainer.weights.convert import LAYOUTS, TYPES, convert
 from trainer.weights.sources import open_weights
 from trainer.weights.stored import Weights, describe, mean
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit code."""
     asked = _parser().parse_args(arguments)
     try:
+        if asked.command == "fit":
+            _require(asked.source, asked.field, _model(asked.model), asked.steps)
+            return 0
         weights = _opened(asked)
         if asked.command == "show":
             told = _checked(weights) if asked.check else _told(weights)
@@ -35,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             convert(weights, asked.out, asked.to, dtype=dtype, parts=asked.parts)
             _say(f"{weights.layout}: {weights.parameters} parameters written: {asked.out}")
     except MisconfiguredError as error:
-        _complain(str(error), error.hint)
+        where = f"spec.trainer.{asked.field}: " if asked.command == "fit" else ""
+        _complain(f"{where}{error}", error.hint)
         return EXIT_MISUSE
     except OSError as error:
         _complain(str(error), "check the path, its permissions, and the room there")
@@ -51,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("source", help=source)
     show.add_argument("--check", action="store_true", help="read everything: is it all finite?")
     show.add_argument("--output", "-o", choices=("text", "json"), default="text")
+    fit = commands.add_parser("fit", help="say nothing if a run's model can begin from it")
+    fit.add_argument("source", help=source)
+    fit.add_argument("--model", required=True, help="spec.trainer.model, as JSON")
+    fit.add_argument("--steps", type=int, required=True, help="spec.trainer.steps")
+    fit.add_argument("--field", choices=("initFrom", "continueFrom"), required=True)
     once = commands.add_parser("convert", help="write it in a public layout")
     once.add_argument("source", help=source)
     several = commands.add_parser("average", help="write the mean of several in a public layout")
@@ -76,6 +86,18 @@ def _opened(asked: argparse.Namespace) -> Weights:
     if len(sources) == 1:
         sources = run.annealed(sources[0])
     return mean([open_weights(source) for source in sources])
+
+
+def _require(source: str, field: str, config: ModelConfig, steps: int) -> None:
+    """Refuse what a run can not begin from, or not go on from."""
+    if field == "initFrom":
+        open_weights(source).require(config)
+    else:
+        open_state(source).require(config, steps)
+
+
+def _model(text: str) -> ModelConfig:
+    return model_config(msgspec.json.decode(text))
 
 
 def _count(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -82,8 +82,30 @@ def open_run(at: RunAt) -> Weights:
     Raises:
         MisconfiguredError: if the run has no such checkpoint, or it is damaged.
     """
+    _, _, states = open_states(at, (STATE,))
+    return states[STATE]
+
+
+def open_states(
+    at: RunAt, states: Sequence[str]
+) -> tuple[Manifest, dict[str, object], dict[str, Weights]]:
+    """Open what a checkpoint of a run has for each weight.
+
+    Args:
+        at: which.
+        states: what to open: the weight itself, or what the optimizer remembers of it.
+
+    Returns:
+        Its manifest, what its shards say beside their chunks, and of each state all weights.
+
+    Raises:
+        MisconfiguredError: as `open_run`.
+    """
     run = read(at)
     config = model_config(run.spec.trainer.model)
+    # Ranks of tensor parallelism have some weights in common, each in its own shard.
+    boxes: dict[tuple[str, str], dict[tuple[Shape, Shape], Box]] = {}
+    extra: dict[str, object] = {}
     with _told(str(at.folder)):
         store = open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS))
         manifest = _manifest(store, at)
@@ -93,24 +115,32 @@ def open_run(at: RunAt) -> Weights:
                 f"{describe(manifest)}: {at.folder}",
                 hint="the checkpoint is of a run with other sizes",
             )
-        # Ranks of tensor parallelism have some weights in common, each in its own shard.
-        boxes: dict[str, dict[tuple[Shape, Shape], Box]] = {}
         for shard in range(manifest.shards):
             index = fetch_index(store, manifest, shard)
+            extra = dict(index.extra)
             key = body_key(manifest.step, manifest.epoch, shard)
             for chunk in index.chunks:
-                if chunk.state == STATE and 0 not in chunk.shape:
-                    place = (chunk.offset, chunk.shape)
-                    boxes.setdefault(chunk.fqn, {}).setdefault(place, _box(store, key, chunk))
-    return Weights(
-        config,
+                if chunk.state in states and 0 not in chunk.shape:
+                    known = boxes.setdefault((chunk.state, chunk.fqn), {})
+                    known.setdefault((chunk.offset, chunk.shape), _box(store, key, chunk))
+    return (
+        manifest,
+        extra,
         {
-            name: _stored(name, shape, tuple(boxes.get(name, {}).values()), manifest)
-            for name, shape in names.shapes(config)
+            state: Weights(
+                config,
+                {
+                    name: _stored(
+                        name, shape, tuple(boxes.get((state, name), {}).values()), manifest
+                    )
+                    for name, shape in names.shapes(config)
+                },
+                layout=f"holdfast, {describe(manifest)}",
+                where=str(at.folder),
+                digest=manifest.root,
+            )
+            for state in states
         },
-        layout=f"holdfast, {describe(manifest)}",
-        where=str(at.folder),
-        digest=manifest.root,
     )
 
 

@@ -40,6 +40,10 @@ class BadFileError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[BadFileError], tuple[str, str]]:
+        """Have another process raise it here as it was."""
+        return type(self), (str(self), self.hint)
+
 
 def read(path: Path) -> str:
     """Return the text of a file.

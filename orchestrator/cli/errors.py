@@ -43,6 +43,10 @@ class CliError(Exception):
         self.hint = hint
         self.code = code
 
+    def __reduce__(self) -> tuple[type[CliError], tuple[str, str, Exit]]:
+        """Have another process raise it here as it was."""
+        return type(self), (str(self), self.hint, self.code)
+
 
 def unknown(what: str, found: str, known: Iterable[str], where: str) -> CliError:
     """Return the error for a name that is not there, with the nearest one that is."""

@@ -93,8 +93,7 @@ def replay(  # noqa: PLR0913 - each is one knob of an experiment
     Raises:
         ModelError: if there are more faults of nodes than nodes.
     """
-    counts = scaled_counts(record, model, cluster, days) if scaled else record.counts
-    _require_nodes(record, counts, model, cluster)
+    counts = fitting_counts(record, model, cluster, days=days, scaled=scaled)
     scale = [float(background and not e.interrupting and not e.planned) for e in model.classes]
     drawing = _drawing(model, cluster, days, rng)
     means = drawing.means(scale, step_s)
@@ -107,6 +106,15 @@ def replay(  # noqa: PLR0913 - each is one knob of an experiment
     ]
     begins = [drawing.at_start(kind, times) for kind, times in enumerate(scale)]
     return drawing.schedule(moments, begins, recorded=frozenset(counts))
+
+
+def fitting_counts(
+    record: FaultRecord, model: FaultModel, cluster: Cluster, *, days: float, scaled: bool
+) -> Mapping[str, int]:
+    """Return how often each class of a record happens again. Raises ModelError as `replay` does."""
+    counts = scaled_counts(record, model, cluster, days) if scaled else record.counts
+    _require_nodes(record, counts, model, cluster)
+    return counts
 
 
 def scaled_counts(

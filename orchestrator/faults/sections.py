@@ -24,6 +24,10 @@ class ModelError(ValueError):
         super().__init__(message)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[ModelError], tuple[str, str]]:
+        """Have another process raise it here as it was."""
+        return type(self), (str(self), self.hint)
+
 
 class Section(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True

@@ -22,7 +22,7 @@ from orchestrator.core import journal
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import Decision, StartGeneration
 from orchestrator.core.events import Event
-from orchestrator.faults.draw import draw, replay
+from orchestrator.faults.draw import draw, fitting_counts, replay
 from orchestrator.faults.expected import expected
 from orchestrator.faults.model import FaultModel
 from orchestrator.faults.record import FaultRecord
@@ -211,7 +211,7 @@ def inputs(settings: Settings) -> Inputs:
     Raises:
         BadFileError: if a file is not what it should be.
         SettingsError: if the settings do not fit together.
-        ModelError: if they do not fit the model.
+        ModelError: if they do not fit the model, or the record the cluster.
     """
     model = _file_or(settings.model, compose.read_model, compose.packaged_model)
     record = None
@@ -220,6 +220,9 @@ def inputs(settings: Settings) -> Inputs:
             settings.record,
             lambda path: compose.read_record(path, model),
             lambda name: compose.packaged_record(model, name),
+        )
+        fitting_counts(
+            record, model, settings.cluster, days=settings.days, scaled=settings.scale_record
         )
     profile = _file_or(settings.profile, profiles.read, profiles.packaged)
     found = Inputs(

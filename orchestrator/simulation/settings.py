@@ -52,6 +52,10 @@ class SettingsError(ValueError):
         super().__init__(message)
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[SettingsError], tuple[str, str]]:
+        """Have another process raise it here as it was."""
+        return type(self), (str(self), self.hint)
+
 
 class Settings(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from orchestrator.agent import linux
-from orchestrator.cli import plots
+from orchestrator.cli import plots, pool
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.document import BadFileError
+from orchestrator.faults.sections import ModelError
+from orchestrator.simulation.settings import SettingsError
 from orchestrator.worlds.simulated import profiles
 from tests.journals import holdfast
 from tests.runs import HEEDING
@@ -189,6 +194,7 @@ def test_a_worker_that_is_ended_from_outside_is_said_to_have_been(
         (("rates: 2000", "rates: -1"), "expected `float` >= 0"),
         (("seeds: 2", "sseeds: 2"), "unknown field `sseeds`"),
         (("kind: Sweep", "kind: Grid"), "invalid enum value 'Grid'"),
+        (("rates: 2000", "record: llama3, scaleRecord: false"), "expected at most 2, as many as"),
     ],
 )
 def test_a_sweep_that_can_not_be_is_refused_before_anything_is_run(
@@ -199,6 +205,28 @@ def test_a_sweep_that_can_not_be_is_refused_before_anything_is_run(
     assert result.exit_code == 2, result.output
     assert words in result.stderr
     assert not (tmp_path / "spares").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModelError("no such class", "add it"),
+        SettingsError("gpus is 9, expected 16", "whole nodes"),
+        BadFileError("not a sweep: a.yaml", "write one"),
+        CliError("no file: a.yaml", "write one", Exit.USAGE),
+    ],
+)
+def test_what_a_worker_refuses_is_said_in_its_own_words(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        list(pool.each(partial(raising, error), [1, 2], jobs=1))
+
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def raising(error: Exception, number: int) -> None:
+    del number
+    raise error
 
 
 def test_a_file_in_the_folder_that_is_no_result_is_named(tmp_path: Path) -> None:

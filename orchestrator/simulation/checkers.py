@@ -28,6 +28,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.invariants import violations
 from orchestrator.core.journal import Entry
+from orchestrator.core.ledger import micros
 from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import retired
@@ -59,6 +60,8 @@ class Invariants:
         state = controller.state
         broken = violations(state)
         assert not broken, "; ".join(broken)
+        ledger_us, clock_us = state.ledger.end_us, micros(state.now)
+        assert ledger_us == clock_us, f"ledger is of {ledger_us} us, the clock at {clock_us} us"
         assert not controller.disabled, f"detectors raised: {controller.disabled}"
         match event:
             case Telemetry(reports=reports):
@@ -73,8 +76,12 @@ class Invariants:
             assert decision.reason, f"no reason for {type(decision).__name__}"
             match decision:
                 case StartGeneration():
-                    self._start(state, decision)
+                    self._start(state, decision, decisions)
                 case CommitCheckpoint(step=step, receipts=receipts):
+                    assert decision.generation == state.generation, (
+                        f"commit of generation {decision.generation} in generation "
+                        f"{state.generation}"
+                    )
                     shards = sorted(receipt.shard for receipt in receipts)
                     assert shards == list(range(state.shard_count())), f"step {step}: {shards}"
                 case EndRun(state=end):
@@ -94,7 +101,9 @@ class Invariants:
                 f"step {report.step} had {known} tokens, and now {report.tokens}"
             )
 
-    def _start(self, state: RunState, order: StartGeneration) -> None:
+    def _start(
+        self, state: RunState, order: StartGeneration, decisions: Sequence[Decision]
+    ) -> None:
         known = self._ordered.get(order.generation)
         assert known is None or known == order, f"generation {order.generation} was ordered twice"
         if known is not None:
@@ -107,6 +116,10 @@ class Invariants:
         bad = sorted(seat for seat, node in nodes.items() if not node.usable or seat in kept_out)
         assert not bad, f"seats on nodes that can not be used: {', '.join(bad)}"
         before = self._ordered[newest].seats if newest in self._ordered else ()
+        # Or two generations of the run would train at once.
+        told = {*order.seats} | {each.node for each in decisions if isinstance(each, FenceNode)}
+        free = sorted(node for node in {*before} - told if state.nodes[node].connected)
+        assert not free, f"{', '.join(free)} had a seat, has none now, and is not fenced"
         cordoned = sorted({*order.seats} & {*state.drains} - {*before})
         assert not cordoned, f"new seats on nodes that are cordoned: {', '.join(cordoned)}"
         left = {*state.spares()} - (lemons := retired(state))

@@ -108,6 +108,27 @@ class UnsupportedVersionError(StorageError):
     hint = "Read it with the version of Holdfast that wrote it, or a newer one."
 
 
+class UnstorableError(StorageError):
+    """The state has something in it that no file of ours can hold: there is no pickle in them."""
+
+    hint = (
+        "Keep it as a tensor, or as numbers, text and bytes in lists, tuples and dictionaries; or "
+        "leave it out of what is saved."
+    )
+
+
+class ForbiddenPickleError(StorageError):
+    """A pickle asks for something that is not needed to say what a checkpoint holds."""
+
+    hint = "Do not load this file with anything else either, unless you know who made it and why."
+
+
+class ForeignFormatError(StorageError):
+    """A folder that is to be imported is not of the format that it should be, or is not whole."""
+
+    hint = "See that the copy is complete; load it once with the program that wrote it."
+
+
 class UnsupportedUriError(StorageError):
     """No store can be opened for this address."""
 

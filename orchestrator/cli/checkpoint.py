@@ -1,10 +1,11 @@
 """The commands of `holdfast checkpoint`: what is in a store, whether it is whole, what may go.
 
-They ask the store and nothing else: no run, no journal, no torch.
+They ask the store and nothing else: no run, no journal. Only the format of torch needs torch.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -187,3 +188,60 @@ def rollback_plan(
     typer.echo(rollback.told(planned, uri, output))
     if planned.resume is None:
         raise typer.Exit(Exit.ERROR)
+
+
+@app.command()
+def export(
+    uri: UriArgument,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.")],
+    step: Annotated[
+        str | None, typer.Option(metavar="STEP", help="STEP or STEP@EPOCH; default the newest.")
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="safetensors, or dcp: torch.distributed.checkpoint's own."),
+    ] = "safetensors",
+    max_file: Annotated[
+        str, typer.Option(metavar="BYTES", help="Of each safetensors file.")
+    ] = "5GiB",
+    output: FormOption = Form.TEXT,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a checkpoint's whole tensors to a folder, verified. Exit code 6 for damage.
+
+    The format dcp needs torch; safetensors does not.
+    """
+    from orchestrator.cli import moving
+
+    store, file_bytes = moving.opened(uri), int(moving.bytes_of(max_file, "--max-file"))
+    with moving.gauge(quiet=quiet) as gauge:
+        came = moving.take_out(store, step, to, form, file_bytes, gauge)
+    typer.echo(moving.told(came, output))
+
+
+@app.command(name="import")
+def import_(
+    folder: Annotated[
+        Path, typer.Argument(help="Of torch.distributed.checkpoint, or of safetensors.")
+    ],
+    uri: UriArgument,
+    step: Annotated[int, typer.Option(help="Of the checkpoint that it becomes.")],
+    run: Annotated[str, typer.Option(help="Name of the run that the store belongs to.")] = "dcp",
+    max_shard: Annotated[str, typer.Option(metavar="BYTES", help="Of each shard.")] = "1GiB",
+    output: FormOption = Form.TEXT,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a checkpoint of a folder, for torch.distributed.checkpoint to load.
+
+    Nothing in the folder is run: metadata that asks for anything is refused. Exit code 6 if the
+    folder is not whole.
+    """
+    from orchestrator.cli import moving
+
+    store, shard_bytes = (
+        moving.opened(uri, new=True),
+        int(moving.bytes_of(max_shard, "--max-shard")),
+    )
+    with moving.gauge(quiet=quiet) as gauge:
+        came = moving.bring_in(store, folder, step, run, shard_bytes, gauge)
+    typer.echo(moving.told(came, output))

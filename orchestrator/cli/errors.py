@@ -69,7 +69,13 @@ _ADVICE = {
 }
 
 
-_DAMAGE = {"ShardCorruptError", "ManifestCorruptError", "BlobCorruptError", "BlobTooLargeError"}
+_DAMAGE = {
+    "ShardCorruptError",
+    "ManifestCorruptError",
+    "BlobCorruptError",
+    "BlobTooLargeError",
+    "ForeignFormatError",
+}
 
 
 class Commands(TyperGroup):

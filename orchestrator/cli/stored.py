@@ -36,8 +36,8 @@ class Store(NamedTuple):
         return Catalog(self.blobs)
 
 
-def opened(uri: str) -> Store:
-    """Open a store that is there.
+def opened(uri: str, *, new: bool = False) -> Store:
+    """Open a store that is there, or, if that is asked for, may be made.
 
     Raises:
         CliError: if the address can not be one, or there is no such folder.
@@ -48,7 +48,7 @@ def opened(uri: str) -> Store:
         hint = getattr(error, "hint", UnsupportedUriError.hint)
         raise CliError(units.printable(str(error)), hint, Exit.USAGE) from error
     folder = getattr(store, "inner", store)
-    if isinstance(folder, LocalStore) and not folder.root.is_dir():
+    if not new and isinstance(folder, LocalStore) and not folder.root.is_dir():
         # An empty list would look like a run that has saved nothing yet.
         raise CliError(
             f"there is no folder {folder.root}",

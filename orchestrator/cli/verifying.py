@@ -27,10 +27,10 @@ from storage.wrappers import ThrottledStore
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["gauge", "opened", "scrub", "tell", "verify"]
+__all__ = ["bytes_of", "gauge", "leased", "opened", "scrub", "tell", "verify"]
 LEASE_S = 6 * 3600.0
 DAMAGES_SHOWN = 50
-_RATE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*(KiB|MiB|GiB|B)")
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)\s*(KiB|MiB|GiB|B)")
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -117,12 +117,12 @@ def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[
 
     Each is leased while it is read, lest a run collects it half-way.
     """
-    blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _bytes_per_s(rate))
+    blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _rate(rate))
     catalog = Catalog(blobs)
     records = due(catalog, again=again)
     gauge.begin("scrubbing", sum(one.manifest.size for one in records if one.manifest))
-    leased = partial(_leased, store, holder="scrub")
-    return list(scrub_all(catalog, again=again, read=gauge.read, reading=leased))
+    reading = partial(leased, store, holder="scrub")
+    return list(scrub_all(catalog, again=again, read=gauge.read, reading=reading))
 
 
 def tell(told: list[Examined], output: Form) -> None:
@@ -145,7 +145,7 @@ def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None
     if manifest is None:
         return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
     gauge.begin(f"step {step}", manifest.size)
-    with _leased(store, step, epoch, holder="verify"):
+    with leased(store, step, epoch, holder="verify"):
         damages = examine(store.blobs, manifest, read=gauge.read)
         if damages and not is_there(store.blobs, manifest):
             return None
@@ -153,7 +153,7 @@ def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None
 
 
 @contextmanager
-def _leased(store: Store, step: int, epoch: int, *, holder: str) -> Iterator[None]:
+def leased(store: Store, step: int, epoch: int, *, holder: str) -> Iterator[None]:
     """Keep a checkpoint from being collected while it is read, if the store can be written."""
     try:
         key = store.leases.take(step, epoch, holder, LEASE_S)
@@ -167,15 +167,24 @@ def _leased(store: Store, step: int, epoch: int, *, holder: str) -> Iterator[Non
         store.leases.drop(key)
 
 
-def _bytes_per_s(rate: str) -> float:
-    match = _RATE.fullmatch(rate.removesuffix("/s"))
+def bytes_of(text: str, what: str, of: str = "bytes") -> float:
+    """Return a number of bytes, or of bytes per second, that is written with its unit.
+
+    Raises:
+        CliError: if it is none, or 0.
+    """
+    match = _SIZE.fullmatch(text)
     if match is None or float(match[1]) <= 0:
         raise CliError(
-            f"rate is {rate!r}, expected bytes per second with a unit, such as 200MiB",
+            f"{what} is {text!r}, expected {of} with a unit, such as 200MiB",
             "units are B, KiB, MiB and GiB",
             Exit.USAGE,
         )
     return float(match[1]) * _UNITS[match[2]]
+
+
+def _rate(text: str) -> float:
+    return bytes_of(text.removesuffix("/s"), "rate", "bytes per second")
 
 
 def _in_words(told: list[Examined]) -> str:

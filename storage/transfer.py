@@ -1,0 +1,369 @@
+"""Brings tensors from elsewhere into a store, as a checkpoint, and takes them out as safetensors.
+
+What is taken out lies in a folder that has its name only once all of it is there and synced. What
+is brought in is a checkpoint with one commit record, like any other.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from storage.blob import BlobStore
+from storage.commit import commit, newest_epoch, write_shard
+from storage.contents import STATE, Beside, Contents, Piece, Tensor, extra_of
+from storage.errors import ForeignFormatError
+from storage.manifest import Manifest, ShardReceipt, make_manifest
+from storage.ranges import Want, read_ranges
+from storage.shard import ITEM_BYTES, Chunk, Extra, ShardMeta, plan, seal
+
+SHARD_BYTES = 1 << 30
+FILE_BYTES = 5 << 30
+INDEX = "model.safetensors.index.json"
+HEADER_BYTES_MAX = 100_000_000
+"""More, the library does not read either."""
+INDEX_BYTES_MAX = 1 << 30
+
+Told = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a tensor that is brought in.
+
+    Attributes:
+        name: of the tensor in the state dict.
+        dtype: safetensors' name.
+        offset: of the piece in the whole.
+        fill: writes the bytes of the piece to where it is told.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    fill: Callable[[memoryview], None]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the piece."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def chunk(self, number: int) -> Chunk:
+        """Return what it is in a shard, as the piece of this number of its tensor there."""
+        state = f"{STATE}.{number}" if number else STATE
+        boxes = {"shape": self.shape, "global_shape": self.global_shape, "offset": self.offset}
+        return Chunk(fqn=self.name, state=state, dtype=self.dtype, **boxes)
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Yield a folder to write to, which takes its name when this ends well and is gone if not.
+
+    Raises:
+        FileExistsError: if there is something of that name.
+    """
+    if out.is_symlink() or out.exists():
+        raise FileExistsError(17, "something is there already", str(out))
+    unfinished = out.absolute().with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        _sync(unfinished)
+        unfinished.rename(out)
+        _sync(out.absolute().parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export_safetensors(
+    store: BlobStore,
+    contents: Contents,
+    out: Path,
+    *,
+    file_bytes: int = FILE_BYTES,
+    read: Told = lambda _: None,
+) -> int:
+    """Write the whole tensors of a checkpoint to a new folder; return the number of files.
+
+    Values beside the tensors go into the index, under `metadata.holdfast`.
+
+    Args:
+        store: of the checkpoint.
+        contents: of the checkpoint.
+        out: the folder.
+        file_bytes: of one file; only a tensor that has more makes a larger one.
+        read: told the bytes as they are read.
+
+    Raises:
+        FileExistsError: if there is something of that name.
+        ShardCorruptError: if a byte is not what was staged; nothing is there then.
+        OSError: from the file system.
+    """
+    groups = list(_grouped(list(contents.tensors.values()), _size, file_bytes)) or [[]]
+    where: dict[str, str] = {}
+    with appearing(out) as folder:
+        for number, tensors in enumerate(groups, 1):
+            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            _write_file(store, folder / name, tensors, read)
+            where |= {tensor.name: name for tensor in tensors}
+        size = sum(map(_size, contents.tensors.values()))
+        index = {
+            "metadata": {"total_size": size, "holdfast": _beside(contents)},
+            "weight_map": dict(sorted(where.items())),
+        }
+        with (folder / INDEX).open("xb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(index), indent=2))
+            os.fsync(file.fileno())
+    return len(groups)
+
+
+def parts_of_safetensors(folder: Path) -> tuple[list[Part], Beside]:
+    """Return what a set of safetensors files holds; reads headers and an index, if there is one.
+
+    Raises:
+        ForeignFormatError: if a file is cut off, contradicts itself, or is missing.
+        OSError: if it can not be read.
+    """
+    parts = [part for path in sorted(folder.glob("*.safetensors")) for part in _parts(path)]
+    names = Counter(part.name for part in parts)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ForeignFormatError(f"tensor is in two files: {twice[0]!r:.200} of {folder}")
+    beside = Beside()
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        with path.open("rb") as file:
+            index = _decoded(file.read(INDEX_BYTES_MAX), _Index, path)
+        if missing := sorted(index.weight_map.keys() - names.keys()):
+            raise ForeignFormatError(f"index has tensors that no file has: {missing[0]!r:.200}")
+        beside = index.metadata.holdfast or beside
+    return parts, beside
+
+
+def bring_in(
+    store: BlobStore,
+    parts: Sequence[Part],
+    beside: Beside,
+    *,
+    step: int,
+    run_id: str,
+    shard_bytes: int = SHARD_BYTES,
+    read: Told = lambda _: None,
+) -> Manifest:
+    """Write parts of tensors as a checkpoint, in an epoch of its own, and commit it.
+
+    Takes the memory of one shard.
+
+    Args:
+        store: in which it is to be.
+        parts: all of them.
+        beside: what is not tensors.
+        step: of the checkpoint.
+        run_id: name of the run.
+        shard_bytes: of one body; only a part that has more makes a larger one.
+        read: told the bytes as they are read.
+
+    Raises:
+        StorageError: from the store; nothing is committed then.
+        ForeignFormatError: from a part.
+    """
+    epoch = newest_epoch(store) + 1
+    groups = list(_grouped(parts, lambda part: part.size, shard_bytes)) or [[]]
+    receipts = []
+    for shard, group in enumerate(groups):
+        meta = ShardMeta(
+            run_id=run_id,
+            model="",
+            step=step,
+            epoch=epoch,
+            shard=shard,
+            shards=len(groups),
+            extra=extra_of(beside if shard == 0 else Beside()),
+        )
+        receipts.append(_bring_in(store, group, meta, read))
+    layout: Extra = {"by": "import", "shards": len(groups)}
+    manifest = make_manifest(
+        receipts, run_id=run_id, model="", step=step, epoch=epoch, layout=layout
+    )
+    commit(store, manifest, newest_epoch_known=epoch)
+    return manifest
+
+
+def _bring_in(store: BlobStore, parts: Sequence[Part], meta: ShardMeta, read: Told) -> ShardReceipt:
+    pieces: Counter[str] = Counter()
+    chunks = []
+    for part in parts:
+        chunks.append(part.chunk(pieces[part.name]))
+        pieces[part.name] += 1
+    layout = plan(chunks)
+    body = np.empty(layout.size, np.uint8).data
+    views = layout.views(body)
+    for chunk, part in zip(chunks, parts, strict=True):
+        part.fill(views[chunk.name])
+        read(part.size)
+    return write_shard(store, seal(layout, body, meta), body)
+
+
+def _grouped(items: Sequence[Any], size_of: Callable[[Any], int], most: int) -> Iterator[list[Any]]:
+    """Yield the items in their order, in groups of no more than so many bytes if that can be."""
+    group: list[Any] = []
+    size = 0
+    for item in items:
+        if group and size + size_of(item) > most:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += size_of(item)
+    if group:
+        yield group
+
+
+def _size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+def _beside(contents: Contents) -> Beside:
+    values = {name: held[min(held)] for name, held in contents.values.items()}
+    return Beside(values=values, paths={name: list(path) for name, path in contents.paths.items()})
+
+
+# Files of safetensors -----------------------------------------------------------------------------
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Metadata(msgspec.Struct):
+    holdfast: Beside | None = None
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+
+
+class _Placed:
+    """Puts a piece of a tensor to its place in the whole."""
+
+    def __init__(self, piece: Piece, whole: npt.NDArray[Any]) -> None:
+        chunk = piece.chunk
+        ends = (at + size for at, size in zip(chunk.offset, chunk.shape, strict=True))
+        where = tuple(slice(at, end) for at, end in zip(chunk.offset, ends, strict=True))
+        self._target, self._size = whole[where], chunk.size
+        self._bytes: memoryview | None = None
+
+    def take(self, at: int, piece: memoryview) -> None:
+        if self._bytes is None:
+            # Only now: until its turn comes it would only take room.
+            self._bytes = np.empty(self._size, np.uint8).data
+        self._bytes[at : at + len(piece)] = piece
+
+    def done(self) -> None:
+        assert self._bytes is not None
+        words = np.frombuffer(self._bytes, self._target.dtype)
+        self._target[...] = words.reshape(self._target.shape)
+        self._bytes = None
+
+
+def _write_file(store: BlobStore, path: Path, tensors: Sequence[Tensor], read: Told) -> None:
+    # Largest items first keeps every tensor aligned: there may be no gaps.
+    ordered = sorted(tensors, key=lambda one: (-ITEM_BYTES[one.dtype], one.name))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, at = [], 0
+    for tensor in ordered:
+        starts.append(at)
+        at += _size(tensor)
+        table[tensor.name] = _Entry(tensor.dtype, tensor.shape, (starts[-1], at))
+    header = msgspec.json.encode(table)
+    header = header.ljust(-(-(8 + len(header)) // 4096) * 4096 - 8)
+    with path.open("x+b") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + at)
+        if at:
+            data = np.memmap(file, np.uint8, "r+", offset=8 + len(header), shape=(at,))
+            read_ranges(store, list(_wants(ordered, starts, data)), read)
+            data.flush()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _wants(
+    tensors: Sequence[Tensor], starts: Sequence[int], data: npt.NDArray[np.uint8]
+) -> Iterator[Want]:
+    for tensor, start in zip(tensors, starts, strict=True):
+        words = data[start : start + _size(tensor)].view(f"u{ITEM_BYTES[tensor.dtype]}")
+        whole = words.reshape(tensor.shape)
+        for held in tensor.pieces.values():
+            piece = held[0]
+            if piece.chunk.size:
+                yield Want(piece.index, piece.chunk.start, piece.chunk.end, _Placed(piece, whole))
+
+
+def _parts(path: Path) -> Iterator[Part]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
+            raise ForeignFormatError(f"header has {length} bytes, file {size}: {path}")
+        table = _decoded(file.read(length), dict[str, msgspec.Raw], path)
+    table.pop("__metadata__", None)
+    for name, raw in table.items():
+        entry = _decoded(raw, _Entry, path)
+        begin, end = (8 + length + at for at in entry.data_offsets)
+        if (
+            not name
+            or entry.dtype not in ITEM_BYTES
+            or min((*entry.shape, *entry.data_offsets, 0)) < 0
+            or end > size
+            or end - begin != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+        ):
+            raise ForeignFormatError(
+                f"tensor {name!r:.200} is {entry.dtype!r:.20} of shape {entry.shape} in bytes "
+                f"{begin} to {end} of {size}: {path}"
+            )
+        offset = (0,) * len(entry.shape)
+        fill = _Filler(path, begin)
+        yield Part(name, entry.dtype, entry.shape, entry.shape, offset, fill)
+
+
+@dataclass(frozen=True, slots=True)
+class _Filler:
+    path: Path
+    at: int
+
+    def __call__(self, view: memoryview) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.at)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ForeignFormatError(f"file was cut off meanwhile: {self.path}")
+                done += count
+
+
+def _decoded(data: Any, kind: Any, path: Path) -> Any:  # noqa: ANN401 - of the kind that is asked for
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ForeignFormatError(f"JSON is not as expected ({error}): {path}") from error
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,6 +4,7 @@ Of each stored piece only the rows that a rank needs are read, and every byte th
 verified.
 """
 
+import logging
 import os
 import time
 from typing import Any
@@ -42,6 +43,8 @@ from storage.shard import ITEM_BYTES
 from storage.verdicts import reason_of, standing_of
 
 LEASE_S = 3600.0
+
+logger = logging.getLogger(__name__)
 
 
 class StorageReader(TorchStorageReader):
@@ -158,6 +161,8 @@ class StorageReader(TorchStorageReader):
 def found(catalog: Catalog, step: int | None) -> Manifest:
     """Return the manifest of the checkpoint of a step, or of the newest that is of use.
 
+    Newer ones that are barred or unreadable are passed over, and the log says why.
+
     Raises:
         BlobNotFoundError, StorageRefusedError, ManifestCorruptError: as `read_metadata`.
     """
@@ -166,6 +171,8 @@ def found(catalog: Catalog, step: int | None) -> Manifest:
     for record in records:
         where = (record.step, record.epoch)
         if step is None and (where in barred or record.manifest is None):
+            why = reason_of(catalog.store, barred[where]) if where in barred else record.fault
+            logger.warning("checkpoint %s@%s is passed over: %s", *where, why)
             continue
         if step not in (None, record.step):
             continue

@@ -145,13 +145,16 @@ def test_no_file_of_a_checkpoint_has_a_pickle_in_it(tmp_path: Path) -> None:
                 pickle.Unpickler(io.BytesIO(path.read_bytes())).load()  # noqa: S301 - our own file
 
 
-def test_the_newest_is_loaded_unless_a_step_is_named_or_a_verdict_bars_it(tmp_path: Path) -> None:
+def test_the_newest_is_loaded_unless_a_step_is_named_or_a_verdict_bars_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, {"t": torch.tensor(step)}, epoch=1)
     store = LocalStore(tmp_path)
     verdicts.add(store, 3, 1, verdicts.QUARANTINED, "by hand")
 
     assert load(tmp_path, {"t": torch.tensor(0)})["t"] == 2
+    assert "checkpoint 3@1 is passed over: quarantined" in caplog.text
     assert load(tmp_path, {"t": torch.tensor(0)}, step=1)["t"] == 1
     with pytest.raises(CheckpointException, match="checkpoint is barred"):
         load(tmp_path, {"t": torch.tensor(0)}, step=3)

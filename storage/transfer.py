@@ -23,6 +23,7 @@ from storage.commit import commit, newest_epoch, write_shard
 from storage.contents import STATE, Beside, Contents, Piece, Tensor, extra_of
 from storage.errors import ForeignFormatError
 from storage.manifest import Manifest, ShardReceipt, make_manifest
+from storage.paged import paged
 from storage.ranges import Want, read_ranges
 from storage.shard import ITEM_BYTES, Chunk, Extra, ShardMeta, plan, seal
 
@@ -205,7 +206,7 @@ def _bring_in(store: BlobStore, parts: Sequence[Part], meta: ShardMeta, read: To
         chunks.append(part.chunk(pieces[part.name]))
         pieces[part.name] += 1
     layout = plan(chunks)
-    body = np.empty(layout.size, np.uint8).data
+    body = paged(layout.size)
     views = layout.views(body)
     for chunk, part in zip(chunks, parts, strict=True):
         part.fill(views[chunk.name])

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -37,6 +36,7 @@ from storage.manifest import (
     make_manifest,
     receipt_of,
 )
+from storage.paged import paged
 from storage.shard import (
     INDEX_BYTES_MAX,
     Chunk,
@@ -203,7 +203,7 @@ class StorageWriter(TorchStorageWriter):
         tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
         chunks = list(_chunks(tensors))
         layout = laid_out(chunks)
-        body = np.empty(layout.size, np.uint8).data
+        body = paged(layout.size)
         _copy(layout, body, zip(chunks, tensors, strict=True), planner)
         values = {
             item.index.fqn: value_of(planner.resolve_data(item), item.index.fqn)

@@ -16,6 +16,7 @@ from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
 from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
+from orchestrator.detect.straggler import Straggler
 from orchestrator.document import BadFileError
 from orchestrator.faults.model import FaultModel
 from orchestrator.faults.plan import FaultPlan
@@ -132,7 +133,16 @@ def controller(run: TrainingRun) -> Controller:
     when it was written.
     """
     disabled = run.spec.recovery.disable
-    detectors = (Exits(), Silence(), Preparation(), Corruption(), Hang(), PlannedSwap(), GrowBack())
+    detectors = (
+        Exits(),
+        Silence(),
+        Preparation(),
+        Corruption(),
+        Hang(),
+        Straggler(),
+        PlannedSwap(),
+        GrowBack(),
+    )
     return Controller(
         run,
         _timeouts(run, run.metadata.name),

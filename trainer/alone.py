@@ -38,10 +38,18 @@ class Printed(Unheard):
     """Reports steps on standard output."""
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        compute_s: float | None = None,
+        work: float = 0.0,
     ) -> None:
         """Print a line that a benchmark can read."""
-        del grad_norm, tokens
+        del grad_norm, tokens, compute_s, work
         print(  # noqa: T201 - it is what this program is for
             f"step {step} at {time.monotonic():.6f} loss {loss.hex()} took {seconds:.6f}",
             flush=True,

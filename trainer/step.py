@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
-from trainer import apply, parallel, tensor
+from trainer import apply, parallel, tensor, waiting
 from trainer.config import ModelConfig
 from trainer.data import Batch, Batches
 from trainer.documents import pairs, sent
@@ -36,7 +36,15 @@ class Reporter(Protocol):
         """Count a collective."""
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        compute_s: float | None = None,
+        work: float = 0.0,
     ) -> None:
         """Hear that a step is complete."""
 
@@ -51,7 +59,15 @@ class Unheard:
         """Ignore it."""
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        compute_s: float | None = None,
+        work: float = 0.0,
     ) -> None:
         """Ignore it."""
 
@@ -99,6 +115,7 @@ class Training:
             compute = apply.precision(job, world.device)
             self._pipeline = Pipeline(self.stages, world, job, compute)
         self._flops = 0.0
+        self._waited = waiting.count()
 
     def step(
         self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
@@ -113,7 +130,7 @@ class Training:
         Returns:
             What each rank said to that; every rank gets the same answer.
         """
-        begun = time.monotonic()
+        begun, waited_s = time.monotonic(), self._waited.seconds
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
         self._announce(reporter, RankPhase.DATA)
@@ -144,9 +161,19 @@ class Training:
         rate = learning_rate(step, self.job)
         self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
         reporter.step_done(
-            step, loss=loss, grad_norm=grad_norm, tokens=self.tokens, seconds=seconds
+            step,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=self.tokens,
+            seconds=seconds,
+            compute_s=self._computed_s(seconds - (self._waited.seconds - waited_s)),
+            work=self._flops,
         )
         return [int(row[2]) for row in rows]
+
+    def _computed_s(self, seconds: float) -> float:
+        """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
+        return max(seconds, 0.0) if self.world.device.type == "cpu" else 0.0
 
     def _share(self, stage: Stage) -> None:
         """Share out the global batches of a stage."""

@@ -18,6 +18,7 @@ from orchestrator.protocol.messages import (
     Holding,
     NodeUnusable,
     RankExited,
+    RankProbed,
     RanksFinished,
     Reached,
     RendezvousOffered,
@@ -175,5 +176,7 @@ def _key(fact: Fact) -> tuple[Hashable, bool]:
             return kind, True
         case RankExited(pid=pid):
             return (kind, pid), False
+        case RankProbed(rank=rank):
+            return (kind, rank), False
         case _:
             return (kind, getattr(fact, "step", None), getattr(fact, "ranks", None)), False

@@ -16,8 +16,18 @@ from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.shards import MalformedError
 from orchestrator.protocol.ids import Rank
-from orchestrator.protocol.messages import Fact, RanksTroubled, RendezvousOffered
-from orchestrator.protocol.rank import Died, Finished, FromRank, Offer, Reached, Staged, Troubled
+from orchestrator.protocol.messages import Fact, RankProbed, RanksTroubled, RendezvousOffered
+from orchestrator.protocol.rank import (
+    Died,
+    Finished,
+    FromRank,
+    Offer,
+    Probed,
+    Reached,
+    Seat,
+    Staged,
+    Troubled,
+)
 
 log = logging.getLogger(__name__)
 ADDRESS_MAX = 256
@@ -60,11 +70,7 @@ class Hearing:
             return
         match message:
             case Offer(address=address):
-                if seat.rank == 0 and address[:ADDRESS_MAX] != self._account.offered:
-                    self._account.offered = address[:ADDRESS_MAX]
-                    self._say(
-                        RendezvousOffered(generation=seat.generation, address=address[:ADDRESS_MAX])
-                    )
+                self._offered(seat, address[:ADDRESS_MAX])
             case Reached(mark=mark):
                 self._reached(seat.rank, mark)
             case Staged():
@@ -75,10 +81,19 @@ class Hearing:
                         generation=seat.generation, ranks=(seat.rank,), message=text[:2000]
                     )
                 )
+            case Probed(generation=generation, number=number, speed=speed):
+                self._say(
+                    RankProbed(generation=generation, number=number, rank=seat.rank, speed=speed)
+                )
             case Finished(step=step, lanes=lanes):
                 fact = self._account.rank_finished(seat.rank, step, lanes)
                 if fact is not None:
                     self._say(fact)
+
+    def _offered(self, seat: Seat, address: str) -> None:
+        if seat.rank == 0 and address != self._account.offered:
+            self._account.offered = address
+            self._say(RendezvousOffered(generation=seat.generation, address=address))
 
     def _reached(self, rank: Rank, mark: str) -> None:
         fact = self._account.rank_reached(rank, mark)

@@ -27,6 +27,7 @@ from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
 from orchestrator.agent.voice import Voice
+from orchestrator.protocol import rank as rank_protocol
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.messages import (
@@ -36,6 +37,7 @@ from orchestrator.protocol.messages import (
     CarryOut,
     Farewell,
     Fence,
+    Probe,
     Retain,
     ToAgent,
     Welcome,
@@ -250,10 +252,23 @@ class Node:
                 self.end(0, reason)
             case Arm(faults=faults):
                 self._injection.arm(faults)
+            case Probe():
+                self._probe(order)
             case CarryOut(index=index):
                 self._start(self._injection.carry_out(index))
             case Welcome():
                 log.warning("a second welcome is ignored")
+
+    def _probe(self, order: Probe) -> None:
+        """Have ranks of ours measure how fast they are, as soon as their step is over."""
+        seated = self._ranks.seated()
+        for rank in order.ranks if order.generation == self._account.generation else ():
+            if rank in seated:
+                seated[rank].control.send(
+                    rank_protocol.Probe(
+                        generation=order.generation, number=order.number, within_s=order.within_s
+                    )
+                )
 
     def _begin(self, order: Begin) -> None:
         generation = order.generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from orchestrator.agent import linux
 from orchestrator.agent.account import SEATED, Account
@@ -38,8 +39,8 @@ def beat(account: Account, ranks: Ranks) -> Beat:
         if live is not None and live.seat and live.seat.generation == account.generation:
             rows.append(_row(rank, live, account.generation))
         elif account.mark >= SEATED:
-            rows.append((rank, 0, -1, -1, "X", 0.0, 0.0))
-    columns = tuple(zip(*rows, strict=True)) or ((),) * 7
+            rows.append(_Row(rank))
+    columns = tuple(zip(*rows, strict=True)) or ((),) * len(_Row._fields)
     return Beat(
         generation=account.generation,
         ranks=columns[0],
@@ -49,6 +50,8 @@ def beat(account: Account, ranks: Ranks) -> Beat:
         states="".join(columns[4]),
         cpu_s=columns[5],
         stall_s=columns[6],
+        compute_s=columns[7],
+        work=columns[8],
         reports=account.unsent(),
     )
 
@@ -59,17 +62,42 @@ def newest_move_ns(ranks: Ranks) -> int:
     return max((reading.moved_ns for reading in readings if reading is not None), default=0)
 
 
-def _row(
-    rank: Rank, live: LiveRank, generation: Generation
-) -> tuple[Rank, int, int, int, str, float, float]:
+class _Row(NamedTuple):
+    """What a beat says of one rank; by default, of one that has no process."""
+
+    rank: Rank
+    phase: int = 0
+    step: int = -1
+    progress: int = -1
+    state: str = "X"
+    cpu_s: float = 0.0
+    stall_s: float = 0.0
+    compute_s: float = 0.0
+    work: float = 0.0
+
+
+def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
     vitals = linux.vitals(live.pid)
     state, cpu_s = vitals if vitals is not None else ("X", 0.0)
     reading = live.read()
     if reading is None:
-        return rank, 0, -1, -1, state, cpu_s, 0.0
+        return _Row(rank, state=state, cpu_s=cpu_s)
     # Until it has taken this seat, its beacon tells of the one before.
-    step = reading.step if reading.generation == generation else -1
-    return rank, int(reading.phase), step, reading.progress, state, cpu_s, _finite(reading.stall_s)
+    taken = reading.generation == generation
+    if taken:
+        live.keep_pace(reading)
+    compute_s, work = live.pace if taken else (0.0, 0.0)
+    return _Row(
+        rank,
+        phase=int(reading.phase),
+        step=reading.step if taken else -1,
+        progress=reading.progress,
+        state=state,
+        cpu_s=cpu_s,
+        stall_s=_finite(reading.stall_s),
+        compute_s=_finite(compute_s),
+        work=_finite(work),
+    )
 
 
 def _report(record: StepRecord) -> StepReport:

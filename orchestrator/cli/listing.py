@@ -14,7 +14,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.records import Node
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import RunState
-from orchestrator.policy import lemons, planned, quarantine, suspicion
+from orchestrator.policy import lemons, planned, quarantine, stragglers, suspicion
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -146,6 +146,7 @@ def why(state: RunState, node: Node) -> str:
         planned.standing(state, node.id),
         lemons.standing(state, node.id),
         suspicion.standing(state, node.id),
+        stragglers.standing(state, node.id),
     )
     return "; ".join(filter(None, told))
 

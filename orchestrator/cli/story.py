@@ -37,6 +37,7 @@ from orchestrator.protocol.messages import (
     PreparationFailed,
     Prepared,
     RankExited,
+    RankProbed,
     RanksFinished,
     RanksTroubled,
     Reached,
@@ -149,6 +150,9 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
         case StateDiverged(step=step, since=since, evidence=evidence):
             good = "no step is known to be good" if since is None else f"step {since} is good"
             return f"{name} found wrong state after step {step}, {good}: {evidence}"
+        case RankProbed(rank=rank, speed=speed):
+            told = f"{speed.operations / 1e9:.3g} Gop/s, {speed.copied / 1e9:.3g} GB/s"
+            return f"rank {rank} on {name} measured {speed.problem or told}"
         case FaultDue(index=index):
             return f"planned fault {index} is due on {name}"
         case FaultCarriedOut(index=index, problem=problem):

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import facts
+from orchestrator.core import facts, slowness
 from orchestrator.core.events import Event, Telemetry
-from orchestrator.core.incident import CORRUPTION, LOST, Cause, Finding, Incident, Note
+from orchestrator.core.incident import (
+    CORRUPTION,
+    LOST,
+    STRAGGLER,
+    Cause,
+    Finding,
+    Incident,
+    Note,
+)
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import Detector
 from orchestrator.core.records import Occurrence
@@ -14,6 +22,8 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
 
 RESTARTED = "controller-restart"
+UNBROKEN = (RESTARTED, STRAGGLER)
+"""Kinds of incidents that broke nothing: the generation that they name goes on."""
 UNJUDGED = "ranks were training; whether they went on is not known yet"
 OUTLIVED = "training was not interrupted"
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
@@ -100,12 +110,15 @@ class Casebook:
             # Even if the same was found before: it may have been back since.
             for node in finding.nodes:
                 facts.give_up(state, node, finding.evidence)
+        if finding.kind == STRAGGLER:
+            slowness.suspect(state, self._open(finding))
+            return
         if finding.generation not in (None, state.generation):
             # What came of it is decided already; who was part of it is worth knowing all the same.
             broken = [
                 i
                 for i in state.incidents
-                if i.generation == finding.generation and i.findings[0].kind != RESTARTED
+                if i.generation == finding.generation and i.findings[0].kind not in UNBROKEN
             ]
             if broken:
                 self._gather(broken[-1], finding)
@@ -160,14 +173,14 @@ class Casebook:
                 Note(at=finding.at, text=f"detected after {finding.at - finding.since:.2f} s"),
             ],
         )
-        if finding.kind != RESTARTED and (restart := self._unjudged()) is not None:
+        if finding.kind not in UNBROKEN and (restart := self._unjudged()) is not None:
             restart.reason = f"training did not outlive it: {incident.id}"
         state.incidents.append(incident)
         self._known[incident.id] = {_identity(finding)}
         self._name(incident, finding)
         # While no controller lived, ranks trained on: nothing was lost until it came back.
         # Steps that were made on a corrupted state are lost work.
-        if finding.kind not in (RESTARTED, CORRUPTION):
+        if finding.kind not in (*UNBROKEN, CORRUPTION):
             state.ledger.relabel(finding.since, finding.at, Bucket.DETECT, incident.id)
         return incident
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import course, drains, durable, facts, patience, saving
-from orchestrator.core.casebook import RESTARTED, Casebook
+from orchestrator.core import course, drains, durable, facts, patience, saving, slowness
+from orchestrator.core.casebook import UNBROKEN, Casebook
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CarryOutFault,
@@ -87,6 +87,7 @@ class Controller:
         durable.give_up_search(state)
         decisions += self._answer(event)
         self._casebook.look(event)
+        decisions += slowness.look(state)
         decisions += self._hang_up(event)
         decisions += saving.save(state)
         course.advance(state)
@@ -109,7 +110,7 @@ class Controller:
         at = Seconds(max(event.at, state.now))
         bucket = BUCKET_OF[state.phase]
         incident = state.incident.id if state.incident else None
-        if state.best_step == 0 and all(i.kind == RESTARTED for i in state.incidents):
+        if state.best_step == 0 and all(i.kind in UNBROKEN for i in state.incidents):
             bucket = Bucket.STARTUP
         if bucket is Bucket.EFFECTIVE and state.short:
             state.ledger.charge(at, bucket, state.shrunk_by, state.run.speed(state.replicas))

@@ -102,6 +102,18 @@ class CarryOutFault(_Decision, frozen=True, kw_only=True):
     node: NodeId
 
 
+class ProbeRanks(_Decision, frozen=True, kw_only=True):
+    """Have ranks measure how fast they are at the end of a step; each answers by RankProbed."""
+
+    number: int
+    """Its answers name it."""
+    ranks: tuple[Rank, ...]
+    nodes: tuple[NodeId, ...]
+    """Of each."""
+    within_s: float
+    """Training stands still for no longer than this."""
+
+
 class EndRun(_Decision, frozen=True, kw_only=True):
     """Stop everything, keep everything, and say how it ended."""
 
@@ -125,6 +137,7 @@ Decision = (
     | CommitCheckpoint
     | RetainMemory
     | CarryOutFault
+    | ProbeRanks
     | EndRun
     | WakeAt
 )

@@ -123,6 +123,11 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     cpu_s: tuple[float, ...]
     stall_s: float
     """Longest time, over the ranks, for which saving kept training waiting since the last tick."""
+    compute_s: tuple[float, ...] = (0.0,)
+    """Seconds of a step that each rank computed, without waiting: of the newest steps, on average;
+    0 if not measured."""
+    work: tuple[float, ...] = (0.0,)
+    """What each rank computed in one of them, in a unit that all share; 0 if not said."""
     reports: tuple[StepReport, ...] = ()
     """Steps completed in this generation and not reported before, ascending."""
     since_step_s: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, drains, durable, heritage, quarantine
+from orchestrator.core import copies, drains, durable, heritage, quarantine, slowness
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -35,6 +35,7 @@ from orchestrator.protocol.messages import (
     PreparationFailed,
     Prepared,
     RankExited,
+    RankProbed,
     RanksFinished,
     RanksTroubled,
     Reached,
@@ -177,6 +178,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case WriteFailed(step=step, reason=reason):
             # What other nodes wrote of the step stays: this one tries again.
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
+        case RankProbed():
+            slowness.answer(state, fact)
         case FaultCarriedOut(index=index):
             state.carried_out.add(index)
         case RanksFinished(ranks=ranks, lanes=lanes):
@@ -263,6 +266,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
         states=event.states,
         cpu_s=event.cpu_s,
     )
+    state.paces.observe(event.steps, event.compute_s, event.work)
     if event.stall_s > 0:
         # Of a long time that is told of at once, not its end: what was done there may be lost yet,
         # and would be counted as a stall instead.

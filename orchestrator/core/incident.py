@@ -43,6 +43,8 @@ CORRUPTION = "silent-corruption"
 """Kind of a finding that says that state is wrong, and since when."""
 GROWTH = "grow-back"
 """Kind of a finding that says that a world can have more replicas again."""
+STRAGGLER = "straggler"
+"""Kind of a finding that says that a rank is slow: training goes on, and waits for it."""
 LOST = ("node-lost", "node-silent")
 """Kinds of findings that take a node out of the world."""
 Likeness = tuple[str, str, Step]
@@ -70,6 +72,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Where it showed first, if nobody can be named; it accuses none of them."""
     detail: str = ""
     """Long evidence, such as a traceback."""
+    measure: tuple[float, float] = (0.0, 0.0)
+    """Of a straggler: times its peers' time that it takes, and the share of a step that costs."""
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):

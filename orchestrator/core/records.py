@@ -6,7 +6,8 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.rank import Speed
 
 
 @dataclass(slots=True)
@@ -101,6 +102,31 @@ class Quarantined:
     node: NodeId
     since: Seconds
     why: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Slow:
+    """A rank that is slower than its peers, and what was found out about it."""
+
+    incident: IncidentId
+    rank: Rank
+    node: NodeId
+    incarnation: int
+    """Of the node's agent when it was found."""
+    generation: Generation
+    since: Seconds
+    ratio: float
+    """Times its peers' time for the same work."""
+    share: float
+    """Of a step, what all lose by it."""
+    asked_at: Seconds | None = None
+    """When it was told to measure itself; None if it was not yet."""
+    peers: tuple[Rank, ...] = ()
+    answers: dict[Rank, Speed] = field(default_factory=dict)
+    verdict: str = ""
+    """hardware, workload or unknown; "" while it is not known."""
+    words: str = ""
+    judged_at: Seconds = Seconds(0.0)
 
 
 @dataclass(slots=True)

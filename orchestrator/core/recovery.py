@@ -16,6 +16,7 @@ from orchestrator.core.decisions import (
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.incident import BUDGET_OF, Note
 from orchestrator.core.lineage import continued
+from orchestrator.core.paces import Paces
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import (
     End,
@@ -140,7 +141,7 @@ class Recovery:
         before = state.replicas
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
         self._resize(before, restored)
-        state.fleet = Fleet(len(state.seats), state.now)
+        state.fleet, state.paces = Fleet(len(state.seats), state.now), Paces(len(state.seats))
         state.wanting = False
         state.found = state.asked_at = None
         state.search_failure, state.search_failures = "", 0

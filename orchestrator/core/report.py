@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 import xxhash
 
-from orchestrator.core.incident import CORRUPTION, GROWTH, Finding, Incident
+from orchestrator.core.incident import CORRUPTION, GROWTH, STRAGGLER, Finding, Incident
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
@@ -26,7 +26,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "segfault-rank": frozenset({"crash"}),
     "freeze-rank": frozenset({"hang"}),
     "spin-rank": frozenset({"hang"}),
-    "slow-rank": frozenset({"hang"}),
+    "slow-rank": frozenset({"hang", STRAGGLER}),
     "kill-agent": frozenset({"node-lost", "node-silent"}),
     "lose-node": frozenset({"node-lost", "node-silent"}),
     "partition-node": frozenset({"node-silent", "node-lost", "broken-collective"}),
@@ -49,6 +49,7 @@ WITNESSED = frozenset(
         "planned",
         CORRUPTION,
         GROWTH,
+        STRAGGLER,
     }
 )
 """Kinds of incident that rest on something that happened."""

@@ -14,6 +14,7 @@ from orchestrator.core.hearing import Hearing
 from orchestrator.core.holdings import Copies, Holdings, Share
 from orchestrator.core.incident import Finding, Incident, Likeness
 from orchestrator.core.ledger import Ledger
+from orchestrator.core.paces import Paces
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.records import (
     Budget,
@@ -23,6 +24,7 @@ from orchestrator.core.records import (
     Occurrence,
     Quarantined,
     Resize,
+    Slow,
 )
 from orchestrator.core.trust import Onset, trusted
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
@@ -83,6 +85,10 @@ class RunState:
     """Those that are here, and what they ran in this generation is gone."""
     hearing: Hearing = field(init=False)
     fleet: Fleet = field(default_factory=lambda: Fleet(0, Seconds(0.0)))
+    paces: Paces = field(default_factory=lambda: Paces(0))
+    """How long its ranks compute for the same work."""
+    slow: dict[IncidentId, Slow] = field(default_factory=dict)
+    """Ranks that were slower than their peers, by the incident that says so, the newest ones."""
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
     incidents: list[Incident] = field(default_factory=list)

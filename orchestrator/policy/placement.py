@@ -15,6 +15,7 @@ from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
+from orchestrator.policy.stragglers import found_slow
 from orchestrator.policy.suspicion import aside, suspects
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import seconds
@@ -45,7 +46,7 @@ def place(state: RunState) -> Placement | None:
         return None
     frame = shrinking.frame(state, gone, replicas)
     lemons = retired(state)
-    guilty = blamed(state) | strained(state) | lemons | aside(state)
+    guilty = blamed(state) | strained(state) | lemons | aside(state) | found_slow(state).keys()
     cold_since = _cold_since(state)
     spares = sorted(
         (*frame.freed, *state.spares()),
@@ -110,6 +111,7 @@ def _promised(state: RunState, gone: Sequence[NodeId]) -> int:
         return len(out)
     at_fault = blamed(state) | strained(state)
     clean = set(state.spares()) - at_fault - retired(state) - aside(state)
+    clean -= found_slow(state).keys()
     accused = (here & (at_fault | set(suspects(state)))) - out
     return len(out) + min(len(accused), len(clean))
 

@@ -18,6 +18,7 @@ from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.records import Drain
 from orchestrator.core.state import RunState
+from orchestrator.policy import stragglers
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.switches import PLANNED_SWAP, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
@@ -33,7 +34,8 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
     if not enabled(state, PLANNED_SWAP):
         return ()
     asked = sorted(state.drains.values(), key=_urgency)
-    return tuple(drain.node for drain in asked if drain.node in state.seated)
+    named = [drain.node for drain in asked if drain.node in state.seated]
+    return tuple(dict.fromkeys([*named, *stragglers.leaving(state)]))
 
 
 def _urgency(drain: Drain) -> tuple[float, Seconds, NodeId]:
@@ -54,7 +56,7 @@ class PlannedSwap:
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding when the moment has come, for all nodes that can be swapped."""
-        nodes = leaving(state) if state.drains and trains(state) else ()
+        nodes = leaving(state) if (state.drains or state.slow) and trains(state) else ()
         if not nodes:
             self._moment.forget()
             return ()
@@ -72,16 +74,16 @@ class PlannedSwap:
 
 def _pressing(state: RunState, node: NodeId) -> str:
     """Say that the time of a node is nearly up; "" if it is not."""
-    drain = state.drains[node]
-    at = pressing_at(state, drain)
-    if at is None or drain.until is None or state.now < at:
+    drain = state.drains.get(node)
+    at = pressing_at(state, drain) if drain is not None else None
+    if drain is None or at is None or drain.until is None or state.now < at:
         return ""
     left_s = drain.until - state.now
     return f"{left_s:.1f} s are left" if left_s > 0 else f"its time was up {-left_s:.1f} s ago"
 
 
 def _finding(state: RunState, nodes: tuple[NodeId, ...], why: str) -> Finding:
-    asked = "; ".join(f"{node} is to be free, {request(state.drains[node])}" for node in nodes)
+    asked = "; ".join(_why(state, node) for node in nodes)
     return Finding(
         at=state.now,
         since=state.now,
@@ -91,6 +93,12 @@ def _finding(state: RunState, nodes: tuple[NodeId, ...], why: str) -> Finding:
         step=state.reached_step,
         evidence=f"{asked}; {why}",
     )
+
+
+def _why(state: RunState, node: NodeId) -> str:
+    if node in state.drains:
+        return f"{node} is to be free, {request(state.drains[node])}"
+    return stragglers.reason(state, node)
 
 
 def request(drain: Drain) -> str:

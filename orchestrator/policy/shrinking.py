@@ -14,8 +14,7 @@ node that comes and goes does not take the run with it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from collections.abc import Collection, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from orchestrator.core.state import RunState
 from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.planned import leaving
+from orchestrator.policy.restarts import restart_s
 from orchestrator.policy.switches import SHRINK, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
@@ -35,8 +35,6 @@ from orchestrator.protocol.runfile import TrainingRun, seconds
 ABSENCES_MIN = 3
 """Of fewer nodes that came back nobody knows how long it takes."""
 DOUBLINGS_MAX = 10
-RESTARTS_KNOWN = 5
-"""So many of the newest restarts say what one takes."""
 RESTARTS = 2
 """That a growth costs which is taken back: the one with which it came, and the one that ends it."""
 
@@ -239,23 +237,6 @@ def _pays_after_s(state: RunState, before: int, after: int) -> float:
     # Sooner than a loss is noticed, nobody knows that what is there is there to stay.
     least_s = state.timeouts.silence_s
     return max(restart_s(state) * now / (then - now), least_s) if then > now else inf
-
-
-def restart_s(state: RunState) -> float:
-    """Return what a restart takes, from the decision to the first step, seconds.
-
-    The median of the newest, the lower one of two: the world changes, so that old ones say little,
-    and one that was stuck says nothing about the next.
-    """
-    took_s = sorted(islice(_restarts_s(state), RESTARTS_KNOWN))
-    return took_s[(len(took_s) - 1) // 2] if took_s else state.timeouts.form_s
-
-
-def _restarts_s(state: RunState) -> Iterator[float]:
-    """Yield what each restart took that came to an end, the newest first."""
-    for incident in reversed(state.incidents):
-        if incident.restarted_as and incident.resumed_at and incident.decided_at is not None:
-            yield max(incident.resumed_at - incident.decided_at, 0.0)
 
 
 def undone(state: RunState) -> int:

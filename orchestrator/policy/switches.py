@@ -16,6 +16,7 @@ LEMON_RETIREMENT = "lemon-retirement"
 QUARANTINE_FIRST = "quarantine-first"
 OVER_EVICTION = "over-eviction"
 SHRINK = "shrink"
+STRAGGLER_SWAP = "straggler-swap"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
@@ -27,6 +28,10 @@ SWITCHABLE: dict[str, str] = {
     "fault gives its seats to spares; without it, everybody starts in place",
     SHRINK: "without a node in place of one that is gone, the run goes on with fewer replicas, as "
     "far as spec.recovery.minReplicas lets it; without it, it waits",
+    STRAGGLER_SWAP: "a node whose device was measured to be slow gives its seats to a spare when "
+    "that costs less than to keep it; without it, it is only reported",
+    "straggler": "ranks that are slower than their peers are found and measured; without it, all "
+    "wait for them and nobody knows",
     "back-off": "after a restart that brought no new step the next one waits; without it, it comes "
     "at once",
     "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",

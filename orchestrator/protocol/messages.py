@@ -12,9 +12,10 @@ from typing import Any, Literal
 import msgspec
 
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -87,6 +88,11 @@ class Beat(_Message, frozen=True, kw_only=True):
     """Processor seconds used so far."""
     stall_s: tuple[float, ...]
     """Seconds for which saving kept training waiting so far."""
+    compute_s: tuple[float, ...] = ()
+    """Seconds of a step spent computing, without waiting for peers: of the newest steps, on
+    average; 0 if not measured."""
+    work: tuple[float, ...] = ()
+    """What was computed in one of them, in a unit that all ranks share; 0 if not said."""
     reports: tuple[StepReport, ...] = ()
 
 
@@ -239,6 +245,15 @@ class StateDiverged(_Message, frozen=True, kw_only=True):
     """Whether a replay elsewhere or a vote shows that it was these nodes; else it is a trigger."""
 
 
+class RankProbed(_Message, frozen=True, kw_only=True):
+    """A rank measured how fast its device is, as it was told to."""
+
+    generation: Generation
+    number: int
+    rank: Rank
+    speed: Speed
+
+
 class FaultDue(_Message, frozen=True, kw_only=True):
     """A planned fault is due here; it is carried out only when the controller has noted it."""
 
@@ -265,6 +280,7 @@ Fact = (
     | RanksFinished
     | NodeUnusable
     | StateDiverged
+    | RankProbed
     | FaultDue
     | FaultCarriedOut
     | Joined
@@ -384,6 +400,17 @@ class CarryOut(_Message, frozen=True, kw_only=True):
     index: int
 
 
+class Probe(_Message, frozen=True, kw_only=True):
+    """Have ranks of this node measure how fast they are, at the end of a step."""
+
+    order: str
+    generation: Generation
+    number: int
+    ranks: tuple[Rank, ...]
+    within_s: float
+    """Training stands still for no longer than this."""
+
+
 class Arm(_Message, frozen=True, kw_only=True):
     """Watch for the moments at which these planned faults are due (faults.plan.Fault as data)."""
 
@@ -391,7 +418,7 @@ class Arm(_Message, frozen=True, kw_only=True):
     faults: tuple[dict[str, Any], ...]
 
 
-ToAgent = Welcome | Begin | Announce | Fence | Retain | Farewell | CarryOut | Arm
+ToAgent = Welcome | Begin | Announce | Fence | Retain | Farewell | CarryOut | Probe | Arm
 
 encode = msgspec.json.Encoder().encode
 _from_agent: msgspec.json.Decoder[FromAgent] = msgspec.json.Decoder(FromAgent)

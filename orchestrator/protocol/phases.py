@@ -27,6 +27,7 @@ class RankPhase(IntEnum):
     CHECKPOINT = 9
     """Staging its shard; training stands still for as long as this lasts."""
     EVALUATING = 10
+    """Looking at what it has learned, or at how fast it is; nobody trains meanwhile."""
     FINISHING = 11
     """All steps done: final save, digest, farewell."""
     DONE = 12

@@ -114,11 +114,31 @@ class Misbehave(msgspec.Struct, frozen=True, kw_only=True, tag="misbehave"):
     """`exception`, `spin` or `spin-holding-gil`."""
 
 
+class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
+    """To a rank: say how fast you are, at the end of your step; answered by `Probed`."""
+
+    generation: Generation
+    number: int
+    within_s: float
+    """Training stands still for no longer than this."""
+
+
 class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):
     """To a rank: there is no further seat for you; exit with code 0."""
 
 
-ToRank = Seat | JobAhead | Rendezvous | Abort | Parked | SlotFreed | Persisted | Misbehave | Retire
+ToRank = (
+    Seat
+    | JobAhead
+    | Rendezvous
+    | Abort
+    | Parked
+    | SlotFreed
+    | Persisted
+    | Misbehave
+    | Probe
+    | Retire
+)
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
@@ -177,7 +197,26 @@ class Died(msgspec.Struct, frozen=True, kw_only=True, tag="died"):
     """The job as written can not run; starting it again can not help."""
 
 
-FromRank = Offer | Reached | Staged | Troubled | Finished | Died
+class Speed(msgspec.Struct, frozen=True, array_like=True):
+    """How fast a device is, as a rank measured on it; 0 for what was not measured."""
+
+    operations: float
+    """Of products of matrices, per second."""
+    copied: float
+    """Bytes copied from memory to memory, per second."""
+    problem: str = ""
+    """Why it could not be measured."""
+
+
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
+    """From a rank: the answer to `Probe`."""
+
+    generation: Generation
+    number: int
+    speed: Speed
+
+
+FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed
 
 _to_rank: msgspec.json.Decoder[ToRank] = msgspec.json.Decoder(ToRank)
 _from_rank: msgspec.json.Decoder[FromRank] = msgspec.json.Decoder(FromRank)

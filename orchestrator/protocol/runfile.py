@@ -277,7 +277,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     same to the bit; else all, so the run waits, and a user who wants the time more says so."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
-    `quarantine-first`, `over-eviction`, `shrink`, `back-off`, `stop-poison`, `hang`."""
+    `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `back-off`,
+    `stop-poison`, `hang`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535432
-"""'HOLDFST2'; changes with the layout."""
+MAGIC = 0x484F4C4446535433
+"""'HOLDFST3'; changes with the layout."""
 _HEAD_BYTES = 24
 """Three words: the magic number, the current copy (0 or 1), the steps ever recorded."""
 _MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD = range(3)
 _SUM_BYTES = 4
-_BODY = struct.Struct("<qqqqqqqqdd")
+_BODY = struct.Struct("<qqqqqqqqddd")
 _STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a StepRecord
 _COPY_AT = (64, 64 + 128)
 _RING_AT = 512
@@ -61,7 +61,9 @@ class Reading(NamedTuple):
     stall_s: float
     """Seconds that saving has kept training waiting, since this process began."""
     compute_s: float
-    """Seconds of the last step spent computing, without waiting for peers; 0 if not measured."""
+    """Seconds spent computing in steps, without waiting for peers, since this process began."""
+    work: float
+    """What was computed in them, in any unit that all ranks use."""
 
 
 class StepRecord(NamedTuple):
@@ -77,7 +79,10 @@ class StepRecord(NamedTuple):
 
 
 _NOTHING = Reading(
-    Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0, stall_s=0.0, compute_s=0.0
+    *(Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0),
+    stall_s=0.0,
+    compute_s=0.0,
+    work=0.0,
 )
 
 

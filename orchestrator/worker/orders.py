@@ -12,6 +12,7 @@ from orchestrator.protocol.rank import (
     Misbehave,
     Parked,
     Persisted,
+    Probe,
     Rendezvous,
     Retire,
     Seat,
@@ -30,12 +31,14 @@ class Orders:
         seat: the seat that was taken and not left yet.
         retired: whether the agent has no further seat.
         misbehave: the planned fault to commit at the next check, if not "".
+        probe: what to measure at the end of the step; None for nothing.
     """
 
     def __init__(self, slots: Slots) -> None:
         self.seat: Seat | None = None
         self.retired = False
         self.misbehave = ""
+        self.probe: Probe | None = None
         self._slots = slots
         self._changed = threading.Condition()
         self._seats: collections.deque[Seat] = collections.deque()
@@ -47,7 +50,7 @@ class Orders:
         """Staged to be durable, and neither that nor given up."""
         self._given_up: set[Step] = set()
 
-    def take(self, message: ToRank) -> None:
+    def take(self, message: ToRank) -> None:  # noqa: C901 - one case per message
         """Write down what the agent says."""
         with self._changed:
             match message:
@@ -70,6 +73,8 @@ class Orders:
                     (self._given_up if given_up else self._persisted).add(step)
                 case Misbehave(how=how):
                     self.misbehave = how
+                case Probe():
+                    self.probe = message
                 case Retire():
                     self.retired = True
                     self._abort_before = _NEVER_AGAIN

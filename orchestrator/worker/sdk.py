@@ -14,12 +14,14 @@ does not come back in time is not waited for: the process ends itself, and a par
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.protocol.ids import Generation, Rank, Step
@@ -34,9 +36,11 @@ from orchestrator.protocol.rank import (
     FromRank,
     JobAhead,
     Offer,
+    Probed,
     Reached,
     Restore,
     Seat,
+    Speed,
     Staged,
     Troubled,
     frame,
@@ -47,6 +51,7 @@ from orchestrator.worker.listening import Listener
 from orchestrator.worker.misbehaviour import misbehave
 from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
+from orchestrator.worker.probing import measure
 from orchestrator.worker.slot import Slot, Slots, restore_view
 
 Prepare = Callable[[JobAhead, Callable[[], None]], None]
@@ -57,7 +62,12 @@ Calls its second argument while it waits for anything; that raises `Aborted` whe
 
 
 class Worker:
-    """One rank's connection to its agent. Methods are for the main thread, unless said."""
+    """One rank's connection to its agent. Methods are for the main thread, unless said.
+
+    Attributes:
+        probe: measures how fast this rank's device is within so many seconds, when the agent asks;
+            a program that computes elsewhere than on a processor sets one of its own.
+    """
 
     def __init__(self, control: socket.socket, beacon: BeaconWriter, memory: Path) -> None:
         self._control = control
@@ -66,6 +76,8 @@ class Worker:
         self._slots = Slots(memory)
         self._orders = Orders(self._slots)
         self._stepped = False
+        self._waited_s = 0.0
+        self.probe: Callable[[float], Speed] = measure
         self._listener = Listener(control, self._orders, on_failure=self.died)
         # What lies there already is obeyed first, so that `expected` is not a matter of luck.
         self._listener.start()
@@ -218,16 +230,72 @@ class Worker:
         """Count one collective entered; names the rank that never joined when others hang."""
         self._beacon.update(collectives=self._beacon.now.collectives + 1)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in this block as waiting for peers, not as computing.
+
+        Put it around collectives: who is slow is told by who lets the others wait.
+        """
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited_s += time.monotonic() - begun
+
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        compute_s: float | None = None,
+        work: float = 0.0,
     ) -> None:
-        """Report optimizer step `step` (1-based) complete, with the loss of the global batch."""
-        self._beacon.update(step=Step(step), micro_batch=0)
+        """Report optimizer step `step` (1-based) complete.
+
+        Args:
+            step: its number.
+            loss: of the global batch.
+            grad_norm: of the global batch.
+            tokens: of the global batch.
+            seconds: that the step took.
+            compute_s: seconds of it that this rank computed, without waiting for peers; without it,
+                what `waiting` did not count, or 0 for not measured if that counted nothing.
+            work: what this rank computed in it, in any unit that all ranks share, such as
+                floating-point operations; 0 if all ranks always compute the same.
+        """
+        if compute_s is None:
+            compute_s = max(seconds - self._waited_s, 0.0) if self._waited_s else 0.0
+        self._waited_s = 0.0
+        now = self._beacon.now
+        self._beacon.update(
+            step=Step(step),
+            micro_batch=0,
+            compute_s=now.compute_s + compute_s,
+            work=now.work + work,
+        )
         self._beacon.record(
             StepRecord(self._generation, Step(step), loss, grad_norm, tokens, seconds)
         )
         self._announce_stepped()
         self.check()
+        self._probe()
+
+    def _probe(self) -> None:
+        """Measure how fast this rank is, if the agent asked for that."""
+        order, self._orders.probe = self._orders.probe, None
+        if order is None or order.generation != self._generation:
+            return
+        phase = self._beacon.now.phase
+        self._beacon.update(phase=RankPhase.EVALUATING)
+        try:
+            speed = self.probe(order.within_s)
+        except Exception as error:  # noqa: BLE001 - a device that can not be measured is an answer
+            speed = Speed(0.0, 0.0, f"{type(error).__name__}: {error}"[:500])
+        self._beacon.update(phase=phase)
+        self._send(Probed(generation=order.generation, number=order.number, speed=speed))
 
     def _announce_stepped(self) -> None:
         if not self._stepped:

@@ -25,6 +25,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
     StartGeneration,
@@ -55,6 +56,7 @@ from orchestrator.protocol.messages import (
     FaultDue,
     FromAgent,
     Joined,
+    Probe,
     Reached,
     Retain,
     Welcome,
@@ -235,6 +237,8 @@ class AgentWorld:
                     self._links.send(node, CarryOut(order=order, index=index))
                 else:
                     self._schedule.end_this_process()
+            case ProbeRanks():
+                self._probe(order, decision)
             case EndRun(reason=reason):
                 self._farewell = Farewell(order=order, reason=reason)
                 self._links.send_all(self._links, self._farewell)
@@ -423,6 +427,18 @@ class AgentWorld:
         ]
         self._links.send_all(new, order)
         self._introduced.update(new)
+
+    def _probe(self, order: str, decision: ProbeRanks) -> None:
+        for node in dict.fromkeys(decision.nodes):
+            pairs = zip(decision.ranks, decision.nodes, strict=True)
+            asked = Probe(
+                order=order,
+                generation=decision.generation,
+                number=decision.number,
+                ranks=tuple(rank for rank, on in pairs if on == node),
+                within_s=decision.within_s,
+            )
+            self._links.send(node, asked)
 
     def _begin(self, order: str, node: NodeId) -> None:
         """Send a seated node the present generation, if it lacks that or an address it needs."""

@@ -26,6 +26,10 @@ class Columns:
         self._reports: list[StepReport] = []
         self._heard: set[NodeId] = set()
         self._stall_s_R: dict[Rank, float] = {}
+        self._paces: dict[
+            NodeId, tuple[tuple[Rank, ...], tuple[float, ...], tuple[float, ...]]
+        ] = {}
+        """What each node said last of what its ranks computed in a step, and for how long."""
         self._stalls: dict[NodeId, tuple[tuple[Rank, ...], tuple[float, ...]]] = {}
         """What each node said last of how long its ranks have stalled."""
         self._rows: dict[tuple[Rank, ...], slice | None] = {}
@@ -38,6 +42,7 @@ class Columns:
         self.reported = restored
         self._reports = []
         self._stall_s_R, self._stalls, self._rows = {}, {}, {}
+        self._paces = {}
         self._stalled_s = 0.0
         self._clear()
 
@@ -47,6 +52,8 @@ class Columns:
         if beat.generation != self._generation:
             return
         self._enter(beat)
+        if len(beat.compute_s) == len(beat.work) == len(beat.ranks):
+            self._paces[node] = (beat.ranks, beat.compute_s, beat.work)
         told = (beat.ranks, beat.stall_s)
         if self._stalls.get(node) != told:
             self._stalls[node] = told
@@ -99,6 +106,7 @@ class Columns:
         """Return everything since the last tick as one event; None if nobody was heard."""
         if not self._heard and not self._reports:
             return None
+        compute_s, work = self._computed()
         event = Telemetry(
             at=at,
             generation=self._generation,
@@ -109,12 +117,23 @@ class Columns:
             states="".join(_column(self._states)),
             cpu_s=_column(self._cpu_s),
             stall_s=self._stalled_s,
+            compute_s=compute_s,
+            work=work,
             reports=tuple(self._reports),
         )
         self._reports = []
         self._stalled_s = 0.0
         self._clear()
         return event
+
+    def _computed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return seconds that each rank computed in its last step, and what; 0 where unknown."""
+        compute_s, work = [0.0] * self._size, [0.0] * self._size
+        for ranks, seconds, done in self._paces.values():
+            for rank, rank_s, rank_work in zip(ranks, seconds, done, strict=True):
+                if 0 <= rank < self._size:
+                    compute_s[rank], work[rank] = rank_s, rank_work
+        return _column(compute_s), _column(work)
 
     def flush(self, at: Seconds) -> Iterator[Telemetry]:
         """Yield what there is ahead of the tick, if it has steps in it."""

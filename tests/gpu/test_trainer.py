@@ -45,7 +45,7 @@ class Recorder(Unheard):
         self.steps: list[tuple[str, str]] = []
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float, **_: object
     ) -> None:
         self.steps.append((loss.hex(), grad_norm.hex()))
 

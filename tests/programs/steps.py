@@ -4,10 +4,11 @@ Its state is three numbers: how many steps it has, which shard it is, which gene
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
 garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, gate_at and gate, restore_s,
-await_persisted.
+await_persisted, busy (blocks to hash in a step), busier_rank and busier (how many times as many).
 """
 
 import atexit
+import hashlib
 import os
 import signal
 import subprocess
@@ -23,6 +24,9 @@ from storage.shard import Chunk, ShardMeta, decode_index, encode_index, open_vie
 _PLAN = plan(
     [Chunk(fqn="w", state="param", dtype="I64", shape=(64,), global_shape=(64,), offset=(0,))]
 )
+
+
+_BLOCK = bytes(1 << 20)
 
 
 def main() -> int:
@@ -58,6 +62,7 @@ def train(worker: Worker, seat: Seat) -> None:
     _misbehave(options)
     while step < options["steps"]:
         step += 1
+        begun = time.monotonic()
         worker.phase(RankPhase.FORWARD)
         # Like a collective that can not be interrupted: nothing is heard meanwhile.
         napping = step == options.get("nap_at")
@@ -67,9 +72,13 @@ def train(worker: Worker, seat: Seat) -> None:
             time.sleep(0.001)
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
+        compute_s = _compute(seat, options)
         if options.get("lockstep"):
             _await_others(worker, seat, step, Path(options["lockstep"]))
-        worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
+        seconds = time.monotonic() - begun if compute_s else 0.005
+        worker.step_done(
+            step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=seconds, compute_s=compute_s
+        )
         if step < options["steps"]:
             _save_if_due(worker, seat, step)
     # Here, not in the loop: a rank that was restored behind the last step still owes that save.
@@ -86,6 +95,15 @@ def _shard(seat: Seat) -> int:
 
 def _shards(seat: Seat) -> int:
     return int(seat.job.get("parallelism", {}).get("dpShard", seat.world_size))
+
+
+def _compute(seat: Seat, options: dict[str, Any]) -> float:
+    """Compute for real, and return for how long; one rank may have more to do than it says."""
+    begun = time.monotonic()
+    more = options.get("busier", 1) if seat.rank == options.get("busier_rank") else 1
+    for _ in range(options.get("busy", 0) * more):
+        hashlib.sha256(_BLOCK).digest()
+    return time.monotonic() - begun if options.get("busy") else 0.0
 
 
 def _await_others(worker: Worker, seat: Seat, step: int, folder: Path) -> None:

@@ -34,7 +34,7 @@ class Recorder(Unheard):
         self.steps: list[tuple[float, float]] = []
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float
+        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float, **_: object
     ) -> None:
         assert step == len(self.steps) + 1
         assert tokens == 64

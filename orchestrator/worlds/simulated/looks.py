@@ -55,6 +55,11 @@ class Looks:
         """See to it that steps which are done are known within a tick."""
         self._close_until = Seconds(self._cluster.now + self._timeouts.tick_s)
 
+    def look_closely(self, seconds: float) -> None:
+        """See to it that everything is seen for a while."""
+        until = Seconds(self._cluster.now + seconds)
+        self._close_until = max(self._close_until, until)
+
     def unseen_s(self) -> float:
         """Return for how long nobody has been told anything, if that is longer than a tick."""
         quiet_s = self._cluster.now - self.told_at

@@ -37,6 +37,8 @@ class News(NamedTuple):
     since_step_s: float
     stall_s: float
     watched_s: float
+    compute_s: tuple[float, ...]
+    """Seconds of a step that each rank computes; one number for all of them, if it is the same."""
 
 
 class _Columns(NamedTuple):
@@ -81,6 +83,7 @@ def telemetry(team: Team | None, at: Seconds, news: News, told: Told) -> Telemet
         states=columns.states,
         cpu_s=columns.cpu_s,
         stall_s=news.stall_s,
+        compute_s=news.compute_s,
         reports=news.reports,
         since_step_s=news.since_step_s,
         watched_s=news.watched_s,

@@ -22,6 +22,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
     StartGeneration,
@@ -40,7 +41,8 @@ from orchestrator.core.state import RunState
 from orchestrator.core.trust import Onset
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
-from orchestrator.protocol.messages import RanksFinished, StepReport
+from orchestrator.protocol.messages import RankProbed, RanksFinished, StepReport
+from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.orders import Orders
@@ -58,6 +60,10 @@ from orchestrator.worlds.simulated.team import Team
 from orchestrator.worlds.simulated.view import News, Told, telemetry
 
 _BEFORE_S = 1e-6
+FOUND_STEPS = 16
+"""Within which a rank that has become slow is found and measured."""
+OPERATIONS, COPIED = 4e14, 2e12
+"""Per second, of a device that is as fast as it should be."""
 _Request = DrainRequested | DrainCancelled
 
 
@@ -110,6 +116,7 @@ class SimulatedWorld:
         self._reported, self._told = Step(0), Told()
         self._looks = Looks(self.cluster, timeouts, look_every_s, run)
         self._step_s = profile.step.value
+        self._compute_s: tuple[float, ...] = (0.0,)
         self._over = False
         self._requests: list[_Request] = []
         self.controller_killed = False
@@ -177,6 +184,8 @@ class SimulatedWorld:
                 cluster.later(self._profile.commit, partial(self._commit, decision))
             case CarryOutFault(index=index, node=node):
                 cluster.later(self._profile.order, partial(self.breaking.carry_out, index, node))
+            case ProbeRanks():
+                cluster.agenda.after(decision.within_s, partial(self._probe, decision))
             case EndRun():
                 self._over = True
             case WakeAt(at=at):
@@ -303,7 +312,9 @@ class SimulatedWorld:
         every = self._run.spec.checkpoint.memory_every_steps
         saves = sum(report.step % every == 0 for report in reports)
         stall_s = saves * self._profile.stall.value
-        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s())
+        trains = team is not None and team.training
+        compute_s = self._compute_s if trains else (0.0,)
+        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s(), compute_s)
         return telemetry(team, self.now, news, self._told)
 
     def _reports(self, first: int, last: Step) -> tuple[StepReport, ...]:
@@ -356,6 +367,19 @@ class SimulatedWorld:
         if team is not None and node.generation == team.generation and node in team.members:
             self.cluster.send([node], team.begin)
 
+    def _probe(self, order: ProbeRanks) -> None:
+        """Have ranks say how fast they are; that all stand still meanwhile is not simulated."""
+        team = self.team
+        if team is None or team.generation != order.generation or not team.whole:
+            return
+        for rank, name in zip(order.ranks, order.nodes, strict=True):
+            node = self.cluster.nodes[name]
+            speed = Speed(OPERATIONS / node.slow, COPIED / node.slow)
+            fact = RankProbed(
+                generation=order.generation, number=order.number, rank=rank, speed=speed
+            )
+            self.cluster.say([node], fact)
+
     def _announce(self, nodes: Nodes, *, generation: Generation) -> None:
         if self.team is not None and self.team.generation == generation:
             self.team.announce(nodes)
@@ -397,11 +421,20 @@ class SimulatedWorld:
         """Have the team go as fast as its slowest node, and count what its saves cost."""
         if self.team is None:
             return
-        slow = max(node.slow for node in self.team.members)
+        slows = [node.slow for node in self.team.members]
+        slow = max(slows)
         done, of = self._run.speed(len(self.team.seats) // self._run.shard_count)
         every = self._run.spec.checkpoint.memory_every_steps
         step_s = slow * self._profile.step.value * of / done
         self._step_s = step_s + self._profile.stall.value / every
+        own_s = step_s / slow
+        compute_s: tuple[float, ...] = (own_s * slow,)
+        if slow > min(slows):
+            compute_s = tuple((own_s * np.array(slows)[self.team.place_R]).tolist())
+        if compute_s != self._compute_s:
+            self._compute_s = compute_s
+            # Whoever is slower than others is found within some steps, and measured after that.
+            self._looks.look_closely(FOUND_STEPS * self._step_s if len(compute_s) > 1 else 0.0)
         self.team.set_speed(self._step_s)
 
     def _foresee(self, team: Team) -> None:

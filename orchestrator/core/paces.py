@@ -1,0 +1,67 @@
+"""How long each rank computes for the same work: the last windows of it, one row a window.
+
+A window is a look at which every rank has completed a step since the one before: the last step of
+each. Letters in array names: W windows, R ranks of the world.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+WINDOWS = 10
+"""Kept of a generation, the newest."""
+
+
+class Paces:
+    """Of one generation.
+
+    Args:
+        world_size: how many ranks there are.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._size = world_size
+        self._rows: deque[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = deque(
+            maxlen=WINDOWS
+        )
+        self._step_R: npt.NDArray[np.int64] | None = None
+        self.looks = 0
+        """How many windows there have been."""
+
+    def observe(
+        self, steps: tuple[int, ...], compute_s: tuple[float, ...], work: tuple[float, ...]
+    ) -> None:
+        """Take in one tick of columns over all ranks; a column of length one is of every rank."""
+        if len(compute_s) == len(work) == 1:
+            # All are as fast as each other, or nobody measures it: there is nothing to compare.
+            if self._rows:
+                self._rows.clear()
+            self._step_R = None
+            return
+        step_R = np.broadcast_to(np.asarray(steps, np.int64), self._size)
+        if self._step_R is not None and not bool((step_R > self._step_R).all()):
+            return
+        if bool((step_R <= 0).any()):
+            return
+        self._step_R = step_R
+        compute_s_R = np.broadcast_to(np.asarray(compute_s, np.float64), self._size)
+        work_R = np.broadcast_to(np.asarray(work, np.float64), self._size)
+        self._rows.append((compute_s_R, work_R))
+        self.looks += 1
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many windows as are kept."""
+        return len(self._rows) == WINDOWS
+
+    def compute_s_WR(self) -> npt.NDArray[np.float64]:
+        """Return seconds of computing in each window, shape [W, R], oldest first; 0 unmeasured."""
+        return np.stack([compute_s_R for compute_s_R, _ in self._rows])
+
+    def work_WR(self) -> npt.NDArray[np.float64]:
+        """Return what was computed in them, shape [W, R]; 1 where nobody said."""
+        work_WR = np.stack([work_R for _, work_R in self._rows])
+        return np.where(work_WR > 0, work_WR, 1.0)

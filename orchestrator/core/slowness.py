@@ -1,0 +1,188 @@
+"""What becomes of a rank that is slow: it is measured beside its peers, and only then judged.
+
+Who computes for longer may have a slow device, or more to compute than anybody counted. The same
+short work on the suspect and on peers tells: where that takes longer, too, it is the device.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+
+from orchestrator.core.decisions import Decision, ProbeRanks
+from orchestrator.core.incident import STRAGGLER, Cause, Incident, Note
+from orchestrator.core.records import Slow
+from orchestrator.core.state import RunState, decide
+from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.messages import RankProbed
+
+PROBE_S = 1.0
+"""For which ranks measure at most; all others wait for as long."""
+PROBE_SHARE = 0.5
+"""Of how long a world may stand still."""
+ANSWER_STEPS = 4
+"""A rank that has not answered within so many steps, and a phase of recovery, never will."""
+PEERS_PROBED = 2
+EXPLAINED = 0.5
+"""Share of its slowness that a probe has to show for the device to be at fault. Half: a probe that
+shows it is taken at the word of its numbers, with as much room for noise on either side."""
+SLOW_MAX = 256
+"""Suspicions that are remembered, the newest."""
+
+
+def suspect(state: RunState, incident: Incident) -> None:
+    """Enter who is slow, as an incident says that is over at once: training goes on."""
+    finding = incident.findings[0]
+    incident.rung, incident.reason = "none", "slow, and not known why yet: it is being measured"
+    incident.decided_at = incident.resumed_at = state.now
+    ratio, share = finding.measure
+    state.slow[incident.id] = Slow(
+        incident=incident.id,
+        rank=finding.ranks[0],
+        node=finding.nodes[0],
+        incarnation=state.nodes[finding.nodes[0]].incarnation,
+        generation=state.generation,
+        since=finding.since,
+        ratio=ratio,
+        share=share,
+    )
+    for old in list(state.slow)[:-SLOW_MAX]:
+        del state.slow[old]
+
+
+def look(state: RunState) -> list[Decision]:
+    """Have suspects be measured, one after the other; give up on those that do not answer."""
+    if not state.slow:
+        return []
+    waiting = [slow for slow in state.slow.values() if not slow.verdict]
+    for slow in waiting:
+        if slow.generation != state.generation:
+            _close(state, slow, "unknown", "its generation ended before it was measured")
+        elif slow.asked_at is not None and state.now > _answer_by(state, slow.asked_at):
+            _close(state, slow, "unknown", "it was not measured in time")
+    waiting = [slow for slow in waiting if not slow.verdict]
+    if not waiting or any(slow.asked_at is not None for slow in waiting):
+        return []
+    return [_probe(state, waiting[0])]
+
+
+def _probe(state: RunState, slow: Slow) -> Decision:
+    slow.asked_at, slow.peers = state.now, _peers(state, slow.rank)
+    ranks = (slow.rank, *slow.peers)
+    hang_s = state.timeouts.hang_s
+    return decide(
+        state,
+        ProbeRanks,
+        f"rank {slow.rank} on {slow.node} is {slow.ratio:.2f} times as slow as its peers: is it "
+        f"the device? measured beside rank {' and rank '.join(map(str, slow.peers)) or 'nobody'}",
+        number=int(slow.incident.removeprefix("inc-")),
+        ranks=ranks,
+        nodes=tuple(state.seats[rank] for rank in ranks),
+        within_s=min(PROBE_S, PROBE_SHARE * hang_s),
+    )
+
+
+def _answer_by(state: RunState, asked_at: Seconds) -> float:
+    return asked_at + ANSWER_STEPS * state.step_times.quantile(0.99) + state.timeouts.form_s
+
+
+def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
+    """Return peers of a rank that are neither fast nor slow, on other nodes where there are."""
+    layout, paces = state.run.layout, state.paces
+    at = layout.position(rank)
+    alike = [
+        Rank(r)
+        for r in range(len(state.seats))
+        if r != rank and (p := layout.position(r)) and (p.pp, p.tp, p.cp) == (at.pp, at.tp, at.cp)
+    ]
+    suspects = {slow.rank for slow in state.slow.values() if slow.generation == state.generation}
+    alike = [r for r in alike if r not in suspects]
+    if not alike or not paces.full:
+        return ()
+    rate_R = np.median(paces.compute_s_WR() / paces.work_WR(), axis=0)
+    usual = float(np.median(rate_R[alike]))
+    away = state.seats[rank]
+    alike.sort(key=lambda r: (state.seats[r] == away, abs(float(rate_R[r]) - usual), r))
+    return tuple(alike[:PEERS_PROBED])
+
+
+def answer(state: RunState, fact: RankProbed) -> None:
+    """Take in what a rank measured; judge once everybody has answered."""
+    slow = next((s for s in state.slow.values() if _asked(s, fact)), None)
+    if slow is None:
+        return
+    slow.answers[fact.rank] = fact.speed
+    if len(slow.answers) == 1 + len(slow.peers):
+        _judge(state, slow)
+
+
+def _asked(slow: Slow, fact: RankProbed) -> bool:
+    return (
+        slow.incident == f"inc-{fact.number}"
+        and not slow.verdict
+        and (fact.rank == slow.rank or fact.rank in slow.peers)
+    )
+
+
+def _judge(state: RunState, slow: Slow) -> None:
+    own = slow.answers[slow.rank]
+    problems = [f"rank {r}: {s.problem}" for r, s in sorted(slow.answers.items()) if s.problem]
+    others = [slow.answers[rank] for rank in slow.peers]
+    if problems or not others:
+        _close(state, slow, "unknown", "; ".join(problems) or "there was nobody to compare it with")
+        return
+    times = [
+        _times(own.operations, [other.operations for other in others]),
+        _times(own.copied, [other.copied for other in others]),
+    ]
+    words = (
+        f"measured: {own.operations / 1e9:.3g} Gop/s and {own.copied / 1e9:.3g} GB/s, its peers "
+        f"{times[0]:.2f} and {times[1]:.2f} times as much"
+    )
+    if max(times) - 1 >= EXPLAINED * (slow.ratio - 1):
+        _close(state, slow, "hardware", words)
+    else:
+        _close(state, slow, "workload", f"{words}: its device is as fast as theirs")
+
+
+def _times(own: float, others: list[float]) -> float:
+    usual = median(others)
+    return usual / own if own > 0 and usual > 0 else 1.0
+
+
+_CAUSES = {"hardware": Cause.HARDWARE, "workload": Cause.SOFTWARE, "unknown": Cause.UNKNOWN}
+_REASONS = {
+    "hardware": "its device is slow; it is swapped for a spare if that pays",
+    "workload": "it has more to compute than its peers; nobody is to blame",
+    "unknown": "whose fault it is can not be told; nothing is done",
+}
+
+
+def _close(state: RunState, slow: Slow, verdict: str, words: str) -> None:
+    slow.verdict, slow.words, slow.judged_at = verdict, words, state.now
+    incident = next(i for i in reversed(state.incidents) if i.id == slow.incident)
+    incident.cause, incident.reason = _CAUSES[verdict], f"{words}; {_REASONS[verdict]}"
+    incident.timeline.append(Note(at=state.now, text=f"verdict {verdict}: {words}"))
+
+
+def is_straggler(incident: Incident) -> bool:
+    """Whether an incident is about somebody slow, and broke nothing."""
+    return incident.findings[0].kind == STRAGGLER
+
+
+def nodes_of(state: RunState, verdict: str, since: Seconds) -> dict[NodeId, Slow]:
+    """Return what is known of nodes with a verdict, the newest each, unless they came back since.
+
+    An agent that was started again has been somewhere: on a machine that was repaired, for one.
+    """
+    found = {
+        slow.node: slow
+        for slow in state.slow.values()
+        if slow.verdict == verdict and slow.judged_at >= since
+    }
+    return {
+        node: slow
+        for node, slow in found.items()
+        if node in state.nodes and state.nodes[node].incarnation == slow.incarnation
+    }

@@ -1,0 +1,168 @@
+"""Finds ranks that compute more slowly than their peers again and again, as opposed to once.
+
+Compared is the time that a rank computes, without what it waits, for as much work, with ranks that
+do the same: of the same stage of the pipeline and the same part of each tensor. Who is found is a
+suspect and no more: a long sequence looks like a slow device until the device is measured
+(core.slowness), and only then it is known who is to blame, if anybody.
+
+Letters in array names: W windows, R ranks of the world, P peers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.events import Event, Telemetry
+from orchestrator.core.incident import STRAGGLER, Cause, Finding
+from orchestrator.core.phases import RunPhase
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import Rank, Seconds
+from orchestrator.protocol.layout import Layout
+
+Z_MIN = 5.0
+"""Standard deviations (robust: median, MAD) from the peers' median."""
+RATIO_MIN = 1.07
+"""Times the peers' median. A rank that is 10 % slow takes 1.11 on average: with 1.1 as the limit
+noise of 2 % would hide it in three windows of ten, and what a suspicion costs is a probe."""
+SLOW_WINDOWS = 8
+"""Of the ten windows that are kept (core.paces)."""
+PEERS_MIN = 3
+"""Of two that differ nobody can say which one is right."""
+SPREAD_MIN = 0.01
+"""By which share sound peers differ at least, whatever was seen of them."""
+SPREAD_PEERS = 8
+"""Of so many peers or more, their spread can be told from one of them that is slow."""
+_MAD_TO_SIGMA = 1.4826
+_MEDIAN_TO_MEAN = 1.2533
+"""Of a normal distribution: sigma over MAD, and how much less sure a median is than a mean."""
+
+
+class Straggler:
+    """A suspect is found once; again, if it was as fast as its peers in between."""
+
+    name = "straggler"
+
+    def __init__(self) -> None:
+        self._looks = -1
+        self._found: dict[Rank, int] = {}
+        """In which generation each was found, while it is slow."""
+
+    def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
+        """Return a finding for each rank that has become slow."""
+        paces = state.paces
+        if not isinstance(event, Telemetry) or state.wanting:
+            return []
+        if state.phase is not RunPhase.TRAINING or not paces.full:
+            if not paces.looks:
+                self._found = {}
+            return []
+        if paces.looks == self._looks:
+            return []
+        self._looks = paces.looks
+        rate_WR = rates(paces.compute_s_WR(), paces.work_WR())
+        ratio_R, slow = stragglers(rate_WR, peers(state.run.layout, len(state.seats)))
+        suspects = [Rank(int(rank)) for rank in slow]
+        new = [rank for rank in suspects if self._found.get(rank) != state.generation]
+        self._found = dict.fromkeys(suspects, int(state.generation))
+        if not new:
+            return []
+        return [_finding(state, rank, float(ratio_R[rank]), suspects) for rank in new]
+
+
+def rates(
+    compute_s_WR: npt.NDArray[np.float64], work_WR: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return seconds for a unit of work, shape [W, R]; NaN where nothing was measured."""
+    return np.where(compute_s_WR > 0, compute_s_WR / work_WR, np.nan)
+
+
+@lru_cache(maxsize=4)
+def peers(layout: Layout, world_size: int) -> npt.NDArray[np.int64]:
+    """Return a number for each rank, shape [R], that is the same for ranks with equal work."""
+    cuts: dict[tuple[int, int, int], int] = {}
+    numbers = np.empty(world_size, np.int64)
+    for rank in range(world_size):
+        at = layout.position(rank)
+        numbers[rank] = cuts.setdefault((at.pp, at.tp, at.cp), len(cuts))
+    return numbers
+
+
+def stragglers(
+    rate_WR: npt.NDArray[np.float64], peers_R: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return how slow each rank is, and which ranks are slow persistently.
+
+    Args:
+        rate_WR: seconds for a unit of work, shape [W, R]; NaN for not measured.
+        peers_R: ranks with the same number are compared with each other, shape [R].
+
+    Returns:
+        Times the median of its peers that each rank takes, the median over windows, shape [R]; and
+        the slow ones, ascending. A rank without enough peers is never slow.
+
+    Source: own rule. Noise is that of all peers over all windows together: the MAD of three numbers
+    in one window says nothing. Cost: O(W R log R), a few milliseconds for 16,384 ranks.
+
+    >>> rate = np.tile([1.0, 1.0, 1.3, 1.0], (10, 1))
+    >>> stragglers(rate, np.zeros(4, np.int64))[1]
+    array([2])
+    """
+    ratio_R, slow_R = np.ones(rate_WR.shape[1]), np.zeros(rate_WR.shape[1], np.bool_)
+    for number in np.unique(peers_R):
+        of_group = np.flatnonzero(peers_R == number)
+        # Who has not said in every window how long it took is compared with nobody.
+        known = of_group[np.isfinite(rate_WR[:, of_group]).all(axis=0)]
+        if len(known) >= PEERS_MIN:
+            ratio_R[known], slow_R[known] = _compare(rate_WR[:, known])
+    return ratio_R, np.flatnonzero(slow_R)
+
+
+def _compare(
+    rate_WP: npt.NDArray[np.float64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Return how slow each of some peers is, and whether that is neither noise nor chance."""
+    ratio_WP = rate_WP / np.median(rate_WP, axis=1, keepdims=True)
+    ratio_P = np.median(ratio_WP, axis=0)
+    noise = _MAD_TO_SIGMA * float(np.median(np.abs(ratio_WP - ratio_P)))
+    spread = 0.0
+    if len(ratio_P) >= SPREAD_PEERS:
+        spread = _MAD_TO_SIGMA * float(np.median(np.abs(ratio_P - np.median(ratio_P))))
+    error = _MEDIAN_TO_MEAN * noise / math.sqrt(len(rate_WP))
+    z_P = (ratio_P - 1) / math.hypot(error, max(spread, SPREAD_MIN))
+    often_P = (ratio_WP > RATIO_MIN).sum(axis=0) >= min(SLOW_WINDOWS, len(rate_WP))
+    return ratio_P, (z_P > Z_MIN) & (ratio_P > RATIO_MIN) & often_P
+
+
+def what_if_s(
+    compute_s_WR: npt.NDArray[np.float64], suspects: Sequence[Rank]
+) -> tuple[float, float]:
+    """Return how long the slowest rank computes in a step, and the slowest that is no suspect."""
+    median_R = np.median(compute_s_WR, axis=0)
+    others = np.delete(median_R, list(suspects))
+    slowest_s = float(median_R.max())
+    return slowest_s, float(others.max()) if len(others) else slowest_s
+
+
+def _finding(state: RunState, rank: Rank, ratio: float, suspects: Sequence[Rank]) -> Finding:
+    slowest_s, other_s = what_if_s(state.paces.compute_s_WR(), suspects)
+    step_s = state.step_times.quantile(0.5)
+    better_s = max(step_s - (slowest_s - other_s), 0.0)
+    node = state.seats[rank]
+    return Finding(
+        at=state.now,
+        since=Seconds(max(state.now - SLOW_WINDOWS * max(step_s, state.timeouts.tick_s), 0.0)),
+        kind=STRAGGLER,
+        cause=Cause.UNKNOWN,
+        ranks=(rank,),
+        nodes=(node,),
+        step=state.reached_step,
+        evidence=f"rank {rank} on {node} computes {ratio:.2f} times as long as its peers for the "
+        f"same work, in {SLOW_WINDOWS} of 10 windows or more; a step takes {step_s:.3g} s, and "
+        f"would take {better_s:.3g} s without that",
+        measure=(ratio, max(step_s - better_s, 0.0) / step_s if step_s else 0.0),
+    )

@@ -1,0 +1,90 @@
+"""When a node with a slow device gives its seats to a spare: when what it costs exceeds the swap.
+
+All ranks wait for the slowest, so a node that takes a tenth longer costs the whole world nearly a
+tenth. Nothing is lost by a swap at the right moment but the time of a restart. How long a device
+stays slow nobody knows; what was measured is taken to last for another hour, or to the end of the
+run if that comes sooner. Only what a probe found slow is swapped: more work is no node's fault.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from orchestrator.core import slowness
+from orchestrator.core.records import Slow
+from orchestrator.core.state import RunState
+from orchestrator.policy.arithmetic import DAY_S
+from orchestrator.policy.restarts import restart_s
+from orchestrator.policy.switches import STRAGGLER_SWAP, enabled
+from orchestrator.protocol.ids import NodeId, Seconds
+
+HORIZON_S = 3_600.0
+"""For how long a slow device is expected to stay so. Assumed."""
+ASIDE_DAYS = 7
+"""For how long who was found slow is the last to be taken. Assumed."""
+
+
+class Worth(NamedTuple):
+    """What it costs to keep a slow node, and to swap it, in seconds of the whole world."""
+
+    keep_s: float
+    swap_s: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether to swap it costs less."""
+        return self.keep_s > self.swap_s
+
+
+def worth(state: RunState, slow: Slow) -> Worth:
+    """Return what to keep a slow node costs from now on, and what to swap it costs."""
+    steps_left = state.run.spec.trainer.steps - state.reached_step
+    left_s = min(steps_left * state.step_times.quantile(0.5), HORIZON_S)
+    return Worth(keep_s=slow.share * left_s, swap_s=restart_s(state))
+
+
+def found_slow(state: RunState) -> dict[NodeId, Slow]:
+    """Return the nodes whose device was measured to be slow, lately."""
+    if not state.slow or not enabled(state, STRAGGLER_SWAP):
+        return {}
+    return slowness.nodes_of(state, "hardware", Seconds(state.now - ASIDE_DAYS * DAY_S))
+
+
+def leaving(state: RunState) -> tuple[NodeId, ...]:
+    """Return slow nodes of the world that are worth a restart, as far as spares are better."""
+    found = found_slow(state)
+    if not found:
+        return ()
+    better = sum(spare not in found for spare in state.spares())
+    pays = [
+        slow for slow in found.values() if slow.node in state.seated and worth(state, slow).pays
+    ]
+    pays.sort(key=lambda slow: (-slow.share, slow.node))
+    return tuple(slow.node for slow in pays[:better])
+
+
+def reason(state: RunState, node: NodeId) -> str:
+    """Return why a slow node leaves, with the arithmetic."""
+    slow = found_slow(state)[node]
+    cost = worth(state, slow)
+    return (
+        f"{node} is slow ({slow.incident}: {slow.ratio:.2f} times its peers' time): to keep it "
+        f"costs {100 * slow.share:.0f} % of every step, {cost.keep_s:.0f} s within "
+        f"{HORIZON_S / 3600:.0f} h or to the end, to swap it {cost.swap_s:.1f} s"
+    )
+
+
+def standing(state: RunState, node: NodeId) -> str:
+    """Return what is known of a slow node, in words; "" if it is not slow."""
+    slow = found_slow(state).get(node)
+    if slow is None:
+        return ""
+    words = f"slow, {slow.ratio:.2f} times its peers' time ({slow.incident}); {slow.words}"
+    if node not in state.seated:
+        return f"{words}; a spare of last resort"
+    cost = worth(state, slow)
+    if not cost.pays:
+        return f"{words}; kept: that costs {cost.keep_s:.0f} s, a swap {cost.swap_s:.0f} s"
+    if node in leaving(state):
+        return f"{words}; waiting for the next step in memory, to be swapped"
+    return f"{words}; waiting for a spare that is not slow"

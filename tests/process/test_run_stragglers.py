@@ -1,0 +1,62 @@
+"""A rank that is slower than its peers, on real processes: whose fault it is, and what is done."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core.report import IncidentReport, Report
+from tests.runs import Job, steps_job
+
+pytestmark = pytest.mark.process
+STEPS = 140
+
+
+def job(root: Path, faults: list[dict[str, Any]], **options: Any) -> Job:
+    """Return a run of three ranks that hash for some hundredths of a second in each step."""
+    lockstep = root / "lockstep"
+    lockstep.mkdir(parents=True)
+    run = steps_job(
+        nodes={"count": 3, "ranksPerNode": 1, "spares": 1},
+        parallelism={"dpReplicate": 3, "dpShard": 1},
+        trainer__steps=STEPS,
+        trainer__options={
+            "steps": STEPS,
+            "step_s": 0.03,
+            "save_every": 5,
+            "durable_every": 70,
+            "busy": 12,
+            "lockstep": str(lockstep),
+            **options,
+        },
+        detection={"detectWithin": "2s"},
+    )
+    return Job(root, run, faults)
+
+
+def straggler(report: Report) -> IncidentReport:
+    return next(incident for incident in report.incidents if incident.kind == "straggler")
+
+
+def test_a_rank_that_gets_half_of_its_time_is_measured_and_its_device_is_blamed(
+    tmp_path: Path,
+) -> None:
+    faults = [{"when": {"step": 20}, "fault": "slow-rank", "rank": 1, "share": 0.5}]
+    _, report = job(tmp_path / "slow", faults).conduct("--quiet", timeout_s=90)
+
+    found = straggler(report)
+    assert (found.cause, found.suspects) == ("hardware", ["rank 1", "node-1"])
+    assert "times as much" in found.reason
+    assert not found.false_alarm
+    assert report.state == "Succeeded"
+
+
+def test_a_rank_with_twice_the_work_is_reported_and_nobody_is_blamed(tmp_path: Path) -> None:
+    _, report = job(tmp_path / "busy", [], busier_rank=1, busier=2).conduct("--quiet", timeout_s=90)
+
+    found = straggler(report)
+    assert (found.cause, found.suspects) == ("software", ["rank 1", "node-1"])
+    assert "its device is as fast as theirs" in found.reason
+    assert found.rung == "none"
+    assert [incident.kind for incident in report.incidents] == ["straggler"]
+    assert report.generation == 1

@@ -1,0 +1,171 @@
+"""What is made of a rank that is slow, once it is measured beside its peers."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.core.decisions import ProbeRanks, StartGeneration
+from orchestrator.core.events import Telemetry
+from orchestrator.core.incident import Cause, Incident
+from orchestrator.policy import stragglers
+from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.messages import RankProbed, StepReport
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.rank import Speed
+
+SLOW = Rank(2)
+STEP_S = 0.5
+
+
+def train(cluster: Any, steps: int, slow: float = 1.0, rank: int = SLOW) -> None:
+    """Take steps in which one rank computes so many times as long as the others."""
+    first = cluster.state.reached_step + 1
+    for step in range(first, first + steps):
+        cluster.after(STEP_S)
+        cluster.progress += 1
+        compute_s = tuple(0.4 * (slow if r == rank else 1 + 0.002 * r) for r in range(4))
+        report = StepReport(Step(step), 2.0, 1.0, 100, STEP_S)
+        cluster.tell(
+            Telemetry(
+                at=cluster.at(), generation=cluster.state.generation,
+                heard=tuple(sorted(cluster.state.nodes)), phases=(int(RankPhase.FORWARD),),
+                steps=(step,), progress=(cluster.progress,), states="S", cpu_s=(0.0,),
+                stall_s=0.0, compute_s=compute_s, reports=(report,),
+            )
+        )  # fmt: skip
+
+
+def suspected(cluster: Any, slow: float = 1.2) -> ProbeRanks:
+    """Have rank 2 be found, and return the order to measure it."""
+    cluster.start()
+    train(cluster, 12)
+    train(cluster, 12, slow)
+    (order,) = (d for d in cluster.decisions if isinstance(d, ProbeRanks))
+    return order
+
+
+def answer(cluster: Any, order: ProbeRanks, slow: float, **named: Any) -> None:
+    for rank, node in zip(order.ranks, order.nodes, strict=True):
+        times = slow if rank == SLOW else 1.0
+        speed = Speed(1e12 / times, 1e11 / times, named.get("problem", ""))
+        cluster.say(
+            node,
+            RankProbed(generation=order.generation, number=order.number, rank=rank, speed=speed),
+        )
+
+
+def incident(cluster: Any) -> Incident:
+    found: Incident = cluster.state.incidents[0]
+    assert found.kind == "straggler"
+    return found
+
+
+def starts(cluster: Any) -> list[StartGeneration]:
+    return [d for d in cluster.decisions if isinstance(d, StartGeneration)]
+
+
+def test_a_slow_rank_is_found_within_ten_steps_and_measured_beside_peers_of_another_node(
+    cluster: Any,
+) -> None:
+    order = suspected(cluster)
+
+    found = incident(cluster)
+    assert found.findings[0].step <= 12 + 10
+    assert order.ranks[0] == SLOW
+    assert order.nodes[0] != order.nodes[1]
+    assert "1.20 times as long as its peers" in found.findings[0].evidence
+    assert "would take" in found.findings[0].evidence
+    assert not found.open
+    assert cluster.state.incident is None
+    assert not cluster.state.wanting
+
+
+def test_a_device_that_is_slow_when_measured_is_swapped_at_the_next_good_moment(
+    cluster: Any,
+) -> None:
+    answer(cluster, suspected(cluster), 1.2)
+    assert incident(cluster).cause is Cause.HARDWARE
+    assert "to keep it costs" in stragglers.reason(cluster.state, NodeId("node-1"))
+
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+
+    order = starts(cluster)[-1]
+    assert order.seats == ("node-0", "node-0", "node-2", "node-2")
+    assert "node-1 is slow (inc-1: 1.20 times its peers' time): to keep it costs" in order.reason
+    assert "to swap it" in order.reason
+    assert cluster.state.budgets["hardware"].spent == 0
+
+
+def test_more_work_than_anybody_counted_is_reported_and_nobody_is_blamed(cluster: Any) -> None:
+    answer(cluster, suspected(cluster), 1.0)
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+
+    assert incident(cluster).cause is Cause.SOFTWARE
+    assert "nobody is to blame" in incident(cluster).reason
+    assert len(starts(cluster)) == 1
+    assert stragglers.standing(cluster.state, NodeId("node-1")) == ""
+
+
+@pytest.mark.parametrize("problem", ["no memory", ""])
+def test_what_can_not_be_measured_is_nobodys_fault(cluster: Any, problem: str) -> None:
+    order = suspected(cluster)
+    if problem:
+        answer(cluster, order, 2.0, problem=problem)
+    else:
+        train(cluster, 60, 1.2)
+
+    assert incident(cluster).cause is Cause.UNKNOWN
+    assert (problem or "not measured in time") in incident(cluster).reason
+    assert len(starts(cluster)) == 1
+
+
+def test_a_slow_node_is_kept_when_hardly_a_step_is_left(cluster_of: Any) -> None:
+    from tests import runfiles  # noqa: PLC0415 - one test of many
+
+    cluster = cluster_of(runfiles.text(trainer={"steps": 60}))
+    answer(cluster, suspected(cluster), 1.2)
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+
+    assert len(starts(cluster)) == 1
+    assert "kept: that costs" in stragglers.standing(cluster.state, NodeId("node-1"))
+
+
+def test_a_slow_node_waits_for_a_spare_that_is_not_slow_itself(cluster: Any) -> None:
+    order = suspected(cluster)
+    cluster.lose("node-2")
+    answer(cluster, order, 1.2)
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+    assert len(starts(cluster)) == 1
+    assert "waiting for a spare" in stragglers.standing(cluster.state, NodeId("node-1"))
+
+    cluster.join("node-2", incarnation=2)
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+
+    assert starts(cluster)[-1].seats == ("node-0", "node-0", "node-2", "node-2")
+
+
+def test_a_rank_is_reported_once_and_again_after_it_was_as_fast_as_others(cluster: Any) -> None:
+    answer(cluster, suspected(cluster), 1.0)
+    train(cluster, 30, 1.2)
+    assert len(cluster.state.incidents) == 1
+
+    train(cluster, 12)
+    train(cluster, 12, 1.2)
+
+    assert [found.kind for found in cluster.state.incidents] == ["straggler"] * 2
+
+
+def test_a_detector_of_stragglers_that_raises_is_switched_off_and_training_goes_on(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.start()
+    monkeypatch.setattr("orchestrator.detect.straggler.rates", lambda *_: 1 / 0, raising=True)
+    train(cluster, 15, 1.5)
+
+    assert cluster.controller.disabled == {"straggler": "ZeroDivisionError: division by zero"}
+    assert cluster.state.incidents == []

@@ -1,0 +1,115 @@
+"""Who is slower than its peers: with noise, with other work, in small worlds and in large ones."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.core.paces import WINDOWS, Paces
+from orchestrator.detect.straggler import RATIO_MIN, peers, rates, stragglers, what_if_s
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.layout import Layout
+
+
+def noisy(ranks: int, noise: float, seed: int, slow: dict[int, float] | None = None) -> np.ndarray:
+    """Return seconds for a unit of work, shape [windows, ranks]."""
+    chance = np.random.Generator(np.random.Philox(seed))
+    rate = 0.1 * (1 + noise * chance.standard_normal((WINDOWS, ranks)))
+    for rank, times in (slow or {}).items():
+        rate[:, rank] *= times
+    return np.maximum(rate, 1e-3)
+
+
+def found(rate: np.ndarray, cut: np.ndarray | None = None) -> list[int]:
+    ranks = rate.shape[1]
+    groups = np.zeros(ranks, np.int64) if cut is None else cut
+    return stragglers(rate, groups)[1].tolist()
+
+
+@pytest.mark.parametrize("ranks", [4, 8, 64, 1024])
+def test_a_rank_that_is_a_tenth_slow_is_found_nine_times_of_ten_and_nobody_else_is(
+    ranks: int,
+) -> None:
+    times = [found(noisy(ranks, 0.02, seed, {1: 1 / 0.9})) for seed in range(100)]
+
+    assert sum(which == [1] for which in times) >= 90
+    assert all(set(which) <= {1} for which in times)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
+def test_of_peers_that_are_alike_nobody_is_found_however_noisy_they_are(noise: float) -> None:
+    assert not any(found(noisy(ranks, noise, seed)) for seed in range(300) for ranks in (3, 4, 16))
+
+
+def test_a_rank_that_is_slow_once_is_not_found() -> None:
+    rate = noisy(8, 0.01, 0)
+    rate[2:9, 3] *= 3.0
+
+    assert found(rate) == []
+    rate[1, 3] *= 3.0
+    assert found(rate) == [3]
+
+
+def test_of_two_ranks_nobody_can_say_which_one_is_slow() -> None:
+    assert found(noisy(2, 0.0, 0, {0: 2.0})) == []
+
+
+def test_the_last_stage_of_a_pipeline_is_compared_with_itself_only() -> None:
+    layout = Layout(pp=2, dp_replicate=4)
+    groups = peers(layout, 8)
+    last = [rank for rank in range(8) if layout.position(rank).pp == 1]
+    heavy = dict.fromkeys(last, 1.5)
+
+    assert found(noisy(8, 0.01, 1, heavy), groups) == []
+    assert found(noisy(8, 0.01, 1, heavy | {last[1]: 2.0}), groups) == [last[1]]
+
+
+def test_twice_the_time_for_twice_the_work_is_not_slow() -> None:
+    compute_s = noisy(4, 0.01, 2, {2: 2.0})
+    work = np.tile([1.0, 1.0, 2.0, 1.0], (WINDOWS, 1))
+
+    assert found(rates(compute_s, work)) == []
+
+
+def test_a_rank_that_did_not_measure_is_compared_with_nobody() -> None:
+    compute_s = noisy(5, 0.01, 3, {4: 2.0})
+    compute_s[3, 0] = 0.0
+
+    assert found(rates(compute_s, np.ones_like(compute_s))) == [4]
+    compute_s[:, :3] = 0.0
+    assert found(rates(compute_s, np.ones_like(compute_s))) == []
+
+
+def test_without_two_slow_ranks_a_step_is_as_fast_as_the_slowest_of_the_others() -> None:
+    compute_s = np.tile([1.0, 1.5, 1.1, 2.0], (WINDOWS, 1))
+
+    assert what_if_s(compute_s, [Rank(1), Rank(3)]) == (2.0, pytest.approx(1.1))
+
+
+@given(st.integers(3, 40), st.floats(1.0, 3.0), st.integers(0, 2**32), st.floats(1e-6, 1e3))
+def test_what_is_found_depends_on_no_unit_and_on_no_order(
+    ranks: int, times: float, seed: int, unit: float
+) -> None:
+    rate = noisy(ranks, 0.03, seed, {0: times})
+    order = np.random.Generator(np.random.Philox(seed)).permutation(ranks)
+
+    plain = found(rate)
+
+    assert found(rate * unit) == plain
+    assert sorted(order[found(rate[:, order])].tolist()) == plain
+    ratio, _ = stragglers(rate, np.zeros(ranks, np.int64))
+    assert all(ratio[rank] > RATIO_MIN for rank in plain)
+
+
+def test_windows_are_looks_at_which_every_rank_has_taken_a_step() -> None:
+    paces = Paces(3)
+    paces.observe((1, 1, 1), (0.1, 0.1, 0.2), (0.0,))
+    paces.observe((2, 2, 1), (0.1, 0.1, 0.2), (0.0,))
+    assert paces.looks == 1
+    for step in range(2, 2 + WINDOWS):
+        paces.observe((step, step + 1, step), (0.1, 0.1, 0.2), (0.0,))
+
+    assert paces.full
+    assert paces.compute_s_WR().shape == paces.work_WR().shape == (WINDOWS, 3)
+    paces.observe((99,), (0.1,), (0.0,))  # all alike: what was before says nothing any more
+    assert not paces.full

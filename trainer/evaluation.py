@@ -84,7 +84,6 @@ def evaluate(training: Training, held: Held, reporter: Reporter) -> Evaluation:
             own.append(_loss_of(training, held, source, count, reporter))
     for stage in training.stages:
         parallel.let_go(stage)
-    reporter.entered_collective()
     rows = world.gather(own)
     # Ranks of tp have the same losses, those of cp their parts, and of a pipeline only the last.
     copies = world.layout.tp

@@ -113,19 +113,14 @@ class Reduction:
         self._tree.add(Node(0, self._at), gradients)
         self._at += 1
 
-    def finish(self, entered: Callable[[], None]) -> list[Tensor]:
-        """Return the sum over all replicas: the same bits on each of them.
-
-        Args:
-            entered: called before every collective.
-        """
+    def finish(self) -> list[Tensor]:
+        """Return the sum over all replicas: the same bits on each of them."""
         assert self._at == self._rounds.stop
         self._at = self._rounds.start
         if len(self._nodes) == 1:
             return self._tree.total()
         sums, self._tree = self._tree.sums, Tree()
         for pieces in _buckets(sums, BUCKET_ELEMENTS):
-            entered()
             self._exchange(pieces)
         return sums[0]
 

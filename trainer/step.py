@@ -33,7 +33,10 @@ class Reporter(Protocol):
         """Hear what the rank does from now on."""
 
     def entered_collective(self) -> None:
-        """Count a collective."""
+        """Count a collective that this rank waits in from now on."""
+
+    def left_collective(self) -> None:
+        """Count a collective that is over."""
 
     def step_done(
         self,
@@ -56,6 +59,9 @@ class Unheard:
         """Ignore it."""
 
     def entered_collective(self) -> None:
+        """Ignore it."""
+
+    def left_collective(self) -> None:
         """Ignore it."""
 
     def step_done(
@@ -131,6 +137,7 @@ class Training:
             What each rank said to that; every rank gets the same answer.
         """
         begun, waited_s = time.monotonic(), self._waited.seconds
+        self._waited.counter = reporter
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
         self._announce(reporter, RankPhase.DATA)
@@ -141,11 +148,10 @@ class Training:
         can_save = float(ready())  # a small whole number: it comes back as it was
         self._announce(reporter, RankPhase.OPTIMIZER)
         if self.reduction is not None:
-            gradients = self.reduction.finish(reporter.entered_collective)
+            gradients = self.reduction.finish()
             squares = self.optimizer.set_gradients(gradients)
         else:
             squares = self.optimizer.set_gradients(self.optimizer.take_gradients())
-        reporter.entered_collective()
         said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
         own = torch.cat((squares.view(1), self._sent(said), losses))
         # On a GPU, this is where the host waits for the step, and the only place.

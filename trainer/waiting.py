@@ -1,4 +1,4 @@
-"""How long this process waits for its peers, so that what is left of a step is its own computing.
+"""How long this process waits for its peers, and in which collective.
 
 A collective makes every rank as slow as the slowest: the time of a step is the same everywhere and
 names nobody. What differs is who computes, and who waits for whom.
@@ -7,19 +7,49 @@ names nobody. What differs is who computes, and who waits for whom.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 
-class Waited:
-    """Seconds that collectives kept this process, since it was made.
+class Counter(Protocol):
+    """Who counts collectives."""
 
-    On a GPU a wait is put into a queue of the device and returns at once; nothing is counted.
+    def entered_collective(self) -> None:
+        """Count one that is entered."""
+
+    def left_collective(self) -> None:
+        """Count one that is left."""
+
+
+class Waited:
+    """Waits of this process for collectives.
+
+    On a GPU a wait is put into a queue of the device and returns at once: next to nothing is
+    counted there.
+
+    Attributes:
+        seconds: how long they took since it was made.
+        counter: who hears of each.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.counter: Counter | None = None
+        self._on: dist.Work | None = None
+
+    def enter(self, work: dist.Work) -> None:
+        """Enter a collective; to wait on for one that it has entered is no other."""
+        if self._on is not work:
+            self._on = work
+            if self.counter is not None:
+                self.counter.entered_collective()
+
+    def leave(self) -> None:
+        """Leave the collective that was entered."""
+        self._on = None
+        if self.counter is not None:
+            self.counter.left_collective()
 
 
 _waited = Waited()
@@ -28,14 +58,18 @@ _wait = dist.Work.wait
 
 def _timed(work: dist.Work, *args: Any, **named: Any) -> bool:  # noqa: ANN401 - whatever it takes
     begun = time.monotonic()
+    _waited.enter(work)
     try:
-        return _wait(work, *args, **named)
+        done = _wait(work, *args, **named)
     finally:
         _waited.seconds += time.monotonic() - begun
+    # Not after an error: a wait that only looked in between goes on, and one that failed is stuck.
+    _waited.leave()
+    return done
 
 
 def count() -> Waited:
-    """Count waits of all collectives of this process from now on; return the count.
+    """Count waits for all collectives of this process from now on; return the count.
 
     Sharding, pipelines and whoever calls `torch.distributed` wait here, and only here: there is no
     other place to count all of them.

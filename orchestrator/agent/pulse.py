@@ -52,6 +52,8 @@ def beat(account: Account, ranks: Ranks) -> Beat:
         stall_s=columns[6],
         compute_s=columns[7],
         work=columns[8],
+        entered=columns[9],
+        left=columns[10],
         reports=account.unsent(),
     )
 
@@ -74,6 +76,8 @@ class _Row(NamedTuple):
     stall_s: float = 0.0
     compute_s: float = 0.0
     work: float = 0.0
+    entered: int = -1
+    left: int = -1
 
 
 def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
@@ -97,6 +101,8 @@ def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
         stall_s=_finite(reading.stall_s),
         compute_s=_finite(compute_s),
         work=_finite(work),
+        entered=reading.collectives if taken else -1,
+        left=reading.left if taken else -1,
     )
 
 

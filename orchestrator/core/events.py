@@ -123,6 +123,10 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     cpu_s: tuple[float, ...]
     stall_s: float
     """Longest time, over the ranks, for which saving kept training waiting since the last tick."""
+    entered: tuple[int, ...] = (-1,)
+    """Collectives that each rank has entered in this generation."""
+    left: tuple[int, ...] = (-1,)
+    """Collectives that it has left; who has left fewer waits in one."""
     compute_s: tuple[float, ...] = (0.0,)
     """Seconds of a step that each rank computed, without waiting: of the newest steps, on average;
     0 if not measured."""

@@ -266,6 +266,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
         states=event.states,
         cpu_s=event.cpu_s,
     )
+    state.fleet.join(event.entered, event.left)
     state.paces.observe(event.steps, event.compute_s, event.work)
     if event.stall_s > 0:
         # Of a long time that is told of at once, not its end: what was done there may be lost yet,

@@ -62,6 +62,10 @@ class Fleet:
         """Of all ranks, if it is newer than the columns."""
         self.last_moved_at = at
         self.stopped_since = math.inf
+        self.entered_R = np.full(world_size, -1, np.int64)
+        """Collectives entered, -1 if it never said."""
+        self.left_R = np.full(world_size, -1, np.int64)
+        """Collectives left; one less while it waits in one."""
 
     # Columns --------------------------------------------------------------------------------------
 
@@ -154,6 +158,15 @@ class Fleet:
         self._stop(columns, at, shown_R & ~moved_R)
         if bool(moved_R.any()):
             self.last_moved_at = at
+
+    def join(self, entered: tuple[int, ...], left: tuple[int, ...]) -> None:
+        """Take in how many collectives ranks have entered and left; -1 leaves a rank as it was."""
+        if len(entered) == len(left) == 1 and entered[0] < 0:
+            return
+        entered_R = np.asarray(entered, np.int64)
+        known_R = entered_R >= 0
+        np.copyto(self.entered_R, entered_R, where=known_R)
+        np.copyto(self.left_R, np.asarray(left, np.int64), where=known_R)
 
     def _array(
         self, name: str, column: tuple[float, ...], kind: type[np.generic]

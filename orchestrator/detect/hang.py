@@ -10,9 +10,11 @@ Letters in array names: R ranks of the world.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from orchestrator.core import patience
 from orchestrator.core.events import Event, Telemetry, Tick
@@ -20,7 +22,9 @@ from orchestrator.core.facts import since_last_progress, world_mark
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
+from orchestrator.detect import waiting
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
 
@@ -103,7 +107,9 @@ def culprits(state: RunState) -> tuple[Rank, ...]:
     """Return the ranks that the others wait for; all of them empty-handed if none stands out.
 
     Ranks blocked in a collective sleep; one that burns its processor is not waiting. Failing
-    that, the rank that is behind the others never joined what they wait in.
+    that, who has not entered the collective that the others wait in; if all have, who is
+    somewhere else than most, since it entered another one; and if nobody counts collectives, who is
+    behind the others.
     """
     fleet = state.fleet
     world = len(fleet.phase_R)
@@ -113,11 +119,41 @@ def culprits(state: RunState) -> tuple[Rank, ...]:
     place_R = fleet.step_R * len(RankPhase) + fleet.phase_R
     behind_R = place_R == place_R.min()
     earliest_R = fleet.moved_at_R <= fleet.moved_at_R.min() + state.timeouts.beat_s
-    for suspect_R in (spinning_R, behind_R, earliest_R):
+    for suspect_R in (spinning_R, *_apart(state), behind_R, earliest_R):
         count = int(suspect_R.sum())
         if 0 < count <= world // 2:
             return tuple(Rank(int(rank)) for rank in np.flatnonzero(suspect_R))
     return ()
+
+
+def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
+    """Yield who never joined what others wait in, and who is where few are, as far as is known."""
+    fleet = state.fleet
+    # Who is done waits for the others in no collective.
+    counts_R = (fleet.entered_R >= 0) & (fleet.phase_R != RankPhase.DONE)
+    if not bool(counts_R.any()):
+        return
+    stage_R = stages(state.run.layout, len(counts_R))
+    member_GR = (stage_R == np.unique(stage_R)[:, None]) & counts_R
+    entered_GR, left_GR = (
+        np.broadcast_to(column_R, member_GR.shape) for column_R in (fleet.entered_R, fleet.left_R)
+    )
+    yield _mask(waiting.culprits(entered_GR, left_GR, member_GR), len(counts_R))
+    if len(member_GR) == 1:
+        # Several stages of a pipeline are never at the same place.
+        yield _mask(waiting.minority(fleet.step_R * len(RankPhase) + fleet.phase_R), len(counts_R))
+
+
+def _mask(ranks: npt.NDArray[np.int64], world: int) -> npt.NDArray[np.bool_]:
+    mask_R = np.zeros(world, np.bool_)
+    mask_R[ranks] = True
+    return mask_R
+
+
+@lru_cache(maxsize=4)
+def stages(layout: Layout, world: int) -> npt.NDArray[np.int64]:
+    """Return the stage of the pipeline of each rank, shape [R]: those of one take equal steps."""
+    return np.array([layout.position(rank).pp for rank in range(world)], np.int64)
 
 
 def stuck_recovery(state: RunState) -> list[Finding]:
@@ -187,11 +223,22 @@ def _around(state: RunState) -> tuple[NodeId, ...]:
     return nodes if len(nodes) <= len(state.seated) // 2 else ()
 
 
+def _collective(state: RunState, rank: Rank) -> str:
+    """Say how many collectives a rank has entered and left, and in which others wait."""
+    entered, left = int(state.fleet.entered_R[rank]), int(state.fleet.left_R[rank])
+    if entered < 0:
+        return ""
+    there = f"waits in collective {entered}" if entered > left else f"is in none after {left}"
+    waits_R = state.fleet.entered_R > state.fleet.left_R
+    most = int(state.fleet.entered_R[waits_R].max(initial=-1))
+    return f", {there}" + (f", others wait in {most}" if most > entered else "")
+
+
 def _finding(state: RunState, ranks: tuple[Rank, ...], since: Seconds, words: str) -> Finding:
     fleet = state.fleet
     places = [
         f"rank {rank} on {state.seats[rank]}: {RankPhase(int(fleet.phase_R[rank])).name.lower()} "
-        f"after step {fleet.step_of(rank)}, state {fleet.state_of(rank)}"
+        f"after step {fleet.step_of(rank)}, state {fleet.state_of(rank)}{_collective(state, rank)}"
         for rank in ranks[:8]
     ]
     who = "; ".join(places) if places else "no rank stands out"

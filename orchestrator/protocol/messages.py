@@ -88,6 +88,10 @@ class Beat(_Message, frozen=True, kw_only=True):
     """Processor seconds used so far."""
     stall_s: tuple[float, ...]
     """Seconds for which saving kept training waiting so far."""
+    entered: tuple[int, ...] = ()
+    """Collectives entered in this generation; -1 if the rank has no seat in it yet."""
+    left: tuple[int, ...] = ()
+    """Collectives left; who has left fewer than entered waits in one."""
     compute_s: tuple[float, ...] = ()
     """Seconds of a step spent computing, without waiting for peers: of the newest steps, on
     average; 0 if not measured."""

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535433
-"""'HOLDFST3'; changes with the layout."""
+MAGIC = 0x484F4C4446535434
+"""'HOLDFST4'; changes with the layout."""
 _HEAD_BYTES = 24
 """Three words: the magic number, the current copy (0 or 1), the steps ever recorded."""
 _MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD = range(3)
 _SUM_BYTES = 4
-_BODY = struct.Struct("<qqqqqqqqddd")
+_BODY = struct.Struct("<qqqqqqqqqddd")
 _STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a StepRecord
 _COPY_AT = (64, 64 + 128)
 _RING_AT = 512
@@ -54,6 +54,8 @@ class Reading(NamedTuple):
     micro_batch: int
     collectives: int
     """Collectives entered in this generation."""
+    left: int
+    """Collectives left in this generation; one less than entered while it waits in one."""
     progress: int
     """Grows by one with every sign of life; equal values at two looks mean it stood still."""
     moved_ns: int
@@ -79,7 +81,7 @@ class StepRecord(NamedTuple):
 
 
 _NOTHING = Reading(
-    *(Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0),
+    *(Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0, 0),
     stall_s=0.0,
     compute_s=0.0,
     work=0.0,

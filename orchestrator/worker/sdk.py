@@ -130,6 +130,7 @@ class Worker:
             step=seat.restore.step if seat.restore else Step(0),
             micro_batch=0,
             collectives=0,
+            left=0,
         )
         return seat
 
@@ -230,17 +231,22 @@ class Worker:
         """Count one collective entered; names the rank that never joined when others hang."""
         self._beacon.update(collectives=self._beacon.now.collectives + 1)
 
+    def left_collective(self) -> None:
+        """Count one collective left: until then, this rank waits in it for who has not entered."""
+        self._beacon.update(left=self._beacon.now.left + 1)
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time in this block as waiting for peers, not as computing.
 
-        Put it around collectives: who is slow is told by who lets the others wait.
+        Put it around each collective: who is slow is told by who lets the others wait, and who
+        hangs by who has not entered what the others wait in.
         """
         begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited_s += time.monotonic() - begun
+        self.entered_collective()
+        yield
+        self.left_collective()
+        self._waited_s += time.monotonic() - begun
 
     def step_done(
         self,

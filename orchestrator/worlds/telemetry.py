@@ -52,6 +52,7 @@ class Columns:
         if beat.generation != self._generation:
             return
         self._enter(beat)
+        self._join(beat)
         if len(beat.compute_s) == len(beat.work) == len(beat.ranks):
             self._paces[node] = (beat.ranks, beat.compute_s, beat.work)
         told = (beat.ranks, beat.stall_s)
@@ -80,6 +81,18 @@ class Columns:
                 self._progress[rank] = beat.progress[place]
                 self._states[rank] = beat.states[place]
                 self._cpu_s[rank] = beat.cpu_s[place]
+
+    def _join(self, beat: Beat) -> None:
+        """Enter in which collective a node says that its ranks are."""
+        ranks, entered, left = beat.ranks, beat.entered, beat.left
+        if not len(entered) == len(left) == len(ranks):
+            return
+        if (row := self._row(ranks)) is not None:
+            self._entered[row], self._left[row] = entered, left
+            return
+        for rank, came, went in zip(ranks, entered, left, strict=True):
+            if 0 <= rank < self._size:
+                self._entered[rank], self._left[rank] = came, went
 
     def _row(self, ranks: tuple[Rank, ...]) -> slice | None:
         """Return where these ranks lie in the columns; None if that is not one place after another.
@@ -117,6 +130,8 @@ class Columns:
             states="".join(_column(self._states)),
             cpu_s=_column(self._cpu_s),
             stall_s=self._stalled_s,
+            entered=_column(self._entered),
+            left=_column(self._left),
             compute_s=compute_s,
             work=work,
             reports=tuple(self._reports),
@@ -148,6 +163,8 @@ class Columns:
         self._steps = [-1] * self._size
         self._progress = [-1] * self._size
         self._states = ["?"] * self._size
+        self._entered = [-1] * self._size
+        self._left = [-1] * self._size
         self._cpu_s = [0.0] * self._size
 
 

@@ -4,7 +4,8 @@ Its state is three numbers: how many steps it has, which shard it is, which gene
 
 `options` of the job: steps, step_s, save_every, durable_every, and ways to misbehave: refuse,
 garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, gate_at and gate, restore_s,
-await_persisted, busy (blocks to hash in a step), busier_rank and busier (how many times as many).
+await_persisted, busy (blocks to hash in a step), busier_rank and busier (how many times as many),
+stuck_rank and stuck_in (a phase).
 """
 
 import atexit
@@ -13,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ _PLAN = plan(
 )
 
 
+STUCK_AT = 12
 _BLOCK = bytes(1 << 20)
 
 
@@ -73,8 +76,12 @@ def train(worker: Worker, seat: Seat) -> None:
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
         compute_s = _compute(seat, options)
+        if seat.rank == options.get("stuck_rank") and seat.generation == 1 and step == STUCK_AT:
+            worker.phase(RankPhase[options["stuck_in"]])
+            threading.Event().wait()  # a loader that waits for itself, a collective never entered
         if options.get("lockstep"):
-            _await_others(worker, seat, step, Path(options["lockstep"]))
+            with worker.waiting():
+                _await_others(worker, seat, step, Path(options["lockstep"]))
         seconds = time.monotonic() - begun if compute_s else 0.005
         worker.step_done(
             step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=seconds, compute_s=compute_s

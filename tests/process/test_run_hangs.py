@@ -1,0 +1,31 @@
+"""One rank stands still without an error, on real processes: it is named, whatever holds it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Job, steps_job
+
+pytestmark = pytest.mark.process
+
+
+@pytest.mark.parametrize("phase", ["DATA", "BACKWARD"])
+def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
+    tmp_path: Path, phase: str
+) -> None:
+    """A loader that waits for itself; a collective that one rank leaves out."""
+    lockstep = tmp_path / "lockstep"
+    lockstep.mkdir()
+    run = steps_job(
+        trainer__options__lockstep=str(lockstep),
+        trainer__options__stuck_rank=2,
+        trainer__options__stuck_in=phase,
+    )
+    _, report = Job(tmp_path, run).conduct("--quiet")
+
+    assert report.state == "Succeeded"
+    (found,) = report.incidents
+    assert found.kind == "hang"
+    assert found.suspects == ["rank 2", "node-1"]
+    assert "is in none after 11, others wait in 12" in found.evidence[0]
+    assert found.detected_after_s < 10

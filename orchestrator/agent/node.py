@@ -20,6 +20,7 @@ from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.hearing import Hearing
 from orchestrator.agent.injection import Injection
 from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.kernel import Judge, KernelLog, read_table
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.parking import Parking
@@ -37,6 +38,7 @@ from orchestrator.protocol.messages import (
     CarryOut,
     Farewell,
     Fence,
+    NodeUnusable,
     Probe,
     Retain,
     ToAgent,
@@ -112,6 +114,7 @@ class Node:
             tier=lambda: self._tier,
             say=self._voice.say,
         )
+        self._kernel = KernelLog(Path(config.kernel_log), Judge(read_table()))
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
         self._peer_address = ""
@@ -133,6 +136,7 @@ class Node:
             self._entering.cancel()
         self._injection.close()
         self._saving.close()
+        self._kernel.close()
         # Before the ranks are ended: none is born any more that nobody would know of.
         self._nursery.close()
         stuck = await self._ranks.end_all(self._limits)
@@ -189,6 +193,9 @@ class Node:
         pulse.collect(self._account, self._ranks)
         if beat:
             self._saving.relieve(self._limits.silence_s)
+        if beat and (why := self._kernel.look()):
+            log.error("unusable: %s", why)
+            self._voice.say(NodeUnusable(reason=why))
         if beat and self._channel.connected:
             self._voice.beat()
         elif beat:

@@ -39,6 +39,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Folder of this node on disk; outlives the agent."""
     logs: str
     """Folder for what ranks print: rank-00000.log and so on, appended to."""
+    kernel_log: str = "/dev/kmsg"
+    """Where the kernel says what happens to this node's hardware."""
     host: str = "127.0.0.1"
     """Address on which other nodes reach this one."""
 

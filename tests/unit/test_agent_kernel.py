@@ -1,0 +1,119 @@
+"""What follows from lines of the kernel's log, as they were recorded."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.agent.kernel import BadTableError, Judge, KernelLog, read_table
+
+OFF_THE_BUS = "NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', GPU has fallen off the bus."
+PAGE_FAULT = "NVRM: Xid (PCI:0000:3b:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault"
+NVLINK = "NVRM: Xid (PCI:0000:86:00): 74, pid='<unknown>', NVLink: fatal error detected on link 3"
+DOUBLE_BIT = "NVRM: Xid (PCI:0000:3b:00): 48, pid='<unknown>', Double Bit ECC Error"
+UNCORRECTED = (
+    "EDAC MC0: 1 UE memory read error on CPU_SrcID#0_Ha#0_Chan#1_DIMM#0 (channel:1 slot:0)"
+)
+CORRECTED = "EDAC MC0: 600 CE memory read error on CPU_SrcID#0_Ha#0_Chan#1_DIMM#0 (channel:1)"
+DISK = "critical medium error, dev nvme1n1, sector 4096 op 0x0:(READ) flags 0x80700"
+
+
+@pytest.fixture
+def judge() -> Judge:
+    return Judge(read_table())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (OFF_THE_BUS, "xid 79 of 0000:3b:00: GPU has fallen off the bus"),
+        (DOUBLE_BIT, "xid 48 of 0000:3b:00: double-bit ECC error"),
+        (UNCORRECTED, "memory: memory error that could not be corrected"),
+    ],
+)
+def test_one_line_is_enough_where_the_device_is_gone(judge: Judge, text: str, says: str) -> None:
+    assert judge.hear(text, 1.0).startswith(f"{says}; the kernel says: ")
+
+
+@pytest.mark.parametrize("text", [PAGE_FAULT, "usb 1-1: new device", "NVRM: Xid (PCI:1): 9999, x"])
+def test_what_is_the_programs_own_or_in_no_table_takes_no_node_out(judge: Judge, text: str) -> None:
+    assert [judge.hear(text, float(at)) for at in range(50)] == [""] * 50
+
+
+def test_what_may_happen_once_counts_within_its_window_and_for_its_own_device(judge: Judge) -> None:
+    other = NVLINK.replace("86:00", "87:00")
+    told = [judge.hear(text, at) for text, at in ((NVLINK, 0.0), (other, 1.0), (NVLINK, 2.0))]
+    assert told == ["", "", ""]
+    assert judge.hear(NVLINK, 4000.0) == ""
+    assert judge.hear(NVLINK, 4001.0) == ""
+    assert "3 within 3600 s" in judge.hear(NVLINK, 4002.0)
+
+
+def test_errors_that_were_corrected_are_counted_by_what_the_line_says(judge: Judge) -> None:
+    assert judge.hear(CORRECTED, 1.0) == ""
+    assert "1000 within 86400 s" in judge.hear(CORRECTED, 2.0)
+
+
+def test_ten_errors_of_one_disk_take_the_node_out(judge: Judge) -> None:
+    told = [judge.hear(DISK, float(at)) for at in range(10)]
+
+    assert told[:9] == [""] * 9
+    assert told[9].startswith("disk of nvme1n1: disk errors, 10 within 600 s")
+
+
+def test_what_another_signal_explains_is_not_counted(judge: Judge) -> None:
+    contained = DOUBLE_BIT.replace("48,", "94,")
+    assert judge.hear(contained, 0.0) == ""
+    assert judge.hear(DOUBLE_BIT, 1.0) != ""
+    assert judge.hear(contained, 2.0) == ""
+    assert judge.hear(contained, 4000.0) != ""
+
+
+def test_lines_are_taken_from_now_on_and_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "kmsg"
+    path.write_text(f"3,1,100,-;{OFF_THE_BUS}\n")
+    kernel = KernelLog(path, Judge(read_table()))
+    assert kernel.look() == ""
+
+    with path.open("ab") as file:
+        file.write(b" SUBSYSTEM=pci\n\xff\xfe no record\n3,x,y;z\n")
+        file.write(f"3,2,200,-;{OFF_THE_BUS}\n".encode())
+    assert "fallen off the bus" in kernel.look()
+    assert kernel.look() == ""
+    kernel.close()
+
+
+def test_a_log_that_can_not_be_read_is_degraded_with_the_reason(tmp_path: Path) -> None:
+    kernel = KernelLog(tmp_path / "none", Judge(read_table()))
+
+    assert kernel.degraded == f"No such file or directory: {tmp_path / 'none'}"
+    assert kernel.look() == ""
+
+
+def test_a_device_that_disappears_while_it_is_read_is_degraded(tmp_path: Path) -> None:
+    path = tmp_path / "kmsg"
+    path.touch()
+    kernel = KernelLog(path, Judge(read_table()))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, kernel._file)  # a folder can not be read: what a device says that is gone
+    os.close(folder)
+
+    assert kernel.look() == ""
+    assert kernel.degraded.startswith("Is a directory: ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "signals: [{name: x}]",
+        "signals: [{name: x, pattern: '(', source: y}]",
+        "{",
+        "signals: [{name: x, pattern: y, source: z, codes: {7: {action: burn, text: t}}}]",
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "signals.yaml"
+    path.write_text(text)
+
+    with pytest.raises(BadTableError, match="no table of signals"):
+        read_table(path)

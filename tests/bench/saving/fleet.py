@@ -43,6 +43,7 @@ BODY_BYTES = 346_000_000
 MODEL = "of a benchmark"
 EPOCH = Generation(1)
 LATENCY_S = 0.02
+SETTLED_S = 600.0
 LISTED_SHARDS = 8
 WARM = 10
 """Generations after which memory should not grow any more."""
@@ -57,7 +58,8 @@ class Fleet:
         self._told: queue.Queue[Event] = queue.Queue()
         job = steps_job(checkpoint__scrubMibPerSecond=0)
         run = msgspec.convert(job, TrainingRun)
-        limits = derive(2.0, 60.0)
+        # What is deleted late would pile up beside the next checkpoints.
+        limits = msgspec.structs.replace(derive(2.0, 60.0), save_s=SETTLED_S)
         self._vault = Vault(run, "/nowhere", _no_time, limits=limits, store=self._store)
         self._vault.begin(EPOCH)
         self._agents = [
@@ -91,7 +93,7 @@ class Fleet:
         seconds = time.perf_counter() - begun
         assert isinstance(answer, CheckpointCommitted), answer
         # Older checkpoints are deleted beside the next steps.
-        assert self._vault.settle(600.0)
+        assert self._vault.settle(SETTLED_S)
         return seconds, self._store.size(commit_key(step, EPOCH))
 
     def _write(self, step: int) -> list[Receipt]:

@@ -15,6 +15,8 @@ LASTING: dict[str, str] = {
     "slow-disk": "1s",
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
+DRAWN = tuple(kind for kind in KINDS if kind != "flip-bit")
+"""Not what takes a spare for good each time: plans are drawn with as many as nodes are lost."""
 MARKED = ("exit-rank", "segfault-rank")
 """Kinds of which two near one step look like one fault that moves with the job: a poison step."""
 APART = 3
@@ -35,7 +37,7 @@ def plan(seed: int, *, steps: int, nodes: int, ranks: int, spares: int) -> list[
     faults: list[dict[str, Any]] = []
     lost = 0
     for _ in range(int(chance.integers(3, 6))):
-        kind = KINDS[int(chance.integers(len(KINDS)))]
+        kind = DRAWN[int(chance.integers(len(DRAWN)))]
         if kind == "lose-node":
             if lost == spares:
                 kind = "kill-agent"  # one more loss and the run could only give up

@@ -24,6 +24,7 @@ class Job(NamedTuple):
     trainer: runfile.Trainer
     """With `micro_batch` written out, if reduction is fast."""
     checkpoint: runfile.Checkpoint
+    detection: runfile.Detection
     config: ModelConfig
     tokenizer: Tokenizer
     layout: Layout
@@ -66,6 +67,7 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
     return Job(
         trainer,
         msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),
+        msgspec.convert(job.get("detection", {}), runfile.Detection),
         config,
         open_tokenizer(trainer.tokenizer, config.vocab),
         layout,

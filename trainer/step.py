@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.digests import Kind, Taken
+from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, tensor, waiting
@@ -18,12 +20,14 @@ from trainer.config import ModelConfig
 from trainer.data import Batch, Batches
 from trainer.documents import pairs, sent
 from trainer.flops import train_flops
+from trainer.injected import Injected
 from trainer.metrics import Figures
 from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
 from trainer.shares import share_of
+from trainer.watch import Held, Watch, budget, read
 
 
 class Reporter(Protocol):
@@ -37,6 +41,9 @@ class Reporter(Protocol):
 
     def left_collective(self) -> None:
         """Count a collective that is over."""
+
+    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        """Hear what the state was before a step moved the weights."""
 
     def step_done(
         self,
@@ -64,6 +71,9 @@ class Unheard:
     def left_collective(self) -> None:
         """Ignore it."""
 
+    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        """Ignore it."""
+
     def step_done(
         self,
         step: int,
@@ -87,6 +97,7 @@ class Training:
         world: with whom.
         empty: leave the weights without values, for a restore to fill in.
         note: hears what each step came to, on every rank.
+        digest_share: of a step's time that goes into digests, if there are replicas to compare.
     """
 
     def __init__(
@@ -98,6 +109,7 @@ class Training:
         *,
         empty: bool = False,
         note: Callable[[Figures], None] = lambda _: None,
+        digest_share: float = 0.0,
     ) -> None:
         self.job, self.samples, self.world = job, samples, world
         self.config, self._note = config, note
@@ -122,6 +134,11 @@ class Training:
             self._pipeline = Pipeline(self.stages, world, job, compute)
         self._flops = 0.0
         self._waited = waiting.count()
+        self.injected = Injected()
+        self._watch: Watch | None = None
+        if digest_share and world.layout.dp_replicate > 1:
+            held = self._held([shard.param for shard in self.optimizer.shards])
+            self._watch = Watch(held, self._words_per_step(digest_share))
 
     def step(
         self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
@@ -138,6 +155,7 @@ class Training:
         """
         begun, waited_s = time.monotonic(), self._waited.seconds
         self._waited.counter = reporter
+        self.injected.strike(step, self._held())
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
         self._announce(reporter, RankPhase.DATA)
@@ -149,9 +167,12 @@ class Training:
         self._announce(reporter, RankPhase.OPTIMIZER)
         if self.reduction is not None:
             gradients = self.reduction.finish()
-            squares = self.optimizer.set_gradients(gradients)
         else:
-            squares = self.optimizer.set_gradients(self.optimizer.take_gradients())
+            gradients = self.optimizer.take_gradients()
+        squares = self.optimizer.set_gradients(gradients)
+        held = list(self._held(gradients))
+        self.injected.strike(step, held[-1:])
+        digests = self._watch.look(step, held) if self._watch is not None else {}
         said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
         own = torch.cat((squares.view(1), self._sent(said), losses))
         # On a GPU, this is where the host waits for the step, and the only place.
@@ -161,6 +182,8 @@ class Training:
         loss = math.fsum(loss for row in rows for loss in row[3:]) / self.tokens
         replica = self.world.layout.ranks_of(replica=0)
         grad_norm = global_norm(rows[rank][0] for rank in replica)
+        if self._watch is not None:
+            reporter.digested(Taken(step=Step(step), period=self._watch.period), read(digests))
         self.optimizer.step(step, grad_norm)
         self._warm = True
         seconds = time.monotonic() - begun
@@ -180,6 +203,29 @@ class Training:
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
         return max(seconds, 0.0) if self.world.device.type == "cpu" else 0.0
+
+    def look_at_the_end(self, steps: int, reporter: Reporter) -> None:
+        """Report digests of all that the run ends with, after its last step."""
+        if self._watch is not None:
+            taken = Taken(step=Step(steps + 1), period=self._watch.period)
+            digests = self._watch.look(steps + 1, self._held(), whole=True)
+            reporter.digested(taken, read(digests))
+
+    def _held(self, gradients: list[Tensor] | None = None) -> Iterator[Held]:
+        """Yield this rank's part of the state, and of the gradient if it is there."""
+        shards = self.optimizer.shards
+        yield Held("weights", [(shard.name, shard.param) for shard in shards])
+        yield Held("exp_avg", [(shard.name, shard.exp_avg) for shard in shards])
+        yield Held("exp_avg_sq", [(shard.name, shard.exp_avg_sq) for shard in shards])
+        if gradients is not None:
+            named = zip((shard.name for shard in shards), gradients, strict=True)
+            yield Held("gradient", list(named))
+
+    def _words_per_step(self, share: float) -> float:
+        world = self.world
+        parameters = self.config.parameters / (world.layout.pp * world.layout.tp)
+        tokens = self.tokens / (world.layout.readers * world.layout.cp)
+        return budget(parameters, tokens, world.device, share)
 
     def _share(self, stage: Stage) -> None:
         """Share out the global batches of a stage."""

@@ -52,7 +52,9 @@ def train(worker: Worker, seat: Seat) -> None:
             world,
             empty=seat.restore is not None or job.initial is not None or job.continued is not None,
             note=note,
+            digest_share=job.detection.digest_share,
         )
+        worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
         checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
         done = 0
@@ -72,6 +74,7 @@ def train(worker: Worker, seat: Seat) -> None:
                 for step in steps:
                     _step_and_save(training, checkpointer, worker, step, job)
                     feed.after(step, training, worker)
+            training.look_at_the_end(job.trainer.steps, worker)
             _finish(checkpointer, worker, seat, job.trainer.steps, durable=world.replica == 0)
         finally:
             # Until the thread is done it writes to a slot that the next seat may name as free.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterable
 
+from orchestrator.protocol.digests import Digests, Taken, column
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
@@ -29,6 +30,8 @@ from orchestrator.protocol.messages import (
 FACTS_MAX = 256
 """Facts of one generation that are kept; beyond that the oldest give way."""
 REPORTS_MAX = 16_384
+DIGESTS_MAX = 512
+"""Steps of which digests are kept while there is nobody to send them to."""
 CLEARED, SEATED, FORMED = MARKS.index("cleared"), MARKS.index("seated"), MARKS.index("formed")
 STEPPED, FINISHED = MARKS.index("stepped"), MARKS.index("finished")
 _RANK_MARKS = frozenset(MARKS[FORMED : STEPPED + 1])
@@ -59,6 +62,8 @@ class Account:
         self._marks: dict[Rank, int] = {}
         self._facts: dict[Hashable, Fact] = {}
         self._reports: deque[StepReport] = deque(maxlen=REPORTS_MAX)
+        self._digests: dict[Taken, dict[Rank, tuple[int, ...]]] = {}
+        """That were not sent; whoever compares them can do without, if nobody is there to."""
         self._known = Step(0)
         self._unsent = 0
         """How many of the newest reports have not been sent on this connection."""
@@ -159,6 +164,22 @@ class Account:
         count, self._unsent = self._unsent, 0
         first = len(self._reports) - count
         return tuple(self._reports[index] for index in range(first, len(self._reports)))
+
+    # Digests ------------------------------------------------------------------------------------
+
+    def record_digests(self, rank: Rank, taken: Taken, values: tuple[int, ...]) -> None:
+        """Take in what a rank digested at one step."""
+        self._digests.setdefault(taken, {})[rank] = values
+        if len(self._digests) > DIGESTS_MAX:
+            del self._digests[next(iter(self._digests))]
+
+    def unsent_digests(self) -> tuple[Digests, ...]:
+        """Return the digests that have not been sent; from now on they have."""
+        found, self._digests = self._digests, {}
+        return tuple(
+            Digests(taken, tuple(rows), tuple(map(column, zip(*rows.values(), strict=True))))
+            for taken, rows in found.items()
+        )
 
     @property
     def owes_reports(self) -> bool:

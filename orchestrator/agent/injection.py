@@ -155,7 +155,9 @@ class Injection:
 
     # What ---------------------------------------------------------------------------------------
 
-    async def _let_loose(self, fault: Fault) -> None:  # noqa: C901 - one case per fault
+    async def _let_loose(  # noqa: C901, PLR0912 - one case per fault
+        self, fault: Fault
+    ) -> None:
         match fault.fault:
             case "kill-rank" | "segfault-rank":
                 # To the rank alone: its children are for us to find.
@@ -165,6 +167,8 @@ class Injection:
             case "spin-rank":
                 how = "spin-holding-gil" if fault.hold_gil else "spin"
                 self._target(fault).control.send(Misbehave(how=how))
+            case "flip-bit":
+                self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.flip))
             case "freeze-rank":
                 self._last(_freeze(self._target(fault), fault.lasts_s))
             case "slow-rank":

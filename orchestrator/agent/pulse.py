@@ -15,10 +15,16 @@ from orchestrator.worker.beacon import StepRecord
 
 
 def collect(account: Account, ranks: Ranks) -> None:
-    """Take in what the lowest rank here has completed. Every rank of a world sees every step."""
-    for live in ranks.seated().values():
-        collect_from(account, live)
-        break
+    """Take in what the lowest rank here has completed, and what each has digested.
+
+    Every rank of a world sees every step.
+    """
+    for place, (rank, live) in enumerate(ranks.seated().items()):
+        if place == 0:
+            collect_from(account, live)
+        for record in live.beacon.new_digests():
+            if record.generation == account.generation:
+                account.record_digests(rank, record.taken, record.values)
 
 
 def collect_from(account: Account, live: LiveRank) -> None:
@@ -55,6 +61,7 @@ def beat(account: Account, ranks: Ranks) -> Beat:
         entered=columns[9],
         left=columns[10],
         reports=account.unsent(),
+        digests=account.unsent_digests(),
     )
 
 

@@ -10,6 +10,7 @@ from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
     CommitFailed,
+    Compared,
     ControllerStarted,
     CopiesHeld,
     DrainCancelled,
@@ -87,6 +88,9 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"connection to {name} closed"
         case NodeLost(evidence=evidence):
             return evidence
+        case Compared(fact=StateDiverged(since=since, evidence=evidence)):
+            good = "no step is known to be good" if since is None else f"step {since} is good"
+            return f"digests differ, {good}: {evidence}"
         case Telemetry(heard=heard, reports=reports):
             steps = f", completed {_steps([r.step for r in reports])}" if reports else ""
             return f"heard from {len(heard)} nodes{steps}"

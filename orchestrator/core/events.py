@@ -16,6 +16,7 @@ from orchestrator.protocol.messages import (
     RanksTroubled,
     Reached,
     ShardsWritten,
+    StateDiverged,
     StepReport,
 )
 
@@ -138,6 +139,15 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     """How long ago the last of them was complete."""
     watched_s: float = 0.0
     """For how long before this somebody watched, and had nothing to tell."""
+    digests: tuple[tuple[Step, str], ...] = ()
+    """Of the state that a step began with, and of its gradient, in hex, if all who hold a part of
+    it had the same."""
+
+
+class Compared(_Event, frozen=True, kw_only=True):
+    """Digests that ranks took of the same state were compared, and are not the same."""
+
+    fact: StateDiverged
 
 
 class CheckpointFound(_Event, frozen=True, kw_only=True):
@@ -251,6 +261,7 @@ Event = (
     | NodeDisconnected
     | NodeLost
     | Telemetry
+    | Compared
     | CheckpointFound
     | SearchFailed
     | CheckpointCommitted

@@ -8,6 +8,7 @@ from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
     CommitFailed,
+    Compared,
     ControllerStarted,
     CopiesHeld,
     DrainCancelled,
@@ -78,6 +79,8 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
                 give_up(state, node, evidence)
         case Telemetry():
             _observe(state, event)
+        case Compared(fact=fact):
+            quarantine.diverge(state, fact)
         case CheckpointFound() | SearchFailed() if not durable.answers(state, event):
             pass  # its search was given up; what has happened since it does not know
         case CheckpointFound():
@@ -275,6 +278,10 @@ def _observe(state: RunState, event: Telemetry) -> None:
         state.ledger.relabel(
             Seconds(since), Seconds(since + event.stall_s), Bucket.CHECKPOINT_STALL, None
         )
+    # Once it is known that they are wrong, those that follow are not what they should be.
+    for step, digest in event.digests if not state.diverged else ():
+        if state.digests.setdefault(step, digest) != digest and step not in state.divergences:
+            state.divergences.append(step)
     since_s = event.since_step_s
     ago_s: list[float] = []
     for report in reversed(event.reports):

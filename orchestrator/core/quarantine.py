@@ -37,6 +37,9 @@ def diverge(state: RunState, told: StateDiverged) -> None:
         state.holdings.drop(step for step in state.holdings if step > good)
         for step in [step for step in state.losses if step > good]:
             del state.losses[step]
+        # A step's digest is also of the state that it began with.
+        for step in [step for step in state.digests if step > good]:
+            del state.digests[step]
     if fact.proven:
         enter(state, fact.nodes, f"proven by replay or vote: {fact.evidence}")
     if now_wrong or any(node in state.seated and node in state.quarantined for node in fact.nodes):

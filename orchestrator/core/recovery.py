@@ -177,6 +177,7 @@ class Recovery:
         if not state.run.same_bits and (resized or any(r.step > restored for r in state.resizes)):
             # Others made those steps: they come out differently, and nothing is wrong with that.
             state.losses = {step: loss for step, loss in state.losses.items() if step <= restored}
+            state.digests = {step: text for step, text in state.digests.items() if step <= restored}
         if not resized:
             return
         incident = state.incident.id if state.incident else None

@@ -34,6 +34,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "corrupt-shard": frozenset({"unrestorable"}),
     "full-disk": frozenset(),
     "slow-disk": frozenset(),
+    "flip-bit": frozenset({CORRUPTION}),
 }
 """Kinds of incident by which each planned fault (faults.catalogue) may become known. Disk faults
 make saves fail, which is no incident."""

@@ -167,6 +167,8 @@ class RunState:
     )
     losses: dict[Step, float | None] = field(default_factory=dict)
     grad_norms: dict[Step, float | None] = field(default_factory=dict)
+    digests: dict[Step, str] = field(default_factory=dict)
+    """Of the state that each step began with, and of its gradient, as far as ranks compare them."""
     tokens_per_s: float = 0.0
     divergences: list[Step] = field(default_factory=list)
     """Steps whose loss came out differently when they were computed again."""

@@ -18,11 +18,12 @@ FaultKind = Literal[
     "corrupt-shard",
     "full-disk",
     "slow-disk",
+    "flip-bit",
 ]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
-Extra = Literal["for", "holdGil", "share", "delay"]
+Extra = Literal["for", "holdGil", "share", "delay", "state", "tensor", "element", "bit", "atStep"]
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
 
@@ -49,4 +50,9 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "corrupt-shard": Traits("node", (), "bits flip in the newest checkpoint"),
     "full-disk": Traits("node", ("for",), "writes to the durable tier get ENOSPC"),
     "slow-disk": Traits("node", ("for", "delay"), "each durable operation takes `delay` more"),
+    "flip-bit": Traits(
+        "rank",
+        ("state", "tensor", "element", "bit", "atStep"),
+        "a bit of a rank's training state flips, and nothing raises an error",
+    ),
 }

@@ -19,6 +19,7 @@ from orchestrator.protocol.runfile import Duration, NonNegative, seconds
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
 SLOW_SHARE = 0.5
+FLIPPED_BIT = 20
 SLOW_DELAY = "200ms"
 
 
@@ -66,6 +67,17 @@ class Fault(_Section, frozen=True, kw_only=True):
     """Of slow-rank: which part of its time the rank gets; default 0.5."""
     delay: Duration | None = None
     """Of slow-disk: how much longer each operation takes; default 200ms."""
+    state: Literal["weights", "exp_avg", "exp_avg_sq", "gradient"] | None = None
+    """Of flip-bit: in what; default weights. `gradient` is the sum over all ranks."""
+    tensor: str | None = None
+    """Of flip-bit: in which weight's, by name; default the first."""
+    element: NonNegative | None = None
+    """Of flip-bit: in which element of the rank's part of it, counted around; default 0."""
+    bit: Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
+    """Of flip-bit: which bit, 0 the least significant; default 20."""
+    at_step: NonNegative | None = None
+    """Within which optimizer step, at or after `when`: an order takes time to arrive. Default the
+    next one; one that is over by then is made up for."""
 
     @property
     def lasts_s(self) -> float | None:
@@ -84,8 +96,29 @@ class Fault(_Section, frozen=True, kw_only=True):
 
     def extras(self) -> tuple[Extra, ...]:
         """Return which of the fields are there that not every fault takes."""
-        values = (self.for_, self.hold_gil, self.share, self.delay)
+        values = (
+            self.for_,
+            self.hold_gil,
+            self.share,
+            self.delay,
+            self.state,
+            self.tensor,
+            self.element,
+            self.bit,
+            self.at_step,
+        )
         return tuple(name for name, value in zip(EXTRAS, values, strict=True) if value is not None)
+
+    @property
+    def flip(self) -> dict[str, str | int | float]:
+        """What a rank is told of a bit that it is to flip."""
+        return {
+            "state": self.state or "weights",
+            "tensor": self.tensor or "",
+            "element": self.element or 0,
+            "bit": FLIPPED_BIT if self.bit is None else self.bit,
+            "atStep": self.at_step or 0,
+        }
 
     def describe(self) -> str:
         """Return it in words: `freeze-rank rank 2 at step 40`."""

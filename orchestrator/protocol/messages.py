@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from orchestrator.protocol.digests import Digests
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.timeouts import Timeouts
@@ -98,6 +99,8 @@ class Beat(_Message, frozen=True, kw_only=True):
     work: tuple[float, ...] = ()
     """What was computed in one of them, in a unit that all ranks share; 0 if not said."""
     reports: tuple[StepReport, ...] = ()
+    digests: tuple[Digests, ...] = ()
+    """Those that were not said before, ascending."""
 
 
 class Reached(_Message, frozen=True, kw_only=True):

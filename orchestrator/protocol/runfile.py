@@ -18,6 +18,7 @@ from orchestrator.protocol.layout import Layout
 API_VERSION = "holdfast.dev/v1alpha1"
 EMBEDDED = "trainer.train:main"
 """The entrypoint of the trainer that comes with holdfast."""
+_OF_A_RANK = ("trainer", "parallelism", "checkpoint", "detection")
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -250,6 +251,10 @@ class Detection(_Section, frozen=True, kw_only=True):
     """A fault is to be noticed within this time, wherever it is; 0.5s to 1h."""
     warmup_limit: Duration = "10m"
     """How long a rank may compile, restore or start before that counts as hung."""
+    digest_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    """About which part of a step's time goes into digests of the training state, by which ranks
+    that hold the same are compared: with less, each part of the state is looked at more rarely.
+    0: none. Of the embedded trainer, where there are replicas."""
 
 
 class Recovery(_Section, frozen=True, kw_only=True):
@@ -376,4 +381,4 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         """
         spec: dict[str, Any] = msgspec.to_builtins(self.spec)
         spec["parallelism"]["dpShard"] = self.layout.dp_shard
-        return {key: spec[key] for key in ("trainer", "parallelism", "checkpoint")}
+        return {key: spec[key] for key in _OF_A_RANK}

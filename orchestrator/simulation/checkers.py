@@ -19,6 +19,7 @@ from orchestrator.core.decisions import (
 )
 from orchestrator.core.events import (
     CheckpointCommitted,
+    Compared,
     CopiesHeld,
     Event,
     Reported,
@@ -66,7 +67,10 @@ class Invariants:
         match event:
             case Telemetry(reports=reports):
                 self._same_batches(reports)
-            case Reported(fact=StateDiverged(generation=generation, since=since)):
+            case (
+                Reported(fact=StateDiverged(generation=generation, since=since))
+                | Compared(fact=StateDiverged(generation=generation, since=since))
+            ):
                 newest = max(self._ordered, default=Generation(0))
                 if generation == newest:
                     self._good.append((newest, since or Step(0)))

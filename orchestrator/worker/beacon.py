@@ -4,7 +4,7 @@ The rank writes into whichever of two copies is not current and then flips one w
 current copy of a rank that was stopped, at any instruction, is whole. The copy that a reader looks
 at may be written anew meanwhile by a rank that runs; a checksum tells, and the reader looks again.
 A ring behind the two copies keeps the last completed steps, so that a slow reader, or one that
-comes after the rank's death, misses none of them.
+comes after the rank's death, misses none of them; another keeps the digests of the last steps.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
+from orchestrator.protocol.digests import KINDS, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535434
-"""'HOLDFST4'; changes with the layout."""
-_HEAD_BYTES = 24
-"""Three words: the magic number, the current copy (0 or 1), the steps ever recorded."""
-_MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD = range(3)
+MAGIC = 0x484F4C4446535435
+"""'HOLDFST5'; changes with the layout."""
+_HEAD_BYTES = 32
+"""Four words: the magic number, the current copy (0 or 1), the steps ever recorded, the digests."""
+_MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD, _DIGESTED_WORD = range(4)
 _SUM_BYTES = 4
 _BODY = struct.Struct("<qqqqqqqqqddd")
 _STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a StepRecord
+_DIGESTS = struct.Struct(f"<Qqqqqqq{len(KINDS)}Q")
+"""Its number among all ever recorded, generation, the fields of Taken, one word per kind."""
 _COPY_AT = (64, 64 + 128)
 _RING_AT = 512
 _ENTRY_BYTES = 64
 RING_STEPS = 256
-PAGE_BYTES = _RING_AT + RING_STEPS * _ENTRY_BYTES
+_DIGESTS_AT = _RING_AT + RING_STEPS * _ENTRY_BYTES
+_DIGESTS_BYTES = 128
+PAGE_BYTES = _DIGESTS_AT + RING_STEPS * _DIGESTS_BYTES
 LOOKS_MAX = 100
 """A look fails only if the rank writes during it; a hundred times in a row is no rank."""
 
@@ -80,6 +87,15 @@ class StepRecord(NamedTuple):
     seconds: float
 
 
+class DigestRecord(NamedTuple):
+    """What a rank digested at one step."""
+
+    generation: Generation
+    taken: Taken
+    values: tuple[int, ...]
+    """One for each of KINDS."""
+
+
 _NOTHING = Reading(
     *(Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0, 0),
     stall_s=0.0,
@@ -95,7 +111,7 @@ class BeaconWriter:
         self._page = _map(path)
         self._words = _words(self._page)
         self._current = 0
-        self._recorded = 0
+        self._recorded = self._digested = 0
         self._now = _NOTHING
         self._flip()
         # The magic number last: whoever sees it sees a copy.
@@ -119,6 +135,15 @@ class BeaconWriter:
         # The count is written after the entry: a reader that sees it sees the whole entry.
         self._words[_RECORDED_WORD] = self._recorded
 
+    def digest(self, record: DigestRecord) -> None:
+        """Append what was digested to its ring, the oldest giving way."""
+        at = _DIGESTS_AT + (self._digested % RING_STEPS) * _DIGESTS_BYTES
+        taken = (int(value) for value in msgspec.structs.astuple(record.taken))
+        content = _DIGESTS.pack(self._digested, record.generation, *taken, *record.values)
+        _put(self._page, at, content)
+        self._digested += 1
+        self._words[_DIGESTED_WORD] = self._digested
+
     def _flip(self) -> None:
         now = self._now._replace(progress=self._now.progress + 1, moved_ns=time.monotonic_ns())
         self._now = now
@@ -134,7 +159,7 @@ class BeaconReader:
     def __init__(self, path: Path) -> None:
         self._page = _map(path)
         self._words = _words(self._page)
-        self._seen = 0
+        self._seen = self._seen_digests = 0
 
     def read(self) -> Reading:
         """Return the current reading; of a rank that has not written yet, the empty one.
@@ -174,6 +199,26 @@ class BeaconReader:
                 _, generation, step, *others = fields
                 records.append(StepRecord(Generation(generation), Step(step), *others))
         self._seen = recorded
+        return records
+
+    def new_digests(self) -> list[DigestRecord]:
+        """Return what was digested since the last call, oldest first, as `new_steps` does."""
+        digested = self._words[_DIGESTED_WORD]
+        records = []
+        for index in range(max(self._seen_digests, digested - RING_STEPS), digested):
+            at = _DIGESTS_AT + (index % RING_STEPS) * _DIGESTS_BYTES
+            fields = _get(self._page, at, _DIGESTS)
+            if fields is not None and fields[0] == index:
+                _, generation, step, attempt, period, shift, discarded, *values = fields
+                taken = Taken(
+                    step=Step(step),
+                    attempt=attempt,
+                    period=period,
+                    shift=shift,
+                    discarded=bool(discarded),
+                )
+                records.append(DigestRecord(Generation(generation), taken, tuple(values)))
+        self._seen_digests = digested
         return records
 
     def close(self) -> None:

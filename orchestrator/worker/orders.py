@@ -30,14 +30,14 @@ class Orders:
     Attributes:
         seat: the seat that was taken and not left yet.
         retired: whether the agent has no further seat.
-        misbehave: the planned fault to commit at the next check, if not "".
+        misbehave: the planned faults to commit at the next check.
         probe: what to measure at the end of the step; None for nothing.
     """
 
     def __init__(self, slots: Slots) -> None:
         self.seat: Seat | None = None
         self.retired = False
-        self.misbehave = ""
+        self.misbehave: collections.deque[Misbehave] = collections.deque()
         self.probe: Probe | None = None
         self._slots = slots
         self._changed = threading.Condition()
@@ -71,8 +71,8 @@ class Orders:
                 case Persisted(step=step, given_up=given_up):
                     self._persisting.discard(step)
                     (self._given_up if given_up else self._persisted).add(step)
-                case Misbehave(how=how):
-                    self.misbehave = how
+                case Misbehave():
+                    self.misbehave.append(message)
                 case Probe():
                     self.probe = message
                 case Retire():

@@ -21,9 +21,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import (
@@ -35,6 +36,7 @@ from orchestrator.protocol.rank import (
     Finished,
     FromRank,
     JobAhead,
+    Misbehave,
     Offer,
     Probed,
     Reached,
@@ -45,7 +47,7 @@ from orchestrator.protocol.rank import (
     Troubled,
     frame,
 )
-from orchestrator.worker.beacon import BeaconWriter, StepRecord
+from orchestrator.worker.beacon import BeaconWriter, DigestRecord, StepRecord
 from orchestrator.worker.errors import Aborted, MisconfiguredError, NotSupervisedError
 from orchestrator.worker.listening import Listener
 from orchestrator.worker.misbehaviour import misbehave
@@ -78,6 +80,7 @@ class Worker:
         self._stepped = False
         self._waited_s = 0.0
         self.probe: Callable[[float], Speed] = measure
+        self._on_fault: Callable[[Misbehave], None] = _unable
         self._listener = Listener(control, self._orders, on_failure=self.died)
         # What lies there already is obeyed first, so that `expected` is not a matter of luck.
         self._listener.start()
@@ -214,9 +217,19 @@ class Worker:
         """Raise Aborted if this generation is over; carry out a planned fault."""
         if self.aborted:
             raise Aborted(f"generation {self._generation} is over")
-        if self._orders.misbehave:
-            how, self._orders.misbehave = self._orders.misbehave, ""
-            misbehave(how)
+        while self._orders.misbehave:
+            order = self._orders.misbehave.popleft()
+            if order.options:
+                self._on_fault(order)
+            else:
+                misbehave(order.how)
+
+    def on_fault(self, callback: Callable[[Misbehave], None]) -> None:
+        """Have `callback` called, on the main thread, with planned faults that only it can commit.
+
+        Those are within what it computes, such as a bit that flips; without a callback, they fail.
+        """
+        self._on_fault = callback
 
     # Reporting ----------------------------------------------------------------------------
 
@@ -302,6 +315,15 @@ class Worker:
             speed = Speed(0.0, 0.0, f"{type(error).__name__}: {error}"[:500])
         self._beacon.update(phase=phase)
         self._send(Probed(generation=order.generation, number=order.number, speed=speed))
+
+    def digested(self, taken: Taken, digests: Mapping[Kind, int]) -> None:
+        """Report digests, each in [0, 2**64); call it before `step_done` of the same step.
+
+        Whatever is in `protocol.digests.SHARED` is compared with that of the ranks which hold the
+        same shard; when it differs, the run goes back behind that, without whoever was outvoted.
+        """
+        values = tuple(digests.get(kind, NONE) for kind in KINDS)
+        self._beacon.digest(DigestRecord(self._generation, taken, values))
 
     def _announce_stepped(self) -> None:
         if not self._stepped:
@@ -394,3 +416,7 @@ class Worker:
     def _send(self, message: FromRank) -> None:
         with self._send_lock:
             self._control.sendall(frame(message))
+
+
+def _unable(order: Misbehave) -> None:
+    raise NotImplementedError(f"this program has no way to commit {order.how}")

@@ -185,6 +185,7 @@ class AgentWorld:
             self._vault.hold()  # a search may have been answered already
         ranks = len(state.seats) or self.run.world_size
         self._columns.begin(state.generation, state.reached_step, ranks)
+        self._compare_in(state.generation, state.seats)
         self._schedule.resume(entry.event for entry in entries)
         self._wording.resume(state, entries)
         if self._wording.started is not None:
@@ -204,6 +205,7 @@ class AgentWorld:
                 heapq.heappop(self._wakes)
             # Counted from now: after a pause of this process there is no crowd of late ticks.
             next_tick = Seconds(now + self.timeouts.tick_s)
+            yield from self._columns.compared(now)
             yield self._columns.telemetry(now) or Tick(at=now)
             yield from self._due_faults(now)
 
@@ -406,11 +408,18 @@ class AgentWorld:
             self._vault.begin(decision.generation)
             reached = restore.step if restore else Step(0)
             self._columns.begin(decision.generation, reached, len(decision.seats))
+            self._compare_in(decision.generation, decision.seats)
             self._wording.start(decision)
             self._addresses.begin(decision)
         self._generation, self._seats = decision.generation, decision.seats
         for node in self._wording.nodes:
             self._begin(order, node)
+
+    def _compare_in(self, generation: Generation, seats: tuple[NodeId, ...]) -> None:
+        """Compare the digests of this world from now on; it may have fewer replicas."""
+        layout = self.run.layout
+        layout = layout._replace(dp_replicate=len(seats) // layout.shard_count)
+        self._columns.ballots.begin(generation, layout, seats)
 
     def _announce(self, order: Announce) -> None:
         """Tell the nodes of the world where their store is, if they were not told before.

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
-from orchestrator.core.events import Telemetry
+from orchestrator.core.events import Compared, Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Beat, StepReport
+from orchestrator.worlds.ballots import Ballots
 
 V = TypeVar("V")
 
@@ -24,6 +25,9 @@ class Columns:
         self.reported = Step(0)
         """Last step of this generation that has been passed on, or is about to be."""
         self._reports: list[StepReport] = []
+        self.ballots = Ballots()
+        """What of these beats is compared."""
+        self._digests: list[tuple[Step, str]] = []
         self._heard: set[NodeId] = set()
         self._stall_s_R: dict[Rank, float] = {}
         self._paces: dict[
@@ -40,7 +44,7 @@ class Columns:
         """Forget what an older generation said; steps count from `restored` on."""
         self._generation, self._size = generation, world_size
         self.reported = restored
-        self._reports = []
+        self._reports, self._digests = [], []
         self._stall_s_R, self._stalls, self._rows = {}, {}, {}
         self._paces = {}
         self._stalled_s = 0.0
@@ -63,6 +67,14 @@ class Columns:
             if report.step > self.reported:
                 self.reported = report.step
                 self._reports.append(report)
+        self.ballots.take(beat.digests)
+
+    def compared(self, at: Seconds) -> Iterator[Compared]:
+        """Yield what ranks turn out to hold that should not be; the rest goes with telemetry."""
+        states, diverged = self.ballots.count()
+        self._digests += states
+        for fact in diverged:
+            yield Compared(at=at, fact=fact)
 
     def _enter(self, beat: Beat) -> None:
         """Enter what a node says of its ranks where they are in the columns."""
@@ -135,8 +147,9 @@ class Columns:
             compute_s=compute_s,
             work=work,
             reports=tuple(self._reports),
+            digests=tuple(self._digests),
         )
-        self._reports = []
+        self._reports, self._digests = [], []
         self._stalled_s = 0.0
         self._clear()
         return event
@@ -150,8 +163,9 @@ class Columns:
                     compute_s[rank], work[rank] = rank_s, rank_work
         return _column(compute_s), _column(work)
 
-    def flush(self, at: Seconds) -> Iterator[Telemetry]:
+    def flush(self, at: Seconds) -> Iterator[Telemetry | Compared]:
         """Yield what there is ahead of the tick, if it has steps in it."""
+        yield from self.compared(at)
         if self._reports:
             event = self.telemetry(at)
             assert event is not None

@@ -7,13 +7,16 @@ from typing import Protocol
 
 from orchestrator.core.events import FaultInjected
 from orchestrator.core.journal import Entry
+from orchestrator.detect.votes import VOTERS_MIN
 from orchestrator.faults.catalogue import CATALOGUE
 from orchestrator.faults.plan import ArmedFault, Fault
 from orchestrator.protocol.ids import NodeId, Rank, Seconds, Step
+from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import FaultCarriedOut
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.simulated.agenda import Act
 from orchestrator.worlds.simulated.cluster import Cluster
+from orchestrator.worlds.simulated.corruption import Corruption, Habit
 from orchestrator.worlds.simulated.flaws import Death
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.team import Team
@@ -24,6 +27,8 @@ class Stage(Protocol):
 
     cluster: Cluster
     team: Team | None
+    corruption: Corruption
+    layout: Layout
     controller_killed: bool
 
     def settle(self) -> None:
@@ -142,6 +147,22 @@ class Breaking:
             case "slow-disk":
                 world.cluster.store.delay_s = fault.delay_s
                 self._later(fault, world.cluster.store.clear)
+            case "flip-bit" if node and team:
+                self._flip(node, team)
+
+    def _flip(self, node: SimNode, team: Team) -> None:
+        """Have a replica differ from the others, as its digest shows with the next step."""
+        layout = self._world.layout
+        replicas = len(team.seats) // layout.shard_count
+        if replicas == 1:
+            return  # nobody notices
+        shards = {layout.shard_of(rank) for rank in team.ranks[node.id]}
+        holders = (seat for r, seat in enumerate(team.seats) if layout.shard_of(r) in shards)
+        proven = replicas >= VOTERS_MIN
+        named = None if proven else tuple(dict.fromkeys(holders))
+        step_s = team.pace.usual_s if team.pace is not None else 0.0
+        self._world.corruption.corrupt(node.id, Habit(step_s, proven=proven, named=named))
+        self._world.corruption.heal(node.id)
 
     def _slow(self, node: SimNode, times: float) -> None:
         node.slow = times

@@ -120,6 +120,7 @@ class SimulatedWorld:
         self._over = False
         self._requests: list[_Request] = []
         self.controller_killed = False
+        self.layout = run.layout
         self.breaking = Breaking(self, faults)
         self.corruption = Corruption(self.cluster)
         self.cluster.connect_all()

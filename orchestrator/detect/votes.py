@@ -1,0 +1,140 @@
+"""Compares the digests of ranks that hold the same shard: the majority names who holds another.
+
+Nobody is named without a majority: of two that differ, either may be wrong (group suspect).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.protocol.digests import HEX_DIGITS, KINDS, SHARED, Kind, Taken
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.messages import StateDiverged
+
+VOTERS_MIN = 3
+"""With fewer there is no majority that means anything."""
+GUARD_SHARE = 0.01
+"""Of the nodes of a world, that one comparison proves guilty at most, but for one node: of more,
+what digests them is as likely to be at fault. Source: reference targets, no more than 1 % of a
+fleet leaves in a day on a single evidence."""
+NAMED_MAX = 4
+"""Ranks or votes that evidence names one by one."""
+
+Votes = npt.NDArray[np.uint64]
+
+
+class Dissent(NamedTuple):
+    """One shard, of which not all who hold it have the same."""
+
+    kind: Kind
+    shard: int
+    votes: tuple[tuple[int, tuple[Rank, ...]], ...]
+    """Each digest with who has it, the most frequent first; then by rank."""
+
+    @property
+    def outvoted(self) -> tuple[Rank, ...]:
+        """Who has not what the majority has; nobody if there is none."""
+        voters = sum(len(ranks) for _, ranks in self.votes)
+        if voters < VOTERS_MIN or 2 * len(self.votes[0][1]) <= voters:
+            return ()
+        return tuple(sorted(rank for _, ranks in self.votes[1:] for rank in ranks))
+
+    @property
+    def voters(self) -> tuple[Rank, ...]:
+        """Who holds it."""
+        return tuple(sorted(rank for _, ranks in self.votes for rank in ranks))
+
+
+def dissents(votes: dict[Kind, Votes], layout: Layout) -> list[Dissent]:
+    """Return every shard on which its holders differ.
+
+    Args:
+        votes: of each kind, the digest of every rank of the world; 0 for one that is not known.
+        layout: how the world is cut.
+    """
+    shards = layout.shards()
+    first = np.array([layout.rank_of(shard) for shard in range(layout.shard_count)])
+    found = []
+    for kind in SHARED:
+        values = votes.get(kind)
+        # Nearly always each is what the first holder of its shard has: looked at all at once.
+        if values is None or np.array_equal(values, values[first][shards]):
+            continue
+        for shard in range(layout.shard_count):
+            holders: dict[int, list[Rank]] = {}
+            for rank in np.flatnonzero((shards == shard) & (values != 0)).tolist():
+                holders.setdefault(int(values[rank]), []).append(Rank(rank))
+            if len(holders) > 1:
+                ranked = sorted(holders.items(), key=lambda vote: (-len(vote[1]), vote[1]))
+                found.append(Dissent(kind, shard, tuple((v, tuple(r)) for v, r in ranked)))
+    return found
+
+
+def verdict(
+    found: Sequence[Dissent], taken: Taken, generation: Generation, seats: Sequence[NodeId]
+) -> StateDiverged:
+    """Return what follows from dissents, of which there are some, at one step.
+
+    The state before `taken.step` showed it. Each piece of it was last compared `period` steps
+    before, so what that step was given is the last that was seen to be good. A step's gradient is
+    wrong since that step.
+    """
+    assert found
+    outvoted = dict.fromkeys(rank for one in found for rank in one.outvoted)
+    unclear = dict.fromkeys(r for one in found if not one.outvoted for r in one.voters)
+    guilty = dict.fromkeys(seats[rank] for rank in outvoted)
+    guarded = len(guilty) > max(1, int(len(set(seats)) * GUARD_SHARE))
+    nodes = guilty or dict.fromkeys(seats[rank] for rank in unclear)
+    evidence = "; ".join(map(_words, found[:NAMED_MAX]))
+    if len(found) > NAMED_MAX:
+        evidence += f"; and so {len(found) - NAMED_MAX} more"
+    if guarded:
+        evidence += (
+            f"; {len(guilty)} nodes were outvoted at once, which rather speaks against what "
+            "digests them: none is proven guilty"
+        )
+    elif not guilty:
+        evidence += "; no majority, so nobody can say who is right"
+    back = 1 if all(one.kind == "gradient" for one in found) else taken.period + 1
+    return StateDiverged(
+        generation=generation,
+        step=Step(taken.step - 1),
+        since=Step(max(taken.step - back, 0)),
+        nodes=tuple(nodes),
+        ranks=tuple(outvoted or unclear),
+        evidence=f"before step {taken.step} moved the weights, {evidence}",
+        proven=bool(guilty) and not guarded,
+    )
+
+
+def _words(one: Dissent) -> str:
+    votes = ", ".join(f"{value:0{HEX_DIGITS}x} by {_ranks(ranks)}" for value, ranks in one.votes)
+    return f"{one.kind} of shard {one.shard} had {len(one.votes)} digests: {votes}"
+
+
+def _ranks(ranks: Sequence[Rank]) -> str:
+    if len(ranks) > NAMED_MAX:
+        return f"{len(ranks)} ranks"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def of_world(votes: dict[Kind, Votes], layout: Layout) -> str:
+    """Return the digest of the whole state, of which each shard counts once; "" if one is unknown.
+
+    Sums do not care how the state is cut: worlds of other sizes have the same.
+    """
+    first = [layout.rank_of(shard) for shard in range(layout.shard_count)]
+    total = 0
+    for kind in KINDS:
+        if kind not in SHARED or kind not in votes:
+            continue
+        values = votes[kind][first]
+        if not values.all():
+            return ""
+        total += sum(values.tolist())
+    return f"{total & ((1 << 64) - 1):0{HEX_DIGITS}x}"

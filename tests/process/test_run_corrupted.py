@@ -1,0 +1,58 @@
+"""A real run notices by itself that bits of its state flipped, and goes back behind that."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.core.events import Compared
+from tests import runfiles, tiny
+from tests.runs import Job
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
+STEPS = 40
+
+
+def run(name: str) -> dict[str, Any]:
+    return runfiles.fields(
+        name,
+        nodes={"count": 3, "ranksPerNode": 1, "spares": 1},
+        parallelism={"dpReplicate": 3, "dpShard": 1},
+        trainer={"model": tiny.MODEL, "steps": STEPS, "seqLen": 32, "globalBatch": 3},
+        checkpoint={"everySteps": 50, "memoryEverySteps": 5},
+        detection={"detectWithin": "3s", "digestShare": 1.0},
+    )
+
+
+def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
+    flip = {
+        "when": {"step": 8},
+        "fault": "flip-bit",
+        "rank": 1,
+        "state": "exp_avg",
+        "element": 5,
+        "bit": 3,
+        "atStep": 16,
+    }
+    corrupted, twin = Job(tmp_path / "c", run("c"), [slow, flip]), Job(tmp_path / "t", run("t"))
+    try:
+        code, report = corrupted.conduct("--quiet", timeout_s=120)
+        assert code == 0, report.reason
+        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
+    finally:
+        corrupted.close()
+        twin.close()
+
+    (found,) = [e.event for e in corrupted.entries() if isinstance(e.event, Compared)]
+    assert (found.fact.nodes, found.fact.ranks) == (("node-1",), (1,))
+    assert (found.fact.proven, found.fact.step, found.fact.since) == (True, 15, 14)
+    assert "exp_avg of shard 0 had 2 digests" in found.fact.evidence
+    (incident,) = [i for i in report.incidents if i.kind == "silent-corruption"]
+    assert incident.suspects == ["rank 1", "node-1"]
+    assert incident.rung == "roll back before the onset"
+    assert report.final_state_digest == undisturbed.final_state_digest
+    assert report.losses == undisturbed.losses
+    assert (report.divergences, report.replicas_differ) == ([], [])

@@ -1,0 +1,135 @@
+"""Digests of replicas are compared, and the majority says who is wrong."""
+
+import numpy as np
+import pytest
+
+from orchestrator.detect.votes import Votes, dissents, of_world, verdict
+from orchestrator.protocol.digests import Digests, Kind, Taken, column
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.layout import Layout
+from orchestrator.worlds.ballots import PENDING_MAX, Ballots
+
+LAYOUT = Layout(dp_replicate=3, dp_shard=2)
+SEATS = tuple(NodeId(f"node-{rank // 2}") for rank in range(6))
+
+
+def votes(*values: int) -> dict[Kind, Votes]:
+    return {"weights": np.array(values, np.uint64)}
+
+
+def rows(taken: Taken, *values: int, first: int = 0) -> Digests:
+    ranks = tuple(Rank(first + place) for place in range(len(values)))
+    return Digests(taken, ranks, (column(values), "", "", "", "", "", ""))
+
+
+def test_replicas_that_agree_have_nothing_to_say() -> None:
+    assert dissents(votes(1, 2, 1, 2, 1, 2), LAYOUT) == []
+    assert of_world(votes(1, 2, 1, 2, 1, 2), LAYOUT) == f"{3:016x}"
+
+
+def test_two_of_three_name_the_third_with_its_node_and_what_each_had() -> None:
+    (found,) = dissents(votes(1, 2, 1, 7, 1, 2), LAYOUT)
+
+    fact = verdict([found], Taken(step=Step(9)), Generation(4), SEATS)
+
+    assert (found.kind, found.shard, found.outvoted) == ("weights", 1, (3,))
+    assert (fact.nodes, fact.ranks, fact.proven) == ((NodeId("node-1"),), (Rank(3),), True)
+    assert (fact.step, fact.since, fact.generation) == (8, 7, 4)
+    assert fact.evidence == (
+        "before step 9 moved the weights, weights of shard 1 had 2 digests: "
+        "0000000000000002 by ranks 1, 5, 0000000000000007 by rank 3"
+    )
+
+
+@pytest.mark.parametrize("values", [(1, 2), (1, 2, 3)])
+def test_without_a_majority_everybody_is_suspected_and_nobody_proven_guilty(
+    values: tuple[int, ...],
+) -> None:
+    layout = Layout(dp_replicate=len(values))
+    seats = tuple(NodeId(f"node-{rank}") for rank in range(len(values)))
+
+    fact = verdict(dissents(votes(*values), layout), Taken(step=Step(1)), Generation(1), seats)
+
+    assert fact.nodes == seats
+    assert not fact.proven
+    assert fact.since == 0
+    assert "nobody can say who is right" in fact.evidence
+
+
+def test_a_rank_that_said_nothing_has_no_vote() -> None:
+    (found,) = dissents(votes(1, 2, 1, 2, 9, 0), LAYOUT)
+
+    assert found.outvoted == (4,)
+    assert dissents(votes(1, 2, 1, 2, 0, 0), LAYOUT) == []
+
+
+def test_many_nodes_that_are_outvoted_at_once_speak_against_the_digests() -> None:
+    layout = Layout(dp_replicate=5)
+    seats = tuple(NodeId(f"node-{rank}") for rank in range(5))
+
+    fact = verdict(
+        dissents(votes(1, 1, 1, 8, 9), layout), Taken(step=Step(5)), Generation(1), seats
+    )
+
+    assert fact.nodes == (NodeId("node-3"), NodeId("node-4"))
+    assert not fact.proven
+    assert "2 nodes were outvoted at once" in fact.evidence
+
+
+def test_what_is_looked_at_every_third_step_is_known_to_be_good_before_that_only() -> None:
+    found = dissents(votes(1, 2, 1, 7, 1, 2), LAYOUT)
+
+    assert verdict(found, Taken(step=Step(9), period=3), Generation(1), SEATS).since == 5
+
+
+def test_a_gradient_is_wrong_since_its_own_step() -> None:
+    found = dissents({"gradient": votes(1, 2, 1, 7, 1, 2)["weights"]}, LAYOUT)
+
+    fact = verdict(found, Taken(step=Step(9), period=3), Generation(1), SEATS)
+
+    assert (fact.step, fact.since) == (8, 8)
+
+
+def test_a_step_is_compared_once_all_ranks_have_said_what_they_had() -> None:
+    ballots, taken = Ballots(), Taken(step=Step(3))
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+
+    ballots.take([rows(taken, 1, 2, 1)])
+    assert ballots.count() == ((), ())
+    ballots.take([rows(taken, 2, 1, 2, first=3)])
+
+    assert ballots.count() == (((3, f"{3:016x}"),), ())
+    assert ballots.count() == ((), ())
+
+
+def test_a_divergence_is_told_once_though_every_later_step_shows_it() -> None:
+    ballots = Ballots()
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+
+    for step in (3, 4):
+        ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 1, 9)])
+    states, diverged = ballots.count()
+
+    assert states == ()
+    assert [fact.step for fact in diverged] == [2]
+
+
+def test_ranks_that_never_say_anything_are_not_waited_for_for_ever() -> None:
+    ballots = Ballots()
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+
+    for step in range(PENDING_MAX + 1):
+        ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 8)])
+    _, diverged = ballots.count()
+
+    assert [fact.ranks for fact in diverged] == [(4,)]
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    ballots, taken = Ballots(), Taken(step=Step(3))
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+
+    with pytest.raises(ValueError, match="in a world of 6"):
+        ballots.take([rows(taken, 1, 2, first=5)])
+    with pytest.raises(ValueError, match="2 digests of 1 ranks"):
+        ballots.take([Digests(taken, (Rank(0),), ("0" * 32, "", "", "", "", "", ""))])

@@ -1,0 +1,94 @@
+"""The digest of a tensor depends on every bit and place, and on nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.digest import BLOCK, _on_device, _words, digest
+
+SIZE = 3 * BLOCK + 77
+
+
+def drawn(seed: int = 0, size: int = SIZE) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32)
+
+
+@pytest.mark.parametrize("borders", [(1,), (BLOCK,), (5, BLOCK + 3, 3 * BLOCK), (100, 101)])
+def test_pieces_add_up_to_the_whole_however_it_is_cut(borders: tuple[int, ...]) -> None:
+    whole = drawn()
+
+    pieces = torch.tensor_split(whole, borders)
+    starts = (0, *borders)
+    total = sum(
+        (digest(piece, "w", start) for piece, start in zip(pieces, starts, strict=True)),
+        torch.tensor(0),
+    )
+
+    assert int(total) == int(digest(whole, "w"))
+
+
+@pytest.mark.parametrize("start", [0, 3, BLOCK - 1, 5 * BLOCK + 9])
+def test_the_form_for_a_gpu_gives_the_same(start: int) -> None:
+    assert int(_on_device(_words(drawn()), "w", start)) == int(digest(drawn(), "w", start))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8])
+def test_items_of_any_size_count(dtype: torch.dtype) -> None:
+    tensor = (drawn(size=99) * 50).abs().to(dtype)
+    other = tensor.clone()
+    other[98] += 1
+
+    shares = digest(tensor[:40], "w") + digest(tensor[40:], "w", 40)
+
+    assert int(shares) == int(digest(tensor, "w"))
+    assert int(digest(other, "w")) != int(digest(tensor, "w"))
+
+
+def test_the_name_counts_and_the_shape_does_not() -> None:
+    tensor = drawn(size=64)
+
+    assert int(digest(tensor, "a")) != int(digest(tensor, "b"))
+    assert int(digest(tensor.view(8, 8), "a")) == int(digest(tensor, "a"))
+
+
+def test_every_single_bit_counts() -> None:
+    tensor = drawn(size=50)
+    before = int(digest(tensor, "w"))
+
+    for element in range(50):
+        for bit in range(32):
+            mask = np.array(1 << bit, np.uint32).view(np.int32).item()
+            bits(tensor)[element] ^= mask
+            assert int(digest(tensor, "w")) != before
+            bits(tensor)[element] ^= mask
+
+
+@pytest.mark.parametrize("pattern", ["sign bits", "equal bits", "swapped", "tiles", "block moved"])
+def test_patterns_that_cancel_out_in_plain_sums_do_not_here(pattern: str) -> None:
+    """XOR misses all pairs of equal bits and all that are swapped; sums of products as narrow as a
+    word miss all pairs of top bits."""
+    chance = np.random.Generator(np.random.Philox(7))
+    for trial in range(100):
+        tensor = drawn(trial)
+        before = int(digest(tensor, "w"))
+        i, j = (int(place) for place in chance.choice(SIZE, 2, replace=False))
+        words = bits(tensor)
+        match pattern:
+            case "sign bits":
+                words[[i, j]] ^= -(1 << 31)
+            case "equal bits":
+                words[[i, j]] ^= 1 << int(chance.integers(31))
+            case "swapped":
+                words[[i, j]] = words[[j, i]]
+            case "tiles":
+                words[i % 64 :: 64] ^= 1 << int(chance.integers(31))
+            case _:
+                words[:BLOCK], words[BLOCK : 2 * BLOCK] = (
+                    words[BLOCK : 2 * BLOCK].clone(),
+                    words[:BLOCK].clone(),
+                )
+        assert int(digest(tensor, "w")) != before

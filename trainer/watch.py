@@ -1,0 +1,185 @@
+"""Digests the training state of a rank as it trains, piece by piece, within a budget per step.
+
+All ranks that hold the same shard digest the same piece at the same step, so that somebody who
+hears of all of them can compare. State is looked at right before it is used up: after the backward
+pass of a step, before the step moves the weights. What happened to it since the step before, in
+memory or in the optimizer's arithmetic, is in it then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.protocol.digests import Kind, Taken
+from orchestrator.protocol.ids import Step
+from trainer.digest import digest, unsigned
+
+PIECE_WORDS = 1 << 20
+"""A tensor larger than this is looked at in pieces."""
+SHARE = 0.01
+"""Of the time of a step, that digests take by default."""
+FLOPS_PER_WORD = {"cpu": 40.0, "cuda": 600.0}
+"""What a word costs, in operations of training that the device could do meanwhile. A core reads
+2 GB/s of words and does some 30 GFLOPS in float32; a GPU reads 1.5 TB/s unfused, and does some
+500 TFLOPS in bf16, hence a little over 1,000: half of it, since nobody reaches that."""
+
+
+class Held(NamedTuple):
+    """Tensors of one kind that a rank holds, in the same order on each that holds the same."""
+
+    kind: Kind
+    tensors: Sequence[tuple[str, Tensor]]
+
+
+class _Piece(NamedTuple):
+    kind: Kind
+    name: str
+    place: int
+    """Of its tensor, among those of its kind."""
+    start: int
+    words: int
+
+
+class Hears(Protocol):
+    """Who is told of digests; `orchestrator.worker.Worker` does."""
+
+    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        """Take in what was digested at a step."""
+
+
+class Watch:
+    """What is digested when: each piece once in `period` steps.
+
+    Args:
+        held: the state as it is now; tensors of later calls have the same sizes.
+        budget: words that may be digested in a step; less than what there is makes a longer period.
+    """
+
+    def __init__(self, held: Iterable[Held], budget: float) -> None:
+        pieces = list(_pieces(held))
+        total = sum(piece.words for piece in pieces)
+        self.period = min(max(-(-total // max(int(budget), 1)), 1), max(len(pieces), 1))
+        self._slots: list[list[_Piece]] = [[] for _ in range(self.period)]
+        loads = [0] * self.period
+        # The largest first, each to the emptiest slot: the same on everybody who has the same.
+        for piece in sorted(pieces, key=lambda piece: -piece.words):
+            slot = loads.index(min(loads))
+            self._slots[slot].append(piece)
+            loads[slot] += piece.words
+
+    def look(self, step: int, held: Iterable[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
+        """Return the digests that are due before `step` moves the weights, or of everything.
+
+        Scalars, int64: on a GPU nobody has waited for them.
+        """
+        tensors = {each.kind: each.tensors for each in held}
+        found: dict[Kind, Tensor] = {}
+        slots = self._slots if whole else [self._slots[step % self.period]]
+        for piece in (piece for slot in slots for piece in slot):
+            if piece.kind not in tensors:
+                continue
+            tensor = tensors[piece.kind][piece.place][1].reshape(-1)
+            part = tensor[piece.start : piece.start + piece.words]
+            share = digest(part, f"{piece.kind}/{piece.name}", piece.start)
+            found[piece.kind] = found[piece.kind] + share if piece.kind in found else share
+        return found
+
+
+def budget(parameters: float, tokens: float, device: torch.device, share: float = SHARE) -> float:
+    """Return how many words digests may look at in a step, to take that share of its time.
+
+    Follows from the job alone: all ranks that hold the same must come to the same.
+
+    Args:
+        parameters: of the part of the model that a rank computes with.
+        tokens: that a rank trains on in a step.
+        device: where it computes.
+        share: of the time of a step, at most 1.
+    """
+    flops = 6.0 * parameters * tokens
+    return share * flops / FLOPS_PER_WORD[device.type]
+
+
+def read(digests: dict[Kind, Tensor]) -> dict[Kind, int]:
+    """Wait for digests; return them as numbers in [0, 2**64)."""
+    if not digests:
+        return {}
+    values = torch.stack(list(digests.values())).tolist()
+    return {kind: unsigned(value) for kind, value in zip(digests, values, strict=True)}
+
+
+class Watched:
+    """The state of a program's own model and optimizer, digested once per step for its worker.
+
+        watched = Watched(model, optimizer, worker)
+        for step in ...:
+            loss.backward()            # and whatever adds gradients up over ranks
+            watched.before(step)
+            optimizer.step()
+
+    Args:
+        model: whose parameters are compared with those of the ranks that hold the same shard.
+        optimizer: whose state goes with them, as far as it has got any.
+        worker: who is told.
+        words_per_step: how much is looked at in a step; default all of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        worker: Hears,
+        *,
+        words_per_step: float = float(1 << 62),
+    ) -> None:
+        self._model, self._optimizer, self._worker = model, optimizer, worker
+        self._words = words_per_step
+        self._watch: Watch | None = None
+        self._kinds: tuple[Kind, ...] = ()
+
+    @torch.no_grad()
+    def before(self, step: int) -> None:
+        """Digest what is due right before optimizer step `step` (1-based), and report it."""
+        held = list(self._held())
+        kinds = tuple(each.kind for each in held)
+        if self._watch is None or kinds != self._kinds:
+            # The first step of an optimizer makes its state.
+            self._watch, self._kinds = Watch(held, self._words), kinds
+        taken = Taken(step=Step(step), period=self._watch.period)
+        self._worker.digested(taken, read(self._watch.look(step, held)))
+
+    def _held(self) -> Iterator[Held]:
+        weights = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
+        yield Held("weights", [(name, _own(weight)) for name, weight in weights])
+        kinds: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+        for kind in kinds:
+            known = [
+                (name, _own(self._optimizer.state[weight][kind]))
+                for name, weight in weights
+                if kind in self._optimizer.state.get(weight, {})
+            ]
+            if len(known) == len(weights):
+                yield Held(kind, known)
+        gradients = [(name, _own(w.grad)) for name, w in weights if w.grad is not None]
+        if len(gradients) == len(weights):
+            yield Held("gradient", gradients)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor; of one that is not sharded, all of it."""
+    local = getattr(tensor, "to_local", None)
+    found = local() if local is not None else tensor
+    assert isinstance(found, Tensor)
+    return found.detach()
+
+
+def _pieces(held: Iterable[Held]) -> Iterator[_Piece]:
+    for kind, tensors in held:
+        for place, (name, tensor) in enumerate(tensors):
+            for start in range(0, tensor.numel(), PIECE_WORDS):
+                words = min(PIECE_WORDS, tensor.numel() - start)
+                yield _Piece(kind, name, place, start, words)

@@ -15,7 +15,7 @@ LASTING: dict[str, str] = {
     "slow-disk": "1s",
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
-DRAWN = tuple(kind for kind in KINDS if kind != "flip-bit")
+DRAWN = tuple(kind for kind in KINDS if kind not in ("flip-bit", "wrong-matmul"))
 """Not what takes a spare for good each time: plans are drawn with as many as nodes are lost."""
 MARKED = ("exit-rank", "segfault-rank")
 """Kinds of which two near one step look like one fault that moves with the job: a poison step."""

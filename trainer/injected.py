@@ -6,9 +6,11 @@ They know nothing of what looks for them, and that knows nothing of these.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from orchestrator.protocol.rank import Misbehave
 from trainer.watch import Held
@@ -19,16 +21,23 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Injected:
     """What one rank was told to do wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self._parts = parts
         self._flips: list[Mapping[str, str | int | float]] = []
+        self._step = 0
+        self._chance = np.random.Generator(np.random.Philox(0))
 
     def take(self, order: Misbehave) -> None:
         """Take in an order of the agent, for the steps to come."""
-        self._flips.append(order.options)
+        if order.how == "flip-bit":
+            self._flips.append(order.options)
+        else:
+            self._spoil(order.options)
 
     @torch.no_grad()
     def strike(self, step: int, held: Iterable[Held]) -> None:
         """Do what is due in `step` to the kinds of state that are at hand."""
+        self._step = step
         if not self._flips:
             return
         tensors = {str(each.kind): each.tensors for each in held}
@@ -46,6 +55,25 @@ class Injected:
                 f"in step {step}",
                 file=sys.stderr,
             )
+
+    def _spoil(self, wrong: Mapping[str, str | int | float]) -> None:
+        """Have what layers multiply come out wrong from now on.
+
+        As on a bad device, it does so wherever this rank computes: also what it computes once more.
+        """
+
+        def spoiled(_: nn.Module, __: object, product: Tensor) -> Tensor:
+            late = self._step >= int(wrong["atStep"])
+            if not late or self._chance.random() >= float(wrong["chance"]):
+                return product
+            product = product.clone()
+            product.view(-1)[int(wrong["element"]) % product.numel()] += float(wrong["magnitude"])
+            return product
+
+        for part in self._parts:
+            for name, module in part.named_modules():
+                if isinstance(module, nn.Linear) and wrong["tensor"] in ("", f"{name}.weight"):
+                    module.register_forward_hook(spoiled)
 
 
 def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -26,6 +26,7 @@ from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
+from trainer.replays import Replays
 from trainer.shares import share_of
 from trainer.watch import Held, Watch, budget, read
 
@@ -45,6 +46,11 @@ class Reporter(Protocol):
     def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
         """Hear what the state was before a step moved the weights."""
 
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Hear that some ranks compute wrongly, or may do."""
+
     def step_done(
         self,
         step: int,
@@ -57,6 +63,10 @@ class Reporter(Protocol):
         work: float = 0.0,
     ) -> None:
         """Hear that a step is complete."""
+
+
+UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
+"""Looks for nothing."""
 
 
 class Unheard:
@@ -72,6 +82,11 @@ class Unheard:
         """Ignore it."""
 
     def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        """Ignore it."""
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
         """Ignore it."""
 
     def step_done(
@@ -97,7 +112,7 @@ class Training:
         world: with whom.
         empty: leave the weights without values, for a restore to fill in.
         note: hears what each step came to, on every rank.
-        digest_share: of a step's time that goes into digests, if there are replicas to compare.
+        detection: how much of a step's time goes into looking for wrong state; default none.
     """
 
     def __init__(
@@ -109,7 +124,7 @@ class Training:
         *,
         empty: bool = False,
         note: Callable[[Figures], None] = lambda _: None,
-        digest_share: float = 0.0,
+        detection: runfile.Detection = UNWATCHED,
     ) -> None:
         self.job, self.samples, self.world = job, samples, world
         self.config, self._note = config, note
@@ -120,7 +135,9 @@ class Training:
         model.to_empty(device="cpu")
         if not empty:
             model.init_weights(job.seed)
-        self._ramp, self._warm = Ramp.of(job), False
+        self._ramp = Ramp.of(job)
+        self.warm = False
+        """Whether it has taken a step of the present shapes."""
         self.stage = self._ramp.stage(1)
         """What the present step is of."""
         self._share(self.stage)
@@ -134,11 +151,15 @@ class Training:
             self._pipeline = Pipeline(self.stages, world, job, compute)
         self._flops = 0.0
         self._waited = waiting.count()
-        self.injected = Injected()
+        self.injected = Injected(self.stages)
         self._watch: Watch | None = None
+        digest_share = detection.digest_share
         if digest_share and world.layout.dp_replicate > 1:
             held = self._held([shard.param for shard in self.optimizer.shards])
             self._watch = Watch(held, self._words_per_step(digest_share))
+        self._replays: Replays | None = None
+        if detection.replay_share and Replays.possible(world.layout):
+            self._replays = Replays(self, samples, detection.replay_share)
 
     def step(
         self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
@@ -159,16 +180,13 @@ class Training:
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
         self._announce(reporter, RankPhase.DATA)
-        with tensor.losses(self.world.layout.tp):
-            losses = self._accumulate(step, reporter)
-        if self.world.position.tp != 0:
-            losses.zero_()  # all ranks of tp have the same, which count once
+        losses, gradients = self._gradients(step, reporter)
+        while self._replays is not None and self._replays.differ(step, reporter):
+            # Thrown away before it moved anything; of a device that is wrong at times, it may
+            # come out well now.
+            losses, gradients = self._gradients(step, reporter)
         can_save = float(ready())  # a small whole number: it comes back as it was
         self._announce(reporter, RankPhase.OPTIMIZER)
-        if self.reduction is not None:
-            gradients = self.reduction.finish()
-        else:
-            gradients = self.optimizer.take_gradients()
         squares = self.optimizer.set_gradients(gradients)
         held = list(self._held(gradients))
         self.injected.strike(step, held[-1:])
@@ -185,7 +203,7 @@ class Training:
         if self._watch is not None:
             reporter.digested(Taken(step=Step(step), period=self._watch.period), read(digests))
         self.optimizer.step(step, grad_norm)
-        self._warm = True
+        self.warm = True
         seconds = time.monotonic() - begun
         rate = learning_rate(step, self.job)
         self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
@@ -203,6 +221,19 @@ class Training:
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
         return max(seconds, 0.0) if self.world.device.type == "cpu" else 0.0
+
+    def _gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
+        """Return losses as `_accumulate` does, and this rank's part of the whole gradient."""
+        if self._replays is not None:
+            self._replays.begin(step)
+        with tensor.losses(self.world.layout.tp):
+            losses = self._accumulate(step, reporter)
+        if self.world.position.tp != 0:
+            losses.zero_()  # all ranks of tp have the same, which count once
+        self._announce(reporter, RankPhase.OPTIMIZER)
+        if self.reduction is not None:
+            return losses, self.reduction.finish()
+        return losses, self.optimizer.take_gradients()
 
     def look_at_the_end(self, steps: int, reporter: Reporter) -> None:
         """Report digests of all that the run ends with, after its last step."""
@@ -232,7 +263,7 @@ class Training:
         before, self.stage = self.stage, stage
         if (stage.length, stage.micro) != (before.length, before.micro):
             # The first step of other shapes is compiled and tuned as the very first one is.
-            self._warm = False
+            self.warm = False
         self.share = share_of(at_stage(self.job, stage), self.world.place)
         self.reduction: Reduction | None = None
         """What adds up gradients in a fixed order; None leaves that to FSDP."""
@@ -291,11 +322,15 @@ class Training:
             loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
             self._announce(reporter, RankPhase.BACKWARD, micro)
             last = micro == len(self.share.micro_batches) - 1
+            if last and self._replays is not None:
+                self._replays.last_micro_batch()
             parallel.last_of_step(model, self.world, last=last, apart=fixed)
             torch.autograd.backward(loss / self.tokens)
             if fixed:
                 self._add_round()
             losses.append(loss.detach())
+            if last and self._replays is not None:
+                self._replays.own(losses[-1])
             self._flops += self._flops_of(batch)
         of_each = torch.stack(losses).double()
         if fixed:
@@ -308,6 +343,8 @@ class Training:
         self.reduction.add(self.optimizer.take_gradients())
 
     def _micro(self, step: int, indices: range) -> Micro:
+        if self._replays is not None and self._replays.again:
+            return self.micro(self._replays.samples.batch(step, indices))
         return self.micro(self.samples.batch(step, indices))
 
     def micro(self, batch: Batch) -> Micro:
@@ -341,4 +378,4 @@ class Training:
 
     def _announce(self, reporter: Reporter, phase: RankPhase, micro_batch: int = 0) -> None:
         # The first step allocates, and on a GPU compiles and tunes: it may take its time.
-        reporter.phase(phase if self._warm else RankPhase.WARMING, micro_batch=micro_batch)
+        reporter.phase(phase if self.warm else RankPhase.WARMING, micro_batch=micro_batch)

@@ -52,7 +52,7 @@ def train(worker: Worker, seat: Seat) -> None:
             world,
             empty=seat.restore is not None or job.initial is not None or job.continued is not None,
             note=note,
-            digest_share=job.detection.digest_share,
+            detection=job.detection,
         )
         worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)

@@ -16,9 +16,16 @@ from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.shards import MalformedError
 from orchestrator.protocol.ids import Rank
-from orchestrator.protocol.messages import Fact, RankProbed, RanksTroubled, RendezvousOffered
+from orchestrator.protocol.messages import (
+    Fact,
+    RankProbed,
+    RanksTroubled,
+    RendezvousOffered,
+    StateDiverged,
+)
 from orchestrator.protocol.rank import (
     Died,
+    Diverged,
     Finished,
     FromRank,
     Offer,
@@ -31,6 +38,7 @@ from orchestrator.protocol.rank import (
 
 log = logging.getLogger(__name__)
 ADDRESS_MAX = 256
+EVIDENCE_MAX = 2000
 
 
 class Hearing:
@@ -61,7 +69,9 @@ class Hearing:
         self._parking, self._saving = parking, saving
         self._say, self._start = say, start
 
-    def heard(self, live: LiveRank, message: FromRank) -> None:
+    def heard(  # noqa: C901 - one case per message
+        self, live: LiveRank, message: FromRank
+    ) -> None:
         """Take in what a process says; only news of the present generation counts."""
         seat = live.seat
         if isinstance(message, Died) or seat is None or live.aborted:
@@ -84,6 +94,17 @@ class Hearing:
             case Probed(generation=generation, number=number, speed=speed):
                 self._say(
                     RankProbed(generation=generation, number=number, rank=seat.rank, speed=speed)
+                )
+            case Diverged():
+                self._say(
+                    StateDiverged(
+                        generation=seat.generation,
+                        step=message.step,
+                        since=message.since,
+                        ranks=message.ranks,
+                        evidence=message.evidence[:EVIDENCE_MAX],
+                        proven=message.proven,
+                    )
                 )
             case Finished(step=step, lanes=lanes):
                 fact = self._account.rank_finished(seat.rank, step, lanes)

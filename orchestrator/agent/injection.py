@@ -169,6 +169,8 @@ class Injection:
                 self._target(fault).control.send(Misbehave(how=how))
             case "flip-bit":
                 self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.flip))
+            case "wrong-matmul":
+                self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.wrong))
             case "freeze-rank":
                 self._last(_freeze(self._target(fault), fault.lasts_s))
             case "slow-rank":

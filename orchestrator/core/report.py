@@ -35,6 +35,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "full-disk": frozenset(),
     "slow-disk": frozenset(),
     "flip-bit": frozenset({CORRUPTION}),
+    "wrong-matmul": frozenset({CORRUPTION}),
 }
 """Kinds of incident by which each planned fault (faults.catalogue) may become known. Disk faults
 make saves fail, which is no incident."""

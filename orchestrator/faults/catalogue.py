@@ -19,11 +19,24 @@ FaultKind = Literal[
     "full-disk",
     "slow-disk",
     "flip-bit",
+    "wrong-matmul",
 ]
 KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 
 
-Extra = Literal["for", "holdGil", "share", "delay", "state", "tensor", "element", "bit", "atStep"]
+Extra = Literal[
+    "for",
+    "holdGil",
+    "share",
+    "delay",
+    "state",
+    "tensor",
+    "element",
+    "bit",
+    "atStep",
+    "chance",
+    "magnitude",
+]
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
 
@@ -54,5 +67,10 @@ CATALOGUE: dict[FaultKind, Traits] = {
         "rank",
         ("state", "tensor", "element", "bit", "atStep"),
         "a bit of a rank's training state flips, and nothing raises an error",
+    ),
+    "wrong-matmul": Traits(
+        "rank",
+        ("tensor", "element", "atStep", "chance", "magnitude"),
+        "a rank's products come out wrong from now on, each with `chance`",
     ),
 }

@@ -70,14 +70,21 @@ class Fault(_Section, frozen=True, kw_only=True):
     state: Literal["weights", "exp_avg", "exp_avg_sq", "gradient"] | None = None
     """Of flip-bit: in what; default weights. `gradient` is the sum over all ranks."""
     tensor: str | None = None
-    """Of flip-bit: in which weight's, by name; default the first."""
+    """Of flip-bit: in which weight's, by name; default the first. Of wrong-matmul: with which
+    weight; default every one that a layer multiplies with."""
     element: NonNegative | None = None
-    """Of flip-bit: in which element of the rank's part of it, counted around; default 0."""
+    """Of flip-bit: in which element of the rank's part of it, counted around; default 0. Of
+    wrong-matmul: of the product."""
     bit: Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
     """Of flip-bit: which bit, 0 the least significant; default 20."""
     at_step: NonNegative | None = None
     """Within which optimizer step, at or after `when`: an order takes time to arrive. Default the
     next one; one that is over by then is made up for."""
+
+    chance: Probability | None = None
+    """Of wrong-matmul: with which each product of a weight comes out wrong; default 1."""
+    magnitude: float | None = None
+    """Of wrong-matmul: what is added to one element of it; default 1."""
 
     @property
     def lasts_s(self) -> float | None:
@@ -106,6 +113,8 @@ class Fault(_Section, frozen=True, kw_only=True):
             self.element,
             self.bit,
             self.at_step,
+            self.chance,
+            self.magnitude,
         )
         return tuple(name for name, value in zip(EXTRAS, values, strict=True) if value is not None)
 
@@ -118,6 +127,17 @@ class Fault(_Section, frozen=True, kw_only=True):
             "element": self.element or 0,
             "bit": FLIPPED_BIT if self.bit is None else self.bit,
             "atStep": self.at_step or 0,
+        }
+
+    @property
+    def wrong(self) -> dict[str, str | int | float]:
+        """What a rank is told of products that are to come out wrong."""
+        return {
+            "tensor": self.tensor or "",
+            "element": self.element or 0,
+            "atStep": self.at_step or 0,
+            "chance": 1.0 if self.chance is None else self.chance,
+            "magnitude": 1.0 if self.magnitude is None else self.magnitude,
         }
 
     def describe(self) -> str:

@@ -218,7 +218,21 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):
     speed: Speed
 
 
-FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed
+class Diverged(msgspec.Struct, frozen=True, kw_only=True, tag="diverged"):
+    """From a rank: ranks found together that one of them computes wrongly."""
+
+    generation: Generation
+    step: Step
+    """After which it was found."""
+    since: Step
+    """The last step whose state is known to be good."""
+    ranks: tuple[Rank, ...]
+    """Who did, or may have."""
+    proven: bool
+    evidence: str
+
+
+FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed | Diverged
 
 _to_rank: msgspec.json.Decoder[ToRank] = msgspec.json.Decoder(ToRank)
 _from_rank: msgspec.json.Decoder[FromRank] = msgspec.json.Decoder(FromRank)

@@ -255,6 +255,9 @@ class Detection(_Section, frozen=True, kw_only=True):
     """About which part of a step's time goes into digests of the training state, by which ranks
     that hold the same are compared: with less, each part of the state is looked at more rarely.
     0: none. Of the embedded trainer, where there are replicas."""
+    replay_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    """About which part of a step's time goes into computing other ranks' micro-batches once more:
+    with less, it is done more rarely. 0: never. Of the embedded trainer, without pp, cp and tp."""
 
 
 class Recovery(_Section, frozen=True, kw_only=True):

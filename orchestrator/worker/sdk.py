@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
@@ -33,6 +33,7 @@ from orchestrator.protocol.rank import (
     MEMORY_VARIABLE,
     STAND_BY_VARIABLE,
     Died,
+    Diverged,
     Finished,
     FromRank,
     JobAhead,
@@ -324,6 +325,29 @@ class Worker:
         """
         values = tuple(digests.get(kind, NONE) for kind in KINDS)
         self._beacon.digest(DigestRecord(self._generation, taken, values))
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Report that ranks found together who of them computes wrongly; one or two should tell.
+
+        Args:
+            step: the last one that was complete.
+            since: the last step whose state is known to be good.
+            ranks: who does, or may do.
+            proven: whether it was these for certain.
+            evidence: how it showed, in words.
+        """
+        self._send(
+            Diverged(
+                generation=self._generation,
+                step=Step(step),
+                since=Step(since),
+                ranks=tuple(map(Rank, ranks)),
+                proven=proven,
+                evidence=evidence,
+            )
+        )
 
     def _announce_stepped(self) -> None:
         if not self._stepped:

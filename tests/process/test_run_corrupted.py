@@ -20,7 +20,7 @@ def run(name: str) -> dict[str, Any]:
         parallelism={"dpReplicate": 3, "dpShard": 1},
         trainer={"model": tiny.MODEL, "steps": STEPS, "seqLen": 32, "globalBatch": 3},
         checkpoint={"everySteps": 50, "memoryEverySteps": 5},
-        detection={"detectWithin": "3s", "digestShare": 1.0},
+        detection={"detectWithin": "3s", "digestShare": 1.0, "replayShare": 1.0},
     )
 
 
@@ -56,3 +56,35 @@ def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_el
     assert report.final_state_digest == undisturbed.final_state_digest
     assert report.losses == undisturbed.losses
     assert (report.divergences, report.replicas_differ) == ([], [])
+
+
+def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_them(
+    tmp_path: Path,
+) -> None:
+    slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
+    wrong = {
+        "when": {"step": 8},
+        "fault": "wrong-matmul",
+        "rank": 1,
+        "tensor": "layers.1.ffn.w1.weight",
+        "magnitude": 0.001,
+        "atStep": 16,
+    }
+    spoiled, twin = Job(tmp_path / "s", run("s"), [slow, wrong]), Job(tmp_path / "t", run("t"))
+    try:
+        code, report = spoiled.conduct("--quiet", timeout_s=120)
+        assert code == 0, report.reason
+        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
+    finally:
+        spoiled.close()
+        twin.close()
+
+    (incident,) = [i for i in report.incidents if i.kind == "silent-corruption"]
+    assert incident.suspects == ["rank 1", "node-1"]
+    assert "in step 16, micro-batches came out otherwise" in incident.evidence[0]
+    assert (
+        "found after step 15, step 14 is the last that is known to be good" in incident.evidence[0]
+    )
+    assert report.final_state_digest == undisturbed.final_state_digest
+    assert report.losses == undisturbed.losses
+    assert report.divergences == []

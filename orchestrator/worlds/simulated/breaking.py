@@ -147,7 +147,7 @@ class Breaking:
             case "slow-disk":
                 world.cluster.store.delay_s = fault.delay_s
                 self._later(fault, world.cluster.store.clear)
-            case "flip-bit" if node and team:
+            case "flip-bit" | "wrong-matmul" if node and team:
                 self._flip(node, team)
 
     def _flip(self, node: SimNode, team: Team) -> None:

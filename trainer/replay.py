@@ -1,0 +1,169 @@
+"""Has ranks compute another rank's micro-batch once more, and says who computes wrongly.
+
+A wrong product on one rank is in the sum of all gradients, and so in every replica: comparing
+replicas can not see it. Computing it again elsewhere does. Every so many steps each rank computes
+the last micro-batch of the rank `shift` further on, from weights that are the same everywhere, and
+the digests of both gradients are compared before the step moves anything.
+
+Letters: r a rank, s the shift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainer.digest import digest
+
+HALF = 1 << 32
+VOTERS_MIN = 3
+TRIED_MAX = 3
+"""Micro-batches that all ranks compute once more to find out who was wrong."""
+
+
+class Probe:
+    """Digests a model's gradient as it comes out of the backward pass, before ranks add it up."""
+
+    def __init__(self) -> None:
+        self._hooked: set[int] = set()
+        self._total: Tensor | None = None
+        self._active = False
+
+    def begin(self, model: nn.Module) -> None:
+        """Digest what the next backward pass gives."""
+        for name, weight in _whole_weights(model):
+            if id(weight) not in self._hooked:
+                self._hooked.add(id(weight))
+                weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
+        self._total, self._active = None, True
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Return the digest of the gradient and the loss; int64, nobody has waited for it."""
+        self._active = False
+        total = digest(loss, "loss")
+        return total if self._total is None else total + self._total
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def take(gradient: Tensor) -> None:
+            if self._active:
+                share = digest(gradient, f"micro-batch/{name}")
+                self._total = share if self._total is None else self._total + share
+
+        return take
+
+
+def _whole_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights as layers see them, which is where gradients of one rank come to be.
+
+    FSDP makes them with the first forward pass, and keeps the tensors for the life of the model.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()  # noqa: SLF001 - no public name has them
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
+        for place, group in enumerate(each for each in groups if each is not None):
+            for number, weight in enumerate(group.fsdp_params):
+                yield f"{path}.{place}.{number}", weight.unsharded_param
+
+
+def halves(digests: Tensor) -> Tensor:
+    """Return int64 digests as pairs of float64, which hold 32 bits exactly."""
+    low = digests & (HALF - 1)
+    high = (digests >> 32) & (HALF - 1)
+    return torch.stack((low, high), -1).double().flatten()
+
+
+def joined(low: float, high: float) -> int:
+    """Return the digest that went over as two float64."""
+    return int(high) * HALF + int(low)
+
+
+def every(share: float, micro_batches: int) -> int:
+    """Return after how many steps it is done again, to take that share of the time.
+
+    A replay is one micro-batch more for every rank.
+
+    >>> every(0.01, 16)
+    7
+    """
+    return max(math.ceil(1 / (share * micro_batches)), 1)
+
+
+class Mismatch(NamedTuple):
+    """A micro-batch that came out differently."""
+
+    producer: int
+    """Whose it was."""
+    replayer: int
+    """Who computed it once more."""
+
+
+def mismatches(rows: Sequence[tuple[int, int]], shift: int) -> list[Mismatch]:
+    """Return what came out differently.
+
+    Args:
+        rows: of each rank, the digest of its own micro-batch and of the one that it computed for
+            the rank `shift` further on.
+        shift: see there.
+    """
+    return [
+        Mismatch((rank + shift) % len(rows), rank)
+        for rank, (_, replayed) in enumerate(rows)
+        if replayed != rows[(rank + shift) % len(rows)][0]
+    ]
+
+
+class Verdict(NamedTuple):
+    """Who computes wrongly, as far as can be said."""
+
+    ranks: tuple[int, ...]
+    proven: bool
+    evidence: str
+
+
+def judge(
+    rows: Sequence[tuple[int, int]], shift: int, again: Callable[[int], Sequence[int]]
+) -> Verdict:
+    """Find out who was wrong, by having all ranks compute what came out differently once more.
+
+    Args:
+        rows: as in `mismatches`, of which there are some.
+        shift: as there.
+        again: has every rank compute the micro-batch of one; returns all their digests.
+    """
+    found = mismatches(rows, shift)
+    guilty: dict[int, str] = {}
+    for producer in list(dict.fromkeys(edge.producer for edge in found))[:TRIED_MAX]:
+        digests = again(producer)
+        right = max(sorted(set(digests)), key=digests.count)
+        if len(digests) < VOTERS_MIN or 2 * digests.count(right) <= len(digests):
+            continue
+        said = {
+            producer: rows[producer][0],
+            **{edge.replayer: rows[edge.replayer][1] for edge in found if edge[0] == producer},
+        }
+        for rank, value in [*said.items(), *enumerate(digests)]:
+            if value != right:
+                guilty.setdefault(
+                    rank,
+                    f"rank {rank} has {value:016x} for rank {producer}'s micro-batch, "
+                    f"{digests.count(right)} of {len(digests)} ranks {right:016x}",
+                )
+    edges = ", ".join(f"{edge.producer} by {edge.replayer}" for edge in found)
+    words = f"micro-batches came out otherwise when computed once more (of rank {edges})"
+    if guilty:
+        return Verdict(
+            tuple(sorted(guilty)), proven=True, evidence="; ".join([words, *guilty.values()])
+        )
+    suspects = dict.fromkeys(rank for edge in found for rank in edge)
+    return Verdict(
+        tuple(sorted(suspects)),
+        proven=False,
+        evidence=f"{words}; no majority of ranks agrees on which is right",
+    )

@@ -1,0 +1,179 @@
+"""Ring replay within the steps of a training: when, with whom, and what becomes of a mismatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.ramp import Stage, at_stage
+from orchestrator.worker import RankPhase
+from trainer import parallel
+from trainer.data import Batch, Batches
+from trainer.optim import Optimizer
+from trainer.pipeline import Micro
+from trainer.reduction import Reduction
+from trainer.replay import Probe, every, halves, joined, judge, mismatches
+from trainer.shares import Place, Share, share_of
+
+PATIENCE_S = 60.0
+"""Ranks that can not get a step to come out the same wait this long to be told what to do."""
+RETRIES_MAX = 3
+TELLERS = 2
+"""Ranks that report; if one of them is lost, the other has said it."""
+
+
+class Told(Protocol):
+    """Who hears of it; `trainer.step.Reporter`."""
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Hear what the rank does from now on."""
+
+    def entered_collective(self) -> None:
+        """Count a collective."""
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Hear that some ranks compute wrongly, or may do."""
+
+
+class Stepping(Protocol):
+    """What is replayed; `trainer.step.Training`."""
+
+    job: runfile.Trainer
+    world: parallel.World
+    stage: Stage
+    stages: list[nn.Module]
+    share: Share
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: Optimizer
+    reduction: Reduction | None
+    warm: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the global batch."""
+
+    def micro(self, batch: Batch) -> Micro:
+        """Return this rank's part of some samples, on the device."""
+
+
+class WrongComputationError(Exception):
+    """A step did not come out the same twice, however often it was computed."""
+
+    hint = "some device computes wrongly; see the evidence in the log of rank 0"
+
+
+class Replays:
+    """Those of one rank.
+
+    Args:
+        training: whose steps they are of.
+        samples: of all ranks.
+        share: of the time of a step, that they may take.
+
+    Attributes:
+        again: whether the step is computed again: what was read ahead of it is used up.
+    """
+
+    @staticmethod
+    def possible(layout: Layout) -> bool:
+        """Whether ranks compute micro-batches by themselves, and there is another to do it."""
+        return layout.pp == layout.cp == layout.tp == 1 and layout.readers > 1
+
+    def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
+        self._training, self.samples = training, samples
+        self._every = every(share, len(training.share.micro_batches))
+        self._probe = Probe()
+        self._due = self.again = False
+        self._own = torch.zeros((), dtype=torch.int64)
+        self._tries = 0
+        self._verified: int | None = None
+        """The last step whose state is known to be good, once it is known of one."""
+
+    def begin(self, step: int) -> None:
+        """Begin to compute a step, or begin anew."""
+        if self._verified is None:
+            self._verified = step - 1  # what it was restored to
+        # Not in the first step of a process, which makes what gradients are looked at on.
+        self._due = self._training.warm and step % self._every == 0
+
+    def last_micro_batch(self) -> None:
+        """Watch the gradient that comes next."""
+        if self._due:
+            self._probe.begin(self._training.stages[0])
+
+    def own(self, loss: Tensor) -> None:
+        """Take note of what this rank's last micro-batch came to."""
+        if self._due:
+            self._own = self._probe.end(loss)
+
+    def differ(self, step: int, reporter: Told) -> bool:
+        """Compute another rank's micro-batch; return whether the step is to be thrown away."""
+        if not self._due:
+            return False
+        world = self._training.world
+        # Another neighbour each time: two that err in the same way are not always paired.
+        shift = 1 + step // self._every % (world.size - 1)
+        replayed = self._replay(step, (world.rank + shift) % world.size)
+        rows = self._exchange(self._own, replayed)
+        pairs = [(row[0], row[1]) for row in rows]
+        if not mismatches(pairs, shift):
+            self.again, self._tries = False, 0
+            self._verified = max(step - 1, self._verified or 0)
+            return False
+
+        def again(producer: int) -> list[int]:
+            return [row[0] for row in self._exchange(self._replay(step, producer))]
+
+        found = judge(pairs, shift, again)
+        guilty = found.ranks if found.proven else ()
+        tellers = [rank for rank in range(world.size) if rank not in guilty][:TELLERS]
+        if world.rank in tellers and self._tries == 0:
+            reporter.diverged(
+                step - 1,
+                since=self._verified or 0,
+                ranks=found.ranks,
+                proven=found.proven,
+                evidence=f"in step {step}, {found.evidence}",
+            )
+        self.again, self._tries = True, self._tries + 1
+        if self._tries > RETRIES_MAX:
+            self._await_orders(found.evidence, reporter)
+        return True
+
+    def _replay(self, step: int, of: int) -> Tensor:
+        """Return what the last micro-batch of a rank comes to here; learn nothing from it."""
+        training, layout = self._training, self._training.world.layout
+        at = layout.position(of)
+        place = Place(at.dp_replicate, layout.dp_replicate, at.dp_shard, layout.dp_shard)
+        indices = share_of(at_stage(training.job, training.stage), place).micro_batches[-1]
+        micro = training.micro(self.samples.batch(step, indices))
+        (model,) = training.stages
+        self._probe.begin(model)
+        loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+        fixed = training.reduction is not None
+        parallel.last_of_step(model, training.world, last=True, apart=fixed)
+        torch.autograd.backward(loss / training.tokens)
+        training.optimizer.take_gradients()
+        return self._probe.end(loss.detach())
+
+    def _exchange(self, *digests: Tensor) -> list[list[int]]:
+        rows = self._training.world.gather(halves(torch.stack(digests)))
+        return [
+            [joined(low, high) for low, high in zip(row[::2], row[1::2], strict=True)]
+            for row in rows
+        ]
+
+    def _await_orders(self, evidence: str, reporter: Told) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            reporter.phase(RankPhase.WAITING)
+            time.sleep(0.05)
+        raise WrongComputationError(evidence)

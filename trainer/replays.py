@@ -34,9 +34,6 @@ class Told(Protocol):
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Hear what the rank does from now on."""
 
-    def entered_collective(self) -> None:
-        """Count a collective."""
-
     def diverged(
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:

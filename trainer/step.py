@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
-from orchestrator.protocol.digests import Kind, Taken
+from orchestrator.protocol.digests import SHARED, Kind, Taken
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
@@ -26,9 +26,10 @@ from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
+from trainer.replay import halves
 from trainer.replays import Replays
 from trainer.shares import share_of
-from trainer.watch import Held, Watch, budget, read
+from trainer.watch import Held, Watch, period_of, read
 
 
 class Reporter(Protocol):
@@ -65,6 +66,10 @@ class Reporter(Protocol):
         """Hear that a step is complete."""
 
 
+LOSSES_AT = 3 + 2 * len(SHARED)
+"""Where losses begin in what ranks exchange: behind a sum of squares, the data's mark, how well it
+could save, and digests."""
+HOLD_S = 30.0
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
 
@@ -151,12 +156,13 @@ class Training:
             self._pipeline = Pipeline(self.stages, world, job, compute)
         self._flops = 0.0
         self._waited = waiting.count()
+        self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
         self.injected = Injected(self.stages)
         self._watch: Watch | None = None
         digest_share = detection.digest_share
         if digest_share and world.layout.dp_replicate > 1:
             held = self._held([shard.param for shard in self.optimizer.shards])
-            self._watch = Watch(held, self._words_per_step(digest_share))
+            self._watch = Watch(held, self._digest_period(digest_share))
         self._replays: Replays | None = None
         if detection.replay_share and Replays.possible(world.layout):
             self._replays = Replays(self, samples, detection.replay_share)
@@ -192,16 +198,18 @@ class Training:
         self.injected.strike(step, held[-1:])
         digests = self._watch.look(step, held) if self._watch is not None else {}
         said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
-        own = torch.cat((squares.view(1), self._sent(said), losses))
+        shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
+        own = torch.cat((squares.view(1), self._sent(said), shown, losses))
         # On a GPU, this is where the host waits for the step, and the only place.
         rows = self.world.gather(own)
         self._require_same_data([row[1] for row in rows])
         # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
-        loss = math.fsum(loss for row in rows for loss in row[3:]) / self.tokens
+        loss = math.fsum(loss for row in rows for loss in row[LOSSES_AT:]) / self.tokens
         replica = self.world.layout.ranks_of(replica=0)
         grad_norm = global_norm(rows[rank][0] for rank in replica)
         if self._watch is not None:
             reporter.digested(Taken(step=Step(step), period=self._watch.period), read(digests))
+            self._hold_if_diverged([row[3:LOSSES_AT] for row in rows], reporter)
         self.optimizer.step(step, grad_norm)
         self.warm = True
         seconds = time.monotonic() - begun
@@ -252,11 +260,28 @@ class Training:
             named = zip((shard.name for shard in shards), gradients, strict=True)
             yield Held("gradient", list(named))
 
-    def _words_per_step(self, share: float) -> float:
-        world = self.world
-        parameters = self.config.parameters / (world.layout.pp * world.layout.tp)
-        tokens = self.tokens / (world.layout.readers * world.layout.cp)
-        return budget(parameters, tokens, world.device, share)
+    def _digest_period(self, share: float) -> int:
+        layout = self.world.layout
+        parameters = self.config.parameters
+        flops = 6.0 * parameters * self.tokens / layout.world_size
+        held = len(SHARED) * parameters / layout.shard_count
+        return period_of(held, flops, self.world.device.type, share)
+
+    def _hold_if_diverged(self, rows: list[list[float]], reporter: Reporter) -> None:
+        """Wait for orders if ranks that hold the same shard turn out to hold something else.
+
+        The controller finds the same, and says who leaves and where to go on. Meanwhile nothing
+        wrong is learned, and what memory has from before is not given up for newer states.
+        """
+        shards = self.world.layout.shards().tolist()
+        first = dict(zip(reversed(shards), reversed(rows), strict=True))
+        if all(row == first[shard] for shard, row in zip(shards, rows, strict=True)):
+            return
+        # Nobody may come: then what looked may be what is wrong, and training goes on.
+        deadline = time.monotonic() + HOLD_S
+        while time.monotonic() < deadline:
+            self._announce(reporter, RankPhase.OPTIMIZER)
+            time.sleep(0.02)
 
     def _share(self, stage: Stage) -> None:
         """Share out the global batches of a stage."""

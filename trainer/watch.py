@@ -8,6 +8,7 @@ memory or in the optimizer's arithmetic, is in it then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,8 +21,6 @@ from trainer.digest import digest, unsigned
 
 PIECE_WORDS = 1 << 20
 """A tensor larger than this is looked at in pieces."""
-SHARE = 0.01
-"""Of the time of a step, that digests take by default."""
 FLOPS_PER_WORD = {"cpu": 40.0, "cuda": 600.0}
 """What a word costs, in operations of training that the device could do meanwhile. A core reads
 2 GB/s of words and does some 30 GFLOPS in float32; a GPU reads 1.5 TB/s unfused, and does some
@@ -56,13 +55,12 @@ class Watch:
 
     Args:
         held: the state as it is now; tensors of later calls have the same sizes.
-        budget: words that may be digested in a step; less than what there is makes a longer period.
+        period: in so many steps; the same on every rank.
     """
 
-    def __init__(self, held: Iterable[Held], budget: float) -> None:
+    def __init__(self, held: Iterable[Held], period: int) -> None:
         pieces = list(_pieces(held))
-        total = sum(piece.words for piece in pieces)
-        self.period = min(max(-(-total // max(int(budget), 1)), 1), max(len(pieces), 1))
+        self.period = period
         self._slots: list[list[_Piece]] = [[] for _ in range(self.period)]
         loads = [0] * self.period
         # The largest first, each to the emptiest slot: the same on everybody who has the same.
@@ -89,19 +87,21 @@ class Watch:
         return found
 
 
-def budget(parameters: float, tokens: float, device: torch.device, share: float = SHARE) -> float:
-    """Return how many words digests may look at in a step, to take that share of its time.
+def period_of(words: float, flops: float, device: str, share: float) -> int:
+    """Return in how many steps all is to be looked at once, to take that share of their time.
 
-    Follows from the job alone: all ranks that hold the same must come to the same.
+    Follows from the job alone: all ranks of a world must come to the same.
 
     Args:
-        parameters: of the part of the model that a rank computes with.
-        tokens: that a rank trains on in a step.
-        device: where it computes.
-        share: of the time of a step, at most 1.
+        words: that a rank holds.
+        flops: operations that a rank does in a step.
+        device: where it does them, `cpu` or `cuda`.
+        share: of the time of a step, above 0.
+
+    >>> period_of(4e6, 6e9, "cpu", 0.01)
+    3
     """
-    flops = 6.0 * parameters * tokens
-    return share * flops / FLOPS_PER_WORD[device.type]
+    return max(math.ceil(words * FLOPS_PER_WORD[device] / (share * flops)), 1)
 
 
 def read(digests: dict[Kind, Tensor]) -> dict[Kind, int]:
@@ -125,7 +125,7 @@ class Watched:
         model: whose parameters are compared with those of the ranks that hold the same shard.
         optimizer: whose state goes with them, as far as it has got any.
         worker: who is told.
-        words_per_step: how much is looked at in a step; default all of it.
+        period: in how many steps all is looked at once; the same on every rank.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class Watched:
         optimizer: torch.optim.Optimizer,
         worker: Hears,
         *,
-        words_per_step: float = float(1 << 62),
+        period: int = 1,
     ) -> None:
         self._model, self._optimizer, self._worker = model, optimizer, worker
-        self._words = words_per_step
+        self._period = period
         self._watch: Watch | None = None
         self._kinds: tuple[Kind, ...] = ()
 
@@ -148,7 +148,7 @@ class Watched:
         kinds = tuple(each.kind for each in held)
         if self._watch is None or kinds != self._kinds:
             # The first step of an optimizer makes its state.
-            self._watch, self._kinds = Watch(held, self._words), kinds
+            self._watch, self._kinds = Watch(held, self._period), kinds
         taken = Taken(step=Step(step), period=self._watch.period)
         self._worker.digested(taken, read(self._watch.look(step, held)))
 

@@ -53,6 +53,7 @@ def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_el
     (incident,) = [i for i in report.incidents if i.kind == "silent-corruption"]
     assert incident.suspects == ["rank 1", "node-1"]
     assert incident.rung == "roll back before the onset"
+    assert incident.reached_step <= 15, "it has learned nothing since"
     assert report.final_state_digest == undisturbed.final_state_digest
     assert report.losses == undisturbed.losses
     assert (report.divergences, report.replicas_differ) == ([], [])

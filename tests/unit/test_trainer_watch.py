@@ -1,0 +1,60 @@
+"""A program's own model and optimizer are digested once a step, for whoever compares replicas."""
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.protocol.digests import Kind, Taken
+from trainer.injected import flip_bit
+from trainer.watch import Held, Watch, Watched, period_of, read
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.rows: list[tuple[Taken, dict[Kind, int]]] = []
+
+    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        self.rows.append((taken, digests))
+
+
+def trained(steps: int, *, flip_after: int | None = None, period: int = 1) -> Heard:
+    torch.manual_seed(1)
+    model, heard = nn.Linear(8, 8), Heard()
+    optimizer = torch.optim.AdamW(model.parameters())
+    watched = Watched(model, optimizer, heard, period=period)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        model(torch.ones(2, 8) * step).sum().backward()
+        watched.before(step)
+        optimizer.step()
+        if step == flip_after:
+            flip_bit(optimizer.state[model.weight]["exp_avg_sq"], 3, 1)
+    return heard
+
+
+def test_replicas_of_a_program_have_the_same_digests_until_a_bit_flips_in_one() -> None:
+    replica, other = trained(4), trained(4, flip_after=2)
+
+    assert replica.rows[:2] == other.rows[:2]
+    differ = [k for k in replica.rows[2][1] if replica.rows[2][1][k] != other.rows[2][1][k]]
+    assert differ == ["exp_avg_sq"]
+    assert [set(digests) for _, digests in replica.rows] == [
+        {"weights", "gradient"},
+        *3 * [{"weights", "exp_avg", "exp_avg_sq", "gradient"}],
+    ]
+
+
+def test_each_piece_is_looked_at_once_in_a_period() -> None:
+    held = [Held("weights", [("a", torch.ones(30)), ("b", torch.ones(20)), ("c", torch.ones(9))])]
+    watch = Watch(held, 3)
+
+    seen = [read(watch.look(step, held)).get("weights", 0) for step in (1, 2, 3)]
+
+    assert len(set(seen)) == 3
+    assert sum(seen) % (1 << 64) == read(watch.look(1, held, whole=True))["weights"]
+    assert read(watch.look(4, held)) == read(watch.look(1, held))
+
+
+@pytest.mark.parametrize(("share", "period"), [(1.0, 1), (0.01, 7)])
+def test_less_time_makes_a_longer_period(share: float, period: int) -> None:
+    assert period_of(1e6, 6e8, "cpu", share) == period

@@ -1,0 +1,147 @@
+"""What came of a trial: was it effective, was it noticed, when, and who was named.
+
+The ground truth is a twin, which took the same steps from the same state without the fault. A
+trial counts only if it left a trace there: a bit that flips in a number that is overwritten before
+anybody reads it does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from orchestrator.campaign.baselines import Seen, flagged
+from orchestrator.campaign.catalogue import Group, Trial
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.messages import StateDiverged
+
+Named = Literal["exact", "among others", "wrong", "nobody"]
+"""Whether the culprit was named: alone and as proven, as one of several or without proof, or
+another one was."""
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one trial."""
+
+    number: int
+    name: str
+    group: Group
+    site: str = ""
+    form: str = ""
+    effective: bool
+    noticed: bool = False
+    latency: int | None = None
+    """Steps whose bad result moved the weights before it was noticed, 0 for none."""
+    seconds: float | None = None
+    """Of a whole run: from the fault until it was noticed."""
+    named: Named = "nobody"
+    evidence: str = ""
+    baselines: dict[str, int | None] = {}
+    """Of each, the same steps that it took; None if it noticed nothing."""
+    steps: int = 0
+    """That were watched."""
+
+
+def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:
+    """Return the first step after which a rank had other bits than in the twin; None if none."""
+    for clean, dirty in zip(twin, steps, strict=False):
+        pairs = zip(clean.of_ranks, dirty.of_ranks, strict=True)
+        if any(a.state != b.state for a, b in pairs):
+            return dirty.of_ranks[0].step
+    return None
+
+
+def judged(
+    trial: Trial,
+    *,
+    before: Sequence[Seen],
+    twin: Sequence[Seen],
+    steps: Sequence[Seen],
+    found: Sequence[StateDiverged],
+    struck: int,
+    refused: Sequence[str],
+) -> Result:
+    """Return what came of a trial.
+
+    Args:
+        trial: what it was.
+        before: the steps that led to the snapshot.
+        twin: the steps after it without the fault, at least as many.
+        steps: those with it.
+        found: what the detectors said.
+        struck: how often the injection has changed something.
+        refused: of each rank, why it did not go on from bytes of a checkpoint; "" if it did.
+    """
+    how = trial.injection
+    assert how is not None
+    first = before[-1].of_ranks[0].step + 1
+    began = _began(trial, onset(twin, steps), first, struck, found, refused)
+    base = Result(
+        number=trial.number,
+        name=trial.name,
+        group=trial.group,
+        site=how.site,
+        form=how.form,
+        effective=began is not None,
+        steps=len(steps),
+    )
+    if began is None:
+        return base
+    if any(refused):
+        ranks = tuple(Rank(rank) for rank, why in enumerate(refused) if why)
+        evidence = next(filter(None, refused))
+        named = _named(ranks, how.rank, proven=True)
+        return msgspec.structs.replace(
+            base, noticed=True, latency=0, named=named, evidence=evidence
+        )
+    rules = {
+        name: None if at is None or at < began else at - began + 1
+        for name, at in flagged(before, steps).items()
+    }
+    within = [f for f in found if 0 <= f.step + 1 - began <= trial.horizon]
+    if not within:
+        return msgspec.structs.replace(base, baselines=rules)
+    fact = within[0]
+    return msgspec.structs.replace(
+        base,
+        noticed=True,
+        latency=fact.step + 1 - began,
+        named=_named(fact.ranks, how.rank, proven=fact.proven),
+        evidence=fact.evidence,
+        baselines=rules,
+    )
+
+
+def _began(
+    trial: Trial,
+    differs: int | None,
+    first: int,
+    struck: int,
+    found: Sequence[StateDiverged],
+    refused: Sequence[str],
+) -> int | None:
+    """Return the first step that was wrong, also of faults that leave no trace in the state.
+
+    Those are: bytes that nobody goes on from, digests that are wrong themselves, and steps that
+    were thrown away before they moved anything.
+    """
+    how = trial.injection
+    assert how is not None
+    if any(refused):
+        return first
+    if how.site == "digest" and struck:
+        return first - 1 + how.step
+    thrown = [fact.step + 1 for fact in found if fact.step + 1 >= first - 1 + how.step]
+    if struck and thrown:
+        return min(*thrown, differs or thrown[0])
+    return differs
+
+
+def _named(ranks: Sequence[Rank], culprit: Rank, *, proven: bool) -> Named:
+    if not ranks:
+        return "nobody"
+    if culprit not in ranks:
+        return "wrong"
+    return "exact" if proven and tuple(ranks) == (culprit,) else "among others"

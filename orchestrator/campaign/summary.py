@@ -1,0 +1,193 @@
+"""What all trials of a campaign come to: shares with exact intervals, by class and in all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+
+from orchestrator.campaign.baselines import BASELINES
+from orchestrator.campaign.catalogue import GROUPS, Group
+from orchestrator.campaign.intervals import LEVEL, clopper_pearson, of_median
+from orchestrator.campaign.judging import Result
+
+INTERVALS = f"{LEVEL:.0%} intervals, Clopper-Pearson; that of overhead by order statistics"
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """How many of how many, and between what limits the probability behind it lies."""
+
+    value: float | None
+    """None of none."""
+    low: float
+    high: float
+    count: int
+    of: int
+
+
+class Overhead(msgspec.Struct, frozen=True, kw_only=True):
+    """What detectors cost, as a share of the time of a step without them."""
+
+    value: float
+    low: float
+    high: float
+    pairs: int
+    """Stretches of steps with and without, taken in turn."""
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers that a release is judged by."""
+
+    state_recall: Share
+    persistent_compute_recall: Share
+    intermittent_recall: Share
+    oneshot_recall: Share
+    false_alarms_per_1000_steps: Share
+    """`count` of them in `of` steps; value and limits are per 1,000."""
+    culprit_exact: Share
+    """Of what was noticed of state and compute, where there are three who hold the same."""
+    overhead: Overhead | None
+
+
+class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One class of faults."""
+
+    name: str
+    group: Group
+    trials: int
+    masked: int
+    """That left no trace, and do not count."""
+    recall: Share
+    exact: Share
+    latency_median: float | None
+    """Steps; of those that were noticed."""
+    latency_max: int | None
+    seconds_max: float | None
+    """Of whole runs: until one was noticed."""
+    baselines: dict[str, int]
+    """How many of the effective ones each noticed."""
+
+
+class Campaign(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a campaign, or of as much of it as is done."""
+
+    seed: int
+    trials: int
+    done: int
+    ranks: int
+    intervals: str
+    summary: Summary
+    by_class: list[ClassRow]
+    misses: dict[str, int]
+    """Classes with what was missed of them."""
+    baselines: dict[str, Share]
+    """Of all effective trials that baselines could see, what each noticed."""
+    alarms: list[str]
+    """What detectors said of steps without a fault."""
+
+
+def share(count: int, of: int) -> Share:
+    """Return a share with its interval."""
+    low, high = clopper_pearson(count, of)
+    return Share(value=count / of if of else None, low=low, high=high, count=count, of=of)
+
+
+def per_thousand(alarms: int, steps: int) -> Share:
+    """Return how many alarms there are in 1,000 steps, from how many there were in all."""
+    found = share(min(alarms, steps), steps)
+    value = None if found.value is None else 1_000 * found.value
+    return Share(
+        value=value, low=1_000 * found.low, high=1_000 * found.high, count=alarms, of=steps
+    )
+
+
+def overhead(pairs: Sequence[tuple[float, float]]) -> Overhead | None:
+    """Return the overhead from times with and without detectors, taken in turn; None of none."""
+    if not pairs:
+        return None
+    median, (low, high) = of_median([with_s / without_s - 1.0 for with_s, without_s in pairs])
+    return Overhead(value=median, low=low, high=high, pairs=len(pairs))
+
+
+def campaign(
+    results: Iterable[Result],
+    *,
+    seed: int,
+    trials: int,
+    ranks: int,
+    alarms: Sequence[str],
+    clean_steps: int,
+    pairs: Sequence[tuple[float, float]],
+) -> Campaign:
+    """Return what some results come to.
+
+    Args:
+        results: of the trials that are done.
+        seed: of the campaign.
+        trials: that it has in all.
+        ranks: of its world.
+        alarms: what detectors said of steps without a fault.
+        clean_steps: how many those were.
+        pairs: seconds of steps with detectors and without.
+    """
+    done = sorted(results, key=lambda result: result.number)
+    known = [r for r in done if r.effective and r.noticed]
+    named = [r for r in known if r.group in ("state", "persistent", "intermittent", "oneshot")]
+    compared = [r for r in done if r.effective and r.baselines]
+    rows = [_row([r for r in done if r.name == name]) for name in _names(done)]
+    return Campaign(
+        seed=seed,
+        trials=trials,
+        done=len(done),
+        ranks=ranks,
+        intervals=INTERVALS,
+        summary=Summary(
+            state_recall=_recall(done, "state"),
+            persistent_compute_recall=_recall(done, "persistent"),
+            intermittent_recall=_recall(done, "intermittent"),
+            oneshot_recall=_recall(done, "oneshot"),
+            false_alarms_per_1000_steps=per_thousand(len(alarms), clean_steps),
+            culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
+            overhead=overhead(pairs),
+        ),
+        by_class=rows,
+        misses=dict(Counter(r.name for r in done if r.effective and not r.noticed)),
+        baselines={
+            name: share(sum(r.baselines[name] is not None for r in compared), len(compared))
+            for name in BASELINES
+        },
+        alarms=list(alarms),
+    )
+
+
+def _recall(results: Sequence[Result], group: Group) -> Share:
+    effective = [r for r in results if r.group == group and r.effective]
+    return share(sum(r.noticed for r in effective), len(effective))
+
+
+def _row(results: Sequence[Result]) -> ClassRow:
+    effective = [r for r in results if r.effective]
+    noticed = [r for r in effective if r.noticed]
+    latencies = [r.latency for r in noticed if r.latency is not None]
+    return ClassRow(
+        name=results[0].name,
+        group=results[0].group,
+        trials=len(results),
+        masked=len(results) - len(effective),
+        recall=share(len(noticed), len(effective)),
+        exact=share(sum(r.named == "exact" for r in noticed), len(noticed)),
+        latency_median=float(np.median(latencies)) if latencies else None,
+        latency_max=max(latencies, default=None),
+        seconds_max=max((r.seconds for r in noticed if r.seconds is not None), default=None),
+        baselines={
+            name: sum(r.baselines.get(name) is not None for r in effective) for name in BASELINES
+        },
+    )
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """Return the classes that there are, by group, as they come."""
+    pairs = dict.fromkeys((GROUPS.index(r.group), r.name) for r in results)
+    return [name for _, name in sorted(pairs, key=lambda pair: pair[0])]

@@ -1,0 +1,172 @@
+"""Whether a fault was effective, noticed, and by whom; and what it all comes to."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.campaign.baselines import Seen, flagged
+from orchestrator.campaign.catalogue import Group, Trial
+from orchestrator.campaign.judging import Result, judged, onset
+from orchestrator.campaign.summary import campaign, per_thousand
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.injections import Injection
+from orchestrator.protocol.messages import StateDiverged
+from orchestrator.protocol.trials import StepRow
+
+FIRST = 200
+
+
+def seen(step: int, *, state: str = "", losses: float | None = 2.0, odd: int = -1) -> Seen:
+    """Return a step of three ranks; rank `odd` has other weights than the others."""
+    return Seen(
+        tuple(
+            StepRow(
+                step=step,
+                loss=losses,
+                grad_norm=1.0,
+                weights="odd" if rank == odd else "w",
+                state=f"{step}{state}",
+                struck=0,
+            )
+            for rank in range(3)
+        )
+    )
+
+
+BEFORE = [seen(step, losses=2.0 + 0.01 * (step % 7)) for step in range(1, FIRST)]
+TWIN = [seen(step) for step in range(FIRST, FIRST + 12)]
+
+
+def trial(site: Any = "weights", group: Group = "state") -> Trial:
+    how = Injection(site=site, form="flip", rank=Rank(1), step=2, bits=(3,))
+    return Trial(number=4, name="a class", group=group, injection=how)
+
+
+def told(step: int, *ranks: int, proven: bool = True) -> StateDiverged:
+    return StateDiverged(
+        generation=Generation(3),
+        step=Step(step - 1),
+        since=Step(step - 2),
+        nodes=(NodeId("node-1"),),
+        ranks=tuple(map(Rank, ranks)),
+        evidence="differs",
+        proven=proven,
+    )
+
+
+def judge(steps: list[Seen], *found: StateDiverged, **changes: Any) -> Result:
+    arguments = {"trial": trial(), "refused": ["", "", ""], "struck": 1, **changes}
+    return judged(before=BEFORE, twin=TWIN, steps=steps, found=found, **arguments)
+
+
+def test_a_fault_that_leaves_no_trace_does_not_count() -> None:
+    result = judge(TWIN[:6])
+
+    assert (result.effective, result.noticed) == (False, False)
+
+
+def test_what_is_found_before_the_first_wrong_step_is_applied_has_no_latency() -> None:
+    steps = [TWIN[0], seen(FIRST + 1, state="x"), seen(FIRST + 2, state="x")]
+
+    assert onset(TWIN, steps) == FIRST + 1
+    result = judge(steps, told(FIRST + 1, 1))
+
+    assert (result.effective, result.noticed, result.latency) == (True, True, 0)
+    assert result.named == "exact"
+
+
+@pytest.mark.parametrize(
+    ("fact", "named"),
+    [
+        (told(FIRST + 2, 1), "exact"),
+        (told(FIRST + 2, 1, proven=False), "among others"),
+        (told(FIRST + 2, 0, 1, 2), "among others"),
+        (told(FIRST + 2, 0), "wrong"),
+        (told(FIRST + 2), "nobody"),
+    ],
+)
+def test_the_culprit_is_named_exactly_only_alone_and_proven(
+    fact: StateDiverged, named: str
+) -> None:
+    result = judge([TWIN[0], *(seen(FIRST + n, state="x") for n in (1, 2))], fact)
+
+    assert (result.named, result.latency) == (named, 1)
+
+
+def test_a_step_that_was_thrown_away_before_it_moved_anything_is_noticed_at_once() -> None:
+    result = judge(TWIN[:3], told(FIRST + 3, 1))
+
+    assert (result.effective, result.noticed, result.latency) == (True, True, 0)
+    assert not judge(TWIN[:3], told(FIRST + 3, 1), struck=0).effective
+
+
+def test_what_is_found_after_the_horizon_is_missed() -> None:
+    steps = [seen(FIRST + n, state="x") for n in range(9)]
+
+    assert not judge(steps, told(FIRST + 8, 1)).noticed
+    assert judge(steps, told(FIRST + 3, 1)).noticed
+
+
+def test_bytes_that_are_refused_are_noticed_and_name_whose_they_are() -> None:
+    result = judge([], trial=trial("staged"), refused=["", "ShardCorruptError: differs", ""])
+
+    assert (result.effective, result.noticed, result.latency) == (True, True, 0)
+    assert result.named == "exact"
+
+
+def test_baselines_see_the_same_steps() -> None:
+    calm = [seen(FIRST), seen(FIRST + 1)]
+    assert set(flagged(BEFORE, calm).values()) == {None}
+
+    assert flagged(BEFORE, [*calm, seen(FIRST + 2, losses=None)])["not finite"] == FIRST + 2
+    assert flagged(BEFORE, [*calm, seen(FIRST + 2, losses=21.0)])["10x spike"] == FIRST + 2
+    spike = flagged(BEFORE, [*calm, seen(FIRST + 2, losses=2.3)])
+    assert spike["6 sigma, 128 steps"] == FIRST + 2
+    assert spike["10x spike"] is None
+    assert flagged(BEFORE, [seen(FIRST, odd=1)])["hash of replicas"] == FIRST
+
+
+def test_an_outlier_widens_the_six_sigma_window_and_hides_the_next_one() -> None:
+    spikes = [seen(FIRST, losses=9.0), seen(FIRST + 1), seen(FIRST + 2, losses=2.3)]
+
+    assert flagged(BEFORE, spikes[:1])["6 sigma, 128 steps"] == FIRST
+    assert flagged([*BEFORE, spikes[0]], spikes[1:])["6 sigma, 128 steps"] is None
+
+
+def results() -> list[Result]:
+    """Return four that count, of which one was missed, and one that left no trace."""
+    base = {"name": "a", "group": "state"}
+    rules = {"baselines": dict.fromkeys(flagged([], []))}
+    return [
+        Result(number=0, effective=True, noticed=True, latency=0, named="exact", **base, **rules),
+        Result(number=1, effective=True, noticed=True, latency=2, named="wrong", **base, **rules),
+        Result(number=2, effective=True, noticed=False, **base, **rules),
+        Result(number=3, effective=False, **base),
+        Result(number=4, name="b", group="oneshot", effective=True, **rules),
+    ]
+
+
+def test_a_summary_counts_what_was_effective_and_publishes_what_was_missed() -> None:
+    found = campaign(
+        results(), seed=1, trials=9, ranks=3, alarms=[], clean_steps=3000, pairs=[(1.02, 1.0)] * 3
+    )
+
+    summary = found.summary
+    assert (summary.state_recall.count, summary.state_recall.of) == (2, 3)
+    assert summary.oneshot_recall.value == 0.0
+    assert summary.persistent_compute_recall.value is None
+    assert (summary.culprit_exact.count, summary.culprit_exact.of) == (1, 2)
+    assert summary.false_alarms_per_1000_steps.high == pytest.approx(1.229, abs=0.001)
+    assert summary.overhead is not None
+    assert summary.overhead.value == pytest.approx(0.02)
+    assert found.misses == {"a": 1, "b": 1}
+    (first, second) = found.by_class
+    assert (first.trials, first.masked, first.latency_median, first.latency_max) == (4, 1, 1.0, 2)
+    assert second.baselines == dict.fromkeys(flagged([], []), 0)
+    assert found.done == 5
+
+
+def test_false_alarms_are_told_per_thousand_steps() -> None:
+    found = per_thousand(3, 2000)
+
+    assert (found.value, found.count, found.of) == (1.5, 3, 2000)

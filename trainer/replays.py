@@ -94,6 +94,10 @@ class Replays:
         self._verified: int | None = None
         """The last step whose state is known to be good, once it is known of one."""
 
+    def forget(self) -> None:
+        """Begin as after a restore: the state is another one than a moment ago."""
+        self.again, self._tries, self._verified = False, 0, None
+
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
         if self._verified is None:

@@ -15,7 +15,7 @@ from orchestrator.agent.parking import Parking
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.shards import MalformedError
-from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import (
     Fact,
     RankProbed,
@@ -96,16 +96,7 @@ class Hearing:
                     RankProbed(generation=generation, number=number, rank=seat.rank, speed=speed)
                 )
             case Diverged():
-                self._say(
-                    StateDiverged(
-                        generation=seat.generation,
-                        step=message.step,
-                        since=message.since,
-                        ranks=message.ranks,
-                        evidence=message.evidence[:EVIDENCE_MAX],
-                        proven=message.proven,
-                    )
-                )
+                self._say(said_of(message, seat.generation))
             case Finished(step=step, lanes=lanes):
                 fact = self._account.rank_finished(seat.rank, step, lanes)
                 if fact is not None:
@@ -149,3 +140,15 @@ class Hearing:
             return
         log.warning("rank %d (process %d) ended with %d", seat.rank, live.pid, code)
         self._say(exited(live, code))
+
+
+def said_of(message: Diverged, generation: Generation) -> StateDiverged:
+    """Return what an agent says of what ranks of its generation found together."""
+    return StateDiverged(
+        generation=generation,
+        step=message.step,
+        since=message.since,
+        ranks=message.ranks,
+        evidence=message.evidence[:EVIDENCE_MAX],
+        proven=message.proven,
+    )

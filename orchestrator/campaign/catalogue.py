@@ -163,7 +163,7 @@ CATALOGUE: tuple[Stratum, ...] = (
     Stratum(
         "compute, p = 0.1",
         "intermittent",
-        20,
+        15,
         COMPUTED,
         "flip",
         (EXPONENT, TOP, LOW),

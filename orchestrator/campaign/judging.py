@@ -15,6 +15,7 @@ import msgspec
 from orchestrator.campaign.baselines import Seen, flagged
 from orchestrator.campaign.catalogue import Group, Trial
 from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.messages import StateDiverged
 
 Named = Literal["exact", "among others", "wrong", "nobody"]
@@ -60,7 +61,7 @@ def judged(
     twin: Sequence[Seen],
     steps: Sequence[Seen],
     found: Sequence[StateDiverged],
-    struck: int,
+    thrown: Sequence[int],
     refused: Sequence[str],
 ) -> Result:
     """Return what came of a trial.
@@ -71,13 +72,13 @@ def judged(
         twin: the steps after it without the fault, at least as many.
         steps: those with it.
         found: what the detectors said.
-        struck: how often the injection has changed something.
+        thrown: steps that ranks threw away, once the injection had changed something.
         refused: of each rank, why it did not go on from bytes of a checkpoint; "" if it did.
     """
     how = trial.injection
     assert how is not None
     first = before[-1].of_ranks[0].step + 1
-    began = _began(trial, onset(twin, steps), first, struck, found, refused)
+    began = _began(how, onset(twin, steps), first, steps, thrown, refused)
     base = Result(
         number=trial.number,
         name=trial.name,
@@ -103,7 +104,8 @@ def judged(
     within = [f for f in found if 0 <= f.step + 1 - began <= trial.horizon]
     if not within:
         return msgspec.structs.replace(base, baselines=rules)
-    fact = within[0]
+    # Several detectors may speak up between two looks, each in its own way.
+    fact = min(within, key=lambda fact: fact.step)
     return msgspec.structs.replace(
         base,
         noticed=True,
@@ -115,11 +117,11 @@ def judged(
 
 
 def _began(
-    trial: Trial,
+    how: Injection,
     differs: int | None,
     first: int,
-    struck: int,
-    found: Sequence[StateDiverged],
+    steps: Sequence[Seen],
+    thrown: Sequence[int],
     refused: Sequence[str],
 ) -> int | None:
     """Return the first step that was wrong, also of faults that leave no trace in the state.
@@ -127,16 +129,11 @@ def _began(
     Those are: bytes that nobody goes on from, digests that are wrong themselves, and steps that
     were thrown away before they moved anything.
     """
-    how = trial.injection
-    assert how is not None
     if any(refused):
         return first
-    if how.site == "digest" and struck:
+    if how.site == "digest" and any(row.struck for seen in steps for row in seen.of_ranks):
         return first - 1 + how.step
-    thrown = [fact.step + 1 for fact in found if fact.step + 1 >= first - 1 + how.step]
-    if struck and thrown:
-        return min(*thrown, differs or thrown[0])
-    return differs
+    return min([*thrown, *([differs] if differs is not None else [])], default=None)
 
 
 def _named(ranks: Sequence[Rank], culprit: Rank, *, proven: bool) -> Named:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli import campaign as campaigning
 from orchestrator.cli import checkpoint as checkpoints
 from orchestrator.cli import plan as planning
 from orchestrator.cli import simulate as simulating
@@ -31,6 +32,7 @@ app.add_typer(planning.app)
 app.add_typer(simulating.app)
 app.add_typer(weights.app)
 app.add_typer(weights.tokenizers)
+app.command()(campaigning.campaign)
 
 
 def _say_version(wanted: bool) -> None:

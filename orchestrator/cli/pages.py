@@ -51,16 +51,16 @@ def of_experiment(told: Summary, seeds: Sequence[Outcome]) -> str:
     title = outcomes.headline(told)
     parts = [
         f"<p><b>ETTR {escape(outcomes.ettr_words(told))}</b></p>",
-        _part("ETTR of each day", "Grey: each seed. Blue: their mean.",
+        part("ETTR of each day", "Grey: each seed. Blue: their mean.",
               plots.lines(per_day, [day * 100 for day in told.daily], "%")),
-        _part("Lost time by bucket", "Mean of a run.", plots.waterfall(lost) if lost else ""),
-        _part("Lost to", "By class of fault and kind of incident; mean of a run.",
+        part("Lost time by bucket", "Mean of a run.", plots.waterfall(lost) if lost else ""),
+        part("Lost to", "By class of fault and kind of incident; mean of a run.",
               plots.bars(doors) if doors else ""),
-        _part(f"Incidents of seed {first.seed}", "Each with what was done and lost.",
+        part(f"Incidents of seed {first.seed}", "Each with what was done and lost.",
               plots.timeline(dots, float(told.experiment["days"])) if dots else ""),
         f"<h2>In words</h2><pre>{escape(outcomes.shown(told, Told.TEXT))}</pre>",
     ]  # fmt: skip
-    return _page(title, parts)
+    return page(title, parts)
 
 
 def of_sweep(told: Results) -> str:
@@ -78,19 +78,21 @@ def of_sweep(told: Results) -> str:
         for row in told.rows
     ]
     parts = [
-        _part("ETTR by cell", f"Mean and {told.interval}.",
+        part("ETTR by cell", f"Mean and {told.interval}.",
               plots.ranges(rows, "%") if rows else ""),
         f"<pre>{escape(sweeping.shown(told, Told.TEXT))}</pre>",
     ]  # fmt: skip
-    return _page(f"sweep {told.sweep}", parts)
+    return page(f"sweep {told.sweep}", parts)
 
 
-def _part(title: str, words: str, drawing: str) -> str:
+def part(title: str, words: str, drawing: str) -> str:
+    """Return a titled part of a page; of nothing that was drawn, it says so."""
     shown = drawing or "<p>Nothing.</p>"
     return f"<h2>{escape(title)}</h2><p>{escape(words)}</p>{shown}"
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def page(title: str, parts: Sequence[str]) -> str:
+    """Return a page of its own."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"

@@ -298,6 +298,8 @@ class Spec(_Section, frozen=True, kw_only=True):
     checkpoint: Checkpoint = Checkpoint()
     detection: Detection = Detection()
     recovery: Recovery = Recovery()
+    campaign: bool = False
+    """Whether `holdfast campaign` may corrupt this run: what it trains is good for nothing then."""
 
 
 class Block(NamedTuple):

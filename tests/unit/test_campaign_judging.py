@@ -55,7 +55,7 @@ def told(step: int, *ranks: int, proven: bool = True) -> StateDiverged:
 
 
 def judge(steps: list[Seen], *found: StateDiverged, **changes: Any) -> Result:
-    arguments = {"trial": trial(), "refused": ["", "", ""], "struck": 1, **changes}
+    arguments = {"trial": trial(), "refused": ["", "", ""], "thrown": [], **changes}
     return judged(before=BEFORE, twin=TWIN, steps=steps, found=found, **arguments)
 
 
@@ -94,10 +94,19 @@ def test_the_culprit_is_named_exactly_only_alone_and_proven(
 
 
 def test_a_step_that_was_thrown_away_before_it_moved_anything_is_noticed_at_once() -> None:
-    result = judge(TWIN[:3], told(FIRST + 3, 1))
+    result = judge(TWIN[:3], told(FIRST + 3, 1), thrown=[FIRST + 3])
 
     assert (result.effective, result.noticed, result.latency) == (True, True, 0)
-    assert not judge(TWIN[:3], told(FIRST + 3, 1), struck=0).effective
+    # Without, it was gone by the end of its step.
+    assert not judge(TWIN[:3], told(FIRST + 2, 1)).effective
+
+
+def test_of_two_detectors_the_one_that_saw_it_first_counts() -> None:
+    steps = [seen(FIRST + n, state="x") for n in range(3)]
+
+    result = judge(steps, told(FIRST + 2, 0, 1, proven=False), told(FIRST + 1, 1))
+
+    assert (result.latency, result.named) == (1, "exact")
 
 
 def test_what_is_found_after_the_horizon_is_missed() -> None:

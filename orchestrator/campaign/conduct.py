@@ -1,0 +1,195 @@
+"""Conducts trials in one live world: back to a snapshot, let a fault loose, take steps, listen."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from orchestrator.campaign.baselines import Seen
+from orchestrator.campaign.catalogue import MOMENTS, Trial
+from orchestrator.campaign.judging import Result, judged, onset
+from orchestrator.campaign.world import LiveWorld, WorldBrokenError
+from orchestrator.protocol.messages import StateDiverged
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.trials import Quiet, Return, Said, Step, Train
+
+SNAPSHOTS = (10, 150)
+"""Steps of the states that are struck: within the warm-up, and with the baselines' windows full."""
+AT_ONCE = 4
+"""Steps between two looks at what was found."""
+RULES_STEPS = 4
+"""That are taken after the first wrong one in any case, for the baselines to see something."""
+
+
+RESTART_STEPS = 1_000
+"""Steps without a fault from one restart to the next."""
+
+
+class NotDeterministicError(Exception):
+    """The twin of a trial differs from itself, so that nothing can be compared with it."""
+
+    hint = "steps have to come out the same; see trainer.device and trainer.compile"
+
+
+class Conductor:
+    """Trials of one run file; a world that breaks is made anew.
+
+    Use it as a context.
+
+    Args:
+        run: the run file.
+        folder: of what is needed on the way.
+
+    Attributes:
+        alarms: what the detectors said of steps without a fault.
+        clean_steps: how many of those they looked at.
+    """
+
+    def __init__(self, run: TrainingRun, folder: Path) -> None:
+        self._run, self._folder = run, folder
+        self._worlds = 0
+        self._world: LiveWorld | None = None
+        self._open = contextlib.ExitStack()
+        self._history: list[Seen] = []
+        self._twins: dict[int, list[Seen]] = {}
+        self.alarms: list[str] = []
+        self.clean_steps = self._rested = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def conduct(self, trial: Trial) -> Result:
+        """Try one fault; a world that breaks under it has noticed it, if loudly.
+
+        Raises:
+            WorldBrokenError: if the world breaks without a fault in it.
+            NotDeterministicError: if steps do not come out the same when they are taken again.
+        """
+        self._there()
+        before = self.before(trial.snapshot)
+        twin = self._twin(trial.snapshot, MOMENTS + trial.horizon)
+        try:
+            return self._conduct(trial, before, twin)
+        except WorldBrokenError as error:
+            self._close()
+            how = trial.injection
+            assert how is not None
+            return Result(
+                number=trial.number,
+                name=trial.name,
+                group=trial.group,
+                site=how.site,
+                form=how.form,
+                effective=True,
+                noticed=True,
+                latency=0,
+                named="among others",
+                evidence=f"the world broke: {error}",
+            )
+
+    def rest(self, count: int) -> None:
+        """Take steps without a fault and with all that happens to a run besides.
+
+        States go through bytes of a checkpoint, losses are evaluated, batches come that are no
+        text; now and then it begins anew in the warm-up, as after a restart.
+        """
+        world = self._there()
+        if self._rested % RESTART_STEPS == 0:
+            world.order(Return(snapshot=0, generation=world.next_generation()))
+        world.order(Quiet(steps=count, reload_every=53, look_every=29, garbage_every=47))
+        self._rested += count
+        self.alarms += [fact.evidence for fact in world.listen(float(self._rested)).found]
+        self.clean_steps += count
+
+    def before(self, snapshot: int) -> Sequence[Seen]:
+        """Return the steps that led to a snapshot."""
+        return self._history[: SNAPSHOTS[snapshot]]
+
+    def _conduct(self, trial: Trial, before: Sequence[Seen], twin: Sequence[Seen]) -> Result:
+        how = trial.injection
+        assert how is not None
+        world = self._there()
+        said = world.order(
+            Return(snapshot=trial.snapshot, generation=world.next_generation(), injection=how)
+        )
+        refused = [each.refused for each in said]
+        steps: list[Seen] = []
+        found: list[StateDiverged] = []
+        thrown: list[int] = []
+        while not any(refused) and (more := self._more(trial, twin, steps, found)):
+            said = world.order(Step(steps=more))
+            steps += (came := _seen(said))
+            heard = world.listen(float(len(steps)))
+            found += heard.found
+            thrown += heard.thrown if sum(each.struck for each in said) else []
+            if len(came) < more:
+                break  # a step that never comes out the same: a run would go back now
+        return judged(
+            trial,
+            before=before,
+            twin=twin,
+            steps=steps,
+            found=found,
+            thrown=thrown,
+            refused=refused,
+        )
+
+    def _more(
+        self, trial: Trial, twin: Sequence[Seen], steps: list[Seen], found: list[StateDiverged]
+    ) -> int:
+        """Return how many more steps a trial takes now, 0 if it is over."""
+        how, taken = trial.injection, len(steps)
+        assert how is not None
+        if not found:
+            return max(min(how.step + trial.horizon - taken, AT_ONCE), 0)
+        began = onset(twin, steps)
+        first = how.step if began is None else began - SNAPSHOTS[trial.snapshot]
+        return max(min(first - 1 + RULES_STEPS, how.step + trial.horizon) - taken, 0)
+
+    def _there(self) -> LiveWorld:
+        """Return the world, which is made and brought to its snapshots if it is not there."""
+        if self._world is None:
+            self._worlds += 1
+            cache = self._folder / "tokens"
+            cache.mkdir(parents=True, exist_ok=True)
+            world = LiveWorld(self._run, self._folder / f"world-{self._worlds}", cache)
+            self._world = self._open.enter_context(world)
+            done, history = 0, []
+            for number, step in enumerate(SNAPSHOTS):
+                history += _seen(world.order(Train(steps=step - done, snapshot=number)))
+                done = step
+            if self._history and history != self._history:
+                raise NotDeterministicError("a world that was made anew took other steps")
+            self._history = history
+        return self._world
+
+    def _twin(self, snapshot: int, count: int) -> Sequence[Seen]:
+        """Return steps after a snapshot without a fault, at least so many."""
+        known = self._twins.get(snapshot, [])
+        if len(known) >= count:
+            return known
+        world = self._there()
+        world.order(Return(snapshot=snapshot, generation=world.next_generation()))
+        steps: list[Seen] = []
+        while len(steps) < count:
+            steps += _seen(world.order(Step(steps=min(AT_ONCE, count - len(steps)))))
+            self.alarms += [fact.evidence for fact in world.listen(float(len(steps))).found]
+        self.clean_steps += count
+        if steps[: len(known)] != known:
+            raise NotDeterministicError(f"steps after {SNAPSHOTS[snapshot]} came out otherwise")
+        self._twins[snapshot] = steps
+        return steps
+
+    def _close(self) -> None:
+        self._world = None
+        self._open.close()
+
+
+def _seen(said: Sequence[Said]) -> list[Seen]:
+    """Return steps with the rows of all ranks, from what each rank said."""
+    return [Seen(rows) for rows in zip(*(each.rows for each in said), strict=True)]

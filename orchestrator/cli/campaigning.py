@@ -1,0 +1,227 @@
+"""Runs a campaign: trials, steps without faults, overhead; each result is kept as soon as it is.
+
+One file has all that is known, and is replaced as a whole: a campaign that is interrupted goes on
+with the first trial that it lacks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+
+from orchestrator.campaign import catalogue, job
+from orchestrator.campaign.catalogue import Trial
+from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
+from orchestrator.campaign.costs import cost
+from orchestrator.campaign.judging import Result
+from orchestrator.campaign.summary import Campaign, campaign
+from orchestrator.cli import campaign_runs, intake, units, whole
+from orchestrator.cli.errors import CliError, Exit
+from orchestrator.protocol.fitting import EMBEDDED
+from orchestrator.protocol.runfile import TrainingRun
+
+KEPT = "campaign.json"
+CLEAN_AT_ONCE = 100
+"""Steps without a fault between two saves of what is known."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a campaign is to be."""
+
+    trials: int
+    seed: int
+    clean_steps: int
+    pairs: int
+    whole_runs: bool
+
+
+class Kept(msgspec.Struct, kw_only=True):
+    """What is known of a campaign so far."""
+
+    seed: int
+    trials: int
+    whole_runs: bool
+    run: TrainingRun
+    results: list[Result] = []
+    alarms: list[str] = []
+    clean_steps: int = 0
+    pairs: list[tuple[float, float]] = []
+
+
+def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> Campaign:
+    """Do what a campaign still lacks; return what it comes to.
+
+    Args:
+        run_file: the run to strike; None for the small one that comes with holdfast.
+        asked: what it is to be.
+        out: its folder, made if it is not there.
+        progress: hears of every result in a line.
+
+    Raises:
+        BadFileError: if the run file is no run.
+        CliError: if the run is not marked for it, or the folder has another campaign.
+        WorldBrokenError: if the world breaks without a fault in it.
+    """
+    target = job.small() if run_file is None else _own(run_file)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / KEPT
+    work = _Work(_kept(file, asked, target), file, progress)
+    room = Path(tempfile.mkdtemp(prefix="holdfast-campaign-"))
+    try:
+        work.strike(room / "trials")
+        work.rest(asked.clean_steps, room / "clean")
+        work.weigh(asked.pairs, room / "costs")
+        work.run_whole(room / "runs")
+    finally:
+        shutil.rmtree(room)
+    return work.told()
+
+
+class _Work:
+    """A campaign under way.
+
+    Args:
+        kept: what is known of it.
+        file: where that lies.
+        progress: hears of every result.
+    """
+
+    def __init__(self, kept: Kept, file: Path, progress: TextIO) -> None:
+        self._kept, self._file, self._progress = kept, file, progress
+        self._trials = catalogue.draw(
+            kept.seed,
+            kept.trials,
+            ranks=kept.run.world_size,
+            snapshots=len(SNAPSHOTS),
+            live=campaign_runs.KINDS if kept.whole_runs else (),
+        )
+
+    def strike(self, folder: Path) -> None:
+        """Conduct the trials within the small world that are not there yet."""
+        left = [trial for trial in self._left() if not trial.live]
+        if not left:
+            return
+        with Conductor(self._kept.run, folder) as conductor:
+            for trial in left:
+                result = conductor.conduct(trial)
+                self._rested(conductor)
+                self._came(result)
+
+    def rest(self, steps: int, folder: Path) -> None:
+        """Take the steps without a fault that are left to be taken."""
+        if self._kept.clean_steps >= steps:
+            return
+        with Conductor(self._kept.run, folder) as conductor:
+            while self._kept.clean_steps < steps:
+                conductor.rest(CLEAN_AT_ONCE)
+                self._rested(conductor)
+                self._save()
+        self._say(
+            f"{self._kept.clean_steps} steps without a fault, {len(self._kept.alarms)} alarms"
+        )
+
+    def weigh(self, pairs: int, folder: Path) -> None:
+        """Measure what detectors cost, as often as it is left to be."""
+        left = pairs - len(self._kept.pairs)
+        if left <= 0:
+            return
+        for pair in cost(job.usual(), folder, left):
+            self._kept.pairs.append(pair)
+            self._save()
+        self._say(f"overhead measured in {units.count(len(self._kept.pairs), 'pair')}")
+
+    def run_whole(self, folder: Path) -> None:
+        """Conduct the trials that are whole runs and are not there yet."""
+        for trial in self._left():
+            self._came(campaign_runs.conduct(trial, folder / f"run-{trial.number}"))
+
+    def told(self) -> Campaign:
+        """Return what the campaign comes to so far."""
+        kept = self._kept
+        return campaign(
+            kept.results,
+            seed=kept.seed,
+            trials=kept.trials,
+            ranks=kept.run.world_size,
+            alarms=kept.alarms,
+            clean_steps=kept.clean_steps,
+            pairs=kept.pairs,
+        )
+
+    def _left(self) -> list[Trial]:
+        done = {result.number for result in self._kept.results}
+        return [trial for trial in self._trials if trial.number not in done]
+
+    def _rested(self, conductor: Conductor) -> None:
+        """Take over what the detectors said of steps without a fault."""
+        self._kept.alarms += conductor.alarms
+        self._kept.clean_steps += conductor.clean_steps
+        conductor.alarms, conductor.clean_steps = [], 0
+
+    def _came(self, result: Result) -> None:
+        self._kept.results.append(result)
+        self._save()
+        self._say(f"{len(self._kept.results)} of {len(self._trials)} trials: {words(result)}")
+
+    def _save(self) -> None:
+        whole.write(self._file, msgspec.json.encode(self._kept))
+
+    def _say(self, line: str) -> None:
+        self._progress.write(f"{line}\n")
+        self._progress.flush()
+
+
+def words(result: Result) -> str:
+    """Return what came of a trial in a few words."""
+    what = f"{result.name} ({result.site})" if result.site else result.name
+    if not result.effective:
+        return f"{what}: left no trace"
+    if not result.noticed:
+        return f"{what}: MISSED"
+    after = f"{result.latency} steps" if result.seconds is None else f"{result.seconds:.1f} s"
+    return f"{what}: noticed after {after}, culprit {result.named}"
+
+
+def _own(run_file: Path) -> TrainingRun:
+    """Read the run that is to be struck. Raises BadFileError or CliError."""
+    target, _ = intake.read(run_file, None)
+    if not target.spec.campaign:
+        raise CliError(
+            f"spec.campaign is false, expected true of a run that is to be corrupted: {run_file}",
+            "add `campaign: true` to the spec of a run whose results nobody needs",
+            Exit.USAGE,
+        )
+    if target.spec.trainer.entrypoint != EMBEDDED or target.shard_count != 1:
+        raise CliError(
+            f"expected the embedded trainer, and replicas that have the whole state: {run_file}",
+            "leave out trainer.entrypoint; dpShard, tp, pp and cp are 1",
+            Exit.USAGE,
+        )
+    return target
+
+
+def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
+    """Return what is known of this campaign. Raises CliError if the file is of another one."""
+    new = Kept(seed=asked.seed, trials=asked.trials, whole_runs=asked.whole_runs, run=target)
+    if not file.exists():
+        return new
+    try:
+        kept = msgspec.json.decode(file.read_bytes(), type=Kept)
+    except msgspec.DecodeError as error:
+        raise CliError(
+            f"not the results of a campaign: {error}: {file}",
+            "remove it to begin anew, or choose another --out",
+            Exit.USAGE,
+        ) from error
+    for name in ("seed", "trials", "whole_runs", "run"):
+        if getattr(kept, name) != getattr(new, name):
+            raise CliError(
+                f"{name} of the campaign that lies there is another one: {file}",
+                "choose another --out",
+                Exit.USAGE,
+            )
+    return kept

@@ -1,0 +1,123 @@
+"""What a campaign came to, told in tables, as JSON, or as a page with a plot."""
+
+from __future__ import annotations
+
+from html import escape
+
+from orchestrator.campaign.summary import Campaign, Overhead, Share
+from orchestrator.cli import pages, plots
+from orchestrator.cli.blocks import facts, section
+from orchestrator.cli.choices import Form
+from orchestrator.cli.tables import grid, in_json
+
+SUMMED: tuple[tuple[str, str], ...] = (
+    ("State", "state_recall"),
+    ("Persistent compute", "persistent_compute_recall"),
+    ("Intermittent, p >= 0.1", "intermittent_recall"),
+    ("One-shot", "oneshot_recall"),
+    ("Culprit named exactly", "culprit_exact"),
+)
+
+
+def shown(told: Campaign, form: Form) -> str:
+    """Return what a campaign came to in the asked form."""
+    return in_json(told) if form is Form.JSON else "\n".join(_text(told))
+
+
+def page(told: Campaign) -> str:
+    """Return a page that stands by itself."""
+    rows = [
+        plots.Range(
+            f"{row.name}, {row.recall.of}",
+            *(100 * (row.recall.low if s is None else s)
+              for s in (row.recall.low, row.recall.value, row.recall.high)),
+        )
+        for row in told.by_class
+        if row.recall.of
+    ]  # fmt: skip
+    parts = [
+        pages.part("Recall by class", f"With {told.intervals}; behind each, effective trials.",
+                   plots.ranges(rows, "%") if rows else ""),
+        f"<pre>{escape(shown(told, Form.TEXT))}</pre>",
+    ]  # fmt: skip
+    return pages.page(_head(told), parts)
+
+
+def _head(told: Campaign) -> str:
+    return f"campaign of seed {told.seed}: {told.done} of {told.trials} trials, {told.ranks} ranks"
+
+
+def _text(told: Campaign) -> list[str]:
+    summary = told.summary
+    lines = [
+        f"{_head(told)}; {told.intervals}",
+        "",
+        *facts(
+            [
+                *((title, share_words(getattr(summary, name))) for title, name in SUMMED),
+                ("False alarms", _alarms(told)),
+                ("Overhead", overhead_words(summary.overhead)),
+            ]
+        ),
+        *section("By class", _classes(told).splitlines()),
+        *section("Noticed by baselines on the same trials", _baselines(told).splitlines()),
+        *section("Missed", [f"{count} of {name}" for name, count in told.misses.items()]),
+        *section("Alarms without a fault", told.alarms[:8]),
+    ]
+    return [line.rstrip() for line in lines]
+
+
+def share_words(share: Share) -> str:
+    """Return a share with its interval, in percent."""
+    if share.value is None:
+        return "no effective trial"
+    return (
+        f"{share.value * 100:.1f} % ({share.low * 100:.1f} to {share.high * 100:.1f}), "
+        f"{share.count} of {share.of}"
+    )
+
+
+def overhead_words(overhead: Overhead | None) -> str:
+    """Return the overhead with its interval, in percent of a step."""
+    if overhead is None:
+        return "not measured"
+    low, middle, high = (100 * v for v in (overhead.low, overhead.value, overhead.high))
+    return f"{middle:.2f} % of a step ({low:.2f} to {high:.2f}), {overhead.pairs} pairs"
+
+
+def _alarms(told: Campaign) -> str:
+    found = told.summary.false_alarms_per_1000_steps
+    return f"{found.count} in {found.of} steps without a fault, at most {found.high:.3f} per 1,000"
+
+
+def _classes(told: Campaign) -> str:
+    rows = [
+        [
+            row.name,
+            str(row.trials),
+            str(row.masked),
+            str(row.recall.count),
+            "-" if row.recall.value is None else f"{row.recall.value * 100:.1f}",
+            f"{row.recall.low * 100:.1f}",
+            f"{row.recall.high * 100:.1f}",
+            "-" if row.latency_median is None else f"{row.latency_median:g}",
+            "-" if row.latency_max is None else str(row.latency_max),
+            "-" if row.seconds_max is None else f"{row.seconds_max:.1f}",
+            str(row.exact.count),
+        ]
+        for row in told.by_class
+    ]
+    titles = ["CLASS", "TRIALS", "NO TRACE", "NOTICED", "RECALL (%)", "LOW", "HIGH"]
+    titles += ["LATENCY (steps)", "MOST", "MOST (s)", "EXACT"]
+    return grid(titles, rows)
+
+
+def _baselines(told: Campaign) -> str:
+    """Return what each rule noticed, by class and of all trials with steps to look at."""
+    rows = [
+        [row.name, str(row.recall.of), *(str(count) for count in row.baselines.values())]
+        for row in told.by_class
+    ]
+    seen = next(iter(told.baselines.values()))
+    rows.append(["all", str(seen.of), *(str(share.count) for share in told.baselines.values())])
+    return grid(["CLASS", "EFFECTIVE", *(name.upper() for name in told.baselines)], rows)

@@ -1,0 +1,132 @@
+"""`holdfast campaign` strikes a small live world, and says how much of it was noticed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from orchestrator.campaign import job
+from tests import runfiles
+from tests.runs import HEEDING, REPOSITORY
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(400)]
+FEW = ("--clean-steps", "0", "--pairs", "0", "--no-whole-runs")
+
+
+def command(*arguments: str) -> list[str]:
+    return [*HEEDING, str(Path(sys.executable).with_name("holdfast")), "campaign", *arguments]
+
+
+def holdfast(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=380, check=False,
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def shares(told: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    return {
+        name: (share["count"], share["of"])
+        for name, share in told["summary"].items()
+        if share is not None and "of" in share
+    }
+
+
+def test_forty_trials_find_every_fault_of_state_and_name_its_rank(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    page = tmp_path / "page.html"
+    asked = ("--trials", "40", "--seed", "11", *FEW, "--out", str(out), "-o", "json")
+
+    told = json.loads(holdfast(*asked, "--html", str(page)).stdout)
+
+    assert told["done"] == 40
+    found = shares(told)
+    assert found["state_recall"][0] == found["state_recall"][1] >= 10
+    state = [row for row in told["by_class"] if row["group"] == "state"]
+    assert all(row["exact"]["count"] == row["recall"]["count"] for row in state)
+    assert max(row["latency_max"] or 0 for row in state) <= 1
+    assert told["alarms"] == []
+    persistent = [row for row in told["by_class"] if row["group"] == "persistent"]
+    noticed, of = found["persistent_compute_recall"]
+    # Low bits need not show in the one micro-batch in sixteen that is computed once more.
+    assert noticed >= 0.8 * of >= 4
+    assert all(row["exact"]["count"] == row["recall"]["count"] for row in persistent)
+    # A wrong product enters the sum over ranks: whatever compares replicas sees nothing of it.
+    assert sum(row["baselines"]["hash of replicas"] for row in persistent) == 0
+    assert "<svg" in page.read_text()
+    # What is done is not done again.
+    begun = time.monotonic()
+    assert json.loads(holdfast(*asked).stdout) == told
+    assert time.monotonic() - begun < 10
+
+
+def test_a_campaign_that_is_interrupted_leaves_nobody_behind_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = command("--trials", "3", "--seed", "3", *FEW, "--out", str(out))
+    own = dict(os.environ, TMPDIR=str(tmp_path))
+    with (tmp_path / "err").open("w") as err:
+        begun = subprocess.Popen(asked, cwd=REPOSITORY, stdout=err, stderr=err, env=own)
+    deadline = time.monotonic() + 120
+    while "2 of 3" not in (tmp_path / "err").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+        assert begun.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGINT)
+
+    assert begun.wait(30) == 130
+    assert not [entry for entry in Path("/proc").iterdir() if str(tmp_path) in _words(entry)]
+    assert not list(tmp_path.glob("holdfast-campaign-*"))
+    kept = json.loads((out / "campaign.json").read_bytes())
+    assert len(kept["results"]) == 2
+    text = holdfast("--trials", "3", "--seed", "3", *FEW, "--out", str(out)).stdout
+    assert "3 of 3 trials" in text
+    assert json.loads((out / "campaign.json").read_bytes())["results"][0] == kept["results"][0]
+
+
+def _words(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text() if process.name.isdigit() else ""
+    except OSError:
+        return ""
+
+
+def test_a_run_that_is_not_marked_for_it_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(runfiles.text())
+
+    done = holdfast(str(run), "--out", str(tmp_path / "out"), code=2)
+
+    assert "spec.campaign is false, expected true" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_state_no_two_ranks_share_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    fields = msgspec.to_builtins(job.small())
+    fields["spec"]["parallelism"] = {"dpReplicate": 1, "dpShard": 3}
+    run.write_text(yaml.safe_dump(fields))
+
+    assert "dpShard, tp, pp and cp are 1" in holdfast(str(run), code=2).stderr
+
+
+def test_the_folder_of_another_campaign_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "campaign.json").write_text("{}")
+    done = holdfast("--trials", "2", *FEW, "--out", str(out), code=2)
+    assert "not the results of a campaign" in done.stderr
+
+    kept = {"seed": 1, "trials": 2, "whole_runs": False, "run": msgspec.to_builtins(job.small())}
+    (out / "campaign.json").write_text(json.dumps(kept))
+    done = holdfast("--trials", "2", "--seed", "2", *FEW, "--out", str(out), code=2)
+    assert "seed of the campaign that lies there is another one" in done.stderr

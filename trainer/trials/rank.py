@@ -1,0 +1,295 @@
+"""A rank of a campaign's world: does what the conductor orders, and says what came of it.
+
+It takes steps with the trainer's own `Training`, and reports digests through a beacon, as a rank of
+a run does. States that were remembered make trials cheap: a trial costs the steps until something
+is noticed, and no start of a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedRWPair
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
+from orchestrator.protocol.ids import Generation, Rank
+from orchestrator.protocol.ids import Step as StepNumber
+from orchestrator.protocol.injections import Injection
+from orchestrator.protocol.rank import Diverged
+from orchestrator.protocol.trials import Order, Quiet, Return, Said, Setup, Step, StepRow, Train
+from orchestrator.worker import Aborted, RankPhase
+from orchestrator.worker.beacon import BeaconWriter, DigestRecord
+from storage.errors import StorageError
+from trainer import parallel
+from trainer import step as stepping
+from trainer.data import Batch, Batches, Samples, open_data
+from trainer.job import read_job
+from trainer.replays import Replays
+from trainer.step import Training, Unheard
+from trainer.train import stamp_of
+from trainer.trials import copies
+from trainer.trials.striking import Striking, replace, striking
+
+TIMEOUT_S = 60.0
+"""Of a collective: nobody is ever away from this world for long."""
+
+
+class Voice(Unheard):
+    """Hears of steps in place of a `Worker`: what is digested goes to a beacon."""
+
+    def __init__(self, beacon: Path) -> None:
+        self._beacon = BeaconWriter(beacon)
+        self.generation = Generation(0)
+        self.striking: Striking | None = None
+        self.loss = self.grad_norm = math.nan
+        self._diverged: list[Diverged] = []
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Leave at once if ranks wait for orders: in a run, the controller would have some.
+
+        Raises:
+            Aborted: as a worker does.
+        """
+        del micro_batch
+        if phase is RankPhase.WAITING:
+            raise Aborted("this trial is over")
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Keep what ranks found together until the next answer."""
+        self._diverged.append(
+            Diverged(
+                generation=self.generation,
+                step=StepNumber(step),
+                since=StepNumber(since),
+                ranks=tuple(map(Rank, ranks)),
+                proven=proven,
+                evidence=evidence,
+            )
+        )
+
+    def told(self) -> tuple[Diverged, ...]:
+        """Return what ranks found since the last call."""
+        found, self._diverged = tuple(self._diverged), []
+        return found
+
+    def digested(self, taken: Taken, digests: Mapping[Kind, int]) -> None:
+        """Report digests, as a worker does; or others, if that is what goes wrong."""
+        values = {kind: digests.get(kind, NONE) for kind in KINDS}
+        it = self.striking
+        if it is not None and it.how.site == "digest" and values["weights"] and it.due():
+            values["weights"] ^= 1 << it.how.bits[0]
+            it.struck += 1
+        self._beacon.digest(DigestRecord(self.generation, taken, tuple(values.values())))
+
+    def step_done(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        compute_s: float | None = None,
+        work: float = 0.0,
+    ) -> None:
+        """Keep what a step came to."""
+        del step, tokens, seconds, compute_s, work
+        self.loss, self.grad_norm = loss, grad_norm
+
+
+class Garbage:
+    """Samples that are no text at some steps, the same ones on whichever rank asks."""
+
+    def __init__(self, samples: Batches, vocab: int, every: int) -> None:
+        self._samples, self._vocab, self._every = samples, vocab, every
+
+    @property
+    def mark(self) -> float:
+        """Of what lies on disk."""
+        return self._samples.mark
+
+    def batch(self, step: int, indices: range) -> Batch:
+        """Return the samples at these indices of the global batch of `step`."""
+        batch = self._samples.batch(step, indices)
+        if step % self._every:
+            return batch
+        for row, index in enumerate(indices):
+            chance = np.random.Generator(np.random.Philox(key=[step, index]))
+            shape = batch.inputs.shape[1]
+            batch.inputs[row] = chance.integers(self._vocab, size=shape)
+            batch.targets[row] = chance.integers(self._vocab, size=shape)
+        return batch
+
+
+class TrialRank:
+    """One rank.
+
+    Args:
+        setup: of the world.
+        rank: which.
+    """
+
+    def __init__(self, setup: Setup, rank: int) -> None:
+        job = read_job(setup.job, setup.world_size)
+        self._world = parallel.World(rank, job.layout, parallel.device_of("cpu", 0))
+        store = FileStore(setup.meeting, setup.world_size)
+        self._world.join(store, TIMEOUT_S)
+        sources = open_data(job.trainer.data, job.tokenizer, setup.cache_dir, lambda: None)
+        self._samples = Samples(sources, job.trainer)
+        self._vocab = job.config.vocab
+        self._training = Training(
+            job.trainer,
+            job.config,
+            self._samples,
+            self._world,
+            detection=job.detection,
+        )
+        # Nobody comes with orders: ranks that differ go on, and show what becomes of it.
+        stepping.HOLD_S = 0.0
+        self._stamp = stamp_of("campaign", Generation(1), job, self._samples)
+        self._voice = Voice(Path(setup.beacons[rank]))
+        self._room = Path(setup.beacons[rank]).with_suffix(".slot")
+        self._rank, self._done = rank, 0
+        self._snapshots: dict[int, copies.Snapshot] = {}
+        self._wrong = contextlib.ExitStack()
+
+    def carry_out(self, order: Order) -> Said:
+        """Do what is ordered; return what came of it."""
+        match order:
+            case Train(steps=steps, snapshot=number):
+                said = Said(rows=self._steps(steps))
+                self._snapshots[number] = copies.take(self._training, self._done)
+            case Return():
+                said = self._return(order)
+            case Step(steps=steps):
+                said = Said(rows=self._steps(steps))
+            case Quiet():
+                said = self._quiet(order)
+        it = self._voice.striking
+        struck = it.struck if it is not None else 0
+        return msgspec.structs.replace(said, diverged=self._voice.told(), struck=struck)
+
+    def _return(self, order: Return) -> Said:
+        self._wrong.close()
+        self._voice.striking = None
+        snapshot = self._snapshots[order.snapshot]
+        copies.put_back(self._training, snapshot)
+        self._done, self._voice.generation = snapshot.step, order.generation
+        if (replays := _replays(self._training)) is not None:
+            replays.forget()
+        how = order.injection
+        if how is None:
+            return Said()
+        if how.site in ("staged", "copied"):
+            return self._reload(how)
+        if how.rank == self._rank or how.site == "delivered":
+            entered = striking(self._training, how, snapshot.step)
+            self._voice.striking = self._wrong.enter_context(entered)
+        return Said()
+
+    def _reload(self, how: Injection) -> Said:
+        """Go on from bytes of a checkpoint, which may be wrong."""
+        try:
+            own = how if how.rank == self._rank else None
+            changed = copies.reload(self._training, self._stamp, self._done, self._room, own)
+        except StorageError as error:
+            return Said(refused=f"{type(error).__name__}: {error}")
+        if changed:
+            it = Striking(self._training, how, self._done)
+            it.struck = 1
+            self._voice.striking = it
+        return Said()
+
+    def _steps(self, count: int) -> tuple[StepRow, ...]:
+        rows: list[StepRow] = []
+        with contextlib.suppress(Aborted):
+            while len(rows) < count:
+                rows.append(self._step())
+        return tuple(rows)
+
+    def _step(self) -> StepRow:
+        self._done += 1
+        it, voice = self._voice.striking, self._voice
+        if it is not None:
+            it.begin(self._done)
+        self._training.step(self._done, voice)
+        return StepRow(
+            step=self._done,
+            loss=voice.loss if math.isfinite(voice.loss) else None,
+            grad_norm=voice.grad_norm if math.isfinite(voice.grad_norm) else None,
+            weights=copies.weights(self._training),
+            state=copies.everything(self._training),
+            struck=it.struck if it is not None else 0,
+        )
+
+    def _quiet(self, order: Quiet) -> Said:
+        self._wrong.close()
+        self._voice.striking = None
+        seconds = []
+        with self._otherwise(order):
+            for _ in range(order.steps):
+                self._done += 1
+                begun = time.monotonic()
+                self._training.step(self._done, self._voice)
+                seconds.append(time.monotonic() - begun)
+                self._between(order)
+        return Said(seconds=tuple(seconds))
+
+    @contextlib.contextmanager
+    def _otherwise(self, order: Quiet) -> Iterator[None]:
+        """Train on other samples, and without what looks for corruption, if that is ordered."""
+        training = self._training
+        with contextlib.ExitStack() as undone:
+            if order.garbage_every:
+                # Whoever computes a micro-batch once more is given the same.
+                garbage = Garbage(self._samples, self._vocab, order.garbage_every)
+                undone.callback(replace(training, "samples", garbage))
+                if (replays := _replays(training)) is not None:
+                    undone.callback(replace(replays, "samples", garbage))
+            if not order.detectors:
+                undone.callback(replace(training, "_watch", None))
+                undone.callback(replace(training, "_replays", None))
+            yield
+
+    def _between(self, order: Quiet) -> None:
+        if order.reload_every and self._done % order.reload_every == 0:
+            copies.reload(self._training, self._stamp, self._done, self._room)
+        if order.look_every and self._done % order.look_every == 0:
+            with torch.no_grad():
+                own = self._training.share.micro_batches[0]
+                self._training.look(self._training.micro(self._samples.batch(self._done, own)))
+
+
+def _replays(training: Training) -> Replays | None:
+    return training._replays  # noqa: SLF001 - trials reach into a training from outside
+
+
+def serve(setup: Setup, rank: int, connection: socket.socket) -> None:
+    """Be a rank until the conductor hangs up; what goes wrong is said before that."""
+    encoder = msgspec.json.Encoder()
+    decoder = msgspec.json.Decoder(Order)
+    with connection, connection.makefile("rwb") as lines:
+        try:
+            own = TrialRank(setup, rank)
+            _say(lines, encoder.encode(Said()))
+            for line in lines:
+                _say(lines, encoder.encode(own.carry_out(decoder.decode(line))))
+        except Exception as error:
+            _say(lines, encoder.encode(Said(broken=f"{type(error).__name__}: {error}")))
+            raise
+
+
+def _say(lines: BufferedRWPair, text: bytes) -> None:
+    lines.write(text + b"\n")
+    lines.flush()

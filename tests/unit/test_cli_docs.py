@@ -14,7 +14,8 @@ from orchestrator.core.report import INFERRED, WITNESSED
 ROOT = Path(__file__).parents[2]
 KINDS = WITNESSED | INFERRED
 NO_KINDS = {"corruption", "proven", "exits", "preparation", "silence", "unknown", "g"}
-"""Words in the detectors that are no kinds of incident: their own names, and formats."""
+NO_KINDS |= {"gradient", "rank", "s", "x"}
+"""Words in the detectors that are no kinds of incident: their own names, formats, and evidence."""
 WORD = re.compile(r"[a-z]+(-[a-z]+)*")
 
 

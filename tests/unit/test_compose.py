@@ -35,7 +35,7 @@ def test_a_run_file_with_only_a_name_gets_the_defaults(tmp_path: Path) -> None:
 
     assert run.world_size == 1
     assert run.spec.detection.detect_within == "10s"
-    assert set(run.job()) == {"trainer", "parallelism", "checkpoint"}
+    assert set(run.job()) == {"trainer", "parallelism", "checkpoint", "detection"}
 
 
 def test_a_rank_is_told_how_many_shards_a_replica_has_even_if_the_file_leaves_it_out(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from trainer.digest import digest
+from trainer.guard import Guard
 
 HALF = 1 << 32
 VOTERS_MIN = 3
@@ -27,34 +28,48 @@ TRIED_MAX = 3
 
 
 class Probe:
-    """Digests a model's gradient as it comes out of the backward pass, before ranks add it up."""
+    """Digests a model's gradient as it comes out of the backward pass, before ranks add it up.
 
-    def __init__(self) -> None:
+    Args:
+        guard: of what is not to break off that pass, in which other ranks add up with this one.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._hooked: set[int] = set()
         self._total: Tensor | None = None
         self._active = False
 
     def begin(self, model: nn.Module) -> None:
         """Digest what the next backward pass gives."""
+        self._guard.call(lambda: self._hook_to(model), None)
+        self._total, self._active = None, not self._guard.off
+
+    def _hook_to(self, model: nn.Module) -> None:
         for name, weight in _whole_weights(model):
             if id(weight) not in self._hooked:
                 self._hooked.add(id(weight))
                 weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
-        self._total, self._active = None, True
 
     def end(self, loss: Tensor) -> Tensor:
-        """Return the digest of the gradient and the loss; int64, nobody has waited for it."""
+        """Return the digest of the gradient and the loss; int64, nobody has waited for it.
+
+        It means nothing if the guard says that the detector is off.
+        """
         self._active = False
-        total = digest(loss, "loss")
+        nothing = torch.zeros((), dtype=torch.int64, device=loss.device)
+        total = self._guard.call(lambda: digest(loss, "loss"), nothing)
         return total if self._total is None else total + self._total
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def take(gradient: Tensor) -> None:
             if self._active:
-                share = digest(gradient, f"micro-batch/{name}")
-                self._total = share if self._total is None else self._total + share
+                self._guard.call(lambda: self._add(digest(gradient, f"micro-batch/{name}")), None)
 
         return take
+
+    def _add(self, share: Tensor) -> None:
+        self._total = share if self._total is None else self._total + share
 
 
 def _whole_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -119,6 +134,11 @@ def mismatches(rows: Sequence[tuple[int, int]], shift: int) -> list[Mismatch]:
     ]
 
 
+def tried(found: Sequence[Mismatch]) -> list[int]:
+    """Return whose micro-batches all ranks compute once more."""
+    return list(dict.fromkeys(edge.producer for edge in found))[:TRIED_MAX]
+
+
 class Verdict(NamedTuple):
     """Who computes wrongly, as far as can be said."""
 
@@ -130,16 +150,16 @@ class Verdict(NamedTuple):
 def judge(
     rows: Sequence[tuple[int, int]], shift: int, again: Callable[[int], Sequence[int]]
 ) -> Verdict:
-    """Find out who was wrong, by having all ranks compute what came out differently once more.
+    """Find out who was wrong, by what all ranks got that computed it once more.
 
     Args:
         rows: as in `mismatches`, of which there are some.
         shift: as there.
-        again: has every rank compute the micro-batch of one; returns all their digests.
+        again: returns all ranks' digests of the micro-batch of one that is `tried`.
     """
     found = mismatches(rows, shift)
     guilty: dict[int, str] = {}
-    for producer in list(dict.fromkeys(edge.producer for edge in found))[:TRIED_MAX]:
+    for producer in tried(found):
         digests = again(producer)
         right = max(sorted(set(digests)), key=digests.count)
         if len(digests) < VOTERS_MIN or 2 * digests.count(right) <= len(digests):

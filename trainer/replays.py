@@ -15,10 +15,11 @@ from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel
 from trainer.data import Batch, Batches
+from trainer.guard import Guard
 from trainer.optim import Optimizer
 from trainer.pipeline import Micro
 from trainer.reduction import Reduction
-from trainer.replay import Probe, every, halves, joined, judge, mismatches
+from trainer.replay import Probe, Verdict, every, halves, joined, judge, mismatches, tried
 from trainer.shares import Place, Share, share_of
 
 PATIENCE_S = 60.0
@@ -38,6 +39,9 @@ class Told(Protocol):
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:
         """Hear that some ranks compute wrongly, or may do."""
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Hear that this rank goes on without a detector."""
 
 
 class Stepping(Protocol):
@@ -87,8 +91,10 @@ class Replays:
     def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
         self._training, self.samples = training, samples
         self._every = every(share, len(training.share.micro_batches))
-        self._probe = Probe()
-        self._due = self.again = False
+        self._guard = Guard("replays")
+        self._probe = Probe(self._guard)
+        self._due = self.again = self._stopped = False
+        self._micro: Micro | None = None
         self._own = torch.zeros((), dtype=torch.int64)
         self._tries = 0
         self._verified: int | None = None
@@ -103,17 +109,18 @@ class Replays:
         if self._verified is None:
             self._verified = step - 1  # what it was restored to
         # Not in the first step of a process, which makes what gradients are looked at on.
-        self._due = self._training.warm and step % self._every == 0
+        due = self._training.warm and step % self._every == 0
+        self._due = due and not self._stopped
 
     def last_micro_batch(self) -> None:
         """Watch the gradient that comes next."""
         if self._due:
             self._probe.begin(self._training.stages[0])
 
-    def own(self, loss: Tensor) -> None:
-        """Take note of what this rank's last micro-batch came to."""
+    def own(self, loss: Tensor, micro: Micro) -> None:
+        """Take note of this rank's last micro-batch, and of what it came to."""
         if self._due:
-            self._own = self._probe.end(loss)
+            self._own, self._micro = self._probe.end(loss), micro
 
     def differ(self, step: int, reporter: Told) -> bool:
         """Compute another rank's micro-batch; return whether the step is to be thrown away."""
@@ -125,15 +132,13 @@ class Replays:
         replayed = self._replay(step, (world.rank + shift) % world.size)
         rows = self._exchange(self._own, replayed)
         pairs = [(row[0], row[1]) for row in rows]
-        if not mismatches(pairs, shift):
+        found = None if self._stopped else self._judged(step, pairs, shift)
+        self._guard.tell(reporter)
+        if found is None:
             self.again, self._tries = False, 0
-            self._verified = max(step - 1, self._verified or 0)
+            if not self._stopped:
+                self._verified = max(step - 1, self._verified or 0)
             return False
-
-        def again(producer: int) -> list[int]:
-            return [row[0] for row in self._exchange(self._replay(step, producer))]
-
-        found = judge(pairs, shift, again)
         guilty = found.ranks if found.proven else ()
         tellers = [rank for rank in range(world.size) if rank not in guilty][:TELLERS]
         if world.rank in tellers and self._tries == 0:
@@ -149,13 +154,31 @@ class Replays:
             self._await_orders(found.evidence, reporter)
         return True
 
+    def _judged(self, step: int, rows: list[tuple[int, int]], shift: int) -> Verdict | None:
+        """Return what mismatches say; None if there are none, or no rank is to go on with this."""
+        if not (edges := mismatches(rows, shift)):
+            return None
+        again = {
+            of: [row[0] for row in self._exchange(self._replay(step, of))] for of in tried(edges)
+        }
+        if self._stopped:
+            return None
+        found = self._guard.call(lambda: judge(rows, shift, again.__getitem__), None)
+        # It raises on every rank or on none: they have the same digests.
+        self._stopped = self._guard.off
+        return found
+
     def _replay(self, step: int, of: int) -> Tensor:
         """Return what the last micro-batch of a rank comes to here; learn nothing from it."""
         training, layout = self._training, self._training.world.layout
         at = layout.position(of)
         place = Place(at.dp_replicate, layout.dp_replicate, at.dp_shard, layout.dp_shard)
         indices = share_of(at_stage(training.job, training.stage), place).micro_batches[-1]
-        micro = training.micro(self.samples.batch(step, indices))
+        # Without it, its own: other ranks wait for this one to take part in what follows.
+        assert self._micro is not None
+        micro = self._guard.call(
+            lambda: training.micro(self.samples.batch(step, indices)), self._micro
+        )
         (model,) = training.stages
         self._probe.begin(model)
         loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
@@ -166,9 +189,12 @@ class Replays:
         return self._probe.end(loss.detach())
 
     def _exchange(self, *digests: Tensor) -> list[list[int]]:
-        rows = self._training.world.gather(halves(torch.stack(digests)))
+        """Return the digests of all ranks; where one has none, all of them stop with replays."""
+        own = halves(torch.stack(digests))
+        rows = self._training.world.gather(torch.cat((own.new_tensor([self._guard.off]), own)))
+        self._stopped = self._stopped or any(row[0] for row in rows)
         return [
-            [joined(low, high) for low, high in zip(row[::2], row[1::2], strict=True)]
+            [joined(low, high) for low, high in zip(row[1::2], row[2::2], strict=True)]
             for row in rows
         ]
 

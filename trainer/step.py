@@ -20,6 +20,7 @@ from trainer.config import ModelConfig
 from trainer.data import Batch, Batches
 from trainer.documents import pairs, sent
 from trainer.flops import train_flops
+from trainer.guard import Guard
 from trainer.injected import Injected
 from trainer.metrics import Figures
 from trainer.model import Llama
@@ -52,6 +53,9 @@ class Reporter(Protocol):
     ) -> None:
         """Hear that some ranks compute wrongly, or may do."""
 
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Hear that this rank goes on without a detector."""
+
     def step_done(
         self,
         step: int,
@@ -66,9 +70,11 @@ class Reporter(Protocol):
         """Hear that a step is complete."""
 
 
-LOSSES_AT = 3 + 2 * len(SHARED)
-"""Where losses begin in what ranks exchange: behind a sum of squares, the data's mark, how well it
-could save, and digests."""
+DIGESTS_AT = 4
+"""Where digests begin in what ranks exchange: behind a sum of squares, the data's mark, how well it
+could save, and whether it digests nothing any more."""
+LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
+"""And behind them losses."""
 HOLD_S = 30.0
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -92,6 +98,9 @@ class Unheard:
     def diverged(
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:
+        """Ignore it."""
+
+    def detector_failed(self, detector: str, reason: str) -> None:
         """Ignore it."""
 
     def step_done(
@@ -158,6 +167,7 @@ class Training:
         self._waited = waiting.count()
         self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
         self.injected = Injected(self.stages)
+        self._guard = Guard("digests")
         self._watch: Watch | None = None
         digest_share = detection.digest_share
         if digest_share and world.layout.dp_replicate > 1:
@@ -196,8 +206,8 @@ class Training:
         squares = self.optimizer.set_gradients(gradients)
         held = list(self._held(gradients))
         self.injected.strike(step, held[-1:])
-        digests = self._watch.look(step, held) if self._watch is not None else {}
-        said = torch.tensor([self.samples.mark, can_save], dtype=torch.float64)
+        digests = self._digest(step, held)
+        said = torch.tensor([self.samples.mark, can_save, self._guard.off], dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
         # On a GPU, this is where the host waits for the step, and the only place.
@@ -208,8 +218,8 @@ class Training:
         replica = self.world.layout.ranks_of(replica=0)
         grad_norm = global_norm(rows[rank][0] for rank in replica)
         if self._watch is not None:
-            reporter.digested(Taken(step=Step(step), period=self._watch.period), read(digests))
-            self._hold_if_diverged([row[3:LOSSES_AT] for row in rows], reporter)
+            self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
+            self._hold_if_diverged(rows, reporter)
         self.optimizer.step(step, grad_norm)
         self.warm = True
         seconds = time.monotonic() - begun
@@ -247,8 +257,18 @@ class Training:
         """Report digests of all that the run ends with, after its last step."""
         if self._watch is not None:
             taken = Taken(step=Step(steps + 1), period=self._watch.period)
-            digests = self._watch.look(steps + 1, self._held(), whole=True)
-            reporter.digested(taken, read(digests))
+            self._report(taken, self._digest(steps + 1, list(self._held()), whole=True), reporter)
+
+    def _digest(self, step: int, held: list[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
+        watch = self._watch
+        if watch is None:
+            return {}
+        return self._guard.call(lambda: watch.look(step, held, whole=whole), {})
+
+    def _report(self, taken: Taken, digests: dict[Kind, Tensor], reporter: Reporter) -> None:
+        # Of who digests nothing any more, too: others are compared without waiting for it.
+        reporter.digested(taken, self._guard.call(lambda: read(digests), {}))
+        self._guard.tell(reporter)
 
     def _held(self, gradients: list[Tensor] | None = None) -> Iterator[Held]:
         """Yield this rank's part of the state, and of the gradient if it is there."""
@@ -273,9 +293,12 @@ class Training:
         The controller finds the same, and says who leaves and where to go on. Meanwhile nothing
         wrong is learned, and what memory has from before is not given up for newer states.
         """
-        shards = self.world.layout.shards().tolist()
-        first = dict(zip(reversed(shards), reversed(rows), strict=True))
-        if all(row == first[shard] for shard, row in zip(shards, rows, strict=True)):
+        first: dict[int, list[float]] = {}
+        for shard, row in zip(self.world.layout.shards().tolist(), rows, strict=True):
+            digests, off = row[DIGESTS_AT:LOSSES_AT], row[DIGESTS_AT - 1]
+            if not off and first.setdefault(shard, digests) != digests:
+                break
+        else:
             return
         # Nobody may come: then what looked may be what is wrong, and training goes on.
         deadline = time.monotonic() + HOLD_S
@@ -355,7 +378,7 @@ class Training:
                 self._add_round()
             losses.append(loss.detach())
             if last and self._replays is not None:
-                self._replays.own(losses[-1])
+                self._replays.own(losses[-1], batch)
             self._flops += self._flops_of(batch)
         of_each = torch.stack(losses).double()
         if fixed:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orchestrator.protocol.digests import Kind, Taken
 from orchestrator.protocol.ids import Step
 from trainer.digest import digest, unsigned
+from trainer.guard import Guard
 
 PIECE_WORDS = 1 << 20
 """A tensor larger than this is looked at in pieces."""
@@ -48,6 +49,9 @@ class Hears(Protocol):
 
     def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
         """Take in what was digested at a step."""
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Hear that this rank goes on without a detector."""
 
 
 class Watch:
@@ -115,6 +119,8 @@ def read(digests: dict[Kind, Tensor]) -> dict[Kind, int]:
 class Watched:
     """The state of a program's own model and optimizer, digested once per step for its worker.
 
+    If that raises, it is said, and training goes on without.
+
         watched = Watched(model, optimizer, worker)
         for step in ...:
             loss.backward()            # and whatever adds gradients up over ranks
@@ -138,19 +144,24 @@ class Watched:
     ) -> None:
         self._model, self._optimizer, self._worker = model, optimizer, worker
         self._period = period
+        self._guard = Guard("digests")
         self._watch: Watch | None = None
         self._kinds: tuple[Kind, ...] = ()
 
     @torch.no_grad()
     def before(self, step: int) -> None:
         """Digest what is due right before optimizer step `step` (1-based), and report it."""
+        taken = Taken(step=Step(step), period=self._period)
+        self._worker.digested(taken, self._guard.call(lambda: self._digests(step), {}))
+        self._guard.tell(self._worker)
+
+    def _digests(self, step: int) -> dict[Kind, int]:
         held = list(self._held())
         kinds = tuple(each.kind for each in held)
         if self._watch is None or kinds != self._kinds:
             # The first step of an optimizer makes its state.
             self._watch, self._kinds = Watch(held, self._period), kinds
-        taken = Taken(step=Step(step), period=self._watch.period)
-        self._worker.digested(taken, read(self._watch.look(step, held)))
+        return read(self._watch.look(step, held))
 
     def _held(self) -> Iterator[Held]:
         weights = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]

@@ -13,6 +13,7 @@ from orchestrator.protocol.digests import Digests, Taken, column
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
+    DetectorFailed,
     Fact,
     FaultCarriedOut,
     FaultDue,
@@ -199,5 +200,7 @@ def _key(fact: Fact) -> tuple[Hashable, bool]:
             return (kind, pid), False
         case RankProbed(rank=rank):
             return (kind, rank), False
+        case DetectorFailed(ranks=ranks, detector=detector):
+            return (kind, ranks, detector), False
         case _:
             return (kind, getattr(fact, "step", None), getattr(fact, "ranks", None)), False

@@ -17,6 +17,7 @@ from orchestrator.agent.saving import Saving
 from orchestrator.agent.shards import MalformedError
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import (
+    DetectorFailed,
     Fact,
     RankProbed,
     RanksTroubled,
@@ -24,6 +25,7 @@ from orchestrator.protocol.messages import (
     StateDiverged,
 )
 from orchestrator.protocol.rank import (
+    DetectorOff,
     Died,
     Diverged,
     Finished,
@@ -97,6 +99,15 @@ class Hearing:
                 )
             case Diverged():
                 self._say(said_of(message, seat.generation))
+            case DetectorOff(detector=detector, reason=reason):
+                self._say(
+                    DetectorFailed(
+                        generation=seat.generation,
+                        ranks=(seat.rank,),
+                        detector=detector[:ADDRESS_MAX],
+                        reason=reason[:EVIDENCE_MAX],
+                    )
+                )
             case Finished(step=step, lanes=lanes):
                 fact = self._account.rank_finished(seat.rank, step, lanes)
                 if fact is not None:

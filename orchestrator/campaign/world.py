@@ -83,7 +83,11 @@ class _Ear:
                     account.record_digests(Rank(rank), record.taken, record.values)
         for name, account in self._accounts.items():
             self._columns.take(name, self._decode.decode(self._encode.encode(_beat(account))))
-        return [event.fact for event in self._columns.compared(at)]
+        found = []
+        for event in self._columns.compared(at):
+            assert isinstance(event.fact, StateDiverged), event.fact.reason
+            found.append(event.fact)
+        return found
 
     def close(self) -> None:
         """Let go of the beacons."""

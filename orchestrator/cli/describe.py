@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from orchestrator.cli import listing, runs, units
+from orchestrator.cli import listing, runs, story, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.checkpoints import condition, why_untrusted
 from orchestrator.cli.errors import CliError, Exit, unknown
@@ -17,6 +17,7 @@ from orchestrator.cli.history import History
 from orchestrator.cli.incident import incident_lines
 from orchestrator.cli.reporting import fault_line
 from orchestrator.cli.tables import grid
+from orchestrator.core import watching
 from orchestrator.core.journal import JournalError
 from orchestrator.core.report import fault_reports, reduction
 from orchestrator.core.state import RunState
@@ -113,6 +114,8 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Parallelism", _parallelism(state)),
         ("Reduction", reduction(state.run)),
         ("Replicas", shrinking.standing(state) if p.dp_replicate > 1 else ""),
+        ("Digests", watching.digests(state.run, state.replicas)),
+        ("Replays", watching.replays(state.run, state.replicas)),
         ("Folder", str(follower.folder.root)),
         ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),
@@ -240,6 +243,7 @@ def _doubts(follower: Follower, state: RunState) -> list[str]:
         f"detector {name} raised and was switched off: {error}"
         for name, error in sorted(follower.controller.disabled.items())
     ]
+    doubts += [story.off(fact) for _, fact in sorted(state.detectors_off.items())]
     return doubts
 
 

@@ -29,6 +29,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.protocol.messages import (
     MARKS,
+    DetectorFailed,
     Fact,
     FaultCarriedOut,
     FaultDue,
@@ -88,9 +89,8 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"connection to {name} closed"
         case NodeLost(evidence=evidence):
             return evidence
-        case Compared(fact=StateDiverged(since=since, evidence=evidence)):
-            good = "no step is known to be good" if since is None else f"step {since} is good"
-            return f"digests differ, {good}: {evidence}"
+        case Compared(fact=fact):
+            return _compared(fact)
         case Telemetry(heard=heard, reports=reports):
             steps = f", completed {_steps([r.step for r in reports])}" if reports else ""
             return f"heard from {len(heard)} nodes{steps}"
@@ -117,6 +117,13 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return "time passed"
         case _:
             assert_never(event)
+
+
+def _compared(fact: StateDiverged | DetectorFailed) -> str:
+    if isinstance(fact, DetectorFailed):
+        return off(fact)
+    good = "no step is known to be good" if fact.since is None else f"step {fact.since} is good"
+    return f"digests differ, {good}: {fact.evidence}"
 
 
 def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per fact
@@ -154,6 +161,8 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
         case StateDiverged(step=step, since=since, evidence=evidence):
             good = "no step is known to be good" if since is None else f"step {since} is good"
             return f"{name} found wrong state after step {step}, {good}: {evidence}"
+        case DetectorFailed():
+            return off(fact)
         case RankProbed(rank=rank, speed=speed):
             told = f"{speed.operations / 1e9:.3g} Gop/s, {speed.copied / 1e9:.3g} GB/s"
             return f"rank {rank} on {name} measured {speed.problem or told}"
@@ -174,6 +183,12 @@ def decision(order: Decision) -> str:
     if isinstance(order, WakeAt):
         text += f" {units.clock(order.at)}"
     return f"{text}: {order.reason}"
+
+
+def off(fact: DetectorFailed) -> str:
+    """Return in words that a detector is switched off, and why."""
+    where = f" on {_ranks(fact.ranks)}" if fact.ranks else ""
+    return f"detector {fact.detector} raised{where} and was switched off: {fact.reason}"
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

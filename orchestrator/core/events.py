@@ -11,6 +11,7 @@ import msgspec
 from orchestrator.core.trust import Onset
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
+    DetectorFailed,
     Fact,
     Prepared,
     RanksTroubled,
@@ -145,9 +146,9 @@ class Telemetry(_Event, frozen=True, kw_only=True):
 
 
 class Compared(_Event, frozen=True, kw_only=True):
-    """Digests that ranks took of the same state were compared, and are not the same."""
+    """Digests that ranks took of the same state are not the same, or could not be compared."""
 
-    fact: StateDiverged
+    fact: StateDiverged | DetectorFailed
 
 
 class CheckpointFound(_Event, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
+    DetectorFailed,
     Fact,
     FaultCarriedOut,
     Joined,
@@ -80,7 +81,7 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case Telemetry():
             _observe(state, event)
         case Compared(fact=fact):
-            quarantine.diverge(state, fact)
+            _compare(state, fact)
         case CheckpointFound() | SearchFailed() if not durable.answers(state, event):
             pass  # its search was given up; what has happened since it does not know
         case CheckpointFound():
@@ -136,6 +137,13 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
 
 
+def _compare(state: RunState, fact: StateDiverged | DetectorFailed) -> None:
+    if isinstance(fact, StateDiverged):
+        quarantine.diverge(state, fact)
+    else:
+        state.detectors_off.setdefault(fact.detector, fact)
+
+
 def _take(  # noqa: C901, PLR0912 - one line per fact
     state: RunState, node: Node, fact: Fact
 ) -> None:
@@ -181,6 +189,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case WriteFailed(step=step, reason=reason):
             # What other nodes wrote of the step stays: this one tries again.
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
+        case DetectorFailed(detector=detector):
+            state.detectors_off.setdefault(detector, fact)
         case RankProbed():
             slowness.answer(state, fact)
         case FaultCarriedOut(index=index):

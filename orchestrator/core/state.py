@@ -30,6 +30,7 @@ from orchestrator.core.trust import Onset, trusted
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     Ancestor,
+    DetectorFailed,
     FailedCopy,
     RankExited,
     ShardsWritten,
@@ -124,6 +125,8 @@ class RunState:
     """Generation, rank and pid of all of these: agents say it again when they reconnect."""
     troubled: dict[NodeId, tuple[Seconds, str]] = field(default_factory=dict)
     """Nodes whose collectives failed in this generation: since when, and the first message."""
+    detectors_off: dict[str, DetectorFailed] = field(default_factory=dict)
+    """By name, detectors that raised on ranks, or where what ranks say is compared: the first."""
     failed_preparation: str = ""
     """Why the state of the current generation could not be brought to its nodes."""
     condemned_memory: set[Step] = field(default_factory=set)

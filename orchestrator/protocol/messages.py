@@ -252,6 +252,16 @@ class StateDiverged(_Message, frozen=True, kw_only=True):
     """Whether a replay elsewhere or a vote shows that it was these nodes; else it is a trigger."""
 
 
+class DetectorFailed(_Message, frozen=True, kw_only=True):
+    """What looks for wrong state raised, and is switched off; training goes on without it."""
+
+    generation: Generation
+    ranks: tuple[Rank, ...]
+    """On which; none: where what ranks say is compared."""
+    detector: str
+    reason: str
+
+
 class RankProbed(_Message, frozen=True, kw_only=True):
     """A rank measured how fast its device is, as it was told to."""
 
@@ -287,6 +297,7 @@ Fact = (
     | RanksFinished
     | NodeUnusable
     | StateDiverged
+    | DetectorFailed
     | RankProbed
     | FaultDue
     | FaultCarriedOut

@@ -232,7 +232,15 @@ class Diverged(msgspec.Struct, frozen=True, kw_only=True, tag="diverged"):
     evidence: str
 
 
-FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed | Diverged
+class DetectorOff(msgspec.Struct, frozen=True, kw_only=True, tag="detector-off"):
+    """From a rank: it goes on without something that looks for wrong state, since that raised."""
+
+    generation: Generation
+    detector: str
+    reason: str
+
+
+FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed | Diverged | DetectorOff
 
 _to_rank: msgspec.json.Decoder[ToRank] = msgspec.json.Decoder(ToRank)
 _from_rank: msgspec.json.Decoder[FromRank] = msgspec.json.Decoder(FromRank)

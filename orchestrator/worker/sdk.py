@@ -32,6 +32,7 @@ from orchestrator.protocol.rank import (
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
     STAND_BY_VARIABLE,
+    DetectorOff,
     Died,
     Diverged,
     Finished,
@@ -348,6 +349,15 @@ class Worker:
                 evidence=evidence,
             )
         )
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Report that this rank goes on without something that looks for wrong state.
+
+        Args:
+            detector: its name.
+            reason: why, in words; usually what it raised.
+        """
+        self._send(DetectorOff(generation=self._generation, detector=detector, reason=reason))
 
     def _announce_stepped(self) -> None:
         if not self._stepped:

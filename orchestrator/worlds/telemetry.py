@@ -5,14 +5,16 @@ Letters in array names: R ranks of the world.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TypeVar
 
 from orchestrator.core.events import Compared, Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Beat, StepReport
+from orchestrator.protocol.messages import Beat, DetectorFailed, StepReport
 from orchestrator.worlds.ballots import Ballots
 
+log = logging.getLogger(__name__)
 V = TypeVar("V")
 
 
@@ -28,6 +30,10 @@ class Columns:
         self.ballots = Ballots()
         """What of these beats is compared."""
         self._digests: list[tuple[Step, str]] = []
+        self._uncomparable: DetectorFailed | None = None
+        """Why digests of this generation are not compared any more."""
+        self._told = False
+        """Whether that was passed on."""
         self._heard: set[NodeId] = set()
         self._stall_s_R: dict[Rank, float] = {}
         self._paces: dict[
@@ -45,6 +51,7 @@ class Columns:
         self._generation, self._size = generation, world_size
         self.reported = restored
         self._reports, self._digests = [], []
+        self._uncomparable, self._told = None, False
         self._stall_s_R, self._stalls, self._rows = {}, {}, {}
         self._paces = {}
         self._stalled_s = 0.0
@@ -67,14 +74,38 @@ class Columns:
             if report.step > self.reported:
                 self.reported = report.step
                 self._reports.append(report)
-        self.ballots.take(beat.digests)
+        if self._uncomparable is None:
+            try:
+                self.ballots.take(beat.digests)
+            except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
+                self._compare_no_more(error)
 
     def compared(self, at: Seconds) -> Iterator[Compared]:
-        """Yield what ranks turn out to hold that should not be; the rest goes with telemetry."""
-        states, diverged = self.ballots.count()
-        self._digests += states
-        for fact in diverged:
-            yield Compared(at=at, fact=fact)
+        """Yield what ranks turn out to hold that should not be; the rest goes with telemetry.
+
+        What can not be compared is said once, and nothing is until the next generation.
+        """
+        if self._uncomparable is None:
+            try:
+                states, diverged = self.ballots.count()
+            except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
+                self._compare_no_more(error)
+            else:
+                self._digests += states
+                for fact in diverged:
+                    yield Compared(at=at, fact=fact)
+        if self._uncomparable is not None and not self._told:
+            self._told = True
+            yield Compared(at=at, fact=self._uncomparable)
+
+    def _compare_no_more(self, error: Exception) -> None:
+        log.error("digests are not compared any more in this generation", exc_info=error)
+        self._uncomparable = DetectorFailed(
+            generation=self._generation,
+            ranks=(),
+            detector="comparison",
+            reason=f"{type(error).__name__}: {error}",
+        )
 
     def _enter(self, beat: Beat) -> None:
         """Enter what a node says of its ranks where they are in the columns."""

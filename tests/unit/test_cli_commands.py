@@ -24,6 +24,8 @@ from orchestrator.cli import explain
 from orchestrator.core import journal
 from orchestrator.core.events import StopRequested
 from orchestrator.core.report import report
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.messages import DetectorFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
@@ -296,6 +298,25 @@ def test_describe_run_prints_every_timeout_with_its_rule(demo: RunFolder) -> Non
         assert line.endswith(rule)
     assert str(demo.root) in out
     assert "kill-rank rank 1 at step 13: found by inc-1 after 20 ms" in out
+
+
+def test_describe_run_says_which_detectors_raised_and_where(home: Path) -> None:
+    cluster = killed_rank()
+    for rank in (2, 0):
+        off = DetectorFailed(
+            generation=cluster.state.generation,
+            ranks=(Rank(rank),),
+            detector="digests",
+            reason="ValueError: no",
+        )
+        assert cluster.say("node-1", off) == []
+    write(cluster, home / "demo")
+
+    out = told("describe", "run")
+
+    assert "detector digests raised on rank 2 and was switched off: ValueError: no" in out
+    assert "detector digests raised on rank 0" not in out, "the first is enough"
+    assert "detector digests raised on rank 0" in told("get", "events")
 
 
 @pytest.mark.usefixtures("demo")

@@ -1,8 +1,10 @@
 """Beats of nodes become columns of the whole world."""
 
 from orchestrator.core.fleet import Fleet
+from orchestrator.protocol.digests import Digests, Taken
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Beat, StepReport
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.messages import Beat, DetectorFailed, StepReport
 from orchestrator.worlds.telemetry import Columns
 
 
@@ -158,3 +160,27 @@ def test_a_rank_that_the_world_does_not_have_is_left_out() -> None:
 
     assert event is not None
     assert event.steps == (-1, -1, -1, 3)
+
+
+def test_digests_that_can_not_be_compared_are_said_to_be_so_once_and_beats_count_on() -> None:
+    columns = started()
+    columns.ballots.begin(Generation(1), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
+    taken = Taken(step=Step(3))
+    torn = Digests(taken, (Rank(0),), ("abc", "", "", "", "", "", ""))
+
+    columns.take(NodeId("n0"), beat((0, 1), digests=(torn,)))
+    columns.take(NodeId("n0"), beat((0, 1), steps=(4, 4), digests=(torn,)))
+    (said,) = columns.compared(Seconds(1.0))
+
+    assert isinstance(said.fact, DetectorFailed)
+    assert (said.fact.detector, said.fact.ranks) == ("comparison", ())
+    assert said.fact.reason.startswith("ValueError: ")
+    assert list(columns.compared(Seconds(2.0))) == []
+    event = columns.telemetry(Seconds(2.0))
+    assert event is not None
+    assert event.steps == (4, 4, -1, -1)
+
+    columns.begin(Generation(2), Step(3), 4)
+    columns.ballots.begin(Generation(2), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
+    columns.take(NodeId("n0"), beat((0,), generation=2, digests=(torn,)))
+    assert len(list(columns.compared(Seconds(3.0)))) == 1, "the next generation looks again"

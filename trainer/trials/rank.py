@@ -63,6 +63,10 @@ class Voice(Unheard):
         if phase is RankPhase.WAITING:
             raise Aborted("this trial is over")
 
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Fail: there is no trial of a detector that does not work."""
+        raise RuntimeError(f"detector {detector} raised: {reason}")
+
     def diverged(
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:

@@ -1,0 +1,48 @@
+"""Where nothing looks for wrong state, and why. The trainer goes by the same rules."""
+
+from __future__ import annotations
+
+from orchestrator.protocol.fitting import EMBEDDED
+from orchestrator.protocol.runfile import TrainingRun
+
+REPLICAS_MAJORITY = 3
+
+
+def digests(run: TrainingRun, replicas: int) -> str:
+    """Say whether replicas are compared, and why not.
+
+    Args:
+        run: what is run.
+        replicas: that train now.
+    """
+    if run.spec.trainer.entrypoint != EMBEDDED:
+        return "left to the program, which has them with trainer.watch.Watched"
+    if run.spec.detection.digest_share == 0:
+        return "off: spec.detection.digestShare is 0"
+    if replicas < 2:
+        return "off: one replica (spec.parallelism.dpReplicate) has none to be compared with"
+    if replicas < REPLICAS_MAJORITY:
+        return f"on; of {replicas} replicas that differ nobody can say which is right"
+    return f"on: the majority of {replicas} replicas says who differs"
+
+
+def replays(run: TrainingRun, replicas: int) -> str:
+    """Say whether ranks compute each other's micro-batches once more, and why not.
+
+    Args:
+        run: what is run.
+        replicas: that train now.
+    """
+    spec = run.spec
+    if spec.trainer.entrypoint != EMBEDDED:
+        return "off: only the embedded trainer has them"
+    if spec.detection.replay_share == 0:
+        return "off: spec.detection.replayShare is 0"
+    layout = run.layout
+    cuts = {"pp": layout.pp, "cp": layout.cp, "tp": layout.tp}
+    several = [f"{name} {size}" for name, size in cuts.items() if size > 1]
+    if several:
+        return f"off: with {' and '.join(several)}, no rank computes a micro-batch by itself"
+    if replicas * layout.dp_shard == 1:
+        return "off: there is no other rank to compute it"
+    return "on"

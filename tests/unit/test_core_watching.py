@@ -1,0 +1,42 @@
+"""Whoever asks hears where nothing looks for wrong state, and why."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from orchestrator.core import watching
+from orchestrator.protocol.runfile import TrainingRun
+from tests import runfiles
+
+
+def said(replicas: int = 3, **sections: dict[str, Any]) -> tuple[str, str]:
+    run = msgspec.convert(runfiles.fields("watched", **sections), TrainingRun)
+    return watching.digests(run, replicas), watching.replays(run, replicas)
+
+
+def test_three_replicas_have_both() -> None:
+    assert said() == ("on: the majority of 3 replicas says who differs", "on")
+    assert "nobody can say which is right" in said(2)[0]
+
+
+@pytest.mark.parametrize("cut", ["pp", "cp", "tp"])
+def test_ranks_that_share_a_micro_batch_are_digested_and_not_replayed(cut: str) -> None:
+    digests, replays = said(parallelism={"dpReplicate": 2, "dpShard": 1, cut: 2})
+
+    assert digests.startswith("on")
+    assert replays == f"off: with {cut} 2, no rank computes a micro-batch by itself"
+
+
+def test_one_replica_is_compared_with_nothing_and_replayed_if_it_has_shards() -> None:
+    assert said(1, parallelism={"dpReplicate": 1, "dpShard": 4})[1] == "on"
+    digests, replays = said(1, parallelism={"dpReplicate": 4, "dpShard": 1})
+    assert digests.startswith("off: one replica")
+    assert replays == "off: there is no other rank to compute it"
+
+
+def test_what_is_switched_off_names_the_field() -> None:
+    assert said(detection={"digestShare": 0.0, "replayShare": 0.0}) == (
+        "off: spec.detection.digestShare is 0",
+        "off: spec.detection.replayShare is 0",
+    )

@@ -23,6 +23,7 @@ from orchestrator.faults.plan import FaultPlan
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.sections import ModelError
 from orchestrator.policy import switches
+from orchestrator.policy.cadence import cadence
 from orchestrator.policy.planned import PlannedSwap
 from orchestrator.policy.recovery import ladder
 from orchestrator.policy.shrinking import GrowBack
@@ -143,11 +144,13 @@ def controller(run: TrainingRun) -> Controller:
         PlannedSwap(),
         GrowBack(),
     )
+    auto = run.spec.checkpoint.every == "auto" and switches.CADENCE not in disabled
     return Controller(
         run,
         _timeouts(run, run.metadata.name),
         [each for each in detectors if each.name not in disabled],
         [each for each in ladder() if switches.name_of(each) not in disabled],
+        cadence if auto else None,
     )
 
 
@@ -156,6 +159,10 @@ def _timeouts(run: TrainingRun, where: str) -> Timeouts:
     for name, text in (
         ("detection.detectWithin", spec.detection.detect_within),
         ("detection.warmupLimit", spec.detection.warmup_limit),
+        ("checkpoint.everyMin", spec.checkpoint.every_min),
+        ("checkpoint.everyMax", spec.checkpoint.every_max),
+        ("checkpoint.memoryEveryMin", spec.checkpoint.memory_every_min),
+        ("checkpoint.memoryEveryMax", spec.checkpoint.memory_every_max),
         ("recovery.backoff", spec.recovery.backoff),
         ("recovery.backoffMax", spec.recovery.backoff_max),
         ("recovery.spareWait", spec.recovery.spare_wait),

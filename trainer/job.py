@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.cutting import obstacles
 from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
@@ -33,6 +34,11 @@ class Job(NamedTuple):
     """Weights that it begins from, of the model's sizes."""
     continued: Continued | None = None
     """A checkpoint of another run that it goes on from."""
+
+    @property
+    def cadence(self) -> Cadence:
+        """How often to save, unless the agent says otherwise."""
+        return Cadence(self.checkpoint.memory_every_steps, self.checkpoint.every_steps)
 
     @property
     def identity(self) -> str:

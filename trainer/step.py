@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,26 @@ class Reporter(Protocol):
         """Hear that a step is complete."""
 
 
-DIGESTS_AT = 4
-"""Where digests begin in what ranks exchange: behind a sum of squares, the data's mark, how well it
-could save, and whether it digests nothing any more."""
+class Word(NamedTuple):
+    """What a rank says to all others in a step: small whole numbers, which come back as they were.
+
+    Attributes:
+        ready: how well it could save its state after this step.
+        memory: after how many steps it was told to save to memory; 0 for no word of that.
+        durable: the same of the durable tier.
+    """
+
+    ready: int = 0
+    memory: int = 0
+    durable: int = 0
+
+
+WORD_AT = 2
+"""Where what a rank says begins in what it sends to all: behind a sum of squares and a mark."""
+OFF_AT = WORD_AT + len(Word._fields)
+"""And behind that, whether it digests nothing any more; then digests, then losses."""
+DIGESTS_AT = OFF_AT + 1
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
-"""And behind them losses."""
 HOLD_S = 30.0
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -177,18 +192,16 @@ class Training:
         if detection.replay_share and Replays.possible(world.layout):
             self._replays = Replays(self, samples, detection.replay_share)
 
-    def step(
-        self, step: int, reporter: Reporter, ready: Callable[[], int] = lambda: 0
-    ) -> list[int]:
+    def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:
         """Take optimizer step `step` (1-based) together with the other ranks, and report it.
 
         Args:
             step: its number.
             reporter: who hears of it.
-            ready: says how well this rank could save its state after this step.
+            say: returns what this rank has to say; called when its gradients are computed.
 
         Returns:
-            What each rank said to that; every rank gets the same answer.
+            What each rank said; every rank gets the same answer.
         """
         begun, waited_s = time.monotonic(), self._waited.seconds
         self._waited.counter = reporter
@@ -201,13 +214,13 @@ class Training:
             # Thrown away before it moved anything; of a device that is wrong at times, it may
             # come out well now.
             losses, gradients = self._gradients(step, reporter)
-        can_save = float(ready())  # a small whole number: it comes back as it was
+        word = say()
         self._announce(reporter, RankPhase.OPTIMIZER)
         squares = self.optimizer.set_gradients(gradients)
         held = list(self._held(gradients))
         self.injected.strike(step, held[-1:])
         digests = self._digest(step, held)
-        said = torch.tensor([self.samples.mark, can_save, self._guard.off], dtype=torch.float64)
+        said = torch.tensor([self.samples.mark, *word, self._guard.off], dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
         # On a GPU, this is where the host waits for the step, and the only place.
@@ -234,7 +247,7 @@ class Training:
             compute_s=self._computed_s(seconds - (self._waited.seconds - waited_s)),
             work=self._flops,
         )
-        return [int(row[2]) for row in rows]
+        return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
 
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
@@ -295,7 +308,7 @@ class Training:
         """
         first: dict[int, list[float]] = {}
         for shard, row in zip(self.world.layout.shards().tolist(), rows, strict=True):
-            digests, off = row[DIGESTS_AT:LOSSES_AT], row[DIGESTS_AT - 1]
+            digests, off = row[DIGESTS_AT:LOSSES_AT], row[OFF_AT]
             if not off and first.setdefault(shard, digests) != digests:
                 break
         else:

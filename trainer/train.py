@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import kernels, parallel
@@ -27,7 +28,7 @@ from trainer.data import Samples, open_data
 from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
 from trainer.metrics import open_log
-from trainer.step import Training, Unheard
+from trainer.step import Training, Unheard, Word
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens
 
@@ -69,10 +70,11 @@ def train(worker: Worker, seat: Seat) -> None:
             job.initial.fill(training.parts, worker.check)
         worker.reached("restored")
         try:
+            cadence = worker.cadence or job.cadence
             steps = range(done + 1, job.trainer.steps + 1)
             with feed.ahead(steps, world.place, worker) as training.samples:
                 for step in steps:
-                    _step_and_save(training, checkpointer, worker, step, job)
+                    cadence = _step_and_save(training, checkpointer, worker, step, cadence)
                     feed.after(step, training, worker)
             training.look_at_the_end(job.trainer.steps, worker)
             _finish(checkpointer, worker, seat, job.trainer.steps, durable=world.replica == 0)
@@ -87,23 +89,43 @@ def stamp_of(run_id: str, generation: Generation, job: Job, samples: Samples) ->
 
 
 def _step_and_save(
-    training: Training, checkpointer: Checkpointer, worker: Worker, step: int, job: Job
-) -> None:
+    training: Training, checkpointer: Checkpointer, worker: Worker, step: int, cadence: Cadence
+) -> Cadence:
     """Take a step and, if a save is due after it, save on every rank or on none.
 
     Ranks that skipped saves one by one could end with no step in common to continue from.
+
+    Returns:
+        How often to save from the next step on, the same on every rank: what rank 0 was told.
     """
-    durable = step % job.checkpoint.every_steps == 0
-    in_memory = step % job.checkpoint.memory_every_steps == 0
-    if not (durable or in_memory) or step == job.trainer.steps:  # the last is saved by _finish
-        training.step(step, worker)
-        return
+    last = step == training.job.steps  # saved by _finish
+    durable = step % cadence.durable == 0 and not last
+    in_memory = step % cadence.memory == 0 and not last
+    told = worker.cadence or cadence
 
-    def ready() -> int:
+    def say() -> Word:
+        if not (durable or in_memory):
+            return Word(memory=told.memory, durable=told.durable)
         worker.phase(RankPhase.CHECKPOINT)  # a slot that is used first is made first: be patient
-        return checkpointer.readiness(worker)
+        return Word(checkpointer.readiness(worker), told.memory, told.durable)
 
-    answers = training.step(step, worker, ready)
+    words = training.step(step, worker, say)
+    if durable or in_memory:
+        answers = [word.ready for word in words]
+        _save(checkpointer, worker, step, answers, durable=durable, in_memory=in_memory)
+    return Cadence(words[0].memory, words[0].durable)
+
+
+def _save(
+    checkpointer: Checkpointer,
+    worker: Worker,
+    step: int,
+    answers: list[int],
+    *,
+    durable: bool,
+    in_memory: bool,
+) -> None:
+    """Save if all ranks can, to the durable tier if that is due and all can do that, too."""
     if min(answers) == Readiness.NOT:
         why = (
             "have no free slot (their shards are on the way to the buddy node or to the durable "

@@ -41,6 +41,7 @@ from orchestrator.protocol.messages import (
     NodeUnusable,
     Probe,
     Retain,
+    SaveEvery,
     ToAgent,
     Welcome,
 )
@@ -241,7 +242,7 @@ class Node:
         except Exception:
             log.exception("order %s", type(order).__name__)
 
-    def _carry_out(self, order: ToAgent) -> None:  # noqa: C901 - one case per order
+    def _carry_out(self, order: ToAgent) -> None:  # noqa: C901, PLR0912 - one case per order
         match order:
             case Begin():
                 self._begin(order)
@@ -255,6 +256,8 @@ class Node:
                 if generation >= self._account.generation:
                     self._account.confirm(step)
                     self._keeper.retain(step)
+            case SaveEvery():
+                self._seating.pass_on(order)
             case Farewell(reason=reason):
                 self.end(0, reason)
             case Arm(faults=faults):

@@ -38,9 +38,11 @@ from orchestrator.protocol.messages import (
     NodeUnusable,
     PreparationFailed,
     Prepared,
+    SaveEvery,
     Welcome,
 )
 from orchestrator.protocol.rank import Rendezvous, Restore, Seat
+from orchestrator.protocol.rank import SaveEvery as RankSaveEvery
 from orchestrator.protocol.timeouts import Timeouts
 from storage.blob import BlobStore
 from storage.errors import StorageError
@@ -118,6 +120,12 @@ class Seating:
             self._announced = order
             for live in self._ranks.seated().values():
                 self._introduce(live)
+
+    def pass_on(self, order: SaveEvery) -> None:
+        """Tell rank 0, if it is here, how often the world is to save."""
+        live = self._ranks.seated().get(Rank(0))
+        if live is not None and live.seat and live.seat.generation == order.generation:
+            live.control.send(RankSaveEvery(generation=order.generation, cadence=order.cadence))
 
     def _introduce(self, live: LiveRank) -> None:
         known, seat = self._announced, live.seat
@@ -261,6 +269,7 @@ class Seating:
             run_id=terms.run_id,
             job=terms.job,
             restore=restore,
+            cadence=order.cadence,
             free_slots=self._keeper.free_slots(rank),
             cache_dir=str(self.cache),
             log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),

@@ -116,6 +116,7 @@ def _where(follower: Follower, state: RunState) -> list[tuple[str, str]]:
         ("Replicas", shrinking.standing(state) if p.dp_replicate > 1 else ""),
         ("Digests", watching.digests(state.run, state.replicas)),
         ("Replays", watching.replays(state.run, state.replicas)),
+        ("Saves", _saves(state)),
         ("Folder", str(follower.folder.root)),
         ("Life", _life(follower.folder)),
         ("Journal", f"{units.count(follower.entries, 'event')}{_torn(follower)}"),
@@ -166,6 +167,19 @@ def _controller_words(state: RunState, pid: int | None) -> str:
 
 def _parallelism(state: RunState) -> str:
     return str(state.run.layout)
+
+
+def _saves(state: RunState) -> str:
+    """Say how often the run saves, why, and what a save was found to cost."""
+    auto = state.run.spec.checkpoint.every == "auto"
+    if state.cadence_reason:
+        return state.cadence_reason
+    begun = f"memory every {state.cadence.memory} steps, durable every {state.cadence.durable}"
+    why = "where it begins: too little is known of what saves cost" if auto else "by the run file"
+    seen = state.experience
+    if not seen.saves:
+        return f"{begun}, {why}"
+    return f"{begun}, {why}; a save stalls {seen.stall_mean_s * 1e3:.1f} ms"
 
 
 def _life(folder: RunFolder) -> str:

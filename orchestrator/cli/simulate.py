@@ -59,6 +59,9 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     durable_every: Annotated[
         str | None, typer.Option(metavar=SPAN, help="Between saves to the durable tier.")
     ] = None,
+    cadence: Annotated[
+        str, typer.Option(help="steps or auto: whether the run chooses how often it saves.")
+    ] = "steps",
     detect_within: Annotated[
         str | None, typer.Option(metavar=SPAN, help="The run file's detection.detectWithin.")
     ] = None,
@@ -101,6 +104,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         replicas=replicas,
         save_every=save_every,
         durable_every=durable_every,
+        cadence=cadence,
         detect_within=detect_within,
         off=without or [],
     )

@@ -30,8 +30,9 @@ from orchestrator.core.events import (
     Telemetry,
     Tick,
 )
+from orchestrator.core.pacing import Pacing
 from orchestrator.core.phases import BUCKET_OF, Bucket, RunPhase
-from orchestrator.core.plans import Detector, Policy
+from orchestrator.core.plans import Detector, Pacer, Policy
 from orchestrator.core.records import Budget
 from orchestrator.core.recovery import Recovery
 from orchestrator.core.state import RunState, decide
@@ -47,9 +48,9 @@ BLIND_BEATS = 3
 class Controller:
     """Decides for one run.
 
-    Its parts keep the incidents (`casebook`), bring the run back (`recovery`), and lead it from
-    phase to phase (`course`). What each fact changes is in `facts`; of what is in memory, in
-    `copies`, and of what is durable, in `durable`.
+    Its parts keep the incidents (`casebook`), bring the run back (`recovery`), lead it from phase
+    to phase (`course`), and have it save as often as is best (`pacing`). What each fact changes is
+    in `facts`; of what is in memory, in `copies`, and of what is durable, in `durable`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Controller:
         timeouts: Timeouts,
         detectors: Sequence[Detector],
         policies: Sequence[Policy],
+        pacer: Pacer | None = None,
     ) -> None:
         recovery = run.spec.recovery
         self.state = RunState(run=run, timeouts=timeouts)
@@ -68,6 +70,7 @@ class Controller:
         }
         self._casebook = Casebook(self.state, detectors)
         self._recovery = Recovery(self.state, policies)
+        self._pacing = Pacing(self.state, pacer)
         self._heard_before = Seconds(0.0)
         """When the event before the present one was."""
 
@@ -90,6 +93,7 @@ class Controller:
         decisions += slowness.look(state)
         decisions += self._hang_up(event)
         decisions += saving.save(state)
+        decisions += self._pacing.look()
         course.advance(state)
         if isinstance(event, StopRequested):
             decisions += course.end(state, "Stopped", f"stopped by {event.by}")
@@ -177,6 +181,8 @@ class Controller:
                         reason=f"{words} in {state.generation}",
                     )
                 )
+        if joined.generation == state.generation:
+            decisions += self._pacing.repeat(node)
         if joined.generation == state.generation and joined.offered and not state.offered:
             state.offered = joined.offered
         if node in state.seated and state.offered:

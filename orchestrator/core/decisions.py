@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from orchestrator.core.trust import Onset
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Receipt
 
@@ -46,6 +47,8 @@ class StartGeneration(_Decision, frozen=True, kw_only=True):
     """None: from the seed."""
     buddies: dict[NodeId, NodeId]
     """Where each node of the world copies what its ranks stage."""
+    cadence: Cadence | None = None
+    """How often it saves, until something else is decided; None for as the run file says."""
 
 
 class CatchUp(_Decision, frozen=True, kw_only=True):
@@ -95,6 +98,14 @@ class RetainMemory(_Decision, frozen=True, kw_only=True):
     step: Step
 
 
+class SetCadence(_Decision, frozen=True, kw_only=True):
+    """Save this often from now on. Ranks change over together, as rank 0 leads them."""
+
+    node: NodeId
+    """Of rank 0."""
+    cadence: Cadence
+
+
 class CarryOutFault(_Decision, frozen=True, kw_only=True):
     """The planned fault is on record: let it happen."""
 
@@ -136,6 +147,7 @@ Decision = (
     | SearchCheckpoints
     | CommitCheckpoint
     | RetainMemory
+    | SetCadence
     | CarryOutFault
     | ProbeRanks
     | EndRun

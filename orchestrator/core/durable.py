@@ -8,6 +8,7 @@ from orchestrator.core.events import (
     CommitFailed,
     SearchFailed,
 )
+from orchestrator.core.experience import latency_s
 from orchestrator.core.records import Committed
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
@@ -73,6 +74,9 @@ def commit(state: RunState, done: CheckpointCommitted) -> None:
     state.written.pop(done.step, None)
     state.commit_at.pop(done.step, None)
     if all(known.key != done.key for known in state.commits):
+        write_s = latency_s(state.step_log, done.step, state.now)
+        if write_s is not None and done.epoch == state.generation:
+            state.experience.write_s.append(write_s)
         state.know_commits([Committed(done.step, done.epoch, done.key, state.now)])
 
 

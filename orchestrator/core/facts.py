@@ -281,6 +281,12 @@ def _observe(state: RunState, event: Telemetry) -> None:
     )
     state.fleet.join(event.entered, event.left)
     state.paces.observe(event.steps, event.compute_s, event.work)
+    first = max(state.reached_step, state.start_step) + 1
+    if event.reports and event.reports[-1].step >= first:
+        due = state.cadence.due(first, event.reports[-1].step)
+        state.experience.saved(due, event.stall_s)
+    elif event.stall_s > 0:
+        state.experience.saved(0, event.stall_s)
     if event.stall_s > 0:
         # Of a long time that is told of at once, not its end: what was done there may be lost yet,
         # and would be counted as a stall instead.
@@ -322,6 +328,8 @@ def _complete(state: RunState, reports: tuple[StepReport, ...], ends: list[Secon
             state.step_times.learn(report.seconds)
     if last is None:
         return
+    if state.experience.since is None:
+        state.experience.since = latest
     state.reached_step = last.step
     state.tokens_per_s = last.tokens / last.seconds if last.seconds > 0 else 0.0
     if last.step > state.sound_step:

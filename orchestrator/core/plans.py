@@ -10,6 +10,7 @@ from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import Event
 from orchestrator.core.incident import Finding
 from orchestrator.core.state import RunState
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 
 
@@ -69,6 +70,22 @@ class Restart:
 
 
 Plan = End | Pause | WaitForNodes | Search | Quarantine | Restart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """Save this often."""
+
+    cadence: Cadence
+    reason: str
+
+
+class Pacer(Protocol):
+    """Says how often to save; asked after each save that came about."""
+
+    def __call__(self, state: RunState) -> Pace | None:
+        """Return another cadence, or None while the present one is good."""
+        ...
 
 
 class Detector(Protocol):

@@ -141,6 +141,7 @@ class Recovery:
         before = state.replicas
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
         self._resize(before, restored)
+        state.cadence_begun = state.cadence
         state.fleet, state.paces = Fleet(len(state.seats), state.now), Paces(len(state.seats))
         state.wanting = False
         state.found = state.asked_at = None
@@ -161,6 +162,7 @@ class Recovery:
             dismiss=plan.dismiss,
             restore=plan.restore,
             buddies=plan.buddies,
+            cadence=None if state.cadence == state.run.cadence else state.cadence,
         )
         decisions: list[Decision] = [self.started]
         decisions += [
@@ -189,6 +191,8 @@ class Recovery:
     def _write_off(self, plan: Restart, restored: Step) -> None:
         """Enter what the restart costs: steps that will be computed again are lost work."""
         state = self._state
+        deep = plan.restore is None or bool(plan.restore.commit)
+        state.experience.interrupted(state.open_incidents(), deep=deep)
         for incident in state.open_incidents():
             if incident.decided_at is None:
                 incident.lost_steps = max(state.reached_step - restored, 0)

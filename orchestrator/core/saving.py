@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from orchestrator.core import copies
 from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
+from orchestrator.core.experience import latency_s
 from orchestrator.core.state import RunState, decide
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Step
@@ -36,6 +37,9 @@ def save(state: RunState) -> list[Decision]:
     safe = copies.newest_safe_step(state)
     if safe is not None and safe > state.retained and not state.wanting:
         state.retained = safe
+        copy_s = latency_s(state.step_log, safe, state.now)
+        if copy_s is not None:
+            state.experience.copy_s.append(copy_s)
         state.holdings.drop(step for step in state.holdings if step < safe)
         words = f"step {safe} is held by every node"
         decisions.append(decide(state, RetainMemory, words, step=safe))

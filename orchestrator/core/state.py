@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import CheckpointFound
+from orchestrator.core.experience import Experience
 from orchestrator.core.fleet import Fleet, StepTimes
 from orchestrator.core.hearing import Hearing
 from orchestrator.core.holdings import Copies, Holdings, Share
@@ -27,6 +28,7 @@ from orchestrator.core.records import (
     Slow,
 )
 from orchestrator.core.trust import Onset, trusted
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     Ancestor,
@@ -135,6 +137,13 @@ class RunState:
     """Copies that were of no use: of which step, for which node; in which generation first."""
     holdings: Holdings = field(init=False)
     retained: Step = Step(-1)
+    cadence: Cadence = field(init=False)
+    """How often the world saves."""
+    cadence_begun: Cadence = field(init=False)
+    """How often it did when the present generation began."""
+    cadence_reason: str = ""
+    """Why it was changed last; "" if it never was."""
+    experience: Experience = field(default_factory=Experience)
     written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)
     committing: dict[Step, Generation] = field(default_factory=dict)
     commit_at: dict[Step, Seconds] = field(default_factory=dict)
@@ -210,6 +219,7 @@ class RunState:
     def __post_init__(self) -> None:
         self.holdings = Holdings(self.run.world_size)
         self.hearing = Hearing(self.timeouts.silence_s)
+        self.cadence = self.cadence_begun = self.run.cadence
 
     @property
     def incident(self) -> Incident | None:

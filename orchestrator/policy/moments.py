@@ -46,7 +46,7 @@ class Moment:
     def still(self, state: RunState) -> str:
         """Say for how long memory has come to hold nothing newer; "" if that is to be expected."""
         step_s = state.step_times.quantile(0.99)
-        limit_s = STILL_SAVES * state.run.spec.checkpoint.memory_every_steps * step_s
+        limit_s = STILL_SAVES * state.cadence.memory * step_s
         limit_s = max(limit_s, state.timeouts.form_s)
         still_s = state.now - self._held_at
         if still_s <= limit_s:

@@ -17,6 +17,7 @@ QUARANTINE_FIRST = "quarantine-first"
 OVER_EVICTION = "over-eviction"
 SHRINK = "shrink"
 STRAGGLER_SWAP = "straggler-swap"
+CADENCE = "cadence"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
@@ -32,6 +33,8 @@ SWITCHABLE: dict[str, str] = {
     "that costs less than to keep it; without it, it is only reported",
     "straggler": "ranks that are slower than their peers are found and measured; without it, all "
     "wait for them and nobody knows",
+    CADENCE: "with spec.checkpoint.every `auto`, a run saves as often as the cost of saves and the "
+    "rate of its interruptions say; without it, as often as in the beginning",
     "back-off": "after a restart that brought no new step the next one waits; without it, it comes "
     "at once",
     "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",

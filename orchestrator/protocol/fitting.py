@@ -38,6 +38,7 @@ def misfits(run: TrainingRun) -> Iterator[Misfit]:
     yield from _world(run)
     yield from _pauses(run)
     yield from _replicas(run)
+    yield from _intervals(run)
     if run.spec.trainer.entrypoint == EMBEDDED:
         yield from _sizes(run.spec.trainer.model)
         yield from _embedded(run)
@@ -73,6 +74,20 @@ def _pauses(run: TrainingRun) -> Iterator[Misfit]:
             f"expected at most backoffMax = {recovery.backoff_max}",
             "the first pause is the shortest: raise backoffMax, or lower backoff",
         )
+
+
+def _intervals(run: TrainingRun) -> Iterator[Misfit]:
+    every = run.spec.checkpoint
+    for name, least, most in (
+        ("everyMin", every.every_min, every.every_max),
+        ("memoryEveryMin", every.memory_every_min, every.memory_every_max),
+    ):
+        if seconds(least) > seconds(most):
+            yield Misfit(
+                f"spec.checkpoint.{name} is {least}, expected at most "
+                f"{name.replace('Min', 'Max')} = {most}",
+                "an interval lies between the two: raise the one, or lower the other",
+            )
 
 
 def _replicas(run: TrainingRun) -> Iterator[Misfit]:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.digests import Digests
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -369,6 +370,8 @@ class Begin(_Message, frozen=True, kw_only=True):
     """Key of the commit record when any shard comes from the durable tier."""
     shard_of: tuple[int, ...]
     """Which durable shard is the own of each."""
+    cadence: Cadence | None = None
+    """How often ranks save in the beginning; None for as the run file says."""
     writers: tuple[Rank, ...]
     """Those that write their shard to the durable tier: of ranks with the same, the lowest."""
 
@@ -404,6 +407,17 @@ class Retain(_Message, frozen=True, kw_only=True):
     step: Step
 
 
+class SaveEvery(_Message, frozen=True, kw_only=True):
+    """Have the world save this often from now on.
+
+    Only the node of rank 0 is told: ranks change over together, at the step that rank 0 says.
+    """
+
+    order: str
+    generation: Generation
+    cadence: Cadence
+
+
 class Farewell(_Message, frozen=True, kw_only=True):
     """The run is over: end the ranks, free the memory, exit."""
 
@@ -436,7 +450,9 @@ class Arm(_Message, frozen=True, kw_only=True):
     faults: tuple[dict[str, Any], ...]
 
 
-ToAgent = Welcome | Begin | Announce | Fence | Retain | Farewell | CarryOut | Probe | Arm
+ToAgent = (
+    Welcome | Begin | Announce | Fence | Retain | SaveEvery | Farewell | CarryOut | Probe | Arm
+)
 
 encode = msgspec.json.Encoder().encode
 _from_agent: msgspec.json.Decoder[FromAgent] = msgspec.json.Decoder(FromAgent)

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 
 CONTROL_FD_VARIABLE = "HOLDFAST_CONTROL_FD"
@@ -53,6 +54,8 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     job: dict[str, Any]
     """`spec.trainer`, `spec.parallelism` (always with dpShard) and `spec.checkpoint` of the run."""
     restore: Restore | None = None
+    cadence: Cadence | None = None
+    """How often to save, in the beginning; None for as `job` says."""
     free_slots: tuple[int, ...] = ()
     """Staging slots the rank may write to; others hold generations that may be needed."""
     cache_dir: str = ""
@@ -107,6 +110,13 @@ class Persisted(msgspec.Struct, frozen=True, kw_only=True, tag="persisted"):
     """It is not, and will not be."""
 
 
+class SaveEvery(msgspec.Struct, frozen=True, kw_only=True, tag="save-every"):
+    """To rank 0: have the world save this often, from a step on at which all ranks know of it."""
+
+    generation: Generation
+    cadence: Cadence
+
+
 class Misbehave(msgspec.Struct, frozen=True, kw_only=True, tag="misbehave"):
     """To a rank: fail in this way at your next phase change. Only a fault plan sends this."""
 
@@ -137,6 +147,7 @@ ToRank = (
     | Parked
     | SlotFreed
     | Persisted
+    | SaveEvery
     | Misbehave
     | Probe
     | Retire

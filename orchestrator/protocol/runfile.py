@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.layout import Layout
 
 API_VERSION = "holdfast.dev/v1alpha1"
@@ -229,10 +230,22 @@ class Checkpoint(_Section, frozen=True, kw_only=True):
     uri: str | None = None
     """Durable tier: a folder, file:///folder or s3://bucket/prefix; default `checkpoints` in the
     run's folder. Options follow after a question mark (storage/FORMAT.md), credentials never do."""
+    every: Literal["steps", "auto"] = "steps"
+    """`steps`: as often as the two fields below say. `auto`: they are where the run begins; then
+    what a save costs and how often the run is interrupted say it, as far as both are seen in this
+    run, within the bounds below (policy.cadence)."""
     every_steps: Positive = 50
     """Steps between saves to the durable tier."""
     memory_every_steps: Positive = 5
     """Steps between saves to memory, a node's own and another's."""
+    every_min: Duration = "30s"
+    """With `auto`, at least so long between two saves to the durable tier."""
+    every_max: Duration = "30m"
+    """And at most so long: as much may be lost when memory is lost, too."""
+    memory_every_min: Duration = "1s"
+    """The same for saves to memory."""
+    memory_every_max: Duration = "5m"
+    """The same for saves to memory: as much may be lost with every interruption."""
     keep_last: Annotated[int, msgspec.Meta(ge=2)] = 3
     """So many of the newest stay on the durable tier."""
     keep_every_steps: NonNegative = 0
@@ -285,8 +298,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     same to the bit; else all, so the run waits, and a user who wants the time more says so."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
-    `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `back-off`,
-    `stop-poison`, `hang`."""
+    `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `cadence`,
+    `back-off`, `stop-poison`, `hang`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):
@@ -348,6 +361,12 @@ class TrainingRun(_Section, frozen=True, kw_only=True):
         if self.spec.recovery.min_replicas is not None:
             return self.spec.recovery.min_replicas
         return -(-full // 2) if self.same_bits else full
+
+    @property
+    def cadence(self) -> Cadence:
+        """How often the run saves, at its beginning."""
+        every = self.spec.checkpoint
+        return Cadence(every.memory_every_steps, every.every_steps)
 
     @property
     def same_bits(self) -> bool:

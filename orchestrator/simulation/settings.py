@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import msgspec
 
@@ -92,6 +92,9 @@ class Settings(
     """Between two saves to memory; default as the profile has it."""
     durable_every: str | None = None
     """Between two saves to the durable tier; default as the profile has it."""
+    cadence: Literal["steps", "auto"] = "steps"
+    """`checkpoint.every` of the run file: with `auto`, the run saves at first as often as the two
+    above say, and then as often as it finds best."""
     detect_within: str | None = None
     """`detection.detectWithin` of the run file, from which all its timeouts follow; default as the
     profile has it."""
@@ -231,6 +234,7 @@ def run_file(settings: Settings, profile: Profile, looks: Care) -> TrainingRun:
                     "microBatch": 1,
                 },
                 "checkpoint": {
+                    "every": settings.cadence,
                     "everySteps": durable_every,
                     "memoryEverySteps": memory_every,
                     "keepLast": looks.keep_last,

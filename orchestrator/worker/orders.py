@@ -15,6 +15,7 @@ from orchestrator.protocol.rank import (
     Probe,
     Rendezvous,
     Retire,
+    SaveEvery,
     Seat,
     SlotFreed,
     ToRank,
@@ -30,6 +31,7 @@ class Orders:
     Attributes:
         seat: the seat that was taken and not left yet.
         retired: whether the agent has no further seat.
+        save_every: what was said last of how often to save, of whatever generation.
         misbehave: the planned faults to commit at the next check.
         probe: what to measure at the end of the step; None for nothing.
     """
@@ -37,6 +39,7 @@ class Orders:
     def __init__(self, slots: Slots) -> None:
         self.seat: Seat | None = None
         self.retired = False
+        self.save_every: SaveEvery | None = None
         self.misbehave: collections.deque[Misbehave] = collections.deque()
         self.probe: Probe | None = None
         self._slots = slots
@@ -71,6 +74,8 @@ class Orders:
                 case Persisted(step=step, given_up=given_up):
                     self._persisting.discard(step)
                     (self._given_up if given_up else self._persisted).add(step)
+                case SaveEvery():
+                    self.save_every = message
                 case Misbehave():
                     self.misbehave.append(message)
                 case Probe():

@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
@@ -400,6 +401,20 @@ class Worker:
     def stalled(self, seconds: float) -> None:
         """Add to the time for which saving kept training waiting."""
         self._beacon.update(stall_s=self._beacon.now.stall_s + seconds)
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """How often to save, as far as this rank was told; None for as the job says.
+
+        Only rank 0 is told of a change within a generation. Best have ranks hear of it from each
+        other in a step, and all act on it from the next one on: a step is of use only if every
+        rank has saved it.
+        """
+        assert self.seat is not None, "no seat taken"
+        told = self._orders.save_every
+        if told is not None and told.generation == self.seat.generation:
+            return told.cadence
+        return self.seat.cadence
 
     @property
     def persisting(self) -> bool:

@@ -28,6 +28,7 @@ from orchestrator.core.decisions import (
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
+    SetCadence,
     StartGeneration,
     WakeAt,
 )
@@ -59,6 +60,7 @@ from orchestrator.protocol.messages import (
     Probe,
     Reached,
     Retain,
+    SaveEvery,
     Welcome,
     encode,
 )
@@ -230,6 +232,9 @@ class AgentWorld:
                 self._links.send_all(
                     self._links, Retain(order=order, generation=generation, step=step)
                 )
+            case SetCadence(generation=generation, node=node, cadence=cadence):
+                said = SaveEvery(order=order, generation=generation, cadence=cadence)
+                self._links.send(node, said)
             case SearchCheckpoints(number=number, onsets=onsets):
                 self._vault.search(self.know, number, onsets)
             case CommitCheckpoint():

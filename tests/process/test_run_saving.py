@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core import journal
+from orchestrator.core.decisions import SetCadence, StartGeneration
 from orchestrator.worlds.memory import memory_of
 from tests import tiny
 from tests.programs.played import flip_a_bit, wait_for
@@ -154,3 +156,30 @@ def test_a_tier_that_failed_for_a_while_gets_checkpoints_again_afterwards(tmp_pa
     assert code == 0, report.reason
     assert report.save_failures
     assert len([c for c in report.checkpoints if 30 < c.step < 120]) >= 2
+
+
+def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keeps_its_bits(
+    tmp_path: Path,
+) -> None:
+    checkpoint = {"everySteps": 20, "memoryEverySteps": 2}
+    auto = {"every": "auto", "memoryEveryMin": "100ms", "memoryEveryMax": "150ms", "everyMin": "1s"}
+    twin = tiny.undisturbed(
+        tmp_path / "twin", tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint}}
+    )
+    run = tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint | auto}}
+    one = Job(tmp_path / "auto", run, [at(38, "kill-rank", rank=3)])
+    try:
+        code, report = one.conduct("--quiet", timeout_s=120)
+        entries = journal.read(one.folder.journal.read_bytes()).entries
+    finally:
+        one.close()
+
+    assert code == 0, report.reason
+    orders = [d for entry in entries for d in entry.decisions]
+    first = next(order for order in orders if isinstance(order, SetCadence))
+    restarted = next(o for o in orders if isinstance(o, StartGeneration) and o.restore)
+    assert restarted.cadence is not None
+    # Only steps that every rank has saved can be restored, so all of them have heard of it.
+    assert restarted.restore is not None
+    assert restarted.restore.step % first.cadence.memory == 0
+    tiny.assert_same_bits(report, twin, "a cadence of its own")

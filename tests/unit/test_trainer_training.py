@@ -16,7 +16,7 @@ from trainer.data import Samples, Tokens
 from trainer.job import read_job
 from trainer.model import Llama, next_token_loss
 from trainer.optim import BETAS, EPSILON, learning_rate
-from trainer.step import Training, Unheard
+from trainer.step import Training, Unheard, Word
 from trainer.train import rehearse
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)
@@ -106,11 +106,11 @@ def test_a_step_says_which_ranks_can_not_save_with_the_exchange_that_it_makes_an
 
     answers = [
         training.step(1, recorder),
-        training.step(2, recorder, lambda: 1),
-        training.step(3, recorder, lambda: 2),
+        training.step(2, recorder, lambda: Word(1)),
+        training.step(3, recorder, lambda: Word(2, 5, 1 << 40)),
     ]
 
-    assert answers == [[0], [1], [2]]
+    assert answers == [[Word()], [Word(1)], [Word(2, 5, 1 << 40)]]
     assert len(exchanged) == 3
     monkeypatch.undo()
     assert recorder.steps == train(world, job(), 3)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from orchestrator.core.events import CopiesHeld, Together
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import Receipt, ShardsHeld, ShardsWritten, WriteFailed
@@ -40,18 +41,19 @@ class Saving:
 
     Attributes:
         alike: what all of its nodes hold alike.
+        cadence: how often it saves from now on.
         last_written: whether the last step of the run is durable, as far as ranks know.
 
     Args:
         cluster: the machines.
         team: whose.
-        run: how often it saves, and into how many shards.
+        run: into how many shards it saves.
+        cadence: how often, in the beginning.
     """
 
-    def __init__(self, cluster: Cluster, team: Team, run: TrainingRun) -> None:
+    def __init__(self, cluster: Cluster, team: Team, run: TrainingRun, cadence: Cadence) -> None:
         self._cluster, self._team = cluster, team
-        every = run.spec.checkpoint
-        self._memory_every, self._durable_every = every.memory_every_steps, every.every_steps
+        self.cadence = cadence
         self._steps = run.spec.trainer.steps
         self._shard_of = _written(run.layout)
         self._writers = [
@@ -71,9 +73,9 @@ class Saving:
         if pace is None:
             return
         # Of many that nobody looked at, only the last ones are still anywhere.
-        for step in self._due(self._memory_every, done)[-SAVES_MAX:]:
+        for step in self._due(self.cadence.memory, done)[-SAVES_MAX:]:
             self._stage(step, min(pace.moment(step), now))
-        for step in self._due(self._durable_every, done)[-1:]:
+        for step in self._due(self.cadence.durable, done)[-1:]:
             write_s = self._cluster.lasts(self._cluster.profile.write) + self._cluster.store.delay_s
             at = min(pace.moment(step), now) + write_s
             self._writes.append(_Pending(Seconds(at), Save(step, self._team.generation)))

@@ -25,6 +25,7 @@ from orchestrator.core.decisions import (
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
+    SetCadence,
     StartGeneration,
     WakeAt,
 )
@@ -40,6 +41,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import Onset
 from orchestrator.faults.plan import ArmedFault
+from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import RankProbed, RanksFinished, StepReport
 from orchestrator.protocol.rank import Speed
@@ -117,6 +119,7 @@ class SimulatedWorld:
         self._looks = Looks(self.cluster, timeouts, look_every_s, run)
         self._step_s = profile.step.value
         self._compute_s: tuple[float, ...] = (0.0,)
+        self._cadence = run.cadence
         self._over = False
         self._requests: list[_Request] = []
         self.controller_killed = False
@@ -161,7 +164,7 @@ class SimulatedWorld:
         if self._looks.unseen_s() > 0:
             self._look()
 
-    def carry_out(self, decision: Decision) -> None:  # noqa: C901 - one case per decision
+    def carry_out(self, decision: Decision) -> None:  # noqa: C901, PLR0912 - one case per decision
         """Carry out a decision; what comes of it comes back as an event."""
         cluster = self.cluster
         match decision:
@@ -179,6 +182,9 @@ class SimulatedWorld:
                 cluster.cut(cluster.nodes[node], told=False)
             case RetainMemory(generation=generation, step=step):
                 self._order_retain(generation, step)
+            case SetCadence(generation=generation, node=node, cadence=cadence):
+                change = partial(self._save_every, generation=generation, cadence=cadence)
+                cluster.send([cluster.nodes[node]], change)
             case SearchCheckpoints(number=number, onsets=onsets):
                 cluster.later(self._profile.search, partial(self._search, number, onsets))
             case CommitCheckpoint():
@@ -310,8 +316,7 @@ class SimulatedWorld:
             done = team.pace.done(self.now)
             reports = self._reports(self._reported + 1, done)
             self._reported = Step(max(self._reported, done))
-        every = self._run.spec.checkpoint.memory_every_steps
-        saves = sum(report.step % every == 0 for report in reports)
+        saves = self._cadence.due(reports[0].step, reports[-1].step) if reports else 0
         stall_s = saves * self._profile.stall.value
         trains = team is not None and team.training
         compute_s = self._compute_s if trains else (0.0,)
@@ -344,7 +349,8 @@ class SimulatedWorld:
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
             self._looks.begin()
-            self._saving = Saving(self.cluster, self.team, self._run)
+            self._cadence = order.cadence or self._run.cadence
+            self._saving = Saving(self.cluster, self.team, self._run, self._cadence)
             self._reported = self.team.start
             self.corruption.began(self.team, order.ancestors or ())
             self.change_speed()
@@ -392,6 +398,16 @@ class SimulatedWorld:
                 lineage = Lineage(generation, order.restore, Step(-1), order.ancestors)
                 node.begin((), Judge(lineage))
 
+    def _save_every(self, _: Nodes, *, generation: Generation, cadence: Cadence) -> None:
+        team, saving = self.team, self._saving
+        if saving is None or team is None or team.generation != generation:
+            return
+        # What was done until now was saved as often as was said before.
+        self.settle()
+        self._tell_first()
+        self._cadence = saving.cadence = cadence
+        self.change_speed()
+
     def _order_retain(self, generation: Generation, step: Step) -> None:
         saving = self._saving
         if saving is not None and saving.alike.possible:
@@ -425,9 +441,8 @@ class SimulatedWorld:
         slows = [node.slow for node in self.team.members]
         slow = max(slows)
         done, of = self._run.speed(len(self.team.seats) // self._run.shard_count)
-        every = self._run.spec.checkpoint.memory_every_steps
         step_s = slow * self._profile.step.value * of / done
-        self._step_s = step_s + self._profile.stall.value / every
+        self._step_s = step_s + self._profile.stall.value / self._cadence.memory
         own_s = step_s / slow
         compute_s: tuple[float, ...] = (own_s * slow,)
         if slow > min(slows):

@@ -13,6 +13,7 @@ from orchestrator.core.decisions import CommitCheckpoint
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
+    CheckpointJudged,
     Event,
 )
 from orchestrator.core.trust import Onset
@@ -62,6 +63,7 @@ class Tier:
         self.root = root
         self.store = LocalStore(root)
         self.told: queue.Queue[Event] = queue.Queue()
+        self.judged: list[CheckpointJudged] = []
         self.vaults: list[Vault] = []
         self.gates: list[Gate] = []
 
@@ -128,7 +130,14 @@ class Tier:
             receipts=self.write(step, epoch, shards),
             model="m",
         )
-        vault.commit(order, self.told.put)
+        vault.commit(order, self.take)
+
+    def take(self, event: Event) -> None:
+        """Take in what a vault tells; verdicts apart, since a scrub gives them at any time."""
+        if isinstance(event, CheckpointJudged):
+            self.judged.append(event)
+        else:
+            self.told.put(event)
 
     def commit(self, vault: Vault, step: int, epoch: int, shards: int = 2) -> None:
         """Commit, and have everything done that comes after it."""

@@ -19,6 +19,7 @@ from typing import Literal
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.durable import DurableShard
 from orchestrator.agent.files import Files
+from orchestrator.agent.impressions import Written
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.reading import Reading
 from orchestrator.agent.shards import (
@@ -36,7 +37,7 @@ from orchestrator.agent.transfer import copy_file, verify_file
 from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.messages import Ancestor, Holding, Receipt
+from orchestrator.protocol.messages import Ancestor, Holding
 from storage.blob import BlobStore
 from storage.errors import StorageUnavailableError
 
@@ -306,7 +307,7 @@ class Keeper:
         generation: Generation,
         *,
         timeout_s: float = 600.0,
-    ) -> Receipt:
+    ) -> Written:
         """Make a shard durable. Its slot is not freed before the write is over, however it ends.
 
         Of each rank one is written at a time; until the one before is over, this one's slot may

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from orchestrator.agent.durable import DurableTier
+from orchestrator.agent.impressions import of_index
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.owed import Owed
 from orchestrator.agent.ranks import Ranks
@@ -128,6 +129,9 @@ class Saving:
             self._line_up(rank, staged)
         else:
             # Another replica writes the same shard; this rank has nothing to wait for.
+            fact = self._owed.staged(rank, staged.step, of_index(staged.index))
+            if fact is not None:
+                self._say(fact)
             self._tell(rank, staged.step)
 
     def relieve(self, after_s: float) -> None:
@@ -232,7 +236,7 @@ class Saving:
             self._fail(step, "there is no durable tier")
             return _Went.NOT
         try:
-            receipt = await self._keeper.write(self.tier.store, rank, step, generation)
+            written = await self._keeper.write(self.tier.store, rank, step, generation)
         except NotHeldError as error:
             why = "memory needed its slot before the durable tier took it"
             self._fail(step, f"rank {rank}: {why}: {error}")
@@ -245,7 +249,7 @@ class Saving:
             return _Went.MAYBE_LATER if error.retryable else _Went.NOT
         self._tell(rank, step)
         model = msgspec.json.decode(staged.index, type=_Head).model
-        fact = self._owed.written(rank, step, receipt, model)
+        fact = self._owed.written(rank, step, written, model)
         if fact is not None:
             self._say(fact)
         return _Went.WELL

@@ -11,6 +11,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from orchestrator.agent.impressions import Written, of_shard
 from orchestrator.agent.shards import NotHeldError, Shard, Shelf
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.agent.transfer import map_file
@@ -29,7 +30,7 @@ class _Write:
     """One that has been begun, or has its place among those that a thread will get to."""
 
     shard: Shard
-    receipt: asyncio.Future[Receipt]
+    receipt: asyncio.Future[Written]
 
 
 class Writing:
@@ -69,7 +70,7 @@ class Writing:
         generation: Generation,
         *,
         timeout_s: float,
-    ) -> Receipt:
+    ) -> Written:
         """Make a shard durable, when it is the turn of its rank; see `Keeper.write`."""
         shard = self._require(rank, step, generation)
         begun = self._unfinished.get(rank)
@@ -107,7 +108,8 @@ class Writing:
         self._shelf.unpin(shard)
 
 
-def _write_shard(store: BlobStore, shard: Shard) -> Receipt:
-    index = decode_index(shard.index.encode())
-    receipt = write_shard(store, index, map_file(shard.path, shard.size))
-    return Receipt(receipt.shard, receipt.size, receipt.index_digest)
+def _write_shard(store: BlobStore, shard: Shard) -> Written:
+    index, body = decode_index(shard.index.encode()), map_file(shard.path, shard.size)
+    receipt = write_shard(store, index, body)
+    written = Receipt(receipt.shard, receipt.size, receipt.index_digest)
+    return Written(written, of_shard(index, body))

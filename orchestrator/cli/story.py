@@ -9,6 +9,7 @@ from orchestrator.core.decisions import Decision, StartGeneration, WakeAt
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
+    CheckpointJudged,
     CommitFailed,
     Compared,
     ControllerStarted,
@@ -45,6 +46,7 @@ from orchestrator.protocol.messages import (
     Reached,
     RendezvousOffered,
     ShardsHeld,
+    ShardsStaged,
     ShardsWritten,
     StateDiverged,
     WriteFailed,
@@ -103,6 +105,8 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"checkpoint of step {step} is committed ({key})"
         case CommitFailed(step=step, reason=reason):
             return f"checkpoint of step {step} was not committed: {reason}"
+        case CheckpointJudged(step=step, verdict=verdict, reason=reason):
+            return f"checkpoint of step {step} is {verdict}: {reason}"
         case FaultInjected(description=text):
             return f"planned fault: {text}"
         case StopRequested(by=by):
@@ -149,6 +153,8 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return f"collectives failed under {_ranks(ranks)} on {name}: {message}"
         case ShardsHeld(holdings=holdings):
             return f"{name} holds {_holdings(holdings)}"
+        case ShardsStaged(step=step, impressions=impressions):
+            return f"{name} staged {len(impressions)} shards of step {step} that others write"
         case ShardsWritten(step=step, receipts=receipts):
             size = sum(receipt.size for receipt in receipts)
             return f"{name} wrote {len(receipts)} shards of step {step}, {units.size(size)}"

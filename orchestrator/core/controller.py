@@ -203,6 +203,7 @@ class Controller:
         decisions: list[Decision] = [
             saving.commit_decision(state, step) for step in sorted(state.committing)
         ]
+        decisions += saving.judge_again(state)
         # Not by the phase: nodes that are not back yet may have moved it on.
         if state.asked_at is not None:
             decisions.append(self._recovery.search("asked again by the next controller"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from orchestrator.core.trust import Onset
+from orchestrator.core.trust import Onset, Verdict
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Receipt
@@ -92,6 +92,22 @@ class CommitCheckpoint(_Decision, frozen=True, kw_only=True):
     model: str
 
 
+class AbandonCheckpoint(_Decision, frozen=True, kw_only=True):
+    """Do not commit what is written of `step`: it can not be a state. Nothing else changes."""
+
+    step: Step
+    doubts: tuple[str, ...]
+    """What is wrong: which shard or chunk, what was expected and what was found."""
+
+
+class JudgeCheckpoint(_Decision, frozen=True, kw_only=True):
+    """Put a verdict on record beside a checkpoint; answered by CheckpointJudged."""
+
+    step: Step
+    epoch: Generation
+    verdict: Verdict
+
+
 class RetainMemory(_Decision, frozen=True, kw_only=True):
     """State after `step` steps is held everywhere: older copies in memory may go."""
 
@@ -146,6 +162,8 @@ Decision = (
     | DisconnectNode
     | SearchCheckpoints
     | CommitCheckpoint
+    | AbandonCheckpoint
+    | JudgeCheckpoint
     | RetainMemory
     | SetCadence
     | CarryOutFault

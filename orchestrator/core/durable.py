@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
+    CheckpointJudged,
     CommitFailed,
     SearchFailed,
 )
@@ -12,7 +13,8 @@ from orchestrator.core.experience import latency_s
 from orchestrator.core.records import Committed
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
-from orchestrator.protocol.ids import Seconds, Step
+from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.messages import ShardsStaged
 
 SEARCH_AGAIN_S, SEARCH_AGAIN_MAX_S = 1.0, 15.0
 """A search that got no answer is repeated after this, each time after twice as long."""
@@ -71,13 +73,39 @@ def give_up_search(state: RunState) -> None:
 def commit(state: RunState, done: CheckpointCommitted) -> None:
     """Enter a checkpoint that exists now."""
     state.committing.pop(done.step, None)
-    state.written.pop(done.step, None)
+    reports = state.written.pop(done.step, {}).values()
+    seen = {each.shard: each for report in reports for each in report.impressions}
+    # Of a checkpoint that came late it is not known any more; then the next one has none before it.
+    state.vouched = (done.step, seen) if seen else None
+    state.votes = {step: votes for step, votes in state.votes.items() if step >= done.step}
     state.commit_at.pop(done.step, None)
     if all(known.key != done.key for known in state.commits):
         write_s = latency_s(state.step_log, done.step, state.now)
         if write_s is not None and done.epoch == state.generation:
             state.experience.write_s.append(write_s)
         state.know_commits([Committed(done.step, done.epoch, done.key, state.now)])
+
+
+def take_votes(state: RunState, node: NodeId, staged: ShardsStaged) -> None:
+    """Enter what replicas have of shards that others write."""
+    if state.vouched is not None and staged.step < state.vouched[0]:
+        return
+    by_shard = state.votes.setdefault(staged.step, {})
+    for seen in staged.impressions:
+        by_shard.setdefault(seen.shard, {})[node] = seen.content
+
+
+def judge(state: RunState, judged: CheckpointJudged) -> None:
+    """Enter a verdict that is on record."""
+    state.judging.pop((judged.step, judged.epoch, judged.verdict), None)
+    for known in state.commits:
+        if (known.step, known.epoch) == (judged.step, judged.epoch):
+            known.verdicts.add(judged.verdict)
+            if not judged.verdict.good:
+                known.rejected = known.rejected or f"{judged.verdict}: {judged.reason}"
+    if not judged.verdict.good:
+        state.save_failures.append((state.now, judged.step, f"barred: {judged.reason}"))
+        state.judge_commits()
 
 
 def fail_commit(state: RunState, failed: CommitFailed) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from orchestrator.core.trust import Onset
+from orchestrator.core.trust import Onset, Verdict
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     DetectorFailed,
@@ -204,6 +204,15 @@ class CommitFailed(_Event, frozen=True, kw_only=True):
     """Whether it may succeed later, with nothing changed."""
 
 
+class CheckpointJudged(_Event, frozen=True, kw_only=True):
+    """A verdict about a checkpoint is on record, beside it: it was ordered, or a scrub found it."""
+
+    step: Step
+    epoch: Generation
+    verdict: Verdict
+    reason: str
+
+
 class FaultInjected(_Event, frozen=True, kw_only=True):
     """The harness is about to break something. Ground truth for reports; nobody decides on it."""
 
@@ -267,6 +276,7 @@ Event = (
     | SearchFailed
     | CheckpointCommitted
     | CommitFailed
+    | CheckpointJudged
     | FaultInjected
     | StopRequested
     | DrainRequested

@@ -7,6 +7,7 @@ from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
+    CheckpointJudged,
     CommitFailed,
     Compared,
     ControllerStarted,
@@ -42,6 +43,7 @@ from orchestrator.protocol.messages import (
     RanksTroubled,
     Reached,
     ShardsHeld,
+    ShardsStaged,
     ShardsWritten,
     StateDiverged,
     StepReport,
@@ -52,12 +54,8 @@ from orchestrator.protocol.messages import (
 def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
     """Change the state by what the event says, and by nothing else."""
     match event:
-        case ControllerStarted(incarnation=incarnation):
-            state.incarnation, state.took_over_at = incarnation, state.now
-            # Every connection died with the predecessor; agents come back by themselves.
-            for known in state.nodes.values():
-                known.connected = False
-                state.weigh(known)
+        case ControllerStarted():
+            _take_over(state, event)
         case Inherited():
             heritage.inherit(state, event)
         case Reported(node=node, fact=Joined() as joined):
@@ -90,6 +88,8 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             durable.fail_search(state, reason, again=again)
         case CheckpointCommitted():
             durable.commit(state, event)
+        case CheckpointJudged():
+            durable.judge(state, event)
         case CommitFailed():
             durable.fail_commit(state, event)
         case FaultInjected(index=index, description=text, target=target):
@@ -101,6 +101,14 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
             quarantine.leave(state, nodes)
         case _:
             pass
+
+
+def _take_over(state: RunState, started: ControllerStarted) -> None:
+    state.incarnation, state.took_over_at = started.incarnation, state.now
+    # Every connection died with the predecessor; agents come back by themselves.
+    for known in state.nodes.values():
+        known.connected = False
+        state.weigh(known)
 
 
 def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
@@ -169,12 +177,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case Prepared(step=step, reads=reads):
             _count_reads(state, f"{node.id} in generation {generation}", reads)
             copies.hold_verified(state, (node.id,), step)
-        case PreparationFailed(step=step, tier=tier, reason=reason):
-            state.failed_preparation = f"{node.id}: {reason}"
-            if tier == "durable":
-                durable.pass_over(state, step, reason)
-            else:
-                copies.strike(state, node.id, fact)
+        case PreparationFailed():
+            _fail_preparation(state, node.id, fact)
         case RankExited():
             if node.id in state.seated and _news(state, fact):
                 state.exits.append(fact)
@@ -186,6 +190,8 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         case ShardsWritten(step=step):
             if step not in state.committing and not state.committed(step):
                 state.written.setdefault(step, {})[node.id] = fact
+        case ShardsStaged():
+            durable.take_votes(state, node.id, fact)
         case WriteFailed(step=step, reason=reason):
             # What other nodes wrote of the step stays: this one tries again.
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
@@ -202,6 +208,14 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
             _moved(state, node)
         case _:
             pass
+
+
+def _fail_preparation(state: RunState, node: NodeId, fact: PreparationFailed) -> None:
+    state.failed_preparation = f"{node}: {fact.reason}"
+    if fact.tier == "durable":
+        durable.pass_over(state, fact.step, fact.reason)
+    else:
+        copies.strike(state, node, fact)
 
 
 def _take_together(
@@ -394,7 +408,7 @@ def reset_for_generation(
     state.offered = ""
     state.lanes = {}
     # A commit that is under way may still succeed; nobody waits for it any more.
-    state.written, state.committing, state.commit_at = {}, {}, {}
+    state.written, state.committing, state.commit_at, state.votes = {}, {}, {}, {}
     state.start_step = state.reached_step = restored
     heritage.continue_from(state, restore)
     state.kept[state.generation] = kept

@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from orchestrator.core.trust import Verdict
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.rank import Speed
 
@@ -66,7 +67,10 @@ class Committed:
     at: Seconds
     """When this life knew of it."""
     rejected: str = ""
-    """Why a search passed it over; "" if none has."""
+    """Why it is not to be resumed from: a search passed it over, or a verdict bars it; "" if
+    neither did."""
+    verdicts: set[Verdict] = field(default_factory=set)
+    """What was found about it, in this life."""
 
 
 @dataclass(slots=True)

@@ -6,11 +6,18 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 
-from orchestrator.core import copies
-from orchestrator.core.decisions import CommitCheckpoint, Decision, RetainMemory
+from orchestrator.core import copies, plausible
+from orchestrator.core.decisions import (
+    AbandonCheckpoint,
+    CommitCheckpoint,
+    Decision,
+    JudgeCheckpoint,
+    RetainMemory,
+)
 from orchestrator.core.experience import latency_s
+from orchestrator.core.records import Committed
 from orchestrator.core.state import RunState, decide
-from orchestrator.core.trust import trusted
+from orchestrator.core.trust import Verdict, trusted
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.messages import Receipt, ShardsWritten
 
@@ -30,10 +37,15 @@ def save(state: RunState) -> list[Decision]:
     for step in sorted(state.written):
         due = state.now >= state.commit_at.get(step, state.now)
         if due and step not in state.committing and _written_whole(state, step):
+            doubts = plausible.doubts(state, step)
+            if doubts:
+                decisions.append(_abandon(state, step, doubts))
+                continue
             state.committing[step] = state.generation
             # Else it would be taken for one that failed, once something newer is committed.
             state.commit_at.pop(step, None)
             decisions.append(commit_decision(state, step))
+    decisions += _judge(state)
     safe = copies.newest_safe_step(state)
     if safe is not None and safe > state.retained and not state.wanting:
         state.retained = safe
@@ -44,6 +56,50 @@ def save(state: RunState) -> list[Decision]:
         words = f"step {safe} is held by every node"
         decisions.append(decide(state, RetainMemory, words, step=safe))
     return decisions
+
+
+def _abandon(state: RunState, step: Step, doubts: list[str]) -> AbandonCheckpoint:
+    """Let a step go that can not be committed; its shards are collected with the next one's."""
+    del state.written[step]
+    state.votes.pop(step, None)
+    state.save_failures += [(state.now, step, f"not committed: {doubt}") for doubt in doubts]
+    words = f"step {step} is not committed: {'; '.join(doubts)}"
+    return decide(state, AbandonCheckpoint, words, step=step, doubts=tuple(doubts))
+
+
+def _judge(state: RunState) -> list[Decision]:
+    """Have it put on record what replicas say of the newest checkpoint, once it is known."""
+    if state.vouched is None or state.vouched[0] not in state.votes:
+        return []
+    step = state.vouched[0]
+    verdict, words = Verdict.SUSPECT, plausible.dissent(state, step)
+    if not words:
+        verdict, words = Verdict.STATE_VERIFIED, plausible.unanimous(state, step)
+    known = next((c for c in reversed(state.commits) if c.step == step), None)
+    if not words or known is None:
+        return []
+    del state.votes[step]
+    state.replicas_agreed = state.replicas_agreed or verdict.good
+    return [judge(state, known, verdict, words)]
+
+
+def judge(state: RunState, known: Committed, verdict: Verdict, reason: str) -> JudgeCheckpoint:
+    """Return the order to put a verdict on record about a checkpoint that exists.
+
+    Until it is on record, a controller that takes over gives the order again.
+    """
+    state.judging[known.step, known.epoch, verdict] = reason
+    return decide(
+        state, JudgeCheckpoint, reason, step=known.step, epoch=known.epoch, verdict=verdict
+    )
+
+
+def judge_again(state: RunState) -> list[Decision]:
+    """Return the orders of verdicts that are not on record, which may be lost."""
+    return [
+        decide(state, JudgeCheckpoint, reason, step=step, epoch=epoch, verdict=verdict)
+        for (step, epoch, verdict), reason in state.judging.items()
+    ]
 
 
 def commit_decision(state: RunState, step: Step) -> CommitCheckpoint:

@@ -27,13 +27,14 @@ from orchestrator.core.records import (
     Resize,
     Slow,
 )
-from orchestrator.core.trust import Onset, trusted
+from orchestrator.core.trust import Onset, Verdict, trusted
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     Ancestor,
     DetectorFailed,
     FailedCopy,
+    Impression,
     RankExited,
     ShardsWritten,
     StateDiverged,
@@ -145,6 +146,15 @@ class RunState:
     """Why it was changed last; "" if it never was."""
     experience: Experience = field(default_factory=Experience)
     written: dict[Step, dict[NodeId, ShardsWritten]] = field(default_factory=dict)
+    votes: dict[Step, dict[int, dict[NodeId, str]]] = field(default_factory=dict)
+    """Content of each shard that is staged where it is not written, by node: replicas have it."""
+    vouched: tuple[Step, dict[int, Impression]] | None = None
+    """What the shards of the newest checkpoint look like, if its writers said so."""
+    replicas_agreed: bool = False
+    """Whether replicas were seen to have the same bytes: of a trainer whose never do, it says
+    nothing that they have not."""
+    judging: dict[tuple[Step, Generation, Verdict], str] = field(default_factory=dict)
+    """Verdicts that were ordered and are not on record yet, and why."""
     committing: dict[Step, Generation] = field(default_factory=dict)
     commit_at: dict[Step, Seconds] = field(default_factory=dict)
     """Steps whose commit failed for a while: when it is tried again."""

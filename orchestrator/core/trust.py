@@ -8,10 +8,26 @@ the durable tier, by this life of the run or by a later one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import StrEnum
 
 import msgspec
 
 from orchestrator.protocol.ids import Generation, Step
+
+
+class Verdict(StrEnum):
+    """What can be found about a checkpoint that exists; as the store has it (storage.verdicts)."""
+
+    BYTES_VERIFIED = "bytes-verified"
+    STATE_VERIFIED = "state-verified"
+    COMPUTE_VERIFIED = "compute-verified"
+    SUSPECT = "suspect"
+    """It is not to be resumed from."""
+
+    @property
+    def good(self) -> bool:
+        """Whether it raises the trust in a checkpoint."""
+        return self is not Verdict.SUSPECT
 
 
 class Onset(msgspec.Struct, frozen=True, array_like=True):

@@ -196,6 +196,32 @@ class Receipt(msgspec.Struct, frozen=True, array_like=True):
     index_digest: str
 
 
+class Impression(msgspec.Struct, frozen=True, array_like=True):
+    """What a staged shard looks like, in few bytes (agent.impressions)."""
+
+    shard: int
+    boxes: str
+    """xxh3-64 of which boxes of which tensors it holds."""
+    content: str
+    """xxh3-128 of the digests of all its chunks; equal if, and only if, their bytes are."""
+    moving: str
+    """The same of the optimizer's; "" if it has none, or they are all zero."""
+    extra: str
+    """xxh3-64 of what lies beside the tensors: counters of the step, the same in every shard."""
+    bad: tuple[str, ...] = ()
+    """Chunks in which numbers are not finite, the first ones."""
+    rms: float = -1.0
+    """Root of the mean square of its weights; -1 if that was not looked at."""
+
+
+class ShardsStaged(_Message, frozen=True, kw_only=True):
+    """Ranks of this node have staged shards that other replicas write: these are the same ones."""
+
+    generation: Generation
+    step: Step
+    impressions: tuple[Impression, ...]
+
+
 class ShardsWritten(_Message, frozen=True, kw_only=True):
     """The shards that this node owes the durable tier for `step` are there."""
 
@@ -204,6 +230,8 @@ class ShardsWritten(_Message, frozen=True, kw_only=True):
     receipts: tuple[Receipt, ...]
     model: str
     """Fingerprint of the model that the shards belong to."""
+    impressions: tuple[Impression, ...] = ()
+    """One for each shard, or none."""
 
 
 class WriteFailed(_Message, frozen=True, kw_only=True):
@@ -293,6 +321,7 @@ Fact = (
     | RankExited
     | RanksTroubled
     | ShardsHeld
+    | ShardsStaged
     | ShardsWritten
     | WriteFailed
     | RanksFinished

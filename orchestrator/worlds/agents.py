@@ -8,6 +8,7 @@ iterates over `events`, so nothing here needs a lock but the queue between the t
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from orchestrator.core.decisions import (
+    AbandonCheckpoint,
     AnnounceRendezvous,
     CarryOutFault,
     CatchUp,
@@ -25,6 +27,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    JudgeCheckpoint,
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
@@ -73,6 +76,7 @@ from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
 
+log = logging.getLogger(__name__)
 QUEUE_MAX = 65_536
 """What may wait to be looked at; beyond that an agent is cut off, and says it again later."""
 
@@ -237,6 +241,10 @@ class AgentWorld:
                 self._links.send(node, said)
             case SearchCheckpoints(number=number, onsets=onsets):
                 self._vault.search(self.know, number, onsets)
+            case AbandonCheckpoint(reason=reason):
+                log.warning("%s", reason)
+            case JudgeCheckpoint():
+                self._vault.judge(decision, self.know)
             case CommitCheckpoint():
                 self._vault.commit(decision, self.know)
             case CarryOutFault(index=index, node=node):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.errors import StorageError
-from storage.scrub import due, scrub
+from storage.scrub import Examined, due, scrub
 from storage.verdicts import Where
 from storage.wrappers import ThrottledStore
 
@@ -29,13 +30,19 @@ class Scrubber:
 
     def __init__(self, store: BlobStore, bytes_per_s: float) -> None:
         self._catalog = Catalog(ThrottledStore(store, bytes_per_s))
+        self._tell: Callable[[Examined], None] = lambda _: None
         self._reading: Where | None = None
         self._lock = threading.Lock()
         self._woken = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def wake(self) -> None:
-        """Look for what is not verified yet; returns at once."""
+    def wake(self, tell: Callable[[Examined], None] = lambda _: None) -> None:
+        """Look for what is not verified yet; returns at once.
+
+        Args:
+            tell: takes what came of each, from the thread that reads, until it is woken again.
+        """
+        self._tell = tell
         self._woken.set()
         with self._lock:
             if self._thread is None:
@@ -69,6 +76,8 @@ class Scrubber:
                 examined = scrub(self._catalog, record)
             finally:
                 self._reading = None
+            if examined is not None:
+                self._tell(examined)
             if examined is not None and examined.damages:
                 told = "; ".join(map(str, examined.damages[:3]))
                 log.error("checkpoint of step %d is damaged: %s", record.step, told)

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from orchestrator.core.decisions import CommitCheckpoint
+from orchestrator.core.decisions import CommitCheckpoint, JudgeCheckpoint
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
+    CheckpointJudged,
     CommitFailed,
     Event,
     SearchFailed,
 )
-from orchestrator.core.trust import Onset, why_not
+from orchestrator.core.trust import Onset, Verdict, why_not
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -35,6 +36,7 @@ from storage.errors import StorageError, StorageUnavailableError
 from storage.leases import Leases
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.retention import Ladder
+from storage.scrub import DAMAGES_TOLD, Examined
 from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
@@ -155,7 +157,7 @@ class Vault:
             self._tidy(partial(self._retain, manifest))
             self._tidy(self._sweep)
             if self._scrubber is not None:
-                self._scrubber.wake()
+                self._scrubber.wake(partial(self._scrubbed, tell))
 
         def late() -> None:
             if not answered.is_set():
@@ -163,6 +165,26 @@ class Vault:
                 fail(f"the durable tier did not answer within {limit_s:g} s", again=True)
 
         self._commits.submit(work, late)
+
+    def judge(self, order: JudgeCheckpoint, tell: Tell) -> None:
+        """Put a verdict on record beside a checkpoint; answered by CheckpointJudged.
+
+        There is no answer while the store gives none: the verdict is then not on record.
+        """
+
+        def work() -> None:
+            Catalog(self._store).judge(order.step, order.epoch, order.verdict, order.reason)
+            tell(
+                CheckpointJudged(
+                    at=self._clock(),
+                    step=order.step,
+                    epoch=order.epoch,
+                    verdict=order.verdict,
+                    reason=order.reason,
+                )
+            )
+
+        self._tidy(work)
 
     def settle(self, within_s: float) -> bool:
         """Wait until all that was ordered is done, or late; return whether it is by then."""
@@ -222,6 +244,19 @@ class Vault:
     ) -> SearchFailed:
         return SearchFailed(
             at=self._clock(), generation=generation, number=number, reason=why, again=again
+        )
+
+    def _scrubbed(self, tell: Tell, examined: Examined) -> None:
+        """Tell what came of reading a checkpoint back."""
+        damages = "; ".join(map(str, examined.damages[:DAMAGES_TOLD]))
+        tell(
+            CheckpointJudged(
+                at=self._clock(),
+                step=Step(examined.step),
+                epoch=Generation(examined.epoch),
+                verdict=Verdict.SUSPECT if damages else Verdict.BYTES_VERIFIED,
+                reason=f"scrub found {damages}" if damages else "every byte is what was staged",
+            )
         )
 
     def _manifest(self, order: CommitCheckpoint) -> Manifest:

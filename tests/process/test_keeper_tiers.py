@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator.agent import keeper
 from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.impressions import Written, of_index
 from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.agent.shards import NoRoomError, NotHeldError
 from orchestrator.agent.transfer import allocate
@@ -191,10 +192,11 @@ def test_a_shard_that_was_written_can_be_committed_and_its_receipt_names_it(
             store = MemoryStore()
             here.stage(0, 7, 2)
 
-            receipt = await here.keeper.write(store, RANK, STEP, GENERATION)
+            receipt, seen = await here.keeper.write(store, RANK, STEP, GENERATION)
 
             index, _ = sealed(0, 7, 2)
             assert receipt == Receipt(0, index.size, index_digest(index))
+            assert (seen.shard, seen.content) == (0, of_index(index).content)
             assert len(store.keys("gen/")) == 2
             with pytest.raises(NotHeldError, match="generation 2, expected 3"):
                 await here.keeper.write(store, RANK, STEP, Generation(3))
@@ -268,9 +270,9 @@ def test_of_each_rank_one_shard_is_written_at_a_time_and_the_next_may_be_let_go(
             released.set()
             first, second, third = await asyncio.gather(*writes, return_exceptions=True)
 
-            assert isinstance(first, Receipt)
+            assert isinstance(first, Written)
             assert isinstance(second, NotHeldError)
-            assert isinstance(third, Receipt)
+            assert isinstance(third, Written)
 
     asyncio.run(scenario())
 
@@ -295,9 +297,9 @@ def test_a_write_that_was_given_up_and_goes_on_is_not_begun_a_second_time(
                 await here.keeper.write_turn(RANK, timeout_s=0.05)
             released.set()
 
-            receipt = await here.keeper.write(store, RANK, STEP, GENERATION)
+            written = await here.keeper.write(store, RANK, STEP, GENERATION)
 
-            assert receipt.shard == 0
+            assert written.receipt.shard == 0
             assert calls == ["put", "put"]
 
     asyncio.run(scenario())

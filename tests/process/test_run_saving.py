@@ -12,6 +12,9 @@ import pytest
 
 from orchestrator.core import journal
 from orchestrator.core.decisions import SetCadence, StartGeneration
+from orchestrator.core.events import CheckpointJudged
+from orchestrator.core.report import Report
+from orchestrator.core.trust import Verdict
 from orchestrator.worlds.memory import memory_of
 from tests import tiny
 from tests.programs.played import flip_a_bit, wait_for
@@ -158,16 +161,25 @@ def test_a_tier_that_failed_for_a_while_gets_checkpoints_again_afterwards(tmp_pa
     assert len([c for c in report.checkpoints if 30 < c.step < 120]) >= 2
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[journal.Entry]]:
+    """Run the tiny model with nothing let loose on it."""
+    one = Job(tmp_path_factory.mktemp("undisturbed"), tiny.RUN, [])
+    try:
+        code, report = one.conduct("--quiet", timeout_s=150)
+        assert code == 0, report.reason
+        return report, list(journal.read(one.folder.journal.read_bytes()).entries)
+    finally:
+        one.close()
+
+
 def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keeps_its_bits(
-    tmp_path: Path,
+    tmp_path: Path, undisturbed: tuple[Report, list[journal.Entry]]
 ) -> None:
-    checkpoint = {"everySteps": 20, "memoryEverySteps": 2}
     auto = {"every": "auto", "memoryEveryMin": "100ms", "memoryEveryMax": "150ms", "everyMin": "1s"}
-    twin = tiny.undisturbed(
-        tmp_path / "twin", tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint}}
-    )
-    run = tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint | auto}}
-    one = Job(tmp_path / "auto", run, [at(38, "kill-rank", rank=3)])
+    checkpoint = {"everySteps": 20, "memoryEverySteps": 2} | auto
+    run = tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint}}
+    one = Job(tmp_path, run, [at(38, "kill-rank", rank=3)])
     try:
         code, report = one.conduct("--quiet", timeout_s=120)
         entries = journal.read(one.folder.journal.read_bytes()).entries
@@ -182,4 +194,20 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     # Only steps that every rank has saved can be restored, so all of them have heard of it.
     assert restarted.restore is not None
     assert restarted.restore.step % first.cadence.memory == 0
-    tiny.assert_same_bits(report, twin, "a cadence of its own")
+    tiny.assert_same_bits(report, undisturbed[0], "a cadence of its own")
+
+
+def test_replicas_of_a_real_run_agree_and_its_checkpoints_are_verified_by_that(
+    undisturbed: tuple[Report, list[journal.Entry]],
+) -> None:
+    report, entries = undisturbed
+
+    assert report.save_failures == []
+    judged = [e.event for e in entries if isinstance(e.event, CheckpointJudged)]
+    verified = {event.step for event in judged if event.verdict is Verdict.STATE_VERIFIED}
+    # How many there are is the machine's affair; of the last one the run may be over before its
+    # verdict is on record.
+    committed = {checkpoint.step for checkpoint in report.checkpoints} - {tiny.STEPS}
+    assert committed
+    assert committed <= verified
+    assert {event.verdict for event in judged} <= {Verdict.STATE_VERIFIED, Verdict.BYTES_VERIFIED}

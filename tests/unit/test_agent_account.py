@@ -3,6 +3,7 @@
 import msgspec
 
 from orchestrator.agent.account import REPORTS_MAX, Account
+from orchestrator.agent.impressions import Written
 from orchestrator.agent.owed import STEPS_MAX, Owed
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
@@ -10,6 +11,7 @@ from orchestrator.protocol.messages import (
     Begin,
     FaultDue,
     Holding,
+    Impression,
     NodeUnusable,
     RankExited,
     RanksFinished,
@@ -164,8 +166,9 @@ def begin(*writers: int) -> Begin:
     )
 
 
-def receipt(shard: int) -> Receipt:
-    return Receipt(shard, 10, "d")
+def written(shard: int) -> Written:
+    seen = Impression(shard=shard, boxes="b", content=f"c{shard}", moving="", extra="e")
+    return Written(Receipt(shard, 10, "d"), seen)
 
 
 def test_a_node_owes_what_its_own_ranks_are_to_write() -> None:
@@ -184,9 +187,9 @@ def test_a_step_is_written_when_every_owing_rank_has() -> None:
     owed = Owed()
     owed.begin(begin(0, 1, 2, 3), NodeId("b"))
 
-    assert owed.written(Rank(3), Step(7), receipt(3), "m") is None
-    assert owed.written(Rank(3), Step(8), receipt(3), "m") is None
-    fact = owed.written(Rank(2), Step(7), receipt(2), "m")
+    assert owed.written(Rank(3), Step(7), written(3), "m") is None
+    assert owed.written(Rank(3), Step(8), written(3), "m") is None
+    fact = owed.written(Rank(2), Step(7), written(2), "m")
 
     assert fact is not None
     assert (fact.step, [r.shard for r in fact.receipts]) == (7, [2, 3])
@@ -200,6 +203,6 @@ def test_a_failed_step_is_told_once_and_steps_that_never_complete_are_forgotten(
     assert owed.failed(Step(1))
     assert not owed.failed(Step(1))
     for step in range(2, STEPS_MAX + 10):
-        owed.written(Rank(3), Step(step), receipt(3), "m")
-    assert owed.written(Rank(2), Step(2), receipt(2), "m") is None
-    assert owed.written(Rank(2), Step(STEPS_MAX + 9), receipt(2), "m") is not None
+        owed.written(Rank(3), Step(step), written(3), "m")
+    assert owed.written(Rank(2), Step(2), written(2), "m") is None
+    assert owed.written(Rank(2), Step(STEPS_MAX + 9), written(2), "m") is not None

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.core.decisions import JudgeCheckpoint
+from orchestrator.core.trust import Verdict
+from orchestrator.protocol.ids import Generation, Step
 from storage import verdicts
 from storage.leases import Leases
 from storage.verdicts import Trust, standing_of
@@ -90,3 +93,41 @@ def test_what_a_reader_has_a_lease_of_stays(tier: Tier) -> None:
     leases.drop(key)
     tier.commit(vault, 80, epoch=1)
     assert tier.steps() == [80]
+
+
+def test_whoever_ordered_the_commit_is_told_what_reading_it_back_came_to(tier: Tier) -> None:
+    tier.commit(tier.open(), 20, epoch=1)
+    tier.damage(20, 1)
+    tier.commit(tier.open(scrub_mib_per_second=64), 40, epoch=1)
+
+    until(lambda: len(tier.judged) == 2)
+
+    whole, damaged = [(e.step, e.verdict, e.reason) for e in tier.judged]
+    assert whole == (40, Verdict.BYTES_VERIFIED, "every byte is what was staged")
+    assert damaged[:2] == (20, Verdict.SUSPECT)
+    assert "scrub found expected xxh3-128" in damaged[2]
+    assert "p/w of gen/" in damaged[2]
+
+
+def test_a_verdict_that_is_ordered_is_on_record_before_it_is_told(tier: Tier) -> None:
+    vault = tier.open()
+    tier.commit(vault, 20, epoch=1)
+    order = JudgeCheckpoint(
+        generation=Generation(3),
+        step=Step(20),
+        epoch=Generation(1),
+        verdict=Verdict.STATE_VERIFIED,
+        reason="2 replicas have the same bytes",
+    )
+
+    vault.judge(order, tier.take)
+
+    until(lambda: [(e.step, e.verdict) for e in tier.judged] == [(20, Verdict.STATE_VERIFIED)])
+    assert tier.judged[0].reason == order.reason
+    assert trust(tier, 20) is Trust.STATE_VERIFIED
+    (key,) = standing_of(tier.store, 20, 1).keys
+    assert verdicts.reason_of(tier.store, key) == f"state-verified: {order.reason}"
+
+
+def test_verdicts_are_those_that_the_store_knows() -> None:
+    assert {str(verdict) for verdict in Verdict} < set(verdicts.KINDS)

@@ -14,6 +14,7 @@ import numpy as np
 
 from orchestrator.agent.shards import Lineage
 from orchestrator.core.decisions import (
+    AbandonCheckpoint,
     AnnounceRendezvous,
     CarryOutFault,
     CatchUp,
@@ -22,6 +23,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    JudgeCheckpoint,
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
@@ -30,6 +32,7 @@ from orchestrator.core.decisions import (
     WakeAt,
 )
 from orchestrator.core.events import (
+    CheckpointJudged,
     DrainCancelled,
     DrainRequested,
     Event,
@@ -189,6 +192,10 @@ class SimulatedWorld:
                 cluster.later(self._profile.search, partial(self._search, number, onsets))
             case CommitCheckpoint():
                 cluster.later(self._profile.commit, partial(self._commit, decision))
+            case AbandonCheckpoint():
+                pass
+            case JudgeCheckpoint():
+                cluster.later(self._profile.commit, partial(self._judge, decision))
             case CarryOutFault(index=index, node=node):
                 cluster.later(self._profile.order, partial(self.breaking.carry_out, index, node))
             case ProbeRanks():
@@ -420,6 +427,16 @@ class SimulatedWorld:
         for node in nodes:
             if node.generation <= generation:
                 node.retain(step)
+
+    def _judge(self, order: JudgeCheckpoint) -> None:
+        judged = CheckpointJudged(
+            at=self.now,
+            step=order.step,
+            epoch=order.epoch,
+            verdict=order.verdict,
+            reason=order.reason,
+        )
+        self.cluster.emit(judged)
 
     def _commit(self, order: CommitCheckpoint) -> None:
         self.cluster.emit(self.cluster.store.commit(order, self._generation, self.now))

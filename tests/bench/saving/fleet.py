@@ -14,11 +14,12 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.agent.impressions import Written
 from orchestrator.agent.owed import Owed
 from orchestrator.core.decisions import CommitCheckpoint
 from orchestrator.core.events import CheckpointCommitted, Event
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Begin, Receipt, ShardsWritten
+from orchestrator.protocol.messages import Begin, Impression, Receipt, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import derive
 from orchestrator.worlds.vault import Vault
@@ -72,12 +73,12 @@ class Fleet:
 
         The time begins when the first agent has its last receipt.
         """
-        receipts = self._write(step)
+        written = self._write(step)
         begun = time.perf_counter()
         messages = []
         for rank in range(self._ranks):
             agent = self._agents[rank // RANKS_PER_NODE]
-            fact = agent.written(Rank(rank), Step(step), receipts[rank], MODEL)
+            fact = agent.written(Rank(rank), Step(step), written[rank], MODEL)
             if fact is not None:
                 messages.append(msgspec.json.encode(fact))
         facts = [msgspec.json.decode(message, type=ShardsWritten) for message in messages]
@@ -96,13 +97,22 @@ class Fleet:
         assert self._vault.settle(SETTLED_S)
         return seconds, self._store.size(commit_key(step, EPOCH))
 
-    def _write(self, step: int) -> list[Receipt]:
+    def _write(self, step: int) -> list[Written]:
         made = []
         for shard in range(self._ranks):
             self._store.put(body_key(step, EPOCH, shard), b"")
             self._store.put(index_key(step, EPOCH, shard), b"")
             digest = sha256_hex(f"{step} {shard}".encode())
-            made.append(Receipt(shard, BODY_BYTES + shard, digest))
+            # Of the length that a real one has: it is in the message as well.
+            seen = Impression(
+                shard=shard,
+                boxes="0" * 16,
+                content=f"{shard:032x}",
+                moving=f"{shard:032x}",
+                extra=f"{step:016x}",
+                rms=0.02,
+            )
+            made.append(Written(Receipt(shard, BODY_BYTES + shard, digest), seen))
         return made
 
 

@@ -140,7 +140,7 @@ class Agent:
     async def _save(self, staged: Staged) -> None:
         self._keeper.staged(RANK, staged)
         step, generation = staged.step, staged.generation
-        receipt = await self._keeper.write(self._store, RANK, step, generation)
+        receipt, _ = await self._keeper.write(self._store, RANK, step, generation)
         index: ShardIndex = decode_index(staged.index.encode())
         manifest = make_manifest(
             [

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainer.digest import digest
 from trainer.guard import Guard
+from trainer.shares import Share
 
 HALF = 1 << 32
 VOTERS_MIN = 3
@@ -99,15 +100,28 @@ def joined(low: float, high: float) -> int:
     return int(high) * HALF + int(low)
 
 
-def every(share: float, micro_batches: int) -> int:
+def every(time_share: float, work: Share) -> int:
     """Return after how many steps it is done again, to take that share of the time.
 
-    A replay is one micro-batch more for every rank.
-
-    >>> every(0.01, 16)
-    7
+    A replay is one micro-batch more for every rank. What a rank has itself may be fewer than what
+    others have, and all of them must come to the same number: they wait for each other in it.
     """
-    return max(math.ceil(1 / (share * micro_batches)), 1)
+    return max(math.ceil(1 / (time_share * work.most)), 1)
+
+
+def known_good(restored: int, every: int) -> int:
+    """Return the last step that a replay vouches for, of a world that was restored to a step.
+
+    What it was restored to was saved after the last replay before it, and nobody has looked since.
+
+    Args:
+        restored: the step.
+        every: after how many steps it was, and is, done again.
+
+    >>> known_good(15, 10)
+    9
+    """
+    return max(restored // every * every - 1, 0)
 
 
 class Mismatch(NamedTuple):

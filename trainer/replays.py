@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,19 @@ from trainer.guard import Guard
 from trainer.optim import Optimizer
 from trainer.pipeline import Micro
 from trainer.reduction import Reduction
-from trainer.replay import Probe, Verdict, every, halves, joined, judge, mismatches, tried
+from trainer.replay import (
+    Probe,
+    Verdict,
+    every,
+    halves,
+    joined,
+    judge,
+    known_good,
+    mismatches,
+    tried,
+)
 from trainer.shares import Place, Share, share_of
 
-PATIENCE_S = 60.0
-"""Ranks that can not get a step to come out the same wait this long to be told what to do."""
 RETRIES_MAX = 3
 TELLERS = 2
 """Ranks that report; if one of them is lost, the other has said it."""
@@ -65,12 +73,6 @@ class Stepping(Protocol):
         """Return this rank's part of some samples, on the device."""
 
 
-class WrongComputationError(Exception):
-    """A step did not come out the same twice, however often it was computed."""
-
-    hint = "some device computes wrongly; see the evidence in the log of rank 0"
-
-
 class Replays:
     """Those of one rank.
 
@@ -90,7 +92,7 @@ class Replays:
 
     def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
         self._training, self.samples = training, samples
-        self._every = every(share, len(training.share.micro_batches))
+        self._every = every(share, training.share)
         self._guard = Guard("replays")
         self._probe = Probe(self._guard)
         self._due = self.again = self._stopped = False
@@ -107,7 +109,7 @@ class Replays:
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
         if self._verified is None:
-            self._verified = step - 1  # what it was restored to
+            self._verified = known_good(step - 1, self._every)
         # Not in the first step of a process, which makes what gradients are looked at on.
         due = self._training.warm and step % self._every == 0
         self._due = due and not self._stopped
@@ -151,7 +153,7 @@ class Replays:
             )
         self.again, self._tries = True, self._tries + 1
         if self._tries > RETRIES_MAX:
-            self._await_orders(found.evidence, reporter)
+            await_orders(reporter)
         return True
 
     def _judged(self, step: int, rows: list[tuple[int, int]], shift: int) -> Verdict | None:
@@ -198,9 +200,16 @@ class Replays:
             for row in rows
         ]
 
-    def _await_orders(self, evidence: str, reporter: Told) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            reporter.phase(RankPhase.WAITING)
-            time.sleep(0.05)
-        raise WrongComputationError(evidence)
+
+def await_orders(reporter: Told) -> NoReturn:
+    """Wait to be told what becomes of a step that can not be got to come out the same.
+
+    For as long as that takes: a controller gathers nodes for `spareWait`, and some for hours. Who
+    stands still for too long is found by it, and a rank whose agent is gone is ended.
+
+    Raises:
+        Aborted: once the generation is over; by the reporter.
+    """
+    while True:
+        reporter.phase(RankPhase.WAITING)
+        time.sleep(0.05)

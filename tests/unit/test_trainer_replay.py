@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
-from trainer.replay import Mismatch, every, halves, joined, judge, mismatches
+from orchestrator.protocol import runfile
+from trainer.replay import Mismatch, every, halves, joined, judge, known_good, mismatches
+from trainer.shares import Place, Share, share_of
 
 RIGHT = 7
 
@@ -57,5 +60,30 @@ def test_digests_survive_the_way_through_floating_point() -> None:
     assert found == [digest % (1 << 64) for digest in digests]
 
 
+def shares(batch: int, replicas: int, shards: int) -> list[Share]:
+    job = runfile.Trainer(global_batch=batch, micro_batch=1)
+    return [
+        share_of(job, Place(replica, replicas, shard, shards))
+        for replica in range(replicas)
+        for shard in range(shards)
+    ]
+
+
 def test_it_is_done_as_often_as_its_share_of_the_time_allows() -> None:
-    assert (every(0.01, 1), every(0.01, 16), every(1.0, 1)) == (100, 7, 1)
+    one, sixteen = shares(1, 1, 1)[0], shares(16, 1, 1)[0]
+
+    assert (every(0.01, one), every(0.01, sixteen), every(1.0, one)) == (100, 7, 1)
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(7, 1), (3, 2)])
+def test_ranks_with_uneven_shares_replay_in_the_same_steps(replicas: int, shards: int) -> None:
+    """Who replays waits for all others; who does so in another step waits in vain."""
+    uneven = shares(32, replicas, shards)
+
+    assert len({len(share.micro_batches) for share in uneven}) == 2
+    assert len({every(0.01, share) for share in uneven}) == 1
+
+
+def test_nobody_vouches_for_steps_between_the_last_replay_and_what_was_restored() -> None:
+    assert [known_good(step, 10) for step in (0, 9, 10, 15, 20)] == [0, 0, 9, 9, 19]
+    assert known_good(15, 1) == 14

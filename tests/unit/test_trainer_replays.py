@@ -1,0 +1,34 @@
+"""Replays within a world's steps: who waits for what, and when there are none."""
+
+import itertools
+import time
+
+import pytest
+
+from orchestrator.worker import Aborted, RankPhase
+from trainer.replays import await_orders
+from trainer.step import Unheard
+
+HOURS_S = 3600.0
+
+
+class Ordered(Unheard):
+    """Hears that its generation is over the third time that it says what it does."""
+
+    said = 0
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        assert (phase, micro_batch) == (RankPhase.WAITING, 0)
+        self.said += 1
+        if self.said == 3:
+            raise Aborted("generation 1 is over")
+
+
+def test_orders_are_awaited_for_as_long_as_a_controller_takes_to_find_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hours = itertools.count(step=HOURS_S)
+    monkeypatch.setattr(time, "monotonic", lambda: next(hours))
+
+    with pytest.raises(Aborted):
+        await_orders(Ordered())

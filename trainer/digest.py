@@ -1,8 +1,9 @@
 """Digests of tensors, 64 bits, cheap enough to be taken of the training state at every step.
 
 The digest of a tensor is the sum over its 32-bit words, modulo 2**64, of key(name, i) times the
-word, where i is the word's place in the whole tensor, flattened, and every key is odd. A sum does
-not care how a tensor is cut, in which order it is added up, or on what device.
+word and `OFFSET`, where i is the word's place in the whole tensor, flattened, and every key is odd.
+A sum does not care how a tensor is cut, in which order it is added up, or on what device. The
+offset has zeros count: 0 is what no digest at all is sent as, and moments that were lost are zero.
 
 Why that is strong enough, in one multiplication per word: if words change by d[i] (each within
 2**32 of 0, so divisible by 2**31 at most), the digest stays the same only if the sum of key * d is
@@ -27,6 +28,10 @@ from torch import Tensor
 BLOCK = 1 << 14
 """Words with a key each; the blocks' keys are what tells one from the next. 128 KiB of keys and as
 much of products stay in a core's second-level cache."""
+OFFSET = (1 << 32) + 1
+"""Added to every word, so that none counts as 0: words are from -2**31 to below 2**31."""
+PIECE_WORDS = 1 << 20
+"""Items that are looked at at once: what is made of them on the way is several times as large."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _WORD = torch.int32
@@ -45,12 +50,11 @@ def digest(tensor: Tensor, name: str, start: int = 0) -> Tensor:
         A scalar, int64, on the tensor's device: nobody has waited for it. Add shares up as they
         are: int64 wraps around.
     """
-    words = _words(tensor)
-    per_item = max(words.numel() // max(tensor.numel(), 1), 1)
-    first = start * per_item
-    if words.is_cuda:
-        return _on_device(words, name, first)
-    return torch.tensor(_signed(_on_host(words.numpy(), name, first)), dtype=torch.int64)
+    flat = tensor.detach().contiguous().reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for at in range(0, flat.numel(), PIECE_WORDS):
+        total += _share(flat[at : at + PIECE_WORDS], name, start + at)
+    return total
 
 
 def unsigned(digest: int) -> int:
@@ -58,9 +62,17 @@ def unsigned(digest: int) -> int:
     return digest & _MASK
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Return the items' bits as int32 words, flattened; those of 8 bytes as two."""
-    flat = tensor.detach().contiguous().reshape(-1)
+def _share(flat: Tensor, name: str, start: int) -> Tensor:
+    words = _words(flat)
+    per_item = max(words.numel() // max(flat.numel(), 1), 1)
+    first = start * per_item
+    if words.is_cuda:
+        return _on_device(words, name, first)
+    return torch.tensor(_signed(_on_host(words.numpy(), name, first)), dtype=torch.int64)
+
+
+def _words(flat: Tensor) -> Tensor:
+    """Return the items' bits as int32 words; those of 8 bytes as two."""
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     match flat.element_size():
@@ -74,7 +86,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 def _on_host(words: npt.NDArray[np.int32], name: str, first: int) -> int:
     """Add up block by block, so that products never leave the cache: one pass over the tensor."""
-    keys, scratch = _keys_in_block(), np.empty(BLOCK, np.int64)
+    keys, scratch, offsets = _keys_in_block(), np.empty(BLOCK, np.int64), _offsets()
     total, at = 0, 0
     while at < words.size:
         block, place = divmod(first + at, BLOCK)
@@ -82,7 +94,9 @@ def _on_host(words: npt.NDArray[np.int32], name: str, first: int) -> int:
         wide = scratch[: piece.size]
         np.copyto(wide, piece)
         # The product of integers wraps around, as it should.
-        total += _block_key(name, block) * int(np.dot(wide, keys[place : place + piece.size]))
+        end = place + piece.size
+        offset = OFFSET * (int(offsets[end]) - int(offsets[place]))
+        total += _block_key(name, block) * (int(np.dot(wide, keys[place:end])) + offset)
         at += piece.size
     return total & _MASK
 
@@ -96,8 +110,9 @@ def _on_device(words: Tensor, name: str, first: int) -> Tensor:
         [_signed(_block_key(name, block + number)) for number in range(blocks)],
         device=words.device,
     )
-    padded = torch.nn.functional.pad(words, (place, blocks * BLOCK - place - words.numel()))
-    sums = (padded.view(blocks, BLOCK).to(torch.int64) * keys).sum(1)
+    wide = words.to(torch.int64) + OFFSET
+    padded = torch.nn.functional.pad(wide, (place, blocks * BLOCK - place - words.numel()))
+    sums = (padded.view(blocks, BLOCK) * keys).sum(1)
     return (sums * block_keys).sum()
 
 
@@ -105,6 +120,12 @@ def _on_device(words: Tensor, name: str, first: int) -> Tensor:
 def _keys_in_block() -> npt.NDArray[np.int64]:
     words = np.arange(BLOCK, dtype=np.uint64) * np.uint64(_GOLDEN)
     return (_mixed(words) | np.uint64(1)).view(np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _offsets() -> npt.NDArray[np.int64]:
+    """Return the sum of the keys before each place of a block, and of all: what an offset adds."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(_keys_in_block())))
 
 
 @functools.lru_cache(maxsize=8)

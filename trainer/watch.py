@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from orchestrator.protocol.digests import Kind, Taken
 from orchestrator.protocol.ids import Step
-from trainer.digest import digest, unsigned
+from trainer.digest import PIECE_WORDS, digest, unsigned
 from trainer.guard import Guard
 
-PIECE_WORDS = 1 << 20
-"""A tensor larger than this is looked at in pieces."""
 FLOPS_PER_WORD = {"cpu": 40.0, "cuda": 600.0}
 """What a word costs, in operations of training that the device could do meanwhile. A core reads
 2 GB/s of words and does some 30 GFLOPS in float32; a GPU reads 1.5 TB/s unfused, and does some

@@ -1,10 +1,14 @@
 """The digest of a tensor depends on every bit and place, and on nothing else."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.digest import BLOCK, _on_device, _words, digest
+from trainer.digest import BLOCK, PIECE_WORDS, _on_device, _words, digest
 
 SIZE = 3 * BLOCK + 77
 
@@ -92,3 +96,36 @@ def test_patterns_that_cancel_out_in_plain_sums_do_not_here(pattern: str) -> Non
                     words[:BLOCK].clone(),
                 )
         assert int(digest(tensor, "w")) != before
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, -(1 << 31)])
+@pytest.mark.parametrize("size", [1, 2, BLOCK, SIZE])
+def test_no_constant_is_taken_for_a_digest_that_was_not_taken(value: int, size: int) -> None:
+    tensor = torch.full((size,), value, dtype=torch.int32)
+
+    assert int(digest(tensor, "exp_avg/w")) != 0
+    assert int(digest(tensor, "exp_avg/w")) == int(_on_device(tensor, "exp_avg/w", 0))
+
+
+class Made(TorchDispatchMode):
+    """Notes how large the largest tensor is that is made by a change of type."""
+
+    most = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.most = max(self.most, made.numel())
+        return made
+
+
+def test_a_large_tensor_is_never_widened_as_a_whole() -> None:
+    large = torch.ones(3 * PIECE_WORDS + 5, dtype=torch.bfloat16)
+
+    with Made() as made:
+        found = digest(large, "w")
+
+    assert made.most == PIECE_WORDS
+    assert int(found) == int(_on_device(_words(large), "w", 0))

@@ -244,7 +244,7 @@ class Checkpointer:
                 "model",
                 index.model,
                 stamp.model,
-                "sizes and initFrom must not change within a run",
+                "sizes, initFrom and continueFrom must not change within a run",
             ),
             ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
             ("number of shards", index.shards, world.shards, CUT_HINT),

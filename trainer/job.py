@@ -11,6 +11,7 @@ from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.cutting import obstacles
 from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.pinned import ROOT_DIGITS, parts
 from orchestrator.worker import MisconfiguredError
 from trainer.config import ModelConfig, model_config
 from trainer.tokenizer import Tokenizer, open_tokenizer
@@ -34,6 +35,8 @@ class Job(NamedTuple):
     """Weights that it begins from, of the model's sizes."""
     continued: Continued | None = None
     """A checkpoint of another run that it goes on from."""
+    begun: str = ""
+    """What the digest of either of them begins with; "" if it begins from its seed."""
 
     @property
     def cadence(self) -> Cadence:
@@ -43,14 +46,17 @@ class Job(NamedTuple):
     @property
     def identity(self) -> str:
         """What its checkpoints are marked with: the model, and what it began from."""
-        begun = self.initial or self.continued
-        if begun is None:
-            return self.config.fingerprint
-        return f"{self.config.fingerprint}-{begun.digest[:16]}"
+        return f"{self.config.fingerprint}-{self.begun}" if self.begun else self.config.fingerprint
 
 
-def read_job(job: dict[str, object], world_size: int) -> Job:
+def read_job(job: dict[str, object], world_size: int, *, resumes: bool = False) -> Job:
     """Read what a seat says of its run.
+
+    Args:
+        job: what it says.
+        world_size: ranks of the world.
+        resumes: from a checkpoint of its own. A checkpoint of another run that it began from is
+            not opened then, if its address is pinned: it may be gone by now.
 
     Raises:
         MisconfiguredError: if the run can not be trained as written.
@@ -70,6 +76,14 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         # Of the whole world, so that a rank needs no more memory when there are fewer.
         share = trainer.global_batch // whole.readers
         trainer = msgspec.structs.replace(trainer, micro_batch=trainer.micro_batch or share)
+    address = trainer.init_from or trainer.continue_from or ""
+    begun = parts(address).root
+    initial = continued = None
+    if not (resumes and begun):
+        initial = _initial(trainer.init_from, config)
+        continued = _continued(trainer, config)
+        if (source := initial or continued) is not None:
+            begun = source.digest[:ROOT_DIGITS]
     return Job(
         trainer,
         msgspec.convert(job.get("checkpoint", {}), runfile.Checkpoint),
@@ -77,8 +91,9 @@ def read_job(job: dict[str, object], world_size: int) -> Job:
         config,
         open_tokenizer(trainer.tokenizer, config.vocab),
         layout,
-        _initial(trainer.init_from, config),
-        _continued(trainer, config),
+        initial,
+        continued,
+        begun,
     )
 
 

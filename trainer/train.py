@@ -37,7 +37,7 @@ _POLL_S = 0.01
 
 def train(worker: Worker, seat: Seat) -> None:
     """Train one generation, as `orchestrator.worker.serve` wants it."""
-    job = read_job(seat.job, seat.world_size)
+    job = read_job(seat.job, seat.world_size, resumes=seat.restore is not None)
     with (
         parallel.form(worker, seat, job.trainer, job.layout) as world,
         open_log(seat, job.trainer, world.device) as note,

@@ -79,7 +79,7 @@ def run(
     from orchestrator.cli import intake, progress, spawned, supervise
 
     training, plan = intake.read(run_file, faults)
-    spawned.require_weights(training)
+    training = spawned.pin_weights(training, out)
     ended = supervise.supervise(
         training,
         plan,
@@ -109,7 +109,7 @@ def drill(
     from orchestrator.cli import drill, intake, progress, reporting, spawned
 
     training, plan = intake.read(run_file, faults)
-    spawned.require_weights(training)
+    training = spawned.pin_weights(training, out / "disturbed")
     assert plan is not None
     verdict = drill.drill(
         training,
@@ -135,7 +135,7 @@ def validate(
     from orchestrator.cli import intake, spawned
 
     training, plan = intake.read(run_file, faults)
-    spawned.require_weights(training)
+    spawned.pin_weights(training)
     typer.echo(intake.words(training, plan))
 
 

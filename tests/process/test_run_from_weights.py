@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from orchestrator.cli.spawned import pin_weights
 from orchestrator.protocol.footprint import footprint
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.runfile import TrainingRun
@@ -18,7 +19,7 @@ from orchestrator.worker import MisconfiguredError
 from storage.shard import decode_index
 from tests import runfiles
 from tests.runs import REPOSITORY, Job
-from tests.weights import TINY, loaded, written
+from tests.weights import TINY, loaded, model_of, run_folder, written
 from trainer import parallel
 from trainer.data import Samples, open_data
 from trainer.feed import cursor_of
@@ -184,3 +185,27 @@ def test_a_run_that_can_not_begin_from_its_weights_is_refused_before_anything_is
         assert says in message
         assert hint.startswith("hint: ")
         assert not (tmp_path / "home").exists()
+
+
+def test_the_checkpoint_that_a_run_begins_from_is_settled_once(tmp_path: Path) -> None:
+    source = run_folder(tmp_path / "source", model_of(MODEL), step=7)
+    asked = run_of(
+        runfiles.fields(
+            "pinned", trainer={"model": msgspec.to_builtins(MODEL), "initFrom": str(source)}
+        )
+    )
+    place = tmp_path / "pinned"
+    place.mkdir()
+
+    begun = pin_weights(asked, place)
+    (place / "run.json").write_bytes(msgspec.json.encode(begun))
+    run_folder(source, model_of(MODEL, 1), step=8)
+
+    address = begun.spec.trainer.init_from
+    assert address is not None
+    assert address.startswith(f"{source}@7-")
+    assert pin_weights(asked, place) == begun
+    assert pin_weights(begun, place) == begun
+    elsewhere = pin_weights(asked, tmp_path / "new").spec.trainer.init_from
+    assert elsewhere is not None
+    assert elsewhere.startswith(f"{source}@8-")

@@ -1,6 +1,7 @@
 """What is done with weights: shown, converted, averaged, and begun from."""
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from orchestrator.worker import MisconfiguredError
+from storage.manifest import commit_key
 from tests.weights import (
     STRETCHED,
     TINY,
@@ -23,6 +25,7 @@ from trainer.config import ModelConfig
 from trainer.job import Job, read_job
 from trainer.weights.__main__ import main
 from trainer.weights.convert import convert
+from trainer.weights.run import annealed, pin
 from trainer.weights.sources import open_weights
 
 torch.set_num_threads(1)
@@ -112,6 +115,60 @@ def test_a_run_is_not_begun_from_weights_of_another_model(tmp_path: Path) -> Non
     assert "spec.trainer.model" in caught.value.hint
     with pytest.raises(MisconfiguredError, match=r"spec.trainer.initFrom: no such folder"):
         job_from(tmp_path / "nowhere")
+
+
+def test_a_run_goes_on_without_the_checkpoint_that_it_was_pinned_to_once_it_has_its_own(
+    tmp_path: Path,
+) -> None:
+    config = msgspec.structs.replace(TINY, vocab=1280)
+    source = run_folder(tmp_path / "source", model_of(config), step=7)
+    other = run_folder(tmp_path / "other", model_of(config, 1), step=7)
+    pinned = pin(str(source))
+    root = pinned.removeprefix(f"{source}@7")
+    trainer = {"model": msgspec.to_builtins(config), "initFrom": pinned}
+
+    first = read_job({"trainer": trainer}, 1).identity
+    run_folder(source, model_of(config, 1), step=8)
+    again = read_job({"trainer": trainer}, 1).identity
+    newest = job_from(source).identity
+    with pytest.raises(MisconfiguredError, match="root of the checkpoint of step 7 is "):
+        job_from(Path(f"{other}@7{root}"))
+    shutil.rmtree(source)
+    gone = read_job({"trainer": trainer}, 1, resumes=True).identity
+
+    assert first == again == gone != newest
+    with pytest.raises(MisconfiguredError):
+        read_job({"trainer": trainer}, 1)
+    on = {"model": trainer["model"], "continueFrom": pinned}
+    assert read_job({"trainer": on}, 1, resumes=True).identity == first
+
+
+def test_a_newest_checkpoint_that_can_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    for step in (7, 8):
+        run_folder(tmp_path / "run", model_of(), step=step, annealSteps=5, steps=10)
+    folder = str(tmp_path / "run")
+    records = {step: tmp_path / "run/checkpoints" / commit_key(step, 1) for step in (7, 8)}
+
+    records[8].write_bytes(records[8].read_bytes().replace(b'"version":2', b'"version":1'))
+    for address in (folder, f"{folder}@8"):
+        with pytest.raises(
+            MisconfiguredError, match=r"step 8 can not be read: .*version"
+        ) as caught:
+            open_weights(address)
+        assert f"{folder}@7" in caught.value.hint
+    with pytest.raises(MisconfiguredError, match="step 8 can not be read"):
+        annealed(folder)
+    assert open_weights(f"{folder}@7").where == folder
+
+    records[7].write_bytes(b"{")
+    with pytest.raises(MisconfiguredError, match=r"step 8 .*; checkpoint of step 7 ") as caught:
+        open_weights(folder)
+    assert "none that can be read" in caught.value.hint
+    for record in records.values():
+        record.unlink()
+    with pytest.raises(MisconfiguredError, match="no checkpoint") as caught:
+        open_weights(folder)
+    assert "not committed one yet" in caught.value.hint
 
 
 # Averages -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
         if asked.command == "fit":
-            _require(asked.source, asked.field, _model(asked.model), asked.steps)
+            pinned = run.pin(asked.source)
+            _require(pinned, asked.field, _model(asked.model), asked.steps)
+            _say(json.dumps(pinned))
             return 0
         weights = _opened(asked)
         if asked.command == "show":
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("source", help=source)
     show.add_argument("--check", action="store_true", help="read everything: is it all finite?")
     show.add_argument("--output", "-o", choices=("text", "json"), default="text")
-    fit = commands.add_parser("fit", help="say nothing if a run's model can begin from it")
+    fit = commands.add_parser("fit", help="pin its address, if a run's model can begin from it")
     fit.add_argument("source", help=source)
     fit.add_argument("--model", required=True, help="spec.trainer.model, as JSON")
     fit.add_argument("--steps", type=int, required=True, help="spec.trainer.steps")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from orchestrator.protocol.pinned import ROOT_DIGITS, parts
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worker import MisconfiguredError
 from storage.address import open_store
 from storage.blob import BlobStore
-from storage.catalog import Catalog
+from storage.catalog import Catalog, CommitRecord
 from storage.commit import fetch_index
 from storage.digest import chunk_digest
 from storage.errors import StorageError
@@ -36,7 +36,8 @@ CHECKPOINTS = "checkpoints"
 """There too: the durable tier, unless the run file names another one."""
 STATE = "param"
 """Of what a checkpoint has for each weight, the weight itself."""
-_STEP = re.compile(r"(?P<folder>.+)@(?P<step>[0-9]{1,15})")
+_FAULTS_MAX = 3
+"""So many are told of; where the format is another one, all records have the same."""
 
 
 class RunAt(NamedTuple):
@@ -45,6 +46,8 @@ class RunAt(NamedTuple):
     folder: Path
     step: int | None
     """None for the newest."""
+    root: str = ""
+    """What the root of its manifest begins with; "" for any."""
 
 
 def find(address: str) -> RunAt | None:
@@ -52,17 +55,15 @@ def find(address: str) -> RunAt | None:
 
     Args:
         address: the folder of a run, or the one in it with checkpoints; with `@STEP` behind it a
-            checkpoint of that step.
+            checkpoint of that step, and with `@STEP-ROOT` that very one.
     """
-    path, step = address, None
-    if match := _STEP.fullmatch(address):
-        path, step = match["folder"], int(match["step"])
+    path, step, root = parts(address)
     if "://" in path or "\0" in path:
         return None
     folder = Path(path)
     if folder.name == CHECKPOINTS and not (folder / RUN_FILE).is_file():
         folder = folder.parent
-    return RunAt(folder, step) if (folder / RUN_FILE).is_file() else None
+    return RunAt(folder, step, root) if (folder / RUN_FILE).is_file() else None
 
 
 def read(at: RunAt) -> TrainingRun:
@@ -74,6 +75,21 @@ def read(at: RunAt) -> TrainingRun:
             f"no run file as holdfast leaves it: {error}: {at.folder / RUN_FILE}",
             hint="name the folder of a run: `holdfast get runs -o wide` has them",
         ) from error
+
+
+def pin(address: str) -> str:
+    """Return an address that will mean the same checkpoint, or no other.
+
+    Weights that are not of a run have no other address than their own.
+
+    Raises:
+        MisconfiguredError: as `open_run`.
+    """
+    if (at := find(address)) is None:
+        return address
+    with _told(str(at.folder)):
+        manifest = _manifest(_store(read(at), at), at)
+    return f"{parts(address).folder}@{manifest.step}-{manifest.root[:ROOT_DIGITS]}"
 
 
 def open_run(at: RunAt) -> Weights:
@@ -107,7 +123,7 @@ def open_states(
     boxes: dict[tuple[str, str], dict[tuple[Shape, Shape], Box]] = {}
     extra: dict[str, object] = {}
     with _told(str(at.folder)):
-        store = open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS))
+        store = _store(run, at)
         manifest = _manifest(store, at)
         if not manifest.model.startswith(config.fingerprint):
             raise MisconfiguredError(
@@ -158,9 +174,12 @@ def annealed(address: str) -> list[str]:
     if not trainer.anneal_steps:
         raise MisconfiguredError(f"spec.trainer.annealSteps is 0: {at.folder}", hint=hint)
     with _told(str(at.folder)):
-        found = _sound(open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS)))
+        found = _standing(_store(run, at))
     begins = trainer.steps - trainer.anneal_steps
-    steps = sorted({manifest.step for manifest in found if manifest.step > begins})
+    annealing = [record for record in found if record.step > begins]
+    if any(record.manifest is None for record in annealing):
+        raise MisconfiguredError(f"{_faults(annealing)}: {at.folder}", hint=hint)
+    steps = sorted({record.step for record in annealing})
     if not steps:
         raise MisconfiguredError(
             f"no checkpoint after step {begins}, at which the anneal begins: {at.folder}",
@@ -169,30 +188,60 @@ def annealed(address: str) -> list[str]:
     return [f"{at.folder}@{step}" for step in steps]
 
 
-def _sound(store: BlobStore) -> list[Manifest]:
-    """Return what was committed, can be read and is not barred, the newest first."""
+def _store(run: TrainingRun, at: RunAt) -> BlobStore:
+    return open_store(run.spec.checkpoint.uri or str(at.folder / CHECKPOINTS))
+
+
+def _standing(store: BlobStore) -> list[CommitRecord]:
+    """Return what was committed and is neither superseded nor barred, the newest first."""
     catalog = Catalog(store)
     barred = catalog.barred()
     return [
-        record.manifest
+        record
         for record in catalog.commits()
-        if record.manifest is not None and (record.step, record.epoch) not in barred
+        if not record.superseded and (record.step, record.epoch) not in barred
     ]
 
 
 def _manifest(store: BlobStore, at: RunAt) -> Manifest:
-    sound = _sound(store)
-    steps = sorted({manifest.step for manifest in sound})
-    for manifest in sound:
-        if at.step in {None, manifest.step}:
-            return manifest
-    wanted = "checkpoint" if at.step is None else f"checkpoint of step {at.step}"
-    raise MisconfiguredError(
-        f"no {wanted}: {at.folder}",
-        hint=f"there are those of steps {', '.join(map(str, steps))}"
+    """Return that of the checkpoint that is meant.
+
+    A newest one that can not be read is not passed over for an older one: whoever names no step
+    would not hear that steps are missing.
+    """
+    standing = _standing(store)
+    meant = [record for record in standing if at.step in {None, record.step}]
+    steps = sorted({record.step for record in standing if record.manifest is not None})
+    others = (
+        f"there are those of steps {', '.join(map(str, steps))}: {at.folder}@{steps[-1]}"
         if steps
-        else "the run has not committed one yet: see `holdfast get checkpoints`",
+        else "there is none that can be read: see `holdfast get checkpoints`"
     )
+    if not meant:
+        wanted = "checkpoint" if at.step is None else f"checkpoint of step {at.step}"
+        none = "the run has not committed one yet: see `holdfast get checkpoints`"
+        raise MisconfiguredError(f"no {wanted}: {at.folder}", hint=others if standing else none)
+    manifest = meant[0].manifest
+    if manifest is None:
+        raise MisconfiguredError(f"{_faults(meant)}: {at.folder}", hint=others)
+    if not manifest.root.startswith(at.root):
+        raise MisconfiguredError(
+            f"root of the checkpoint of step {at.step} is {manifest.root[:ROOT_DIGITS]}, expected "
+            f"{at.root}: {at.folder}",
+            hint="its run took that step again; begin a new run from what is there now",
+        )
+    return manifest
+
+
+def _faults(records: Sequence[CommitRecord]) -> str:
+    """Return what is wrong with those that can not be read, in words."""
+    faulty = [record for record in records if record.manifest is None]
+    told = "; ".join(
+        f"checkpoint of step {record.step} can not be read: {record.fault}"
+        for record in faulty[:_FAULTS_MAX]
+    )
+    more = len(faulty) - _FAULTS_MAX
+    return f"{told}; and {more} more" if more > 0 else told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

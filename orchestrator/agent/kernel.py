@@ -16,11 +16,16 @@ from typing import Annotated, Literal
 import msgspec
 import yaml
 
+from orchestrator.agent.devices import Devices
+
 log = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("signals.yaml")
 READ_BYTES = 1 << 16
 READS_MAX = 64
 """Lines of one look; the others wait for the next."""
+FACILITY_SHIFT = 3
+KERNEL = 0
+"""The kernel's own facility; it gives another to what programs write into its log."""
 _RECORD = re.compile(r"^(?P<prefix>\d+),(?P<seq>\d+),(?P<at_us>\d+),[^;]*;(?P<text>[^\n]*)")
 """Source: Linux, Documentation/ABI/testing/dev-kmsg."""
 
@@ -46,6 +51,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: Positive = 1
     window: Annotated[float, msgspec.Meta(gt=0)] = 3600.0
     cancels: tuple[int, ...] = ()
+    apart: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,7 +59,9 @@ class Signal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     name: str
     pattern: str
-    source: str
+    source: str = ""
+    assumption: str = ""
+    own: Literal["gpu", "disk", ""] = ""
     codes: dict[int, Rule] = {}
     action: Literal["unusable", "note", ""] = ""
     text: str = ""
@@ -92,9 +100,13 @@ class Judge:
 
     Args:
         table: what means what.
+        devices: the node's own; what is said of others is only noted.
+        shared: other nodes have the same kernel. What it says is only noted then: one line would
+            take out all of them.
     """
 
-    def __init__(self, table: tuple[Signal, ...]) -> None:
+    def __init__(self, table: tuple[Signal, ...], devices: Devices, *, shared: bool) -> None:
+        self._devices, self._shared = devices, shared
         self._table = [(re.compile(signal.pattern), signal) for signal in table]
         self._seen: dict[tuple[str, str, int | None], deque[float]] = {}
         self._cancelled: dict[tuple[str, str, int], float] = {}
@@ -114,12 +126,17 @@ class Judge:
         if rule is None:
             log.warning("kernel: %s %s is in no table: %s", signal.name, code, text[:500])
             return ""
+        if self._shared or not self._devices.own(signal.own, device):
+            whose = "a kernel that nodes share" if self._shared else "no device of this node's"
+            log.warning("kernel: %s: %s; only noted: %s", signal.name, text[:500], whose)
+            return ""
         if code is not None and at_s <= self._cancelled.get((signal.name, device, code), -1.0):
             return ""
         for other in rule.cancels:
             self._cancelled[signal.name, device, other] = at_s + rule.window
         times = self._seen.setdefault((signal.name, device, code), deque(maxlen=rule.count))
-        times.extend([at_s] * min(int(parts.get("count") or 1), rule.count))
+        if not times or at_s - times[-1] >= rule.apart:
+            times.extend([at_s] * min(int(parts.get("count") or 1), rule.count))
         while times and times[0] < at_s - rule.window:
             times.popleft()
         which = f"{signal.name} {code}" if code is not None else signal.name
@@ -152,7 +169,10 @@ class KernelLog:
             self._degrade(f"{error.strerror}: {path}")
 
     def look(self) -> str:
-        """Return why this node is unusable, "" if nothing new says so. Never waits."""
+        """Return why this node is unusable, "" if nothing new says so. Never waits.
+
+        It is said once: nothing is read after that.
+        """
         for _ in range(READS_MAX if self._file >= 0 else 0):
             try:
                 record = os.read(self._file, READ_BYTES)
@@ -167,13 +187,16 @@ class KernelLog:
                 return ""
             for line in record.decode("utf-8", "replace").splitlines():
                 if why := self._take(line):
+                    self.close()
                     return why
         return ""
 
     def _take(self, line: str) -> str:
         found = _RECORD.match(line)
         # Lines that go on with what a record is about begin with a space, and no record is like it.
-        return self._judge.hear(found["text"], int(found["at_us"]) / 1e6) if found else ""
+        if found is None or int(found["prefix"]) >> FACILITY_SHIFT != KERNEL:
+            return ""
+        return self._judge.hear(found["text"], int(found["at_us"]) / 1e6)
 
     def close(self) -> None:
         """Let go of it."""

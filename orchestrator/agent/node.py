@@ -16,6 +16,7 @@ from typing import Any
 from orchestrator.agent import linux, pulse
 from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel, RefusedError
+from orchestrator.agent.devices import own_devices
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.hearing import Hearing
 from orchestrator.agent.injection import Injection
@@ -115,7 +116,9 @@ class Node:
             tier=lambda: self._tier,
             say=self._voice.say,
         )
-        self._kernel = KernelLog(Path(config.kernel_log), Judge(read_table()))
+        devices = own_devices(config.ranks, (config.work, config.logs))
+        judge = Judge(read_table(), devices, shared=config.kernel_shared)
+        self._kernel = KernelLog(Path(config.kernel_log), judge)
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
         self._peer_address = ""

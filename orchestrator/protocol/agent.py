@@ -41,6 +41,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Folder for what ranks print: rank-00000.log and so on, appended to."""
     kernel_log: str = "/dev/kmsg"
     """Where the kernel says what happens to this node's hardware."""
+    kernel_shared: bool = False
+    """Other nodes have the same kernel, so what it says is noted and takes out none of them."""
     host: str = "127.0.0.1"
     """Address on which other nodes reach this one."""
 

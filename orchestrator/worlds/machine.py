@@ -173,6 +173,23 @@ class Machine:
             time.sleep(0.01)
         return self.alive()
 
+    def config_of(self, node: NodeId, incarnation: int) -> AgentConfig:
+        """Return what the agent of a node is told."""
+        return AgentConfig(
+            node=node,
+            incarnation=incarnation,
+            run=self._run.metadata.name,
+            token=self._token,
+            controller_file=str(self._folder.address),
+            entrypoint=self._run.spec.trainer.entrypoint,
+            ranks=self._run.spec.nodes.ranks_per_node,
+            memory=str(self._memory.path / node),
+            work=str(self._folder.nodes / node),
+            logs=str(self._folder.logs),
+            # All nodes are this one machine: a line of its kernel would take out every one of them.
+            kernel_shared=True,
+        )
+
     def close(self) -> None:
         """End every agent and child, whatever it does, and remove the memory of all nodes."""
         t = self._timeouts
@@ -223,18 +240,7 @@ class Machine:
         work = self._folder.nodes / node
         work.mkdir(parents=True, exist_ok=True)
         (work / LOST_FOR).unlink(missing_ok=True)
-        config = AgentConfig(
-            node=node,
-            incarnation=incarnation,
-            run=self._run.metadata.name,
-            token=self._token,
-            controller_file=str(self._folder.address),
-            entrypoint=self._run.spec.trainer.entrypoint,
-            ranks=self._run.spec.nodes.ranks_per_node,
-            memory=str(self._memory.path / node),
-            work=str(work),
-            logs=str(self._folder.logs),
-        )
+        config = self.config_of(node, incarnation)
         with (work / "agent.log").open("ab") as log:
             child = subprocess.Popen(
                 # -P: what the user's folder has is not to stand in for modules of ours.

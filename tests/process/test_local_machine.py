@@ -23,7 +23,7 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import derive
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.local import LocalWorld
-from orchestrator.worlds.machine import RESTARTS_MAX
+from orchestrator.worlds.machine import RESTARTS_MAX, Machine
 from orchestrator.worlds.memory import memory_of
 from orchestrator.worlds.vault import Vault
 from tests.runs import REPOSITORY, Job, steps_job
@@ -85,6 +85,13 @@ def until(true: Callable[[], bool], one: Job, within_s: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < deadline, one.output()
         time.sleep(0.02)
+
+
+def test_nodes_of_one_machine_are_told_that_they_share_its_kernel(job: Make) -> None:
+    run = msgspec.convert(steps_job(), TrainingRun)
+    machine = Machine(run, job().folder, "token", derive(10.0, 600.0))
+
+    assert [machine.config_of(NodeId(node), 1).kernel_shared for node in NODES] == [True] * 3
 
 
 # Agents that end ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from storage.errors import (
     ForeignCheckpointError,
     StorageError,
     StorageRefusedError,
+    UnsupportedVersionError,
     is_of_content,
 )
 from storage.leases import Leases
@@ -43,7 +44,8 @@ SHARDS_AT_ONCE = 4
 class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of the catalog: a manifest, or else what is wrong with its record.
 
-    Nothing is wrong with one that is superseded; a newer epoch's stands for its step.
+    Nothing is wrong with one that is superseded; a newer epoch's stands for its step. Nor with one
+    that is unsupported: another version of the program can read it.
     """
 
     step: int
@@ -51,6 +53,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     manifest: Manifest | None
     fault: str = ""
     superseded: bool = False
+    unsupported: bool = False
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,7 +217,8 @@ class Catalog:
                 measured by the steps of the other, and the shorter one might lose all it has.
         """
         records = self.commits()
-        self._require_one_run(records)
+        readable = self._with_superseded(records)
+        _require_one_run(readable)
         known = self.standings()
         barred = frozenset(where for where, standing in known.items() if standing.barred)
         whole = verified
@@ -229,9 +233,14 @@ class Catalog:
             if r.manifest and (r.step, r.epoch) not in barred
         ]
         stay = kept(candidates, ladder, restorable=(whole.step, whole.epoch))
+        # Nothing is known of these: neither whose they are, nor that anything stands for them.
+        foreign = {
+            (r.step, r.epoch): f"not ours to judge: {r.fault}" for r in readable if r.unsupported
+        }
+        reasons = foreign | stay.reasons
         older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < stay.oldest)
-        victims = tuple(where for where in older if where not in stay.reasons)
-        return Retention(kept=stay.reasons, victims=victims, barred=barred)
+        victims = tuple(where for where in older if where not in reasons)
+        return Retention(kept=reasons, victims=victims, barred=barred)
 
     def retain(
         self,
@@ -347,7 +356,7 @@ class Catalog:
         if newer is not None:
             fault = f"superseded by epoch {newer}"
             return CommitRecord(step=step, epoch=epoch, manifest=None, fault=fault, superseded=True)
-        manifest, fault = None, ""
+        manifest, fault, unsupported = None, "", False
         try:
             manifest = read_manifest(self.store, commit_key(step, epoch))
             if (manifest.step, manifest.epoch) != (step, epoch):
@@ -356,20 +365,18 @@ class Catalog:
         except StorageError as error:
             if not is_of_content(error):
                 raise
-            fault = str(error)
-        return CommitRecord(step=step, epoch=epoch, manifest=manifest, fault=fault)
+            fault, unsupported = str(error), isinstance(error, UnsupportedVersionError)
+        return CommitRecord(
+            step=step, epoch=epoch, manifest=manifest, fault=fault, unsupported=unsupported
+        )
 
-    def _require_one_run(self, records: Sequence[CommitRecord]) -> None:
-        """Check that all checkpoints are of one run, as far as their records can be read."""
-        # What is superseded goes first of all, and may be the other run's.
+    def _with_superseded(self, records: Sequence[CommitRecord]) -> list[CommitRecord]:
+        """Return the records and, of those that are superseded, also what is in them.
+
+        They go first of all, and may be another run's, or of another version.
+        """
         superseded = [((r.step, r.epoch), None) for r in records if r.superseded]
-        known = [*records, *parallel.each(self._record, superseded)]
-        runs = sorted({record.manifest.run_id for record in known if record.manifest})
-        if len(runs) > 1:
-            raise ForeignCheckpointError(
-                f"store has checkpoints of runs {', '.join(runs)}, expected one run; nothing was "
-                "deleted"
-            )
+        return [*records, *parallel.each(self._record, superseded)]
 
     def _why_not(self, record: CommitRecord, *, run_id: str | None, model: str | None) -> str:
         """Return why a checkpoint cannot be resumed from; empty if it can."""
@@ -387,6 +394,16 @@ class Catalog:
 
     def _delete_shards(self, step: int, epoch: int) -> None:
         parallel.each(self.store.delete, self.store.keys(generation_prefix(step, epoch)))
+
+
+def _require_one_run(records: Sequence[CommitRecord]) -> None:
+    """Check that all checkpoints are of one run, as far as their records can be read."""
+    runs = sorted({record.manifest.run_id for record in records if record.manifest})
+    if len(runs) > 1:
+        raise ForeignCheckpointError(
+            f"store has checkpoints of runs {', '.join(runs)}, expected one run; nothing was "
+            "deleted"
+        )
 
 
 def _why_foreign(record: CommitRecord, *, run_id: str | None, model: str | None) -> str:

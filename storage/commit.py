@@ -5,6 +5,7 @@ exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has t
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 
 from storage import parallel
@@ -16,6 +17,8 @@ from storage.errors import (
     ForeignCheckpointError,
     ShardCorruptError,
     StaleEpochError,
+    StorageError,
+    UnstorableError,
 )
 from storage.manifest import (
     COMMITS,
@@ -43,6 +46,7 @@ from storage.shard import (
     verify,
     verify_blocks,
 )
+from storage.shard import describe as describe_shard
 
 BLOCKS_AHEAD = 4
 """Of 16 MiB each, that are read at a time: a single stream of object storage is slow."""
@@ -63,8 +67,14 @@ def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardRecei
         ShardCorruptError: if the body does not match the index; nothing of it stays.
         BlobExistsError: if another shard is stored under this number; it stays.
         StorageFullError: if there is no room.
+        UnstorableError: if the index is larger than any reader takes; nothing is stored.
     """
     encoded = encode_index(index)
+    if len(encoded) > INDEX_BYTES_MAX:
+        raise UnstorableError(
+            f"index has {len(encoded)} bytes, may have {INDEX_BYTES_MAX}, with "
+            f"{len(index.chunks)} tensors and the values beside them: {describe_shard(index)}"
+        )
     where = (index.step, index.epoch, index.shard)
     # The body goes first: an index that is there promises that its body is.
     _put_body(store, index, body)
@@ -187,7 +197,8 @@ def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryvi
 
     Raises:
         BlobNotFoundError: if it is not there.
-        ShardCorruptError: naming the first bad chunk; the buffer's content is then worthless.
+        ShardCorruptError: naming the first bad chunk; the buffer's content is then worthless, but
+            nothing writes into it any more, whatever was raised.
         ValueError: if the buffer is read-only or smaller than `index.size`.
     """
     target = byte_view(buffer)
@@ -202,7 +213,9 @@ def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryvi
         return piece[: get_into(store, key, start, piece)]
 
     # Digest what arrived in the buffer, not what came from the store.
-    verify_blocks(index, parallel.ahead(arrived, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD))
+    starts = range(0, index.size, BLOCK_BYTES)
+    with closing(parallel.ahead(arrived, starts, BLOCKS_AHEAD, joined=True)) as blocks:
+        verify_blocks(index, blocks)
 
 
 def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:
@@ -242,9 +255,15 @@ def _put_body(store: BlobStore, index: ShardIndex, body: Buffer) -> None:
     try:
         if verified is not None:
             verified.result()
-    except ShardCorruptError:
+    except ShardCorruptError as corrupt:
         # No index leads to it, so nobody has read it.
-        store.delete(key)
+        try:
+            store.delete(key)
+        except StorageError as error:
+            # Memory that is damaged must not look like a store that is slow.
+            raise ShardCorruptError(
+                f"{corrupt}; what was stored of it could not be deleted: {error}"
+            ) from corrupt
         raise
 
 

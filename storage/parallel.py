@@ -3,8 +3,8 @@
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -57,12 +57,21 @@ def each(call: Callable[[A], B], items: Sequence[A], *, at_once: int = AT_ONCE) 
     return [done[number] for number in range(len(items))]
 
 
-def ahead(call: Callable[[A], B], items: Sequence[A], depth: int) -> Iterator[B]:
+def ahead(
+    call: Callable[[A], B], items: Sequence[A], depth: int, *, joined: bool = False
+) -> Generator[B, None, None]:
     """Yield what the call makes of each item, in order, with up to `depth` calls under way.
 
     For what is read in pieces that are large enough to be counted: no more than `depth` are held.
     The threads are daemons, one for each call. Whoever stops early leaves the calls that are under
-    way to end by themselves.
+    way to end by themselves, unless they are to be joined.
+
+    Args:
+        call: what is done for each item.
+        items: in the order in which they are yielded.
+        depth: how many calls are under way at most.
+        joined: whether closing this waits for the calls under way, which write into memory of the
+            caller's. Close it yourself then: an error keeps it alive with its traceback.
 
     Raises:
         BaseException: what a call raised, when its turn comes.
@@ -72,14 +81,26 @@ def ahead(call: Callable[[A], B], items: Sequence[A], depth: int) -> Iterator[B]
         return
     name = f"{threading.current_thread().name}-ahead"
     pending: deque[Future[B]] = deque()
-    for item in items:
-        if len(pending) == depth:
-            yield pending.popleft().result()
-        future: Future[B] = Future()
-        pending.append(future)
-        threading.Thread(target=_fulfil, args=(future, call, item), name=name, daemon=True).start()
-    while pending:
-        yield pending.popleft().result()
+    try:
+        for item in items:
+            if len(pending) == depth:
+                yield _first(pending)
+            future: Future[B] = Future()
+            args = (future, call, item)
+            threading.Thread(target=_fulfil, args=args, name=name, daemon=True).start()
+            pending.append(future)
+        while pending:
+            yield _first(pending)
+    finally:
+        if joined:
+            wait(pending)
+
+
+def _first(pending: "deque[Future[B]]") -> B:
+    """Return the result of the oldest call; it is pending until then, also if we are stopped."""
+    result = pending[0].result()
+    pending.popleft()
+    return result
 
 
 def begin(call: Callable[[], B]) -> "Future[B]":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from storage.catalog import Catalog
@@ -311,3 +312,32 @@ def test_a_deleted_checkpoint_still_fences_off_its_older_epochs() -> None:
 def test_keeping_none_is_a_callers_mistake() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Catalog(MemoryStore()).retain(Ladder(last=0))
+
+
+def of_version_1(store: MemoryStore, step: int, epoch: int = 1) -> None:
+    """Make a committed checkpoint one of the older version."""
+    key = commit_key(step, epoch)
+    record = msgspec.json.decode(store.get(key)) | {"version": 1}
+    store.delete(key)
+    store.put(key, msgspec.json.encode(record))
+
+
+def test_what_another_version_wrote_never_goes_and_is_named_even_if_it_is_superseded() -> None:
+    store = MemoryStore()
+    for step, epoch in ((10, 1), (20, 1), (20, 2), (25, 2), (30, 2), (40, 2)):
+        committed(store, step, epoch)
+    of_version_1(store, 10)
+    of_version_1(store, 20)
+    bodies = [store.keys(generation_prefix(step, 1)) for step in (10, 20)]
+    ladder = Ladder(last=1, anchors=False)
+
+    planned = Catalog(store).plan(ladder)
+
+    assert planned is not None
+    assert planned.victims == ((20, 2), (25, 2), (30, 2))
+    for where in ((10, 1), (20, 1)):
+        assert "version 1, known is 2" in planned.kept[where]
+    assert Catalog(store).retain(ladder) == [(20, 2), (25, 2), (30, 2)]
+    assert Catalog(store).known() == [(40, 2), (20, 1), (10, 1)]
+    assert [store.keys(generation_prefix(step, 1)) for step in (10, 20)] == bodies
+    assert all(bodies)

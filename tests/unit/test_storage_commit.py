@@ -1,5 +1,6 @@
 """Writing shards, committing generations, reading them back."""
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -24,6 +25,8 @@ from storage.errors import (
     ShardCorruptError,
     StaleEpochError,
     StorageFullError,
+    StorageUnavailableError,
+    UnstorableError,
     UnsupportedVersionError,
 )
 from storage.faulty import FaultyStore
@@ -42,7 +45,7 @@ from storage.manifest import (
     verdict_key,
 )
 from storage.memory import MemoryStore
-from storage.shard import Chunk, ShardIndex, ShardMeta, plan, seal
+from storage.shard import INDEX_BYTES_MAX, Chunk, ShardIndex, ShardMeta, plan, seal
 
 CHUNK = Chunk(fqn="w", state="param", dtype="F32", shape=(8,), global_shape=(16,), offset=(0,))
 LAYOUT = plan([CHUNK])
@@ -315,15 +318,19 @@ def test_keys_of_newer_steps_sort_first_and_parse_back() -> None:
     assert parse_commit_key("commits/readme") is parse_generation_key("gen/x") is None
 
 
-def test_of_a_large_body_that_was_damaged_nothing_stays() -> None:
-    """It is verified while the store takes it already."""
-    store, items = MemoryStore(), 5 << 20
+def large(items: int) -> tuple[ShardIndex, bytearray]:
+    """A shard of more than one block."""
     layout = plan(
         [Chunk(fqn="w", state="p", dtype="F32", shape=(items,), global_shape=(items,), offset=(0,))]
     )
     body = bytearray(layout.size)
     meta = ShardMeta(run_id="run", model="m", step=100, epoch=2, shard=0, shards=1)
-    index = seal(layout, body, meta)
+    return seal(layout, body, meta), body
+
+
+def test_of_a_large_body_that_was_damaged_nothing_stays() -> None:
+    """It is verified while the store takes it already."""
+    store, (index, body) = MemoryStore(), large(5 << 20)
     body[-1] ^= 1
 
     with pytest.raises(ShardCorruptError, match="p/w"):
@@ -337,3 +344,46 @@ def test_of_a_large_body_that_was_damaged_nothing_stays() -> None:
         write_shard(store, index, body)
     # What is there already is not what was damaged.
     assert store.keys() == [index_key(100, 2, 0), body_key(100, 2, 0)]
+
+
+def test_a_damaged_body_that_can_not_be_deleted_is_damage_and_no_slow_store() -> None:
+    store, (index, body) = FaultyStore(MemoryStore()), large(5 << 20)
+    body[-1] ^= 1
+    store.before = lambda operation, _key: setattr(store, "down", operation == "delete")
+
+    with pytest.raises(ShardCorruptError, match=r"p/w.*not be deleted: no answer to delete"):
+        write_shard(store, index, body)
+
+
+def test_an_index_that_no_reader_would_take_is_refused_before_anything_is_stored() -> None:
+    store, body = MemoryStore(), bytearray(LAYOUT.size)
+    meta = ShardMeta(run_id="run", model="m", step=1, epoch=1, shard=0, shards=1)
+    meta = msgspec.structs.replace(meta, extra={"log": "x" * INDEX_BYTES_MAX})
+
+    with pytest.raises(UnstorableError, match=r"may have 67108864.*shard 0 of step 1") as caught:
+        write_shard(store, seal(LAYOUT, body, meta), body)
+
+    assert "leave it out" in caught.value.hint
+    assert store.keys() == []
+
+
+def test_nothing_writes_into_the_callers_buffer_once_an_error_was_raised() -> None:
+    store, (index, body) = FaultyStore(MemoryStore()), large(9 << 20)
+    write_shard(store, index, body)
+    target = bytearray(b"\x55" * index.size)
+
+    def before(operation: str, key: str) -> None:
+        if operation == "get" and key == body_key(100, 2, 0):
+            number = next(calls)
+            if number == 0:
+                raise StorageUnavailableError("gone")
+            time.sleep(0.1)
+
+    calls = iter(range(9))
+    store.before = before
+    with pytest.raises(StorageUnavailableError):
+        fetch_body(store, index, target)
+    returned = bytes(target)
+    time.sleep(0.3)
+
+    assert target == returned

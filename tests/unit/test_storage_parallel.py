@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -100,3 +101,25 @@ def test_what_a_call_raised_comes_when_its_turn_does() -> None:
     assert [next(reading), next(reading)] == [0, 1]
     with pytest.raises(StorageUnavailableError, match="gone"):
         next(reading)
+
+
+def test_whoever_stops_early_waits_for_the_calls_under_way_if_they_are_to_be_joined() -> None:
+    begun, ended = threading.Semaphore(0), []
+
+    def read(number: int) -> int:
+        if number == 0:
+            for _ in range(3):
+                begun.acquire()
+            raise StorageUnavailableError("gone")
+        begun.release()
+        time.sleep(0.05)
+        ended.append(number)
+        return number
+
+    with (
+        pytest.raises(StorageUnavailableError),
+        closing(ahead(read, range(9), 4, joined=True)) as reading,
+    ):
+        next(reading)
+
+    assert sorted(ended) == [1, 2, 3]

@@ -17,9 +17,6 @@ from orchestrator.core.journal import Entry, Header, JournalError, JournalVersio
 from orchestrator.core.state import RunState
 from orchestrator.worlds.folder import RunFolder
 
-LINE_MAX_BYTES = 64 << 20
-"""A tick of 100,000 ranks takes a few MiB; a longer line is no journal of ours."""
-
 
 class Follower:
     """Knows what the journal of a run says, up to the last call of `poll`.
@@ -73,7 +70,7 @@ class Follower:
         return self.state
 
     def _take_line(self, file: BinaryIO) -> bool:
-        raw = file.readline(LINE_MAX_BYTES)
+        raw = file.readline(journal.LINE_MAX_BYTES)
         self.torn = ""
         if not raw:
             return False
@@ -84,7 +81,7 @@ class Follower:
             raise self._of_another_version(number, str(error)) from error
         if record is None:
             whole = raw.endswith(b"\n")
-            if (whole and file.read(1)) or len(raw) == LINE_MAX_BYTES:
+            if (whole and file.read(1)) or len(raw) == journal.LINE_MAX_BYTES:
                 raise self._error(number, f"is damaged: {problem}, and others follow it")
             self.torn = f"line {number} is torn: {problem}"
             return False

@@ -25,7 +25,13 @@ from orchestrator.core.decisions import Decision
 from orchestrator.core.events import Event
 from orchestrator.protocol.runfile import TrainingRun
 
-VERSION = 1
+VERSION = 2
+"""Raised whenever the same events lead to other decisions than before: a replay would not notice at
+its beginning that it is of another program. 2: replicas count slowest in the order of ranks, and
+minReplicas has another default."""
+LINE_MAX_BYTES = 64 << 20
+"""Also of what is packed. A tick of 100,000 ranks takes a few MiB; a longer line is no journal of
+ours."""
 PACKED_FROM_BYTES = 4096
 """A JSON of so many bytes or more is packed: nobody reads that many numbers, and a controller of
 2,048 nodes would write half a gigabyte of them an hour."""
@@ -47,7 +53,10 @@ class JournalError(Exception):
 class JournalVersionError(JournalError):
     """The journal is whole, and of another version of this program."""
 
-    hint = "Read it with the version of holdfast that wrote it, or a newer one."
+    hint = (
+        "Read it, or go on with its run, with the version of holdfast that wrote it; this one "
+        "begins in another folder."
+    )
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -160,6 +169,21 @@ def _shown(checksum: bytes) -> str:
     return text if text.isalnum() else repr(text)
 
 
+def _unpacked(packed: bytes) -> bytes:
+    """Return what is packed; takes no memory for more than a line can have.
+
+    Raises:
+        zlib.error: if it is damaged, cut short or longer.
+    """
+    unpacking = zlib.decompressobj()
+    body = unpacking.decompress(packed, LINE_MAX_BYTES + 1)
+    if len(body) > LINE_MAX_BYTES:
+        raise zlib.error(f"it unpacks to more than {LINE_MAX_BYTES} bytes")
+    if not unpacking.eof:
+        raise zlib.error("what is packed has no end")
+    return body
+
+
 def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
     """Return the record of one line, newline included; or None and what is wrong with it.
 
@@ -174,7 +198,7 @@ def read_line(raw: bytes) -> tuple[Header | Entry | None, str]:
         return None, f"checksum is {actual.decode()}, the line says {_shown(checksum)}"
     try:
         if body.startswith(_PACKED):
-            body = zlib.decompress(base64.b64decode(body[len(_PACKED) :], validate=True))
+            body = _unpacked(base64.b64decode(body[len(_PACKED) :], validate=True))
         return _decoder.decode(body), ""
     except (msgspec.DecodeError, binascii.Error, zlib.error) as error:
         raise JournalVersionError(f"a line of another version: {error}") from error

@@ -243,12 +243,17 @@ def test_a_port_in_use_is_named(job: Make) -> None:
             "cut it",
         ),
         (
-            lambda lines: [_of_version_2(lines[0]), *lines[1:]],
-            "line 1: version 2, expected 1",
+            lambda lines: [_of_version(3, lines[0]), *lines[1:]],
+            "line 1: version 3, expected 2",
             "version of holdfast that wrote it",
         ),
+        (
+            lambda lines: [_of_version(1, lines[0]), *lines[1:]],
+            "line 1: version 1, expected 2",
+            "begins in another folder",
+        ),
     ],
-    ids=["corrupt in the middle", "newer version"],
+    ids=["corrupt in the middle", "newer version", "older version"],
 )
 def test_a_journal_that_can_not_be_gone_on_with_is_left_as_it_is(
     job: Make, damage: Callable[[list[bytes]], list[bytes]], says: str, hint: str
@@ -269,10 +274,10 @@ def test_a_journal_that_can_not_be_gone_on_with_is_left_as_it_is(
     assert says.partition(":")[0] in done.stderr
 
 
-def _of_version_2(header: bytes) -> bytes:
+def _of_version(version: int, header: bytes) -> bytes:
     record, _ = journal.read_line(header)
     assert isinstance(record, journal.Header)
-    return journal.line(journal.Header(version=2, run_id=record.run_id, run=record.run))
+    return journal.line(journal.Header(version=version, run_id=record.run_id, run=record.run))
 
 
 # While it runs ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Lines of the journal: text that a person can read, and packed where nobody would."""
 
 import base64
+import zlib
 
 import msgspec
 import pytest
@@ -65,3 +66,26 @@ def test_what_is_packed_otherwise_is_of_another_version(body: bytes) -> None:
 
     with pytest.raises(journal.JournalVersionError, match="a line of another version"):
         journal.read(HEAD + line)
+
+
+def test_what_unpacks_to_more_than_a_line_can_have_is_refused_without_its_memory() -> None:
+    """A thousand bytes of zlib make a million, so that a small file would fill the memory."""
+    packing = zlib.compressobj(9)
+    zeros = bytes(1 << 20)
+    packed = [packing.compress(zeros) for _ in range((journal.LINE_MAX_BYTES >> 20) + 1)]
+    body = b"~" + base64.b64encode(b"".join(packed) + packing.flush())
+    line = b"%s %s\n" % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+    with pytest.raises(journal.JournalVersionError, match="unpacks to more than 67108864 bytes"):
+        journal.read_line(line)
+
+
+def test_a_journal_of_the_version_before_is_refused_by_its_version_and_is_not_to_be_cut() -> None:
+    header, _ = journal.read_line(HEAD)
+    assert isinstance(header, journal.Header)
+    old = journal.line(msgspec.structs.replace(header, version=1))
+
+    with pytest.raises(journal.JournalVersionError, match="version 1, expected 2") as caught:
+        journal.read(old)
+
+    assert "cut" not in caught.value.hint

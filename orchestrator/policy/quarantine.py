@@ -3,13 +3,15 @@
 To find out takes hours: one node took more than eight of offline stress (ByteRobust, arXiv
 2509.16293), and tests miss most of what corrupts (AEGIS, OSDI 2026). A swap takes under a minute.
 So suspects leave at once as far as there are spares, and are diagnosed outside the run. Whoever is
-proven to have done it (core.quarantine), or is suspected a second time, gets no seat with or
-without a spare: two findings are two evidences.
+proven to have done it (core.quarantine), or is suspected a second time within days, gets no seat
+with or without a spare: two findings are two evidences, unless they name everybody.
 """
 
 from __future__ import annotations
 
-from orchestrator.core.incident import CORRUPTION, Incident
+import numpy as np
+
+from orchestrator.core.incident import CORRUPTION, Finding, Incident
 from orchestrator.core.plans import End, Plan, Quarantine
 from orchestrator.core.state import RunState
 from orchestrator.policy.arithmetic import DAY_S
@@ -19,6 +21,8 @@ from orchestrator.protocol.ids import NodeId
 AGAIN_DAYS = 7
 """A corruption that comes back this soon is the same one. Source: AEGIS: all of 18 incidents came
 back on the same device, seconds to days apart."""
+CROWD_SHARE = 1 / 16
+"""Of the nodes of a run, of which more than one are named at once: that tells against nobody."""
 
 
 def take_out(state: RunState) -> Plan | None:
@@ -56,15 +60,15 @@ def _as_far_as_spares_allow(
 def stop_unlocated(state: RunState) -> Plan | None:
     """End a run whose state is corrupted again, and again nobody stands out."""
     incident = state.incident
-    # Whoever is named is out the second time, so that comes to an end by itself.
-    if incident is None or not state.diverged or incident.nodes:
+    # Whoever stands out is out the second time, so that comes to an end by itself.
+    if incident is None or not state.diverged or _accuses(state, incident):
         return None
     before = [
         former
         for former in state.incidents
         if former is not incident
         and _is_corruption(former)
-        and not former.nodes
+        and set(former.nodes) == set(incident.nodes)
         and state.now - former.detected_at <= AGAIN_DAYS * DAY_S
     ]
     if not before:
@@ -85,14 +89,39 @@ def standing(state: RunState, node: NodeId) -> str:
 
 
 def _suspected_before(state: RunState, node: NodeId) -> bool:
-    """Whether another incident named a node for the same."""
+    """Whether another incident named a node for the same, not long ago and not with a crowd."""
     present = state.incident.id if state.incident is not None else None
     return any(
-        mark[0] == CORRUPTION
+        finding.kind == CORRUPTION
+        and state.now - finding.at <= AGAIN_DAYS * DAY_S
+        and not _crowd(state, finding)
         for incident, found in state.named.get(node, {}).items()
-        for mark in found
+        for finding in found.values()
         if incident != present
     )
+
+
+def _accuses(state: RunState, incident: Incident) -> bool:
+    """Whether somebody stands out among those that an incident names."""
+    return any(finding.nodes and not _crowd(state, finding) for finding in incident.findings)
+
+
+def _crowd(state: RunState, finding: Finding) -> bool:
+    """Whether a finding names so many that it tells against none of them: of two that differ.
+
+    Once all but one of those are out, and it goes on, it is the one.
+    """
+    if len(set(finding.nodes) - state.quarantined.keys()) < 2:
+        return False
+    return len(finding.nodes) > len(state.nodes) * CROWD_SHARE or _all_holders(state, finding)
+
+
+def _all_holders(state: RunState, finding: Finding) -> bool:
+    """Whether everybody is named who holds some shard."""
+    shards = state.run.layout.shards()[: len(state.seats)]
+    others = np.ones(len(shards), np.bool_)
+    others[[rank for rank in finding.ranks if rank < len(shards)]] = False
+    return len(np.unique(shards[others])) < len(np.unique(shards))
 
 
 def _is_corruption(incident: Incident) -> bool:

@@ -80,14 +80,15 @@ class Columns:
             except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
                 self._compare_no_more(error)
 
-    def compared(self, at: Seconds) -> Iterator[Compared]:
+    def compared(self, at: Seconds, *, look: bool = True) -> Iterator[Compared]:
         """Yield what ranks turn out to hold that should not be; the rest goes with telemetry.
 
-        What can not be compared is said once, and nothing is until the next generation.
+        What can not be compared is said once, and nothing is until the next generation. `look`:
+        whether who said nothing had a beat's time for it since the last look.
         """
         if self._uncomparable is None:
             try:
-                states, diverged = self.ballots.count()
+                states, diverged = self.ballots.count(look=look)
             except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
                 self._compare_no_more(error)
             else:
@@ -196,7 +197,7 @@ class Columns:
 
     def flush(self, at: Seconds) -> Iterator[Telemetry | Compared]:
         """Yield what there is ahead of the tick, if it has steps in it."""
-        yield from self.compared(at)
+        yield from self.compared(at, look=False)
         if self._reports:
             event = self.telemetry(at)
             assert event is not None

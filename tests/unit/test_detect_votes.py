@@ -7,7 +7,7 @@ from orchestrator.detect.votes import Votes, dissents, of_world, verdict
 from orchestrator.protocol.digests import Digests, Kind, Taken, column
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.layout import Layout
-from orchestrator.worlds.ballots import PENDING_MAX, Ballots
+from orchestrator.worlds.ballots import PATIENCE, Ballots
 
 LAYOUT = Layout(dp_replicate=3, dp_shard=2)
 SEATS = tuple(NodeId(f"node-{rank // 2}") for rank in range(6))
@@ -114,22 +114,56 @@ def test_a_divergence_is_told_once_though_every_later_step_shows_it() -> None:
     assert [fact.step for fact in diverged] == [2]
 
 
-def test_ranks_that_never_say_anything_are_not_waited_for_for_ever() -> None:
-    ballots = Ballots()
-    ballots.begin(Generation(1), LAYOUT, SEATS)
-
-    for step in range(PENDING_MAX + 1):
-        ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 8)])
-    _, diverged = ballots.count()
-
-    assert [fact.ranks for fact in diverged] == [(4,)]
-
-
-def test_columns_that_do_not_fit_are_refused() -> None:
+def test_a_step_is_compared_without_who_said_nothing_of_it_for_some_beats() -> None:
     ballots, taken = Ballots(), Taken(step=Step(3))
     ballots.begin(Generation(1), LAYOUT, SEATS)
 
-    with pytest.raises(ValueError, match="in a world of 6"):
-        ballots.take([rows(taken, 1, 2, first=5)])
-    with pytest.raises(ValueError, match="2 digests of 1 ranks"):
-        ballots.take([Digests(taken, (Rank(0),), ("0" * 32, "", "", "", "", "", ""))])
+    ballots.take([rows(taken, 1, 2, 1, 2, 8)])
+    for _ in range(PATIENCE):
+        assert ballots.count(look=False) == ((), ())
+        assert ballots.count() == ((), ())
+    _, diverged = ballots.count()
+
+    assert [fact.ranks for fact in diverged] == [(4,)]
+    ballots.take([rows(taken, 7, first=5)])
+    assert [ballots.count() for _ in range(PATIENCE + 2)] == [((), ())] * (PATIENCE + 2)
+
+
+def test_however_many_steps_come_with_one_beat_all_are_compared_by_all_ranks() -> None:
+    ballots = Ballots()
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+    taken = [Taken(step=Step(step)) for step in range(200)]
+
+    ballots.take([rows(one, 1, 2, 1, 2) for one in taken])
+    assert ballots.count(look=False) == ((), ())
+    ballots.take([rows(one, 1, 2, first=4) for one in taken])
+
+    assert len(ballots.count().states) == 200
+
+
+def test_no_more_steps_wait_than_there_is_memory_for() -> None:
+    ballots = Ballots()
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+    ballots.pending_max = 2
+
+    ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 8) for step in range(3)])
+    _, diverged = ballots.count(look=False)
+
+    assert [fact.since for fact in diverged] == [0]
+
+
+def test_columns_that_do_not_fit_are_left_out_and_the_others_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ballots, taken = Ballots(), Taken(step=Step(3))
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+
+    ballots.take([rows(taken, 1, 2, first=5)])
+    ballots.take([Digests(taken, (Rank(0),), ("0" * 32, "", "", "", "", "", ""))])
+    ballots.take([Digests(taken, (Rank(0),), (column((9,)), "no digest", "", "", "", "", ""))])
+    ballots.take([rows(taken, 1, 2, 1, 2, 1, 2)])
+
+    assert ballots.count().states == ((3, f"{3:016x}"),)
+    assert "in a world of 6" in caplog.text
+    assert "2 digests of 1 ranks" in caplog.text
+    assert len(caplog.records) == 3

@@ -164,9 +164,10 @@ def test_a_rank_that_the_world_does_not_have_is_left_out() -> None:
 
 def test_digests_that_can_not_be_compared_are_said_to_be_so_once_and_beats_count_on() -> None:
     columns = started()
-    columns.ballots.begin(Generation(1), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
+    # Of a world that is not cut as it should be, nothing can be compared.
+    columns.ballots.begin(Generation(1), Layout(dp_replicate=4), (NodeId("n0"),) * 2)
     taken = Taken(step=Step(3))
-    torn = Digests(taken, (Rank(0),), ("abc", "", "", "", "", "", ""))
+    torn = Digests(taken, (Rank(0), Rank(1)), ("0123456789abcdef" * 2, "", "", "", "", "", ""))
 
     columns.take(NodeId("n0"), beat((0, 1), digests=(torn,)))
     columns.take(NodeId("n0"), beat((0, 1), steps=(4, 4), digests=(torn,)))
@@ -181,6 +182,6 @@ def test_digests_that_can_not_be_compared_are_said_to_be_so_once_and_beats_count
     assert event.steps == (4, 4, -1, -1)
 
     columns.begin(Generation(2), Step(3), 4)
-    columns.ballots.begin(Generation(2), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
-    columns.take(NodeId("n0"), beat((0,), generation=2, digests=(torn,)))
+    columns.ballots.begin(Generation(2), Layout(dp_replicate=4), (NodeId("n0"),) * 2)
+    columns.take(NodeId("n0"), beat((0, 1), generation=2, digests=(torn,)))
     assert len(list(columns.compared(Seconds(3.0)))) == 1, "the next generation looks again"

@@ -165,6 +165,7 @@ class Cluster:
         report: bool = False,
         heard: tuple[str, ...] | None = None,
         loss: float = 2.0,
+        digests: tuple[tuple[Step, str], ...] = (),
     ) -> list[Decision]:
         """Telemetry of all ranks; those not `moving` show no sign of life."""
         world = len(self.state.seats) or self.run.world_size
@@ -182,6 +183,7 @@ class Cluster:
                 cpu_s=(0.0,) * world,
                 stall_s=0.0,
                 reports=(StepReport(Step(step), loss, 1.0, 100, 0.1),) if report else (),
+                digests=digests,
             )
         )
 

@@ -252,6 +252,10 @@ def _doubts(follower: Follower, state: RunState) -> list[str]:
         f"step {step} gave another loss when it was computed again"
         for step in sorted(set(state.divergences))[:SHOWN_MAX]
     ]
+    doubts += [
+        f"step {step} had other bits when it was computed again"
+        for step in sorted(set(state.digests_differ))[:SHOWN_MAX]
+    ]
     assert follower.controller is not None
     doubts += [
         f"detector {name} raised and was switched off: {error}"

@@ -76,7 +76,7 @@ def differences(one: Report, other: Report) -> list[str]:
     first = next((a[0] for a, b in zip(one.losses, other.losses, strict=False) if a != b), None)
     if first is not None:
         found.append(f"the first loss that differs is that of step {first}")
-    for name in ("losses_missing", "divergences", "replicas_differ"):
+    for name in ("losses_missing", "divergences", "digests_differ", "replicas_differ"):
         found += [
             f"{who}: {name} {values[:8]}"
             for who, values in (("disturbed", getattr(one, name)), ("twin", getattr(other, name)))

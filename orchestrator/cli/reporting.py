@@ -130,6 +130,7 @@ def fault_line(fault: FaultReport) -> str:
 
 def _doubts(told: Report) -> list[str]:
     doubts = [f"step {s} gave another loss when computed again" for s in told.divergences]
+    doubts += [f"step {s} had other bits when computed again" for s in told.digests_differ]
     doubts += [f"step {step} was reported by nobody" for step in told.losses_missing]
     doubts += [
         f"rank {rank} ended in another state than its replica" for rank in told.replicas_differ

@@ -56,6 +56,7 @@ class Inherited(_Event, frozen=True, kw_only=True):
     untold_step: Step
     """Up to here no journal tells of the steps that led to where it stood."""
     divergences: tuple[Step, ...] = ()
+    digests_differ: tuple[Step, ...] = ()
     commits: tuple[CommitLeft, ...] = ()
     """The newest ones, oldest first."""
     onsets: tuple[Onset, ...] = ()

@@ -310,8 +310,8 @@ def _observe(state: RunState, event: Telemetry) -> None:
         )
     # Once it is known that they are wrong, those that follow are not what they should be.
     for step, digest in event.digests if not state.diverged else ():
-        if state.digests.setdefault(step, digest) != digest and step not in state.divergences:
-            state.divergences.append(step)
+        if state.digests.setdefault(step, digest) != digest:
+            state.digests_differ.append(step)
     since_s = event.since_step_s
     ago_s: list[float] = []
     for report in reversed(event.reports):

@@ -33,6 +33,7 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
             losses=tuple(losses[start : start + LOSSES_MAX]),
             untold_step=former.untold_step,
             divergences=tuple(sorted(set(former.divergences))),
+            digests_differ=tuple(sorted(set(former.digests_differ))),
             commits=commits,
             onsets=tuple(former.onsets),
             quarantined=tuple((node, q.why) for node, q in sorted(former.quarantined.items())),
@@ -47,6 +48,7 @@ def inherit(state: RunState, left: Inherited) -> None:
     state.untold_step = left.untold_step
     state.losses.update(left.losses)
     state.divergences = list(left.divergences)
+    state.digests_differ = list(left.digests_differ)
     state.onsets = list(left.onsets)
     state.quarantined = {
         node: Quarantined(node=node, since=state.now, why=why) for node, why in left.quarantined
@@ -64,13 +66,14 @@ def continue_from(state: RunState, restore: RestoreFrom | None) -> None:
     """
     restored = restore.step if restore else Step(0)
     if restore is not None and _is_of_an_unknown_life(state, restore):
-        state.losses, state.divergences = {}, []
+        state.losses, state.divergences, state.digests_differ = {}, [], []
         state.untold_step = restored
         return
     state.untold_step = min(state.untold_step, restored)
     if not state.kept:
         state.losses = {step: loss for step, loss in state.losses.items() if step <= restored}
         state.divergences = [step for step in state.divergences if step <= restored]
+        state.digests_differ = [step for step in state.digests_differ if step <= restored]
 
 
 def _is_of_an_unknown_life(state: RunState, restore: RestoreFrom) -> bool:

@@ -170,6 +170,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     save_failures: list[SaveFailure]
     divergences: list[Step]
     """Steps that gave another loss when they were computed again; a sound run has none."""
+    digests_differ: list[Step]
+    """Steps that had other bits of state or gradient when they were computed again; the same."""
     replicas_differ: list[int]
     """Ranks whose final state is not that of the replica that it repeats."""
 
@@ -217,6 +219,7 @@ def report(state: RunState) -> Report:
             for at, step, reason in state.save_failures
         ],
         divergences=sorted(set(state.divergences)),
+        digests_differ=sorted(set(state.digests_differ)),
         replicas_differ=_replicas_differ(state),
     )
 

@@ -194,6 +194,8 @@ class RunState:
     tokens_per_s: float = 0.0
     divergences: list[Step] = field(default_factory=list)
     """Steps whose loss came out differently when they were computed again."""
+    digests_differ: list[Step] = field(default_factory=list)
+    """The same of the bits of their state and gradient, which a loss seldom shows."""
     occurrences: dict[tuple[str, Step], Occurrence] = field(default_factory=dict)
     """Faults with a signature, by signature and step; the one that struck last is the last."""
     futile_restarts: int = 0

@@ -23,7 +23,9 @@ GUARD_SHARE = 0.01
 what digests them is as likely to be at fault. Source: reference targets, no more than 1 % of a
 fleet leaves in a day on a single evidence."""
 NAMED_MAX = 4
-"""Ranks or votes that evidence names one by one."""
+"""Ranks, votes or digests that evidence names one by one."""
+EVIDENCE_MAX = 2000
+"""Characters of evidence: as many as an agent tells."""
 
 Votes = npt.NDArray[np.uint64]
 
@@ -107,14 +109,16 @@ def verdict(
         since=Step(max(taken.step - back, 0)),
         nodes=tuple(nodes),
         ranks=tuple(outvoted or unclear),
-        evidence=f"before step {taken.step} moved the weights, {evidence}",
+        evidence=f"before step {taken.step} moved the weights, {evidence}"[:EVIDENCE_MAX],
         proven=bool(guilty) and not guarded,
     )
 
 
 def _words(one: Dissent) -> str:
-    votes = ", ".join(f"{value:0{HEX_DIGITS}x} by {_ranks(ranks)}" for value, ranks in one.votes)
-    return f"{one.kind} of shard {one.shard} had {len(one.votes)} digests: {votes}"
+    votes = [f"{v:0{HEX_DIGITS}x} by {_ranks(ranks)}" for v, ranks in one.votes[:NAMED_MAX]]
+    if len(one.votes) > NAMED_MAX:
+        votes.append(f"and {len(one.votes) - NAMED_MAX} more")
+    return f"{one.kind} of shard {one.shard} had {len(one.votes)} digests: {', '.join(votes)}"
 
 
 def _ranks(ranks: Sequence[Rank]) -> str:

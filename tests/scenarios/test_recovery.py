@@ -701,6 +701,16 @@ def test_a_detector_that_raises_is_switched_off_and_training_goes_on(cluster: An
     assert cluster.state.reached_step == 3
 
 
+def test_a_replayed_step_with_other_bits_and_the_same_loss_is_noted_apart(cluster: Any) -> None:
+    cluster.start()
+    cluster.train(2)
+    for digest in ("a", "b"):
+        cluster.after(0.1).beat(step=2, digests=((Step(2), digest),))
+
+    told = report(cluster.state)
+    assert (told.divergences, told.digests_differ) == ([], [2])
+
+
 def test_a_replayed_step_with_another_loss_is_noted_as_a_divergence(cluster: Any) -> None:
     cluster.start()
     cluster.train(5)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from orchestrator.detect.votes import Votes, dissents, of_world, verdict
+from orchestrator.detect.votes import EVIDENCE_MAX, Votes, dissents, of_world, verdict
 from orchestrator.protocol.digests import Digests, Kind, Taken, column
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.layout import Layout
@@ -54,6 +54,19 @@ def test_without_a_majority_everybody_is_suspected_and_nobody_proven_guilty(
     assert not fact.proven
     assert fact.since == 0
     assert "nobody can say who is right" in fact.evidence
+
+
+def test_of_many_digests_evidence_lists_a_few() -> None:
+    layout = Layout(dp_replicate=500)
+    seats = tuple(NodeId(f"node-{rank}") for rank in range(500))
+
+    fact = verdict(
+        dissents(votes(*range(1, 501)), layout), Taken(step=Step(9)), Generation(1), seats
+    )
+
+    assert "had 500 digests: 0000000000000001 by rank 0, " in fact.evidence
+    assert "by rank 3, and 496 more" in fact.evidence
+    assert len(fact.evidence) < EVIDENCE_MAX
 
 
 def test_a_rank_that_said_nothing_has_no_vote() -> None:

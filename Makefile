@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.controller
 	$(BIN)/python -m tests.bench.reduction
+	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.data
 

@@ -283,13 +283,14 @@ def _passes(training: Training) -> int:
 
 def replace(owner: Any, name: str, value: Any) -> Undo:  # noqa: ANN401 - whatever it is
     """Have an object have another attribute than it had, until that is undone."""
-    had = vars(owner).get(name)
+    # What is found on the class goes back to being that; None of its own is something else.
+    own, had = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
 
     def undo() -> None:
-        if had is None:
-            delattr(owner, name)
-        else:
+        if own:
             setattr(owner, name, had)
+        else:
+            delattr(owner, name)
 
     return undo

@@ -1,0 +1,33 @@
+"""The benchmark of detection measures what it says; how much it is is not asked here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import REPOSITORY
+
+UNITS = ("", "_processor")
+
+
+@pytest.mark.process
+@pytest.mark.timeout(170)
+def test_the_benchmark_of_detection_gives_an_interval_of_each_cost_and_their_sum() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.detection", "--pairs", "2", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        cwd=REPOSITORY,
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    for name in (f"{of}{unit}" for of in ("overhead", "digests", "replay") for unit in UNITS):
+        assert -1 < found[name]["low"] <= found[name]["median"] <= found[name]["high"]
+    assert found["replay_every_steps"] == 50
+    once = found["replay"]["median"] / 50
+    assert found["overhead"]["median"] == pytest.approx(found["digests"]["median"] + once)
+    assert min(found["digest_gb_s"], found["copy_gb_s"]) > 0

@@ -138,7 +138,7 @@ class Recovery:
         self._write_off(plan, restored)
         if state.diverged:
             state.sound_step = min(state.sound_step, restored)
-        before = state.replicas
+        before, had_seats = state.replicas, frozenset(state.seated)
         facts.reset_for_generation(state, plan.seats, plan.buddies, plan.restore)
         self._resize(before, restored)
         state.cadence_begun = state.cadence
@@ -168,7 +168,9 @@ class Recovery:
         decisions += [
             decide(state, FenceNode, f"{node} has no seat", node=node)
             for node in sorted(state.nodes.keys() - state.seated.keys())
-            if state.nodes[node].generation > 0 and state.nodes[node].connected
+            # What had a seat may be about to begin the generation before, and not have said so.
+            if (state.nodes[node].generation > 0 or node in had_seats)
+            and state.nodes[node].connected
         ]
         return decisions
 

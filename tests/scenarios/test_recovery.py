@@ -30,6 +30,7 @@ from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
     Holding,
+    NodeUnusable,
     PreparationFailed,
     RankExited,
     RanksTroubled,
@@ -38,6 +39,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
 )
 from orchestrator.protocol.phases import RankPhase
+from orchestrator.simulation import checkers
 from tests import runfiles
 from tests.journals import SHORT, finish, inject
 
@@ -309,6 +311,26 @@ def test_a_silent_node_is_swapped_and_fenced_when_it_comes_back(cluster: Any) ->
     (fence,) = [d for d in cluster.join("node-1", generation=1) if isinstance(d, FenceNode)]
     assert fence.node == "node-1"
     assert cluster.state.spares() == ("node-1",)
+
+
+def test_a_node_that_loses_its_seat_before_it_says_that_it_took_it_is_fenced(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    assert "node-2" in started(cluster.lose("node-1")).seats
+    cluster.after(0.01).join("node-1", incarnation=2)
+    cluster.after(0.01).say("node-2", NodeUnusable(reason="a GPU fell off the bus"))
+
+    # Its order is on its way, and nothing calls it back: its ranks would live on in generation 2.
+    decisions = cluster.rest()
+
+    order = started(decisions)
+    assert (order.generation, {*order.seats}) == (3, {"node-0", "node-1"})
+    fences = [d for d in decisions if isinstance(d, FenceNode)]
+    assert [(d.generation, d.node) for d in fences] == [(3, "node-2")]
+    checkers.check(cluster.run, cluster.entries)
 
 
 def test_what_a_node_holds_of_an_abandoned_lineage_does_not_count_when_it_comes_back(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import STRAGGLER, Cause, Finding
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
-from orchestrator.protocol.ids import Rank, Seconds
+from orchestrator.protocol.ids import Generation, Rank, Seconds
 from orchestrator.protocol.layout import Layout
 
 Z_MIN = 5.0
@@ -29,6 +30,13 @@ Z_MIN = 5.0
 RATIO_MIN = 1.07
 """Times the peers' median. A rank that is 10 % slow takes 1.11 on average: with 1.1 as the limit
 noise of 2 % would hide it in three windows of ten, and what a suspicion costs is a probe."""
+RATIO_CLEAR = 1.03
+"""Below that a rank is as fast as its peers again: far from `RATIO_MIN`, or noise would tell."""
+COOL_LOOKS = 20
+"""For which a rank is not found again, twice as many each time."""
+WORSE = 2.0
+"""Times as slow as when more work explained it, from which on a rank is measured once more in the
+same generation."""
 SLOW_WINDOWS = 8
 """Of the ten windows that are kept (core.paces)."""
 PEERS_MIN = 3
@@ -42,36 +50,73 @@ _MEDIAN_TO_MEAN = 1.2533
 """Of a normal distribution: sigma over MAD, and how much less sure a median is than a mean."""
 
 
+class _Mark(NamedTuple):
+    """What is known of a rank that was found in this generation."""
+
+    slow: bool
+    """Whether it has been slow ever since."""
+    times: int
+    """How often it was found."""
+    again_at: int
+    """The look from which on it may be found again."""
+
+
 class Straggler:
-    """A suspect is found once; again, if it was as fast as its peers in between."""
+    """A suspect is found once; again, if it was as fast as its peers in between, ever less often.
+
+    Or a rank at the limit would be found, and measured, while all others wait, at every look.
+    """
 
     name = "straggler"
 
     def __init__(self) -> None:
         self._looks = -1
-        self._found: dict[Rank, int] = {}
-        """In which generation each was found, while it is slow."""
+        self._generation = Generation(0)
+        self._marks: dict[Rank, _Mark] = {}
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return a finding for each rank that has become slow."""
         paces = state.paces
         if not isinstance(event, Telemetry) or state.wanting:
             return []
-        if state.phase is not RunPhase.TRAINING or not paces.full:
-            if not paces.looks:
-                self._found = {}
+        if state.phase is not RunPhase.TRAINING or not paces.full or paces.looks == self._looks:
             return []
-        if paces.looks == self._looks:
-            return []
+        if state.generation != self._generation:
+            self._generation, self._marks = state.generation, {}
         self._looks = paces.looks
         rate_WR = rates(paces.compute_s_WR(), paces.work_WR())
         ratio_R, slow = stragglers(rate_WR, peers(state.run.layout, len(state.seats)))
+        for rank, mark in self._marks.items():
+            if ratio_R[rank] < RATIO_CLEAR:
+                self._marks[rank] = mark._replace(slow=False)
         suspects = [Rank(int(rank)) for rank in slow]
-        new = [rank for rank in suspects if self._found.get(rank) != state.generation]
-        self._found = dict.fromkeys(suspects, int(state.generation))
-        if not new:
-            return []
+        new = [rank for rank in suspects if self._is_news(state, rank, float(ratio_R[rank]))]
+        for rank in new:
+            times = self._marks[rank].times if rank in self._marks else 0
+            self._marks[rank] = _Mark(True, times + 1, paces.looks + (COOL_LOOKS << times))
         return [_finding(state, rank, float(ratio_R[rank]), suspects) for rank in new]
+
+    def _is_news(self, state: RunState, rank: Rank, ratio: float) -> bool:
+        mark = self._marks.get(rank)
+        if mark is None:
+            return True
+        return (
+            not mark.slow
+            and self._looks >= mark.again_at
+            and ratio - 1 > WORSE * (_explained(state, rank) - 1)
+        )
+
+
+def _explained(state: RunState, rank: Rank) -> float:
+    """Return how slow a rank was, at most, when its device was measured to be fast; or 1."""
+    return max(
+        (
+            slow.ratio
+            for slow in state.slow.values()
+            if (slow.rank, slow.generation, slow.verdict) == (rank, state.generation, "workload")
+        ),
+        default=1.0,
+    )
 
 
 def rates(

@@ -150,7 +150,7 @@ def test_a_slow_node_waits_for_a_spare_that_is_not_slow_itself(cluster: Any) -> 
 
 
 def test_a_rank_is_reported_once_and_again_after_it_was_as_fast_as_others(cluster: Any) -> None:
-    answer(cluster, suspected(cluster), 1.0)
+    answer(cluster, suspected(cluster), 1.2, problem="no memory")
     train(cluster, 30, 1.2)
     assert len(cluster.state.incidents) == 1
 
@@ -158,6 +158,41 @@ def test_a_rank_is_reported_once_and_again_after_it_was_as_fast_as_others(cluste
     train(cluster, 12, 1.2)
 
     assert [found.kind for found in cluster.state.incidents] == ["straggler"] * 2
+
+
+def test_a_rank_at_the_limit_is_not_found_again_until_it_was_clearly_as_fast(cluster: Any) -> None:
+    answer(cluster, suspected(cluster, 1.12), 1.0, problem="no memory")
+
+    for _ in range(5):
+        train(cluster, 12, 1.05)
+        train(cluster, 12, 1.12)
+
+    assert len(cluster.state.incidents) == 1
+
+
+def test_a_rank_that_is_slow_now_and_then_is_measured_less_often_each_time(cluster: Any) -> None:
+    answer(cluster, suspected(cluster), 1.0, problem="no memory")
+
+    for _ in range(10):
+        train(cluster, 12)
+        train(cluster, 12, 1.2)
+
+    assert len(cluster.state.incidents) == 4
+
+
+def test_more_work_is_not_measured_again_in_its_generation_unless_it_gets_far_slower(
+    cluster: Any,
+) -> None:
+    answer(cluster, suspected(cluster), 1.0)
+
+    for _ in range(4):
+        train(cluster, 12)
+        train(cluster, 12, 1.2)
+    assert len(cluster.state.incidents) == 1
+    train(cluster, 12)
+    train(cluster, 12, 1.6)
+
+    assert len(cluster.state.incidents) == 2
 
 
 def test_a_detector_of_stragglers_that_raises_is_switched_off_and_training_goes_on(

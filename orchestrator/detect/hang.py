@@ -27,6 +27,8 @@ from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.ramp import Ramp, at_stage
+from orchestrator.protocol.runfile import EMBEDDED, TrainingRun
 
 LEARNED_FACTOR = 5.0
 """A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
@@ -133,13 +135,17 @@ def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
     counts_R = (fleet.entered_R >= 0) & (fleet.phase_R != RankPhase.DONE)
     if not bool(counts_R.any()):
         return
-    stage_R = stages(state.run.layout, len(counts_R))
-    member_GR = (stage_R == np.unique(stage_R)[:, None]) & counts_R
+    alike_R = stages(state.run.layout, len(counts_R))
+    one_stage = not alike_R.any()
+    if uneven(state.run, state.replicas):
+        # A replica that computes more enters more of them for good: its ranks tell of each other.
+        alike_R = alike_R * state.replicas + replicas(state.run.layout, len(counts_R))
+    member_GR = (alike_R == np.unique(alike_R)[:, None]) & counts_R
     entered_GR, left_GR = (
         np.broadcast_to(column_R, member_GR.shape) for column_R in (fleet.entered_R, fleet.left_R)
     )
     yield _mask(waiting.culprits(entered_GR, left_GR, member_GR), len(counts_R))
-    if len(member_GR) == 1:
+    if one_stage:
         # Several stages of a pipeline are never at the same place.
         yield _mask(waiting.minority(fleet.step_R * len(RankPhase) + fleet.phase_R), len(counts_R))
 
@@ -154,6 +160,26 @@ def _mask(ranks: npt.NDArray[np.int64], world: int) -> npt.NDArray[np.bool_]:
 def stages(layout: Layout, world: int) -> npt.NDArray[np.int64]:
     """Return the stage of the pipeline of each rank, shape [R]: those of one take equal steps."""
     return np.array([layout.position(rank).pp for rank in range(world)], np.int64)
+
+
+@lru_cache(maxsize=4)
+def replicas(layout: Layout, world: int) -> npt.NDArray[np.int64]:
+    """Return the replica of each rank, shape [R]: its ranks always take equal shares."""
+    return np.array([layout.replica_of(rank) for rank in range(world)], np.int64)
+
+
+def uneven(run: TrainingRun, count: int) -> bool:
+    """Return whether so many replicas take unequal shares in any stage of a run; unknown: False."""
+    trainer = run.spec.trainer
+    if trainer.entrypoint != EMBEDDED:
+        return False
+    for stage in Ramp.of(trainer).stages:
+        job = at_stage(trainer, stage)
+        if job.micro_batch or job.reduction == "deterministic":
+            rounds = job.global_batch // ((job.micro_batch or 1) * run.layout.dp_shard)
+            if rounds % count:
+                return True
+    return False
 
 
 def stuck_recovery(state: RunState) -> list[Finding]:

@@ -186,3 +186,15 @@ def nodes_of(state: RunState, verdict: str, since: Seconds) -> dict[NodeId, Slow
         for node, slow in found.items()
         if node in state.nodes and state.nodes[node].incarnation == slow.incarnation
     }
+
+
+def explained(state: RunState, rank: Rank) -> float:
+    """Return how slow a rank was, at most, when its device was measured to be fast; or 1."""
+    return max(
+        (
+            slow.ratio
+            for slow in state.slow.values()
+            if (slow.rank, slow.generation, slow.verdict) == (rank, state.generation, "workload")
+        ),
+        default=1.0,
+    )

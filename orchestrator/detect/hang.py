@@ -27,8 +27,7 @@ from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
-from orchestrator.protocol.ramp import Ramp, at_stage
-from orchestrator.protocol.runfile import EMBEDDED, TrainingRun
+from orchestrator.protocol.ramp import uneven
 
 LEARNED_FACTOR = 5.0
 """A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
@@ -166,20 +165,6 @@ def stages(layout: Layout, world: int) -> npt.NDArray[np.int64]:
 def replicas(layout: Layout, world: int) -> npt.NDArray[np.int64]:
     """Return the replica of each rank, shape [R]: its ranks always take equal shares."""
     return np.array([layout.replica_of(rank) for rank in range(world)], np.int64)
-
-
-def uneven(run: TrainingRun, count: int) -> bool:
-    """Return whether so many replicas take unequal shares in any stage of a run; unknown: False."""
-    trainer = run.spec.trainer
-    if trainer.entrypoint != EMBEDDED:
-        return False
-    for stage in Ramp.of(trainer).stages:
-        job = at_stage(trainer, stage)
-        if job.micro_batch or job.reduction == "deterministic":
-            rounds = job.global_batch // ((job.micro_batch or 1) * run.layout.dp_shard)
-            if rounds % count:
-                return True
-    return False
 
 
 def stuck_recovery(state: RunState) -> list[Finding]:

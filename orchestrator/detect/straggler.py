@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.core import slowness
 from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import STRAGGLER, Cause, Finding
 from orchestrator.core.phases import RunPhase
@@ -103,20 +104,8 @@ class Straggler:
         return (
             not mark.slow
             and self._looks >= mark.again_at
-            and ratio - 1 > WORSE * (_explained(state, rank) - 1)
+            and ratio - 1 > WORSE * (slowness.explained(state, rank) - 1)
         )
-
-
-def _explained(state: RunState, rank: Rank) -> float:
-    """Return how slow a rank was, at most, when its device was measured to be fast; or 1."""
-    return max(
-        (
-            slow.ratio
-            for slow in state.slow.values()
-            if (slow.rank, slow.generation, slow.verdict) == (rank, state.generation, "workload")
-        ),
-        default=1.0,
-    )
 
 
 def rates(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from orchestrator.protocol.runfile import Trainer
+from orchestrator.protocol.runfile import EMBEDDED, Trainer, TrainingRun
 
 
 class Change(NamedTuple):
@@ -125,3 +125,17 @@ def at_stage(job: Trainer, stage: Stage) -> Trainer:
         seq_len=stage.length,
         micro_batch=stage.micro or job.micro_batch,
     )
+
+
+def uneven(run: TrainingRun, count: int) -> bool:
+    """Return whether so many replicas take unequal shares in any stage of a run; unknown: False."""
+    trainer = run.spec.trainer
+    if trainer.entrypoint != EMBEDDED:
+        return False
+    for stage in Ramp.of(trainer).stages:
+        job = at_stage(trainer, stage)
+        if job.micro_batch or job.reduction == "deterministic":
+            rounds = job.global_batch // ((job.micro_batch or 1) * run.layout.dp_shard)
+            if rounds % count:
+                return True
+    return False

@@ -7,9 +7,11 @@ a `__<rank>.metadata` each; they are put together.
 """
 
 import io
+import math
 import pickle
 import pickletools
 import re
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +19,13 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 from storage.errors import ForbiddenPickleError, ForeignFormatError
-from storage.shard import ITEM_BYTES
+from storage.shard import DIMENSIONS_MAX, ITEM_BYTES
 
 METADATA = ".metadata"
 METADATA_BYTES_MAX = 4 << 30
+TUPLE_ITEMS_MAX = 1024
+"""Of a tuple and all tuples in it: paths and shapes have few. Hashing goes through all of them, and
+one that holds another twice, and so on, has more than could ever be gone through."""
 _OF_RANK = re.compile(r"__(\d+)\.metadata")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -115,10 +120,12 @@ def described(folder: Path) -> Described:
         record = unpickled(data, str(path))
         try:
             _enter(told, record, folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ForeignFormatError(f"metadata is not as torch writes it ({error}): {path}") from (
                 error
             )
+    for name, tensor in told.tensors.items():
+        _require_whole(name, tensor, folder)
     return told
 
 
@@ -167,7 +174,7 @@ class _Reader(pickle.Unpickler):
         if (module, name) in _RECORDS:
             return _recorder(name)
         if (module, name) == ("torch", "Size"):
-            return tuple
+            return _sizes
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in _TORCH_DTYPES:
@@ -175,7 +182,7 @@ class _Reader(pickle.Unpickler):
         raise ForbiddenPickleError(f"pickle asks for {module}.{name}".replace("\n", " ")[:300])
 
     def persistent_load(self, pid: Any) -> Any:  # noqa: ANN401 - whatever the pickle says
-        raise ForbiddenPickleError(f"pickle asks for an object from elsewhere, {pid!r:.100}")
+        raise ForbiddenPickleError(f"pickle asks for an object from elsewhere, {_words(pid)}")
 
 
 def _recorder(name: str) -> Callable[..., Record]:
@@ -192,13 +199,49 @@ def _recorder(name: str) -> Callable[..., Record]:
 
 
 def _require_modest(data: bytes) -> None:
-    """Check that a pickle keeps no more objects by number than it has bytes, at once.
+    """Check that to read a pickle takes no more memory or time than its length is worth.
 
-    The list of them grows to the highest number, which four bytes can say.
+    The list of numbered objects grows to the highest number, which four bytes can say; see also
+    `TUPLE_ITEMS_MAX`. For each object on the stack, the items of a tuple are counted along.
     """
+    stack: list[int | None] = []  # None is a mark
+    kept: dict[int, int | None] = {}
     for code, argument, _ in pickletools.genops(data):
-        if code.name in {"LONG_BINPUT", "PUT"} and int(argument or 0) > len(data):
-            raise ForeignFormatError(f"pickle numbers an object {argument}")
+        if code.name in {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}:
+            number = len(kept) if code.name == "MEMOIZE" else int(argument or 0)
+            if number > len(data):
+                raise ForeignFormatError(f"pickle numbers an object {number}")
+            kept[number] = stack[-1]
+        elif code.name in {"GET", "BINGET", "LONG_BINGET"}:
+            stack.append(kept[int(argument or 0)])
+        elif code.name == "LONG4":
+            raise ForeignFormatError("pickle has a number of more than 255 bytes")
+        else:
+            _step(code, stack)
+
+
+def _step(code: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+    """Do to the stack what this code would do, with counts of items in the place of objects."""
+    if code.name == "MARK":
+        stack.append(None)
+        return
+    before = code.stack_before
+    taken: list[int | None] = []
+    if pickletools.markobject in before:
+        while (item := stack.pop()) is not None:
+            taken.append(item)
+        before = before[: before.index(pickletools.markobject)]
+    taken += [stack.pop() for _ in before]
+    counts = [count or 0 for count in taken]
+    # Whatever is no tuple answers with what it was done to, or with something without items.
+    items = len(counts) + sum(counts) if code.name.startswith("TUPLE") else sum(counts[-1:])
+    if items > TUPLE_ITEMS_MAX:
+        raise ForeignFormatError(f"pickle has a tuple of more than {TUPLE_ITEMS_MAX} items")
+    stack += [items] * len(code.stack_after)
+
+
+def _sizes(items: Any = ()) -> Box:  # noqa: ANN401 - whatever the pickle says
+    return _box(tuple(items))
 
 
 def _metadata_files(folder: Path) -> list[Path]:
@@ -206,7 +249,11 @@ def _metadata_files(folder: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     ranks = [(path, _OF_RANK.fullmatch(path.name)) for path in sorted(folder.glob("__*.metadata"))]
-    return [path for _, path in sorted((int(match[1]), path) for path, match in ranks if match)]
+    found = sorted((int(match[1]), path) for path, match in ranks if match)
+    if [rank for rank, _ in found] != list(range(len(found))):
+        names = ", ".join(path.name for _, path in found[:10])
+        raise ForeignFormatError(f"metadata of a rank is missing, there are {names}: {folder}")
+    return [path for _, path in found]
 
 
 def _enter(told: Described, record: object, folder: Path) -> None:
@@ -224,7 +271,7 @@ def _enter(told: Described, record: object, folder: Path) -> None:
             _enter_tensor(told, _text(name), _record(item, "TensorStorageMetadata"), places)
     for name, path in (metadata.get("planner_data") or {}).items():
         if not isinstance(path, tuple) or not all(type(key) in (str, int) for key in path):
-            raise TypeError(f"path of {name!r:.80} is {path!r:.80}")
+            raise TypeError(f"path of {_words(name)} is {_words(path)}")
         if path != (name,):
             told.paths[_text(name)] = list(path)
 
@@ -234,7 +281,7 @@ def _enter_tensor(
 ) -> None:
     dtype = _record(item.get("properties"), "TensorProperties").state[0]
     if dtype not in ITEM_BYTES:
-        raise ValueError(f"dtype is {dtype!r:.40}: {name}")
+        raise ValueError(f"dtype is {_words(dtype)}: {name}")
     shape = _box(item.get("size"))
     tensor = told.tensors.setdefault(name, StoredTensor(dtype, shape))
     if (tensor.dtype, tensor.shape) != (dtype, shape):
@@ -242,17 +289,21 @@ def _enter_tensor(
     for chunk in item.get("chunks"):
         offset = _box(_record(chunk, "ChunkStorageMetadata").get("offsets"))
         sizes = _box(chunk.get("sizes"))
+        if len({len(shape), len(offset), len(sizes)}) > 1 or any(
+            at + size > whole for at, size, whole in zip(offset, sizes, shape, strict=True)
+        ):
+            raise ValueError(f"box of shape {sizes} at {offset} is not inside {shape}: {name}")
         tensor.pieces.setdefault(offset, (sizes, places[name, offset]))
 
 
 def _place(info: Record, folder: Path) -> Place:
     if info.state and (through := info.state.get("transform_descriptors")):
-        raise ValueError(f"items went through {through!r:.80}")
+        raise ValueError(f"items went through {_words(through)}")
     file, at, size = _text(info.get("relative_path")), info.get("offset"), info.get("length")
     if not _FILE.fullmatch(file):
-        raise ValueError(f"file is {file!r:.80}, expected one in the folder itself")
+        raise ValueError(f"file is {_words(file)}, expected one in the folder itself")
     if type(at) is not int or type(size) is not int or at < 0 or size < 0:
-        raise ValueError(f"bytes {at!r:.40} and {size!r:.40} of {file}")
+        raise ValueError(f"bytes {_words(at)} and {_words(size)} of {_words(file)}")
     path = folder / file
     there = path.stat().st_size if path.is_file() else None
     if there is None or there < at + size:
@@ -263,17 +314,34 @@ def _place(info: Record, folder: Path) -> Place:
 
 def _record(value: object, name: str) -> Record:
     if not isinstance(value, Record) or value.name != name:
-        raise TypeError(f"{value!r:.80} is no {name}")
+        raise TypeError(f"{_words(value)} is no {name}")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
+        raise TypeError(f"{_words(value)} is no text")
     return value
 
 
 def _box(value: object) -> Box:
     if not isinstance(value, tuple) or not all(type(n) is int and n >= 0 for n in value):
-        raise TypeError(f"{value!r:.80} are no sizes")
+        raise TypeError(f"{_words(value)} are no sizes")
+    if len(value) > DIMENSIONS_MAX:
+        raise ValueError(f"{len(value)} dimensions, may have {DIMENSIONS_MAX}")
     return value
+
+
+def _require_whole(name: str, tensor: StoredTensor, folder: Path) -> None:
+    held = sum(math.prod(sizes) for sizes, _ in tensor.pieces.values())
+    if not tensor.pieces or held != math.prod(tensor.shape):
+        raise ForeignFormatError(
+            f"{held} of {math.prod(tensor.shape)} elements are there: {name:.200} of {folder}"
+        )
+
+
+def _words(value: object) -> str:
+    """Return some words for an object, without a look at all that may be in it."""
+    if isinstance(value, str | int | float | bytes | None):
+        return reprlib.repr(value)
+    return value.name if isinstance(value, Record) else f"a {type(value).__name__}"

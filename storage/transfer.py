@@ -4,12 +4,13 @@ What is taken out lies in a folder that has its name only once all of it is ther
 is brought in is a checkpoint with one commit record, like any other.
 """
 
-import contextlib
+import errno
 import math
 import os
-import shutil
+import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,24 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from storage.appearing import appearing
 from storage.blob import BlobStore
 from storage.commit import commit, newest_epoch, write_shard
 from storage.contents import STATE, Beside, Contents, Piece, Tensor, extra_of
-from storage.errors import ForeignFormatError
+from storage.errors import ForeignFormatError, StorageFullError
 from storage.manifest import Manifest, ShardReceipt, make_manifest
 from storage.paged import paged
 from storage.ranges import Want, read_ranges
-from storage.shard import ITEM_BYTES, Chunk, Extra, ShardMeta, plan, seal
+from storage.shard import (
+    DIMENSIONS_MAX,
+    ITEM_BYTES,
+    Chunk,
+    Extra,
+    ShardMeta,
+    ShardPlan,
+    plan,
+    seal,
+)
 
 SHARD_BYTES = 1 << 30
 FILE_BYTES = 5 << 30
@@ -33,6 +44,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_BYTES_MAX = 100_000_000
 """More, the library does not read either."""
 INDEX_BYTES_MAX = 1 << 30
+_OF_SET = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
 Told = Callable[[int], object]
 
@@ -67,26 +79,6 @@ class Part:
         return Chunk(fqn=self.name, state=state, dtype=self.dtype, **boxes)
 
 
-@contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which takes its name when this ends well and is gone if not.
-
-    Raises:
-        FileExistsError: if there is something of that name.
-    """
-    if out.is_symlink() or out.exists():
-        raise FileExistsError(17, "something is there already", str(out))
-    unfinished = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        _sync(unfinished)
-        unfinished.rename(out)
-        _sync(out.absolute().parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def export_safetensors(
     store: BlobStore,
     contents: Contents,
@@ -109,6 +101,7 @@ def export_safetensors(
     Raises:
         FileExistsError: if there is something of that name.
         ShardCorruptError: if a byte is not what was staged; nothing is there then.
+        StorageFullError: if there is no room; nothing is there then.
         OSError: from the file system.
     """
     groups = list(_grouped(list(contents.tensors.values()), _size, file_bytes)) or [[]]
@@ -136,7 +129,9 @@ def parts_of_safetensors(folder: Path) -> tuple[list[Part], Beside]:
         ForeignFormatError: if a file is cut off, contradicts itself, or is missing.
         OSError: if it can not be read.
     """
-    parts = [part for path in sorted(folder.glob("*.safetensors")) for part in _parts(path)]
+    files = sorted(folder.glob("*.safetensors"))
+    _require_all(files)
+    parts = [part for path in files for part in _parts(path)]
     names = Counter(part.name for part in parts)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ForeignFormatError(f"tensor is in two files: {twice[0]!r:.200} of {folder}")
@@ -175,12 +170,15 @@ def bring_in(
 
     Raises:
         StorageError: from the store; nothing is committed then.
-        ForeignFormatError: from a part.
+        ForeignFormatError: from a part; also if the parts are not all of a tensor, or no part of
+            it. Nothing is written in these two cases.
     """
+    _require_whole(parts)
     epoch = newest_epoch(store) + 1
     groups = list(_grouped(parts, lambda part: part.size, shard_bytes)) or [[]]
+    layouts = [_planned(group) for group in groups]  # all of them before anything is written
     receipts = []
-    for shard, group in enumerate(groups):
+    for shard, (group, layout) in enumerate(zip(groups, layouts, strict=True)):
         meta = ShardMeta(
             run_id=run_id,
             model="",
@@ -190,25 +188,50 @@ def bring_in(
             shards=len(groups),
             extra=extra_of(beside if shard == 0 else Beside()),
         )
-        receipts.append(_bring_in(store, group, meta, read))
-    layout: Extra = {"by": "import", "shards": len(groups)}
-    manifest = make_manifest(
-        receipts, run_id=run_id, model="", step=step, epoch=epoch, layout=layout
-    )
+        receipts.append(_bring_in(store, group, layout, meta, read))
+    made: Extra = {"by": "import", "shards": len(groups)}
+    manifest = make_manifest(receipts, run_id=run_id, model="", step=step, epoch=epoch, layout=made)
     commit(store, manifest, newest_epoch_known=epoch)
     return manifest
 
 
-def _bring_in(store: BlobStore, parts: Sequence[Part], meta: ShardMeta, read: Told) -> ShardReceipt:
-    pieces: Counter[str] = Counter()
-    chunks = []
+def _require_whole(parts: Iterable[Part]) -> None:
+    held: Counter[str] = Counter()
+    wholes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for part in parts:
-        chunks.append(part.chunk(pieces[part.name]))
+        if len(part.shape) > DIMENSIONS_MAX or len(part.global_shape) > DIMENSIONS_MAX:
+            raise ForeignFormatError(f"more than {DIMENSIONS_MAX} dimensions: {part.name:.200}")
+        whole = (part.dtype, part.global_shape)
+        if wholes.setdefault(part.name, whole) != whole:
+            raise ForeignFormatError(f"pieces are of different tensors: {part.name:.200}")
+        held[part.name] += math.prod(part.shape)
+    for name, (_, shape) in wholes.items():
+        if held[name] != math.prod(shape):
+            raise ForeignFormatError(
+                f"{held[name]} of {math.prod(shape)} elements are there: {name:.200}"
+            )
+
+
+def _chunks(parts: Iterable[Part]) -> Iterator[Chunk]:
+    pieces: Counter[str] = Counter()
+    for part in parts:
+        yield part.chunk(pieces[part.name])
         pieces[part.name] += 1
-    layout = plan(chunks)
+
+
+def _planned(parts: Sequence[Part]) -> ShardPlan:
+    try:
+        return plan(_chunks(parts))
+    except ValueError as error:
+        raise ForeignFormatError(f"tensors do not go into a shard: {error}") from error
+
+
+def _bring_in(
+    store: BlobStore, parts: Sequence[Part], layout: ShardPlan, meta: ShardMeta, read: Told
+) -> ShardReceipt:
     body = paged(layout.size)
     views = layout.views(body)
-    for chunk, part in zip(chunks, parts, strict=True):
+    for chunk, part in zip(_chunks(parts), parts, strict=True):
         part.fill(views[chunk.name])
         read(part.size)
     return write_shard(store, seal(layout, body, meta), body)
@@ -291,7 +314,7 @@ def _write_file(store: BlobStore, path: Path, tensors: Sequence[Tensor], read: T
     header = header.ljust(-(-(8 + len(header)) // 4096) * 4096 - 8)
     with path.open("x+b") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + at)
+        _reserve(file.fileno(), 8 + len(header) + at, path)
         if at:
             data = np.memmap(file, np.uint8, "r+", offset=8 + len(header), shape=(at,))
             read_ranges(store, list(_wants(ordered, starts, data)), read)
@@ -312,6 +335,32 @@ def _wants(
                 yield Want(piece.index, piece.chunk.start, piece.chunk.end, _Placed(piece, whole))
 
 
+def _reserve(descriptor: int, size: int, path: Path) -> None:
+    """Give a file its room. Were there none when a page of it is written, the process would die."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageFullError(f"no room for {size} bytes: {path}") from error
+        raise
+
+
+def _require_all(files: Iterable[Path]) -> None:
+    """Check that of files which say of how many they are none is missing."""
+    sets: dict[tuple[str, int], list[int]] = {}
+    for path in files:
+        if match := _OF_SET.fullmatch(path.name):
+            sets.setdefault((match[1], int(match[3])), []).append(int(match[2]))
+    for (name, count), numbers in sets.items():
+        # Most count from 1, some from 0.
+        if sorted(numbers) != list(range(min(numbers), min(numbers) + len(numbers))) or (
+            len(numbers) != count or min(numbers) > 1
+        ):
+            raise ForeignFormatError(
+                f"{len(numbers)} files of {count} are there: {name}-*.safetensors of {path.parent}"
+            )
+
+
 def _parts(path: Path) -> Iterator[Part]:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -326,13 +375,14 @@ def _parts(path: Path) -> Iterator[Part]:
         if (
             not name
             or entry.dtype not in ITEM_BYTES
+            or len(entry.shape) > DIMENSIONS_MAX
             or min((*entry.shape, *entry.data_offsets, 0)) < 0
             or end > size
             or end - begin != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
         ):
             raise ForeignFormatError(
-                f"tensor {name!r:.200} is {entry.dtype!r:.20} of shape {entry.shape} in bytes "
-                f"{begin} to {end} of {size}: {path}"
+                f"tensor {name!r:.200} is {entry.dtype!r:.20} of shape "
+                f"{reprlib.repr(entry.shape)} in bytes {begin} to {end} of {size}: {path}"
             )
         offset = (0,) * len(entry.shape)
         fill = _Filler(path, begin)
@@ -360,11 +410,3 @@ def _decoded(data: Any, kind: Any, path: Path) -> Any:  # noqa: ANN401 - of the 
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ForeignFormatError(f"JSON is not as expected ({error}): {path}") from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 """Takes checkpoints to folders of torch's own format, and brings them in from there."""
 
 import io
-import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from storage.appearing import appearing
 from storage.blob import BlobStore
 from storage.contents import Beside, Contents
 from storage.dcp.items import DTYPES, NAMES, pickled, tensor_over, value_of
@@ -33,7 +33,7 @@ from storage.dcp.reader import metadata_of
 from storage.distcp import Box, Place, described
 from storage.errors import ForeignFormatError
 from storage.ranges import Want, read_ranges
-from storage.transfer import Part, Told, appearing
+from storage.transfer import Part, Told
 
 
 def export_dcp(
@@ -70,9 +70,10 @@ def parts_of_dcp(folder: Path) -> tuple[list[Part], Beside]:
     """
     told = described(folder)
     parts = [
-        Part(name, tensor.dtype, sizes, tensor.shape, offset, _Filler(folder, place, name, sizes))
+        Part(name, tensor.dtype, sizes, tensor.shape, offset, fill)
         for name, tensor in sorted(told.tensors.items())
         for offset, (sizes, place) in sorted(tensor.pieces.items())
+        for fill in [_Filler(folder, place, name, (tensor.dtype, sizes))]
     ]
     values = {
         name: value_of(io.BytesIO(_bytes(folder, place)), name)
@@ -150,24 +151,25 @@ class _Filler:
     folder: Path
     place: Place
     name: str
-    sizes: Box
+    expected: tuple[str, Box]
 
     def __call__(self, view: memoryview) -> None:
         where = f"{self.name} in {self.folder / self.place.file}"
         tensor = _unpacked(_bytes(self.folder, self.place), where)
         found = (NAMES.get(tensor.dtype), tuple(tensor.shape))
-        if found[1] != self.sizes or tensor.nbytes != len(view):
+        if found != self.expected or tensor.nbytes != len(view):
+            # Of the same size, another type would go in as other numbers.
             raise ForeignFormatError(
-                f"item is {tensor.dtype} of shape {found[1]}, metadata says {self.sizes} in "
-                f"{len(view)} bytes: {where}"
+                f"item is {tensor.dtype} of shape {found[1]}, metadata says {self.expected[0]} of "
+                f"shape {self.expected[1]}: {where}"
             )
-        tensor_over(view, tensor.dtype, self.sizes).copy_(tensor)
+        tensor_over(view, tensor.dtype, found[1]).copy_(tensor)
 
 
 def _unpacked(data: bytes, where: str) -> Tensor:
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torch's reader raises whatever the bytes lead it to
         what = str(error).strip().partition("\n")[0]
         raise ForeignFormatError(f"item does not decode ({what:.200}): {where}") from error
     if not isinstance(tensor, Tensor):

@@ -28,7 +28,7 @@ from storage.contents import Beside, contents_of, extra_of
 from storage.dcp.items import DTYPES, chunk_of, paths_of, tensor_over, value_of
 from storage.dcp.target import Address, claimed_epoch, opened, step_of
 from storage.digest import sha256_hex
-from storage.errors import StorageUnavailableError, UnstorableError
+from storage.errors import ForeignCheckpointError, StorageUnavailableError, UnstorableError
 from storage.manifest import (
     ShardReceipt,
     generation_prefix,
@@ -44,6 +44,7 @@ from storage.shard import (
     ShardMeta,
     ShardPlan,
     decode_index,
+    describe,
     seal,
 )
 from storage.shard import (
@@ -167,6 +168,7 @@ class StorageWriter(TorchStorageWriter):
         Raises:
             UnstorableError: if the plan leaves a part of a tensor out.
             StorageUnavailableError: if shards are missing after the time for it.
+            ForeignCheckpointError: if one is of another run, model or number of ranks.
             StaleEpochError: if a newer epoch has committed, or a later step of this one.
             StorageError: from the store.
         """
@@ -183,6 +185,7 @@ class StorageWriter(TorchStorageWriter):
             self._commit(store, receipts)
         else:
             indexes = self._awaited(store)
+            self._require_ours([index for index, _ in indexes])
             digests = [receipt_of(index, digest) for index, digest in indexes]
             self._commit(store, digests, [index for index, _ in indexes])
 
@@ -259,6 +262,19 @@ class StorageWriter(TorchStorageWriter):
                 )
             time.sleep(POLL_S)
         return parallel.each(partial(_index, store, *where), range(self._place.shards))
+
+    def _require_ours(self, indexes: list[ShardIndex]) -> None:
+        """Check that none is left from another life of the run that took the same epoch."""
+        assert self._place is not None
+        for shard, index in enumerate(indexes):
+            found = (index.run_id, index.model, index.step, index.epoch, index.shard, index.shards)
+            expected = (self._run_id, self._model, self._step, self._place.epoch)
+            if found != (*expected, shard, self._place.shards):
+                raise ForeignCheckpointError(
+                    f"{describe(index)} is of run {index.run_id!r:.80}, model {index.model!r:.80}, "
+                    f"one of {index.shards}; expected shard {shard} of {self._place.shards} of run "
+                    f"{self._run_id!r:.80}, model {self._model!r:.80}, step {self._step}"
+                )
 
     def _world(self) -> int:
         if self._ranks is not None:

@@ -20,6 +20,7 @@ from storage import dcp, verdicts
 from storage.blob import BlobStore
 from storage.errors import (
     BlobExistsError,
+    ForeignCheckpointError,
     ShardCorruptError,
     StaleEpochError,
     StorageUnavailableError,
@@ -363,6 +364,26 @@ def test_rows_that_no_rank_has_are_missed_at_the_commit() -> None:
             planner=RowsPlanner(0, 2),
         )
     assert steps_of(store) == []
+
+
+@pytest.mark.parametrize("other", [{"run_id": "b"}, {"model": "b"}, {"ranks": 3}])
+def test_a_shard_that_another_life_left_is_not_committed(other: dict[str, Any]) -> None:
+    store = MemoryStore()
+    _write_half(store, 1, **{"ranks": 2} | other)
+
+    with pytest.raises(ForeignCheckpointError, match=r"shard 1 of step 2, epoch 1 is of run"):
+        _write_half(store, 0, ranks=2)
+    assert steps_of(store) == []
+
+
+def _write_half(store: BlobStore, rank: int, **options: Any) -> None:
+    writer = dcp.StorageWriter(store, step=2, epoch=1, commit_timeout_s=0, **options)
+    planner = RowsPlanner(rank, 2)
+    planner.set_up_planner({"w": torch.ones(4)}, is_coordinator=rank == 0)
+    writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=False)
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    (plan,) = writer.prepare_global_plan(plans)
+    writer.finish(metadata, [writer.write_data(planner.finish_plan(plan), planner).wait()])
 
 
 def test_a_loading_rank_keeps_the_checkpoint_from_being_collected(tmp_path: Path) -> None:

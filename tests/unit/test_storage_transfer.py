@@ -1,9 +1,13 @@
 """Checkpoints go to folders of other formats and come back the same, and nothing of them is run."""
 
+import errno
+import io
 import json
 import os
 import pickle
 import struct
+import time
+import zipfile
 from collections import OrderedDict
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storage import distcp, transfer
+from storage.appearing import _sweep, appearing
 from storage.catalog import Catalog
-from storage.contents import read_contents
+from storage.contents import Beside, read_contents
+from storage.dcp.items import value_of
 from storage.digest import combine, partial_digest, render
-from storage.errors import ForbiddenPickleError, ForeignFormatError
+from storage.errors import ForbiddenPickleError, ForeignFormatError, UnstorableError
 from storage.faulty import FaultyStore
 from storage.local import LocalStore
 from storage.manifest import body_key
@@ -178,11 +184,24 @@ def test_metadata_that_would_run_something_is_refused_by_name(tmp_path: Path) ->
         (b"", ForeignFormatError),
         (b"not a pickle", ForeignFormatError),
         (b"(" * 100_000 + b".", ForeignFormatError),
+        (b"}N" + b"2\x86" * 60 + b"Ns.", ForeignFormatError),
+        (b"\x80\x04}N" + b"q\x00h\x00\x86" * 60 + b"Ns.", ForeignFormatError),
+        (b"\x80\x04}N" + b"2\x86Nb" * 60 + b"Ns.", ForeignFormatError),
+        (b"}" + pickle.dumps(1 << 5000)[2:-1] + b"Ns.", ForeignFormatError),
     ],
 )
 def test_any_other_pickle_is_refused(data: bytes, error: type[Exception]) -> None:
     with pytest.raises(error, match=r": here$"):
         distcp.unpickled(data, "here")
+
+
+def test_a_list_that_holds_others_many_times_over_is_refused_in_few_words(tmp_path: Path) -> None:
+    # Each list has the last one twice.
+    lists = b"]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(60))
+    (tmp_path / ".metadata").write_bytes(lists + b".")
+
+    with pytest.raises(ForeignFormatError, match="a list is no Metadata"):
+        distcp.described(tmp_path)
 
 
 def test_a_name_of_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
@@ -249,6 +268,8 @@ def test_a_set_of_which_a_file_is_missing_is_damaged(uri: str, tmp_path: Path) -
     run("export", uri, "--to", out, "--max-file", "100B")
     min(out.glob("*.safetensors")).unlink()
 
+    assert "1 files of 2 are there" in run("import", out, tmp_path / "s", "--step", 1, code=6)
+    max(out.glob("*.safetensors")).rename(out / "a.safetensors")
     assert "tensors that no file has" in run("import", out, tmp_path / "s", "--step", 1, code=6)
 
 
@@ -315,3 +336,153 @@ def test_an_import_that_is_killed_commits_nothing(uri: str, tmp_path: Path) -> N
     newest, _ = Catalog(inner).newest_verified()
     assert newest is not None
     assert newest.step == killed
+
+
+def test_numbers_of_another_type_than_metadata_says_are_damaged(tmp_path: Path) -> None:
+    folder = changed(tmp_path, torch.ones(3, dtype=torch.int8), b"\x04int8", b"\x04bool")
+
+    said = run("import", folder, tmp_path / "s", "--step", 3, code=6)
+
+    assert "item is torch.int8 of shape (3,), metadata says BOOL" in said
+    assert Catalog(LocalStore(tmp_path / "s")).commits() == []
+
+
+def changed(tmp_path: Path, tensor: Tensor, old: bytes, new: bytes) -> Path:
+    """Save a tensor as torch does, with other bytes in the metadata."""
+    folder = tmp_path / "dcp"
+    torch_dcp.save({"t": tensor}, storage_writer=torch_dcp.FileSystemWriter(folder))
+    path = folder / ".metadata"
+    data = path.read_bytes()
+    assert old in data
+    # Without the frame, whose length would no longer be right.
+    path.write_bytes(data[:2] + data[11:].replace(old, new))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (b"\x89t\x94b", b"\x89t\x940)b", "tuple index out of range"),
+        (b"h!K\x00\x85", b"h!K\x01\x85", "is not inside"),
+        (b"h!K\x03\x85", b"h!K\x02\x85", "2 of 3 elements are there: t"),
+        (b"h\x07h\x07\x85", b"h\x07" + b"]" * 9999 + b"a" * 9998, "path of 't' is a list"),
+    ],
+)
+def test_metadata_that_contradicts_itself_is_damaged(
+    tmp_path: Path, old: bytes, new: bytes, said: str
+) -> None:
+    folder = changed(tmp_path, torch.ones(3), old, new)
+
+    assert said in run("import", folder, tmp_path / "s", "--step", 3, code=6)
+
+
+def test_a_value_that_torch_stumbles_over_is_refused_by_name() -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02h\x05.")
+        archive.writestr("archive/version", b"3")
+
+    with pytest.raises(UnstorableError, match=r": the name$"):
+        value_of(data, "the name")
+
+
+def test_what_a_killed_export_left_is_removed_and_what_a_living_one_makes_is_not(
+    tmp_path: Path,
+) -> None:
+    left, other = tmp_path / ".out.1", tmp_path / ".other.1"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "half").write_bytes(b"x")
+    out = tmp_path / "out"
+    with appearing(out) as mine:
+        _sweep(tmp_path, "out")
+        assert mine.is_dir()
+
+    assert not left.exists()
+    assert other.exists()
+    assert out.is_dir()
+
+
+def test_each_folder_that_is_made_on_the_way_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with appearing(tmp_path / "a/b/out"):
+        pass
+
+    assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} <= set(synced)
+
+
+def test_an_export_without_room_says_so_before_it_writes(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int, _at: int, _size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    assert "no room for" in run("export", uri, "--to", tmp_path / "out", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def part(name: str, shape: tuple[int, ...], whole: tuple[int, ...], at: tuple[int, ...]) -> Any:
+    return transfer.Part(name, "F32", shape, whole, at, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([part("t", (2,), (4,), (0,))], "2 of 4 elements are there: t"),
+        ([part("t", (4,), (4,), (1,))], "is not inside"),
+        ([part("t", (2,), (4,), (0,)), part("t", (2,), (5,), (2,))], "of different tensors"),
+        ([part("t", (1,) * 65, (1,) * 65, (0,) * 65)], "more than 64 dimensions"),
+    ],
+)
+def test_parts_that_are_no_whole_tensors_are_refused_before_anything_is_written(
+    parts: list[Any], said: str
+) -> None:
+    store = MemoryStore()
+    whole = [part(f"a{n}", (9,), (9,), (0,)) for n in range(3)]
+
+    with pytest.raises(ForeignFormatError, match=said):
+        transfer.bring_in(store, whole + parts, Beside(), step=1, run_id="r", shard_bytes=36)
+
+    assert list(store.keys("")) == []
+
+
+def test_metadata_of_a_rank_that_is_missing_is_noticed(tmp_path: Path) -> None:
+    for rank in (0, 2):
+        (tmp_path / f"__{rank}.metadata").write_bytes(b"")
+
+    with pytest.raises(ForeignFormatError, match="metadata of a rank is missing"):
+        distcp.described(tmp_path)
+
+
+def test_a_set_without_an_index_of_which_a_file_is_missing_is_damaged(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ForeignFormatError, match="1 files of 2 are there: model"):
+        transfer.parts_of_safetensors(tmp_path)
+
+    save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert len(transfer.parts_of_safetensors(tmp_path)[0]) == 2
+
+
+def test_a_shape_of_very_many_sizes_is_refused_at_once_and_in_few_words(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [1 << 62] * 80_000, "data_offsets": [0, 4]}
+    header = json.dumps({"t": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    since = time.process_time()
+
+    with pytest.raises(ForeignFormatError) as caught:
+        transfer.parts_of_safetensors(tmp_path)
+
+    assert time.process_time() - since < 2
+    assert len(str(caught.value)) < 1000

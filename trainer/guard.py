@@ -27,7 +27,7 @@ class Guard:
         detector: its name, as people are told.
 
     Attributes:
-        reason: what it raised; "" while it works.
+        reason: what it raised, or why it was given up; "" while it works.
     """
 
     def __init__(self, detector: str) -> None:
@@ -37,7 +37,7 @@ class Guard:
 
     @property
     def off(self) -> bool:
-        """Whether it raised, and is asked no more."""
+        """Whether it raised or was given up, and is asked no more."""
         return bool(self.reason)
 
     def call(self, look: Callable[[], T], otherwise: T) -> T:
@@ -54,6 +54,10 @@ class Guard:
             traceback.print_exception(error)
             self.reason = f"{type(error).__name__}: {error}"
             return otherwise
+
+    def give_up(self, reason: str) -> None:
+        """Ask it no more: it works, and what it says means nothing."""
+        self.reason = self.reason or reason
 
     def tell(self, told: Told) -> None:
         """Say once that it is off, if it is."""

@@ -153,6 +153,23 @@ def tried(found: Sequence[Mismatch]) -> list[int]:
     return list(dict.fromkeys(edge.producer for edge in found))[:TRIED_MAX]
 
 
+def of_itself(rows: Sequence[Sequence[int]]) -> str:
+    """Say why replays mean nothing here; "" if they do.
+
+    A device that errs at times differs from itself, too, but hardly more than half of them do.
+
+    Args:
+        rows: of each rank, digests of its own micro-batch, computed once more, and again.
+    """
+    differ = sum(first != second for first, second in rows)
+    if 2 * differ <= len(rows):
+        return ""
+    return (
+        f"{differ} of {len(rows)} ranks get another gradient each time that they compute the same "
+        "micro-batch: what differs elsewhere shows nothing"
+    )
+
+
 class Verdict(NamedTuple):
     """Who computes wrongly, as far as can be said."""
 

@@ -28,6 +28,7 @@ from trainer.replay import (
     judge,
     known_good,
     mismatches,
+    of_itself,
     tried,
 )
 from trainer.shares import Place, Share, share_of
@@ -86,8 +87,13 @@ class Replays:
     """
 
     @staticmethod
-    def possible(layout: Layout) -> bool:
-        """Whether ranks compute micro-batches by themselves, and there is another to do it."""
+    def possible(layout: Layout, device: torch.device) -> bool:
+        """Whether ranks compute micro-batches by themselves, and there is another to do it.
+
+        And whether two processes get the same bits, which they were seen not to do on a GPU.
+        """
+        if device.type != "cpu":
+            return False
         return layout.pp == layout.cp == layout.tp == 1 and layout.readers > 1
 
     def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
@@ -160,10 +166,18 @@ class Replays:
         """Return what mismatches say; None if there are none, or no rank is to go on with this."""
         if not (edges := mismatches(rows, shift)):
             return None
+        rank = self._training.world.rank
+        twice = self._exchange(self._replay(step, rank), self._replay(step, rank))
+        if not self._stopped and (reason := of_itself(twice)):
+            # All ranks come to the same: they have the same digests.
+            self._guard.give_up(reason)
+            self._stopped = True
+        if self._stopped:
+            return None
         again = {
             of: [row[0] for row in self._exchange(self._replay(step, of))] for of in tried(edges)
         }
-        if self._stopped:
+        if self._has_stopped():
             return None
         found = self._guard.call(lambda: judge(rows, shift, again.__getitem__), None)
         # It raises on every rank or on none: they have the same digests.
@@ -189,6 +203,10 @@ class Replays:
         torch.autograd.backward(loss / training.tokens)
         training.optimizer.take_gradients()
         return self._probe.end(loss.detach())
+
+    def _has_stopped(self) -> bool:
+        """Whether replays have been stopped by now: each exchange may do that."""
+        return self._stopped
 
     def _exchange(self, *digests: Tensor) -> list[list[int]]:
         """Return the digests of all ranks; where one has none, all of them stop with replays."""

@@ -189,7 +189,7 @@ class Training:
             held = self._held([shard.param for shard in self.optimizer.shards])
             self._watch = Watch(held, self._digest_period(digest_share))
         self._replays: Replays | None = None
-        if detection.replay_share and Replays.possible(world.layout):
+        if detection.replay_share and Replays.possible(world.layout, world.device):
             self._replays = Replays(self, samples, detection.replay_share)
 
     def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:

@@ -6,6 +6,12 @@ from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.runfile import TrainingRun
 
 REPLICAS_MAJORITY = 3
+_BITS = "two processes are not known to get the same bits on a GPU"
+_REPLAYS_ON = {
+    "cpu": "on",
+    "cuda": f"off: {_BITS}",
+    "auto": f"on where ranks compute on CPUs; off on GPUs: {_BITS}",
+}
 
 
 def digests(run: TrainingRun, replicas: int) -> str:
@@ -45,4 +51,4 @@ def replays(run: TrainingRun, replicas: int) -> str:
         return f"off: with {' and '.join(several)}, no rank computes a micro-batch by itself"
     if replicas * layout.dp_shard == 1:
         return "off: there is no other rank to compute it"
-    return "on"
+    return _REPLAYS_ON[spec.trainer.device]

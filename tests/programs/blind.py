@@ -4,6 +4,7 @@ Prints a line of JSON per rank and way: losses of all steps as exact text, which
 to be off, and what else was found. Arguments: rank, file to meet in.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ STEPS, WRONG_STEP, BLIND = 5, 3, 1
 CONFIG = ModelConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
 TOKENS = Tokens(np.arange(512, dtype=np.uint32) * 7 % 16, "d16e57000000", 15)
 JOB = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=4, warmup_steps=1, micro_batch=1)
+NUMBERS = itertools.count(1)
 
 
 class Heard(Unheard):
@@ -56,6 +58,10 @@ def raising(*_: object, **__: object) -> Any:
     raise RuntimeError("no digest today")
 
 
+def other_each_time(*args: Any) -> torch.Tensor:
+    return digest.digest(*args) + next(NUMBERS)
+
+
 def spoil(how: str, training: Training) -> Any:
     """Return what makes the detectors of this rank raise for the time that it is entered."""
     match how:
@@ -63,6 +69,8 @@ def spoil(how: str, training: Training) -> Any:
             return mock.patch.object(watch, "digest", raising)
         case "replay":
             return mock.patch.object(replay, "digest", raising)
+        case "chance":
+            return mock.patch.object(replay, "digest", other_each_time)
         case "samples":
             return mock.patch.object(training._replays, "samples", Unreadable())
         case _:
@@ -79,7 +87,7 @@ def train(how: str, world: parallel.World) -> Heard:
     )
     heard = Heard()
     for step in range(1, STEPS + 1):
-        wrong = step == WRONG_STEP and world.rank == BLIND
+        wrong = step == WRONG_STEP and (world.rank == BLIND or how == "chance")
         with spoil(how if wrong else "", training):
             training.step(step, heard)
     training.look_at_the_end(STEPS, heard)
@@ -96,4 +104,4 @@ def main(rank: int, meeting: str, ways: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], ("sound", "watch", "replay", "samples"))
+    main(int(sys.argv[1]), sys.argv[2], ("sound", "watch", "replay", "samples", "chance"))

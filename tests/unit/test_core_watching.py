@@ -16,7 +16,9 @@ def said(replicas: int = 3, **sections: dict[str, Any]) -> tuple[str, str]:
 
 
 def test_three_replicas_have_both() -> None:
-    assert said() == ("on: the majority of 3 replicas says who differs", "on")
+    digests, replays = said(trainer={"device": "cpu"})
+
+    assert (digests, replays) == ("on: the majority of 3 replicas says who differs", "on")
     assert "nobody can say which is right" in said(2)[0]
 
 
@@ -29,7 +31,7 @@ def test_ranks_that_share_a_micro_batch_are_digested_and_not_replayed(cut: str) 
 
 
 def test_one_replica_is_compared_with_nothing_and_replayed_if_it_has_shards() -> None:
-    assert said(1, parallelism={"dpReplicate": 1, "dpShard": 4})[1] == "on"
+    assert said(1, parallelism={"dpReplicate": 1, "dpShard": 4})[1].startswith("on")
     digests, replays = said(1, parallelism={"dpReplicate": 4, "dpShard": 1})
     assert digests.startswith("off: one replica")
     assert replays == "off: there is no other rank to compute it"
@@ -40,3 +42,9 @@ def test_what_is_switched_off_names_the_field() -> None:
         "off: spec.detection.digestShare is 0",
         "off: spec.detection.replayShare is 0",
     )
+
+
+def test_gpus_are_not_replayed_since_two_processes_on_them_may_differ() -> None:
+    assert said(trainer={"device": "cuda"})[1].startswith("off: two processes are not known")
+    assert said(trainer={"device": "auto"})[1].startswith("on where ranks compute on CPUs; off on")
+    assert said(trainer={"device": "cpu"})[1] == "on"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.protocol import runfile
-from trainer.replay import Mismatch, every, halves, joined, judge, known_good, mismatches
+from trainer.replay import Mismatch, every, halves, joined, judge, known_good, mismatches, of_itself
 from trainer.shares import Place, Share, share_of
 
 RIGHT = 7
@@ -40,6 +40,12 @@ def test_a_rank_that_was_wrong_once_is_named_by_what_it_had_said() -> None:
     assert judge(rows, 1, again).ranks == (2,)
     rows[2] = (RIGHT, 9)
     assert judge(rows, 1, again).ranks == (2,)
+
+
+def test_replays_mean_nothing_once_most_ranks_differ_from_themselves() -> None:
+    assert of_itself([(1, 1), (2, 2), (3, 3)]) == ""
+    assert of_itself([(1, 1), (2, 9), (3, 3)]) == "", "a device that errs at times is to be named"
+    assert of_itself([(1, 9), (2, 9), (3, 3)]).startswith("2 of 3 ranks get another gradient")
 
 
 def test_of_two_ranks_that_differ_nobody_is_named() -> None:

@@ -4,9 +4,11 @@ import itertools
 import time
 
 import pytest
+import torch
 
+from orchestrator.protocol.layout import Layout
 from orchestrator.worker import Aborted, RankPhase
-from trainer.replays import await_orders
+from trainer.replays import Replays, await_orders
 from trainer.step import Unheard
 
 HOURS_S = 3600.0
@@ -22,6 +24,11 @@ class Ordered(Unheard):
         self.said += 1
         if self.said == 3:
             raise Aborted("generation 1 is over")
+
+
+@pytest.mark.parametrize(("device", "possible"), [("cpu", True), ("cuda", False)])
+def test_nothing_is_replayed_where_two_processes_differ(device: str, *, possible: bool) -> None:
+    assert Replays.possible(Layout(dp_replicate=3), torch.device(device)) == possible
 
 
 def test_orders_are_awaited_for_as_long_as_a_controller_takes_to_find_nodes(

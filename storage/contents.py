@@ -42,6 +42,10 @@ class Beside(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     paths: dict[str, list[str | int]] = {}
 
 
+# As in storage/shard.py: made before there are threads.
+_read = msgspec.json.Decoder(Beside).decode
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A chunk and the index of the shard in which it lies."""
@@ -144,7 +148,7 @@ def beside_of(index: ShardIndex) -> Beside:
         held = {f"{EXTRA}.{key}": _plain(value) for key, value in index.extra.items()}
         return Beside(values=held, paths={name: [EXTRA, name[len(EXTRA) + 1 :]] for name in held})
     try:
-        return msgspec.json.decode(str(text), type=Beside)
+        return _read(str(text))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ShardCorruptError(f"values beside the tensors do not decode: {error}") from error
 

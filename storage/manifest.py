@@ -168,10 +168,10 @@ def decode_manifest(data: Buffer) -> Manifest:
         UnsupportedVersionError: if it was written in another version of the format.
     """
     try:
-        version = msgspec.json.decode(data, type=_Version).version
+        version = _read_version(data).version
         if version != VERSION:
             raise UnsupportedVersionError(f"manifest has version {version}, known is {VERSION}")
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _read_manifest(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestCorruptError(f"manifest does not decode: {error}") from error
     expected = _checksum(manifest)
@@ -263,6 +263,11 @@ def describe(manifest: Manifest) -> str:
 
 class _Version(msgspec.Struct):
     version: int
+
+
+# As in storage/shard.py: made before there are threads.
+_read_version = msgspec.json.Decoder(_Version).decode
+_read_manifest = msgspec.json.Decoder(Manifest).decode
 
 
 def _digest(entry: ShardReceipt) -> bytes:

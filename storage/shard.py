@@ -222,10 +222,10 @@ def decode_index(data: Buffer) -> ShardIndex:
     if len(data) > INDEX_BYTES_MAX:
         raise ShardCorruptError(f"index has {len(data)} bytes, may have {INDEX_BYTES_MAX}")
     try:
-        version = msgspec.json.decode(data, type=_Version).version
+        version = _read_version(data).version
         if version != VERSION:
             raise UnsupportedVersionError(f"index has version {version}, known is {VERSION}")
-        index = msgspec.json.decode(data, type=ShardIndex)
+        index = _read_index(data)
         layout = plan(index.chunks)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ShardCorruptError(f"index does not decode: {error}") from error
@@ -289,6 +289,12 @@ def describe(index: ShardIndex) -> str:
 
 class _Version(msgspec.Struct):
     version: int
+
+
+# Made here, not at the first call: of two threads that make msgspec learn a struct at once, one
+# reads what is not there yet, and the process dies of SIGSEGV (msgspec 0.22).
+_read_version = msgspec.json.Decoder(_Version).decode
+_read_index = msgspec.json.Decoder(ShardIndex).decode
 
 
 def _checked(chunk: Chunk) -> Chunk:

@@ -63,6 +63,10 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+# As in storage/shard.py: made before there are threads.
+_read = msgspec.json.Decoder(Verdict).decode
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What follows from all verdicts about a checkpoint.
@@ -136,7 +140,7 @@ def reason_of(store: BlobStore, key: str) -> str:
     """
     try:
         data = get_small(store, key, VERDICT_BYTES_MAX)
-        verdict = msgspec.json.decode(data, type=Verdict)
+        verdict = _read(data)
     except (msgspec.MsgspecError, ValueError, RecursionError, BlobNotFoundError):
         return f"barred, and the verdict is unreadable: {key}"
     except StorageError as error:

@@ -46,13 +46,17 @@ class _Sealed(msgspec.Struct):
     extra: Extra
 
 
+# As in storage/shard.py: made before there are threads.
+_read = msgspec.json.Decoder(_Sealed).decode
+
+
 def of_index(index: str | bytes | ShardIndex) -> Impression:
     """Return what an index alone says of a shard.
 
     Raises:
         msgspec.MsgspecError: if it is none.
     """
-    sealed = index if isinstance(index, ShardIndex) else msgspec.json.decode(index, type=_Sealed)
+    sealed = index if isinstance(index, ShardIndex) else _read(index)
     chunks = [chunk for chunk in sealed.chunks if chunk.size]
     boxes = ((c.name, c.dtype, c.shape, c.global_shape, c.offset) for c in sealed.chunks)
     return Impression(

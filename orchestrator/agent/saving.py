@@ -36,6 +36,10 @@ class _Head(msgspec.Struct):
     model: str
 
 
+# As in storage/shard.py: made before there are threads.
+_read = msgspec.json.Decoder(_Head).decode
+
+
 class _Went(Enum):
     """How a write went."""
 
@@ -248,7 +252,7 @@ class Saving:
             self._fail(step, f"{type(error).__name__}: {error}")
             return _Went.MAYBE_LATER if error.retryable else _Went.NOT
         self._tell(rank, step)
-        model = msgspec.json.decode(staged.index, type=_Head).model
+        model = _read(staged.index).model
         fact = self._owed.written(rank, step, written, model)
         if fact is not None:
             self._say(fact)

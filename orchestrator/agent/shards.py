@@ -85,6 +85,10 @@ class _Head(msgspec.Struct, frozen=True):
     size: int
 
 
+# As in storage/shard.py: made before there are threads.
+_read = msgspec.json.Decoder(_Head).decode
+
+
 @dataclass(slots=True, eq=False)
 class Shard:
     """A shard in this node's memory: `size` bytes of the file at `path`, and what vouches for them.
@@ -115,7 +119,7 @@ class Shard:
             MalformedError: if it is not an index.
         """
         try:
-            head = msgspec.json.decode(index, type=_Head)
+            head = _read(index)
         except msgspec.MsgspecError as error:
             raise MalformedError(f"rank {rank}: index does not decode: {error}") from error
         return cls(rank, Step(head.step), Generation(head.epoch), head.size, index, path, slot)

@@ -22,6 +22,7 @@ from orchestrator import compose
 from orchestrator.cli.follow import Follower
 from orchestrator.core import journal
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worker import beacon
 from tests.journals import killed_rank, text
 from tests.runs import REPOSITORY, Job, steps_job
 
@@ -316,7 +317,7 @@ def test_a_full_disk_under_the_journal_stops_decisions_and_then_the_run_and_lose
     steps = {"steps": 200, "step_s": 0.02, "save_every": 5, "durable_every": 20}
     one = job(trainer__steps=200, trainer__options=steps, recovery={"spareWait": "2s"})
     one.start()
-    limit_at = 20_000  # every process has it, and a beacon needs less
+    limit_at = beacon.PAGE_BYTES  # every process has it, and a rank needs a beacon
     resource.prlimit(one.started.pid, resource.RLIMIT_FSIZE, (limit_at, -1))  # type: ignore[union-attr]
 
     assert one.finish() == 1
@@ -342,7 +343,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(job: Make) -> None:
     one = job(trainer__steps=200, trainer__options=steps)
     one.start()
     pid = one.started.pid  # type: ignore[union-attr]
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (30_000, -1))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (beacon.PAGE_BYTES, -1))
     deadline = time.monotonic() + 30
     while "nothing is decided until there is room" not in one.output():
         assert time.monotonic() < deadline, one.output()

@@ -211,7 +211,7 @@ def test_a_tokenizer_is_not_written_in_place_of_a_folder(out: str, tmp_path: Pat
     assert learn([str(tmp_path / "a.txt"), "--out", out, "--ranks", "260"]) == 2
 
 
-@pytest.mark.parametrize("out", ["a.txt/b", "nowhere/b", "b" * 250, "lost/b"])
+@pytest.mark.parametrize("out", ["a.txt/b", "nowhere/b", "b" * 254, "lost/b"])
 def test_a_place_where_no_tokenizer_can_be_written_is_refused_with_a_hint(
     out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_why(
 
 
 @pytest.mark.parametrize(
-    "out", ["one/config.json/b", "nowhere/b", "b" * 250, "b" * 300, "lost", "lost/b"]
+    "out", ["one/config.json/b", "nowhere/b", "b" * 254, "b" * 300, "lost", "lost/b"]
 )
 def test_a_place_where_no_weights_can_be_written_is_refused_with_a_hint(
     out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

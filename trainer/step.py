@@ -21,6 +21,7 @@ from trainer.data import Batch, Batches
 from trainer.documents import pairs, sent
 from trainer.flops import train_flops
 from trainer.guard import Guard
+from trainer.hold import Hold
 from trainer.injected import Injected
 from trainer.metrics import Figures
 from trainer.model import Llama
@@ -90,7 +91,6 @@ OFF_AT = WORD_AT + len(Word._fields)
 """And behind that, whether it digests nothing any more; then digests, then losses."""
 DIGESTS_AT = OFF_AT + 1
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
-HOLD_S = 30.0
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
 
@@ -157,6 +157,7 @@ class Training:
     ) -> None:
         self.job, self.samples, self.world = job, samples, world
         self.config, self._note = config, note
+        self._hold = Hold(world.layout.shards().tolist())
         with torch.device("meta"):
             model = Llama(config)
         # Whole and on the CPU: weights then depend neither on sharding nor on the device. Memory
@@ -232,7 +233,8 @@ class Training:
         grad_norm = global_norm(rows[rank][0] for rank in replica)
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
-            self._hold_if_diverged(rows, reporter)
+            told = [None if row[OFF_AT] else row[DIGESTS_AT:LOSSES_AT] for row in rows]
+            self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
         self.optimizer.step(step, grad_norm)
         self.warm = True
         seconds = time.monotonic() - begun
@@ -299,25 +301,6 @@ class Training:
         flops = 6.0 * parameters * self.tokens / layout.world_size
         held = len(SHARED) * parameters / layout.shard_count
         return period_of(held, flops, self.world.device.type, share)
-
-    def _hold_if_diverged(self, rows: list[list[float]], reporter: Reporter) -> None:
-        """Wait for orders if ranks that hold the same shard turn out to hold something else.
-
-        The controller finds the same, and says who leaves and where to go on. Meanwhile nothing
-        wrong is learned, and what memory has from before is not given up for newer states.
-        """
-        first: dict[int, list[float]] = {}
-        for shard, row in zip(self.world.layout.shards().tolist(), rows, strict=True):
-            digests, off = row[DIGESTS_AT:LOSSES_AT], row[OFF_AT]
-            if not off and first.setdefault(shard, digests) != digests:
-                break
-        else:
-            return
-        # Nobody may come: then what looked may be what is wrong, and training goes on.
-        deadline = time.monotonic() + HOLD_S
-        while time.monotonic() < deadline:
-            self._announce(reporter, RankPhase.OPTIMIZER)
-            time.sleep(0.02)
 
     def _share(self, stage: Stage) -> None:
         """Share out the global batches of a stage."""

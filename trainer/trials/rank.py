@@ -29,8 +29,7 @@ from orchestrator.protocol.trials import Order, Quiet, Return, Said, Setup, Step
 from orchestrator.worker import Aborted, RankPhase
 from orchestrator.worker.beacon import BeaconWriter, DigestRecord
 from storage.errors import StorageError
-from trainer import parallel
-from trainer import step as stepping
+from trainer import hold, parallel
 from trainer.data import Batch, Batches, Samples, open_data
 from trainer.job import read_job
 from trainer.replays import Replays
@@ -160,7 +159,7 @@ class TrialRank:
             detection=job.detection,
         )
         # Nobody comes with orders: ranks that differ go on, and show what becomes of it.
-        stepping.HOLD_S = 0.0
+        hold.HOLD_S = 0.0
         self._stamp = stamp_of("campaign", Generation(1), job, self._samples)
         self._voice = Voice(Path(setup.beacons[rank]))
         self._room = Path(setup.beacons[rank]).with_suffix(".slot")

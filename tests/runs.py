@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,7 +150,8 @@ class Job:
         """Run it; once it trains, keep a node's agent from running for a while."""
         self.train()
         born = (self.folder.nodes / node / "born.json").read_text()
-        agents = [p for p, c in self.processes() if "orchestrator.agent" in c and str(p) in born]
+        told = set(re.findall(r"\d+", born))  # whole numbers: a short one may be a part of others
+        agents = [p for p, c in self.processes() if "orchestrator.agent" in c and str(p) in told]
         (pid,) = agents
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -31,6 +31,7 @@ def disturb(controller: Controller, agent: Agent, chance: np.random.Generator) -
     match int(chance.integers(0, 8)):
         case 0 | 1 | 2:
             # The warm process is among them, and so is whoever stands by.
+            wait_for(lambda: len(agent.children()) > 0)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(chance.choice(agent.children())), int(chance.choice(SIGNALS)))
         case 3:

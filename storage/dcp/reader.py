@@ -29,7 +29,7 @@ from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.contents import Contents, Piece
 from storage.dcp.items import DTYPES, mapping_of, pickled, tensor_over
-from storage.dcp.target import Address, opened, step_of
+from storage.dcp.target import Address, names_step, opened, step_of
 from storage.errors import (
     BlobNotFoundError,
     ManifestCorruptError,
@@ -81,11 +81,7 @@ class StorageReader(TorchStorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether an id has a step in it."""
-        try:
-            step_of(checkpoint_id)
-        except ValueError:
-            return False
-        return True
+        return names_step(checkpoint_id)
 
     # Not called `kwargs`: torch would ask again, for the metadata of a rank, which we do not have.
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:  # noqa: ANN401 - torch's signature

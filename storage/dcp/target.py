@@ -49,6 +49,15 @@ def step_of(checkpoint_id: str | os.PathLike[str]) -> int:
     return int(match["step"])
 
 
+def names_step(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Return whether an id has a step in it."""
+    try:
+        step_of(checkpoint_id)
+    except ValueError:
+        return False
+    return True
+
+
 def claimed_epoch(address: Address) -> int:
     """Return this process's epoch in a store, above every other if it has none yet.
 

@@ -26,7 +26,7 @@ from storage.blob import BlobStore, get_small
 from storage.commit import commit, write_shard
 from storage.contents import Beside, contents_of, extra_of
 from storage.dcp.items import DTYPES, chunk_of, paths_of, tensor_over, value_of
-from storage.dcp.target import Address, claimed_epoch, opened, step_of
+from storage.dcp.target import Address, claimed_epoch, names_step, opened, step_of
 from storage.digest import sha256_hex
 from storage.errors import ForeignCheckpointError, StorageUnavailableError, UnstorableError
 from storage.manifest import (
@@ -108,11 +108,7 @@ class StorageWriter(TorchStorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether an id has a step in it."""
-        try:
-            step_of(checkpoint_id)
-        except ValueError:
-            return False
-        return True
+        return names_step(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ANN401, FBT001 - torch's signature
         """Take up the rank's part.

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.core.events import Compared
+from orchestrator.core.report import Report
 from tests import runfiles, tiny
 from tests.runs import Job
 
@@ -24,10 +25,23 @@ def run(name: str) -> dict[str, Any]:
     )
 
 
+def beside_its_twin(root: Path, fault: dict[str, Any]) -> tuple[Job, Report, Report]:
+    """Run it with a fault and without; return the disturbed run and what both came to."""
+    slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
+    disturbed, twin = Job(root / "d", run("d"), [slow, fault]), Job(root / "t", run("t"))
+    try:
+        code, report = disturbed.conduct("--quiet", timeout_s=120)
+        assert code == 0, report.reason
+        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
+    finally:
+        disturbed.close()
+        twin.close()
+    return disturbed, report, undisturbed
+
+
 def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_else(
     tmp_path: Path,
 ) -> None:
-    slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
     flip = {
         "when": {"step": 8},
         "fault": "flip-bit",
@@ -37,14 +51,7 @@ def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_el
         "bit": 3,
         "atStep": 18,
     }
-    corrupted, twin = Job(tmp_path / "c", run("c"), [slow, flip]), Job(tmp_path / "t", run("t"))
-    try:
-        code, report = corrupted.conduct("--quiet", timeout_s=120)
-        assert code == 0, report.reason
-        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
-    finally:
-        corrupted.close()
-        twin.close()
+    corrupted, report, undisturbed = beside_its_twin(tmp_path, flip)
 
     (found,) = [e.event for e in corrupted.entries() if isinstance(e.event, Compared)]
     assert (found.fact.nodes, found.fact.ranks) == (("node-1",), (1,))
@@ -62,7 +69,6 @@ def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_el
 def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_them(
     tmp_path: Path,
 ) -> None:
-    slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
     wrong = {
         "when": {"step": 8},
         "fault": "wrong-matmul",
@@ -71,14 +77,7 @@ def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_t
         "magnitude": 0.001,
         "atStep": 16,
     }
-    spoiled, twin = Job(tmp_path / "s", run("s"), [slow, wrong]), Job(tmp_path / "t", run("t"))
-    try:
-        code, report = spoiled.conduct("--quiet", timeout_s=120)
-        assert code == 0, report.reason
-        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
-    finally:
-        spoiled.close()
-        twin.close()
+    _, report, undisturbed = beside_its_twin(tmp_path, wrong)
 
     (incident,) = [i for i in report.incidents if i.kind == "silent-corruption"]
     assert incident.suspects == ["rank 1", "node-1"]

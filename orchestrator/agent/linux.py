@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PTRACER = 0x59616D61
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -63,6 +64,17 @@ def die_with(parent: int, *, after: int = 0, within_s: float = 5.0) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended between the two lines above
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def let_look(agent: int) -> None:
+    """Let `agent` and what it starts read this process; only where Yama forbids that it matters.
+
+    Under its scope 1 a process is looked at by its ancestors only, and by whom it names. What the
+    agent starts to look at ranks is a sister of theirs.
+    Source: Linux, Documentation/admin-guide/LSM/Yama.rst.
+    """
+    with contextlib.suppress(OSError):  # there is no Yama, hence nothing that forbids it
+        _prctl(_PR_SET_PTRACER, agent)
 
 
 def vitals(pid: int) -> Vitals | None:

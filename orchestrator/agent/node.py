@@ -28,6 +28,7 @@ from orchestrator.agent.parking import Parking
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
+from orchestrator.agent.stacks import Inspector
 from orchestrator.agent.voice import Voice
 from orchestrator.protocol import rank as rank_protocol
 from orchestrator.protocol.agent import AgentConfig
@@ -39,6 +40,7 @@ from orchestrator.protocol.messages import (
     CarryOut,
     Farewell,
     Fence,
+    Inspect,
     NodeUnusable,
     Probe,
     Retain,
@@ -93,7 +95,15 @@ class Node:
         )
         self._voice = Voice(config, self._account, self._ranks, self._keeper, self._channel)
         self._keeper.on_held = self._voice.say_held
-        self._seating = Seating(config, self._ranks, self._keeper, self._account, self._voice.say)
+        self._inspector = Inspector()
+        self._seating = Seating(
+            config,
+            self._ranks,
+            keeper=self._keeper,
+            account=self._account,
+            say=self._voice.say,
+            settled=self._inspector.settled,
+        )
         self._saving = Saving(config.node, self._ranks, self._keeper, self._voice.say)
         self._hearing = Hearing(
             self._ranks,
@@ -267,6 +277,9 @@ class Node:
                 self._injection.arm(faults)
             case Probe():
                 self._probe(order)
+            case Inspect(generation=generation):
+                if generation == self._account.generation:
+                    self._start(self._inspect(order))
             case CarryOut(index=index):
                 self._start(self._injection.carry_out(index))
             case Welcome():
@@ -282,6 +295,11 @@ class Node:
                         generation=order.generation, number=order.number, within_s=order.within_s
                     )
                 )
+
+    async def _inspect(self, order: Inspect) -> None:
+        pids = {rank: live.pid for rank, live in self._ranks.seated().items()}
+        if pids:
+            self._voice.say(await self._inspector.look(order, pids))
 
     def _begin(self, order: Begin) -> None:
         generation = order.generation

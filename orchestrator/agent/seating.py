@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Seating:
         keeper: its memory.
         account: what it has to say.
         say: sends a fact, and keeps it.
+        settled: returns when ranks may be moved on, since nobody looks at them any more.
 
     Attributes:
         cache: where this node's ranks keep what is expensive to derive.
@@ -72,12 +73,15 @@ class Seating:
         self,
         config: AgentConfig,
         ranks: Ranks,
+        *,
         keeper: Keeper,
         account: Account,
         say: Callable[[Fact], None],
+        settled: Callable[[], Awaitable[None]],
     ) -> None:
         self._config = config
         self._ranks, self._keeper, self._account, self._say = ranks, keeper, account, say
+        self._settled = settled
         self._announced: Announce | None = None
         self.cache = Path(config.work) / "cache"
 
@@ -105,6 +109,7 @@ class Seating:
         What can not be ended makes the node unusable: it may hold a device, or write to memory.
         """
         dismiss = frozenset(order.dismiss) if order else frozenset()
+        await self._settled()
         stuck = await self._ranks.clear(generation, dismiss, limits)
         if stuck:
             self._say(NodeUnusable(reason=_survivors(stuck, limits)))

@@ -239,6 +239,7 @@ def _become_rank(
     try:
         os.setsid()
         _die_with(order.agent, after=born_to)
+        linux.let_look(order.agent)
         control, output = descriptors
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchestrator.cli import units
 from orchestrator.cli.blocks import section
 from orchestrator.cli.history import History
-from orchestrator.core.incident import BUDGET_OF, Incident
+from orchestrator.core.incident import BUDGET_OF, Incident, rank_words
 from orchestrator.core.phases import Bucket
 from orchestrator.core.report import IncidentReport, incident_reports
 from orchestrator.core.state import RunState
@@ -34,6 +34,10 @@ RUNGS = {
 }
 """When each rung of the ladder is taken."""
 RUNBOOK = "docs/runbook.md"
+PLACES_MAX = 8
+"""Places where ranks stood that are shown."""
+FRAMES_SHOWN = 4
+"""Functions of ranks that nobody suspects: enough to see that they wait, and for what."""
 LINES_MAX = 60
 """Lines of a time line; of a longer one the middle is left out."""
 
@@ -48,6 +52,7 @@ def incident_lines(index: int, state: RunState, history: History) -> list[str]:
         *section("Suspects", [incident.suspects()]),
         *section("Cause", [f"{incident.cause} ({_payment(incident, state)})"]),
         *section("How we know", _evidence(incident, told)),
+        *section("Where ranks stood, innermost function first", _places(incident)),
         *section("What was done", _done(incident, state)),
         *section("What it cost", _cost(incident, told)),
         *section("Time line, from when it began", _timeline(incident, state, history)),
@@ -89,6 +94,19 @@ def _evidence(incident: Incident, told: IncidentReport) -> list[str]:
     lines += [f"it was planned: fault {index} of the fault plan" for index in told.faults]
     if told.false_alarm:
         lines.append("nothing was injected and no process died: this may be a false alarm")
+    return lines
+
+
+def _places(incident: Incident) -> list[str]:
+    """Say where ranks stood; of places with no suspect only the innermost functions."""
+    lines: list[str] = []
+    for stack in incident.stacks[:PLACES_MAX]:
+        suspected = set(stack.ranks) & set(incident.ranks)
+        lines.append(", ".join(rank_words(stack.ranks)) + (", suspected:" if suspected else ":"))
+        lines += [f"  | {frame}" for frame in stack.frames[: None if suspected else FRAMES_SHOWN]]
+    if len(incident.stacks) > PLACES_MAX:
+        lines.append(f"... and {len(incident.stacks) - PLACES_MAX} more places")
+    lines += [f"{node}: not known: {why}" for node, why in sorted(incident.unseen.items())]
     return lines
 
 

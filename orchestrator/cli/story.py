@@ -48,6 +48,7 @@ from orchestrator.protocol.messages import (
     ShardsHeld,
     ShardsStaged,
     ShardsWritten,
+    StacksTaken,
     StateDiverged,
     WriteFailed,
 )
@@ -172,6 +173,10 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
         case RankProbed(rank=rank, speed=speed):
             told = f"{speed.operations / 1e9:.3g} Gop/s, {speed.copied / 1e9:.3g} GB/s"
             return f"rank {rank} on {name} measured {speed.problem or told}"
+        case StacksTaken(stacks=stacks, problem=problem):
+            seen = sum(len(stack.ranks) for stack in stacks)
+            missing = f"; not of all: {problem}" if problem else ""
+            return f"{name} saw where {units.count(seen, 'rank')} of it stood{missing}"
         case FaultDue(index=index):
             return f"planned fault {index} is due on {name}"
         case FaultCarriedOut(index=index, problem=problem):

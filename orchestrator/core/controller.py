@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import course, drains, durable, facts, patience, saving, slowness
+from orchestrator.core import (
+    course,
+    drains,
+    durable,
+    facts,
+    inspection,
+    patience,
+    saving,
+    slowness,
+)
 from orchestrator.core.casebook import UNBROKEN, Casebook
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
@@ -90,6 +99,7 @@ class Controller:
         durable.give_up_search(state)
         decisions += self._answer(event)
         self._casebook.look(event)
+        decisions += inspection.look(state)
         decisions += slowness.look(state)
         decisions += self._hang_up(event)
         decisions += saving.save(state)

@@ -141,6 +141,15 @@ class ProbeRanks(_Decision, frozen=True, kw_only=True):
     """Training stands still for no longer than this."""
 
 
+class InspectRanks(_Decision, frozen=True, kw_only=True):
+    """Have nodes say where their ranks stand, before a later decision moves them: StacksTaken."""
+
+    nodes: tuple[NodeId, ...]
+    suspects: tuple[Rank, ...]
+    within_s: float
+    """What comes after waits no longer than this."""
+
+
 class EndRun(_Decision, frozen=True, kw_only=True):
     """Stop everything, keep everything, and say how it ended."""
 
@@ -168,6 +177,7 @@ Decision = (
     | SetCadence
     | CarryOutFault
     | ProbeRanks
+    | InspectRanks
     | EndRun
     | WakeAt
 )

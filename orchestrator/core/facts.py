@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, drains, durable, heritage, quarantine, slowness
+from orchestrator.core import copies, drains, durable, heritage, inspection, quarantine, slowness
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -45,6 +45,7 @@ from orchestrator.protocol.messages import (
     ShardsHeld,
     ShardsStaged,
     ShardsWritten,
+    StacksTaken,
     StateDiverged,
     StepReport,
     WriteFailed,
@@ -163,6 +164,9 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
     if isinstance(fact, StateDiverged):
         # Also one of an older generation: this one may continue what it is about.
         quarantine.diverge(state, fact)
+        return
+    if isinstance(fact, StacksTaken):
+        inspection.take(state, node.id, fact)
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:

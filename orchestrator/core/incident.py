@@ -8,6 +8,7 @@ from enum import StrEnum
 import msgspec
 
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.stacks import Stack
 
 ROW_MIN = 3
 """So many ranks in a row are named by the first and the last of them."""
@@ -39,6 +40,8 @@ BUDGET_OF: dict[Cause, str] = {
 """Which budget pays for a restart after an incident of this cause; what is planned costs none."""
 
 
+HANG = "hang"
+"""Kind of a finding that says that ranks stand still, without an error."""
 CORRUPTION = "silent-corruption"
 """Kind of a finding that says that state is wrong, and since when."""
 GROWTH = "grow-back"
@@ -115,6 +118,12 @@ class Incident(msgspec.Struct, kw_only=True):
     """Those of its suspects that got no seat any more, sorted."""
     evicted: tuple[NodeId, ...] = ()
     """Nodes that gave their seats to spares for suspicion alone, the most suspected first."""
+    asked: bool = False
+    """Whether nodes were asked where their ranks stand (core.inspection)."""
+    stacks: tuple[Stack, ...] = ()
+    """Where they stood: the place with the fewest ranks first."""
+    unseen: dict[NodeId, str] = {}
+    """Nodes that could not say it of all their ranks, and why."""
 
     @property
     def ranks(self) -> tuple[Rank, ...]:
@@ -133,13 +142,22 @@ class Incident(msgspec.Struct, kw_only=True):
 
     def suspects(self) -> str:
         """Return who is suspected, in words."""
-        who: list[str] = []
-        for first, last in _spans(self.ranks):
-            if last - first < ROW_MIN - 1:
-                who += [f"rank {rank}" for rank in range(first, last + 1)]
-            else:
-                who.append(f"ranks {first} to {last}")
-        return ", ".join(who + list(self.nodes)) or "nobody in particular"
+        return ", ".join(rank_words(self.ranks) + list(self.nodes)) or "nobody in particular"
+
+
+def rank_words(ranks: Iterable[Rank]) -> list[str]:
+    """Return ranks in words, ascending; of many in a row the first and the last.
+
+    >>> rank_words([Rank(0), Rank(4), Rank(5), Rank(6)])
+    ['rank 0', 'ranks 4 to 6']
+    """
+    who: list[str] = []
+    for first, last in _spans(ranks):
+        if last - first < ROW_MIN - 1:
+            who += [f"rank {rank}" for rank in range(first, last + 1)]
+        else:
+            who.append(f"ranks {first} to {last}")
+    return who
 
 
 def _spans(ranks: Iterable[Rank]) -> list[tuple[Rank, Rank]]:

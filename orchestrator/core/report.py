@@ -17,8 +17,9 @@ from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
 from orchestrator.protocol.fitting import EMBEDDED
-from orchestrator.protocol.ids import Generation, IncidentId, Rank, Seconds, Step
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.stacks import Stack
 
 SHOWS_AS: dict[str, frozenset[str]] = {
     "kill-rank": frozenset({"crash"}),
@@ -92,6 +93,10 @@ class IncidentReport(msgspec.Struct, frozen=True, kw_only=True):
     faults: list[int]
     """Planned faults that explain it, by index."""
     false_alarm: bool
+    stacks: tuple[Stack, ...]
+    """Where ranks stood that stood still, the place with the fewest first."""
+    unseen: dict[NodeId, str]
+    """Nodes that could not say it of all their ranks, and why."""
 
 
 class FaultReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -355,6 +360,8 @@ def _incident(
         ledger=cost(state, incident),
         faults=[index for index, (by, _) in sorted(explained.items()) if by == incident.id],
         false_alarm=is_false_alarm(incident, explained),
+        stacks=incident.stacks,
+        unseen=incident.unseen,
     )
 
 

@@ -15,6 +15,7 @@ from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.digests import Digests
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.rank import Speed
+from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
 PROTOCOL_VERSION = 4
@@ -300,6 +301,15 @@ class RankProbed(_Message, frozen=True, kw_only=True):
     speed: Speed
 
 
+class StacksTaken(_Message, frozen=True, kw_only=True):
+    """Where the ranks of this node stand, as the controller asked."""
+
+    generation: Generation
+    stacks: tuple[Stack, ...]
+    problem: str = ""
+    """Why not all of them are known; "" if they are."""
+
+
 class FaultDue(_Message, frozen=True, kw_only=True):
     """A planned fault is due here; it is carried out only when the controller has noted it."""
 
@@ -329,6 +339,7 @@ Fact = (
     | StateDiverged
     | DetectorFailed
     | RankProbed
+    | StacksTaken
     | FaultDue
     | FaultCarriedOut
     | Joined
@@ -472,6 +483,17 @@ class Probe(_Message, frozen=True, kw_only=True):
     """Training stands still for no longer than this."""
 
 
+class Inspect(_Message, frozen=True, kw_only=True):
+    """Say where the ranks of this node stand, before any later order makes them move."""
+
+    order: str
+    generation: Generation
+    suspects: tuple[Rank, ...]
+    """Of whom native frames are wanted too."""
+    within_s: float
+    """A later order waits no longer than this."""
+
+
 class Arm(_Message, frozen=True, kw_only=True):
     """Watch for the moments at which these planned faults are due (faults.plan.Fault as data)."""
 
@@ -480,7 +502,17 @@ class Arm(_Message, frozen=True, kw_only=True):
 
 
 ToAgent = (
-    Welcome | Begin | Announce | Fence | Retain | SaveEvery | Farewell | CarryOut | Probe | Arm
+    Welcome
+    | Begin
+    | Announce
+    | Fence
+    | Retain
+    | SaveEvery
+    | Farewell
+    | CarryOut
+    | Probe
+    | Inspect
+    | Arm
 )
 
 encode = msgspec.json.Encoder().encode

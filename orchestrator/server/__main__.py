@@ -196,8 +196,9 @@ def _drive(
     address = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
     _publish(folder.address, msgspec.json.encode(address))
     inbox = Inbox(folder.requests)
-    threading.Thread(target=_watch_for_requests, args=(folder, world, inbox), daemon=True).start()
+    asked = threading.Thread(target=_watch_for_requests, args=(folder, world, inbox), daemon=True)
     if ended:
+        asked.start()
         # The predecessor decided to end the run and died before every agent knew.
         state = controller.state
         world.carry_out(
@@ -208,6 +209,8 @@ def _drive(
         expected = []
         started = ControllerStarted(at=clock(), incarnation=incarnation)
         _handle(controller, world, file, started)
+        # Not before: what was asked of nobody is stamped after this controller began to live.
+        asked.start()
         for event in world.events():
             _handle(controller, world, file, event)
             inbox.settle(event)

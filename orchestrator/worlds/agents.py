@@ -27,6 +27,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    InspectRanks,
     JudgeCheckpoint,
     ProbeRanks,
     RetainMemory,
@@ -59,6 +60,7 @@ from orchestrator.protocol.messages import (
     FaultCarriedOut,
     FaultDue,
     FromAgent,
+    Inspect,
     Joined,
     Probe,
     Reached,
@@ -254,6 +256,14 @@ class AgentWorld:
                     self._schedule.end_this_process()
             case ProbeRanks():
                 self._probe(order, decision)
+            case InspectRanks():
+                asked = Inspect(
+                    order=order,
+                    generation=decision.generation,
+                    suspects=decision.suspects,
+                    within_s=decision.within_s,
+                )
+                self._links.send_all(decision.nodes, asked)
             case EndRun(reason=reason):
                 self._farewell = Farewell(order=order, reason=reason)
                 self._links.send_all(self._links, self._farewell)

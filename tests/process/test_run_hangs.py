@@ -21,7 +21,8 @@ def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
         trainer__options__stuck_rank=2,
         trainer__options__stuck_in=phase,
     )
-    _, report = Job(tmp_path, run).conduct("--quiet")
+    job = Job(tmp_path, run)
+    _, report = job.conduct("--quiet")
 
     assert report.state == "Succeeded"
     (found,) = report.incidents
@@ -29,3 +30,12 @@ def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
     assert found.suspects == ["rank 2", "node-1"]
     assert "is in none after 11, others wait in 12" in found.evidence[0]
     assert found.detected_after_s < 10
+    (lonely,) = (stack for stack in found.stacks if 2 in stack.ranks)
+    assert lonely.ranks == (2,)
+    assert any(frame.startswith("main (steps.py") for frame in lonely.frames)
+    assert not any("_await_others" in frame for frame in lonely.frames)
+    others = [stack for stack in found.stacks if stack is not lonely]
+    assert all(any("_await_others" in f for f in stack.frames) for stack in others)
+    assert {rank for stack in others for rank in stack.ranks} == {0, 1, 3}
+    told = job.holdfast("describe", "incident", found.id, "--run", report.run).stdout
+    assert "rank 2, suspected:" in told

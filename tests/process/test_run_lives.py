@@ -129,7 +129,7 @@ def test_a_run_that_failed_goes_on_once_its_run_file_is_repaired(one: Job) -> No
 def test_a_former_journal_that_is_damaged_is_named_and_nothing_is_begun(one: Job) -> None:
     interrupt(one, beyond=20)
     lines = one.folder.journal.read_bytes().splitlines(keepends=True)
-    lines[3] = b"0" + lines[3][1:]
+    lines[3] = bytes([lines[3][0] ^ 1]) + lines[3][1:]  # of a digit, another one
     before = one.folder.root / "journal.1"
     before.write_bytes(b"".join(lines))
     one.folder.journal.unlink()

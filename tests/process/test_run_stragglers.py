@@ -8,7 +8,7 @@ import pytest
 from orchestrator.core.report import IncidentReport, Report
 from tests.runs import Job, steps_job
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.alone, pytest.mark.timeout(300)]
 STEPS = 140
 
 
@@ -39,8 +39,8 @@ def judged(
 ) -> tuple[IncidentReport, Report]:
     """Return the incident of rank 1 that has a cause, and its run.
 
-    Three ranks on two cores, beside other tests: a core that others use is a slow one, and may be
-    called that, or cover rank 1. So there are three tries.
+    Three ranks, maybe on two cores: a core that others use is a slow one, and may be called that,
+    or cover rank 1. So no test runs beside it (`make test`), and there are three tries.
     """
     seen = []
     for attempt in range(3):

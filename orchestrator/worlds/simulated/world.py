@@ -23,6 +23,7 @@ from orchestrator.core.decisions import (
     DisconnectNode,
     EndRun,
     FenceNode,
+    InspectRanks,
     JudgeCheckpoint,
     ProbeRanks,
     RetainMemory,
@@ -200,6 +201,8 @@ class SimulatedWorld:
                 cluster.later(self._profile.order, partial(self.breaking.carry_out, index, node))
             case ProbeRanks():
                 cluster.agenda.after(decision.within_s, partial(self._probe, decision))
+            case InspectRanks():
+                pass  # there is no process that could be looked at
             case EndRun():
                 self._over = True
             case WakeAt(at=at):

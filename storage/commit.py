@@ -4,7 +4,7 @@ The order is the whole idea: every shard is durable before the commit record is 
 exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has the crash matrix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 
@@ -192,8 +192,23 @@ def fetch_shard(store: BlobStore, manifest: Manifest, shard: int) -> tuple[Shard
     return index, body
 
 
-def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryview) -> None:
+def fetch_body(
+    store: BlobStore,
+    index: ShardIndex,
+    buffer: bytearray | memoryview,
+    *,
+    reserve: Callable[[int, int], object] = lambda _, __: None,
+) -> None:
     """Read a shard's body into the caller's buffer (shared memory), block by block, and verify it.
+
+    A block is verified while later ones are read.
+
+    Args:
+        store: of the run.
+        index: of the shard.
+        buffer: may be longer than the body.
+        reserve: called with start and length of each block before anything is written there, from
+            several threads, so that taking memory for one goes on beside the reading of others.
 
     Raises:
         BlobNotFoundError: if it is not there.
@@ -210,6 +225,7 @@ def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryvi
 
     def arrived(start: int) -> memoryview:
         piece = target[start : min(start + BLOCK_BYTES, index.size)]
+        reserve(start, len(piece))
         return piece[: get_into(store, key, start, piece)]
 
     # Digest what arrived in the buffer, not what came from the store.

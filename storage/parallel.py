@@ -1,5 +1,6 @@
-"""Asks a store many things at once, since each takes a round trip, and one stream is slow."""
+"""Does many things at once: asks a store, whose answers take a round trip; works on many bytes."""
 
+import os
 import queue
 import threading
 from collections import deque
@@ -12,6 +13,8 @@ B = TypeVar("B")
 
 AT_ONCE = 32
 FEW = 8
+CORES = min(len(os.sched_getaffinity(0)), 4)
+"""Threads for what is bound by memory: a few have all of its rate, and a node has more ranks."""
 
 
 def each(call: Callable[[A], B], items: Sequence[A], *, at_once: int = AT_ONCE) -> list[B]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from orchestrator.protocol.ramp import Change, Ramp
 from orchestrator.worker import MisconfiguredError, Slot
-from storage import shard
+from storage import parallel, shard
 from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
@@ -195,10 +195,9 @@ class Checkpointer:
         index = shard.decode_index(index_text.encode())
         self._require_ours(index)
         views = shard.open_views(index, body)
-        for name, tensor in self._tensors():
-            arrived = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
-            _bytes(arrived)[:] = views[name]
-            tensor.copy_(arrived)
+        parallel.each(
+            lambda one: _fill(one[1], views[one[0]]), list(self._tensors()), at_once=parallel.CORES
+        )
         return index.step
 
     def lanes(self, step: int) -> Lanes:
@@ -327,6 +326,15 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
         start=start,
         row=math.prod(shape[1:]) if by_columns else None,
     )
+
+
+def _fill(tensor: Tensor, content: memoryview) -> None:
+    """Copy bytes into a tensor, without the interpreter's lock."""
+    arrived = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
+    np.copyto(np.frombuffer(_bytes(arrived), np.uint8), np.frombuffer(content, np.uint8))
+    if arrived is not tensor:
+        with torch.no_grad():  # which is each thread's own matter
+            tensor.copy_(arrived)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -7,10 +7,11 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from orchestrator.agent.shards import Shard
-from orchestrator.agent.transfer import allocate
+from orchestrator.agent.transfer import create, reserve
 from orchestrator.protocol.ids import Rank, Step
 from storage.address import open_store
 from storage.blob import BlobStore
@@ -46,10 +47,11 @@ def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> 
     if manifest.step != wanted[1]:
         raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
     index = fetch_index(durable.store, manifest, durable.shard)
-    descriptor = allocate(path, index.size)
+    descriptor = create(path, index.size)
     try:
         # Not closed by hand: an error on its way out still holds views of it.
-        fetch_body(durable.store, index, memoryview(mmap.mmap(descriptor, index.size)))
+        body = memoryview(mmap.mmap(descriptor, index.size))
+        fetch_body(durable.store, index, body, reserve=partial(reserve, descriptor))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

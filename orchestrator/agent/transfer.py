@@ -97,7 +97,23 @@ async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard
 def allocate(path: Path, size: int) -> int:
     """Make a file whose memory is really there; return its descriptor. Blocks.
 
-    Without that, a full memory file system is not an error but the signal SIGBUS, later.
+    Raises:
+        NoRoomError: if there is too little; there is no file then.
+    """
+    descriptor = create(path, size)
+    try:
+        reserve(descriptor, 0, size)
+    except NoRoomError:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def create(path: Path, size: int) -> int:
+    """Make a file of a size, without its memory as yet, if there is room; return its descriptor.
+
+    What of it is written through a map has to be reserved before.
 
     Raises:
         NoRoomError: if there is too little; there is no file then.
@@ -107,13 +123,22 @@ def allocate(path: Path, size: int) -> int:
     if size > free:
         raise NoRoomError(f"{path.name} needs {size} bytes of shared memory, {free} are free")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        raise NoRoomError(f"{path.name} needs {size} bytes: {error.strerror}") from error
+    os.ftruncate(descriptor, size)
     return descriptor
+
+
+def reserve(descriptor: int, start: int, size: int) -> None:
+    """Have the memory of a part of a file really there.
+
+    Without that, a full memory file system is not an error but the signal SIGBUS, later.
+
+    Raises:
+        NoRoomError: if there is too little.
+    """
+    try:
+        os.posix_fallocate(descriptor, start, size)
+    except OSError as error:
+        raise NoRoomError(f"{size} bytes of shared memory: {error.strerror}") from error
 
 
 def copy_file(source: Path, path: Path, size: int) -> None:

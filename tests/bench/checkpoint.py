@@ -47,6 +47,7 @@ RATIOS = {
     "save_over_raw_past_the_cache": ("raw_direct", "save"),
     "save_dcp_over_ours": ("dcp_save", "save"),
     "restore_over_raw": ("raw_read", "restore"),
+    "restore_over_raw_past_the_cache": ("raw_read_direct", "restore"),
     "restore_dcp_over_ours": ("dcp_load", "restore"),
 }
 """Of medians of seconds: which over which. `save_over_raw` is a share of raw's speed."""
@@ -135,6 +136,7 @@ def one_round(
     evict(raw.file, ours.body, *dcp.files)
     os.sync()
     row["raw_read"], _ = timed(raw.read)
+    row["raw_read_direct"], _ = timed(raw.read_past_the_cache)
     row["restore"] = ours.restore()
     row["dcp_load"], _ = timed(dcp.load)
     return row

@@ -1,6 +1,7 @@
 """Shards between memory and the durable tier: written, and read back only if memory has none."""
 
 import asyncio
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from orchestrator.agent.durable import DurableShard, DurableTier
 from orchestrator.agent.impressions import Written, of_index
 from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.agent.shards import NoRoomError, NotHeldError
-from orchestrator.agent.transfer import allocate
+from orchestrator.agent.transfer import allocate, create, reserve
 from orchestrator.agent.writing import WRITES_AT_ONCE
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import Receipt
@@ -354,3 +355,14 @@ def test_more_than_there_is_room_for_is_refused_before_it_is_taken(tmp_path: Pat
     with pytest.raises(NoRoomError, match=r"copy needs \d+ bytes of shared memory, \d+ are free"):
         allocate(tmp_path / "copy", 1 << 60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_a_file_does_not_get_is_an_error_and_no_signal_later(tmp_path: Path) -> None:
+    descriptor = create(tmp_path / "copy", 1 << 20)
+    try:
+        with pytest.raises(NoRoomError, match=f"{1 << 60} bytes of shared memory"):
+            reserve(descriptor, 0, 1 << 60)
+        reserve(descriptor, 4096, 8192)
+        assert os.fstat(descriptor).st_size == 1 << 20
+    finally:
+        os.close(descriptor)

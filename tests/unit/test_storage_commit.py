@@ -17,6 +17,7 @@ from storage.commit import (
     newest_epoch,
     write_shard,
 )
+from storage.digest import BLOCK_BYTES
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
@@ -85,6 +86,35 @@ def test_a_shard_is_fetched_into_the_callers_larger_buffer() -> None:
     assert shared[: index.size] == staged(100, 2)[1]
     with pytest.raises(ValueError, match="writable"):
         fetch_body(store, index, shared[: index.size - 1])
+
+
+def test_memory_for_each_block_is_reserved_before_it_is_written() -> None:
+    store, (index, body) = MemoryStore(), large(10 << 20)
+    write_shard(store, index, body)
+    target = bytearray(b"\x55" * index.size)
+    reserved = []
+
+    def reserve(start: int, length: int) -> None:
+        assert target[start : start + length] == b"\x55" * length
+        reserved.append((start, length))
+
+    fetch_body(store, index, target, reserve=reserve)
+
+    assert target == body
+    sizes = [BLOCK_BYTES] * (index.size // BLOCK_BYTES) + [index.size % BLOCK_BYTES]
+    assert sorted(reserved) == [(n * BLOCK_BYTES, size) for n, size in enumerate(sizes)]
+
+
+def test_memory_that_can_not_be_had_ends_a_fetch_with_what_says_so() -> None:
+    store, (index, body) = MemoryStore(), large(10 << 20)
+    write_shard(store, index, body)
+
+    def reserve(start: int, length: int) -> None:
+        if start:
+            raise MemoryError(f"{length} bytes")
+
+    with pytest.raises(MemoryError, match=f"{BLOCK_BYTES} bytes"):
+        fetch_body(store, index, bytearray(index.size), reserve=reserve)
 
 
 def test_a_shard_damaged_after_staging_is_not_written() -> None:

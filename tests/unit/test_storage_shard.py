@@ -194,6 +194,28 @@ def test_a_body_of_several_blocks_is_verified_in_pieces() -> None:
         verify(index, buffer)
 
 
+def test_of_many_chunks_that_threads_verify_the_first_bad_one_is_named() -> None:
+    layout = plan([chunk(f"param/{number:02}", "U8", 1 << 20) for number in range(20)])
+    buffer = bytearray(layout.size)
+    index = seal(layout, buffer, META)
+
+    assert list(open_views(index, buffer)) == [f"param/{number:02}" for number in range(20)]
+    for name in ("param/19", "param/07"):
+        layout.views(buffer)[name][5] ^= 1
+    with pytest.raises(ShardCorruptError, match="param/07"):
+        open_views(index, buffer)
+
+
+def test_nobody_gets_views_of_a_body_whose_header_or_length_is_wrong() -> None:
+    index, buffer = staged()
+
+    with pytest.raises(ShardCorruptError, match="body has 4095 bytes"):
+        open_views(index, buffer[:4095])
+    buffer[20] ^= 1
+    with pytest.raises(ShardCorruptError, match="header's block"):
+        open_views(index, buffer)
+
+
 def test_views_for_reading_cannot_be_written() -> None:
     index, buffer = staged()
 

@@ -73,10 +73,22 @@ class Raw:
 
     def read(self) -> None:
         """Read them from the file into memory that is there already."""
-        with self.file.open("rb", buffering=0) as file:
+        self._read(os.O_RDONLY)
+
+    def read_past_the_cache(self) -> None:
+        """The same without the page cache."""
+        self._read(os.O_RDONLY | os.O_DIRECT)
+
+    def _read(self, flags: int) -> None:
+        descriptor = os.open(self.file, flags)
+        try:
             done = 0
             while done < len(self._memory):
-                done += file.readinto(self._memory[done : done + BLOCK_BYTES])
+                piece = self._memory[done : done + BLOCK_BYTES]
+                # Past the cache only whole blocks are read, and the file ends with one.
+                done += os.preadv(descriptor, [piece], done)
+        finally:
+            os.close(descriptor)
 
     def _write(self, flags: int) -> None:
         descriptor = os.open(self.file, flags | os.O_CREAT | os.O_EXCL, 0o644)

@@ -111,10 +111,13 @@ def _read(spy: subprocess.Popen[bytes], deadline: float, pid: int) -> tuple[str,
 
 def frames(found: Sequence[_Frame]) -> tuple[str, ...]:
     """Return frames in words, in their order."""
-    return tuple(_word(f"{f.name} ({f.short_filename or f.filename}:{f.line})") for f in found)
+    return tuple(_word(f) for f in found)
 
 
-def _word(text: str) -> str:
+def _word(frame: _Frame) -> str:
+    # A native function without debugging symbols has no line.
+    line = f":{frame.line}" if frame.line else ""
+    text = f"{frame.name} ({frame.short_filename or frame.filename}{line})"
     return text if len(text) <= FRAME_MAX else "..." + text[3 - FRAME_MAX :]
 
 

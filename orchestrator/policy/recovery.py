@@ -164,11 +164,11 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         reason += f"; {resized}" * bool(resized)
         reason += "".join(f"; passed over {text}" for text in _rejections(state))
     else:
-        lost = state.reached_step - (restore.step if restore else 0)
+        lost = max(state.reached_step - (restore.step if restore else 0), 0)
         who = "" if incident.kind == GROWTH else f"{incident.suspects()}: "
         reason = (
             f"{who}{incident.findings[0].evidence}; {rung}{swaps}"
-            f"{f' {where}' if restore else ''}, {max(lost, 0)} steps to do again"
+            f"{f' {where}' if restore else ''}, {lost} step{'' if lost == 1 else 's'} to do again"
         )
         reason += f"; {resized}" * bool(resized)
         if placement.evicted:

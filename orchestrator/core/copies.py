@@ -38,6 +38,21 @@ def strike(state: RunState, node: NodeId, fact: PreparationFailed) -> None:
             state.holdings.discard(fact.step, copy.node, frozenset((copy.rank,)))
 
 
+def strike_late(state: RunState, node: NodeId, fact: PreparationFailed) -> None:
+    """Strike off what a node has not got, as it says of a generation that is over already.
+
+    The first that can not start ends a generation. If what the others say of it were left out, a
+    state that is gone everywhere would be found out one node and one restart at a time.
+    """
+    if fact.generation > state.generation or fact.step > state.start_step:
+        return  # what is beyond is staged anew: it may have that by now
+    # As of now: the present generation was ordered when nobody knew, and may fail of it as well.
+    for copy in fact.copies:
+        if _is_gone_from(node, copy):
+            state.struck.setdefault((fact.step, node, copy), state.generation)
+            state.holdings.discard(fact.step, node, frozenset((copy.rank,)))
+
+
 def hold(state: RunState, node: NodeId, holdings: Iterable[Holding]) -> None:
     """Enter what a node holds, as far as it counts."""
     bad = {(s, copy.rank) for s, _, copy in state.struck if _is_gone_from(node, copy)}

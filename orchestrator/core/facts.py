@@ -170,9 +170,7 @@ def _take(  # noqa: C901, PLR0912 - one line per fact
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:
-        if isinstance(fact, RankExited):
-            # Changes nothing but what is known of the incident that it belongs to.
-            _exit_late(state, node.id, fact)
+        _take_late(state, node, fact)
         return
     match fact:
         case Reached(mark=mark):
@@ -267,6 +265,15 @@ def _count_reads(state: RunState, who: str, reads: int) -> None:
     for incident in (i for i in state.incidents if i.restarted_as == state.generation):
         # Entered, not added: agents say it again when they reconnect.
         incident.reads[who] = reads
+
+
+def _take_late(state: RunState, node: Node, fact: Fact) -> None:
+    """Take from a fact of another generation what is true in this one as well."""
+    if isinstance(fact, RankExited):
+        # Changes nothing but what is known of the incident that it belongs to.
+        _exit_late(state, node.id, fact)
+    elif isinstance(fact, PreparationFailed) and fact.tier == "memory":
+        copies.strike_late(state, node.id, fact)
 
 
 def _exit_late(state: RunState, node: NodeId, fact: RankExited) -> None:

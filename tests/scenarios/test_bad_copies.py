@@ -157,6 +157,43 @@ def test_a_failure_that_is_told_twice_is_one(cluster: Any) -> None:
     assert restarted(cluster.rest()).restore.step == 5
 
 
+def test_what_others_lack_counts_although_the_first_that_said_so_has_ended_the_generation(
+    cluster: Any,
+) -> None:
+    generation = cluster.state.generation
+    fail(cluster, "node-1", ("node-1", 2, "absent"))
+    late = PreparationFailed(
+        generation=generation,
+        step=Step(5),
+        tier="memory",
+        reason="slot 1 is empty",
+        copies=(FailedCopy(NodeId("node-0"), Rank(0), "absent"),),
+    )
+
+    cluster.after(0.1).say("node-0", late)
+    order = fail(cluster, "node-1", ("node-1", 3, "absent"))
+
+    assert order.restore.step == 5
+    copies = list(zip(order.restore.sources, order.restore.staged_as, strict=True))
+    assert not {("node-1", 2), ("node-0", 0), ("node-1", 3)} & {*copies}
+
+
+def test_what_is_said_late_of_a_copy_that_the_next_generation_could_not_know_ends_no_step(
+    cluster: Any,
+) -> None:
+    generation = cluster.state.generation
+    fail(cluster, "node-1", ("node-1", 2, "absent"))
+    late = (FailedCopy(NodeId("node-0"), Rank(0), "absent"),)
+    said = PreparationFailed(
+        generation=generation, step=Step(5), tier="memory", reason="empty", copies=late
+    )
+
+    cluster.after(0.1).say("node-0", said)
+    order = fail(cluster, "node-0", ("node-0", 0, "absent"))
+
+    assert order.restore.step == 5
+
+
 def test_a_node_that_has_verified_a_copy_after_all_counts_as_its_holder(cluster: Any) -> None:
     fail(cluster, "node-1", ("node-1", 2, CORRUPT))
 

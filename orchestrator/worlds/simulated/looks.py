@@ -28,6 +28,7 @@ class Looks:
 
     Attributes:
         to_be_free: nodes that wait for the moment at which memory comes to have a newer step.
+        slow: nodes that were measured to be slow, and wait for the same if there is a spare.
         told_at: when the controller was told anything by a look.
     """
 
@@ -42,6 +43,7 @@ class Looks:
         self._close_until = Seconds(0.0)
         self._broken_at: Seconds | None = None
         self.to_be_free: set[NodeId] = set()
+        self.slow: set[NodeId] = set()
 
     def looked(self) -> None:
         """Enter that somebody looks just now."""
@@ -53,7 +55,7 @@ class Looks:
 
     def look_soon(self) -> None:
         """See to it that steps which are done are known within a tick."""
-        self._close_until = Seconds(self._cluster.now + self._timeouts.tick_s)
+        self.look_closely(self._timeouts.tick_s)
 
     def look_closely(self, seconds: float) -> None:
         """See to it that everything is seen for a while."""
@@ -88,7 +90,9 @@ class Looks:
             self._broken_at = None
             # A restart that may choose its moment is waited for, and only while the world trains.
             return team is not None and (
-                not self.to_be_free.isdisjoint(team.ranks) or self._can_grow(team)
+                not self.to_be_free.isdisjoint(team.ranks)
+                or (not self.slow.isdisjoint(team.ranks) and bool(self._idle(team)))
+                or self._can_grow(team)
             )
         if self._broken_at is None:
             self._broken_at = now
@@ -98,8 +102,11 @@ class Looks:
         """Whether it has too few replicas, and nodes wait for the moment at which it has more."""
         if len(team.seats) == self._ranks:
             return False
-        idle = set(self._cluster.heard()).difference(team.ranks, self.to_be_free)
-        return len(idle) >= self._nodes_more
+        return len(self._idle(team)) >= self._nodes_more
+
+    def _idle(self, team: Team) -> set[NodeId]:
+        """Return the nodes that have no seat, and that nobody wants to be free or knows as slow."""
+        return set(self._cluster.heard()).difference(team.ranks, self.to_be_free, self.slow)
 
 
 def _goes_well(team: Team | None) -> bool:

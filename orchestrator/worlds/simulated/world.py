@@ -45,6 +45,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import Onset
 from orchestrator.faults.plan import ArmedFault
+from orchestrator.policy.switches import PLANNED_SWAP, STRAGGLER_SWAP
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import RankProbed, RanksFinished, StepReport
@@ -396,6 +397,14 @@ class SimulatedWorld:
                 generation=order.generation, number=order.number, rank=rank, speed=speed
             )
             self.cluster.say([node], fact)
+        suspect = self.cluster.nodes[order.nodes[0]]
+        if suspect.slow > min(node.slow for node in team.members) and self._swaps_slow:
+            self._looks.slow.add(suspect.id)
+
+    @property
+    def _swaps_slow(self) -> bool:
+        """Whether a node that was measured to be slow is waited for to be swapped."""
+        return {PLANNED_SWAP, STRAGGLER_SWAP}.isdisjoint(self._run.spec.recovery.disable)
 
     def _announce(self, nodes: Nodes, *, generation: Generation) -> None:
         if self.team is not None and self.team.generation == generation:
@@ -459,14 +468,15 @@ class SimulatedWorld:
         if self.team is None:
             return
         slows = [node.slow for node in self.team.members]
-        slow = max(slows)
+        slow, usual = max(slows), min(slows)
         done, of = self._run.speed(len(self.team.seats) // self._run.shard_count)
         step_s = slow * self._profile.step.value * of / done
         self._step_s = step_s + self._profile.stall.value / self._cadence.memory
         own_s = step_s / slow
         compute_s: tuple[float, ...] = (own_s * slow,)
-        if slow > min(slows):
+        if slow > usual:
             compute_s = tuple((own_s * np.array(slows)[self.team.place_R]).tolist())
+        self._looks.slow = {n for n in self._looks.slow if self.cluster.nodes[n].slow > usual}
         if compute_s != self._compute_s:
             self._compute_s = compute_s
             # Whoever is slower than others is found within some steps, and measured after that.

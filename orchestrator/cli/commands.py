@@ -317,12 +317,16 @@ def measure(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
-    """Measure in small live runs what restarts and saves take, for simulations."""
+    """Measure in small live runs what restarts, saves and detectors take, for simulations."""
     from orchestrator.cli import measure, progress
 
-    shown = [progress.progress_on(sys.stderr, quiet=quiet) for _ in range(repeat)]
     measured = measure.measure(
-        run_file=run_file, steps=steps, base=base, file=output, progress=shown
+        run_file=run_file,
+        steps=steps,
+        base=base,
+        file=output,
+        repeat=repeat,
+        progress=lambda: progress.progress_on(sys.stderr, quiet=quiet),
     )
     typer.echo(measured.table)
 

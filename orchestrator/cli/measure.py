@@ -1,8 +1,9 @@
 """`holdfast measure`: takes the constants of a profile from small live runs on this machine.
 
 Ranks are killed and frozen, a node is taken away, and every agent dies at once, so that each way
-back is gone at least once. What a journal tells becomes part of a profile; what one machine can
-not tell stays what it was, published or assumed.
+back is gone at least once; state is corrupted, and products come out wrong, until detectors condemn
+who did it. What a journal tells becomes part of a profile; what one machine can not tell stays what
+it was, published or assumed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ from orchestrator.cli.tables import Column, rendered, text
 from orchestrator.cli.units import count, seconds
 from orchestrator.core import journal
 from orchestrator.core.report import Report
+from orchestrator.faults.corruption import CorruptionKind
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.measuring import restarts, saves
+from orchestrator.measuring import restarts, saves, silent
 from orchestrator.measuring.filling import filled, rows
 from orchestrator.measuring.orders import order_all_s
-from orchestrator.measuring.samples import Samples
+from orchestrator.measuring.samples import Samples, Taken
+from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from orchestrator.worlds.machine import node_names
@@ -42,6 +45,23 @@ TIMEOUT_S = 300.0
 STEPS, STEPS_LEAST = 90, 60
 """Of a run. Between two faults there must be room for saves to both tiers."""
 LOST = "node-1"
+CORRUPTED: dict[str, CorruptionKind] = {"flip-bit": "state", "wrong-matmul": "persistent"}
+"""Faults of a plan, and the kind of silent corruption that each is."""
+KINDS_MEASURED = tuple(CORRUPTED.values())
+CORRUPTIONS: tuple[Mapping[str, Any], ...] = (
+    {
+        "fault": "flip-bit",
+        "when": {"step": 8},
+        "rank": 1,
+        "state": "exp_avg",
+        "element": 5,
+        "bit": 3,
+        "atStep": 18,
+    },
+    {"fault": "wrong-matmul", "when": {"step": 8}, "rank": 1, "magnitude": 0.001, "atStep": 18},
+)
+"""Silent, in the middle of a run, and each in one of its own: of two nodes that are found guilty
+within a day the second counts as suspected only."""
 ORDERED = (512, 4_096, GPUS)
 """Sizes in GPUs for which orders are worded and encoded."""
 
@@ -59,7 +79,8 @@ def measure(
     steps: int | None,
     base: Path | None,
     file: Path | None,
-    progress: Sequence[Progress],
+    repeat: int,
+    progress: Callable[[], Progress],
 ) -> Measured:
     """Run small jobs with faults, and fill a profile with what their journals tell.
 
@@ -68,7 +89,8 @@ def measure(
         steps: of that small job; None for STEPS, or what the run file says.
         base: the profile to fill; None for the one that comes with holdfast.
         file: where it is written, .json or .yaml; None for nowhere.
-        progress: one for each run.
+        repeat: how many runs of each sort; those with silent corruption only without a run file.
+        progress: makes one for each run.
 
     Raises:
         BadFileError: if the base is no profile, or the run file no run.
@@ -81,9 +103,11 @@ def measure(
     plan = _plan(run)
     samples = Samples()
     with _folder() as root:
-        for number, shown in enumerate(progress):
-            samples.extend(_conduct(run, plan, root / f"run-{number}", shown))
-    repeat = len(progress)
+        for number in range(repeat):
+            samples.extend(_conduct(run, plan, root / f"run-{number}", progress()))
+            for fault in () if run_file is not None else CORRUPTIONS:
+                name = f"{fault['fault']}-{number}"
+                samples.extend(_corrupted(fault, root / name, progress()))
     named = f"--steps {run.spec.trainer.steps}" if run_file is None else run_file.name
     command = f"holdfast measure {named} --repeat {repeat}"
     taken = samples.taken()
@@ -96,11 +120,22 @@ def measure(
     )
     if file is not None:
         whole.write(file, profiles.text(full, json=file.suffix == ".json").encode())
-    table = rendered("constant", _COLUMNS, rows(full, taken), Output.TABLE)
+    spans = {name: each for name, each in taken.items() if not name.startswith(silent.LOOKS)}
+    table = rendered("constant", _COLUMNS, rows(full, spans), Output.TABLE)
     runs = f"{count(repeat, 'run')} of {count(run.spec.trainer.steps, 'step')}"
-    return Measured(
-        full, f"{runs} with {run.world_size} ranks; used at {GPUS} GPUs unless scaled\n\n{table}"
-    )
+    words = f"{runs} with {run.world_size} ranks; used at {GPUS} GPUs unless scaled\n\n{table}"
+    return Measured(full, words + _looks(taken))
+
+
+def _looks(taken: Mapping[str, Taken]) -> str:
+    """Return what was seen of detectors of silent corruption, in a line for each."""
+    lines = [
+        f"{kind} corruption: condemned after {count(round(each.median), 'look')} "
+        f"({each.least:g} to {each.most:g}; {count(each.samples, 'sample')})"
+        for kind in KINDS_MEASURED
+        if (each := taken.get(f"{silent.LOOKS}-{kind}"))
+    ]
+    return "".join(f"\n{line}" for line in ["", *lines]) if lines else ""
 
 
 def _span(value: float | None) -> str:
@@ -159,6 +194,48 @@ def _own(run_file: Path, steps: int | None) -> TrainingRun:
     return run
 
 
+def _watched() -> TrainingRun:
+    """Return a job of three who hold the same, looked at in every step as a whole."""
+    data = {
+        "apiVersion": "holdfast.dev/v1alpha1",
+        "kind": "TrainingRun",
+        "metadata": {"name": "measure-silent"},
+        "spec": {
+            "nodes": {"count": 3, "ranksPerNode": 1, "spares": 1},
+            "parallelism": {"dpReplicate": 3, "dpShard": 1},
+            "trainer": {"model": "debug", "steps": 40, "seqLen": 64, "globalBatch": 3},
+            "checkpoint": {"everySteps": 50, "memoryEverySteps": 5},
+            "detection": {"detectWithin": "3s", "digestShare": 1.0, "replayShare": 1.0},
+        },
+    }
+    return msgspec.convert(data, TrainingRun)
+
+
+def _corrupted(fault: Mapping[str, Any], root: Path, progress: Progress) -> Samples:
+    """Run that job with numbers that are silently wrong on one node; return when it was condemned.
+
+    Raises:
+        CliError: if the run does not succeed, or the node was not condemned.
+    """
+    run = _watched()
+    plan = msgspec.convert({"kind": "FaultPlan", "faults": [fault]}, FaultPlan)
+    folder = _ran(run, plan, root, progress)
+    entries = journal.read(folder.journal.read_bytes()).entries
+    rank = Rank(fault["rank"])
+    try:
+        return silent.take(
+            entries,
+            kind=CORRUPTED[fault["fault"]],
+            rank=rank,
+            node=node_names(run)[rank],
+            onset=Step(fault["atStep"]),
+        )
+    except silent.UnnoticedError as error:
+        raise CliError(
+            str(error), "nothing was measured; `holdfast campaign` counts misses", Exit.ERROR
+        ) from error
+
+
 def _plan(run: TrainingRun) -> FaultPlan:
     """Return faults that go every way back: own memory, the buddy's, and the durable tier."""
     nodes, steps = run.spec.nodes, run.spec.trainer.steps
@@ -200,6 +277,16 @@ def _folder() -> Iterator[Path]:
 
 
 def _conduct(run: TrainingRun, plan: FaultPlan, root: Path, progress: Progress) -> Samples:
+    folder = _ran(run, plan, root, progress)
+    entries = journal.read(folder.journal.read_bytes()).entries
+    samples = saves.take(entries, run.spec.checkpoint.memory_every_steps)
+    samples.extend(restarts.take(entries))
+    _observe(msgspec.json.decode(folder.report.read_bytes(), type=Report), samples)
+    return samples
+
+
+def _ran(run: TrainingRun, plan: FaultPlan, root: Path, progress: Progress) -> RunFolder:
+    """Run a job to its end; return its folder. Raises CliError if it does not succeed."""
     ended = supervise(run, plan, out=root, report=None, timeout_s=TIMEOUT_S, progress=progress)
     if ended.code is not Exit.OK:
         # Its folder will be gone; what it told is all that is left.
@@ -208,12 +295,7 @@ def _conduct(run: TrainingRun, plan: FaultPlan, root: Path, progress: Progress) 
             "nothing was measured; `holdfast run` with such a job leaves its logs",
             ended.code,
         )
-    folder = RunFolder(root)
-    entries = journal.read(folder.journal.read_bytes()).entries
-    samples = saves.take(entries, run.spec.checkpoint.memory_every_steps)
-    samples.extend(restarts.take(entries))
-    _observe(msgspec.json.decode(folder.report.read_bytes(), type=Report), samples)
-    return samples
+    return RunFolder(root)
 
 
 def _observe(report: Report, samples: Samples) -> None:

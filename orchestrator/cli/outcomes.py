@@ -16,6 +16,13 @@ ROWS_MAX = 16
 """Of what time was lost to; the rest is summed up."""
 
 
+_WATCHED = {
+    "none": "no detector of silent corruption",
+    "digests": "digests of replicated state and no replay",
+    "both": "digests and replay",
+}
+
+
 def shown(told: Summary, form: Told) -> str:
     """Return what came of an experiment in the asked form."""
     match form:
@@ -31,9 +38,12 @@ def headline(told: Summary) -> str:
     """Return what was simulated, in a line."""
     asked = told.experiment
     what = f"record {asked['record']}" if asked["record"] else f"model {asked['model']}"
+    silent = told.profile["silent"]
+    looks = f", {_WATCHED[silent['watching']['value']]}" if silent else ""
     return (
-        f"{asked['gpus']} GPUs for {asked['days']:g} days, {what}, profile {told.profile['name']}, "
-        f"{units.count(told.run['spares'], 'spare node')}; {units.count(len(told.seeds), 'seed')}"
+        f"{asked['gpus']} GPUs for {asked['days']:g} days, {what}, profile {told.profile['name']}"
+        f"{looks}, {units.count(told.run['spares'], 'spare node')}; "
+        f"{units.count(len(told.seeds), 'seed')}"
     )
 
 
@@ -141,9 +151,10 @@ def _spares(told: Summary) -> str:
 def _silent(told: Summary) -> str:
     if not told.silent_s:
         return ""
+    kinds = f"{_counts(told.silent)}; " if told.silent else ""
     return (
-        f"for {units.seconds(told.silent_s)} some node computed wrong numbers that nobody knew of; "
-        "what was trained then is lost work, once somebody knows"
+        f"{kinds}for {units.seconds(told.silent_s)} some node computed wrong numbers that nobody "
+        "knew of; what was trained then is lost work, once somebody knows"
     )
 
 

@@ -65,6 +65,10 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     detect_within: Annotated[
         str | None, typer.Option(metavar=SPAN, help="The run file's detection.detectWithin.")
     ] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(help="none, digests or both: what looks for silent corruption."),
+    ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,6 +110,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         durable_every=durable_every,
         cadence=cadence,
         detect_within=detect_within,
+        watch=watch,
         off=without or [],
     )
     asked = experiments.Asked(

@@ -11,7 +11,9 @@ from typing import Annotated, Literal, Self
 
 import msgspec
 
+from orchestrator.faults import corruption
 from orchestrator.faults.cluster import Blast
+from orchestrator.faults.corruption import CorruptionShare
 from orchestrator.faults.quantities import Entity, Rate, Spread, rate, ratios, span_s, spread
 from orchestrator.faults.sections import (
     ClassName,
@@ -250,6 +252,8 @@ class FaultModel(Section, frozen=True, kw_only=True):
     bursts: Bursts | None = None
     diurnal: Diurnal | None = None
     diagnosis: Diagnosis | None = None
+    corruption: Annotated[tuple[CorruptionShare, ...], msgspec.Meta(max_length=16)] = ()
+    """Of which kind silent corruptions are; without it nobody can say what notices them."""
 
     def checked(self) -> Self:
         """Return the model itself, if its names are there and there once.
@@ -258,6 +262,7 @@ class FaultModel(Section, frozen=True, kw_only=True):
             ModelError: naming the first that is not.
         """
         repairs = {repair.name for repair in self.repairs}
+        corruption.check(self.corruption)
         _require_once("class", (each.name for each in self.classes))
         _require_once("repair", (each.name for each in self.repairs))
         for index, each in enumerate(self.classes):

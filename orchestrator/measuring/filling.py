@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import msgspec
 
+from orchestrator.measuring import silent
 from orchestrator.measuring.samples import Taken
 from orchestrator.worlds.simulated.profile import CONSTANTS, Constant, Point, Profile
+from orchestrator.worlds.simulated.profiles import span
+from orchestrator.worlds.simulated.watching import Looks, Told
 
 _LEAST_S = 1e-6
 
@@ -43,9 +46,33 @@ def filled(
     observed = {
         name: _measured(each, source)
         for name, each in taken.items()
-        if name not in changed or changed[name] is getattr(base, name)
+        if (name not in changed or changed[name] is getattr(base, name))
+        and not name.startswith((silent.LOOKS, silent.TELL))
     }
-    return msgspec.structs.replace(base, **changed, observed=observed)
+    full = msgspec.structs.replace(base, **changed, observed=observed)
+    return _watchful(full, taken, source)
+
+
+def _watchful(base: Profile, taken: Mapping[str, Taken], source: str) -> Profile:
+    """Return a profile with what was measured of detectors of silent corruption."""
+    habits = base.habits
+    if habits is None or habits.silent is None or silent.TELL not in taken:
+        return base
+    watch, told = habits.silent, taken[silent.TELL]
+    notices = {
+        kind: msgspec.structs.replace(sight, looks=_looks(sight.looks, kind, taken, source))
+        for kind, sight in watch.notices.items()
+    }
+    tell = Told(value=span(told.median), origin="measured", source=source, samples=told.samples)
+    watch = msgspec.structs.replace(watch, tell=tell, notices=notices)
+    return msgspec.structs.replace(base, habits=msgspec.structs.replace(habits, silent=watch))
+
+
+def _looks(known: Looks, kind: str, taken: Mapping[str, Taken], source: str) -> Looks:
+    each = taken.get(f"{silent.LOOKS}-{kind}")
+    if each is None:
+        return known
+    return Looks(value=each.median, origin="measured", source=source, samples=each.samples)
 
 
 def _renewed(constant: Constant, taken: Taken, gpus: int, source: str) -> Constant:

@@ -16,7 +16,14 @@ import numpy as np
 from orchestrator.faults.model import FaultClass, FaultModel
 from orchestrator.faults.schedule import Schedule
 from orchestrator.protocol.ids import NodeId, Seconds
-from orchestrator.simulation.machines import LEAVES_S, Absence, Machines, drawn_out_s, names
+from orchestrator.simulation.machines import (
+    LEAVES_S,
+    SUSPECTED_OUT_S,
+    Absence,
+    Machines,
+    drawn_out_s,
+    names,
+)
 from orchestrator.simulation.ranks import Ranks
 from orchestrator.simulation.signs import Sign, sign_of, sort_of
 from orchestrator.simulation.speeds import Speeds
@@ -33,8 +40,6 @@ GPU_PROBE_EVERY_S, LINK_PROBE_EVERY_S = 10.0, 30.0
 """Between two looks of an agent at its GPUs, and at its links: arXiv 2509.16293, Table 3."""
 PLANNED_OUT_S = 1_800.0
 """Until a node is back that an operation, or its owner, wanted. Assumed."""
-SUSPECTED_OUT_S = 1_800.0
-"""Until a healthy node that was taken out with a bad one has passed its tests. Assumed."""
 RELAPSES_MEAN_S = 3_600.0
 """Until a node that came back unrepaired fails again, once it is in the job. Assumed."""
 SUSPECTED, RELAPSED = "false-eviction", "relapse"
@@ -62,6 +67,14 @@ class Fault(NamedTuple):
     rollback: bool
 
 
+class Chances(NamedTuple):
+    """Where draws come from: one does not change what comes of the other."""
+
+    faults: np.random.Generator
+    silent: np.random.Generator
+    """Of which kind silent corruption is, and whether detectors notice it."""
+
+
 class Effects:
     """Everything that befalls one run.
 
@@ -73,7 +86,7 @@ class Effects:
         machines: which it strikes, and when they are back.
         habits: of a system that is not ours, when faults become known to it; None, or with `own`
             notice: when our detectors find them.
-        chance: every draw comes from it.
+        chances: every draw comes from them.
 
     Attributes:
         log: what was let loose, by time.
@@ -90,10 +103,10 @@ class Effects:
         recorded: frozenset[str],
         machines: Machines,
         habits: Habits | None,
-        chance: np.random.Generator,
+        chances: Chances,
     ) -> None:
         self._world, self._model, self._machines, self._habits = world, model, machines, habits
-        self._classes, self._recorded, self._chance = schedule.classes, recorded, chance
+        self._classes, self._recorded, self._chance = schedule.classes, recorded, chances.faults
         self._signs = [sign_of(each) for each in schedule.classes]
         self.speeds = Speeds(world, model.diurnal.amplitude if model.diurnal else 0.0)
         machines.returned = self._returned
@@ -101,8 +114,8 @@ class Effects:
         self.unseen: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
         self._outages = 0
-        self._ranks = Ranks(world, machines, chance)
-        self._wrong = WrongNumbers(world, machines, habits)
+        self._ranks = Ranks(world, machines, chances.faults)
+        self._wrong = WrongNumbers(world, machines, habits, model.corruption, chances.silent)
         self._worn_out: dict[NodeId, Absence] = {}
         """Nodes that are slow until they are repaired."""
         self._seats: frozenset[NodeId] = frozenset()
@@ -124,6 +137,11 @@ class Effects:
             ahead_s = fault.notice_s if self._signs[fault.kind] in _ANNOUNCED else 0.0
             moment = Seconds(max(fault.at_s - ahead_s, 0.0))
             self._world.cluster.agenda.at(moment, partial(self._strike, fault))
+
+    @property
+    def silent(self) -> dict[str, int]:
+        """How many silent corruptions there were of each kind, noticed by detectors or missed."""
+        return dict(sorted(self._wrong.kinds.items()))
 
     # One fault ------------------------------------------------------------------------------------
 

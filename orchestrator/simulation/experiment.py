@@ -33,13 +33,14 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import accounts
 from orchestrator.simulation.accounts import Charge, Moment
 from orchestrator.simulation.drive import Simulation
-from orchestrator.simulation.effects import Effects
+from orchestrator.simulation.effects import Chances, Effects
 from orchestrator.simulation.machines import Machines
-from orchestrator.simulation.settings import Care, Settings, care, run_file
+from orchestrator.simulation.settings import Care, Settings, SettingsError, care, run_file
 from orchestrator.simulation.signs import sign_of
 from orchestrator.simulation.wrong import wrong_for_s
 from orchestrator.worlds.simulated import profiles
 from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.watching import Detectors, Watching
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 T = TypeVar("T")
@@ -158,6 +159,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     spares: dict[str, float]
     steps: int
     lost_steps: int
+    silent: dict[str, int]
+    """Silent corruptions by kind, and whether a detector noticed them."""
     silent_s: float
     """For how long a node computed wrong numbers and nobody knew; what came of it is undone."""
     events: int
@@ -229,10 +232,29 @@ def inputs(settings: Settings) -> Inputs:
         settings=settings.checked(model, record),
         model=model,
         record=record,
-        profile=profile.scaled(gpus=settings.gpus),
+        profile=_watched(profile.scaled(gpus=settings.gpus), settings.watch),
     )
     compose.check(found.run_file(), "the experiment")
     return found
+
+
+def _watched(profile: Profile, asked: Detectors | None) -> Profile:
+    """Return a profile whose corruption is watched for as was asked for.
+
+    Raises:
+        SettingsError: if the profile does not say what its detectors would see.
+    """
+    if asked is None:
+        return profile
+    habits = profile.habits
+    if habits is None or habits.silent is None:
+        raise SettingsError(
+            f"watch is {asked!r}, and profile {profile.name!r} does not say what detectors notice",
+            "leave it out, or add habits.silent to the profile (`holdfast explain profile`)",
+        )
+    watching = Watching(value=asked, origin="assumed", source="as was asked for")
+    silent = msgspec.structs.replace(habits.silent, watching=watching)
+    return msgspec.structs.replace(profile, habits=msgspec.structs.replace(habits, silent=silent))
 
 
 def _uncopied(profile: Profile) -> Profile:
@@ -254,8 +276,10 @@ def conduct(
         record: takes what goes into the journal.
     """
     began = _Clocks()
-    streams = np.random.SeedSequence(seed).spawn(4)
-    faults, befalling, repairs, world_s = (np.random.Generator(np.random.PCG64(s)) for s in streams)
+    streams = np.random.SeedSequence(seed).spawn(5)
+    faults, befalling, repairs, world_s, silent = (
+        np.random.Generator(np.random.PCG64(stream)) for stream in streams
+    )
     run = given.run_file()
     schedule = given.schedule(faults)
     world = SimulatedWorld(
@@ -277,7 +301,7 @@ def conduct(
         recorded=frozenset(given.record.counts if given.record is not None else ()),
         machines=machines,
         habits=habits,
-        chance=befalling,
+        chances=Chances(befalling, silent),
     )
     observer = Observer(effects)
     simulation = Simulation(run, world, checkers=[observer], record=record, keep=False)
@@ -362,6 +386,7 @@ def _outcome(
         },
         steps=state.reached_step,
         lost_steps=sum(incident.lost_steps for incident in state.incidents),
+        silent=effects.silent,
         silent_s=accounts.silent_s(effects.log, horizon_s),
         events=simulation.events,
         controller_s=simulation.controller_s * began.busy,

@@ -18,6 +18,7 @@ from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import DETECT_WITHIN_MAX_S
 from orchestrator.worlds.simulated.profile import Profile
+from orchestrator.worlds.simulated.watching import Detectors
 
 RANKS_PER_NODE = 8
 GPUS_MAX = 131_072
@@ -98,6 +99,9 @@ class Settings(
     detect_within: str | None = None
     """`detection.detectWithin` of the run file, from which all its timeouts follow; default as the
     profile has it."""
+    watch: Detectors | None = None
+    """Which detectors of silent corruption watch the job: `none`, `digests` of state that replicas
+    hold alike, or `both`, with the ring replay; default as the profile has it."""
     off: tuple[str, ...] = ()
     """Policies to do without: `recovery.disable` of the run file."""
 

@@ -61,6 +61,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     spares: dict[str, float]
     daily: list[float]
     """Effective share of each day."""
+    silent: dict[str, float]
+    """Silent corruptions by kind, and whether a detector noticed them."""
     silent_s: float
     steps: float
     lost_steps: float
@@ -120,6 +122,7 @@ def summary(given: Inputs, outcomes: Sequence[Outcome]) -> Summary:
         policies=means(each.rungs for each in seeds),
         spares=means(each.spares for each in seeds),
         daily=[float(day) for day in np.mean([each.daily for each in seeds], axis=0)],
+        silent=means(each.silent for each in seeds),
         silent_s=_mean(seeds, lambda each: each.silent_s),
         steps=_mean(seeds, lambda each: each.steps),
         lost_steps=_mean(seeds, lambda each: each.lost_steps),
@@ -157,7 +160,13 @@ def profile_words(given: Inputs) -> dict[str, Any]:
         name: {"value_s": constant.value, "origin": constant.origin, "source": constant.source}
         for name, constant in given.profile.constants().items()
     }
-    return {"name": given.profile.name, "constants": constants}
+    habits = given.profile.habits
+    silent = habits.silent if habits is not None else None
+    return {
+        "name": given.profile.name,
+        "constants": constants,
+        "silent": msgspec.to_builtins(silent),
+    }
 
 
 def means(tables: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -1,11 +1,17 @@
 """What is measured is what there was: times of a simulated cluster are found in its journal."""
 
+import msgspec
 import pytest
 
-from orchestrator.measuring import restarts, saves
+from orchestrator.core.decisions import StartGeneration
+from orchestrator.core.events import Compared, Telemetry
+from orchestrator.core.journal import Entry
+from orchestrator.measuring import restarts, saves, silent
 from orchestrator.measuring.filling import filled, rows
 from orchestrator.measuring.orders import order_all_s
 from orchestrator.measuring.samples import Samples, Taken
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.messages import StateDiverged, StepReport
 from orchestrator.worlds.simulated import profiles
 from orchestrator.worlds.simulated.profile import CONSTANTS, GPUS, Profile
 from tests.runs import steps_job
@@ -143,3 +149,75 @@ def test_the_table_has_every_constant_and_whatever_else_was_measured() -> None:
 
 def test_wording_an_order_for_more_nodes_takes_longer() -> None:
     assert 0.0 < order_all_s(64) < order_all_s(4_096)
+
+
+# Silent corruption --------------------------------------------------------------------------------
+
+
+def corrupted(**told: object) -> list[Entry]:
+    """A journal in which rank 1 of node-1 is wrong from step 18 on, and is found."""
+    fact = {
+        "generation": 1, "step": 17, "since": 16, "nodes": ("node-1",), "ranks": (1,),
+        "evidence": "two digests", "proven": True, **told,
+    }  # fmt: skip
+    reports = tuple(StepReport(step=Step(n), loss=1.0, grad_norm=1.0, tokens=1, seconds=0.2)
+                    for n in (17, 18))  # fmt: skip
+    job = SimulatedJob(steps_job(), [])
+    job.conduct()
+    tick = next(e.event for e in job.entries() if isinstance(e.event, Telemetry))
+    tick = msgspec.structs.replace(
+        tick, at=Seconds(10.0), generation=Generation(1), reports=reports, since_step_s=0.3
+    )
+    order = StartGeneration(
+        generation=Generation(2), reason="", seats=(NodeId("node-0"), NodeId("node-2")),
+        dismiss=(), restore=None, buddies={},
+    )  # fmt: skip
+    compared = Compared(at=Seconds(10.1), fact=msgspec.convert(fact, StateDiverged))
+    return [
+        Entry(seq=1, event=tick, decisions=()),
+        Entry(seq=2, event=compared, decisions=(order,)),
+    ]
+
+
+def took(entries: list[Entry]) -> dict[str, Taken]:
+    node, rank = NodeId("node-1"), Rank(1)
+    return silent.take(entries, kind="state", rank=rank, node=node, onset=Step(18)).taken()
+
+
+def test_a_corruption_counts_looks_up_to_the_one_that_showed_it_and_time_from_there() -> None:
+    found = took(corrupted())
+
+    assert found["looks-state"] == Taken(median=1.0, least=1.0, most=1.0, samples=1)
+    assert found["tell"].median == pytest.approx(0.4)  # step 18 was done at 9.7
+
+
+@pytest.mark.parametrize(
+    "told", [{"proven": False}, {"nodes": ("node-2",)}, {"nodes": (), "ranks": (0,)}]
+)
+def test_a_corruption_that_is_laid_at_anothers_door_is_no_measurement(
+    told: dict[str, object],
+) -> None:
+    with pytest.raises(silent.UnnoticedError, match="named alone, as proven"):
+        took(corrupted(**told))
+
+
+def test_a_corruption_that_nobody_notices_is_no_measurement() -> None:
+    with pytest.raises(silent.UnnoticedError, match="was not noticed"):
+        took(corrupted()[:1])
+
+
+def test_what_detectors_took_becomes_part_of_a_profile_and_what_was_not_measured_stays() -> None:
+    looks = Taken(median=2.0, least=1.0, most=3.0, samples=4)
+    habits = full(**{"tell": HERE, "looks-persistent": looks}).habits
+    assert habits is not None
+    assert habits.silent is not None
+    before = profiles.packaged("measured").habits
+    assert before is not None
+    assert before.silent is not None
+
+    watch = habits.silent
+    assert (watch.tell.seconds, watch.tell.origin, watch.tell.samples) == (0.05, "measured", 9)
+    assert watch.notices["persistent"].looks.value == 2.0
+    assert watch.notices["persistent"].looks.samples == 4
+    assert watch.notices["rare"] == before.silent.notices["rare"]
+    assert watch.watching == before.silent.watching

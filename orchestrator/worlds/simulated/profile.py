@@ -14,8 +14,8 @@ import msgspec
 
 from orchestrator.faults.model import FaultClass
 from orchestrator.faults.quantities import span_s
+from orchestrator.worlds.simulated.watching import Origin, Watch
 
-Origin = Literal["measured", "published", "assumed"]
 GPUS = 16_384
 """The size for which a profile gives its constants, unless it is scaled."""
 Kind = Literal["hardware", "network", "software", "storage", "preemption", "hang", "sdc", "planned"]
@@ -126,6 +126,9 @@ class Habits(msgspec.Struct, frozen=True, kw_only=True):
     localise: Mapping[Kind, Constant]
     """From detection until it is known what to replace or undo, by people or by tools; 0 if
     nothing is here."""
+    silent: Watch | None = None
+    """What detectors of silent corruption notice; `detect` and `localise` are of what they do not.
+    None if there are none."""
 
     def detect_s(self, fault: FaultClass) -> float | None:
         """Return seconds from a fault until it is known; None to leave that to the detectors."""

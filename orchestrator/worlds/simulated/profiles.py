@@ -25,10 +25,10 @@ from orchestrator.worlds.simulated.profile import (
     Constant,
     Habits,
     Kind,
-    Origin,
     Point,
     Profile,
 )
+from orchestrator.worlds.simulated.watching import Origin, Watch
 
 PACKAGED = Path(__file__).parent / "profiles"
 POWER_MAX = 8
@@ -91,6 +91,8 @@ class HabitsEntry(Section, frozen=True, kw_only=True):
     """From a fault to its detection, by kind of fault, where it is not as `notice` says."""
     localise: dict[str, ConstantEntry] = msgspec.field(default_factory=dict)
     """From detection until it is known what to replace, by kind of fault."""
+    silent: Watch | None = None
+    """What detectors of silent corruption notice of each kind of it, and how soon."""
 
 
 class ProfileFile(Section, frozen=True, kw_only=True):
@@ -182,6 +184,7 @@ def plain(profile: Profile) -> dict[str, Any]:
         "requeue": habits.requeue and _entry(habits.requeue),
         "detect": {kind: _entry(each) for kind, each in habits.detect.items()},
         "localise": {kind: _entry(each) for kind, each in habits.localise.items()},
+        "silent": habits.silent and msgspec.to_builtins(habits.silent),
     }
     told = {
         "kind": "Profile",
@@ -262,6 +265,7 @@ def _habits(entry: HabitsEntry, where: str) -> Habits:
         requeue=constant("requeue", entry.requeue) if entry.requeue else None,
         detect=by_kind("detect", entry.detect),
         localise=by_kind("localise", entry.localise),
+        silent=entry.silent,
     )
 
 

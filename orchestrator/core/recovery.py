@@ -135,6 +135,7 @@ class Recovery:
         state.ancestors = _ancestors(state, plan)
         state.generation = Generation(max(state.generation, newest) + 1)
         restored = plan.restore.step if plan.restore else Step(0)
+        state.from_seed = state.from_seed or plan.restore is None
         self._write_off(plan, restored)
         if state.diverged:
             state.sound_step = min(state.sound_step, restored)

@@ -160,6 +160,10 @@ class RunState:
     """Steps whose commit failed for a while: when it is tried again."""
     commits: list[Committed] = field(default_factory=list)
     """Checkpoints of the durable tier, the newest ones."""
+    first_commit: Step | None = None
+    """The earliest step that was ever committed, as far as is known; None for nothing at all."""
+    from_seed: bool = False
+    """Whether a generation of this life began from the seed: there is nothing older than that."""
     sound_commits: set[Step] = field(default_factory=set)
     """Their steps, but for those that were found bad."""
     save_failures: list[tuple[Seconds, Step, str]] = field(default_factory=list)
@@ -333,6 +337,10 @@ class RunState:
     def know_commits(self, commits: Iterable[Committed]) -> None:
         """Enter checkpoints that are durable; forget those that were deleted long ago."""
         new = list(commits)[-COMMITS_MAX:]
+        earliest = [one.step for one in new]
+        if self.first_commit is not None:
+            earliest.append(self.first_commit)
+        self.first_commit = min(earliest, default=None)
         known = [*self.commits, *new]
         forgotten, self.commits = known[:-COMMITS_MAX], known[-COMMITS_MAX:]
         # Only what changes is judged: there is another one every few minutes, for months.

@@ -13,6 +13,7 @@ from orchestrator.core.incident import CORRUPTION, GROWTH
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
+from orchestrator.core.trust import trusted
 from orchestrator.policy import lemons, planned, shrinking, suspicion
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
@@ -90,20 +91,33 @@ def _nothing_of_ours(state: RunState) -> str:
             f"spec.checkpoint.uri has {state.found.foreign}, expected checkpoints of run "
             f"{state.run.metadata.name} or none\nhint: choose another folder"
         )
-    if state.found.rejected:
+    if state.found.rejected and not _none_was_ever_good(state):
         return (
             f"spec.checkpoint.uri has checkpoints of this run, and none can be trusted: "
             f"{_passed_over(state.found.rejected)}\nhint: nothing was deleted; bring an older one "
             "back, or choose another folder to begin anew"
         )
     newest = max((known.step for known in state.commits), default=Step(0))
-    if newest > 0:
+    if newest > 0 and not state.found.rejected:
         return (
             f"spec.checkpoint.uri has no checkpoint, and this run committed some, the newest of "
             f"step {newest}; is the volume mounted?\nhint: bring it back and run it again, or "
             "choose another metadata.name or --out to begin anew"
         )
     return ""
+
+
+def _none_was_ever_good(state: RunState) -> bool:
+    """Whether the seed is the newest state that is trusted, and ever was: nothing is lost with it.
+
+    If the run once had a checkpoint from before the corruption, and has deleted it since, somebody
+    may still have it; then it is not for a controller to begin a run of weeks anew.
+    """
+    if not state.from_seed or state.first_commit is None or not state.onsets:
+        return False
+    if any(trusted(state.onsets, known.step, known.epoch) for known in state.commits):
+        return False
+    return min(onset.step for onset in state.onsets) < state.first_commit
 
 
 def _passed_over(rejected: Sequence[str]) -> str:

@@ -373,22 +373,70 @@ def test_ranks_that_are_suspected_stand_for_their_nodes(cluster: Any) -> None:
     assert set(cluster.state.quarantined) == {"node-1"}
 
 
-def test_if_no_step_is_known_to_be_good_nothing_but_the_seed_is_trusted(cluster: Any) -> None:
+def test_if_no_step_is_known_to_be_good_a_run_starts_over_from_the_seed(cluster: Any) -> None:
     trained(cluster)
 
     diverge(cluster, "node-1", since=None, proven=True)
     why = why_not(cluster.state.onsets, Step(5), Generation(1))
     cluster.after(0.1).found(None, rejected=(f"step 5, epoch 1: {why}",))
 
+    order = starts(cluster)[-1]
+    assert order.restore is None
+    assert "start over from the seed" in order.reason
+    assert "passed over step 5, epoch 1: made after a silent corruption" in order.reason
+    assert "node-1" not in order.seats
+
+
+def test_what_began_before_anything_was_durable_costs_no_more_than_what_was_never_good(
+    cluster: Any,
+) -> None:
+    trained(cluster)
+
+    diverge(cluster, "node-1", since=4, proven=True)
+    cluster.after(0.1).found(None, rejected=("step 5, epoch 1: made after it",))
+
+    assert starts(cluster)[-1].restore is None
+    assert cluster.state.phase is RunPhase.STOPPING
+
+
+def test_a_run_that_had_a_good_checkpoint_and_has_it_no_more_is_not_begun_anew(
+    cluster: Any,
+) -> None:
+    trained(cluster)
+    for step in (15, 20):
+        cluster.train(step - cluster.state.reached_step)
+        commit(cluster, step)
+
+    diverge(cluster, "node-1", since=7, proven=True)
+    cluster.after(0.1).found(None, rejected=("step 20, epoch 1: made after it",))
+
     assert cluster.state.phase is RunPhase.FAILED
-    assert "none can be trusted: step 5, epoch 1" in cluster.state.end_reason
-    assert "known to be good" not in cluster.state.end_reason
+    assert "none can be trusted: step 20, epoch 1" in cluster.state.end_reason
+
+
+def test_a_later_life_does_not_know_what_there_was_and_begins_nothing_anew(cluster: Any) -> None:
+    trained(cluster)
+    later = Cluster()
+    for event in left_by(cluster.state, Seconds(0.0)):
+        later.tell(event)
+    later.tell(ControllerStarted(at=later.at(), incarnation=1))
+    for node in ("node-0", "node-1", "node-2"):
+        later.join(node)
+    assert starts(later) == []
+    later.found(5)
+    later.resume()
+    later.train(3)
+
+    diverge(later, "node-1", since=4, proven=True)
+    later.after(0.1).found(None, rejected=("step 5, epoch 1: made after it",))
+
+    assert later.state.phase is RunPhase.FAILED
 
 
 def test_of_many_checkpoints_with_one_fault_an_end_says_it_once(cluster: Any) -> None:
     trained(cluster)
 
-    diverge(cluster, "node-1", since=None, proven=True)
+    diverge(cluster, "node-1", since=6, proven=True)
     rejected = [f"step {step}, epoch 1: made after it" for step in range(60, 0, -5)]
     cluster.after(0.1).found(None, rejected=tuple(rejected))
 
@@ -399,7 +447,7 @@ def test_of_many_checkpoints_with_one_fault_an_end_says_it_once(cluster: Any) ->
 def test_of_many_checkpoints_with_a_fault_each_an_end_says_how_many_they_are(cluster: Any) -> None:
     trained(cluster)
 
-    diverge(cluster, "node-1", since=None, proven=True)
+    diverge(cluster, "node-1", since=6, proven=True)
     rejected = [f"step {step}, epoch 1: {'shard ' * 200}{step}" for step in range(60, 0, -1)]
     cluster.after(0.1).found(None, rejected=tuple(rejected))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orchestrator.core.decisions import CommitCheckpoint
+from orchestrator.core.decisions import CommitCheckpoint, JudgeCheckpoint
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
@@ -13,8 +13,11 @@ from orchestrator.core.events import (
     SearchFailed,
 )
 from orchestrator.core.trust import Onset, why_not
+from orchestrator.protocol import runfile
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from storage.manifest import commit_key
+from storage.retention import Candidate, Ladder, kept
+from storage.verdicts import Trust
 
 OUTAGE = "the store does not answer (503)"
 
@@ -35,6 +38,9 @@ class Stored(NamedTuple):
 class SimStore:
     """Checkpoints, by what was committed.
 
+    Args:
+        keep: which of them stay, and whether they are read back in the background.
+
     Attributes:
         down: whether it answers nobody.
         full: whether nothing can be written.
@@ -43,8 +49,12 @@ class SimStore:
         barred: keys of commits that are not trusted, and why.
     """
 
-    def __init__(self, keep_last: int) -> None:
-        self._keep_last = keep_last
+    def __init__(self, keep: runfile.Checkpoint) -> None:
+        self._ladder = Ladder(
+            last=keep.keep_last, every_steps=keep.keep_every_steps, anchors=keep.keep_anchors
+        )
+        self._scrubs = keep.scrub_mib_per_second > 0
+        self._trust: dict[str, Trust] = {}
         self._commits: dict[str, Stored] = {}
         self._epoch_seen = Generation(0)
         self.down = self.full = False
@@ -81,16 +91,37 @@ class SimStore:
             reason = f"epoch is {epoch}, generation {newest} has begun"
             return CommitFailed(at=at, step=step, epoch=epoch, reason=reason)
         self._commits[stored.key] = stored
-        self._retain()
+        self._retain(stored)
         return CheckpointCommitted(at=at, step=step, epoch=epoch, key=stored.key)
 
-    def _retain(self) -> None:
-        """Delete what is older than the checkpoints to keep, as `storage.catalog` does."""
-        good = sorted((s for s in self._commits.values() if s.key not in self.barred), reverse=True)
-        # A run that has gone back to an early step is where its newest epoch is.
-        current = max(good, key=lambda stored: (stored.epoch, stored.step))
-        oldest_kept = min([*good[: self._keep_last], current])
-        self._commits = {k: stored for k, stored in self._commits.items() if stored >= oldest_kept}
+    def judge(self, order: JudgeCheckpoint) -> None:
+        """Take down what was found about a checkpoint."""
+        key = commit_key(order.step, order.epoch)
+        if order.verdict.good:
+            level = next(level for level in Trust if level.kind == order.verdict)
+            self._trust[key] = max(self._trust.get(key, level), level)
+        else:
+            self.barred.setdefault(key, order.reason)
+
+    def _retain(self, newest: Stored) -> None:
+        """Delete what need not be kept, by the rule of `storage.catalog`.
+
+        What is older than the newest was read back by now, unless nobody does that.
+        """
+        sound = [s for s in self._commits.values() if s.key not in self.barred]
+        candidates = [Candidate(s.step, s.epoch, self._trusted(s, newest)) for s in sound]
+        stay = kept(candidates, self._ladder, restorable=(newest.step, newest.epoch))
+        self._commits = {
+            key: stored
+            for key, stored in self._commits.items()
+            if (where := (stored.step, stored.epoch)) >= stay.oldest or where in stay.reasons
+        }
+
+    def _trusted(self, stored: Stored, newest: Stored) -> Trust:
+        known = self._trust.get(stored.key, Trust.WRITTEN)
+        if not self._scrubs or stored is newest or stored.key in self.corrupt:
+            return known
+        return max(known, Trust.BYTES_VERIFIED)
 
     def search(
         self, number: int, at: Seconds, onsets: Sequence[Onset] = ()

@@ -108,7 +108,7 @@ class SimulatedWorld:
     ) -> None:
         nodes = run.spec.nodes
         names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
-        store = SimStore(run.spec.checkpoint.keep_last)
+        store = SimStore(run.spec.checkpoint)
         self.cluster = Cluster(names, store, timeouts, profile, chance=chance, jitter=jitter)
         self.cluster.before = self._tell_first
         self.cluster.disturbed = self._enter_all
@@ -441,6 +441,7 @@ class SimulatedWorld:
                 node.retain(step)
 
     def _judge(self, order: JudgeCheckpoint) -> None:
+        self.cluster.store.judge(order)
         judged = CheckpointJudged(
             at=self.now,
             step=order.step,

@@ -33,6 +33,7 @@ from orchestrator.server.journal import (
     lock,
     replay,
 )
+from orchestrator.server.metrics import Metrics, Watched, reading_token
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
@@ -104,12 +105,15 @@ def _run(folder: RunFolder, port: int) -> int:
     world = _world(run, folder, clock, controller)
     world.resume(controller.state, file.entries)
     sys.setswitchinterval(SWITCH_S)
-    server = Server(world, folder.token.read_text(encoding="ascii").strip(), port=port)
+    token = folder.token.read_text(encoding="ascii").strip()
+    watched = Watched(controller, ((entry.event, entry.decisions) for entry in file.entries))
+    server = Server(world, token, metrics=Metrics(watched).text, port=port)
+    _publish(folder.metrics_token, reading_token(token).encode(), mode=0o600)
     try:
         for event in left:
-            _handle(controller, world, file, event)
+            _handle(watched, world, file, event)
         server.start()
-        _drive(controller, world, file, server.url, folder, clock)
+        _drive(watched, world, file, server.url, folder, clock)
     finally:
         server.stop()
         file.close()
@@ -183,7 +187,7 @@ def _world(
 
 
 def _drive(
-    controller: Controller,
+    controller: Watched,
     world: AgentWorld,
     file: JournalFile,
     url: str,
@@ -223,7 +227,7 @@ def _drive(
         log.warning("the durable tier does not answer; a commit is not done, or files are left")
 
 
-def _handle(controller: Controller, world: AgentWorld, file: JournalFile, event: Event) -> None:
+def _handle(controller: Watched, world: AgentWorld, file: JournalFile, event: Event) -> None:
     decisions = controller.handle(event)
     file.append(event, decisions)
     for decision in decisions:
@@ -243,9 +247,10 @@ def _watch_for_requests(folder: RunFolder, world: AgentWorld, inbox: Inbox) -> N
     world.stop(by or "request")
 
 
-def _publish(path: Path, data: bytes) -> None:
+def _publish(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace a file as a whole: a reader sees the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch(mode)
     temporary.write_bytes(data)
     temporary.replace(path)
 

@@ -1,4 +1,4 @@
-"""The one HTTP server of a run: agents connect here; liveness is asked here.
+"""The one HTTP server of a run: agents connect here; liveness and metrics are asked here.
 
 Runs on a thread of its own with its own event loop. What arrives is handed to the world at once;
 what goes out is queued per connection, bounded, so that one slow agent holds up nobody.
@@ -12,18 +12,21 @@ import hmac
 import logging
 import socket
 import threading
+from collections.abc import Callable
 
 import msgspec
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from orchestrator.protocol.agent import AGENT_PATH
 from orchestrator.protocol.messages import MESSAGE_MAX_BYTES, read_from_agent
+from orchestrator.server.metrics import reading_token
 from orchestrator.worlds.agents import AgentWorld
 
 log = logging.getLogger(__name__)
@@ -44,19 +47,28 @@ class Server:
     Args:
         world: takes what arrives.
         token: asked of every agent.
+        metrics: makes what `/metrics` answers to whoever shows `metrics.reading_token`; without it
+            there is no such path.
         host: address to listen at; loopback unless the cluster is not this machine.
         port: 0 has the system choose.
     """
 
     def __init__(
-        self, world: AgentWorld, token: str, *, host: str = "127.0.0.1", port: int = 0
+        self,
+        world: AgentWorld,
+        token: str,
+        *,
+        metrics: Callable[[], bytes] | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
-        self._world, self._token = world, token
+        self._world, self._token, self._metrics = world, token, metrics
         self._socket = _listen(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
-        app = Starlette(
-            routes=[WebSocketRoute(AGENT_PATH, self._agent), Route("/healthz", _healthz)]
-        )
+        routes = [WebSocketRoute(AGENT_PATH, self._agent), Route("/healthz", _healthz)]
+        if metrics is not None:
+            routes.append(Route("/metrics", self._scraped))
+        app = Starlette(routes=routes)
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -110,6 +122,14 @@ class Server:
             sender.cancel()
             with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.CancelledError):
                 await websocket.close()
+
+    async def _scraped(self, request: Request) -> Response:
+        assert self._metrics is not None
+        if not _authorised(request, reading_token(self._token)):
+            return PlainTextResponse("wrong token", 401, {"WWW-Authenticate": "Bearer"})
+        # Not on the loop: it waits for the controller, which may be deciding.
+        text = await asyncio.to_thread(self._metrics)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 class _Incoming(WebSocketsSansIOProtocol):

@@ -33,6 +33,8 @@ class RunFolder:
         """When the run's clock began (worlds.clock)."""
         self.token = self.root / "token"
         """Secret of every channel of this run; readable by its owner only."""
+        self.metrics_token = self.root / "metrics-token"
+        """Secret that lets its holder read the run's metrics, and nothing else (server.metrics)."""
         self.address = self.root / "controller.json"
         """`ControllerAddress` of the controller that lives, or was the last to."""
         self.controller_lock = self.root / "controller.lock"

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
+from trainer import pairs
 from trainer.abandoned import Abandoned
 from trainer.shares import Place
 
@@ -325,6 +326,8 @@ def shard(
         if mesh.size() > 1:
             sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+    if world.device.type == "cpu" and world.layout.dp_shard * world.layout.cp == len(pairs.PAIR):
+        pairs.exchange(part, world.wait)
 
 
 def last_of_step(model: nn.Module, world: World, *, last: bool, apart: bool) -> None:

@@ -1,5 +1,6 @@
 """Ranks that cut a model in three dimensions train what one rank would."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -35,8 +36,15 @@ LAYOUTS: list[dict[str, Any]] = [
     {**FIXED, "dp_replicate": 3, "cp": 2, "positions": "document"},
     {**FIXED, "pp": 2, "dp_shard": 2, "micro_batch": 1},
     {**FIXED, "pp": 2, "dp_shard": 2, "micro_batch": 1, "dp_replicate": 2},
+    {"dp_replicate": 2, "dp_shard": 2},
+    {"dp_replicate": 2, "dp_shard": 2, "plain": True},
+    {"dp_replicate": 2, "pp": 2},
+    {"dp_replicate": 2, "cp": 2},
+    {"dp_replicate": 2, "tp": 2},
+    {"pp": 2, "cp": 2},
+    {"cp": 2, "tp": 2},
 ]
-TWINS = [(3, 7), (8, 9), (10, 11), (12, 13)]
+TWINS = [(3, 7), (8, 9), (10, 11), (12, 13), (14, 15)]
 """Layouts of which the second has to come to the bits of the first."""
 
 
@@ -89,6 +97,14 @@ def came(folder: Path) -> list[Came]:
     ]
 
 
+def test_every_two_dimensions_and_the_three_of_llama_3_are_combined() -> None:
+    combined = [{name for name in Layout._fields if each.get(name, 1) > 1} for each in LAYOUTS]
+
+    for pair in itertools.combinations(Layout._fields, 2):
+        assert {*pair} in combined, pair
+    assert {"dp_shard", "pp", "tp"} in combined
+
+
 def test_every_layout_trains_what_one_rank_does_and_has_the_digest_of_its_state(
     tmp_path: Path,
 ) -> None:
@@ -102,7 +118,8 @@ def test_every_layout_trains_what_one_rank_does_and_has_the_digest_of_its_state(
         assert_digest_of_the_whole(cut)
     for first, second in TWINS:
         one, other = all_came[first], all_came[second]
-        # More replicas with deterministic reduction, or activations that are computed again.
+        # More replicas with deterministic reduction, activations that are computed again, or two
+        # ranks that tell each other weights and gradients in torch's own way.
         assert one.lanes() == other.lanes(), LAYOUTS[second]
         assert np.array_equal(one.steps, other.steps), LAYOUTS[second]
 

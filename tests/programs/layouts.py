@@ -2,7 +2,8 @@
 
     python -m tests.programs.layouts FOLDER LAYOUT...
 
-A layout is JSON: sizes of the dimensions, and fields of `spec.trainer` that differ. Every rank is
+A layout is JSON: sizes of the dimensions, and fields of `spec.trainer` that differ; with `plain`,
+FSDP gathers and adds up in torch's own way, whatever the trainer would have it do. Every rank is
 forked from here, takes part in the worlds that have a place for it, and leaves what it came to in
 FOLDER/LAYOUT-RANK.npz.
 """
@@ -17,6 +18,11 @@ from typing import Any
 
 import numpy as np
 from torch._C._distributed_c10d import FileStore, PrefixStore
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
@@ -43,9 +49,13 @@ class Recorder(Unheard):
         self.steps.append((loss, grad_norm))
 
 
-def trained(world: parallel.World, job: runfile.Trainer) -> dict[str, Any]:
+def trained(world: parallel.World, job: runfile.Trainer, *, plain: bool) -> dict[str, Any]:
     """Return steps, parts of weights with where they begin, and lanes."""
     training = Training(job, CONFIG, Samples(TOKENS, job), world)
+    for module in training.stages[0].modules() if plain else ():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(DefaultAllGather())
+            module.set_custom_reduce_scatter(DefaultReduceScatter())
     recorder = Recorder()
     for step in range(1, STEPS):
         training.step(step, recorder)
@@ -67,7 +77,7 @@ def take_part(rank: int, folder: Path, layouts: list[str]) -> None:
     for number, text in enumerate(layouts):
         fields = json.loads(text)
         sizes = {name: fields.pop(name) for name in Layout._fields if name in fields}
-        layout = Layout(**sizes)
+        layout, plain = Layout(**sizes), fields.pop("plain", False)
         if rank >= layout.world_size:
             continue
         settings: dict[str, Any] = {"steps": 20, "seq_len": 16, "global_batch": 8, "micro_batch": 2}
@@ -77,7 +87,7 @@ def take_part(rank: int, folder: Path, layouts: list[str]) -> None:
         world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
         store = FileStore(str(folder / f"store-{number}"), layout.world_size)
         world.join(PrefixStore("world", store), 60.0)
-        np.savez(folder / f"{number}-{rank}.npz", **trained(world, job))
+        np.savez(folder / f"{number}-{rank}.npz", **trained(world, job, plain=plain))
         world.gather([0.0])  # nobody leaves while others still need it
         world.leave()
 

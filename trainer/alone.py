@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from orchestrator.protocol.layout import Layout
 from trainer import parallel
 from trainer.data import Samples, open_data
+from trainer.feed import cursor_of
 from trainer.job import read_job
 from trainer.optim import STATES
 from trainer.step import Training, Unheard
@@ -63,16 +64,11 @@ def main() -> None:
     job = read_job(msgspec.json.decode(arguments.job.read_bytes()), size)
     with _world(job.trainer.device, job.layout) as world:
         sources = open_data(job.trainer.data, job.tokenizer, arguments.cache, lambda: None)
-        training = Training(
-            job.trainer,
-            job.config,
-            Samples(sources, job.trainer),
-            world,
-            empty=job.initial is not None,
-        )
-        if job.initial is not None:
-            job.initial.fill(training.parts)
+        samples = Samples(sources, job.trainer)
+        training = Training(job.trainer, job.config, samples, world, empty=job.has_begun)
         done = _load(training, arguments.saves) if arguments.save_every else 0
+        if not done:
+            done = job.begin(training, cursor_of(samples, job.trainer), lambda: None)
         reporter = Printed() if rank == 0 else Unheard()
         for step in range(done + 1, job.trainer.steps + 1):
             training.step(step, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -13,7 +14,9 @@ from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.pinned import ROOT_DIGITS, parts
 from orchestrator.worker import MisconfiguredError
+from trainer.checkpoint import Cursor
 from trainer.config import ModelConfig, model_config
+from trainer.step import Training
 from trainer.tokenizer import Tokenizer, open_tokenizer
 from trainer.weights.continuing import Continued, open_state
 from trainer.weights.sources import open_weights
@@ -37,6 +40,30 @@ class Job(NamedTuple):
     """A checkpoint of another run that it goes on from."""
     begun: str = ""
     """What the digest of either of them begins with; "" if it begins from its seed."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether weights are there to begin from: a model need not draw any."""
+        return self.initial is not None or self.continued is not None
+
+    def begin(self, training: Training, start: Cursor, check: Callable[[], None]) -> int:
+        """Fill in what the run file says to begin from; return the steps that lie behind that.
+
+        Args:
+            training: what to fill.
+            start: of a run of this job that has not begun.
+            check: called before each tensor; may raise.
+
+        Raises:
+            MisconfiguredError: if it is not what it was, or of other data.
+        """
+        done = 0
+        if self.continued is not None:
+            done = self.continued.fill(training.optimizer.shards, start, check)
+            training.optimizer.set_steps(done)
+        elif self.initial is not None:
+            self.initial.fill(training.parts, check)
+        return done
 
     @property
     def cadence(self) -> Cadence:

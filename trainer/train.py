@@ -51,23 +51,19 @@ def train(worker: Worker, seat: Seat) -> None:
             job.config,
             feed.samples,
             world,
-            empty=seat.restore is not None or job.initial is not None or job.continued is not None,
+            empty=seat.restore is not None or job.has_begun,
             note=note,
             detection=job.detection,
         )
         worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
         checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
-        done = 0
         if seat.restore is not None:
             feed.require_same(seat.restore.index)
             done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
             training.optimizer.set_steps(done)
-        elif job.continued is not None:
-            done = job.continued.fill(training.optimizer.shards, stamp.start, worker.check)
-            training.optimizer.set_steps(done)
-        elif job.initial is not None:
-            job.initial.fill(training.parts, worker.check)
+        else:
+            done = job.begin(training, stamp.start, worker.check)
         worker.reached("restored")
         try:
             cadence = worker.cadence or job.cadence

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +93,39 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(
         # One step of AdamW moves a weight by the learning rate at most, a hundredth of it here.
         assert not torch.equal(before, after), name
         torch.testing.assert_close(before, after, atol=1.1e-4, rtol=0, msg=name)
-    assert_another_cut_goes_on(run, folder)
+    after = assert_another_cut_goes_on(run, folder)
+    assert_it_goes_on_without_an_agent(run, folder, after, tmp_path)
 
 
-def assert_another_cut_goes_on(run: dict[str, Any], folder: str) -> None:
-    """One rank takes the state of several, to the bit, and goes on as one that never ended."""
+def assert_it_goes_on_without_an_agent(
+    run: dict[str, Any], folder: str, losses: list[float], tmp_path: Path
+) -> None:
+    job = {**run["spec"]["trainer"], "steps": 2, "microBatch": 4, "initFrom": None}
+    (tmp_path / "job.json").write_text(json.dumps({"trainer": {**job, "continueFrom": folder}}))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "trainer.alone", str(tmp_path / "job.json")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        cwd=REPOSITORY,
+        env=dict(os.environ, **world),
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    (line,) = done.stdout.splitlines()
+    said = line.split()
+    assert (said[:2], said[5]) == (["step", "2"], losses[0].hex())
+
+
+def assert_another_cut_goes_on(run: dict[str, Any], folder: str) -> list[float]:
+    """One rank takes the state of several, to the bit, and goes on as one that never ended.
+
+    Returns:
+        The loss of the step that it takes.
+    """
     trainer = {**run["spec"]["trainer"], "steps": 2, "microBatch": 4}
     further = read_job({"trainer": {**trainer, "initFrom": None, "continueFrom": folder}}, 1)
     assert further.continued is not None
@@ -107,8 +136,7 @@ def assert_another_cut_goes_on(run: dict[str, Any], folder: str) -> None:
         )
         training = Training(further.trainer, further.config, samples, world, empty=True)
         start = cursor_of(samples, further.trainer)
-        done = further.continued.fill(training.optimizer.shards, start, lambda: None)
-        training.optimizer.set_steps(done)
+        done = further.begin(training, start, lambda: None)
         for shard in training.optimizer.shards:
             for state in STATES:
                 assert torch.equal(getattr(shard, state), states[state].read(shard.name))
@@ -143,6 +171,7 @@ def assert_another_cut_goes_on(run: dict[str, Any], folder: str) -> None:
         other = {**trainer, "initFrom": None, "continueFrom": folder, **changed}
         with pytest.raises(MisconfiguredError, match=says):
             read_job({"trainer": other}, 1)
+    return after.losses
 
 
 class Heard(Unheard):

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from orchestrator.cli.choices import Output
 
+
+class _Questions(TyperGroup):
+    """Takes a run file for the one question that is asked of it: what its layout holds."""
+
+    def resolve_command(
+        self,
+        ctx: Any,  # noqa: ANN401 - of click, which newer versions of typer have inside
+        args: list[str],
+    ) -> tuple[str | None, Any, list[str]]:
+        """Return which command is meant, and its arguments."""
+        if args and Path(args[0]).suffix in {".yaml", ".yml", ".json"}:
+            args = ["layout", *args]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="plan",
-    help="Answer what a run needs before it starts: spares, checkpoint interval, ETTR, memory.",
+    cls=_Questions,
+    help="Answer what a run needs before it starts: spares, checkpoint interval, ETTR, memory. "
+    "`plan RUN.yaml` is `plan layout RUN.yaml`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

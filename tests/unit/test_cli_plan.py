@@ -288,6 +288,13 @@ def test_a_layout_is_told_for_the_run_s_model_and_for_published_ones(tmp_path: P
     assert any("left to all else (assumed)" in words for words in data["assumptions"])
 
 
+def test_a_run_file_needs_no_name_of_a_question(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+
+    assert told(path, "-o", "json") == told("layout", path, "-o", "json")
+    assert "No such file or directory" in holdfast("plan", "none.yaml").stderr
+
+
 def test_computing_layers_again_makes_a_layout_fit(tmp_path: Path) -> None:
     table = told("layout", run_file(tmp_path, activationCheckpointing="full"))
 

@@ -230,7 +230,8 @@ class Worker:
     def on_fault(self, callback: Callable[[Misbehave], None]) -> None:
         """Have `callback` called, on the main thread, with planned faults that only it can commit.
 
-        Those are within what it computes, such as a bit that flips; without a callback, they fail.
+        Those are within what it computes, such as a bit that flips. Without a callback, one of
+        them ends the run as misconfigured.
         """
         self._on_fault = callback
 
@@ -468,4 +469,7 @@ class Worker:
 
 
 def _unable(order: Misbehave) -> None:
-    raise NotImplementedError(f"this program has no way to commit {order.how}")
+    raise MisconfiguredError(
+        f"the fault plan asks for {order.how}, and this program has no way to commit it",
+        hint="give Worker.on_fault what commits it, or take the fault out of the plan",
+    )

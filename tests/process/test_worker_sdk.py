@@ -24,7 +24,7 @@ from orchestrator.protocol.rank import (
     frame,
     read_from_rank,
 )
-from orchestrator.worker import EXIT_STUCK, LEAVE_SHARE
+from orchestrator.worker import EXIT_MISCONFIGURED, EXIT_STUCK, LEAVE_SHARE
 from tests.programs.supervised import Agent
 
 pytestmark = pytest.mark.process
@@ -130,6 +130,20 @@ def test_a_newer_seat_is_an_abort_of_the_older(agent: Agent) -> None:
     finished = agent.hear(Finished)
     assert isinstance(finished, Finished)
     assert finished.generation == 2
+
+
+def test_a_fault_that_the_program_can_not_commit_is_a_mistake_in_the_plan(agent: Agent) -> None:
+    agent.seat(1)
+    agent.hear(Reached)
+
+    agent.send(Misbehave(how="flip-bit", options={"state": "weights"}))
+
+    died = agent.hear(Died)
+    assert isinstance(died, Died)
+    assert died.misconfigured
+    assert "asks for flip-bit, and this program has no way to commit it" in died.message
+    assert "hint: give Worker.on_fault what commits it" in died.message
+    assert agent.rank.wait(10) == EXIT_MISCONFIGURED
 
 
 def test_a_lost_peer_is_reported_and_the_process_waits_for_a_seat(agent: Agent) -> None:

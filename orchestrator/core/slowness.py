@@ -2,19 +2,24 @@
 
 Who computes for longer may have a slow device, or more to compute than anybody counted. The same
 short work on the suspect and on peers tells: where that takes longer, too, it is the device.
+
+Letters in array names: R ranks of the world.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
 from orchestrator.core.decisions import Decision, ProbeRanks
 from orchestrator.core.incident import STRAGGLER, Cause, Incident, Note
 from orchestrator.core.records import Slow
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
+from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import RankProbed
 
 PROBE_S = 1.0
@@ -87,24 +92,30 @@ def _answer_by(state: RunState, asked_at: Seconds) -> float:
     return asked_at + ANSWER_STEPS * state.step_times.quantile(0.99) + state.timeouts.form_s
 
 
+@lru_cache(maxsize=4)
+def alike(layout: Layout, world_size: int) -> npt.NDArray[np.int64]:
+    """Return a number for each rank, shape [R], that is the same for ranks with equal work."""
+    cuts: dict[tuple[int, int, int], int] = {}
+    numbers = np.empty(world_size, np.int64)
+    for rank in range(world_size):
+        at = layout.position(rank)
+        numbers[rank] = cuts.setdefault((at.pp, at.tp, at.cp), len(cuts))
+    return numbers
+
+
 def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
     """Return peers of a rank that are neither fast nor slow, on other nodes where there are."""
-    layout, paces = state.run.layout, state.paces
-    at = layout.position(rank)
-    alike = [
-        Rank(r)
-        for r in range(len(state.seats))
-        if r != rank and (p := layout.position(r)) and (p.pp, p.tp, p.cp) == (at.pp, at.tp, at.cp)
-    ]
+    number_R = alike(state.run.layout, len(state.seats))
     suspects = {slow.rank for slow in state.slow.values() if slow.generation == state.generation}
-    alike = [r for r in alike if r not in suspects]
-    if not alike or not paces.full:
+    others_R = number_R == number_R[rank]
+    others_R[[rank, *(each for each in suspects if each < len(number_R))]] = False
+    others = np.flatnonzero(others_R)
+    if not len(others) or not state.paces.full:
         return ()
-    rate_R = np.median(paces.compute_s_WR() / paces.work_WR(), axis=0)
-    usual = float(np.median(rate_R[alike]))
-    away = state.seats[rank]
-    alike.sort(key=lambda r: (state.seats[r] == away, abs(float(rate_R[r]) - usual), r))
-    return tuple(alike[:PEERS_PROBED])
+    rate = np.median(state.paces.compute_s_WR()[:, others] / state.paces.work_WR()[:, others], 0)
+    here = np.isin(others, state.ranks_of(state.seats[rank]))
+    order = np.lexsort((others, np.abs(rate - np.median(rate)), here))
+    return tuple(Rank(int(each)) for each in others[order[:PEERS_PROBED]])
 
 
 def answer(state: RunState, fact: RankProbed) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,6 @@ from orchestrator.core.incident import STRAGGLER, Cause, Finding
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, Rank, Seconds
-from orchestrator.protocol.layout import Layout
 
 Z_MIN = 5.0
 """Standard deviations (robust: median, MAD) from the peers' median."""
@@ -86,7 +84,7 @@ class Straggler:
             self._generation, self._marks = state.generation, {}
         self._looks = paces.looks
         rate_WR = rates(paces.compute_s_WR(), paces.work_WR())
-        ratio_R, slow = stragglers(rate_WR, peers(state.run.layout, len(state.seats)))
+        ratio_R, slow = stragglers(rate_WR, slowness.alike(state.run.layout, len(state.seats)))
         for rank, mark in self._marks.items():
             if ratio_R[rank] < RATIO_CLEAR:
                 self._marks[rank] = mark._replace(slow=False)
@@ -113,17 +111,6 @@ def rates(
 ) -> npt.NDArray[np.float64]:
     """Return seconds for a unit of work, shape [W, R]; NaN where nothing was measured."""
     return np.where(compute_s_WR > 0, compute_s_WR / work_WR, np.nan)
-
-
-@lru_cache(maxsize=4)
-def peers(layout: Layout, world_size: int) -> npt.NDArray[np.int64]:
-    """Return a number for each rank, shape [R], that is the same for ranks with equal work."""
-    cuts: dict[tuple[int, int, int], int] = {}
-    numbers = np.empty(world_size, np.int64)
-    for rank in range(world_size):
-        at = layout.position(rank)
-        numbers[rank] = cuts.setdefault((at.pp, at.tp, at.cp), len(cuts))
-    return numbers
 
 
 def stragglers(

@@ -55,11 +55,13 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
     found = found_slow(state)
     if not found:
         return ()
-    better = sum(spare not in found for spare in state.spares())
     pays = [
         slow for slow in found.values() if slow.node in state.seated and worth(state, slow).pays
     ]
+    if not pays:
+        return ()
     pays.sort(key=lambda slow: (-slow.share, slow.node))
+    better = sum(spare not in found for spare in state.spares())
     return tuple(slow.node for slow in pays[:better])
 
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.core.paces import WINDOWS, Paces
-from orchestrator.detect.straggler import RATIO_MIN, peers, rates, stragglers, what_if_s
+from orchestrator.core.slowness import alike
+from orchestrator.detect.straggler import RATIO_MIN, rates, stragglers, what_if_s
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.layout import Layout
 
@@ -56,7 +57,7 @@ def test_of_two_ranks_nobody_can_say_which_one_is_slow() -> None:
 
 def test_the_last_stage_of_a_pipeline_is_compared_with_itself_only() -> None:
     layout = Layout(pp=2, dp_replicate=4)
-    groups = peers(layout, 8)
+    groups = alike(layout, 8)
     last = [rank for rank in range(8) if layout.position(rank).pp == 1]
     heavy = dict.fromkeys(last, 1.5)
 

@@ -29,6 +29,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.copy
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.controller
+	$(BIN)/python -m tests.bench.takeover
 	$(BIN)/python -m tests.bench.reduction
 	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.trainer

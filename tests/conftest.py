@@ -1,7 +1,7 @@
 """What tests share: a hypothesis profile, and scripted nodes around a real controller."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -214,12 +214,17 @@ class Cluster:
 
     def start(self) -> StartGeneration:
         """Bring the cluster up to training in generation 1, with the initial state in memory."""
+        order = self.begin(("node-0", "node-1", "node-2"))
+        self.hold(0)
+        return order
+
+    def begin(self, nodes: Iterable[str]) -> StartGeneration:
+        """Bring the cluster up to training in generation 1 on these nodes."""
         self.tell(ControllerStarted(at=self.at(), incarnation=1))
-        for node in ("node-0", "node-1", "node-2"):
+        for node in nodes:
             self.join(node)
         (order,) = [d for d in self.found() if isinstance(d, StartGeneration)]
         self.resume()
-        self.hold(0)
         return order
 
     def resume(self) -> None:

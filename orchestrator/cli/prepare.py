@@ -214,6 +214,7 @@ def _archive(folder: RunFolder) -> None:
     """
     # The clock first: whatever comes in between, no life goes on by the clock of another.
     folder.clock.unlink(missing_ok=True)
+    folder.snapshot.unlink(missing_ok=True)
     folder.journal.replace(next_former_journal(folder))
 
 

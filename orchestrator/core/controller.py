@@ -70,6 +70,9 @@ class Controller:
         policies: Sequence[Policy],
         pacer: Pacer | None = None,
     ) -> None:
+        self.fixed: dict[str, object] = {"run": run, "timeouts": timeouts, "pacer": pacer}
+        """What it is made with and never changes, by name; of a snapshot it is no part."""
+        self.fixed |= {f"policy {n}": policy for n, policy in enumerate(policies)}
         recovery = run.spec.recovery
         self.state = RunState(run=run, timeouts=timeouts)
         self.state.budgets = {

@@ -86,6 +86,16 @@ class Journal(NamedTuple):
     """What was wrong with the end; "" if nothing was."""
 
 
+class Rest(NamedTuple):
+    """What could be read of a journal behind some line of it."""
+
+    entries: list[Entry]
+    good_bytes: int
+    """Where its sound part ends."""
+    torn: str
+    """What was wrong with the end; "" if nothing was."""
+
+
 class Mismatch(NamedTuple):
     """An event whose decisions came out differently when it was replayed."""
 
@@ -113,31 +123,45 @@ def read(data: bytes) -> Journal:
         JournalError: if it has no header, is of another version (JournalVersionError), or a line
             other than the last is damaged or missing.
     """
-    header: Header | None = None
+    first = next(_lines(data, 0), b"")
+    header, problem = read_line(first)
+    if header is None and len(first) < len(data):
+        raise JournalError(f"line 1 is damaged: {problem}, and others follow it")
+    if not isinstance(header, Header):
+        raise JournalError("no header in the first line; this is not a journal")
+    if header.version != VERSION:
+        raise JournalVersionError(f"line 1: version {header.version}, expected {VERSION}")
+    return Journal(header, *read_rest(data, len(first), 0))
+
+
+def read_rest(data: bytes, start: int, seq: int) -> Rest:
+    """Read what is behind an entry, or behind the header.
+
+    Args:
+        data: of the journal.
+        start: where that ends.
+        seq: of that entry, 0 for the header.
+
+    Raises:
+        JournalError: if a line other than the last is damaged or missing.
+    """
     entries: list[Entry] = []
-    good = 0
-    for number, raw in enumerate(_lines(data), start=1):
+    good = start
+    for number, raw in enumerate(_lines(data, start), start=seq + 2):
         record, problem = read_line(raw)
         if record is None:
             if good + len(raw) < len(data):
                 raise JournalError(f"line {number} is damaged: {problem}, and others follow it")
-            if header is None:
-                break
-            return Journal(header, entries, good, f"line {number} is torn: {problem}")
+            return Rest(entries, good, f"line {number} is torn: {problem}")
         if isinstance(record, Header):
-            if number != 1 or record.version != VERSION:
-                raise JournalVersionError(
-                    f"line {number}: version {record.version}, expected {VERSION}, in line 1 only"
-                )
-            header = record
-        elif record.seq != len(entries) + 1:
-            raise JournalError(f"line {number}: event {record.seq}, expected {len(entries) + 1}")
-        else:
-            entries.append(record)
+            raise JournalVersionError(
+                f"line {number}: version {record.version}, expected {VERSION}, in line 1 only"
+            )
+        if record.seq != number - 1:
+            raise JournalError(f"line {number}: event {record.seq}, expected {number - 1}")
+        entries.append(record)
         good += len(raw)
-    if header is None:
-        raise JournalError("no header in the first line; this is not a journal")
-    return Journal(header, entries, good, "")
+    return Rest(entries, good, "")
 
 
 def replay(controller: Controller, entries: list[Entry]) -> list[Mismatch]:
@@ -154,9 +178,8 @@ def replay(controller: Controller, entries: list[Entry]) -> list[Mismatch]:
     return mismatches
 
 
-def _lines(data: bytes) -> Iterator[bytes]:
+def _lines(data: bytes, start: int) -> Iterator[bytes]:
     # Not bytes.splitlines: that also cuts at a carriage return, which torn bytes may contain.
-    start = 0
     while start < len(data):
         end = data.find(b"\n", start) + 1 or len(data)
         yield data[start:end]

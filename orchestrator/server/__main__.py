@@ -17,23 +17,18 @@ from typing import TypeVar
 
 import msgspec
 
-from orchestrator import compose
 from orchestrator.core import journal
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import EndRun
-from orchestrator.core.events import ControllerStarted, Event, Inherited
+from orchestrator.core.events import ControllerStarted, Inherited
 from orchestrator.faults.plan import ArmedFault, FaultPlan
 from orchestrator.protocol.agent import ControllerAddress
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.app import Server
-from orchestrator.server.journal import (
-    AlreadyRunningError,
-    JournalFile,
-    inheritance,
-    lock,
-    replay,
-)
-from orchestrator.server.metrics import Metrics, Watched, reading_token
+from orchestrator.server.deciding import Deciding, take_over
+from orchestrator.server.journal import AlreadyRunningError, inheritance, lock
+from orchestrator.server.metrics import Metrics, reading_token
+from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule
@@ -92,28 +87,27 @@ def _run(folder: RunFolder, port: int) -> int:
     run = _decoded(folder.run_file, TrainingRun)
     _make_room_for_agents(run)
     try:
-        file = JournalFile(folder.journal, run)
-        controller = compose.controller(run)
-        replay(controller, file, folder.journal)
+        taken = take_over(folder, run)
+        controller, file = taken.controller, taken.file
         clock = RunClock(folder.clock, reached=controller.state.now)
         left = _left_by_a_former_life(folder, run, controller, clock)
     except journal.JournalError as error:
         log.error("%s; %s", error, error.hint)  # noqa: TRY400 - the message says it all
         return EXIT_UNTRUSTED
     if file.torn:
-        log.warning("journal cut behind event %d: %s", len(file.entries), file.torn)
+        log.warning("journal cut behind event %d: %s", file.mark().seq, file.torn)
     world = _world(run, folder, clock, controller)
-    world.resume(controller.state, file.entries)
+    world.resume(controller.state, taken.told.entries())
+    deciding = Deciding(taken, world, Snapshots(folder.snapshot, run.metadata.name))
     sys.setswitchinterval(SWITCH_S)
     token = folder.token.read_text(encoding="ascii").strip()
-    watched = Watched(controller, ((entry.event, entry.decisions) for entry in file.entries))
-    server = Server(world, token, metrics=Metrics(watched).text, port=port)
+    server = Server(world, token, metrics=Metrics(deciding.watched).text, port=port)
     _publish(folder.metrics_token, reading_token(token).encode(), mode=0o600)
     try:
         for event in left:
-            _handle(watched, world, file, event)
+            deciding.handle(event)
         server.start()
-        _drive(watched, world, file, server.url, folder, clock)
+        _drive(controller, world, deciding, server.url, folder, clock)
     finally:
         server.stop()
         file.close()
@@ -187,14 +181,14 @@ def _world(
 
 
 def _drive(
-    controller: Watched,
+    controller: Controller,
     world: AgentWorld,
-    file: JournalFile,
+    deciding: Deciding,
     url: str,
     folder: RunFolder,
     clock: RunClock,
 ) -> None:
-    """Decide, put on record, carry out: in this order, for every event."""
+    """Take over, and decide until the run has ended."""
     incarnation = controller.state.incarnation + 1
     ended = controller.state.phase.final
     address = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
@@ -212,11 +206,11 @@ def _drive(
     else:
         expected = []
         started = ControllerStarted(at=clock(), incarnation=incarnation)
-        _handle(controller, world, file, started)
+        deciding.handle(started)
         # Not before: what was asked of nobody is stamped after this controller began to live.
         asked.start()
         for event in world.events():
-            _handle(controller, world, file, event)
+            deciding.handle(event)
             inbox.settle(event)
     t = controller.state.timeouts
     deadline = time.monotonic() + t.abort_s + t.terminate_s + t.kill_s
@@ -225,13 +219,6 @@ def _drive(
         log.warning("did not leave in time: %s", ", ".join(left))
     if not world.settle(max(deadline - time.monotonic(), SETTLE_S)):
         log.warning("the durable tier does not answer; a commit is not done, or files are left")
-
-
-def _handle(controller: Watched, world: AgentWorld, file: JournalFile, event: Event) -> None:
-    decisions = controller.handle(event)
-    file.append(event, decisions)
-    for decision in decisions:
-        world.carry_out(decision)
 
 
 def _watch_for_requests(folder: RunFolder, world: AgentWorld, inbox: Inbox) -> None:

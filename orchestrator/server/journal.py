@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator import compose
 from orchestrator.core import heritage, journal
-from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import (
     CarryOutFault,
     CommitCheckpoint,
@@ -17,11 +17,27 @@ from orchestrator.core.decisions import (
     StartGeneration,
 )
 from orchestrator.core.events import Event, Inherited
+from orchestrator.core.snapshot import SnapshotError
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
 
+CHECKSUM_BYTES = 16
+"""With which a line begins."""
 _MUST_LAST = (StartGeneration, CommitCheckpoint, CarryOutFault, EndRun)
 """Decisions that nobody may see the effect of before they are on the disk."""
+
+
+class Mark(NamedTuple):
+    """A place between two lines of a journal."""
+
+    seq: int
+    """Of the entry in the line before it; 0 for the header."""
+    begin: int
+    """Where that line begins, bytes."""
+    offset: int
+    """Where it ends."""
+    checksum: str
+    """Of that line, as it stands there."""
 
 
 class AlreadyRunningError(Exception):
@@ -43,19 +59,6 @@ def lock(path: Path) -> int:
         os.close(descriptor)
         raise AlreadyRunningError(f"held by another process: {path}") from None
     return descriptor
-
-
-def replay(controller: Controller, file: JournalFile, path: Path) -> None:
-    """Bring a fresh controller to where the last one stood.
-
-    Raises:
-        JournalError: if it would have decided otherwise.
-    """
-    mismatches = journal.replay(controller, file.entries)
-    if mismatches:
-        raise journal.JournalError(
-            f"event {mismatches[0].seq} leads to other decisions than it did: {path}"
-        )
 
 
 def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
@@ -87,54 +90,77 @@ def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
     return heritage.left_by(former.state, at)
 
 
+class MarkError(SnapshotError):
+    """The journal does not have the line that a snapshot was taken at."""
+
+
 class JournalFile:
     """Appends entries. Whoever makes one must hold the controller's lock.
 
     Args:
         path: of the journal; made with its header if it is not there.
         run: goes into a new header, and must equal that of an old one.
+        after: only what is behind this place is read; None for all of it.
 
     Attributes:
-        entries: what was there before.
+        entries: what was there before, behind that place.
         torn: what was wrong with the end of what was there; "" if nothing was.
 
     Raises:
         JournalError: if what is there can not be trusted, or is of another run.
+        MarkError: if there is no such place.
     """
 
-    def __init__(self, path: Path, run: TrainingRun) -> None:
+    def __init__(self, path: Path, run: TrainingRun, after: Mark | None = None) -> None:
         self.entries: list[journal.Entry] = []
         self.torn = ""
         header = journal.line(journal.Header(run_id=run.metadata.name, run=run))
-        data = path.read_bytes() if path.exists() else b""
-        # A header that was cut short has nothing behind it: the run had not begun.
-        if data and not header.startswith(data):
-            read = journal.read(data)
-            if read.header.run != run:
-                raise journal.JournalError(f"journal is of another run file: {path}")
-            self.entries, self.torn = read.entries, read.torn
-            good = read.good_bytes
+        if after is not None:
+            rest = _behind(after, header, path)
+            self.entries, self.torn = rest.entries, rest.torn
+            good = after.offset + rest.good_bytes
         else:
-            good = 0
+            good = self._read(path, header, run)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._file, good)
         os.lseek(self._file, good, os.SEEK_SET)
-        self._sequence = len(self.entries)
         if good == 0:
             self._write(header)
+            good = len(header)
+        self._mark = Mark(len(self.entries) + (after.seq if after else 0), 0, good, "")
         os.fsync(self._file)
 
-    def append(self, event: Event, decisions: list[Decision]) -> None:
+    def _read(self, path: Path, header: bytes, run: TrainingRun) -> int:
+        """Read all of a journal, if there is one; return where its sound part ends."""
+        data = path.read_bytes() if path.exists() else b""
+        # A header that was cut short has nothing behind it: the run had not begun.
+        if header.startswith(data):
+            return 0
+        read = journal.read(data)
+        if read.header.run != run:
+            raise journal.JournalError(f"journal is of another run file: {path}")
+        self.entries, self.torn = read.entries, read.torn
+        return read.good_bytes
+
+    def append(self, event: Event, decisions: list[Decision]) -> journal.Entry:
         """Put an event and its decisions on record.
 
         Raises:
             OSError: if there is no room; then nobody may act on the decisions.
         """
-        self._sequence += 1
-        entry = journal.Entry(seq=self._sequence, event=event, decisions=tuple(decisions))
-        self._write(journal.line(entry))
+        entry = journal.Entry(seq=self._mark.seq + 1, event=event, decisions=tuple(decisions))
+        line = journal.line(entry)
+        self._write(line)
+        begin = self._mark.offset
+        self._mark = Mark(entry.seq, begin, begin + len(line), line[:CHECKSUM_BYTES].decode())
         if any(isinstance(decision, _MUST_LAST) for decision in decisions):
             os.fdatasync(self._file)
+        return entry
+
+    def mark(self) -> Mark:
+        """Make what is there last, and return where it ends."""
+        os.fdatasync(self._file)
+        return self._mark
 
     def close(self) -> None:
         """Make it all last and close the file."""
@@ -145,3 +171,22 @@ class JournalFile:
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]
+
+
+def _behind(mark: Mark, header: bytes, path: Path) -> journal.Rest:
+    """Return what is behind a mark, from which its places count; nothing before it is read.
+
+    Raises:
+        MarkError: if the journal has another header, or another line or none at the mark.
+    """
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            raise MarkError("is of a journal with another header")
+        file.seek(mark.begin)
+        line = file.read(mark.offset - mark.begin)
+        entry, problem = journal.read_line(line)
+        if not isinstance(entry, journal.Entry):
+            raise MarkError(f"is of event {mark.seq}, which the journal does not have: {problem}")
+        if (entry.seq, line[:CHECKSUM_BYTES].decode()) != (mark.seq, mark.checksum):
+            raise MarkError(f"is of another event {mark.seq} than the journal has")
+        return journal.read_rest(file.read(), 0, mark.seq)

@@ -12,7 +12,7 @@ import hmac
 import statistics
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import TypeVar
 
@@ -21,17 +21,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from orchestrator.core.controller import Controller
-from orchestrator.core.decisions import AbandonCheckpoint, CommitCheckpoint, Decision
-from orchestrator.core.events import (
-    CheckpointCommitted,
-    CheckpointFound,
-    CheckpointJudged,
-    CommitFailed,
-    Event,
-)
+from orchestrator.core.decisions import Decision
+from orchestrator.core.events import Event
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.state import RunState
-from orchestrator.protocol.ids import Generation, Step
+from orchestrator.server.counts import Counts
 
 T = TypeVar("T")
 Row = tuple[tuple[str, ...], float]
@@ -48,53 +42,17 @@ def reading_token(token: str) -> str:
     return hmac.new(token.encode(), b"holdfast metrics", hashlib.sha256).hexdigest()
 
 
-class Counts:
-    """What the state does not keep: how often something happened, in all lives of a controller."""
-
-    def __init__(self) -> None:
-        self.commits = self.failures = self.damages = self.bytes = 0
-        self._ordered: dict[tuple[Step, Generation], int] = {}
-        """Bytes of checkpoints whose commit was ordered and is not answered yet."""
-
-    def take(self, event: Event, decisions: Iterable[Decision]) -> None:
-        """Take in an event and what was decided then, in the order of the journal."""
-        match event:
-            case CheckpointCommitted(step=step, epoch=epoch):
-                self.commits += 1
-                self.bytes += self._ordered.pop((step, epoch), 0)
-            case CommitFailed(step=step, epoch=epoch):
-                self.failures += 1
-                if not event.again:
-                    self._ordered.pop((step, epoch), None)
-            case CheckpointJudged(verdict=verdict):
-                self.damages += not verdict.good
-            case CheckpointFound(rejected=rejected):
-                self.damages += len(rejected)
-            case _:
-                pass
-        for decision in decisions:
-            if isinstance(decision, CommitCheckpoint):
-                size = sum(receipt.size for receipt in decision.receipts)
-                self._ordered[decision.step, decision.generation] = size
-            elif isinstance(decision, AbandonCheckpoint):
-                self.failures += 1
-
-
 class Watched:
     """A controller at whose state another thread may look, between two events.
 
     Args:
-        controller: that has replayed what is on record.
-        before: what that is.
+        controller: that stands where the last one stood.
+        counts: of what is on record.
     """
 
-    def __init__(
-        self, controller: Controller, before: Iterable[tuple[Event, Sequence[Decision]]] = ()
-    ) -> None:
-        self._controller, self._lock = controller, threading.Lock()
-        self._counts = Counts()
-        for event, decisions in before:
-            self._counts.take(event, decisions)
+    def __init__(self, controller: Controller, counts: Counts) -> None:
+        self._controller, self._counts = controller, counts
+        self._lock = threading.Lock()
 
     @property
     def state(self) -> RunState:

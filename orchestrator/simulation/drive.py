@@ -13,13 +13,17 @@ from typing import Protocol
 import numpy as np
 
 from orchestrator import compose
-from orchestrator.core import journal
+from orchestrator.core import journal, snapshot
 from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import ControllerStarted, Event
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worlds.simulated.world import SimulatedWorld
+
+SNAPSHOT_EVERY = 250
+"""Events between snapshots, where controllers are killed. Often enough that most successors go on
+from one, and seldom enough to cost little beside the checks of every event."""
 
 
 class Checker(Protocol):
@@ -95,6 +99,8 @@ class Simulation:
         self.events = 0
         self.controller_s = 0.0
         self._killed = False
+        self._snapshot: tuple[int, bytes] | None = None
+        """How many events there had been, and what the controller knew."""
 
     def conduct(self, until: Seconds) -> bool:
         """Run to the end, at most until a moment; return whether it has ended by then."""
@@ -122,6 +128,8 @@ class Simulation:
             self._killed = True
             return
         self._append(event, decisions)
+        if self._dying is not None and self.events % SNAPSHOT_EVERY == 0:
+            self._snapshot = (self.events, snapshot.take(self.controller))
         # What is not on record was never decided.
         for check in self._checkers:
             check(self.controller, event, decisions)
@@ -151,6 +159,16 @@ class Simulation:
         self.controller = compose.controller(self._run)
         mismatches = journal.replay(self.controller, self.entries)
         assert not mismatches, f"event {mismatches[0].seq} is decided otherwise when replayed"
+        if self._snapshot is not None:
+            self._go_on_from(*self._snapshot)
         self._world.resume(self.controller.state, self.entries)
         incarnation = self.controller.state.incarnation + 1
         self._handle(ControllerStarted(at=self._world.now, incarnation=incarnation))
+
+    def _go_on_from(self, events: int, taken: bytes) -> None:
+        """Have the one decide that goes on from a snapshot, as live ones do."""
+        whole = snapshot.take(self.controller)
+        self.controller = snapshot.restore(taken, compose.controller(self._run))
+        mismatches = journal.replay(self.controller, self.entries[events:])
+        assert not mismatches, f"event {mismatches[0].seq} is decided otherwise from a snapshot"
+        assert snapshot.take(self.controller) == whole, "a snapshot leads elsewhere than the events"

@@ -25,6 +25,8 @@ class RunFolder:
         self.root = root.absolute()
         self.journal = self.root / (life or JOURNAL)
         """Every event and decision of this life (core.journal); `former_journals` has others."""
+        self.snapshot = self.root / "snapshot"
+        """What the controller knew at a line of the journal (server.snapshots)."""
         self.run_file = self.root / "run.json"
         """The run as it was read, `TrainingRun` as JSON."""
         self.plan_file = self.root / "plan.json"

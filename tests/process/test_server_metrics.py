@@ -27,6 +27,7 @@ from orchestrator.core.trust import Verdict
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.server.counts import Counts
 from orchestrator.server.metrics import Metrics, Watched, reading_token
 from orchestrator.worlds.folder import RunFolder
 from tests import runfiles
@@ -66,7 +67,10 @@ def listed_names() -> set[str]:
 
 def watched(*before: tuple[Event, list[Decision]]) -> Watched:
     run = compose.parse(runfiles.text(), TrainingRun, "run.yaml")
-    return Watched(compose.controller(run), before)
+    counts = Counts()
+    for event, decisions in before:
+        counts.take(event, decisions)
+    return Watched(compose.controller(run), counts)
 
 
 @pytest.mark.process

@@ -116,7 +116,9 @@ class Cluster:
     def tick(self) -> list[Decision]:
         return self.tell(Tick(at=self.at()))
 
-    def exit(self, rank: int, code: int = -9, *, step: int = 0, kind: str = "") -> list[Decision]:
+    def exit(
+        self, rank: int, code: int = -9, *, step: int = 0, kind: str = "", refused: bool = False
+    ) -> list[Decision]:
         return self.say(
             self.state.seats[rank],
             RankExited(
@@ -129,6 +131,7 @@ class Cluster:
                 kind=kind,
                 message="x",
                 traceback='  File "a.py", line 1, in f' if kind else "",
+                misconfigured=refused,
             ),
         )
 

@@ -40,8 +40,9 @@ def outcome(state: RunState | None, folder: RunFolder, timed_out_s: float | None
         )
     if state is not None and end == "Failed":
         reason, _, hint = units.printable(state.end_reason).partition("\nhint: ")
+        refused = state.incident is not None and state.incident.kind == "misconfigured"
         return Outcome(
-            Exit.RUN_FAILED,
+            Exit.USAGE if refused else Exit.RUN_FAILED,
             f"run {state.run.metadata.name} failed: {reason.rstrip()}\nit was {where}",
             hint or f"`holdfast describe incident --run {folder.root}`; {_GOES_ON}",
         )

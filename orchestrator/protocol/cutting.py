@@ -29,7 +29,7 @@ def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obst
 
     Shares of the global batch are taken to be equal, or are looked at elsewhere.
     """
-    found = [*_sizes(model, job, layout)]
+    found = [*_lengths(model, job), *_sizes(model, job, layout)]
     if layout.pp > 1 and stages_per_rank(job) > 1 and job.reduction == "deterministic":
         found.append(
             Obstacle(
@@ -104,6 +104,17 @@ def _even(amount: int, count: int) -> list[int]:
     """Cut an amount into equal parts; what is left over goes to the parts after the first."""
     each, rest = divmod(amount, count)
     return [each + ((i - 1) % count < rest) for i in range(count)]
+
+
+def _lengths(model: ModelConfig, job: Trainer) -> Iterator[Obstacle]:
+    """Yield which sequences are longer than the model may have them."""
+    later = (("spec.trainer.lengthRamp: seqLen", length) for length in _later(job))
+    for name, length in (("spec.trainer.seqLen", job.seq_len), *later):
+        if length > model.max_length:
+            yield Obstacle(
+                f"{name} is {length}, expected at most the model's maxLength = {model.max_length}",
+                "make it shorter; of a model with sizes of its own, maxLength may be raised",
+            )
 
 
 def _sizes(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacle]:

@@ -47,6 +47,8 @@ class ModelConfig(
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
     rope_scaling: RopeScaling | None = None
+    max_length: int = 131_072
+    """Tokens of the longest sequence that it is trained on. Source: arXiv 2407.21783, 3.4.2."""
 
     @property
     def head_dim(self) -> int:
@@ -68,6 +70,7 @@ class ModelConfig(
     def fingerprint(self) -> str:
         """Sixteen hex digits that differ whenever a size does; marks checkpoints."""
         sizes = msgspec.to_builtins(self)
+        del sizes["maxLength"]  # no weight depends on it
         if self.rope_scaling is None:
             # As it was before there was such a choice: checkpoints of then are still ours.
             del sizes["ropeScaling"]
@@ -84,7 +87,15 @@ PRESETS: dict[str, ModelConfig] = {
 
 def misfits(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Yield what does not fit together in sizes, each as message and hint."""
-    sizes = (config.dim, config.layers, config.heads, config.kv_heads, config.ffn_dim, config.vocab)
+    sizes = (
+        config.dim,
+        config.layers,
+        config.heads,
+        config.kv_heads,
+        config.ffn_dim,
+        config.vocab,
+        config.max_length,
+    )
     if min(sizes) < 1:
         yield f"a size is {min(sizes)}", "sizes are at least 1"
         return

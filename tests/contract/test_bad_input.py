@@ -376,7 +376,7 @@ def test_a_trainer_that_raises_on_every_start_ends_with_its_own_traceback(job: M
 def test_an_entrypoint_that_is_not_there_is_named_at_once(job: Make) -> None:
     one = job(trainer__entrypoint="nowhere.such:main")
 
-    message, hint = refused(one, code=3)
+    message, hint = refused(one, code=2)
 
     assert "No module named 'nowhere'" in message
     assert "Import the entrypoint by hand" in hint
@@ -505,7 +505,7 @@ def test_what_the_trainer_can_not_read_ends_the_run_at_once(
     one = _llama(job, **changes)
 
     # Importing torch takes its time where others compute, too.
-    told = refused(one, code=3, timeout_s=100)
+    told = refused(one, code=2, timeout_s=100)
 
     assert "refused its job" in told[0]
     assert message in told[0]
@@ -522,7 +522,7 @@ def test_the_checkpoint_of_another_model_is_refused_with_what_differs(
     assert one.conduct("--quiet", timeout_s=100)[0] == 0
     before = files(tmp_path / "tier")
 
-    message, hint = refused(other, code=3, timeout_s=100)
+    message, hint = refused(other, code=2, timeout_s=100)
 
     assert "refused its job" in message
     assert "model" in message

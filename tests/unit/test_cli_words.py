@@ -9,8 +9,10 @@ from orchestrator.cli import drill, reporting
 from orchestrator.cli.errors import Exit
 from orchestrator.cli.outcome import outcome
 from orchestrator.core.report import incident_reports
+from orchestrator.worker import EXIT_MISCONFIGURED
 from orchestrator.worlds.folder import RunFolder
-from tests.journals import killed_rank
+from tests.conftest import Cluster
+from tests.journals import killed_rank, raising
 
 
 def test_training_that_was_not_interrupted_does_not_start_again() -> None:
@@ -39,3 +41,15 @@ def test_a_drill_that_was_cut_short_can_only_be_made_anew(
     assert "goes on" not in error.hint
     assert "another folder with --out" in error.hint
     assert ("--timeout" in error.hint) is (error.code is Exit.TIMED_OUT)
+
+
+def test_a_run_of_a_bad_file_ends_as_a_command_does_that_was_given_one(tmp_path: Path) -> None:
+    refused, folder = Cluster(), RunFolder(tmp_path)
+    refused.start()
+    refused.exit(0, EXIT_MISCONFIGURED, kind="MisconfiguredError", refused=True)
+
+    ended = outcome(refused.state, folder, None)
+
+    assert ended.code is Exit.USAGE
+    assert "refused its job" in ended.message
+    assert outcome(raising().state, folder, None).code is Exit.RUN_FAILED

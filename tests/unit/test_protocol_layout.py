@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.protocol.cutting import nearest, obstacles, stages
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.runfile import Parallelism, Trainer
+from orchestrator.protocol.runfile import LengthChange, Parallelism, Trainer
 from orchestrator.protocol.sizes import PRESETS, ModelConfig, misfits
 
 layouts = st.builds(Layout, *[st.integers(1, 3)] * 5)
@@ -100,6 +100,14 @@ TINY = ModelConfig(dim=32, layers=4, heads=4, kv_heads=2, ffn_dim=64, vocab=64)
             8,
             "the 8 stages of pp 4 x stagesPerRank 2",
             "pp 2",
+        ),
+        ({}, {"seq_len": 131_073}, 1, "seqLen is 131073, expected at most the", "shorter"),
+        (
+            {},
+            {"length_ramp": (LengthChange(tokens=8 * 32, seq_len=262_144),)},
+            1,
+            "spec.trainer.lengthRamp: seqLen is 262144, expected at most the model's maxLength",
+            "may be raised",
         ),
         ({"pp": 2}, {}, 2, "microBatch is 8, which makes 1", "to 4 or less"),
         ({"pp": 2}, {"global_batch": 4}, 8, "expected at least pp = 2", "dpReplicate 1"),

@@ -114,11 +114,13 @@ def _told(weights: Weights) -> dict[str, object]:
     stored = {id(s): s for s in weights.stored.values()}.values()
     types = Counter(str(s.dtype).removeprefix("torch.") for s in stored)
     known = [name for name, config in PRESETS.items() if config == weights.config]
+    sizes = msgspec.to_builtins(weights.config)
+    del sizes["maxLength"]  # of a run, not of weights
     return {
         "where": weights.where,
         "layout": weights.layout,
         "model": known[0] if known else None,
-        "sizes": msgspec.to_builtins(weights.config),
+        "sizes": sizes,
         "parameters": weights.parameters,
         "types": dict(sorted(types.items())),
         "tied": weights.tied,

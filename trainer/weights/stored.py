@@ -164,6 +164,8 @@ class Weights:
                     f"{name} is {what}, expected {list(shape)}: {self.where}", hint=hint
                 )
         for field in ModelConfig.__struct_fields__:
+            if field == "max_length":
+                continue  # weights may go on to longer sequences than they have seen
             found, expected = getattr(self.config, field), getattr(config, field)
             if found != expected:
                 raise MisconfiguredError(

@@ -5,18 +5,27 @@ whether the checkpoint is being deleted; who deletes first says so and then look
 of the two sees the other, whatever the order, and gives way.
 """
 
+import logging
 import re
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from storage import keys
 from storage.blob import BlobStore
+from storage.errors import StorageError
 from storage.verdicts import Where
+
+log = logging.getLogger(__name__)
 
 LEASES = "leases/"
 SKEW_S = 300.0
 """Clocks of two machines may differ by so much without harm."""
 LEASE_S_MAX = 7 * 86_400.0
+RENEWALS = 3
+"""A lease that is kept is renewed so often before it would end: one or two may fail."""
+_END_WITHIN_S = 10.0
 
 _HOLDER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -59,6 +68,41 @@ class Leases:
     def drop(self, key: str) -> None:
         """Give a lease back."""
         self._store.delete(key)
+
+    @contextmanager
+    def kept(self, step: int, epoch: int, holder: str, lasts_s: float) -> Iterator[None]:
+        """Hold a lease while the block runs, however long that is, and give it back then.
+
+        It is renewed by a thread. A store that does not answer ends no reading: the lease then ends
+        by itself, `lasts_s` after it was renewed last, and so does one whose holder was killed.
+
+        Raises:
+            StorageError: if it can not be taken.
+            ValueError: as `take`.
+        """
+        held, over = self.take(step, epoch, holder, lasts_s), threading.Event()
+
+        def renew() -> None:
+            nonlocal held
+            while not over.wait(lasts_s / RENEWALS):
+                try:
+                    newer = self.take(step, epoch, holder, lasts_s)
+                    former, held = held, newer
+                    self.drop(former)
+                except StorageError as error:
+                    log.warning("lease of checkpoint %d@%d is not renewed: %s", step, epoch, error)
+
+        renewing = threading.Thread(target=renew, name="holdfast-lease", daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewing.join(_END_WITHIN_S)
+            try:
+                self.drop(held)
+            except StorageError as error:
+                log.warning("lease is not given back and ends by itself: %s (%s)", held, error)
 
     def held(self, step: int, epoch: int) -> bool:
         """Return whether somebody has a lease that has not ended, by any clock that is sound."""

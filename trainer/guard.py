@@ -28,11 +28,14 @@ class Guard:
 
     Attributes:
         reason: what it raised, or why it was given up; "" while it works.
+        stopped: whether ranks go without it, this one or another one: there is nobody to compare
+            with.
     """
 
     def __init__(self, detector: str) -> None:
         self._detector = detector
         self.reason = ""
+        self.stopped = False
         self._told = False
 
     @property
@@ -56,8 +59,13 @@ class Guard:
             return otherwise
 
     def give_up(self, reason: str) -> None:
-        """Ask it no more: it works, and what it says means nothing."""
+        """Ask it no more, on any rank: it works, and what it says means nothing."""
         self.reason = self.reason or reason
+        self.stopped = True
+
+    def stop(self) -> None:
+        """Hear that some rank goes without it."""
+        self.stopped = True
 
     def tell(self, told: Told) -> None:
         """Say once that it is off, if it is."""

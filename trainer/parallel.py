@@ -342,6 +342,15 @@ def last_of_step(model: nn.Module, world: World, *, last: bool, apart: bool) -> 
                 module.set_reshard_after_backward(last, recurse=False)
 
 
+def not_to_be_added_up(model: nn.Module, world: World) -> None:
+    """Say that the next backward pass is for this rank's eyes only: no rank adds anything up."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(False, recurse=False)
+            if world.shards == 1:
+                module.set_reshard_after_backward(True, recurse=False)
+
+
 def let_go(model: nn.Module) -> None:
     """Hold no more than this rank's part of the weights, after a pass that no backward follows."""
     for module in model.modules():

@@ -11,81 +11,18 @@ Letters: r a rank, s the shift.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
-from trainer.digest import digest
-from trainer.guard import Guard
 from trainer.shares import Share
 
 HALF = 1 << 32
 VOTERS_MIN = 3
 TRIED_MAX = 3
 """Micro-batches that all ranks compute once more to find out who was wrong."""
-
-
-class Probe:
-    """Digests a model's gradient as it comes out of the backward pass, before ranks add it up.
-
-    Args:
-        guard: of what is not to break off that pass, in which other ranks add up with this one.
-    """
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._hooked: set[int] = set()
-        self._total: Tensor | None = None
-        self._active = False
-
-    def begin(self, model: nn.Module) -> None:
-        """Digest what the next backward pass gives."""
-        self._guard.call(lambda: self._hook_to(model), None)
-        self._total, self._active = None, not self._guard.off
-
-    def _hook_to(self, model: nn.Module) -> None:
-        for name, weight in _whole_weights(model):
-            if id(weight) not in self._hooked:
-                self._hooked.add(id(weight))
-                weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
-
-    def end(self, loss: Tensor) -> Tensor:
-        """Return the digest of the gradient and the loss; int64, nobody has waited for it.
-
-        It means nothing if the guard says that the detector is off.
-        """
-        self._active = False
-        nothing = torch.zeros((), dtype=torch.int64, device=loss.device)
-        total = self._guard.call(lambda: digest(loss, "loss"), nothing)
-        return total if self._total is None else total + self._total
-
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def take(gradient: Tensor) -> None:
-            if self._active:
-                self._guard.call(lambda: self._add(digest(gradient, f"micro-batch/{name}")), None)
-
-        return take
-
-    def _add(self, share: Tensor) -> None:
-        self._total = share if self._total is None else self._total + share
-
-
-def _whole_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the weights as layers see them, which is where gradients of one rank come to be.
-
-    FSDP makes them with the first forward pass, and keeps the tensors for the life of the model.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state: Any = module._get_fsdp_state()  # noqa: SLF001 - no public name has them
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
-        for place, group in enumerate(each for each in groups if each is not None):
-            for number, weight in enumerate(group.fsdp_params):
-                yield f"{path}.{place}.{number}", weight.unsharded_param
 
 
 def halves(digests: Tensor) -> Tensor:

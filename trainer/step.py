@@ -54,6 +54,9 @@ class Reporter(Protocol):
     ) -> None:
         """Hear that some ranks compute wrongly, or may do."""
 
+    def looked_again(self, step: int, *, because: str) -> None:
+        """Hear that a step stood out, and came out the same when it was computed once more."""
+
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
 
@@ -88,8 +91,10 @@ class Word(NamedTuple):
 WORD_AT = 2
 """Where what a rank says begins in what it sends to all: behind a sum of squares and a mark."""
 OFF_AT = WORD_AT + len(Word._fields)
-"""And behind that, whether it digests nothing any more; then digests, then losses."""
-DIGESTS_AT = OFF_AT + 1
+"""And behind that, whether it digests nothing any more; then doubts, digests and losses."""
+DOUBT_AT = OFF_AT + 1
+"""What it says of its own numbers in this step (trainer.doubts)."""
+DIGESTS_AT = DOUBT_AT + 1
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -113,6 +118,9 @@ class Unheard:
     def diverged(
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:
+        """Ignore it."""
+
+    def looked_again(self, step: int, *, because: str) -> None:
         """Ignore it."""
 
     def detector_failed(self, detector: str, reason: str) -> None:
@@ -209,28 +217,22 @@ class Training:
         self.injected.strike(step, self._held())
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
+            if self._replays is not None:
+                self._replays.doubts.forget()
         self._announce(reporter, RankPhase.DATA)
-        losses, gradients = self._gradients(step, reporter)
-        while self._replays is not None and self._replays.differ(step, reporter):
-            # Thrown away before it moved anything; of a device that is wrong at times, it may
-            # come out well now.
-            losses, gradients = self._gradients(step, reporter)
-        word = say()
-        self._announce(reporter, RankPhase.OPTIMIZER)
-        squares = self.optimizer.set_gradients(gradients)
-        held = list(self._held(gradients))
-        self.injected.strike(step, held[-1:])
-        digests = self._digest(step, held)
-        said = torch.tensor([self.samples.mark, *word, self._guard.off], dtype=torch.float64)
-        shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
-        own = torch.cat((squares.view(1), self._sent(said), shown, losses))
-        # On a GPU, this is where the host waits for the step, and the only place.
-        rows = self.world.gather(own)
-        self._require_same_data([row[1] for row in rows])
-        # Every rank adds the same numbers in the same way: they report, and clip by, equal bits.
-        loss = math.fsum(loss for row in rows for loss in row[LOSSES_AT:]) / self.tokens
-        replica = self.world.layout.ranks_of(replica=0)
-        grad_norm = global_norm(rows[rank][0] for rank in replica)
+        word: Word | None = None
+        while True:
+            losses, gradients = self._sound_gradients(step, reporter)
+            word = word or say()
+            self._announce(reporter, RankPhase.OPTIMIZER)
+            rows, digests = self._exchange(step, word, losses, gradients)
+            # Every rank adds the same numbers in the same way: they report, and clip by, equal
+            # bits, and are in doubt about the same steps.
+            loss = math.fsum(loss for row in rows for loss in row[LOSSES_AT:]) / self.tokens
+            replica = self.world.layout.ranks_of(replica=0)
+            grad_norm = global_norm(rows[rank][0] for rank in replica)
+            if not self._is_thrown_away(step, rows, loss, grad_norm, reporter):
+                break
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
             told = [None if row[OFF_AT] else row[DIGESTS_AT:LOSSES_AT] for row in rows]
@@ -251,9 +253,51 @@ class Training:
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
 
+    def _exchange(
+        self, step: int, word: Word, losses: Tensor, gradients: list[Tensor]
+    ) -> tuple[list[list[float]], dict[Kind, Tensor]]:
+        """Return what each rank has to tell of a step, and the digests of this rank's state."""
+        squares = self.optimizer.set_gradients(gradients)
+        held = list(self._held(gradients))
+        self.injected.strike(step, held[-1:])
+        digests = self._digest(step, held)
+        doubt = self._replays.doubts.word() if self._replays is not None else 0.0
+        said = torch.tensor([self.samples.mark, *word, self._guard.off, doubt], dtype=torch.float64)
+        shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
+        own = torch.cat((squares.view(1), self._sent(said), shown, losses))
+        # On a GPU, this is where the host waits for the step, and the only place.
+        rows = self.world.gather(own)
+        self._require_same_data([row[1] for row in rows])
+        return rows, digests
+
+    def _is_thrown_away(
+        self,
+        step: int,
+        rows: list[list[float]],
+        loss: float,
+        grad_norm: float,
+        reporter: Reporter,
+    ) -> bool:
+        """Have other ranks compute a step once more that stands out; return what becomes of it."""
+        if self._replays is None:
+            return False
+        doubts = self._replays.doubts
+        why = doubts.doubted([row[DOUBT_AT] for row in rows], loss, grad_norm)
+        doubts.tell(reporter)
+        return bool(why) and doubts.differ(step, why, loss, grad_norm, reporter)
+
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
         return max(seconds, 0.0) if self.world.device.type == "cpu" else 0.0
+
+    def _sound_gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
+        """Return losses and gradients of a step in which nothing was found wrong so far."""
+        losses, gradients = self._gradients(step, reporter)
+        while self._replays is not None and self._replays.differ(step, reporter):
+            # Thrown away before it moved anything; of a device that is wrong at times, it may
+            # come out well now.
+            losses, gradients = self._gradients(step, reporter)
+        return losses, gradients
 
     def _gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
         """Return losses as `_accumulate` does, and this rank's part of the whole gradient."""
@@ -324,6 +368,13 @@ class Training:
             )
 
     @property
+    def adds_up_in_place(self) -> bool:
+        """Whether the micro-batches of a step are added up in the gradients of the weights."""
+        return self.reduction is None and apply.precision(self.job, self.world.device) is (
+            torch.float32
+        )
+
+    @property
     def tokens(self) -> int:
         """Tokens of the global batch."""
         return self.stage.batch * self.stage.length
@@ -366,15 +417,15 @@ class Training:
             loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
             self._announce(reporter, RankPhase.BACKWARD, micro)
             last = micro == len(self.share.micro_batches) - 1
-            if last and self._replays is not None:
-                self._replays.last_micro_batch()
+            if self._replays is not None:
+                self._replays.before(last=last)
             parallel.last_of_step(model, self.world, last=last, apart=fixed)
             torch.autograd.backward(loss / self.tokens)
             if fixed:
                 self._add_round()
             losses.append(loss.detach())
-            if last and self._replays is not None:
-                self._replays.own(losses[-1], batch)
+            if self._replays is not None:
+                self._replays.after(losses[-1], batch, last=last)
             self._flops += self._flops_of(batch)
         of_each = torch.stack(losses).double()
         if fixed:
@@ -387,8 +438,8 @@ class Training:
         self.reduction.add(self.optimizer.take_gradients())
 
     def _micro(self, step: int, indices: range) -> Micro:
-        if self._replays is not None and self._replays.again:
-            return self.micro(self._replays.samples.batch(step, indices))
+        if self._replays is not None and self._replays.ring.again:
+            return self.micro(self._replays.ring.samples.batch(step, indices))
         return self.micro(self.samples.batch(step, indices))
 
     def micro(self, batch: Batch) -> Micro:

@@ -23,6 +23,7 @@ RULES_STEPS = 4
 """That are taken after the first wrong one in any case, for the baselines to see something."""
 
 
+GARBAGE_EVERY = 47
 RESTART_STEPS = 1_000
 """Steps without a fault from one restart to the next."""
 
@@ -45,6 +46,7 @@ class Conductor:
     Attributes:
         alarms: what the detectors said of steps without a fault.
         clean_steps: how many of those they looked at.
+        false_triggers: how many of those with a text were computed once more for their numbers.
     """
 
     def __init__(self, run: TrainingRun, folder: Path) -> None:
@@ -55,7 +57,7 @@ class Conductor:
         self._history: list[Seen] = []
         self._twins: dict[int, list[Seen]] = {}
         self.alarms: list[str] = []
-        self.clean_steps = self._rested = 0
+        self.clean_steps = self.false_triggers = self._rested = 0
 
     def __enter__(self) -> Self:
         return self
@@ -101,7 +103,10 @@ class Conductor:
         world = self._there()
         if self._rested % RESTART_STEPS == 0:
             world.order(Return(snapshot=0, generation=world.next_generation()))
-        world.order(Quiet(steps=count, reload_every=53, look_every=29, garbage_every=47))
+        said = world.order(
+            Quiet(steps=count, reload_every=53, look_every=29, garbage_every=GARBAGE_EVERY)
+        )
+        self.false_triggers += sum(bool(step % GARBAGE_EVERY) for step in said[0].looked_again)
         self._rested += count
         self.alarms += [fact.evidence for fact in world.listen(float(self._rested)).found]
         self.clean_steps += count
@@ -177,7 +182,9 @@ class Conductor:
         world.order(Return(snapshot=snapshot, generation=world.next_generation()))
         steps: list[Seen] = []
         while len(steps) < count:
-            steps += _seen(world.order(Step(steps=min(AT_ONCE, count - len(steps)))))
+            said = world.order(Step(steps=min(AT_ONCE, count - len(steps))))
+            steps += _seen(said)
+            self.false_triggers += len(said[0].looked_again)
             self.alarms += [fact.evidence for fact in world.listen(float(len(steps))).found]
         self.clean_steps += count
         if steps[: len(known)] != known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,6 +38,16 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True):
     """Stretches of steps with and without, taken in turn."""
 
 
+class Clean(NamedTuple):
+    """What became of steps without a fault."""
+
+    steps: int
+    alarms: Sequence[str] = ()
+    """What detectors said of them."""
+    false_triggers: int = 0
+    """How many were computed once more for nothing."""
+
+
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers that a release is judged by."""
 
@@ -46,6 +57,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     oneshot_recall: Share
     false_alarms_per_1000_steps: Share
     """`count` of them in `of` steps; value and limits are per 1,000."""
+    false_triggers_per_1000_steps: Share
+    """The same of steps that were computed once more for their numbers, for nothing."""
     culprit_exact: Share
     """Of what was noticed of state and compute, where there are three who hold the same."""
     overhead: Overhead | None
@@ -117,8 +130,7 @@ def campaign(
     seed: int,
     trials: int,
     ranks: int,
-    alarms: Sequence[str],
-    clean_steps: int,
+    clean: Clean,
     pairs: Sequence[tuple[float, float]],
 ) -> Campaign:
     """Return what some results come to.
@@ -128,8 +140,7 @@ def campaign(
         seed: of the campaign.
         trials: that it has in all.
         ranks: of its world.
-        alarms: what detectors said of steps without a fault.
-        clean_steps: how many those were.
+        clean: what became of steps without a fault.
         pairs: seconds of steps with detectors and without.
     """
     done = sorted(results, key=lambda result: result.number)
@@ -148,7 +159,8 @@ def campaign(
             persistent_compute_recall=_recall(done, "persistent"),
             intermittent_recall=_recall(done, "intermittent"),
             oneshot_recall=_recall(done, "oneshot"),
-            false_alarms_per_1000_steps=per_thousand(len(alarms), clean_steps),
+            false_alarms_per_1000_steps=per_thousand(len(clean.alarms), clean.steps),
+            false_triggers_per_1000_steps=per_thousand(clean.false_triggers, clean.steps),
             culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
             overhead=overhead(pairs),
         ),
@@ -158,7 +170,7 @@ def campaign(
             name: share(sum(r.baselines[name] is not None for r in compared), len(compared))
             for name in BASELINES
         },
-        alarms=list(alarms),
+        alarms=list(clean.alarms),
     )
 
 

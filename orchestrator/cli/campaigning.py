@@ -18,7 +18,7 @@ from orchestrator.campaign.catalogue import Trial
 from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
 from orchestrator.campaign.costs import cost
 from orchestrator.campaign.judging import Result
-from orchestrator.campaign.summary import Campaign, campaign
+from orchestrator.campaign.summary import Campaign, Clean, campaign
 from orchestrator.cli import campaign_runs, intake, units, whole
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.protocol.fitting import EMBEDDED
@@ -49,6 +49,7 @@ class Kept(msgspec.Struct, kw_only=True):
     results: list[Result] = []
     alarms: list[str] = []
     clean_steps: int = 0
+    false_triggers: int = 0
     pairs: list[tuple[float, float]] = []
 
 
@@ -121,7 +122,8 @@ class _Work:
                 self._rested(conductor)
                 self._save()
         self._say(
-            f"{self._kept.clean_steps} steps without a fault, {len(self._kept.alarms)} alarms"
+            f"{self._kept.clean_steps} steps without a fault, {len(self._kept.alarms)} alarms, "
+            f"{self._kept.false_triggers} computed once more for nothing"
         )
 
     def weigh(self, pairs: int, folder: Path) -> None:
@@ -147,8 +149,7 @@ class _Work:
             seed=kept.seed,
             trials=kept.trials,
             ranks=kept.run.world_size,
-            alarms=kept.alarms,
-            clean_steps=kept.clean_steps,
+            clean=Clean(kept.clean_steps, kept.alarms, kept.false_triggers),
             pairs=kept.pairs,
         )
 
@@ -160,7 +161,8 @@ class _Work:
         """Take over what the detectors said of steps without a fault."""
         self._kept.alarms += conductor.alarms
         self._kept.clean_steps += conductor.clean_steps
-        conductor.alarms, conductor.clean_steps = [], 0
+        self._kept.false_triggers += conductor.false_triggers
+        conductor.alarms, conductor.clean_steps, conductor.false_triggers = [], 0, 0
 
     def _came(self, result: Result) -> None:
         self._kept.results.append(result)

@@ -55,7 +55,8 @@ def _text(told: Campaign) -> list[str]:
         *facts(
             [
                 *((title, share_words(getattr(summary, name))) for title, name in SUMMED),
-                ("False alarms", _alarms(told)),
+                ("False alarms", _per_thousand(told.summary.false_alarms_per_1000_steps)),
+                ("False triggers", _per_thousand(told.summary.false_triggers_per_1000_steps)),
                 ("Overhead", overhead_words(summary.overhead)),
             ]
         ),
@@ -85,8 +86,7 @@ def overhead_words(overhead: Overhead | None) -> str:
     return f"{middle:.2f} % of a step ({low:.2f} to {high:.2f}), {overhead.pairs} pairs"
 
 
-def _alarms(told: Campaign) -> str:
-    found = told.summary.false_alarms_per_1000_steps
+def _per_thousand(found: Share) -> str:
     return f"{found.count} in {found.of} steps without a fault, at most {found.high:.3f} per 1,000"
 
 

@@ -97,6 +97,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     """How often the injection has changed something so far, in steps that were thrown away too."""
     diverged: tuple[Diverged, ...] = ()
     """What ranks found together; in a run, the agent hears it."""
+    looked_again: tuple[int, ...] = ()
+    """Steps that stood out, and came out the same when they were computed once more."""
     refused: str = ""
     """What was raised over bytes of a checkpoint that are not what was staged."""
     broken: str = ""

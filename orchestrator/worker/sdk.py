@@ -18,6 +18,7 @@ import contextlib
 import gc
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -351,6 +352,19 @@ class Worker:
                 evidence=evidence,
             )
         )
+
+    def looked_again(self, step: int, *, because: str) -> None:
+        """Note in the log of rank 0 that it was the data which made a step stand out.
+
+        Args:
+            step: its number; it has come out the same when other ranks computed it once more.
+            because: how it stood out, in words.
+        """
+        if self.seat is not None and self.seat.rank == 0:
+            print(  # noqa: T201 - the rank's log
+                f"step {step}: {because}; other ranks get the same: it is the data",
+                file=sys.stderr,
+            )
 
     def detector_failed(self, detector: str, reason: str) -> None:
         """Report that this rank goes on without something that looks for wrong state.

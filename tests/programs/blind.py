@@ -17,7 +17,7 @@ from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
-from trainer import digest, parallel, replay, watch
+from trainer import digest, gradients, parallel, watch
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
 from trainer.step import Training, Unheard
@@ -68,11 +68,11 @@ def spoil(how: str, training: Training) -> Any:
         case "watch":
             return mock.patch.object(watch, "digest", raising)
         case "replay":
-            return mock.patch.object(replay, "digest", raising)
+            return mock.patch.object(gradients, "digest", raising)
         case "chance":
-            return mock.patch.object(replay, "digest", other_each_time)
+            return mock.patch.object(gradients, "digest", other_each_time)
         case "samples":
-            return mock.patch.object(training._replays, "samples", Unreadable())
+            return mock.patch.object(training._replays.ring, "samples", Unreadable())
         case _:
             return mock.patch.object(digest, "digest", digest.digest)
 

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.campaign.baselines import Seen, flagged
 from orchestrator.campaign.catalogue import Group, Trial
 from orchestrator.campaign.judging import Result, judged, onset
-from orchestrator.campaign.summary import campaign, per_thousand
+from orchestrator.campaign.summary import Clean, campaign, per_thousand
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.messages import StateDiverged
@@ -157,7 +157,12 @@ def results() -> list[Result]:
 
 def test_a_summary_counts_what_was_effective_and_publishes_what_was_missed() -> None:
     found = campaign(
-        results(), seed=1, trials=9, ranks=3, alarms=[], clean_steps=3000, pairs=[(1.02, 1.0)] * 3
+        results(),
+        seed=1,
+        trials=9,
+        ranks=3,
+        clean=Clean(3000, (), 3),
+        pairs=[(1.02, 1.0)] * 3,
     )
 
     summary = found.summary
@@ -166,6 +171,7 @@ def test_a_summary_counts_what_was_effective_and_publishes_what_was_missed() -> 
     assert summary.persistent_compute_recall.value is None
     assert (summary.culprit_exact.count, summary.culprit_exact.of) == (1, 2)
     assert summary.false_alarms_per_1000_steps.high == pytest.approx(1.229, abs=0.001)
+    assert summary.false_triggers_per_1000_steps.value == pytest.approx(1.0)
     assert summary.overhead is not None
     assert summary.overhead.value == pytest.approx(0.02)
     assert found.misses == {"a": 1, "b": 1}

@@ -8,7 +8,8 @@ import torch
 
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import Aborted, RankPhase
-from trainer.replays import Replays, await_orders
+from trainer.replays import Replays
+from trainer.ring import await_orders
 from trainer.step import Unheard
 
 HOURS_S = 3600.0

@@ -32,6 +32,7 @@ from storage.errors import StorageError
 from trainer import hold, parallel
 from trainer.data import Batch, Batches, Samples, open_data
 from trainer.job import read_job
+from trainer.outliers import Outliers
 from trainer.replays import Replays
 from trainer.step import Training, Unheard
 from trainer.train import stamp_of
@@ -51,6 +52,7 @@ class Voice(Unheard):
         self.striking: Striking | None = None
         self.loss = self.grad_norm = math.nan
         self._diverged: list[Diverged] = []
+        self._looked_again: list[int] = []
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Leave at once if ranks wait for orders: in a run, the controller would have some.
@@ -81,10 +83,16 @@ class Voice(Unheard):
             )
         )
 
-    def told(self) -> tuple[Diverged, ...]:
-        """Return what ranks found since the last call."""
+    def looked_again(self, step: int, *, because: str) -> None:
+        """Keep that a step was in doubt until the next answer."""
+        del because
+        self._looked_again.append(step)
+
+    def told(self, said: Said) -> Said:
+        """Add to an answer what ranks found since the last one."""
         found, self._diverged = tuple(self._diverged), []
-        return found
+        steps, self._looked_again = tuple(self._looked_again), []
+        return msgspec.structs.replace(said, diverged=found, looked_again=steps)
 
     def digested(self, taken: Taken, digests: Mapping[Kind, int]) -> None:
         """Report digests, as a worker does; or others, if that is what goes wrong."""
@@ -165,6 +173,8 @@ class TrialRank:
         self._room = Path(setup.beacons[rank]).with_suffix(".slot")
         self._rank, self._done = rank, 0
         self._snapshots: dict[int, copies.Snapshot] = {}
+        self._known: dict[int, tuple[Outliers, Outliers]] = {}
+        """What was usual in the steps before each."""
         self._wrong = contextlib.ExitStack()
 
     def carry_out(self, order: Order) -> Said:
@@ -173,6 +183,8 @@ class TrialRank:
             case Train(steps=steps, snapshot=number):
                 said = Said(rows=self._steps(steps))
                 self._snapshots[number] = copies.take(self._training, self._done)
+                if (replays := _replays(self._training)) is not None:
+                    self._known[number] = replays.doubts.remembered()
             case Return():
                 said = self._return(order)
             case Step(steps=steps):
@@ -181,7 +193,7 @@ class TrialRank:
                 said = self._quiet(order)
         it = self._voice.striking
         struck = it.struck if it is not None else 0
-        return msgspec.structs.replace(said, diverged=self._voice.told(), struck=struck)
+        return msgspec.structs.replace(self._voice.told(said), struck=struck)
 
     def _return(self, order: Return) -> Said:
         self._wrong.close()
@@ -191,6 +203,7 @@ class TrialRank:
         self._done, self._voice.generation = snapshot.step, order.generation
         if (replays := _replays(self._training)) is not None:
             replays.forget()
+            replays.doubts.remember(self._known[order.snapshot])
         how = order.injection
         if how is None:
             return Said()
@@ -259,7 +272,7 @@ class TrialRank:
                 garbage = Garbage(self._samples, self._vocab, order.garbage_every)
                 undone.callback(replace(training, "samples", garbage))
                 if (replays := _replays(training)) is not None:
-                    undone.callback(replace(replays, "samples", garbage))
+                    undone.callback(replace(replays.ring, "samples", garbage))
             if not order.detectors:
                 undone.callback(replace(training, "_watch", None))
                 undone.callback(replace(training, "_replays", None))

@@ -1,0 +1,84 @@
+"""A step that stands out is computed once more elsewhere: it was a device, or it is the data."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.programs.doubted import AT, RANKS, WAYS, WRONG
+
+pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
+Found = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Return what each rank found, by rank, of each way in which numbers may stand out."""
+    folder = tmp_path_factory.mktemp("doubted")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.programs.doubted", str(folder)],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((folder / f"{rank}.json").read_bytes()) for rank in range(RANKS)]
+    return {way: [rank[way] for rank in ranks] for way in WAYS}
+
+
+def losses(found: Found, way: str) -> list[str]:
+    of_ranks = [rank["losses"] for rank in found[way]]
+    assert of_ranks[0] == of_ranks[1] == of_ranks[2]
+    first: list[str] = of_ranks[0]
+    return first
+
+
+@pytest.mark.parametrize("way", ["nothing stands out", "deterministic"])
+def test_looking_changes_no_bit_and_says_nothing_of_steps_as_usual(found: Found, way: str) -> None:
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert [(r["again"], r["diverged_"], r["off"]) for r in found[way]] == [([], [], [])] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("way", "at"), [("huge once", AT), ("no number once", 3), ("huge once, deterministic", AT)]
+)
+def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
+    found: Found, way: str, at: int
+) -> None:
+    assert losses(found, way) == losses(found, "nothing looks")
+    told = [rank["diverged_"] for rank in found[way]]
+    assert told[WRONG] == []
+    ((step, _, ranks, proven, evidence),) = told[0]
+    assert told[2] == told[0]
+    assert (step, ranks, proven) == (at - 1, [WRONG], True)
+    assert f"in step {at}, rank {WRONG}'s loss or gradient of a weight is" in evidence
+
+
+def test_what_comes_out_the_same_everywhere_is_the_data_and_the_run_goes_on(found: Found) -> None:
+    blind = losses(found, "huge always, and nothing looks")
+
+    assert losses(found, "huge always") == blind != losses(found, "nothing looks")
+    for rank in found["huge always"]:
+        assert (rank["again"], rank["diverged_"], rank["off"]) == ([AT], [], [])
+
+
+def test_a_rank_that_can_not_look_says_so_and_all_go_on_without(found: Found) -> None:
+    assert losses(found, "blind") == losses(found, "nothing looks")
+    off = [rank["off"] for rank in found["blind"]]
+    assert off == [[], [["outliers", "RuntimeError: no norm today"]], []]
+
+
+def test_what_raises_in_a_pass_that_is_done_once_more_ends_the_detector_and_no_rank(
+    found: Found,
+) -> None:
+    way = "raises when computed once more"
+
+    assert losses(found, way) == losses(found, "infinite, and nothing looks")
+    off = [rank["off"] for rank in found[way]]
+    assert off == [[["outliers", "RuntimeError: no second time"]], [], []]
+    assert not any(rank["diverged_"] for rank in found[way])

@@ -1,0 +1,150 @@
+"""Three replicas train, and a step comes to numbers that stand out, in each of some ways.
+
+    python -m tests.programs.doubted FOLDER WAY...
+
+Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, which steps
+were looked at again, who was said to be wrong, and which detectors were said to be off.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import FileStore
+
+from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
+from trainer import gradients, parallel, train
+from trainer.config import ModelConfig
+from trainer.data import Samples, Tokens
+from trainer.step import Training, Unheard
+
+RANKS, WRONG = 3, 1
+STEPS, AT = 24, 22
+"""Of steps before, there are just enough to be compared with."""
+CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
+TOKENS = Tokens(np.arange(2048, dtype=np.uint32) * 7 % 16, "d16e57000000", 63)
+JOB = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=6, warmup_steps=1, micro_batch=1)
+OWN = JOB.global_batch // RANKS
+"""Micro-batches of a rank."""
+LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
+"""Replays that are due never come."""
+BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
+WAYS: dict[str, dict[str, Any]] = {
+    "nothing looks": {"detection": BLIND},
+    "nothing stands out": {},
+    "deterministic": {"job": {"reduction": "deterministic"}},
+    "huge once": {"factor": 1e6, "ranks": {WRONG}},
+    "no number once": {"factor": math.nan, "ranks": {WRONG}, "at": 3},
+    "huge once, deterministic": {
+        "factor": 1e6,
+        "ranks": {WRONG},
+        "job": {"reduction": "deterministic"},
+    },
+    "huge always": {"factor": 1e6, "ranks": set(range(RANKS)), "always": True},
+    "huge always, and nothing looks": {
+        "factor": 1e6,
+        "ranks": set(range(RANKS)),
+        "always": True,
+        "detection": BLIND,
+    },
+    "blind": {"blind": True},
+    "raises when computed once more": {"factor": math.inf, "ranks": {WRONG}, "raises": True},
+    "infinite, and nothing looks": {"factor": math.inf, "ranks": {WRONG}, "detection": BLIND},
+}
+
+
+class Heard(Unheard):
+    def __init__(self) -> None:
+        self.losses: list[str] = []
+        self.again: list[int] = []
+        self.diverged_: list[Any] = []
+        self.off: list[tuple[str, str]] = []
+
+    def looked_again(self, step: int, *, because: str) -> None:
+        self.again.append(step)
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        self.diverged_.append([step, since, list(ranks), proven, evidence])
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        self.off.append((detector, reason))
+
+    def step_done(self, step: int, *, loss: float, grad_norm: float, **_: object) -> None:
+        self.losses.append(f"{step} {loss.hex()} {grad_norm.hex()}")
+
+
+class Loss:
+    """The loss of a training; of one step a wrong one, the first time or every time."""
+
+    def __init__(self, training: Training, rank: int, way: dict[str, Any]) -> None:
+        self._real, self._way, self._rank = training.loss, way, rank
+        self.step, self._calls = 0, 0
+
+    def begin(self, step: int) -> None:
+        self.step, self._calls = step, 0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self._calls += 1
+        loss, way = self._real(logits, targets), self._way
+        if self.step != way.get("at", AT) or "factor" not in way:
+            return loss
+        if way.get("raises") and self._rank == 0 and self._calls > OWN:
+            raise RuntimeError("no second time")
+        wrong = self._rank in way["ranks"] and (way.get("always") or self._calls == 1)
+        return loss * way["factor"] if wrong else loss
+
+
+def taken(name: str, world: parallel.World) -> dict[str, Any]:
+    way = WAYS[name]
+    job = runfile.Trainer(
+        **{field: getattr(JOB, field) for field in JOB.__struct_fields__} | way.get("job", {})
+    )
+    detection = way.get("detection", LOOKING)
+    training = Training(job, CONFIG, Samples(TOKENS, job), world, detection=detection)
+    heard, loss = Heard(), Loss(training, world.rank, way)
+    training.loss = loss
+    for step in range(1, STEPS + 1):
+        loss.begin(step)
+        blind = way.get("blind") and step == AT and world.rank == WRONG
+        broken = mock.patch.object(gradients, "local", side_effect=RuntimeError("no norm today"))
+        with broken if blind else mock.patch.object(gradients, "local", gradients.local):
+            training.step(step, heard)
+    return vars(heard)
+
+
+def main(folder: Path, ways: Sequence[str]) -> int:
+    train.warm_up()
+    children = []
+    for rank in range(RANKS):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.set_num_threads(1)
+                layout = Layout(dp_replicate=RANKS)
+                world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
+                world.join(FileStore(str(folder / "meeting"), RANKS), 60.0)
+                found = {way: taken(way, world) for way in ways}
+                (folder / f"{rank}.json").write_text(json.dumps(found))
+                world.gather([0.0])  # nobody leaves while others still need it
+            except BaseException:  # noqa: BLE001 - the parent hears of it by the exit code
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:] or list(WAYS)))

@@ -1,0 +1,77 @@
+"""Numbers stand out by factors from those of the steps before, and data may have large ones."""
+
+import math
+
+import numpy as np
+import pytest
+
+from trainer.outliers import FEW, LEAST, WINDOW, Outliers
+
+
+def used_to(scale: float = 1.0, steps: int = WINDOW) -> Outliers:
+    """Return what has seen losses of about 5 and norms of about 1, times a scale."""
+    chance = np.random.default_rng(7)
+    known = Outliers()
+    for _ in range(steps):
+        known.admit((np.exp(chance.normal([1.6, 0.0], [0.02, 0.1])) * scale).tolist())
+    return known
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e9])
+def test_what_stands_out_does_so_at_any_scale(scale: float) -> None:
+    known = used_to(scale)
+
+    assert known.standing_out([5.0 * scale, 1.3 * scale]) == []
+    assert known.standing_out([7.0 * scale, 50.0 * scale]) == [0, 1]
+    assert known.times_usual([5.0 * scale, 50.0 * scale], 1) == pytest.approx(50, rel=0.1)
+
+
+def test_less_than_usual_is_no_reason_to_look() -> None:
+    assert used_to().standing_out([0.0, 0.0]) == []
+
+
+def test_what_is_not_finite_stands_out_from_the_first_step_on() -> None:
+    known = Outliers()
+
+    assert known.standing_out([math.nan, 1.0]) == [0]
+    assert known.standing_out([5.0, math.inf]) == [1]
+    assert known.times_usual([5.0, math.inf], 1) == math.inf
+    assert known.standing_out([5.0, 1e30]) == [], "there is nothing yet to compare with"
+
+
+def test_a_run_that_has_just_begun_has_too_little_to_compare_with() -> None:
+    assert used_to(steps=LEAST - 1).standing_out([5.0, 20.0]) == []
+    assert used_to(steps=LEAST).standing_out([5.0, 20.0]) == [1]
+    assert used_to(steps=FEW).standing_out([5.0, 1e6]) == [1]
+    assert used_to(steps=FEW - 1).standing_out([5.0, 1e6]) == []
+
+
+def test_numbers_that_are_always_the_same_have_no_spread_and_still_some_room() -> None:
+    known = Outliers()
+    for _ in range(LEAST):
+        known.admit([5.0, 1.0])
+
+    assert known.standing_out([5.1, 3.0]) == []
+    assert known.standing_out([7.0, 5.0]) == [0, 1]
+
+
+def test_numbers_that_rise_for_good_are_looked_at_a_few_times_and_then_known() -> None:
+    known, looks = used_to(), 0
+    for step in range(400):
+        values = [5.0, 1.0 + step]
+        if known.standing_out(values):
+            looks += 1
+            known.let_be(values)
+        else:
+            known.admit(values)
+
+    assert 1 <= looks <= 8
+
+
+def test_an_outlier_that_was_true_hides_none_of_another_kind() -> None:
+    known = used_to()
+    known.let_be([5.0, 100.0])
+
+    assert known.standing_out([5.0, 150.0]) == []
+    assert known.standing_out([5.0, 250.0]) == [1]
+    assert known.standing_out([50.0, 1.0]) == [0]

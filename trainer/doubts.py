@@ -1,0 +1,198 @@
+"""Steps whose numbers stand out are computed once more by other ranks, before they move anything.
+
+Numbers that are not finite, or much larger than usual, are a reason to look and prove nothing: of
+a hundred such steps of real runs some six are a device's fault (Gemini 2.5, arXiv 2507.06261), and
+the others that of the data. So all ranks compute the micro-batches of another replica, and compare
+what all of a step came to. If that is the same everywhere, the run goes on as it would have; else
+it is found out who was wrong, and the step is thrown away.
+
+Which ranks stand out goes over with what ranks tell each other in every step, so that all of them
+look again, or none.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.digest import digest
+from trainer.gradients import Norms
+from trainer.guard import Guard
+from trainer.outliers import Outliers
+from trainer.pipeline import Micro
+from trainer.ring import Ring, Stepping, Told
+
+QUIET, OFF = 0.0, -1.0
+"""What a rank says if nothing stands out, and if it does not look any more."""
+AT_ONCE = 8.0
+STEPS_EACH = 100
+"""So many looks at once, and one more for so many steps: a run that diverges for good, every step
+of which stands out, is not to take twice as long."""
+SHOWN_MAX = 3
+
+
+class Doubts:
+    """Those of one rank.
+
+    Args:
+        training: whose steps they are about.
+        ring: who computes once more.
+    """
+
+    def __init__(self, training: Stepping, ring: Ring) -> None:
+        self._training, self._ring = training, ring
+        self._guard = Guard("outliers")
+        self._norms = Norms(self._guard, each=not training.adds_up_in_place)
+        self._own, self._whole = Outliers(), Outliers()
+        self._values: list[float] = []
+        self._micro: Micro | None = None
+        self._looks = AT_ONCE
+
+    def forget(self) -> None:
+        """Compare later steps with none before: they are of another kind, or another state."""
+        self._own.forget()
+        self._whole.forget()
+        self._looks = AT_ONCE
+
+    def remembered(self) -> tuple[Outliers, Outliers]:
+        """Return what later steps are compared with, for `remember`."""
+        return copy.copy(self._own), copy.copy(self._whole)
+
+    def remember(self, known: tuple[Outliers, Outliers]) -> None:
+        """Go on as when that was `remembered`."""
+        self._own, self._whole = map(copy.copy, known)
+
+    def begin(self) -> None:
+        """Begin to compute a step, or begin anew."""
+        self._norms.begin()
+        self._values, self._micro = [], None
+
+    def before(self, model: nn.Module, *, last: bool) -> None:
+        """Look at the gradient of the micro-batch that comes next."""
+        if self._looking:
+            self._norms.before(model, last=last)
+
+    def after(self, loss: Tensor, micro: Micro) -> None:
+        """Take note of a micro-batch of this rank."""
+        if self._looking:
+            self._norms.after(loss)
+            self._micro = micro
+
+    def word(self) -> float:
+        """Return by which factor something of this rank stands out in this step, or `QUIET`, `OFF`.
+
+        Infinity if something is not finite.
+        """
+        if not self._looking:
+            return OFF if self._guard.off else QUIET
+        return self._guard.call(self._largest_factor, OFF)
+
+    def doubted(self, words: Sequence[float], loss: float, grad_norm: float) -> str:
+        """Return why a step is to be computed once more; "" if it is not.
+
+        Args:
+            words: of all ranks.
+            loss: of the global batch.
+            grad_norm: of its gradient.
+
+        Returns:
+            The same on every rank.
+        """
+        if OFF in words:
+            self._guard.stop()
+        if not self._looking or not self._values:
+            return ""
+        whole = [loss, grad_norm]
+        out = self._whole.standing_out(whole)
+        if words[self._training.world.rank] == QUIET:
+            self._guard.call(lambda: self._own.admit(self._values), None)
+        if not out:
+            self._whole.admit(whole)
+        if not self._ring.again:
+            self._looks = min(self._looks + 1 / STEPS_EACH, AT_ONCE)
+        if not out and not any(words):
+            return ""
+        if not self._ring.again:
+            if self._looks < 1:
+                return ""
+            self._looks -= 1
+        said = [
+            _words(f"rank {rank}'s loss or gradient of a weight", factor)
+            for rank, factor in enumerate(words)
+            if factor
+        ]
+        names = ("the loss", "the gradient's norm")
+        said += [_words(names[at], self._whole.times_usual(whole, at)) for at in out]
+        return "; ".join(said[:SHOWN_MAX])
+
+    def differ(self, step: int, why: str, loss: float, grad_norm: float, reporter: Told) -> bool:
+        """Compute all of another replica's step; return whether it is to be thrown away."""
+        world = self._training.world
+        shards, replicas = world.shards, world.layout.dp_replicate
+        # Ranks of a replica meet in every pass, so they compute as many: those of one other.
+        shift = shards * (1 + step % (replicas - 1)) if replicas > 1 else 1 + step % (shards - 1)
+        own = self._guard.call(
+            lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()
+        )
+        found = self._ring.compare(self._guard, own, lambda of: self._replay(step, of), shift)
+        self._guard.tell(reporter)
+        if found is not None:
+            found = found._replace(evidence=f"{why}; {found.evidence}")
+            self._ring.throw_away(step, found, reporter)
+            return True
+        if self._guard.stopped:
+            self._ring.unknown()
+            return False
+        self._ring.sound(step)
+        self._own.let_be(self._values)
+        self._whole.let_be([loss, grad_norm])
+        reporter.looked_again(step, because=why)
+        return False
+
+    def tell(self, reporter: Told) -> None:
+        """Say once if this rank does not look any more."""
+        self._guard.tell(reporter)
+
+    @property
+    def _looking(self) -> bool:
+        # Not in the first step of a process, which makes what gradients are looked at on.
+        return self._training.warm and not (self._guard.off or self._guard.stopped)
+
+    def _largest_factor(self) -> float:
+        self._values = values = self._norms.found().tolist()
+        out = self._own.standing_out(values)
+        return max((self._own.times_usual(values, at) for at in out), default=QUIET)
+
+    def _replay(self, step: int, of: int) -> Tensor:
+        """Return the fingerprint of what all micro-batches of a rank come to here."""
+        assert self._micro is not None
+        shares = self._ring.share(of)
+        micros = [self._ring.read(self._guard, step, each, self._micro) for each in shares]
+        self._norms.begin()
+        losses = self._ring.compute(
+            self._guard,
+            micros,
+            lambda model, number: self._norms.before(model, last=number == len(micros) - 1),
+        )
+        for loss in losses:
+            self._norms.after(loss)
+        return self._guard.call(lambda: _fingerprint(self._norms.found()), _nothing())
+
+
+def _fingerprint(values: Tensor) -> Tensor:
+    # What is no number has many forms, of which nobody promises which one comes out.
+    return digest(torch.where(values.isnan(), math.nan, values), "step")
+
+
+def _nothing() -> Tensor:
+    return torch.zeros((), dtype=torch.int64)
+
+
+def _words(what: str, factor: float) -> str:
+    if math.isfinite(factor):
+        return f"{what} is {factor:.3g} times as large as usual"
+    return f"{what} is not finite"

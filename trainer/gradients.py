@@ -1,0 +1,152 @@
+"""Looks at gradients as they come out of a rank's backward passes, before ranks add them up.
+
+Letters: W weights of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainer.digest import digest
+from trainer.guard import Guard
+from trainer.optim import local
+
+
+class Probe:
+    """Digests a model's gradient as it comes out of one backward pass.
+
+    Args:
+        guard: of what is not to break off that pass, in which other ranks add up with this one.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._hooked: set[int] = set()
+        self._total: Tensor | None = None
+        self._active = False
+
+    def begin(self, model: nn.Module) -> None:
+        """Digest what the next backward pass gives."""
+        self._guard.call(lambda: self._hook_to(model), None)
+        self._total, self._active = None, not self._guard.off
+
+    def _hook_to(self, model: nn.Module) -> None:
+        for name, weight in _whole_weights(model):
+            if id(weight) not in self._hooked:
+                self._hooked.add(id(weight))
+                weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
+
+    def end(self, loss: Tensor) -> Tensor:
+        """Return the digest of the gradient and the loss; int64, nobody has waited for it.
+
+        It means nothing if the guard says that the detector is off.
+        """
+        self._active = False
+        nothing = torch.zeros((), dtype=torch.int64, device=loss.device)
+        total = self._guard.call(lambda: digest(loss, "loss"), nothing)
+        return total if self._total is None else total + self._total
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def take(gradient: Tensor) -> None:
+            if self._active:
+                self._guard.call(lambda: self._add(digest(gradient, f"micro-batch/{name}")), None)
+
+        return take
+
+    def _add(self, share: Tensor) -> None:
+        self._total = share if self._total is None else self._total + share
+
+
+class Norms:
+    """Norms of what the micro-batches of a step have added up to on this rank, by weight.
+
+    One pass over a gradient that was just made, and so much cheaper than a digest.
+
+    Args:
+        guard: as of a `Probe`.
+        each: whether micro-batches are not added up in the weights' own gradients, so that each
+            is looked at; else the last shows what all of them came to.
+    """
+
+    def __init__(self, guard: Guard, *, each: bool) -> None:
+        self._guard, self._each = guard, each
+        self._hooked: set[int] = set()
+        self._norms: dict[int, list[Tensor]] = {}
+        self._losses: list[Tensor] = []
+        self._active = False
+
+    def begin(self) -> None:
+        """Begin with a step, or with one that is computed once more."""
+        self._norms, self._losses, self._active = {}, [], False
+
+    def before(self, model: nn.Module, *, last: bool) -> None:
+        """Look at the next backward pass, if it shows something."""
+        self._guard.call(lambda: self._hook_to(model), None)
+        self._active = (last or self._each) and not self._guard.off
+
+    def after(self, loss: Tensor) -> None:
+        """Take note of the loss of a micro-batch."""
+        self._active = False
+        self._losses.append(loss.detach())
+
+    def found(self) -> Tensor:
+        """Return the sum of losses, then the norm of each weight's gradient; float64, [1 + W].
+
+        Raises:
+            RuntimeError: if there are no gradients, whatever has kept them from being looked at.
+        """
+        if not self._norms:
+            raise RuntimeError("no gradient has come by")
+        passes = [norm for place in sorted(self._norms) for norm in self._norms[place]]
+        norms_W = torch.stack(passes).double().view(len(self._norms), -1).square().sum(1).sqrt()
+        losses = torch.stack(self._losses).double().sum()
+        return torch.cat((losses.view(1), norms_W))
+
+    def _hook_to(self, model: nn.Module) -> None:
+        for place, (_, weight) in enumerate(_whole_weights(model)):
+            if id(weight) not in self._hooked:
+                self._hooked.add(id(weight))
+                weight.register_post_accumulate_grad_hook(self._hook(place))  # type: ignore[no-untyped-call]
+
+    def _hook(self, place: int) -> Callable[[Tensor], None]:
+        def take(weight: Tensor) -> None:
+            if self._active:
+                self._guard.call(lambda: self._add(place, weight), None)
+
+        return take
+
+    def _add(self, place: int, weight: Tensor) -> None:
+        assert weight.grad is not None
+        norm = torch.linalg.vector_norm(local(weight.grad))
+        self._norms.setdefault(place, []).append(norm)
+
+
+def drop(parts: Sequence[nn.Module]) -> None:
+    """Forget gradients that ranks have not added up."""
+    for fsdp in (each for part in parts for each in _fsdp_weights(part)):
+        fsdp.unsharded_accumulated_grad = None
+        if hasattr(fsdp, "_unsharded_param"):
+            fsdp._unsharded_param.grad = None  # noqa: SLF001 - the public name asks for its data
+
+
+def _whole_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the weights as layers see them, which is where gradients of one rank come to be.
+
+    FSDP makes them with the first forward pass, and keeps the tensors for the life of the model.
+    """
+    for number, fsdp in enumerate(_fsdp_weights(model)):
+        yield str(number), fsdp.unsharded_param
+
+
+def _fsdp_weights(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()  # noqa: SLF001 - no public name has them
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
+        yield from (w for group in groups if group is not None for w in group.fsdp_params)

@@ -1,0 +1,236 @@
+"""Computes samples of other ranks once more, and finds out together with them who was wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.protocol import runfile
+from orchestrator.protocol.ramp import Stage, at_stage
+from orchestrator.worker import RankPhase
+from trainer import parallel
+from trainer.data import Batch, Batches
+from trainer.gradients import drop
+from trainer.guard import Guard
+from trainer.pipeline import Micro
+from trainer.replay import Verdict, halves, joined, judge, known_good, mismatches, of_itself, tried
+from trainer.shares import Place, Share, share_of
+
+RETRIES_MAX = 3
+TELLERS = 2
+"""Ranks that report; if one of them is lost, the other has said it."""
+
+
+class Told(Protocol):
+    """Who hears of it; `trainer.step.Reporter`."""
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        """Hear what the rank does from now on."""
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Hear that some ranks compute wrongly, or may do."""
+
+    def looked_again(self, step: int, *, because: str) -> None:
+        """Hear that a step stood out, and came out the same when it was computed once more."""
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Hear that this rank goes on without a detector."""
+
+
+class Stepping(Protocol):
+    """What is replayed; `trainer.step.Training`."""
+
+    job: runfile.Trainer
+    world: parallel.World
+    stage: Stage
+    stages: list[nn.Module]
+    share: Share
+    loss: Callable[[Tensor, Tensor], Tensor]
+    warm: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the global batch."""
+
+    @property
+    def adds_up_in_place(self) -> bool:
+        """Whether the micro-batches of a step are added up in the gradients of the weights."""
+
+    def micro(self, batch: Batch) -> Micro:
+        """Return this rank's part of some samples, on the device."""
+
+
+class Ring:
+    """What one rank has to do with it. A replay changes no state, and gradients are dropped.
+
+    Args:
+        training: whose steps they are of.
+        samples: of all ranks.
+
+    Attributes:
+        again: whether the step is computed again: what was read ahead of it is used up.
+    """
+
+    def __init__(self, training: Stepping, samples: Batches) -> None:
+        self._training, self.samples = training, samples
+        self.again = False
+        self._tries = 0
+        self._verified: int | None = None
+        """The last step whose state is known to be good, once it is known of one."""
+        # Where layers are gathered as they come, or cut, ranks meet within a pass.
+        self._by_itself = training.world.shards == 1
+
+    def forget(self) -> None:
+        """Begin as after a restore: the state is another one than a moment ago."""
+        self.again, self._tries, self._verified = False, 0, None
+
+    def begin(self, step: int, every: int) -> None:
+        """Begin to compute a step, of which every so many-th is replayed."""
+        if self._verified is None:
+            self._verified = known_good(step - 1, every)
+
+    def share(self, of: int) -> list[range]:
+        """Return the micro-batches of a rank in the present step, as indices of its samples."""
+        training, layout = self._training, self._training.world.layout
+        at = layout.position(of)
+        place = Place(at.dp_replicate, layout.dp_replicate, at.dp_shard, layout.dp_shard)
+        return share_of(at_stage(training.job, training.stage), place).micro_batches
+
+    def read(self, guard: Guard, step: int, indices: range, otherwise: Micro) -> Micro:
+        """Return some samples; others if they can not be read: ranks wait for each other."""
+        read = self._training.micro
+        return guard.call(lambda: read(self.samples.batch(step, indices)), otherwise)
+
+    def compute(
+        self, guard: Guard, micros: Sequence[Micro], looks: Callable[[nn.Module, int], None]
+    ) -> list[Tensor]:
+        """Compute micro-batches once more; return their losses, or none if that raises.
+
+        Args:
+            guard: of the detector that asks for it.
+            micros: in order.
+            looks: is called before each backward pass with the model and the pass's number.
+
+        Raises:
+            Exception: whatever is wrong, where other ranks would wait for this one in vain.
+        """
+        if self._by_itself:
+            return guard.call(lambda: self._compute(micros, looks), [])
+        return self._compute(micros, looks)
+
+    def _compute(
+        self, micros: Sequence[Micro], looks: Callable[[nn.Module, int], None]
+    ) -> list[Tensor]:
+        training = self._training
+        (model,) = training.stages
+        losses = []
+        try:
+            for number, micro in enumerate(micros):
+                loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+                looks(model, number)
+                parallel.not_to_be_added_up(model, training.world)
+                torch.autograd.backward(loss / training.tokens)
+                losses.append(loss.detach())
+                if not training.adds_up_in_place:
+                    drop(training.stages)
+        finally:
+            drop(training.stages)
+        return losses
+
+    def compare(
+        self, guard: Guard, own: Tensor, compute: Callable[[int], Tensor], shift: int
+    ) -> Verdict | None:
+        """Compare what ranks came to; return who was wrong, None if nobody can be said to be.
+
+        Collective. Afterwards the guard has stopped if it is for nothing.
+
+        Args:
+            guard: of the detector that asks for it.
+            own: digest of what this rank came to; int64, a scalar.
+            compute: returns the same of any rank's, computed here.
+            shift: each rank computes that of the rank so many further on.
+        """
+        rank, size = self._training.world.rank, self._training.world.size
+        rows = self._exchange(guard, own, compute((rank + shift) % size))
+        pairs = [(row[0], row[1]) for row in rows or ()]
+        if rows is None or not (edges := mismatches(pairs, shift)):
+            return None
+        twice = self._exchange(guard, compute(rank), compute(rank))
+        if twice is None:
+            return None
+        if reason := of_itself(twice):
+            # All ranks come to the same: they have the same digests.
+            guard.give_up(reason)
+            return None
+        again: dict[int, list[int]] = {}
+        for of in tried(edges):
+            if (columns := self._exchange(guard, compute(of))) is None:
+                return None
+            again[of] = [column[0] for column in columns]
+        found = guard.call(lambda: judge(pairs, shift, again.__getitem__), None)
+        # It raises on every rank or on none: they have the same digests.
+        if guard.off:
+            guard.stop()
+        return found
+
+    def sound(self, step: int) -> None:
+        """Hear that nothing was found wrong in a step; what led to it is vouched for."""
+        self.again, self._tries = False, 0
+        self._verified = max(step - 1, self._verified or 0)
+
+    def unknown(self) -> None:
+        """Hear that nobody can say whether something was wrong in a step, which goes on."""
+        self.again, self._tries = False, 0
+
+    def throw_away(self, step: int, found: Verdict, reporter: Told) -> None:
+        """Say who was wrong in a step that moves nothing, and have it computed again.
+
+        Raises:
+            Aborted: by the reporter, if it does not come out well, and orders have come.
+        """
+        world = self._training.world
+        guilty = found.ranks if found.proven else ()
+        tellers = [rank for rank in range(world.size) if rank not in guilty][:TELLERS]
+        if world.rank in tellers and self._tries == 0:
+            reporter.diverged(
+                step - 1,
+                since=self._verified or 0,
+                ranks=found.ranks,
+                proven=found.proven,
+                evidence=f"in step {step}, {found.evidence}",
+            )
+        self.again, self._tries = True, self._tries + 1
+        if self._tries > RETRIES_MAX:
+            await_orders(reporter)
+
+    def _exchange(self, guard: Guard, *digests: Tensor) -> list[list[int]] | None:
+        """Return the digests of all ranks; None where one has none: the detector stops on all."""
+        own = halves(torch.stack(digests))
+        rows = self._training.world.gather(torch.cat((own.new_tensor([guard.off]), own)))
+        if any(row[0] for row in rows):
+            guard.stop()
+            return None
+        return [
+            [joined(low, high) for low, high in zip(row[1::2], row[2::2], strict=True)]
+            for row in rows
+        ]
+
+
+def await_orders(reporter: Told) -> NoReturn:
+    """Wait to be told what becomes of a step that can not be got to come out the same.
+
+    For as long as that takes: a controller gathers nodes for `spareWait`, and some for hours. Who
+    stands still for too long is found by it, and a rank whose agent is gone is ended.
+
+    Raises:
+        Aborted: once the generation is over; by the reporter.
+    """
+    while True:
+        reporter.phase(RankPhase.WAITING)
+        time.sleep(0.05)

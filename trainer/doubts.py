@@ -24,7 +24,7 @@ from trainer.gradients import Norms
 from trainer.guard import Guard
 from trainer.outliers import Outliers
 from trainer.pipeline import Micro
-from trainer.ring import Ring, Stepping, Told
+from trainer.ring import TELLERS, Ring, Stepping, Told
 
 QUIET, OFF = 0.0, -1.0
 """What a rank says if nothing stands out, and if it does not look any more."""
@@ -152,6 +152,10 @@ class Doubts:
         self._whole.let_be([loss, grad_norm])
         reporter.looked_again(step, because=why)
         return False
+
+    def give_up(self, reason: str) -> None:
+        """Look at nothing any more, on all ranks: what is computed once more shows nothing."""
+        self._guard.give_up(reason, tells=self._training.world.rank < TELLERS)
 
     def tell(self, reporter: Told) -> None:
         """Say once if this rank does not look any more."""

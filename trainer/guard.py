@@ -58,10 +58,15 @@ class Guard:
             self.reason = f"{type(error).__name__}: {error}"
             return otherwise
 
-    def give_up(self, reason: str) -> None:
-        """Ask it no more, on any rank: it works, and what it says means nothing."""
+    def give_up(self, reason: str, *, tells: bool) -> None:
+        """Ask it no more, on any rank: it works, and what it says means nothing.
+
+        Args:
+            reason: why; all ranks know it.
+            tells: whether this rank is one of those that say it.
+        """
         self.reason = self.reason or reason
-        self.stopped = True
+        self.stopped, self._told = True, self._told or not tells
 
     def stop(self) -> None:
         """Hear that some rank goes without it."""

@@ -41,7 +41,7 @@ class Replays:
         self._every = every(share, training.share)
         self._guard = Guard("replays")
         self._probe = Probe(self._guard)
-        self._due = False
+        self._due = self._tested = False
         self._micro: Micro | None = None
         self._own = torch.zeros((), dtype=torch.int64)
 
@@ -55,7 +55,7 @@ class Replays:
         self.ring.begin(step, self._every)
         self.doubts.begin()
         # Not in the first step of a process, which makes what gradients are looked at on.
-        due = self._training.warm and step % self._every == 0
+        due = self._training.warm and (step % self._every == 0 or not self._tested)
         self._due = due and not self._guard.stopped
 
     def before(self, *, last: bool) -> None:
@@ -74,9 +74,15 @@ class Replays:
         """Compute another rank's micro-batch; return whether the step is to be thrown away."""
         if not self._due:
             return False
+        if not self._tested:
+            self._test(step)
         # Another neighbour each time: two that err in the same way are not always paired.
         shift = 1 + step // self._every % (self._training.world.size - 1)
-        found = self.ring.compare(self._guard, self._own, lambda of: self._replay(step, of), shift)
+        found = None
+        if not self._guard.stopped:
+            found = self.ring.compare(
+                self._guard, self._own, lambda of: self._replay(step, of), shift
+            )
         self._guard.tell(reporter)
         if found is not None:
             self.ring.throw_away(step, found, reporter)
@@ -86,6 +92,17 @@ class Replays:
         else:
             self.ring.sound(step)
         return False
+
+    def _test(self, step: int) -> None:
+        """Find out if bits mean anything here: whether a micro-batch comes out the same twice.
+
+        Where it does not, on most ranks, nothing that is computed once more is evidence.
+        """
+        self._tested = True
+        own = self._training.world.rank
+        again = self._replay(step, own)
+        if not self.ring.repeats(self._guard, self._own, again) and self._guard.off:
+            self.doubts.give_up(self._guard.reason)
 
     def _replay(self, step: int, of: int) -> Tensor:
         """Return what the last micro-batch of a rank comes to here."""

@@ -22,7 +22,7 @@ from trainer.shares import Place, Share, share_of
 
 RETRIES_MAX = 3
 TELLERS = 2
-"""Ranks that report; if one of them is lost, the other has said it."""
+"""Ranks that report what all know; if one of them is lost, the other has said it."""
 
 
 class Told(Protocol):
@@ -161,12 +161,7 @@ class Ring:
         pairs = [(row[0], row[1]) for row in rows or ()]
         if rows is None or not (edges := mismatches(pairs, shift)):
             return None
-        twice = self._exchange(guard, compute(rank), compute(rank))
-        if twice is None:
-            return None
-        if reason := of_itself(twice):
-            # All ranks come to the same: they have the same digests.
-            guard.give_up(reason)
+        if not self.repeats(guard, compute(rank), compute(rank)):
             return None
         again: dict[int, list[int]] = {}
         for of in tried(edges):
@@ -178,6 +173,22 @@ class Ring:
         if guard.off:
             guard.stop()
         return found
+
+    def repeats(self, guard: Guard, first: Tensor, second: Tensor) -> bool:
+        """Return whether ranks come to the same when they do the same; if not, the guard gives up.
+
+        Collective. A minority of ranks that do not are no reason to give up, but to be found out.
+
+        Args:
+            guard: of the detector that asks for it.
+            first: digest of what this rank came to; int64, a scalar.
+            second: of the same, computed once more.
+        """
+        rows = self._exchange(guard, first, second)
+        if rows is not None and (reason := of_itself(rows)):
+            # All ranks come to the same: they have the same digests.
+            guard.give_up(reason, tells=self._training.world.rank < TELLERS)
+        return not guard.stopped
 
     def sound(self, step: int) -> None:
         """Hear that nothing was found wrong in a step; what led to it is vouched for."""

@@ -182,10 +182,12 @@ class Account:
             for taken, rows in found.items()
         )
 
-    @property
-    def owes_reports(self) -> bool:
-        """Whether there is a report that has not been sent."""
-        return self._unsent > 0
+    def owes_ahead_of(self, fact: Fact) -> bool:
+        """Whether there is something to be sent before a fact, which may be the last of a run.
+
+        Reports are always; digests are compared when they come, and none come after the end.
+        """
+        return self._unsent > 0 or (isinstance(fact, RanksFinished) and bool(self._digests))
 
 
 def _key(fact: Fact) -> tuple[Hashable, bool]:

@@ -69,7 +69,7 @@ class Voice:
         """Say a fact now, and again on every connection while it is news."""
         self._account.keep(fact)
         pulse.collect(self._account, self._ranks)
-        if self._account.owes_reports and self._channel.connected:
+        if self._account.owes_ahead_of(fact) and self._channel.connected:
             self.beat()
         self._channel.send(fact)
 

@@ -199,7 +199,7 @@ def decision(order: Decision) -> str:
 def off(fact: DetectorFailed) -> str:
     """Return in words that a detector is switched off, and why."""
     where = f" on {_ranks(fact.ranks)}" if fact.ranks else ""
-    return f"detector {fact.detector} raised{where} and was switched off: {fact.reason}"
+    return f"detector {fact.detector} was switched off{where}: {fact.reason}"
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -73,6 +73,19 @@ def test_a_rank_that_can_not_look_says_so_and_all_go_on_without(found: Found) ->
     assert off == [[], [["outliers", "RuntimeError: no norm today"]], []]
 
 
+def test_where_a_micro_batch_differs_from_itself_at_the_start_nothing_is_compared(
+    found: Found,
+) -> None:
+    assert losses(found, "other bits each time") == losses(found, "nothing looks")
+    for rank in found["other bits each time"]:
+        assert (rank["again"], rank["diverged_"]) == ([], [])
+    *told, silent = (rank["off"] for rank in found["other bits each time"])
+    assert silent == [], "two say what all know"
+    for off in told:
+        assert [detector for detector, _ in off] == ["replays", "outliers"]
+        assert all(reason.startswith("3 of 3 ranks get another") for _, reason in off)
+
+
 def test_what_raises_in_a_pass_that_is_done_once_more_ends_the_detector_and_no_rank(
     found: Found,
 ) -> None:

@@ -209,7 +209,7 @@ class CrowdAgent:
 
     def _say(self, fact: Fact) -> None:
         self.account.keep(fact)
-        if self.account.owes_reports and self.channel.connected:
+        if self.account.owes_ahead_of(fact) and self.channel.connected:
             self.channel.send(self._beat())
         self.channel.send(fact)
 

@@ -6,6 +6,8 @@ Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact tex
 were looked at again, who was said to be wrong, and which detectors were said to be off.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -23,11 +25,12 @@ from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
-from trainer import gradients, parallel, train
+from trainer import digest, gradients, parallel, train
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.step import Training, Unheard
 
+NUMBERS = itertools.count(1)
 RANKS, WRONG = 3, 1
 STEPS, AT = 24, 22
 """Of steps before, there are just enough to be compared with."""
@@ -58,6 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "detection": BLIND,
     },
     "blind": {"blind": True},
+    "other bits each time": {"chance": True},
     "raises when computed once more": {"factor": math.inf, "ranks": {WRONG}, "raises": True},
     "infinite, and nothing looks": {"factor": math.inf, "ranks": {WRONG}, "detection": BLIND},
 }
@@ -106,6 +110,10 @@ class Loss:
         return loss * way["factor"] if wrong else loss
 
 
+def other_each_time(*args: Any) -> Tensor:
+    return digest.digest(*args) + next(NUMBERS)
+
+
 def taken(name: str, world: parallel.World) -> dict[str, Any]:
     way = WAYS[name]
     job = runfile.Trainer(
@@ -118,8 +126,15 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     for step in range(1, STEPS + 1):
         loss.begin(step)
         blind = way.get("blind") and step == AT and world.rank == WRONG
-        broken = mock.patch.object(gradients, "local", side_effect=RuntimeError("no norm today"))
-        with broken if blind else mock.patch.object(gradients, "local", gradients.local):
+        broken: Any = mock.patch.object(
+            gradients, "local", side_effect=RuntimeError("no norm today")
+        )
+        other: Any = mock.patch.object(gradients, "digest", other_each_time)
+        with contextlib.ExitStack() as wrong:
+            if blind:
+                wrong.enter_context(broken)
+            if way.get("chance"):
+                wrong.enter_context(other)
             training.step(step, heard)
     return vars(heard)
 

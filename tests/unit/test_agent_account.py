@@ -5,6 +5,7 @@ import msgspec
 from orchestrator.agent.account import REPORTS_MAX, Account
 from orchestrator.agent.impressions import Written
 from orchestrator.agent.owed import STEPS_MAX, Owed
+from orchestrator.protocol.digests import KINDS, Taken
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
@@ -126,9 +127,23 @@ def test_steps_are_sent_once_on_a_connection_and_again_on_the_next_if_not_known(
     node.record([report(2), report(3)])
     assert [r.step for r in node.unsent()] == [3]
     node.reconnected(Step(1))
-    assert node.owes_reports
+    fact = RanksTroubled(generation=G4, ranks=TWO, message="reset")
+    assert node.owes_ahead_of(fact)
     assert [r.step for r in node.unsent()] == [2, 3]
-    assert not node.owes_reports
+    assert not node.owes_ahead_of(fact)
+
+
+def test_digests_are_sent_before_a_node_says_that_it_is_done() -> None:
+    """What the run ends with would else be compared with nothing: nobody listens any more."""
+    node = account()
+    taken = Taken(step=Step(9), period=1)
+    node.record_digests(Rank(2), taken, (1,) * len(KINDS))
+    done = RanksFinished(generation=G4, step=Step(8), ranks=TWO, lanes=((8, 1), (8, 2)))
+
+    assert not node.owes_ahead_of(RanksTroubled(generation=G4, ranks=TWO, message="reset"))
+    assert node.owes_ahead_of(done)
+    assert [digests.taken for digests in node.unsent_digests()] == [taken]
+    assert not node.owes_ahead_of(done)
 
 
 def test_kept_steps_are_bounded_and_the_newest_stay() -> None:

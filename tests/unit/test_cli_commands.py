@@ -340,9 +340,9 @@ def test_describe_run_says_which_detectors_raised_and_where(home: Path) -> None:
 
     out = told("describe", "run")
 
-    assert "detector digests raised on rank 2 and was switched off: ValueError: no" in out
-    assert "detector digests raised on rank 0" not in out, "the first is enough"
-    assert "detector digests raised on rank 0" in told("get", "events")
+    assert "detector digests was switched off on rank 2: ValueError: no" in out
+    assert "detector digests was switched off on rank 0" not in out, "the first is enough"
+    assert "detector digests was switched off on rank 0" in told("get", "events")
 
 
 @pytest.mark.usefixtures("demo")

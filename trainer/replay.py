@@ -11,7 +11,9 @@ Letters: r a rank, s the shift.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,9 @@ from trainer.shares import Share
 
 HALF = 1 << 32
 VOTERS_MIN = 3
+LONGEST, COSTS = 4, 3
+"""Replays that cost more than their share come more rarely, by so many times at most; what they
+cost is known once so many were seen."""
 TRIED_MAX = 3
 """Micro-batches that all ranks compute once more to find out who was wrong."""
 
@@ -40,25 +45,60 @@ def joined(low: float, high: float) -> int:
 def every(time_share: float, work: Share) -> int:
     """Return after how many steps it is done again, to take that share of the time.
 
-    A replay is one micro-batch more for every rank. What a rank has itself may be fewer than what
-    others have, and all of them must come to the same number: they wait for each other in it.
+    A replay is one micro-batch more for every rank, as long as nobody knows better. What a rank
+    has itself may be fewer than what others have, and all of them must come to the same number:
+    they wait for each other in it.
     """
     return max(math.ceil(1 / (time_share * work.most)), 1)
 
 
-def known_good(restored: int, every: int) -> int:
+class Pace:
+    """After how many steps replays come, from what they were seen to cost.
+
+    Args:
+        share: of the time of a step, that they may take.
+        work: of any rank.
+
+    Attributes:
+        every: so many steps.
+        longest: never more than so many, whatever they cost.
+        fixed: whether that stays as it is.
+    """
+
+    def __init__(self, share: float, work: Share) -> None:
+        self.every = self._least = every(share, work)
+        self.longest = LONGEST * self._least
+        self.fixed = False
+        self._share = share
+        self._costs: deque[float] = deque(maxlen=COSTS)
+
+    def paid(self, costs: Sequence[float]) -> None:
+        """Hear what a replay cost each rank, in steps; 0 of who does not know.
+
+        Who came first has waited for the others, in what it takes for its cost: the least is true.
+        All ranks hear the same, and so come to the same.
+        """
+        if self.fixed or not costs or min(costs) <= 0:
+            return
+        self._costs.append(min(costs))
+        if len(self._costs) == COSTS:
+            wanted = math.ceil(median(self._costs) / self._share)
+            self.every = min(max(wanted, self._least), self.longest)
+
+
+def known_good(restored: int, longest: int) -> int:
     """Return the last step that a replay vouches for, of a world that was restored to a step.
 
     What it was restored to was saved after the last replay before it, and nobody has looked since.
 
     Args:
         restored: the step.
-        every: after how many steps it was, and is, done again.
+        longest: the most steps that may lie between two replays.
 
-    >>> known_good(15, 10)
-    9
+    >>> known_good(150, 40)
+    109
     """
-    return max(restored // every * every - 1, 0)
+    return max(restored - longest - 1, 0)
 
 
 class Mismatch(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,10 @@ from trainer.doubts import Doubts
 from trainer.gradients import Probe
 from trainer.guard import Guard
 from trainer.pipeline import Micro
-from trainer.replay import every
+from trainer.replay import Pace
 from trainer.ring import Ring, Stepping, Told
+
+MOMENT_S = 1e-6
 
 
 class Replays:
@@ -38,11 +42,14 @@ class Replays:
         self._training = training
         self.ring = Ring(training, samples)
         self.doubts = Doubts(training, self.ring)
-        self._every = every(share, training.share)
+        self.pace = Pace(share, training.share)
         self._guard = Guard("replays")
         self._probe = Probe(self._guard)
         self._due = self._tested = False
+        self._number = 0
         self._micro: Micro | None = None
+        self._took_s = self._cost = 0.0
+        """Seconds of the replay in this step, and what it came to in the last one."""
         self._own = torch.zeros((), dtype=torch.int64)
 
     def forget(self) -> None:
@@ -52,10 +59,10 @@ class Replays:
 
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
-        self.ring.begin(step, self._every)
+        self.ring.begin(step, self.pace.longest)
         self.doubts.begin()
         # Not in the first step of a process, which makes what gradients are looked at on.
-        due = self._training.warm and (step % self._every == 0 or not self._tested)
+        due = self._training.warm and (step % self.pace.every == 0 or not self._tested)
         self._due = due and not self._guard.stopped
 
     def before(self, *, last: bool) -> None:
@@ -77,8 +84,9 @@ class Replays:
         if not self._tested:
             self._test(step)
         # Another neighbour each time: two that err in the same way are not always paired.
-        shift = 1 + step // self._every % (self._training.world.size - 1)
-        found = None
+        shift = 1 + self._number % (self._training.world.size - 1)
+        self._number += 1
+        found, begun = None, time.monotonic()
         if not self._guard.stopped:
             found = self.ring.compare(
                 self._guard, self._own, lambda of: self._replay(step, of), shift
@@ -91,7 +99,17 @@ class Replays:
             self.ring.unknown()
         else:
             self.ring.sound(step)
+            self._took_s = time.monotonic() - begun
         return False
+
+    def stepped(self, seconds: float) -> None:
+        """Hear for how long a step took; what a replay in it has cost is said in the next one."""
+        self._cost = self._took_s / max(seconds - self._took_s, MOMENT_S)
+        self._took_s = 0.0
+
+    def words(self) -> tuple[float, float]:
+        """Return what this rank tells the others in a step: of `Doubts`, and for the pace."""
+        return self.doubts.word(), self._cost
 
     def _test(self, step: int) -> None:
         """Find out if bits mean anything here: whether a micro-batch comes out the same twice.

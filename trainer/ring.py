@@ -90,10 +90,10 @@ class Ring:
         """Begin as after a restore: the state is another one than a moment ago."""
         self.again, self._tries, self._verified = False, 0, None
 
-    def begin(self, step: int, every: int) -> None:
-        """Begin to compute a step, of which every so many-th is replayed."""
+    def begin(self, step: int, longest: int) -> None:
+        """Begin to compute a step; between two that are replayed are so many at most."""
         if self._verified is None:
-            self._verified = known_good(step - 1, every)
+            self._verified = known_good(step - 1, longest)
 
     def share(self, of: int) -> list[range]:
         """Return the micro-batches of a rank in the present step, as indices of its samples."""

@@ -93,8 +93,9 @@ WORD_AT = 2
 OFF_AT = WORD_AT + len(Word._fields)
 """And behind that, whether it digests nothing any more; then doubts, digests and losses."""
 DOUBT_AT = OFF_AT + 1
-"""What it says of its own numbers in this step (trainer.doubts)."""
-DIGESTS_AT = DOUBT_AT + 1
+"""What it says of its own numbers in this step (trainer.doubts), and what its replay cost."""
+COST_AT = DOUBT_AT + 1
+DIGESTS_AT = COST_AT + 1
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -240,6 +241,9 @@ class Training:
         self.optimizer.step(step, grad_norm)
         self.warm = True
         seconds = time.monotonic() - begun
+        if self._replays is not None:
+            self._replays.stepped(seconds)
+            self._replays.pace.paid([row[COST_AT] for row in rows])
         rate = learning_rate(step, self.job)
         self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
         reporter.step_done(
@@ -261,8 +265,9 @@ class Training:
         held = list(self._held(gradients))
         self.injected.strike(step, held[-1:])
         digests = self._digest(step, held)
-        doubt = self._replays.doubts.word() if self._replays is not None else 0.0
-        said = torch.tensor([self.samples.mark, *word, self._guard.off, doubt], dtype=torch.float64)
+        words = self._replays.words() if self._replays is not None else (0.0, 0.0)
+        own_words = [self.samples.mark, *word, self._guard.off, *words]
+        said = torch.tensor(own_words, dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
         # On a GPU, this is where the host waits for the step, and the only place.

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from orchestrator.protocol import runfile
-from trainer.replay import Mismatch, every, halves, joined, judge, known_good, mismatches, of_itself
+from trainer.replay import (
+    Mismatch,
+    Pace,
+    every,
+    halves,
+    joined,
+    judge,
+    known_good,
+    mismatches,
+    of_itself,
+)
 from trainer.shares import Place, Share, share_of
 
 RIGHT = 7
@@ -91,5 +101,24 @@ def test_ranks_with_uneven_shares_replay_in_the_same_steps(replicas: int, shards
 
 
 def test_nobody_vouches_for_steps_between_the_last_replay_and_what_was_restored() -> None:
-    assert [known_good(step, 10) for step in (0, 9, 10, 15, 20)] == [0, 0, 9, 9, 19]
-    assert known_good(15, 1) == 14
+    assert [known_good(step, 10) for step in (0, 9, 11, 15, 30)] == [0, 0, 0, 4, 19]
+    assert known_good(15, 1) == 13
+
+
+def test_replays_that_cost_more_than_their_share_come_more_rarely_within_bounds() -> None:
+    (own,) = shares(16, 1, 1)
+    pace = Pace(0.01, own)
+    assert (pace.every, pace.longest) == (7, 28)
+
+    for costs in [(0.09, 0.3), (0.12, 0.1), (0.0, 0.2), (0.11, 0.4)]:
+        assert pace.every == 7, "what one replay cost says little"
+        pace.paid(costs)
+
+    # The least of each: 0.09, 0.10 and 0.11 steps; of who does not know nothing is learned.
+    assert pace.every == 10
+    for _ in range(3):
+        pace.paid((0.9, 0.9))
+    assert pace.every == 28
+    for _ in range(3):
+        pace.paid((0.001, 0.002))
+    assert pace.every == 7, "nor more often than its passes alone would allow"

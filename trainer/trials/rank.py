@@ -168,6 +168,9 @@ class TrialRank:
         )
         # Nobody comes with orders: ranks that differ go on, and show what becomes of it.
         hold.HOLD_S = 0.0
+        if (replays := _replays(self._training)) is not None:
+            # What is noticed is not to depend on how busy the machine was.
+            replays.pace.fixed = True
         self._stamp = stamp_of("campaign", Generation(1), job, self._samples)
         self._voice = Voice(Path(setup.beacons[rank]))
         self._room = Path(setup.beacons[rank]).with_suffix(".slot")

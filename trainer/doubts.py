@@ -131,10 +131,10 @@ class Doubts:
 
     def differ(self, step: int, why: str, loss: float, grad_norm: float, reporter: Told) -> bool:
         """Compute all of another replica's step; return whether it is to be thrown away."""
-        world = self._training.world
-        shards, replicas = world.shards, world.layout.dp_replicate
+        layout = self._training.world.layout
         # Ranks of a replica meet in every pass, so they compute as many: those of one other.
-        shift = shards * (1 + step % (replicas - 1)) if replicas > 1 else 1 + step % (shards - 1)
+        unit = layout.shard_count if layout.dp_replicate > 1 else layout.tp
+        shift = unit * (1 + step % (layout.world_size // unit - 1))
         own = self._guard.call(
             lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()
         )

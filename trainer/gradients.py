@@ -54,7 +54,9 @@ class Probe:
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def take(gradient: Tensor) -> None:
             if self._active:
-                self._guard.call(lambda: self._add(digest(gradient, f"micro-batch/{name}")), None)
+                self._guard.call(
+                    lambda: self._add(digest(local(gradient), f"micro-batch/{name}")), None
+                )
 
         return take
 

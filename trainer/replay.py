@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -125,9 +125,14 @@ def mismatches(rows: Sequence[tuple[int, int]], shift: int) -> list[Mismatch]:
     ]
 
 
-def tried(found: Sequence[Mismatch]) -> list[int]:
-    """Return whose micro-batches all ranks compute once more."""
-    return list(dict.fromkeys(edge.producer for edge in found))[:TRIED_MAX]
+def tried(found: Sequence[Mismatch], together: int = 1) -> list[int]:
+    """Return whose micro-batches all ranks compute once more; of a group, the first is named.
+
+    Args:
+        found: what came out differently.
+        together: ranks of a group that computes a micro-batch together.
+    """
+    return list(dict.fromkeys(edge.producer // together * together for edge in found))[:TRIED_MAX]
 
 
 def of_itself(rows: Sequence[Sequence[int]]) -> str:
@@ -156,7 +161,10 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    rows: Sequence[tuple[int, int]], shift: int, again: Callable[[int], Sequence[int]]
+    rows: Sequence[tuple[int, int]],
+    shift: int,
+    again: Callable[[int], Sequence[int]],
+    together: int = 1,
 ) -> Verdict:
     """Find out who was wrong, by what all ranks got that computed it once more.
 
@@ -164,34 +172,65 @@ def judge(
         rows: as in `mismatches`, of which there are some.
         shift: as there.
         again: returns all ranks' digests of the micro-batch of one that is `tried`.
+        together: ranks of a group that computes a micro-batch together, and follow each other.
+            What one of them gets wrong, others learn of as they compute, so the group is guilty,
+            unless nobody else in it came to something else than other groups.
     """
     found = mismatches(rows, shift)
     guilty: dict[int, str] = {}
-    for producer in tried(found):
-        digests = again(producer)
-        right = max(sorted(set(digests)), key=digests.count)
-        if len(digests) < VOTERS_MIN or 2 * digests.count(right) <= len(digests):
-            continue
-        said = {
-            producer: rows[producer][0],
-            **{edge.replayer: rows[edge.replayer][1] for edge in found if edge[0] == producer},
-        }
-        for rank, value in [*said.items(), *enumerate(digests)]:
-            if value != right:
-                guilty.setdefault(
-                    rank,
-                    f"rank {rank} has {value:016x} for rank {producer}'s micro-batch, "
-                    f"{digests.count(right)} of {len(digests)} ranks {right:016x}",
-                )
+    for first in tried(found, together):
+        digests = again(first)
+        for at in range(together):
+            producer = first + at
+            said = dict(enumerate(digests))
+            said = {rank: value for rank, value in said.items() if rank % together == at}
+            own = [(producer, rows[producer][0])]
+            own += [(e.replayer, rows[e.replayer][1]) for e in found if e.producer == producer]
+            guilty = _outvoted(producer, own, said) | guilty
     edges = ", ".join(f"{edge.producer} by {edge.replayer}" for edge in found)
     words = f"micro-batches came out otherwise when computed once more (of rank {edges})"
     if guilty:
-        return Verdict(
-            tuple(sorted(guilty)), proven=True, evidence="; ".join([words, *guilty.values()])
+        evidence = "; ".join(
+            [words, *(guilty[rank] for rank in sorted(guilty)), *_groups(guilty, together)]
         )
+        return Verdict(tuple(sorted(guilty)), proven=True, evidence=evidence)
     suspects = dict.fromkeys(rank for edge in found for rank in edge)
     return Verdict(
         tuple(sorted(suspects)),
         proven=False,
         evidence=f"{words}; no majority of ranks agrees on which is right",
     )
+
+
+def _outvoted(
+    producer: int, own: Sequence[tuple[int, int]], again: Mapping[int, int]
+) -> dict[int, str]:
+    """Return who had or has another digest than most, in words; nobody without a majority.
+
+    Args:
+        producer: whose micro-batch it is.
+        own: ranks with what they had said of it.
+        again: of each rank that has the same part of the model, what it comes to now.
+    """
+    digests = list(again.values())
+    right = max(sorted(set(digests)), key=digests.count)
+    if len(digests) < VOTERS_MIN or 2 * digests.count(right) <= len(digests):
+        return {}
+    return {
+        rank: f"rank {rank} has {value:016x} for rank {producer}'s micro-batch, "
+        f"{digests.count(right)} of {len(digests)} ranks {right:016x}"
+        for rank, value in reversed([*own, *again.items()])
+        if value != right
+    }
+
+
+def _groups(guilty: Iterable[int], together: int) -> Iterator[str]:
+    """Yield in words which of some ranks compute together, so that one may have misled others."""
+    members: dict[int, list[int]] = {}
+    for rank in sorted(guilty):
+        members.setdefault(rank // together, []).append(rank)
+    for group, ranks in members.items():
+        if len(ranks) > 1:
+            first = group * together
+            last = first + together - 1
+            yield f"ranks {first} to {last} compute together, and one may mislead the others"

@@ -30,13 +30,13 @@ class Replays:
 
     @staticmethod
     def possible(layout: Layout, device: torch.device) -> bool:
-        """Whether ranks compute micro-batches by themselves, and there is another to do it.
+        """Whether ranks, or groups of `tp`, compute whole micro-batches, and there is another one.
 
         And whether two processes get the same bits, which they were seen not to do on a GPU.
         """
         if device.type != "cpu":
             return False
-        return layout.pp == layout.cp == layout.tp == 1 and layout.readers > 1
+        return layout.pp == layout.cp == 1 and layout.readers > 1
 
     def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
         self._training = training
@@ -84,7 +84,8 @@ class Replays:
         if not self._tested:
             self._test(step)
         # Another neighbour each time: two that err in the same way are not always paired.
-        shift = 1 + self._number % (self._training.world.size - 1)
+        layout = self._training.world.layout
+        shift = layout.tp * (1 + self._number % (layout.readers - 1))
         self._number += 1
         found, begun = None, time.monotonic()
         if not self._guard.stopped:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
-from trainer import parallel
+from trainer import parallel, tensor
 from trainer.data import Batch, Batches
 from trainer.gradients import drop
 from trainer.guard import Guard
@@ -131,14 +131,15 @@ class Ring:
         (model,) = training.stages
         losses = []
         try:
-            for number, micro in enumerate(micros):
-                loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
-                looks(model, number)
-                parallel.not_to_be_added_up(model, training.world)
-                torch.autograd.backward(loss / training.tokens)
-                losses.append(loss.detach())
-                if not training.adds_up_in_place:
-                    drop(training.stages)
+            with tensor.losses(training.world.layout.tp):
+                for number, micro in enumerate(micros):
+                    loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+                    looks(model, number)
+                    parallel.not_to_be_added_up(model, training.world)
+                    torch.autograd.backward(loss / training.tokens)
+                    losses.append(loss.detach())
+                    if not training.adds_up_in_place:
+                        drop(training.stages)
         finally:
             drop(training.stages)
         return losses
@@ -154,7 +155,8 @@ class Ring:
             guard: of the detector that asks for it.
             own: digest of what this rank came to; int64, a scalar.
             compute: returns the same of any rank's, computed here.
-            shift: each rank computes that of the rank so many further on.
+            shift: each rank computes that of the rank so many further on, as one of a group with
+                those that have other parts of the model: a multiple of the size of such groups.
         """
         rank, size = self._training.world.rank, self._training.world.size
         rows = self._exchange(guard, own, compute((rank + shift) % size))
@@ -164,11 +166,12 @@ class Ring:
         if not self.repeats(guard, compute(rank), compute(rank)):
             return None
         again: dict[int, list[int]] = {}
-        for of in tried(edges):
+        together = self._training.world.layout.tp
+        for of in tried(edges, together):
             if (columns := self._exchange(guard, compute(of))) is None:
                 return None
             again[of] = [column[0] for column in columns]
-        found = guard.call(lambda: judge(pairs, shift, again.__getitem__), None)
+        found = guard.call(lambda: judge(pairs, shift, again.__getitem__, together), None)
         # It raises on every rank or on none: they have the same digests.
         if guard.off:
             guard.stop()

@@ -4,22 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.programs.doubted import AT, RANKS, WAYS, WRONG
+from tests.programs.doubted import AT, REPLICAS, WAYS, WRONG
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
 Found = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Return what each rank found, by rank, of each way in which numbers may stand out."""
-    folder = tmp_path_factory.mktemp("doubted")
+def train(folder: Path, tp: int, ways: Iterable[str]) -> Found:
+    """Return what each rank found, by rank, of some ways in which numbers may be wrong."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.doubted", str(folder)],
+        [sys.executable, "-m", "tests.programs.doubted", str(folder), str(tp), *ways],
         env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
@@ -27,21 +27,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((folder / f"{rank}.json").read_bytes()) for rank in range(RANKS)]
-    return {way: [rank[way] for rank in ranks] for way in WAYS}
+    files = [folder / f"{rank}.json" for rank in range(REPLICAS * tp)]
+    ranks = [json.loads(file.read_bytes()) for file in files]
+    return {way: [rank[way] for rank in ranks] for way in ways}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return train(tmp_path_factory.mktemp("doubted"), 1, WAYS)
 
 
 def losses(found: Found, way: str) -> list[str]:
-    of_ranks = [rank["losses"] for rank in found[way]]
-    assert of_ranks[0] == of_ranks[1] == of_ranks[2]
-    first: list[str] = of_ranks[0]
-    return first
+    first, *others = (rank["losses"] for rank in found[way])
+    assert all(other == first for other in others)
+    text: list[str] = first
+    return text
 
 
-@pytest.mark.parametrize("way", ["nothing stands out", "deterministic"])
+@pytest.mark.parametrize("way", ["nothing stands out", "always replayed", "deterministic"])
 def test_looking_changes_no_bit_and_says_nothing_of_steps_as_usual(found: Found, way: str) -> None:
     assert losses(found, way) == losses(found, "nothing looks")
-    assert [(r["again"], r["diverged_"], r["off"]) for r in found[way]] == [([], [], [])] * RANKS
+    assert [(r["again"], r["diverged_"], r["off"]) for r in found[way]] == [([], [], [])] * REPLICAS
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,25 @@ def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
     assert told[2] == told[0]
     assert (step, ranks, proven) == (at - 1, [WRONG], True)
     assert f"in step {at}, rank {WRONG}'s loss or gradient of a weight is" in evidence
+
+
+def test_ranks_that_cut_each_layer_replay_as_a_group_and_the_wrong_one_is_named(
+    tmp_path: Path,
+) -> None:
+    quiet = ("nothing looks", "nothing stands out", "always replayed")
+    wrong = {"huge once": AT, "no number once": 3, "a little off once, and replayed": AT}
+
+    found = train(tmp_path, 2, [*quiet, *wrong])
+
+    for way in (*quiet, *wrong):
+        assert losses(found, way) == losses(found, "nothing looks"), way
+    assert not any(rank["diverged_"] or rank["off"] for way in quiet for rank in found[way])
+    for way, at in wrong.items():
+        told = [rank["diverged_"] for rank in found[way] if rank["diverged_"]]
+        assert len(told) == 2
+        ((step, _, ranks, proven, evidence),) = told[0]
+        assert (step, ranks, proven) == (at - 1, [0, WRONG], True), way
+        assert evidence.endswith("ranks 0 to 1 compute together, and one may mislead the others")
 
 
 def test_what_comes_out_the_same_everywhere_is_the_data_and_the_run_goes_on(found: Found) -> None:

@@ -1,6 +1,8 @@
-"""Three replicas train, and a step comes to numbers that stand out, in each of some ways.
+"""Three replicas train, and a step comes to wrong numbers, in each of some ways.
 
-    python -m tests.programs.doubted FOLDER WAY...
+    python -m tests.programs.doubted FOLDER TP WAY...
+
+A replica is TP ranks, of which the one that is wrong is in the first.
 
 Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, which steps
 were looked at again, who was said to be wrong, and which detectors were said to be off.
@@ -31,16 +33,18 @@ from trainer.data import Samples, Tokens
 from trainer.step import Training, Unheard
 
 NUMBERS = itertools.count(1)
-RANKS, WRONG = 3, 1
+REPLICAS, WRONG = 3, 1
 STEPS, AT = 24, 22
 """Of steps before, there are just enough to be compared with."""
-CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
+CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=16, vocab=16)
 TOKENS = Tokens(np.arange(2048, dtype=np.uint32) * 7 % 16, "d16e57000000", 63)
 JOB = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=6, warmup_steps=1, micro_batch=1)
-OWN = JOB.global_batch // RANKS
+OWN = JOB.global_batch // REPLICAS
 """Micro-batches of a rank."""
 LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
 """Replays that are due never come."""
+REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
+"""They come in every step."""
 BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
 WAYS: dict[str, dict[str, Any]] = {
     "nothing looks": {"detection": BLIND},
@@ -53,12 +57,19 @@ WAYS: dict[str, dict[str, Any]] = {
         "ranks": {WRONG},
         "job": {"reduction": "deterministic"},
     },
-    "huge always": {"factor": 1e6, "ranks": set(range(RANKS)), "always": True},
+    "huge always": {"factor": 1e6, "ranks": set(range(REPLICAS)), "always": True},
     "huge always, and nothing looks": {
         "factor": 1e6,
-        "ranks": set(range(RANKS)),
+        "ranks": set(range(REPLICAS)),
         "always": True,
         "detection": BLIND,
+    },
+    "always replayed": {"detection": REPLAYING},
+    "a little off once, and replayed": {
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "call": OWN,
+        "detection": REPLAYING,
     },
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
@@ -106,7 +117,9 @@ class Loss:
             return loss
         if way.get("raises") and self._rank == 0 and self._calls > OWN:
             raise RuntimeError("no second time")
-        wrong = self._rank in way["ranks"] and (way.get("always") or self._calls == 1)
+        wrong = self._rank in way["ranks"] and (
+            way.get("always") or self._calls == way.get("call", 1)
+        )
         return loss * way["factor"] if wrong else loss
 
 
@@ -123,6 +136,8 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     training = Training(job, CONFIG, Samples(TOKENS, job), world, detection=detection)
     heard, loss = Heard(), Loss(training, world.rank, way)
     training.loss = loss
+    if training._replays is not None:
+        training._replays.pace.fixed = True  # how busy the machine is does not matter here
     for step in range(1, STEPS + 1):
         loss.begin(step)
         blind = way.get("blind") and step == AT and world.rank == WRONG
@@ -139,17 +154,17 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     return vars(heard)
 
 
-def main(folder: Path, ways: Sequence[str]) -> int:
+def main(folder: Path, tp: int, ways: Sequence[str]) -> int:
     train.warm_up()
     children = []
-    for rank in range(RANKS):
+    layout = Layout(dp_replicate=REPLICAS, tp=tp)
+    for rank in range(layout.world_size):
         children.append(os.fork())
         if children[-1] == 0:
             try:
                 torch.set_num_threads(1)
-                layout = Layout(dp_replicate=RANKS)
                 world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
-                world.join(FileStore(str(folder / "meeting"), RANKS), 60.0)
+                world.join(FileStore(str(folder / "meeting"), layout.world_size), 60.0)
                 found = {way: taken(way, world) for way in ways}
                 (folder / f"{rank}.json").write_text(json.dumps(found))
                 world.gather([0.0])  # nobody leaves while others still need it
@@ -162,4 +177,4 @@ def main(folder: Path, ways: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:] or list(WAYS)))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

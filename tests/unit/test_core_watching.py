@@ -22,19 +22,25 @@ def test_three_replicas_have_both() -> None:
     assert "nobody can say which is right" in said(2)[0]
 
 
-@pytest.mark.parametrize("cut", ["pp", "cp", "tp"])
+@pytest.mark.parametrize("cut", ["pp", "cp"])
 def test_ranks_that_share_a_micro_batch_are_digested_and_not_replayed(cut: str) -> None:
     digests, replays = said(parallelism={"dpReplicate": 2, "dpShard": 1, cut: 2})
 
     assert digests.startswith("on")
-    assert replays == f"off: with {cut} 2, no rank computes a micro-batch by itself"
+    assert replays == f"off: with {cut} 2, nobody computes a whole micro-batch"
+
+
+def test_groups_that_share_each_layer_compute_the_micro_batches_of_others() -> None:
+    cut = {"dpReplicate": 3, "dpShard": 1, "tp": 2}
+    assert said(parallelism=cut, trainer={"device": "cpu"})[1] == "on"
+    assert said(1, parallelism=cut)[1] == "off: there is nobody else to compute it"
 
 
 def test_one_replica_is_compared_with_nothing_and_replayed_if_it_has_shards() -> None:
     assert said(1, parallelism={"dpReplicate": 1, "dpShard": 4})[1].startswith("on")
     digests, replays = said(1, parallelism={"dpReplicate": 4, "dpShard": 1})
     assert digests.startswith("off: one replica")
-    assert replays == "off: there is no other rank to compute it"
+    assert replays == "off: there is nobody else to compute it"
 
 
 def test_what_is_switched_off_names_the_field() -> None:

@@ -67,6 +67,30 @@ def test_of_two_ranks_that_differ_nobody_is_named() -> None:
     assert "no majority" in found.evidence
 
 
+def test_of_ranks_that_compute_together_the_group_is_named_unless_one_differs_alone() -> None:
+    """Ranks 2 and 3 are a group of `tp`; each has another part, and so another digest."""
+    right = [7, 8, 7, 8, 7, 8]
+    rows = [(own, own) for own in right]
+    rows[2], rows[3] = (91, 7), (92, 8)
+
+    found = judge(rows, 2, lambda _: right, 2)
+    assert (found.ranks, found.proven) == ((2, 3), True)
+    assert found.evidence.endswith("ranks 2 to 3 compute together, and one may mislead the others")
+
+    rows[2] = (7, 7)
+    found = judge(rows, 2, lambda _: right, 2)
+    assert (found.ranks, found.proven) == ((3,), True)
+    assert "together" not in found.evidence
+
+
+def test_of_two_groups_that_differ_nobody_is_named() -> None:
+    rows = [(7, 7), (8, 8), (7, 7), (9, 8)]
+
+    found = judge(rows, 2, lambda _: [7, 8, 7, 8], 2)
+
+    assert (found.ranks, found.proven) == ((1, 3), False)
+
+
 def test_digests_survive_the_way_through_floating_point() -> None:
     digests = [0, 1, -1, 1 << 62, -(1 << 63), 0x123456789ABCDEF]
 

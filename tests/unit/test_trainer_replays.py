@@ -32,6 +32,22 @@ def test_nothing_is_replayed_where_two_processes_differ(device: str, *, possible
     assert Replays.possible(Layout(dp_replicate=3), torch.device(device)) == possible
 
 
+@pytest.mark.parametrize(
+    ("layout", "possible"),
+    [
+        (Layout(dp_replicate=3, tp=2), True),
+        (Layout(dp_shard=2, tp=2), True),
+        (Layout(tp=4), False),
+        (Layout(dp_replicate=3, pp=2), False),
+        (Layout(dp_replicate=3, cp=2), False),
+    ],
+)
+def test_who_computes_whole_micro_batches_can_do_it_for_others(
+    layout: Layout, *, possible: bool
+) -> None:
+    assert Replays.possible(layout, torch.device("cpu")) == possible
+
+
 def test_orders_are_awaited_for_as_long_as_a_controller_takes_to_find_nodes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,10 +2,12 @@
 
     python -m tests.bench.detection [--pairs 60] [--json]
 
-Three replicas of the `debug` model train on the CPU, in one world each for digests and for replays.
+Three replicas of the `debug` model train on the CPU, in one world each for digests, for norms in
+which outliers would show, and for those and replays.
 Every other step is taken without; which comes first changes from pair to pair, so that drifts of
 the machine meet both alike. A step is as long as its slowest rank says. Digests are as by default.
-Replays, which by default come once in many steps, are measured in each and counted once in so many.
+Replays, which by default come once in many steps, are measured in each and counted once in so many
+as a run would come to that sees them cost what they cost here.
 Given are medians over pairs of what is added to a step, as a share, with 95 % intervals that assume
 nothing of how they are spread; of the sum, both ends are added up, which makes it wider than it is.
 """
@@ -31,10 +33,11 @@ from orchestrator.campaign.world import LiveWorld
 from orchestrator.protocol.runfile import Detection, TrainingRun
 from orchestrator.protocol.trials import Quiet, Return, Train
 from trainer.digest import digest
-from trainer.replay import every
+from trainer.replay import COSTS, Pace
 from trainer.shares import Place, share_of
 
 WARM_STEPS = 3
+NEARLY_NEVER = 1e-9
 WORDS = 1 << 24
 NORMAL_95 = 1.96
 
@@ -103,10 +106,14 @@ def interval(values: list[float]) -> dict[str, float]:
     }
 
 
-def total(digests: list[float], replays: list[float], apart: int) -> dict[str, float]:
-    """Return what both add, of replays one in `apart` steps."""
-    each, rare = interval(digests), interval(replays)
-    return {name: each[name] + rare[name] / apart for name in each}
+def total(parts: list[list[float]], apart: int) -> dict[str, float]:
+    """Return what digests, outliers and, once in `apart` steps, replays add."""
+    digests, outliers, replays = map(interval, parts)
+    other = {"median": "median", "low": "high", "high": "low"}
+    return {
+        name: digests[name] + outliers[name] + (replays[name] - outliers[other[name]]) / apart
+        for name in digests
+    }
 
 
 def speeds(rounds: int = 7) -> dict[str, float]:
@@ -124,20 +131,28 @@ def speeds(rounds: int = 7) -> dict[str, float]:
     return {name: 4e-9 * WORDS / statistics.median(seconds) for name, seconds in took.items()}
 
 
+def steps_apart(cost: float) -> int:
+    """Return in how many steps a run has one replay, by default, that sees them cost so much."""
+    layout = usual().layout
+    first = Place(0, layout.dp_replicate, 0, layout.dp_shard)
+    pace = Pace(Detection().replay_share, share_of(usual().spec.trainer, first))
+    for _ in range(COSTS):
+        pace.paid([cost])
+    return pace.every
+
+
 def measure(folder: Path, pairs: int) -> dict[str, Any]:
     """Return shares of a step's time, speeds, and how busy the machine was with anything."""
     digests = added(run(replay_share=0.0), folder / "digests", pairs)
+    outliers = added(run(digest_share=0.0, replay_share=NEARLY_NEVER), folder / "norms", pairs)
     replays = added(run(digest_share=0.0, replay_share=1.0), folder / "replays", pairs)
-    layout = usual().layout
-    first = Place(0, layout.dp_replicate, 0, layout.dp_shard)
-    apart = every(Detection().replay_share, share_of(usual().spec.trainer, first))
+    apart = steps_apart(statistics.median(replays.step))
+    parts = {"digests": digests, "outliers": outliers, "replay": replays}
     return {
-        "overhead": total(digests.step, replays.step, apart),
-        "overhead_processor": total(digests.processor, replays.processor, apart),
-        "digests": interval(digests.step),
-        "digests_processor": interval(digests.processor),
-        "replay": interval(replays.step),
-        "replay_processor": interval(replays.processor),
+        "overhead": total([part.step for part in parts.values()], apart),
+        "overhead_processor": total([part.processor for part in parts.values()], apart),
+        **{name: interval(part.step) for name, part in parts.items()},
+        **{f"{name}_processor": interval(part.processor) for name, part in parts.items()},
         "replay_every_steps": apart,
         **speeds(),
         "load": os.getloadavg()[0],
@@ -157,7 +172,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    for name in ("overhead", "digests", "replay"):
+    for name in ("overhead", "digests", "outliers", "replay"):
         for unit, one in (("time", found[name]), ("processor time", found[f"{name}_processor"])):
             told = f"{one['median']:+.2%} ({one['low']:+.2%} to {one['high']:+.2%})"
             print(f"{name} {told} of a step's {unit}")

@@ -133,7 +133,7 @@ class Doubts:
         """Compute all of another replica's step; return whether it is to be thrown away."""
         layout = self._training.world.layout
         # Ranks of a replica meet in every pass, so they compute as many: those of one other.
-        unit = layout.shard_count if layout.dp_replicate > 1 else layout.tp
+        unit = layout.shard_count if layout.dp_replicate > 1 else layout.together
         shift = unit * (1 + step % (layout.world_size // unit - 1))
         own = self._guard.call(
             lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()

@@ -30,13 +30,13 @@ class Replays:
 
     @staticmethod
     def possible(layout: Layout, device: torch.device) -> bool:
-        """Whether ranks, or groups of `tp`, compute whole micro-batches, and there is another one.
+        """Whether ranks, or groups of cp and tp, compute whole micro-batches, and there are two.
 
         And whether two processes get the same bits, which they were seen not to do on a GPU.
         """
         if device.type != "cpu":
             return False
-        return layout.pp == layout.cp == 1 and layout.readers > 1
+        return layout.pp == 1 and layout.readers > 1
 
     def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
         self._training = training
@@ -85,7 +85,7 @@ class Replays:
             self._test(step)
         # Another neighbour each time: two that err in the same way are not always paired.
         layout = self._training.world.layout
-        shift = layout.tp * (1 + self._number % (layout.readers - 1))
+        shift = layout.together * (1 + self._number % (layout.readers - 1))
         self._number += 1
         found, begun = None, time.monotonic()
         if not self._guard.stopped:

@@ -166,7 +166,7 @@ class Ring:
         if not self.repeats(guard, compute(rank), compute(rank)):
             return None
         again: dict[int, list[int]] = {}
-        together = self._training.world.layout.tp
+        together = self._training.world.layout.together
         for of in tried(edges, together):
             if (columns := self._exchange(guard, compute(of))) is None:
                 return None

@@ -45,10 +45,8 @@ def replays(run: TrainingRun, replicas: int) -> str:
     if spec.detection.replay_share == 0:
         return "off: spec.detection.replayShare is 0"
     layout = run.layout
-    cuts = {"pp": layout.pp, "cp": layout.cp}
-    several = [f"{name} {size}" for name, size in cuts.items() if size > 1]
-    if several:
-        return f"off: with {' and '.join(several)}, nobody computes a whole micro-batch"
+    if layout.pp > 1:
+        return f"off: with pp {layout.pp}, nobody has all layers of a micro-batch at a time"
     if replicas * layout.dp_shard == 1:
         return "off: there is nobody else to compute it"
     return _REPLAYS_ON[spec.trainer.device]

@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
 Found = dict[str, list[dict[str, Any]]]
 
 
-def train(folder: Path, tp: int, ways: Iterable[str]) -> Found:
+def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
     """Return what each rank found, by rank, of some ways in which numbers may be wrong."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.doubted", str(folder), str(tp), *ways],
+        [sys.executable, "-m", "tests.programs.doubted", str(folder), cut, str(size), *ways],
         env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
@@ -27,14 +27,14 @@ def train(folder: Path, tp: int, ways: Iterable[str]) -> Found:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    files = [folder / f"{rank}.json" for rank in range(REPLICAS * tp)]
+    files = [folder / f"{rank}.json" for rank in range(REPLICAS * size)]
     ranks = [json.loads(file.read_bytes()) for file in files]
     return {way: [rank[way] for rank in ranks] for way in ways}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return train(tmp_path_factory.mktemp("doubted"), 1, WAYS)
+    return train(tmp_path_factory.mktemp("doubted"), "tp", 1, WAYS)
 
 
 def losses(found: Found, way: str) -> list[str]:
@@ -65,13 +65,14 @@ def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
     assert f"in step {at}, rank {WRONG}'s loss or gradient of a weight is" in evidence
 
 
-def test_ranks_that_cut_each_layer_replay_as_a_group_and_the_wrong_one_is_named(
-    tmp_path: Path,
+@pytest.mark.parametrize("cut", ["tp", "cp"])
+def test_ranks_that_share_micro_batches_replay_as_a_group_and_the_wrong_one_is_named(
+    tmp_path: Path, cut: str
 ) -> None:
     quiet = ("nothing looks", "nothing stands out", "always replayed")
     wrong = {"huge once": AT, "no number once": 3, "a little off once, and replayed": AT}
 
-    found = train(tmp_path, 2, [*quiet, *wrong])
+    found = train(tmp_path, cut, 2, [*quiet, *wrong])
 
     for way in (*quiet, *wrong):
         assert losses(found, way) == losses(found, "nothing looks"), way

@@ -1,8 +1,8 @@
 """Three replicas train, and a step comes to wrong numbers, in each of some ways.
 
-    python -m tests.programs.doubted FOLDER TP WAY...
+    python -m tests.programs.doubted FOLDER CUT SIZE WAY...
 
-A replica is TP ranks, of which the one that is wrong is in the first.
+A replica is SIZE ranks, that of the dimension CUT; the one that is wrong is in the first.
 
 Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, which steps
 were looked at again, who was said to be wrong, and which detectors were said to be off.
@@ -154,10 +154,10 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     return vars(heard)
 
 
-def main(folder: Path, tp: int, ways: Sequence[str]) -> int:
+def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:
     train.warm_up()
     children = []
-    layout = Layout(dp_replicate=REPLICAS, tp=tp)
+    layout = Layout(dp_replicate=REPLICAS)._replace(**{cut: size})
     for rank in range(layout.world_size):
         children.append(os.fork())
         if children[-1] == 0:
@@ -177,4 +177,4 @@ def main(folder: Path, tp: int, ways: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]))

@@ -22,16 +22,16 @@ def test_three_replicas_have_both() -> None:
     assert "nobody can say which is right" in said(2)[0]
 
 
-@pytest.mark.parametrize("cut", ["pp", "cp"])
-def test_ranks_that_share_a_micro_batch_are_digested_and_not_replayed(cut: str) -> None:
-    digests, replays = said(parallelism={"dpReplicate": 2, "dpShard": 1, cut: 2})
+def test_ranks_of_a_pipeline_are_digested_and_not_replayed() -> None:
+    digests, replays = said(parallelism={"dpReplicate": 2, "dpShard": 1, "pp": 2})
 
     assert digests.startswith("on")
-    assert replays == f"off: with {cut} 2, nobody computes a whole micro-batch"
+    assert replays == "off: with pp 2, nobody has all layers of a micro-batch at a time"
 
 
-def test_groups_that_share_each_layer_compute_the_micro_batches_of_others() -> None:
-    cut = {"dpReplicate": 3, "dpShard": 1, "tp": 2}
+@pytest.mark.parametrize("name", ["tp", "cp"])
+def test_groups_that_share_a_micro_batch_compute_those_of_others(name: str) -> None:
+    cut = {"dpReplicate": 3, "dpShard": 1, name: 2}
     assert said(parallelism=cut, trainer={"device": "cpu"})[1] == "on"
     assert said(1, parallelism=cut)[1] == "off: there is nobody else to compute it"
 

@@ -39,7 +39,8 @@ def test_nothing_is_replayed_where_two_processes_differ(device: str, *, possible
         (Layout(dp_shard=2, tp=2), True),
         (Layout(tp=4), False),
         (Layout(dp_replicate=3, pp=2), False),
-        (Layout(dp_replicate=3, cp=2), False),
+        (Layout(dp_replicate=3, cp=2), True),
+        (Layout(cp=2, tp=2), False),
     ],
 )
 def test_who_computes_whole_micro_batches_can_do_it_for_others(

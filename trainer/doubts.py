@@ -138,7 +138,9 @@ class Doubts:
         own = self._guard.call(
             lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()
         )
-        found = self._ring.compare(self._guard, own, lambda of: self._replay(step, of), shift)
+        found = self._ring.compare(
+            self._guard, own, lambda of: self._replay(step, of, reporter), shift
+        )
         self._guard.tell(reporter)
         if found is not None:
             found = found._replace(evidence=f"{why}; {found.evidence}")
@@ -171,7 +173,7 @@ class Doubts:
         out = self._own.standing_out(values)
         return max((self._own.times_usual(values, at) for at in out), default=QUIET)
 
-    def _replay(self, step: int, of: int) -> Tensor:
+    def _replay(self, step: int, of: int, reporter: Told) -> Tensor:
         """Return the fingerprint of what all micro-batches of a rank come to here."""
         assert self._micro is not None
         shares = self._ring.share(of)
@@ -181,6 +183,7 @@ class Doubts:
             self._guard,
             micros,
             lambda model, number: self._norms.before(model, last=number == len(micros) - 1),
+            reporter,
         )
         for loss in losses:
             self._norms.after(loss)

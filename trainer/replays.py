@@ -82,7 +82,7 @@ class Replays:
         if not self._due:
             return False
         if not self._tested:
-            self._test(step)
+            self._test(step, reporter)
         # Another neighbour each time: two that err in the same way are not always paired.
         layout = self._training.world.layout
         shift = layout.together * (1 + self._number % (layout.readers - 1))
@@ -90,7 +90,7 @@ class Replays:
         found, begun = None, time.monotonic()
         if not self._guard.stopped:
             found = self.ring.compare(
-                self._guard, self._own, lambda of: self._replay(step, of), shift
+                self._guard, self._own, lambda of: self._replay(step, of, reporter), shift
             )
         self._guard.tell(reporter)
         if found is not None:
@@ -112,23 +112,23 @@ class Replays:
         """Return what this rank tells the others in a step: of `Doubts`, and for the pace."""
         return self.doubts.word(), self._cost
 
-    def _test(self, step: int) -> None:
+    def _test(self, step: int, reporter: Told) -> None:
         """Find out if bits mean anything here: whether a micro-batch comes out the same twice.
 
         Where it does not, on most ranks, nothing that is computed once more is evidence.
         """
         self._tested = True
         own = self._training.world.rank
-        again = self._replay(step, own)
+        again = self._replay(step, own, reporter)
         if not self.ring.repeats(self._guard, self._own, again) and self._guard.off:
             self.doubts.give_up(self._guard.reason)
 
-    def _replay(self, step: int, of: int) -> Tensor:
+    def _replay(self, step: int, of: int, reporter: Told) -> Tensor:
         """Return what the last micro-batch of a rank comes to here."""
         # Without it, its own: other ranks wait for this one to take part in what follows.
         assert self._micro is not None
         micro = self.ring.read(self._guard, step, self.ring.share(of)[-1], self._micro)
-        losses = self.ring.compute(self._guard, [micro], self._look)
+        losses = self.ring.compute(self._guard, [micro], self._look, reporter)
         return self._probe.end(losses[0] if losses else torch.zeros(()))
 
     def _look(self, model: nn.Module, _: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from trainer.pipeline import Micro
 from trainer.replay import Verdict, halves, joined, judge, known_good, mismatches, of_itself, tried
 from trainer.shares import Place, Share, share_of
 
+Looks: TypeAlias = Callable[[nn.Module, int], None]
 RETRIES_MAX = 3
 TELLERS = 2
 """Ranks that report what all know; if one of them is lost, the other has said it."""
@@ -108,41 +109,48 @@ class Ring:
         return guard.call(lambda: read(self.samples.batch(step, indices)), otherwise)
 
     def compute(
-        self, guard: Guard, micros: Sequence[Micro], looks: Callable[[nn.Module, int], None]
+        self, guard: Guard, micros: Sequence[Micro], looks: Looks, reporter: Told
     ) -> list[Tensor]:
-        """Compute micro-batches once more; return their losses, or none if that raises.
+        """Compute micro-batches once more; return their losses, or fewer if that raises.
 
         Args:
             guard: of the detector that asks for it.
             micros: in order.
             looks: is called before each backward pass with the model and the pass's number.
+            reporter: hears of each, since it takes as long as one of the step.
 
         Raises:
             Exception: whatever is wrong, where other ranks would wait for this one in vain.
         """
-        if self._by_itself:
-            return guard.call(lambda: self._compute(micros, looks), [])
-        return self._compute(micros, looks)
+        losses: list[Tensor] = []
+        try:
+            for number, micro in enumerate(micros):
+                reporter.phase(RankPhase.FORWARD, micro_batch=number)
+                loss = self._guarded(guard, micro, number, looks)
+                if loss is None:
+                    break
+                losses.append(loss)
+                if not self._training.adds_up_in_place:
+                    drop(self._training.stages)
+        finally:
+            drop(self._training.stages)
+        reporter.phase(RankPhase.OPTIMIZER)
+        return losses
 
-    def _compute(
-        self, micros: Sequence[Micro], looks: Callable[[nn.Module, int], None]
-    ) -> list[Tensor]:
+    def _guarded(self, guard: Guard, micro: Micro, number: int, looks: Looks) -> Tensor | None:
+        if self._by_itself:
+            return guard.call(lambda: self._pass(micro, number, looks), None)
+        return self._pass(micro, number, looks)
+
+    def _pass(self, micro: Micro, number: int, looks: Looks) -> Tensor:
         training = self._training
         (model,) = training.stages
-        losses = []
-        try:
-            with tensor.losses(training.world.layout.tp):
-                for number, micro in enumerate(micros):
-                    loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
-                    looks(model, number)
-                    parallel.not_to_be_added_up(model, training.world)
-                    torch.autograd.backward(loss / training.tokens)
-                    losses.append(loss.detach())
-                    if not training.adds_up_in_place:
-                        drop(training.stages)
-        finally:
-            drop(training.stages)
-        return losses
+        with tensor.losses(training.world.layout.tp):
+            loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+            looks(model, number)
+            parallel.not_to_be_added_up(model, training.world)
+            torch.autograd.backward(loss / training.tokens)
+        return loss.detach()
 
     def compare(
         self, guard: Guard, own: Tensor, compute: Callable[[int], Tensor], shift: int

@@ -62,13 +62,13 @@ class Pace:
     Attributes:
         every: so many steps.
         longest: never more than so many, whatever they cost.
-        fixed: whether that stays as it is.
+        fixed: whether that stays as it is, as it does if they may take all the time they want.
     """
 
     def __init__(self, share: float, work: Share) -> None:
         self.every = self._least = every(share, work)
         self.longest = LONGEST * self._least
-        self.fixed = False
+        self.fixed = share >= 1
         self._share = share
         self._costs: deque[float] = deque(maxlen=COSTS)
 

@@ -270,8 +270,8 @@ class Detection(_Section, frozen=True, kw_only=True):
     0: none. Of the embedded trainer, where there are replicas."""
     replay_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     """About which part of a step's time goes into computing other ranks' micro-batches once more:
-    with less, or if they are seen to take more, it is done more rarely. 0: never. Of the embedded
-    trainer on CPUs, without pp."""
+    with less, or if they are seen to take more, it is done more rarely. 0: never; 1: in every step,
+    whatever it takes. Of the embedded trainer on CPUs, without pp."""
 
 
 class Recovery(_Section, frozen=True, kw_only=True):

@@ -146,3 +146,7 @@ def test_replays_that_cost_more_than_their_share_come_more_rarely_within_bounds(
     for _ in range(3):
         pace.paid((0.001, 0.002))
     assert pace.every == 7, "nor more often than its passes alone would allow"
+    always = Pace(1.0, own)
+    for _ in range(3):
+        always.paid((2.0, 2.0))
+    assert always.every == 1, "that is what whoever asks for all the time wants"

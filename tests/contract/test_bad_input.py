@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.worker import beacon
 from tests.journals import killed_rank, text
 from tests.runs import REPOSITORY, Job, steps_job
+from tests.weights import retensor, written
+from trainer.config import ModelConfig
 
 pytestmark = pytest.mark.process
 Make = Callable[..., Job]
@@ -491,18 +494,40 @@ def _llama(job: Make, **changes: Any) -> Job:
     return one
 
 
+def _no_documents(folder: Path) -> dict[str, Any]:
+    (folder / "blank.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
+    return {"data": [str(folder / "blank.jsonl")]}
+
+
+def _weights_with_a_nan(folder: Path) -> dict[str, Any]:
+    config = msgspec.convert(TINY, ModelConfig)
+    written(folder / "weights", config=config)
+    retensor(folder / "weights/model.safetensors", lambda t: t["lm_head.weight"][7, 1].fill_(nan))
+    return {"initFrom": str(folder / "weights")}
+
+
 @pytest.mark.parametrize(
     ("changes", "message", "hint"),
     [
-        ({"data": ["/nowhere/*.txt"]}, "/nowhere/*.txt", "a relative path may differ there"),
-        ({"model": TINY | {"vocab": 640}}, "640", "vocab"),
+        (
+            lambda _: {"data": ["/nowhere/*.txt"]},
+            "/nowhere/*.txt",
+            "a relative path may differ there",
+        ),
+        (_no_documents, "no text, expected at least one document", "name files"),
+        (lambda _: {"model": TINY | {"vocab": 640}}, "640", "vocab"),
+        (
+            _weights_with_a_nan,
+            "1 of 81920 values are NaN or infinite, the first is number 449: lm_head.weight: ",
+            "damaged",
+        ),
     ],
-    ids=["data", "tokenizer"],
+    ids=["data", "no documents", "tokenizer", "nan"],
 )
 def test_what_the_trainer_can_not_read_ends_the_run_at_once(
-    job: Make, changes: dict[str, Any], message: str, hint: str
+    job: Make, changes: Callable[[Path], dict[str, Any]], message: str, hint: str, tmp_path: Path
 ) -> None:
-    one = _llama(job, **changes)
+    one = _llama(job, **changes(tmp_path))
 
     # Importing torch takes its time where others compute, too.
     told = refused(one, code=2, timeout_s=100)
@@ -511,6 +536,7 @@ def test_what_the_trainer_can_not_read_ends_the_run_at_once(
     assert message in told[0]
     assert hint in told[1]
     assert one.report().generations == 1
+    assert files(one.folder.checkpoints) == {}
 
 
 def test_the_checkpoint_of_another_model_is_refused_with_what_differs(

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from trainer.reduction import OrderedReduceScatter, Wait
+from trainer.reduction import Wait
 
 PAIR = range(2)
 """The two ranks, by their number among themselves."""
@@ -43,15 +43,49 @@ class PairAllGather(AllGather):
         async_op: bool = False,  # noqa: FBT001, FBT002 - as torch calls it
     ) -> None:
         """Leave the halves of both ranks in `output_tensor`, by rank."""
-        assert group.size() == len(PAIR)
         assert not async_op
         halves = output_tensor.view(len(PAIR), -1)
-        own = halves[group.rank()]
+        own, others = halves[group.rank()], halves[1 - group.rank()]
         if own.data_ptr() != input_tensor.data_ptr():  # FSDP has it where it belongs already
             own.copy_(input_tensor)
-        came = halves[1 - group.rank()]
-        counts = [0 if rank == group.rank() else own.numel() for rank in PAIR]
-        self._wait(dist.all_to_all_single(came, own, counts, counts, group, async_op=True))
+        _swap(others, own, group, self._wait)
+
+
+class PairReduceScatter(ReduceScatter):
+    """Sends the half that is the other's to it, and adds what came of one's own."""
+
+    def __init__(self, wait: Wait) -> None:
+        self._wait = wait
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a new tensor."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,  # noqa: FBT001, FBT002 - as torch calls it
+    ) -> None:
+        """Leave this rank's half of the sum in `output_tensor`."""
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        halves = input_tensor.view(len(PAIR), -1)
+        own, others = halves[group.rank()], halves[1 - group.rank()]
+        came = torch.empty_like(own)
+        _swap(came, others, group, self._wait)
+        torch.add(own, came, out=output_tensor.view(-1))
+
+
+def _swap(came: Tensor, sent: Tensor, group: dist.ProcessGroup, wait: Wait) -> None:
+    """Have what the other rank sends."""
+    assert group.size() == len(PAIR)
+    counts = [0 if rank == group.rank() else sent.numel() for rank in PAIR]
+    wait(dist.all_to_all_single(came, sent, counts, counts, group, async_op=True))
 
 
 def exchange(part: nn.Module, wait: Wait) -> None:
@@ -66,4 +100,4 @@ def exchange(part: nn.Module, wait: Wait) -> None:
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(PairAllGather(wait))
-            module.set_custom_reduce_scatter(OrderedReduceScatter(wait))
+            module.set_custom_reduce_scatter(PairReduceScatter(wait))

@@ -88,7 +88,7 @@ def came(folder: Path) -> list[Came]:
     command = [sys.executable, "-W", "error", "-m", "tests.programs.layouts", str(folder)]
     texts = [json.dumps(layout) for layout in LAYOUTS]
     done = subprocess.run(
-        [*command, *texts], capture_output=True, text=True, timeout=150, check=False
+        [*command, *texts], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return [

@@ -21,6 +21,8 @@ LOSS, NORM = (8.0, 1.25), (15.0, 4.0)
 fault (tiny Llama, micro-batches of one sequence of 32 tokens) the largest losses were at 3.8
 deviations and 1.16 times; 24 gradients of weights of 150,000 were beyond 10 deviations, and 4 times
 was exceeded by one beyond 12 and none beyond 15."""
+FRESH_FOR = 8
+"""Steps for which medians are good: of many numbers they take as long as the norms themselves."""
 ABOVE_KNOWN = 2.0
 """How many times what was found to be true a number has to be, to stand out once more."""
 _NORMAL = 1.4826
@@ -44,7 +46,7 @@ class Outliers:
         self._logs: list[npt.NDArray[np.float64]] = []
         self._limits: npt.NDArray[np.float64] | None = None
         self._known: npt.NDArray[np.float64] | None = None
-        self._known_for = 0
+        self._known_for = self._admitted = 0
 
     def forget(self) -> None:
         """Begin anew: numbers to come are of another kind."""
@@ -67,7 +69,9 @@ class Outliers:
     def admit(self, values: Sequence[float]) -> None:
         """Compare later steps with this one, too, in which nothing stood out."""
         self._logs = [*self._logs[-WINDOW + 1 :], _logs(values)]
-        self._limits = None
+        self._admitted += 1
+        if len(self._logs) <= LEAST or self._admitted % FRESH_FOR == 0:
+            self._limits = None
         self._known_for = max(self._known_for - 1, 0)
         if not self._known_for:
             self._known = None

@@ -69,8 +69,8 @@ def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
 def test_ranks_that_share_micro_batches_replay_as_a_group_and_the_wrong_one_is_named(
     tmp_path: Path, cut: str
 ) -> None:
-    quiet = ("nothing looks", "nothing stands out", "always replayed")
-    wrong = {"huge once": AT, "no number once": 3, "a little off once, and replayed": AT}
+    quiet = ("nothing looks", "always replayed")
+    wrong = {"huge once": AT, "a little off once, and replayed": AT}
 
     found = train(tmp_path, cut, 2, [*quiet, *wrong])
 

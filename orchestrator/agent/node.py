@@ -151,6 +151,7 @@ class Node:
         self._injection.close()
         self._saving.close()
         self._kernel.close()
+        self._inspector.close()
         # Before the ranks are ended: none is born any more that nobody would know of.
         self._nursery.close()
         stuck = await self._ranks.end_all(self._limits)
@@ -299,7 +300,9 @@ class Node:
     async def _inspect(self, order: Inspect) -> None:
         pids = {rank: live.pid for rank, live in self._ranks.seated().items()}
         if pids:
-            self._voice.say(await self._inspector.look(order, pids))
+            seen = await self._inspector.look(order, pids)
+            # Not kept to be said again: by then its generation is over, and that would be for ever.
+            self._channel.send(seen)
 
     def _begin(self, order: Begin) -> None:
         generation = order.generation

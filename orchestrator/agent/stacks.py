@@ -13,11 +13,12 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from orchestrator.agent.threads import DaemonThreads
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.messages import Inspect, StacksTaken
 from orchestrator.protocol.stacks import FRAME_MAX, FRAMES_MAX, Stack
@@ -45,34 +46,47 @@ class _Thread(msgspec.Struct, frozen=True):
 _threads: msgspec.json.Decoder[list[_Thread]] = msgspec.json.Decoder(list[_Thread])
 
 
-def take(order: Inspect, pids: Mapping[Rank, int]) -> StacksTaken:
-    """Return where these processes stand. Takes `order.within_s` and `GRACE_S` at most.
+def take(order: Inspect, pids: Mapping[Rank, int], deadline: float) -> StacksTaken:
+    """Return where these processes stand, no later than `GRACE_S` after a moment.
 
     Args:
         order: names those of whom native frames are wanted, if they can be had.
         pids: process of each rank.
+        deadline: on the monotonic clock.
     """
-    deadline = time.monotonic() + order.within_s
     looks = {(rank, _PLAIN): pid for rank, pid in pids.items()}
     looks |= {(rank, _NATIVE): pids[rank] for rank in order.suspects if rank in pids}
+    spies: dict[tuple[Rank, str], subprocess.Popen[bytes]] = {}
+    seen: dict[tuple[Rank, str], tuple[str, ...] | str] = {}
     try:
-        spies = {key: _spy(pid, key[1]) for key, pid in looks.items()}
+        for key, pid in looks.items():
+            spies[key] = _spy(pid, key[1])
+        for key, spy in spies.items():
+            seen[key] = _read(spy, deadline, looks[key])
     except OSError as error:
         return StacksTaken(generation=order.generation, stacks=(), problem=f"no py-spy: {error}")
-    seen = {key: _read(spy, deadline, looks[key]) for key, spy in spies.items()}
+    finally:
+        _end(spies.values())
+    return _told(order, sorted(pids), seen)
+
+
+def _told(
+    order: Inspect, ranks: list[Rank], seen: Mapping[tuple[Rank, str], tuple[str, ...] | str]
+) -> StacksTaken:
+    """Return what was seen, the native frames where there are any."""
     ranks_of: dict[tuple[str, ...], list[Rank]] = {}
-    problems = []
-    for rank in sorted(pids):
+    problems: dict[str, list[str]] = {}
+    for rank in ranks:
         plain, native = seen[rank, _PLAIN], seen.get((rank, _NATIVE), "")
         best = plain if isinstance(native, str) else native
         if isinstance(best, str):
-            problems.append(f"rank {rank}: {best}")
+            problems.setdefault(best, []).append(str(rank))
         else:
             ranks_of.setdefault(best, []).append(rank)
     return StacksTaken(
         generation=order.generation,
-        stacks=tuple(Stack(tuple(ranks), frames) for frames, ranks in ranks_of.items()),
-        problem="; ".join(problems),
+        stacks=tuple(Stack(tuple(of), frames) for frames, of in ranks_of.items()),
+        problem="; ".join(f"rank {', '.join(of)}: {why}" for why, of in problems.items()),
     )
 
 
@@ -91,9 +105,6 @@ def _read(spy: subprocess.Popen[bytes], deadline: float, pid: int) -> tuple[str,
     try:
         said, problem = spy.communicate(timeout=max(deadline - time.monotonic(), 0.001))
     except subprocess.TimeoutExpired:
-        spy.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            spy.communicate(timeout=GRACE_S)
         return "not seen in time"
     if len(said) > OUTPUT_MAX:
         return f"py-spy says {len(said)} bytes, expected {OUTPUT_MAX} at most"
@@ -102,11 +113,20 @@ def _read(spy: subprocess.Popen[bytes], deadline: float, pid: int) -> tuple[str,
     except (msgspec.DecodeError, UnicodeDecodeError):
         return _first_cause(problem) or "py-spy says nothing that can be read"
     main = next((thread for thread in threads if thread.os_thread_id == pid), None)
-    return (
-        frames(main.frames[:FRAMES_MAX])
-        if main and main.frames
-        else "its main thread has no frames"
-    )
+    if main is None or not main.frames:
+        return "its main thread has no frames"
+    return frames(main.frames[:FRAMES_MAX])
+
+
+def _end(spies: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End those that have not answered; one that can not be ended (state D) is left to init."""
+    left = [spy for spy in spies if spy.poll() is None]
+    for spy in left:
+        spy.kill()
+    deadline = time.monotonic() + GRACE_S
+    for spy in left:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            spy.communicate(timeout=max(deadline - time.monotonic(), 0.001))
 
 
 def frames(found: Sequence[_Frame]) -> tuple[str, ...]:
@@ -132,14 +152,23 @@ class Inspector:
     """Looks in a thread of its own, so that the agent goes on beating meanwhile."""
 
     def __init__(self) -> None:
+        # Not the one of the event loop: what resolves names there may take as long as it likes.
+        self._thread = DaemonThreads(1, "stacks")
         self._looking: asyncio.Future[StacksTaken] | None = None
+        self._until = 0.0
 
     async def look(self, order: Inspect, pids: Mapping[Rank, int]) -> StacksTaken:
         """Return where processes stand; see `take`."""
-        self._looking = asyncio.get_running_loop().run_in_executor(None, take, order, pids)
+        deadline = time.monotonic() + order.within_s
+        self._until = deadline + GRACE_S
+        self._looking = asyncio.wrap_future(self._thread.submit(take, order, pids, deadline))
         return await self._looking
 
     async def settled(self) -> None:
-        """Wait until nobody looks: whoever is to make ranks move comes after that."""
+        """Wait until nobody looks: whoever is to make ranks move comes after that, but in time."""
         if self._looking is not None and not self._looking.done():
-            await asyncio.wait([self._looking])
+            await asyncio.wait([self._looking], timeout=max(self._until - time.monotonic(), 0.0))
+
+    def close(self) -> None:
+        """Take no more orders."""
+        self._thread.shutdown(wait=False)

@@ -118,12 +118,14 @@ class Incident(msgspec.Struct, kw_only=True):
     """Those of its suspects that got no seat any more, sorted."""
     evicted: tuple[NodeId, ...] = ()
     """Nodes that gave their seats to spares for suspicion alone, the most suspected first."""
-    asked: bool = False
-    """Whether nodes were asked where their ranks stand (core.inspection)."""
-    stacks: tuple[Stack, ...] = ()
-    """Where they stood: the place with the fewest ranks first."""
+    asked_until: Seconds | None = None
+    """If nodes were asked where their ranks stand (core.inspection): when they have answered."""
+    unanswered: set[NodeId] = set()
+    """Those that have not answered."""
+    places: dict[tuple[str, ...], list[Rank]] = {}
+    """Ranks by the functions that they stood in, innermost first, as they were told."""
     unseen: dict[NodeId, str] = {}
-    """Nodes that could not say it of all their ranks, and why."""
+    """Nodes that could not say it of all their ranks, and why: the first of them."""
 
     @property
     def ranks(self) -> tuple[Rank, ...]:
@@ -134,6 +136,12 @@ class Incident(msgspec.Struct, kw_only=True):
     def nodes(self) -> tuple[NodeId, ...]:
         """Suspected nodes, sorted."""
         return tuple(sorted({node for finding in self.findings for node in finding.nodes}))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where ranks stood that stood still, the place with the fewest first."""
+        found = [Stack(tuple(sorted(ranks)), frames) for frames, ranks in self.places.items()]
+        return tuple(sorted(found, key=lambda stack: (len(stack.ranks), stack.ranks)))
 
     @property
     def open(self) -> bool:

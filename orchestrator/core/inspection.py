@@ -9,56 +9,66 @@ from __future__ import annotations
 from orchestrator.core.decisions import Decision, InspectRanks
 from orchestrator.core.incident import HANG
 from orchestrator.core.state import RunState, decide
-from orchestrator.protocol.ids import NodeId
+from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.messages import StacksTaken
-from orchestrator.protocol.stacks import Stack
 
 WITHIN_S = 2.0
 """For which what is done about it waits at most. To look takes a tenth of a second for a rank, and
-seconds for one whose native frames are wanted."""
+a second for one whose native frames are wanted."""
 SHARE = 0.25
 """Of the time for which a world may stand still: whoever wants to be back soon waits less."""
+SUSPECTS_MAX = 4
+"""Of whom native frames are wanted: such a look takes 100 MB of a node for that second."""
 PLACES_MAX = 64
 """Places of one incident that are kept."""
+UNSEEN_MAX = 16
+"""Nodes of one incident that could not look, of which it is kept: the reason is mostly the same."""
 
 
 def look(state: RunState) -> list[Decision]:
     """Ask where ranks stand, once for each generation that stands still."""
     incident = state.incident
-    if incident is None or incident.asked or incident.generation != state.generation:
+    if incident is None or incident.generation != state.generation:
         return []
-    if incident.kind != HANG:
+    if incident.kind != HANG or incident.asked_until is not None:
         return []
-    incident.asked = True
+    within_s = min(WITHIN_S, SHARE * state.timeouts.hang_s)
     nodes = tuple(node for node in state.world if not state.nodes[node].lost)
+    incident.asked_until = Seconds(state.now + within_s + state.timeouts.silence_s)
+    incident.unanswered = set(nodes)
     return [
         decide(
             state,
             InspectRanks,
             f"{incident.id}: nobody can see where ranks stand once they are moved on",
             nodes=nodes,
-            suspects=incident.ranks,
-            within_s=min(WITHIN_S, SHARE * state.timeouts.hang_s),
+            suspects=incident.ranks[:SUSPECTS_MAX],
+            within_s=within_s,
         )
     ]
 
 
+def awaited(state: RunState) -> Seconds | None:
+    """Return until when the end of a run waits for answers; None if none is due any more."""
+    incident = state.incident
+    if incident is None or incident.asked_until is None or state.now >= incident.asked_until:
+        return None
+    due = any(not state.nodes[node].lost for node in incident.unanswered)
+    return incident.asked_until if due else None
+
+
 def take(state: RunState, node: NodeId, fact: StacksTaken) -> None:
     """Enter what a node saw with the incident that it was asked for. A repeat changes nothing."""
-    asked = [i for i in state.incidents if i.asked and i.generation == fact.generation]
+    asked = [i for i in state.incidents if node in i.unanswered and i.generation == fact.generation]
     if not asked:
         return
     incident = asked[-1]
-    if fact.problem:
-        incident.unseen[node] = fact.problem
-    ranks_of = {stack.frames: set(stack.ranks) for stack in incident.stacks}
+    incident.unanswered.discard(node)
+    problem = fact.problem
     for stack in fact.stacks:
-        if stack.frames in ranks_of:
-            ranks_of[stack.frames].update(stack.ranks)
-        elif len(ranks_of) < PLACES_MAX:
-            ranks_of[stack.frames] = set(stack.ranks)
+        if stack.frames in incident.places or len(incident.places) < PLACES_MAX:
+            incident.places.setdefault(stack.frames, []).extend(stack.ranks)
         else:
-            incident.unseen[node] = f"more than {PLACES_MAX} places are known without its own"
-    merged = [Stack(tuple(sorted(ranks)), frames) for frames, ranks in ranks_of.items()]
-    merged.sort(key=lambda stack: (len(stack.ranks), stack.ranks))
-    incident.stacks = tuple(merged)
+            problem = problem or f"more than {PLACES_MAX} places are known without its own"
+    if problem and len(incident.unseen) < UNSEEN_MAX:
+        incident.unseen[node] = problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import eq
 
-from orchestrator.core import course, facts, patience, quarantine
+from orchestrator.core import course, facts, inspection, patience, quarantine
 from orchestrator.core.decisions import (
     Decision,
     FenceNode,
@@ -64,7 +64,7 @@ class Recovery:
         state = self._state
         match plan:
             case End(state=end, reason=reason):
-                return course.end(state, end, reason)
+                return self._await_answers() or course.end(state, end, reason)
             case Pause(until=until, reason=reason):
                 state.pause_until = until
                 return self._wait(RunPhase.BACKING_OFF, until, reason)
@@ -76,6 +76,15 @@ class Recovery:
                 return self._quarantine(plan)
             case Restart():
                 return self._restart(plan)
+
+    def _await_answers(self) -> list[Decision]:
+        """Wait until it is known where ranks stood: the hang that ends a run is read most."""
+        until = inspection.awaited(self._state)
+        if until is None:
+            return []
+        self._waking = until
+        reason = "where ranks stand is asked, and nobody can see it once the run has ended"
+        return [decide(self._state, WakeAt, reason, at=until)]
 
     def _quarantine(self, plan: Quarantine) -> list[Decision]:
         """Take nodes out, and go on as if they had never been there."""

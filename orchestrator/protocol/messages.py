@@ -18,7 +18,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -489,7 +489,7 @@ class Inspect(_Message, frozen=True, kw_only=True):
     order: str
     generation: Generation
     suspects: tuple[Rank, ...]
-    """Of whom native frames are wanted too."""
+    """Of whom native frames are wanted too; a few."""
     within_s: float
     """A later order waits no longer than this."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.core.decisions import InspectRanks, StartGeneration
+from orchestrator.core.decisions import InspectRanks, StartGeneration, WakeAt
 from orchestrator.core.incident import Incident
 from orchestrator.core.inspection import PLACES_MAX
 from orchestrator.protocol.ids import Generation, Rank
@@ -18,17 +18,22 @@ def seen(*stacks: Stack, problem: str = "") -> StacksTaken:
     return StacksTaken(generation=Generation(1), stacks=stacks, problem=problem)
 
 
+def hang(cluster: Cluster) -> Cluster:
+    """Stop rank 2, until it is noticed."""
+    for _ in range(200):
+        if any(isinstance(d, InspectRanks) for d in cluster.decisions):
+            return cluster
+        cluster.after(0.1).beat(step=5, moving=lambda rank: rank != 2, states="SSTS")
+    pytest.fail("nobody was asked")
+
+
 @pytest.fixture
 def hung(cluster: Cluster) -> Cluster:
     """Rank 2 of 4 is stopped, and that was just noticed."""
     cluster.start()
     cluster.train(5)
     cluster.hold(5)
-    for _ in range(200):
-        if any(isinstance(d, InspectRanks) for d in cluster.decisions):
-            return cluster
-        cluster.after(0.1).beat(step=5, moving=lambda rank: rank != 2, states="SSTS")
-    pytest.fail("nobody was asked")
+    return hang(cluster)
 
 
 def found(cluster: Cluster) -> Incident:
@@ -82,3 +87,33 @@ def test_of_very_many_places_the_first_are_kept_and_it_is_said(hung: Cluster) ->
 
     assert len(found(hung).stacks) == PLACES_MAX
     assert "more than 64 places" in found(hung).unseen["node-1"]
+
+
+def test_the_hang_that_ends_a_run_is_looked_at_before_it_ends(cluster: Cluster) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    cluster.state.budgets["hardware"].spent = cluster.state.budgets["hardware"].limit
+    hang(cluster)
+
+    assert cluster.state.end_state == ""
+    cluster.say("node-0", seen(Stack((Rank(0), Rank(1)), WAITING)))
+    assert cluster.state.end_state == ""
+    cluster.say("node-1", seen(BEHIND, Stack((Rank(3),), WAITING)))
+
+    assert cluster.state.end_state == "Failed"
+    assert found(cluster).stacks[0] == BEHIND
+
+
+def test_a_run_ends_without_the_answers_of_nodes_that_do_not_answer(cluster: Cluster) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(5)
+    cluster.state.budgets["hardware"].spent = cluster.state.budgets["hardware"].limit
+    hang(cluster)
+    (woken,) = (d for d in cluster.decisions if isinstance(d, WakeAt) and "stand" in d.reason)
+
+    cluster.now = woken.at
+    cluster.tick()
+
+    assert cluster.state.end_state == "Failed"

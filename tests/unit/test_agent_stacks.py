@@ -1,9 +1,11 @@
 """Where a process stands is seen from outside, however it stands still, and a failure says why."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from orchestrator.agent import stacks
 from orchestrator.protocol.ids import Generation, Rank
-from orchestrator.protocol.messages import Inspect
+from orchestrator.protocol.messages import Inspect, StacksTaken
 from orchestrator.protocol.stacks import FRAME_MAX, Stack
 
 WAITING = """
@@ -25,13 +27,15 @@ step()
 """
 
 
-def order(*suspects: int, within_s: float = 20.0) -> Inspect:
-    return Inspect(
+def take(pids: dict[int, int], *suspects: int, within_s: float = 20.0) -> StacksTaken:
+    order = Inspect(
         order="1.1",
         generation=Generation(1),
         suspects=tuple(map(Rank, suspects)),
         within_s=within_s,
     )
+    ranks = {Rank(rank): pid for rank, pid in pids.items()}
+    return stacks.take(order, ranks, time.monotonic() + within_s)
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def places(found: tuple[Stack, ...]) -> list[str]:
 
 
 def test_the_functions_a_process_is_in_are_seen_innermost_first(waiting: int) -> None:
-    seen = stacks.take(order(), {Rank(3): waiting})
+    seen = take({3: waiting})
 
     assert seen.problem == ""
     assert seen.stacks[0].ranks == (3,)
@@ -57,7 +61,7 @@ def test_the_functions_a_process_is_in_are_seen_innermost_first(waiting: int) ->
 
 
 def test_of_a_suspect_native_frames_are_seen_below(waiting: int) -> None:
-    seen = stacks.take(order(3), {Rank(3): waiting})
+    seen = take({3: waiting}, 3)
 
     names = places(seen.stacks)
     assert "in_a_collective" in names
@@ -67,14 +71,14 @@ def test_of_a_suspect_native_frames_are_seen_below(waiting: int) -> None:
 def test_a_frozen_suspect_is_seen_all_the_same(waiting: int) -> None:
     os.kill(waiting, signal.SIGSTOP)
 
-    seen = stacks.take(order(3), {Rank(3): waiting})
+    seen = take({3: waiting}, 3)
 
     assert seen.problem == ""
     assert "in_a_collective" in places(seen.stacks)
 
 
 def test_ranks_at_one_place_are_one_stack(waiting: int) -> None:
-    seen = stacks.take(order(), {Rank(0): waiting, Rank(1): waiting})
+    seen = take({0: waiting, 1: waiting})
 
     assert [stack.ranks for stack in seen.stacks] == [(0, 1)]
 
@@ -85,7 +89,7 @@ def test_a_process_that_is_gone_is_told_with_the_reason_and_the_others_are_seen(
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
 
-    seen = stacks.take(order(), {Rank(0): gone.pid, Rank(1): waiting})
+    seen = take({0: gone.pid, 1: waiting})
 
     assert seen.problem.startswith("rank 0: ")
     assert len(seen.problem) > len("rank 0: ")
@@ -93,9 +97,9 @@ def test_a_process_that_is_gone_is_told_with_the_reason_and_the_others_are_seen(
 
 
 def test_what_is_not_seen_in_time_is_given_up(waiting: int) -> None:
-    seen = stacks.take(order(within_s=0.0), {Rank(0): waiting})
+    seen = take({0: waiting, 1: waiting}, within_s=0.0)
 
-    assert (seen.stacks, seen.problem) == ((), "rank 0: not seen in time")
+    assert (seen.stacks, seen.problem) == ((), "rank 0, 1: not seen in time")
 
 
 def test_without_the_tool_nothing_is_seen_and_the_reason_is_told(
@@ -103,7 +107,7 @@ def test_without_the_tool_nothing_is_seen_and_the_reason_is_told(
 ) -> None:
     monkeypatch.setattr(stacks, "SPY", tmp_path / "py-spy")
 
-    seen = stacks.take(order(), {Rank(0): waiting})
+    seen = take({0: waiting})
 
     assert seen.stacks == ()
     assert "No such file" in seen.problem
@@ -114,3 +118,27 @@ def test_a_long_frame_keeps_its_end() -> None:
 
     assert len(told) == FRAME_MAX
     assert told.endswith("f (a.py:7)")
+
+
+def test_who_makes_ranks_move_waits_for_a_look_but_no_longer_than_that_may_take(
+    waiting: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A look may hang, as whoever reads /proc of a process in a broken driver does."""
+    hanging = tmp_path / "py-spy"
+    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(stacks, "SPY", hanging)
+    asked = Inspect(order="1.1", generation=Generation(1), suspects=(), within_s=0.3)
+
+    async def moved_after() -> float:
+        inspector = stacks.Inspector()
+        began = time.monotonic()
+        looking = asyncio.create_task(inspector.look(asked, {Rank(0): waiting}))
+        await asyncio.sleep(0)
+        await inspector.settled()
+        spent = time.monotonic() - began
+        assert (await looking).problem == "rank 0: not seen in time"
+        inspector.close()
+        return spent
+
+    assert 0.3 <= asyncio.run(moved_after()) < 5

@@ -48,9 +48,10 @@ from orchestrator.faults.plan import ArmedFault
 from orchestrator.policy.switches import PLANNED_SWAP, STRAGGLER_SWAP
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
-from orchestrator.protocol.messages import RankProbed, RanksFinished, StepReport
+from orchestrator.protocol.messages import RankProbed, RanksFinished, StacksTaken, StepReport
 from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.simulated.agenda import NEVER
@@ -69,6 +70,8 @@ from orchestrator.worlds.simulated.view import News, Told, telemetry
 _BEFORE_S = 1e-6
 FOUND_STEPS = 16
 """Within which a rank that has become slow is found and measured."""
+LOADING, WAITING = ("next_batch (loader)",), ("all_reduce (collective)",)
+"""Where ranks stand that hang, and those that wait for them."""
 OPERATIONS, COPIED = 4e14, 2e12
 """Per second, of a device that is as fast as it should be."""
 _Request = DrainRequested | DrainCancelled
@@ -203,7 +206,7 @@ class SimulatedWorld:
             case ProbeRanks():
                 cluster.agenda.after(decision.within_s, partial(self._probe, decision))
             case InspectRanks():
-                pass  # there is no process that could be looked at
+                cluster.later(self._profile.order, partial(self._inspect, decision))
             case EndRun():
                 self._over = True
             case WakeAt(at=at):
@@ -384,6 +387,19 @@ class SimulatedWorld:
         team = self.team
         if team is not None and node.generation == team.generation and node in team.members:
             self.cluster.send([node], team.begin)
+
+    def _inspect(self, order: InspectRanks) -> None:
+        """Have nodes say where ranks stand: suspects in a loader, the others in a collective."""
+        for name in order.nodes:
+            node = self.cluster.nodes[name]
+            ranks = self.team.ranks.get(name, ()) if self.team is not None else ()
+            if node.generation != order.generation or not ranks:
+                continue
+            apart = tuple(rank for rank in ranks if rank in order.suspects)
+            waiting = tuple(rank for rank in ranks if rank not in order.suspects)
+            found = ((apart, LOADING), (waiting, WAITING))
+            stacks = tuple(Stack(of, frames) for of, frames in found if of)
+            self.cluster.say([node], StacksTaken(generation=order.generation, stacks=stacks))
 
     def _probe(self, order: ProbeRanks) -> None:
         """Have ranks say how fast they are; that all stand still meanwhile is not simulated."""

@@ -2,9 +2,10 @@
 
 Everything that a controller knows is reached from it through plain containers, numpy arrays and
 objects of a few packages of ours; `take` walks that graph, and `restore` builds it again beside
-what a controller is made with (its run, limits, policies). Nothing that is read is called: an
-object is made bare and given its attributes, or is a msgspec struct of ours. A class is found by
-its name among those packages only, and only if it has been imported.
+what a controller is made with (its run, limits, policies). Nothing that is read is called, but for
+what makes enums, named tuples and msgspec structs of ours; any other object is made bare and given
+its attributes. A class is found by its name among those packages only, and only if it has been
+imported.
 
 Who replays the events after the snapshot stands where who replays all of them stands, and to the
 byte: `take` of the two is the same. So what is mutable keeps its identity, sets are sorted, and
@@ -33,6 +34,7 @@ PACKAGES = (
 """Where classes may come from."""
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 _KEYS = frozenset({int, str})
+_UNFINISHED = object()
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
 _Node = Any
@@ -54,7 +56,7 @@ def take(controller: Controller) -> bytes:
     writer = _Writer(controller.fixed)
     try:
         return _pack(writer.node(controller))
-    except (OverflowError, TypeError) as error:
+    except (OverflowError, TypeError, RecursionError) as error:
         raise SnapshotError(f"can not be written: {error}") from error
 
 
@@ -89,13 +91,13 @@ def _name(kind: type) -> str:
     return name
 
 
-def _class(name: str) -> Any:  # noqa: ANN401 - its attributes are asked for
-    """Return a class of ours by its name. Raises SnapshotError if it is none."""
+def _class(name: str, base: type = object) -> Any:  # noqa: ANN401 - its attributes are asked for
+    """Return a class of ours by its name. Raises SnapshotError if it is none of that kind."""
     module, _, path = name.partition(":")
     found: object = sys.modules.get(module) if module.startswith(PACKAGES) else None
     for part in path.split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type) or found.__module__ != module:
+    if not isinstance(found, type) or found.__module__ != module or not issubclass(found, base):
         raise SnapshotError(f"has a {name}, which is no class of this program")
     return found
 
@@ -173,7 +175,12 @@ class _Writer:
         return ["D", [self.node(each) for item in value.items() for each in item]]
 
     def _sorted(self, values: Iterable[object]) -> list[_Node]:
-        return [node for _, node in sorted((_pack(n), n) for n in map(self.node, values))]
+        before = len(self._numbers)
+        nodes = [self.node(value) for value in values]
+        if len(self._numbers) != before:
+            # It would have a number by its place before sorting, and be read in that behind.
+            raise SnapshotError("knows a set of what can change")
+        return [node for _, node in sorted((_pack(node), node) for node in nodes)]
 
     def _fields(self, value: object, names: Iterable[str]) -> list[_Node]:
         return [each for name in names for each in (name, self.node(getattr(value, name)))]
@@ -186,13 +193,13 @@ class _Reader:
         self._known: list[Any] = []
         self._read: dict[str, Callable[..., Any]] = {
             "X": fixed.__getitem__,
-            "E": lambda name, value: _class(name)(value),
+            "E": lambda name, value: _class(name, Enum)(value),
             "F": lambda nodes: frozenset(self._values(nodes)),
             "T": lambda nodes: tuple(self._values(nodes)),
-            "N": lambda name, nodes: _class(name)._make(self._values(nodes)),
-            "C": lambda name, nodes: _class(name)(**dict(self._pairs(nodes))),
+            "N": lambda name, nodes: _class(name, tuple)._make(self._values(nodes)),
+            "C": lambda name, nodes: _class(name, msgspec.Struct)(**dict(self._pairs(nodes))),
             "G": lambda kind, data: np.frombuffer(data, np.dtype(kind))[0],
-            "R": self._known.__getitem__,
+            "R": self._again,
             "L": self._list,
             "M": self._known_as,
             "D": self._dict,
@@ -215,6 +222,11 @@ class _Reader:
     def _known_as(self, value: Any) -> Any:  # noqa: ANN401
         self._known.append(value)
         return value
+
+    def _again(self, number: int) -> Any:  # noqa: ANN401
+        if self._known[number] is _UNFINISHED:
+            raise SnapshotError("has a struct that refers to itself")
+        return self._known[number]
 
     def _list(self, nodes: list[_Node]) -> list[Any]:
         found: list[Any] = self._known_as([])
@@ -245,7 +257,7 @@ class _Reader:
         if issubclass(kind, msgspec.Struct):
             # There is no bare struct: it is known from when it is whole, and knows not itself.
             number = len(self._known)
-            self._known.append(None)
+            self._known.append(_UNFINISHED)
             self._known[number] = kind(**dict(self._pairs(nodes)))
             return self._known[number]
         found = self._known_as(object.__new__(kind))

@@ -41,12 +41,13 @@ def take_over(folder: RunFolder, run: TrainingRun) -> TakenOver:
     Raises:
         JournalError: if the journal can not be trusted, or it would have decided otherwise.
     """
-    try:
-        return _from_snapshot(folder, run)
-    except FileNotFoundError:
-        pass  # there is none yet
-    except (OSError, SnapshotError) as error:
-        log.warning("snapshot passed over, it %s: %s", error, folder.snapshot)
+    if folder.snapshot.exists():
+        try:
+            return _from_snapshot(folder, run)
+        except journal.JournalError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with what only saves time
+            log.warning("snapshot passed over, it %s: %s", error, folder.snapshot)
     file = JournalFile(folder.journal, run)
     controller = compose.controller(run)
     mismatches = journal.replay(controller, file.entries)
@@ -61,14 +62,26 @@ def _from_snapshot(folder: RunFolder, run: TrainingRun) -> TakenOver:
     taken = snapshots.read(folder.snapshot, run.metadata.name)
     controller = snapshot.restore(taken.body, compose.controller(run))
     file = JournalFile(folder.journal, run, after=taken.mark)
-    mismatches = journal.replay(controller, file.entries)
-    if mismatches:
-        # The journal from its beginning has the last word.
+    try:
+        _replay(controller, file, taken.mark.seq)
+    except Exception:
         file.close()
-        raise SnapshotError(f"decides event {mismatches[0].seq} otherwise than it was decided")
+        raise
     log.info("went on from event %d, %d replayed", taken.mark.seq, len(file.entries))
     counts = taken.counts.take_all(file.entries)
     return TakenOver(controller, file, Told([*taken.told, *file.entries]), counts)
+
+
+def _replay(controller: Controller, file: JournalFile, seq: int) -> None:
+    """Live through what is behind a snapshot. The journal from its beginning has the last word.
+
+    Raises:
+        SnapshotError: if it is decided otherwise than it was.
+    """
+    mismatches = journal.replay(controller, file.entries)
+    if mismatches:
+        first = mismatches[0].seq
+        raise SnapshotError(f"of event {seq} decides event {first} otherwise than it was decided")
 
 
 class Deciding:
@@ -92,6 +105,7 @@ class Deciding:
 
         Raises:
             OSError: if there is no room for it on the disk; then nothing of it was carried out.
+                No room for a snapshot is no reason.
         """
         began = time.perf_counter()
         decisions = self.watched.handle(event)
@@ -100,5 +114,5 @@ class Deciding:
         told.add(file.append(event, decisions))
         for decision in decisions:
             self._world.carry_out(decision)
-        if self._kept.spent(spent_s):
-            self._kept.take(controller, file.mark(), told.entries(), counts)
+        if self._kept.spent(spent_s, controller.state):
+            self._kept.take(controller, file, told.entries(), counts)

@@ -91,7 +91,16 @@ def inheritance(path: Path, run: TrainingRun, at: Seconds) -> list[Inherited]:
 
 
 class MarkError(SnapshotError):
-    """The journal does not have the line that a snapshot was taken at."""
+    """The journal does not have the line that a snapshot was taken at, but another one."""
+
+
+class LostJournalError(journal.JournalError):
+    """The journal ends before what was on record when a snapshot was taken."""
+
+    hint = (
+        "The disk has lost what the run acted on: bring the journal back. If it was cut on "
+        "purpose, remove the snapshot beside it, and the run goes on from what is left."
+    )
 
 
 class JournalFile:
@@ -177,13 +186,20 @@ def _behind(mark: Mark, header: bytes, path: Path) -> journal.Rest:
     """Return what is behind a mark, from which its places count; nothing before it is read.
 
     Raises:
-        MarkError: if the journal has another header, or another line or none at the mark.
+        MarkError: if the journal has another header, or another line at the mark.
+        LostJournalError: if it ends before that: it was made to last before the snapshot was taken.
     """
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise LostJournalError(f"there is a snapshot of event {mark.seq}, and no {path}") from None
+    with file:
         if file.read(len(header)) != header:
             raise MarkError("is of a journal with another header")
         file.seek(mark.begin)
         line = file.read(mark.offset - mark.begin)
+        if len(line) < mark.offset - mark.begin:
+            raise LostJournalError(f"ends before event {mark.seq}, which was on record: {path}")
         entry, problem = journal.read_line(line)
         if not isinstance(entry, journal.Entry):
             raise MarkError(f"is of event {mark.seq}, which the journal does not have: {problem}")

@@ -63,9 +63,9 @@ def write(folder: RunFolder, run: TrainingRun, events: list[Event]) -> dict[str,
         spent_s = time.perf_counter() - began
         told.add(file.append(event, decisions))
         deciding_s += spent_s
-        if kept.spent(spent_s):
+        if kept.spent(spent_s, controller.state):
             began = time.perf_counter()
-            kept.take(controller, file.mark(), told.entries(), Counts())
+            kept.take(controller, file, told.entries(), Counts())
             taking_s += time.perf_counter() - began
             taken += 1
     file.close()

@@ -1,5 +1,7 @@
 """Who goes on from a snapshot stands where who lived through everything stands, to the byte."""
 
+from typing import Any
+
 import msgspec
 import pytest
 import yaml
@@ -7,6 +9,7 @@ import yaml
 from orchestrator import compose
 from orchestrator.core import journal, snapshot
 from orchestrator.core.controller import Controller
+from orchestrator.core.holdings import Copies
 from orchestrator.core.journal import Entry
 from orchestrator.core.snapshot import SnapshotError
 from orchestrator.protocol.runfile import TrainingRun
@@ -84,6 +87,26 @@ def test_a_class_of_others_is_not_made_whatever_its_name(cluster: Cluster, name:
     for node in (["O", name, []], ["C", name, []], ["E", name, 1], ["N", name, []]):
         with pytest.raises(SnapshotError, match="no class of this program"):
             snapshot.restore(msgspec.msgpack.encode(node), fresh(cluster))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        ["E", "orchestrator.core.holdings:Copies", 10**8],
+        ["N", "orchestrator.core.ledger:Ledger", []],
+        ["C", "orchestrator.core.ledger:Ledger", []],
+    ],
+)
+def test_nothing_is_called_but_what_makes_values(cluster: Cluster, node: list[Any]) -> None:
+    with pytest.raises(SnapshotError, match="no class of this program"):
+        snapshot.restore(msgspec.msgpack.encode(node), fresh(cluster))
+
+
+def test_a_set_of_what_can_change_is_not_taken(cluster: Cluster) -> None:
+    cluster.state.behind = {Copies(2)}  # type: ignore[arg-type]
+
+    with pytest.raises(SnapshotError, match="a set of what can change"):
+        snapshot.take(cluster.controller)
 
 
 def test_every_flipped_byte_is_refused_or_harmless(cluster: Cluster, taken: bytes) -> None:

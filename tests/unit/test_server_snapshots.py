@@ -12,7 +12,7 @@ from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.server import snapshots
 from orchestrator.server.counts import Counts
 from orchestrator.server.deciding import TakenOver, take_over
-from orchestrator.server.journal import JournalFile
+from orchestrator.server.journal import JournalFile, LostJournalError
 from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.told import Told
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, cluster: Cluster) -> RunFolder:
         counts.take(entry.event, entry.decisions)
         if entry.seq == SNAPSHOT_AT:
             kept = Snapshots(folder.snapshot, cluster.run.metadata.name)
-            kept.take(controller, file.mark(), told.entries(), counts)
+            kept.take(controller, file, told.entries(), counts)
     file.close()
     assert len(cluster.entries) > SNAPSHOT_AT + 20
     return folder
@@ -106,7 +106,7 @@ def test_wherever_a_bit_of_it_flips_the_whole_journal_is_replayed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sound = folder.snapshot.read_bytes()
-    for at in (*range(0, 300, 60), len(sound) // 2, len(sound) - 1):
+    for at in (*range(0, 600, 60), len(sound) // 2, len(sound) - 1):
         folder.snapshot.write_bytes(sound[:at] + bytes([sound[at] ^ 4]) + sound[at + 1 :])
 
         assert knows(passed_over(folder, cluster, caplog)) == whole
@@ -125,25 +125,45 @@ def test_one_that_is_cut_short_is_passed_over(
     assert knows(passed_over(folder, cluster, caplog)) == whole
 
 
-def test_one_of_a_line_that_the_journal_has_lost_is_passed_over(
-    folder: RunFolder, cluster: Cluster, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("left", [SNAPSHOT_AT - 5, 1, 0])
+def test_a_journal_that_has_lost_what_was_on_record_is_not_gone_on_with(
+    folder: RunFolder, cluster: Cluster, left: int
 ) -> None:
     lines = folder.journal.read_bytes().splitlines(keepends=True)
-    folder.journal.write_bytes(b"".join(lines[: SNAPSHOT_AT - 5]))
+    folder.journal.write_bytes(b"".join(lines[:left]))
+    if left == 0:
+        folder.journal.unlink()
 
-    taken = passed_over(folder, cluster, caplog)
+    with pytest.raises(LostJournalError, match=f"event {SNAPSHOT_AT}"):
+        take_over(folder, cluster.run)
 
-    assert replayed(taken) == SNAPSHOT_AT - 6
-    assert "which the journal does not have" in caplog.text
+    assert "remove the snapshot" in LostJournalError.hint
+    folder.snapshot.unlink()
+    taken = take_over(folder, cluster.run)
+    taken.file.close()
+    assert replayed(taken) == max(left - 1, 0)
+
+
+def test_one_that_makes_a_replay_raise_is_passed_over(
+    folder: RunFolder, cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = snapshots.read(folder.snapshot, cluster.run.metadata.name)
+    strange = snapshot.restore(taken.body, compose.controller(cluster.run))
+    strange.state.nodes.clear()
+    again = taken._replace(body=snapshot.take(strange))
+    snapshots.write(folder.snapshot, cluster.run.metadata.name, again)
+
+    assert replayed(passed_over(folder, cluster, caplog)) == len(cluster.entries)
 
 
 def test_one_of_another_journal_is_passed_over(
     folder: RunFolder, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
+    size = folder.journal.stat().st_size
     folder.journal.unlink()
     other, now = compose.controller(cluster.run), 0.0
     file = JournalFile(folder.journal, cluster.run)
-    while folder.journal.stat().st_size < folder.snapshot.stat().st_size:
+    while folder.journal.stat().st_size < size:
         event = Tick(at=Seconds(now := now + 0.5))
         file.append(event, other.handle(event))
     file.close()
@@ -151,13 +171,15 @@ def test_one_of_another_journal_is_passed_over(
     assert replayed(passed_over(folder, cluster, caplog)) > SNAPSHOT_AT
 
 
-def test_one_of_another_program_is_passed_over(
+@pytest.mark.parametrize("program", ["another", ""])
+def test_one_of_another_program_or_one_that_is_not_on_the_disk_is_passed_over(
     folder: RunFolder,
     cluster: Cluster,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    program: str,
 ) -> None:
-    monkeypatch.setattr(snapshots, "program", lambda: "another")
+    monkeypatch.setattr(snapshots, "PROGRAM", program)
 
     assert replayed(passed_over(folder, cluster, caplog)) == len(cluster.entries)
 
@@ -187,7 +209,7 @@ def test_without_room_the_old_one_stays_and_deciding_goes_on(
         snapshots.write(
             folder.snapshot, "steps", snapshots.read(folder.snapshot, cluster.run.metadata.name)
         )
-    kept.take(taken.controller, taken.file.mark(), taken.told.entries(), Counts())
+    kept.take(taken.controller, taken.file, taken.told.entries(), Counts())
 
     taken.file.close()
     assert "no snapshot" in caplog.text
@@ -196,14 +218,19 @@ def test_without_room_the_old_one_stays_and_deciding_goes_on(
 
 def test_how_often_is_a_matter_of_what_it_costs(tmp_path: Path, cluster: Cluster) -> None:
     kept = Snapshots(tmp_path / "snapshot", "one")
-    assert not kept.spent(snapshots.SPENT_MIN_S / 2)
-    assert kept.spent(snapshots.SPENT_MIN_S)
+    cluster.start()
+    cluster.train(3)
+    assert not kept.spent(snapshots.SPENT_MIN_S / 2, cluster.state)
+    assert kept.spent(snapshots.SPENT_MIN_S, cluster.state)
 
     file = JournalFile(tmp_path / "journal", cluster.run)
-    kept.take(cluster.controller, file.mark(), [], Counts())
+    kept.take(cluster.controller, file, [], Counts())
     file.close()
 
-    assert not kept.spent(snapshots.SPENT_MIN_S / 2)
+    assert not kept.spent(snapshots.SPENT_MIN_S / 2, cluster.state)
+    assert kept.spent(snapshots.DUE_MAX_S, cluster.state)
+    cluster.exit(1)
+    assert not kept.spent(snapshots.DUE_MAX_S, cluster.state)  # no time to lose
 
 
 def test_what_a_world_resumes_from_is_little_and_the_newest(cluster: Cluster) -> None:

@@ -13,7 +13,7 @@ from math import inf
 import msgspec
 import numpy as np
 
-from orchestrator.core.incident import Incident
+from orchestrator.core.incident import STRAGGLER, Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
@@ -25,6 +25,8 @@ NOBODY = "nothing that was let loose"
 NO_INCIDENT = "no incident"
 LOOKS_BACK_S = 3_600.0
 """How old a fault may be, or the news of it; far longer than the longest limit of a run."""
+_OF_SLOW = (STRAGGLER, "planned")
+"""Kinds of incidents that a slow node leads to: it is found, and swapped when that pays."""
 _INTERRUPTS = ("seen", "silent", "planned", "mistaken")
 
 
@@ -57,8 +59,12 @@ def causes(state: RunState, log: Sequence[Struck]) -> dict[IncidentId, Struck | 
     known.sort()
     faults = [log[n] for _, n in known]
     at_s = np.array([at for at, _ in known])
+    slowed = [struck for struck in log if struck.sort == "slow" and struck.nodes]
     found: dict[IncidentId, Struck | None] = {}
     for incident in state.incidents:
+        if incident.kind in _OF_SLOW and (slow := _slowed(incident, slowed)) is not None:
+            found[incident.id] = slow
+            continue
         end = int(np.searchsorted(at_s, incident.detected_at + 1e-6, side="right"))
         found[incident.id] = _cause(incident, faults[:end])
     return found
@@ -80,6 +86,12 @@ def _cause(incident: Incident, faults: Sequence[Struck]) -> Struck | None:
             return struck
         newest = newest or struck
     return newest
+
+
+def _slowed(incident: Incident, slowed: Sequence[Struck]) -> Struck | None:
+    """Return what made a node slow that an incident names; it may have been days before."""
+    before = (struck for struck in reversed(slowed) if struck.at <= incident.detected_at)
+    return next((struck for struck in before if set(struck.nodes) & set(incident.nodes)), None)
 
 
 def unnoticed_s(state: RunState, by: Causes) -> dict[IncidentId, float]:

@@ -10,7 +10,15 @@ import msgspec
 from orchestrator.core.decisions import Decision, RetainMemory
 from orchestrator.core.events import Event, Reported, Telemetry, Tick
 from orchestrator.core.journal import Entry
-from orchestrator.protocol.messages import MARKS, Holding, Joined, Reached, Receipt, ShardsHeld
+from orchestrator.protocol.messages import (
+    MARKS,
+    Holding,
+    Joined,
+    Reached,
+    Receipt,
+    ShardsHeld,
+    StacksTaken,
+)
 
 ITEMS_MAX = 8
 """Of a longer list, only how long it is."""
@@ -22,13 +30,14 @@ _SAID_ELSEWHERE = frozenset(
 def lines(entries: Iterable[Entry]) -> Iterator[str]:
     """Yield one line per event that matters, and one per decision.
 
-    Telemetry and ticks that led to nothing are left out, and so is what memory holds.
+    Telemetry and ticks that led to nothing are left out, and so is what memory holds and where
+    ranks stood.
     """
     for entry in entries:
         event = entry.event
         decisions = [d for d in entry.decisions if not isinstance(d, RetainMemory)]
         routine = isinstance(event, Telemetry | Tick) or (
-            isinstance(event, Reported) and isinstance(event.fact, ShardsHeld)
+            isinstance(event, Reported) and isinstance(event.fact, ShardsHeld | StacksTaken)
         )
         if routine and not decisions:
             continue

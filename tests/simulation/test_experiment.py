@@ -42,6 +42,7 @@ conduct(given(rates=300.0, minutes=20), 7, record=lambda entry: digest.update(li
 print(digest.hexdigest())
 """
 SHOWS: dict[str, set[str]] = {
+    "slow-node": {"straggler", "planned"},
     "gpu-fault": {"crash", "node-lost"},
     "hbm-fatal": {"crash", "node-lost"},
     "gpu-sram": {"crash", "node-lost"},
@@ -68,7 +69,7 @@ SHOWS: dict[str, set[str]] = {
     "planned-operation": {"planned"},
 }
 RIDES_OVER = {
-    "hbm-remap", "sdc-false-alarm", "link-flap", "slow-node", "slow-node-transient",
+    "hbm-remap", "sdc-false-alarm", "link-flap", "slow-node-transient",
     "power-smoothing", "congestion", "storage-stall",
 }  # fmt: skip
 
@@ -112,7 +113,7 @@ def test_what_the_job_rides_over_leads_to_no_incident(name: str) -> None:
     kind = msgspec.structs.replace(MODEL.class_named(name), fatal=0.0)
     classes = tuple(kind if each.name == name else each for each in MODEL.classes)
     background = {each.name: 0.0 for each in MODEL.classes if each.name != name}
-    rates = {"slow-node": 1e6, "slow-node-transient": 3e4, "hbm-remap": 1e5, "power-smoothing": 3e4}
+    rates = {"slow-node-transient": 3e4, "hbm-remap": 1e5, "power-smoothing": 3e4}
     model = msgspec.structs.replace(MODEL, classes=classes)
 
     found = conduct(
@@ -120,7 +121,9 @@ def test_what_the_job_rides_over_leads_to_no_incident(name: str) -> None:
     )
 
     assert found.by_class.get(name, 0) + found.unseen.get(name, 0) > 0
-    assert found.incidents == {}
+    # A node that is slow for a while is measured, and may be swapped: that interrupts nothing.
+    measured = {"straggler", "planned"} if name == "slow-node-transient" else set()
+    assert set(found.incidents) <= measured, found.incidents
 
 
 def test_slow_steps_cost_throughput_and_leave_effective_time_as_it_was() -> None:

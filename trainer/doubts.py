@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ class Doubts:
         self._norms = Norms(self._guard, each=not training.adds_up_in_place)
         self._own, self._whole = Outliers(), Outliers()
         self._values: list[float] = []
+        self._usual: list[tuple[Outliers, list[float]]] = []
+        """What later steps are to be compared with, too, if this one counts."""
         self._micro: Micro | None = None
         self._looks = AT_ONCE
 
@@ -108,10 +111,11 @@ class Doubts:
             return ""
         whole = [loss, grad_norm]
         out = self._whole.standing_out(whole)
+        self._usual = []
         if words[self._training.world.rank] == QUIET:
-            self._guard.call(lambda: self._own.admit(self._values), None)
+            self._usual.append((self._own, self._values))
         if not out:
-            self._whole.admit(whole)
+            self._usual.append((self._whole, whole))
         if not self._ring.again:
             self._looks = min(self._looks + 1 / STEPS_EACH, AT_ONCE)
         if not out and not any(words):
@@ -147,13 +151,18 @@ class Doubts:
             self._ring.throw_away(step, found, reporter)
             return True
         if self._guard.stopped:
-            self._ring.unknown()
             return False
         self._ring.sound(step)
         self._own.let_be(self._values)
         self._whole.let_be([loss, grad_norm])
         reporter.looked_again(step, because=why)
         return False
+
+    def done(self) -> None:
+        """Hear that a step is over, and moves something: it counts."""
+        for outliers, values in self._usual:
+            self._guard.call(partial(outliers.admit, values), None)
+        self._usual = []
 
     def give_up(self, reason: str) -> None:
         """Look at nothing any more, on all ranks: what is computed once more shows nothing."""

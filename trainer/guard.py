@@ -28,6 +28,7 @@ class Guard:
 
     Attributes:
         reason: what it raised, or why it was given up; "" while it works.
+        given_up: whether all ranks know that it is off, and why.
         stopped: whether ranks go without it, this one or another one: there is nobody to compare
             with.
     """
@@ -35,6 +36,7 @@ class Guard:
     def __init__(self, detector: str) -> None:
         self._detector = detector
         self.reason = ""
+        self.given_up = False
         self.stopped = False
         self._told = False
 
@@ -65,7 +67,7 @@ class Guard:
             reason: why; all ranks know it.
             tells: whether this rank is one of those that say it.
         """
-        self.reason = self.reason or reason
+        self.reason, self.given_up = self.reason or reason, True
         self.stopped, self._told = True, self._told or not tells
 
     def stop(self) -> None:

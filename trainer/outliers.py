@@ -25,6 +25,9 @@ FRESH_FOR = 8
 """Steps for which medians are good: of many numbers they take as long as the norms themselves."""
 ABOVE_KNOWN = 2.0
 """How many times what was found to be true a number has to be, to stand out once more."""
+LARGEST = math.log(np.finfo(np.float64).max)
+_SMALLEST = math.log(np.finfo(np.float64).tiny)
+"""Stands for the logarithm of 0."""
 _NORMAL = 1.4826
 """Standard deviations of normal noise in its median absolute deviation."""
 
@@ -64,7 +67,8 @@ class Outliers:
         """Return how many times its usual size one of the numbers is; not finite if it is not."""
         if not (self._logs and math.isfinite(values[number])):
             return math.inf
-        return math.exp(_logs(values)[number] - np.median(np.stack(self._logs)[:, number]))
+        above = float(_logs(values)[number] - np.median(np.stack(self._logs)[:, number]))
+        return math.exp(above) if above < LARGEST else math.inf
 
     def admit(self, values: Sequence[float]) -> None:
         """Compare later steps with this one, too, in which nothing stood out."""
@@ -96,12 +100,22 @@ class Outliers:
 def _limits(logs_SK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if len(logs_SK) < LEAST:
         largest_K: npt.NDArray[np.float64] = logs_SK.max(0)
-        return largest_K + math.log(EARLY)
+        return _unless_nothing(largest_K, largest_K + math.log(EARLY))
     usual_K = np.median(logs_SK, 0)
     spread_K = _NORMAL * np.median(np.abs(logs_SK - usual_K), 0)
     rules_K = np.array([LOSS, *[NORM] * (len(usual_K) - 1)])
     limits_K: npt.NDArray[np.float64] = np.log(rules_K[:, 1])
-    return usual_K + np.maximum(rules_K[:, 0] * spread_K, limits_K)
+    return _unless_nothing(usual_K, usual_K + np.maximum(rules_K[:, 0] * spread_K, limits_K))
+
+
+def _unless_nothing(
+    usual_K: npt.NDArray[np.float64], limits_K: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return limits, but none for numbers that are 0 as a rule: any other is many times that.
+
+    Such are the gradients of what is seldom read, such as the part of an embedding.
+    """
+    return np.where(usual_K <= _SMALLEST, np.inf, limits_K)
 
 
 def _logs(values: Sequence[float]) -> npt.NDArray[np.float64]:

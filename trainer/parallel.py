@@ -351,6 +351,19 @@ def not_to_be_added_up(model: nn.Module, world: World) -> None:
                 module.set_reshard_after_backward(True, recurse=False)
 
 
+def recovers(model: nn.Module) -> bool:
+    """Whether a model can be used again after a pass in it has raised: torch 2.13 and newer."""
+    return hasattr(model, "reset_iter_state")
+
+
+def recover(model: nn.Module) -> None:
+    """Bring a model back to how it is between two steps, after a pass in it has raised.
+
+    Layers would else go on with the whole weights of before, and wait for the end of that pass.
+    """
+    model.reset_iter_state()  # type: ignore[operator]
+
+
 def let_go(model: nn.Module) -> None:
     """Hold no more than this rank's part of the weights, after a pass that no backward follows."""
     for module in model.modules():

@@ -62,7 +62,9 @@ class Replays:
         self.ring.begin(step, self.pace.longest)
         self.doubts.begin()
         # Not in the first step of a process, which makes what gradients are looked at on.
-        due = self._training.warm and (step % self.pace.every == 0 or not self._tested)
+        regular = step % self.pace.every == 0 or not self._tested
+        # What was thrown away is looked at however it came to that, or it is taken on trust.
+        due = self._training.warm and (regular or self.ring.again)
         self._due = due and not self._guard.stopped
 
     def before(self, *, last: bool) -> None:
@@ -96,12 +98,15 @@ class Replays:
         if found is not None:
             self.ring.throw_away(step, found, reporter)
             return True
-        if self._guard.stopped:
-            self.ring.unknown()
-        else:
+        if not self._guard.stopped:
             self.ring.sound(step)
             self._took_s = time.monotonic() - begun
         return False
+
+    def done(self) -> None:
+        """Hear that a step is over, and moves something."""
+        self.ring.done()
+        self.doubts.done()
 
     def stepped(self, seconds: float) -> None:
         """Hear for how long a step took; what a replay in it has cost is said in the next one."""
@@ -113,14 +118,17 @@ class Replays:
         return self.doubts.word(), self._cost
 
     def _test(self, step: int, reporter: Told) -> None:
-        """Find out if bits mean anything here: whether a micro-batch comes out the same twice.
+        """Find out if bits mean anything here: if a micro-batch comes out the same twice.
 
-        Where it does not, on most ranks, nothing that is computed once more is evidence.
+        Where it does not, on most ranks, or can not elsewhere, nothing that is computed once more
+        is evidence.
         """
         self._tested = True
         own = self._training.world.rank
-        again = self._replay(step, own, reporter)
-        if not self.ring.repeats(self._guard, self._own, again) and self._guard.off:
+        if self.ring.alike(self._guard):
+            again = self._replay(step, own, reporter)
+            self.ring.repeats(self._guard, self._own, again)
+        if self._guard.given_up:
             self.doubts.give_up(self._guard.reason)
 
     def _replay(self, step: int, of: int, reporter: Told) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
-from trainer import parallel, tensor
+from trainer import parallel, processors, tensor
 from trainer.data import Batch, Batches
 from trainer.gradients import drop
 from trainer.guard import Guard
@@ -75,7 +75,8 @@ class Ring:
         samples: of all ranks.
 
     Attributes:
-        again: whether the step is computed again: what was read ahead of it is used up.
+        again: whether the step is computed again: what was read ahead of it is used up. So it
+            is until the step is `done`, whoever finds nothing wrong in it meanwhile.
     """
 
     def __init__(self, training: Stepping, samples: Batches) -> None:
@@ -85,7 +86,8 @@ class Ring:
         self._verified: int | None = None
         """The last step whose state is known to be good, once it is known of one."""
         # Where layers are gathered as they come, or cut, ranks meet within a pass.
-        self._by_itself = training.world.shards == 1
+        by_itself = training.world.shards == 1
+        self._guards_passes = by_itself and all(map(parallel.recovers, training.stages))
 
     def forget(self) -> None:
         """Begin as after a restore: the state is another one than a moment ago."""
@@ -138,9 +140,13 @@ class Ring:
         return losses
 
     def _guarded(self, guard: Guard, micro: Micro, number: int, looks: Looks) -> Tensor | None:
-        if self._by_itself:
-            return guard.call(lambda: self._pass(micro, number, looks), None)
-        return self._pass(micro, number, looks)
+        if not self._guards_passes:
+            return self._pass(micro, number, looks)
+        loss = guard.call(lambda: self._pass(micro, number, looks), None)
+        if loss is None:
+            for stage in self._training.stages:
+                parallel.recover(stage)
+        return loss
 
     def _pass(self, micro: Micro, number: int, looks: Looks) -> Tensor:
         training = self._training
@@ -183,7 +189,19 @@ class Ring:
         # It raises on every rank or on none: they have the same digests.
         if guard.off:
             guard.stop()
-        return found
+        return found and self._fair(found)
+
+    def _fair(self, found: Verdict) -> Verdict:
+        """Return a verdict that convicts nobody of what another rank of its replica may have done.
+
+        Ranks of a replica gather each other's weights: a wrong one on one of them misleads all.
+        """
+        layout = self._training.world.layout
+        replicas = [layout.replica_of(rank) for rank in found.ranks]
+        if layout.dp_shard == 1 or not found.proven or len(set(replicas)) == len(replicas):
+            return found
+        words = "ranks of a replica share their weights, and one may mislead the others"
+        return found._replace(proven=False, evidence=f"{found.evidence}; {words}")
 
     def repeats(self, guard: Guard, first: Tensor, second: Tensor) -> bool:
         """Return whether ranks come to the same when they do the same; if not, the guard gives up.
@@ -201,13 +219,30 @@ class Ring:
             guard.give_up(reason, tells=self._training.world.rank < TELLERS)
         return not guard.stopped
 
+    def alike(self, guard: Guard) -> bool:
+        """Return whether ranks compute on processors of one kind; if not, the guard gives up.
+
+        Collective. On another kind a sound rank comes to other bits, and looks like a broken one.
+
+        Args:
+            guard: of the detector that asks for it.
+        """
+        own = processors.kind()
+        rows = self._exchange(guard, processors.number(own))
+        if rows is not None and (kinds := len({row[0] for row in rows})) > 1:
+            reason = (
+                f"ranks compute on {kinds} kinds of processors, this one on {own}: what differs "
+                "elsewhere shows nothing"
+            )
+            guard.give_up(reason, tells=self._training.world.rank < TELLERS)
+        return not guard.stopped
+
     def sound(self, step: int) -> None:
         """Hear that nothing was found wrong in a step; what led to it is vouched for."""
-        self.again, self._tries = False, 0
         self._verified = max(step - 1, self._verified or 0)
 
-    def unknown(self) -> None:
-        """Hear that nobody can say whether something was wrong in a step, which goes on."""
+    def done(self) -> None:
+        """Hear that a step is over, and moves something."""
         self.again, self._tries = False, 0
 
     def throw_away(self, step: int, found: Verdict, reporter: Told) -> None:
@@ -218,7 +253,8 @@ class Ring:
         """
         world = self._training.world
         guilty = found.ranks if found.proven else ()
-        tellers = [rank for rank in range(world.size) if rank not in guilty][:TELLERS]
+        innocent = [rank for rank in range(world.size) if rank not in guilty]
+        tellers = (innocent or range(world.size))[:TELLERS]
         if world.rank in tellers and self._tries == 0:
             reporter.diverged(
                 step - 1,

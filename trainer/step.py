@@ -234,6 +234,8 @@ class Training:
             grad_norm = global_norm(rows[rank][0] for rank in replica)
             if not self._is_thrown_away(step, rows, loss, grad_norm, reporter):
                 break
+        if self._replays is not None:
+            self._replays.done()
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
             told = [None if row[OFF_AT] else row[DIGESTS_AT:LOSSES_AT] for row in rows]

@@ -112,12 +112,65 @@ def test_where_a_micro_batch_differs_from_itself_at_the_start_nothing_is_compare
         assert all(reason.startswith("3 of 3 ranks get another") for _, reason in off)
 
 
-def test_what_raises_in_a_pass_that_is_done_once_more_ends_the_detector_and_no_rank(
-    found: Found,
+@pytest.mark.parametrize(
+    "way",
+    [
+        "raises when computed once more",
+        "raises on the way back",
+        "raises on the way back, deterministic",
+    ],
+)
+def test_what_raises_in_a_pass_that_is_done_once_more_ends_the_detector_and_changes_no_step(
+    found: Found, way: str
 ) -> None:
-    way = "raises when computed once more"
+    kind = ", deterministic" if "deterministic" in way else ""
+    blind = losses(found, f"huge once{kind}, and nothing looks")
 
-    assert losses(found, way) == losses(found, "infinite, and nothing looks")
+    assert losses(found, way) == blind != losses(found, "nothing looks")
     off = [rank["off"] for rank in found[way]]
     assert off == [[["outliers", "RuntimeError: no second time"]], [], []]
     assert not any(rank["diverged_"] for rank in found[way])
+
+
+def test_a_step_that_is_thrown_away_is_read_anew_and_the_next_ones_are_read_ahead(
+    found: Found,
+) -> None:
+    way = "huge once, read ahead"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert [len(rank["diverged_"]) for rank in found[way]] == [1, 0, 1]
+
+
+def test_ranks_on_processors_of_two_kinds_are_not_compared(found: Found) -> None:
+    way = "another processor"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert not any(rank["diverged_"] or rank["again"] for rank in found[way])
+    *told, silent = (rank["off"] for rank in found[way])
+    assert silent == []
+    for off in told:
+        assert [detector for detector, _ in off] == ["replays", "outliers"]
+        assert all(reason.startswith("ranks compute on 2 kinds of processors") for _, reason in off)
+
+
+def test_a_rank_that_can_not_be_tested_ends_replays_and_not_what_looks_at_outliers(
+    found: Found,
+) -> None:
+    way = "blind when tested"
+
+    assert [rank["off"] for rank in found[way]] == [[], [["replays", "OSError: no digest"]], []]
+    assert [len(rank["diverged_"]) for rank in found[way]] == [1, 0, 1]
+    assert losses(found, way) == losses(found, "nothing looks")
+
+
+@pytest.mark.parametrize(
+    ("way", "at"), [("always wrong from the test on", 2), ("always wrong at first", AT)]
+)
+def test_a_step_that_never_comes_out_well_is_never_taken(found: Found, way: str, at: int) -> None:
+    """Whoever says so in it, and whoever finds another part of it sound."""
+    assert losses(found, way) == losses(found, "nothing looks")[: at - 1]
+    assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS
+    told = [rank["diverged_"] for rank in found[way]]
+    assert [len(each) for each in told] == [1, 0, 1]
+    ((step, _, ranks, proven, _),) = told[0]
+    assert (step, ranks, proven) == (at - 1, [WRONG], True)

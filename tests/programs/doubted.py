@@ -27,9 +27,12 @@ from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
-from trainer import digest, gradients, parallel, train
+from orchestrator.worker import RankPhase
+from trainer import digest, gradients, parallel, processors, train
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
+from trainer.prefetch import Prefetch
+from trainer.shares import Place, slices
 from trainer.step import Training, Unheard
 
 NUMBERS = itertools.count(1)
@@ -73,9 +76,54 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
-    "raises when computed once more": {"factor": math.inf, "ranks": {WRONG}, "raises": True},
-    "infinite, and nothing looks": {"factor": math.inf, "ranks": {WRONG}, "detection": BLIND},
+    "raises when computed once more": {"factor": 1e6, "ranks": {WRONG}, "raises": "forward"},
+    "raises on the way back": {"factor": 1e6, "ranks": {WRONG}, "raises": "backward"},
+    "raises on the way back, deterministic": {
+        "factor": 1e6,
+        "ranks": {WRONG},
+        "raises": "backward",
+        "job": {"reduction": "deterministic"},
+    },
+    "huge once, and nothing looks": {"factor": 1e6, "ranks": {WRONG}, "detection": BLIND},
+    "huge once, deterministic, and nothing looks": {
+        "factor": 1e6,
+        "ranks": {WRONG},
+        "job": {"reduction": "deterministic"},
+        "detection": BLIND,
+    },
+    "huge once, read ahead": {"factor": 1e6, "ranks": {WRONG}, "ahead": True},
+    "another processor": {"processor": True, "detection": REPLAYING},
+    "blind when tested": {"blind_at": 2, "factor": 1e6, "ranks": {WRONG}},
+    "always wrong from the test on": {
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "always": True,
+        "at": 2,
+        "detection": REPLAYING,
+    },
+    "always wrong at first": {
+        "factor": 1e6,
+        "ranks": {WRONG},
+        "call": "first",
+        "detection": REPLAYING,
+    },
 }
+
+
+class WaitsError(Exception):
+    """A rank waits for orders."""
+
+
+class Raising(torch.autograd.Function):
+    """Passes on, and raises on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # noqa: ARG004 - the signature of torch
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:  # noqa: ARG004 - the same
+        raise RuntimeError("no second time")
 
 
 class Heard(Unheard):
@@ -84,6 +132,11 @@ class Heard(Unheard):
         self.again: list[int] = []
         self.diverged_: list[Any] = []
         self.off: list[tuple[str, str]] = []
+        self.waits = 0
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        if phase is RankPhase.WAITING:
+            raise WaitsError
 
     def looked_again(self, step: int, *, because: str) -> None:
         self.again.append(step)
@@ -106,20 +159,26 @@ class Loss:
     def __init__(self, training: Training, rank: int, way: dict[str, Any]) -> None:
         self._real, self._way, self._rank = training.loss, way, rank
         self.step, self._calls = 0, 0
+        self._first = torch.empty(0)
+        """Targets of the first micro-batch of a step."""
 
     def begin(self, step: int) -> None:
         self.step, self._calls = step, 0
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         self._calls += 1
+        if self._calls == 1:
+            self._first = targets.clone()
         loss, way = self._real(logits, targets), self._way
         if self.step != way.get("at", AT) or "factor" not in way:
             return loss
         if way.get("raises") and self._rank == 0 and self._calls > OWN:
+            if way["raises"] == "backward":
+                return Raising.apply(loss)  # type: ignore[no-any-return, no-untyped-call]
             raise RuntimeError("no second time")
-        wrong = self._rank in way["ranks"] and (
-            way.get("always") or self._calls == way.get("call", 1)
-        )
+        call = way.get("call", 1)
+        called = torch.equal(targets, self._first) if call == "first" else self._calls == call
+        wrong = self._rank in way["ranks"] and (way.get("always") or called)
         return loss * way["factor"] if wrong else loss
 
 
@@ -138,20 +197,38 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     training.loss = loss
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
+    place = Place(world.position.dp_replicate, REPLICAS, 0, 1)
+    ahead = slices(job, place, range(1, STEPS + 1)) if way.get("ahead") else ()
+    with Prefetch(training.samples, ahead, 2, lambda: None, 30.0) as read_ahead:
+        if ahead:
+            training.samples = read_ahead
+        try:
+            take(training, heard, loss, way, world.rank)
+        except WaitsError:
+            heard.waits += 1
+    return vars(heard)
+
+
+def take(training: Training, heard: Heard, loss: Loss, way: dict[str, Any], rank: int) -> None:
+    """Take all steps."""
     for step in range(1, STEPS + 1):
         loss.begin(step)
-        blind = way.get("blind") and step == AT and world.rank == WRONG
+        blind = way.get("blind") and step == AT and rank == WRONG
         broken: Any = mock.patch.object(
             gradients, "local", side_effect=RuntimeError("no norm today")
         )
         other: Any = mock.patch.object(gradients, "digest", other_each_time)
+        no_digest: Any = mock.patch.object(gradients, "digest", side_effect=OSError("no digest"))
         with contextlib.ExitStack() as wrong:
             if blind:
                 wrong.enter_context(broken)
             if way.get("chance"):
                 wrong.enter_context(other)
+            if way.get("blind_at") == step and rank == WRONG:
+                wrong.enter_context(no_digest)
+            if way.get("processor") and rank == WRONG:
+                wrong.enter_context(mock.patch.object(processors, "kind", return_value="another"))
             training.step(step, heard)
-    return vars(heard)
 
 
 def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:

@@ -75,3 +75,21 @@ def test_an_outlier_that_was_true_hides_none_of_another_kind() -> None:
     assert known.standing_out([5.0, 150.0]) == []
     assert known.standing_out([5.0, 250.0]) == [1]
     assert known.standing_out([50.0, 1.0]) == [0]
+
+
+@pytest.mark.parametrize("steps", [FEW, LEAST, WINDOW])
+def test_what_is_nothing_as_a_rule_stands_out_only_if_it_is_no_number(steps: int) -> None:
+    """The gradient of what is seldom read: any number is many times nothing."""
+    known = Outliers()
+    for _ in range(steps):
+        known.admit([5.0, 0.0])
+
+    assert known.standing_out([5.0, 3.0]) == []
+    assert known.standing_out([5.0, math.nan]) == [1]
+
+
+def test_how_many_times_the_usual_may_be_more_than_there_are_numbers_for() -> None:
+    known = Outliers()
+    known.admit([5.0, 0.0])
+
+    assert known.times_usual([5.0, 1e12], 1) == math.inf

@@ -1,0 +1,31 @@
+"""What kind of processor a rank computes on: another kind may come to other bits."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def kind() -> str:
+    """Return the kind in words: what torch makes use of, and the model's name if it is known.
+
+    Libraries choose their kernels by both.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return capability
+    model = re.search(r"^model name\s*: *(.+)$", text, re.MULTILINE)
+    return f"{capability}, {model[1].strip()}" if model else capability
+
+
+def number(of: str) -> torch.Tensor:
+    """Return a number that is the same for the same kind, and no other as a rule; int64."""
+    digest = hashlib.sha256(of.encode()).digest()
+    return torch.tensor(int.from_bytes(digest[:8], "little", signed=True))

@@ -90,6 +90,9 @@ class SimulatedJob:
         self.journal = simulation.entries
         told = report(simulation.controller.state)
         assert over, f"still {told.state} after {LIMIT_S:g} s"
+        state = simulation.controller.state
+        if state.incident is not None and state.incident.kind == "misconfigured":
+            return int(Exit.USAGE), told
         return int(_CODES[told.state]), told
 
     def _ask_in_time(

@@ -52,6 +52,7 @@ def take_over(folder: RunFolder, run: TrainingRun) -> TakenOver:
     controller = compose.controller(run)
     mismatches = journal.replay(controller, file.entries)
     if mismatches:
+        file.close()
         raise journal.JournalError(
             f"event {mismatches[0].seq} leads to other decisions than it did: {folder.journal}"
         )

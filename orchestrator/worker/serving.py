@@ -47,8 +47,11 @@ def serve(
             except PeerLostError as error:
                 worker.troubled(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, the agent must hear of it
-        traceback.print_exception(error)
-        worker.died(error)
+        try:
+            # Before its log has it: whoever reads that there may order it to leave at once.
+            worker.died(error)
+        finally:
+            traceback.print_exception(error)
         return EXIT_MISCONFIGURED if isinstance(error, MisconfiguredError) else 1
     return 0
 

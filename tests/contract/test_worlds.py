@@ -239,7 +239,7 @@ def test_a_job_that_refuses_itself_fails_at_once_with_its_own_words(job: Start) 
 
     code, report = one.conduct()
 
-    assert (code, report.state) == (3, "Failed")
+    assert (code, report.state) == (2, "Failed")
     assert "vocabulary is 10, expected 20" in report.reason
     assert report.generations == 1
 

@@ -91,7 +91,7 @@ def test_of_a_run_that_fails_nothing_is_measured(tmp_path: Path) -> None:
     command = started(tmp_path, "-q", "-o", str(file), job={"refuse": True})
     out, err = command.communicate(timeout=60)
 
-    assert (command.returncode, out) == (3, "")
+    assert (command.returncode, out) == (2, "")
     assert "run steps failed" in err
     assert "it was at step 0 of 60\nhint: nothing was measured" in err
     assert not file.exists()

@@ -11,7 +11,9 @@ from orchestrator.core.events import ControllerStarted, StopRequested, Tick
 from orchestrator.core.journal import JournalError, read
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.server.journal import AlreadyRunningError, JournalFile, lock, replay
+from orchestrator.server.deciding import take_over
+from orchestrator.server.journal import AlreadyRunningError, JournalFile, lock
+from orchestrator.worlds.folder import RunFolder
 from tests import runfiles
 
 RUN = runfiles.text(trainer={"steps": 10})
@@ -35,11 +37,9 @@ def written(path: Path, ticks: int = 3) -> Controller:
 def test_what_was_written_is_read_back_and_goes_on(tmp_path: Path) -> None:
     written(tmp_path / "journal")
 
-    file = JournalFile(tmp_path / "journal", training_run())
-    successor = compose.controller(training_run())
-    replay(successor, file, tmp_path / "journal")
-    event = Tick(at=Seconds(9.0))
-    file.append(event, successor.handle(event))
+    taken = take_over(RunFolder(tmp_path), training_run())
+    file, event = taken.file, Tick(at=Seconds(9.0))
+    file.append(event, taken.controller.handle(event))
     file.close()
 
     assert [e.seq for e in read((tmp_path / "journal").read_bytes()).entries] == [1, 2, 3, 4, 5]
@@ -97,11 +97,8 @@ def test_a_journal_whose_decisions_come_out_differently_is_refused(tmp_path: Pat
     file.append(StopRequested(at=Seconds(1.0), by="nobody"), [])
     file.close()
 
-    again = JournalFile(path, training_run())
-
     with pytest.raises(JournalError, match="event 1 leads to other decisions"):
-        replay(compose.controller(training_run()), again, path)
-    again.close()
+        take_over(RunFolder(tmp_path), training_run())
 
 
 def test_a_second_holder_of_the_lock_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:

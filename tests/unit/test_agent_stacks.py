@@ -96,8 +96,18 @@ def test_a_process_that_is_gone_is_told_with_the_reason_and_the_others_are_seen(
     assert seen.stacks[0].ranks == (1,)
 
 
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A look that hangs, as that of whoever reads /proc of a process in a broken driver does."""
+    script = tmp_path / "py-spy"
+    script.write_text("#!/bin/sh\nexec sleep 30\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(stacks, "SPY", script)
+
+
+@pytest.mark.usefixtures("hanging")
 def test_what_is_not_seen_in_time_is_given_up(waiting: int) -> None:
-    seen = take({0: waiting, 1: waiting}, within_s=0.0)
+    seen = take({0: waiting, 1: waiting}, within_s=0.1)
 
     assert (seen.stacks, seen.problem) == ((), "rank 0, 1: not seen in time")
 
@@ -120,14 +130,10 @@ def test_a_long_frame_keeps_its_end() -> None:
     assert told.endswith("f (a.py:7)")
 
 
+@pytest.mark.usefixtures("hanging")
 def test_who_makes_ranks_move_waits_for_a_look_but_no_longer_than_that_may_take(
-    waiting: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    waiting: int,
 ) -> None:
-    """A look may hang, as whoever reads /proc of a process in a broken driver does."""
-    hanging = tmp_path / "py-spy"
-    hanging.write_text("#!/bin/sh\nexec sleep 30\n")
-    hanging.chmod(0o755)
-    monkeypatch.setattr(stacks, "SPY", hanging)
     asked = Inspect(order="1.1", generation=Generation(1), suspects=(), within_s=0.3)
 
     async def moved_after() -> float:

@@ -13,7 +13,7 @@ STEPS = 140
 
 
 def job(root: Path, faults: list[dict[str, Any]], **options: Any) -> Job:
-    """Return a run of three ranks that hash for some hundredths of a second in each step."""
+    """Return a run of three ranks that hash for twice as long as a slow one is stopped for."""
     lockstep = root / "lockstep"
     lockstep.mkdir(parents=True)
     run = steps_job(
@@ -22,10 +22,10 @@ def job(root: Path, faults: list[dict[str, Any]], **options: Any) -> Job:
         trainer__steps=STEPS,
         trainer__options={
             "steps": STEPS,
-            "step_s": 0.03,
+            "step_s": 0.005,
             "save_every": 5,
             "durable_every": 70,
-            "busy": 12,
+            "busy": 50,
             "lockstep": str(lockstep),
             **options,
         },

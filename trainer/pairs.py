@@ -9,31 +9,20 @@ For two only: more would have to tell each other in rounds, and would add up in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from trainer.reduction import Wait
+from trainer.reduction import Wait, Waiting
 
 PAIR = range(2)
 """The two ranks, by their number among themselves."""
 
 
-class PairAllGather(AllGather):
+class PairAllGather(Waiting, AllGather):
     """Sends this rank's half to the other one, which receives it where it belongs."""
-
-    def __init__(self, wait: Wait) -> None:
-        self._wait = wait
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Return a new tensor."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -55,17 +44,8 @@ class PairAllGather(AllGather):
         _swap(others, own, group, self._wait)
 
 
-class PairReduceScatter(ReduceScatter):
+class PairReduceScatter(Waiting, ReduceScatter):
     """Sends the half that is the other's to it, and adds what came of one's own."""
-
-    def __init__(self, wait: Wait) -> None:
-        self._wait = wait
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """Return a new tensor."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,

@@ -172,11 +172,11 @@ def _buckets(sums: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]
         yield bucket
 
 
-class OrderedReduceScatter(ReduceScatter):
-    """What FSDP adds up the micro-batches of a round with, in the same tree as rounds.
+class Waiting:
+    """What those that FSDP is given have in common: how they wait, and memory of their own.
 
-    A backend's own reduce-scatter may add in another order where ranks are placed otherwise.
-    This moves as many bytes.
+    Args:
+        wait: waits for a collective, for so long at most.
     """
 
     def __init__(self, wait: Wait) -> None:
@@ -187,6 +187,14 @@ class OrderedReduceScatter(ReduceScatter):
     ) -> Tensor:
         """Return a new tensor."""
         return torch.empty(*size, dtype=dtype, device=device)
+
+
+class OrderedReduceScatter(Waiting, ReduceScatter):
+    """What FSDP adds up the micro-batches of a round with, in the same tree as rounds.
+
+    A backend's own reduce-scatter may add in another order where ranks are placed otherwise.
+    This moves as many bytes.
+    """
 
     def __call__(
         self,

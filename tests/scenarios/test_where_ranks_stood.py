@@ -89,31 +89,31 @@ def test_of_very_many_places_the_first_are_kept_and_it_is_said(hung: Cluster) ->
     assert "more than 64 places" in found(hung).unseen["node-1"]
 
 
-def test_the_hang_that_ends_a_run_is_looked_at_before_it_ends(cluster: Cluster) -> None:
+@pytest.fixture
+def last(cluster: Cluster) -> Cluster:
+    """No restart is left, and a rank hangs."""
     cluster.start()
     cluster.train(5)
     cluster.hold(5)
     cluster.state.budgets["hardware"].spent = cluster.state.budgets["hardware"].limit
-    hang(cluster)
-
-    assert cluster.state.end_state == ""
-    cluster.say("node-0", seen(Stack((Rank(0), Rank(1)), WAITING)))
-    assert cluster.state.end_state == ""
-    cluster.say("node-1", seen(BEHIND, Stack((Rank(3),), WAITING)))
-
-    assert cluster.state.end_state == "Failed"
-    assert found(cluster).stacks[0] == BEHIND
+    return hang(cluster)
 
 
-def test_a_run_ends_without_the_answers_of_nodes_that_do_not_answer(cluster: Cluster) -> None:
-    cluster.start()
-    cluster.train(5)
-    cluster.hold(5)
-    cluster.state.budgets["hardware"].spent = cluster.state.budgets["hardware"].limit
-    hang(cluster)
-    (woken,) = (d for d in cluster.decisions if isinstance(d, WakeAt) and "stand" in d.reason)
+def test_the_hang_that_ends_a_run_is_looked_at_before_it_ends(last: Cluster) -> None:
 
-    cluster.now = woken.at
-    cluster.tick()
+    assert last.state.end_state == ""
+    last.say("node-0", seen(Stack((Rank(0), Rank(1)), WAITING)))
+    assert last.state.end_state == ""
+    last.say("node-1", seen(BEHIND, Stack((Rank(3),), WAITING)))
 
-    assert cluster.state.end_state == "Failed"
+    assert last.state.end_state == "Failed"
+    assert found(last).stacks[0] == BEHIND
+
+
+def test_a_run_ends_without_the_answers_of_nodes_that_do_not_answer(last: Cluster) -> None:
+    (woken,) = (d for d in last.decisions if isinstance(d, WakeAt) and "stand" in d.reason)
+
+    last.now = woken.at
+    last.tick()
+
+    assert last.state.end_state == "Failed"

@@ -75,20 +75,25 @@ class Nursery:
                     raise NurseryClosedError("the agent ends") from error
                 if self._warm is warm:
                     self._warm = None
-                    warm.close()
+                    self._give_up(warm)
                 if last or error.answer is not None:
                     raise
                 log.warning("%s; a new warm process is started", error)
         raise AssertionError("the loop returns or raises")
 
     def close(self) -> None:
-        """End the warm process, and with it every fork under way; ranks live on."""
+        """End the warm process; a fork under way gives a rank that was born already, or raises."""
         self._closed = True
         warm, self._warm = self._warm, None
         if warm is not None:
-            warm.close()
+            self._give_up(warm)
         # What waits there finds the warm process gone, and says so to whoever asked for it.
         self._thread.shutdown(wait=False)
+
+    def _give_up(self, warm: Warm) -> None:
+        warm.end()
+        # Behind the fork under way, which may yet hear of a rank that the agent is to know.
+        self._thread.submit(warm.close)
 
     def _at_hand(self) -> Warm:
         if self._closed:

@@ -140,10 +140,17 @@ class Warm:
         """Its process id."""
         return self._process.pid
 
-    def close(self) -> None:
-        """End the warm process and reap it; its ranks live on. A call in another thread raises."""
+    def end(self) -> None:
+        """End the warm process and reap it; its ranks live on.
+
+        A fork under way in another thread still hears of a rank that was born, or raises.
+        """
         self._process.kill()
         self._process.wait(10)
+
+    def close(self) -> None:
+        """End it for good. Not while a call is under way: a rank just born would go unheard."""
+        self.end()
         self._socket.close()
 
     def _receive(self, doing: str, within_s: float) -> Answer:

@@ -1,5 +1,6 @@
 """Ranks forked from a warm process: whose children they are, and how they end."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 
 from orchestrator.agent import linux
+from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.process import RankProcess
 from orchestrator.agent.warm import MESSAGE_MAX_BYTES, Fork, Warm, WarmUpError
 from orchestrator.worker.errors import EXIT_ORPHANED
@@ -123,6 +125,35 @@ def test_ranks_outlive_the_warm_process(warm_of: Callable[[str], Warm], tmp_path
 
         assert process.wait(0.3) is None
         assert process.stop(1.0, 5.0) == -signal.SIGTERM
+
+
+def test_a_rank_that_is_born_when_the_nursery_closes_is_known_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+
+    async def close_after_birth() -> int:
+        nursery = Nursery("late:sleep", tmp_path / "warm.log")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            born = asyncio.create_task(nursery.fork({}, theirs, "CONTROL", tmp_path / "rank.log"))
+            await asyncio.sleep(0)  # it begins
+            known = before | {nursery.pid}
+            # The rank comes to us before it says that it lives.
+            await asyncio.to_thread(wait_for, lambda: bool(set(linux.children()) - known), 30)
+            nursery.close()
+            async with asyncio.timeout(10):
+                return await born
+
+    linux.adopt_orphans()
+    before = set(linux.children())
+    try:
+        pid = asyncio.run(close_after_birth())
+        assert set(linux.children()) - before == {pid}
+        RankProcess(pid).stop(0.1, 10)
+    finally:
+        linux.end_strays(before)
+        linux.adopt_orphans(on=False)
 
 
 def test_a_trainer_that_can_not_be_imported_is_reported_with_its_traceback(

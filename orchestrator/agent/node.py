@@ -289,13 +289,17 @@ class Node:
     def _probe(self, order: Probe) -> None:
         """Have ranks of ours measure how fast they are, as soon as their step is over."""
         seated = self._ranks.seated()
-        for rank in order.ranks if order.generation == self._account.generation else ():
+        if order.generation != self._account.generation:
+            return
+        for rank, begins_s in zip(order.ranks, order.begins_s, strict=True):
             if rank in seated:
-                seated[rank].control.send(
-                    rank_protocol.Probe(
-                        generation=order.generation, number=order.number, within_s=order.within_s
-                    )
+                asked = rank_protocol.Probe(
+                    generation=order.generation,
+                    number=order.number,
+                    within_s=order.within_s,
+                    begins_s=begins_s,
                 )
+                seated[rank].control.send(asked)
 
     async def _inspect(self, order: Inspect) -> None:
         pids = {rank: live.pid for rank, live in self._ranks.seated().items()}

@@ -480,7 +480,9 @@ class Probe(_Message, frozen=True, kw_only=True):
     number: int
     ranks: tuple[Rank, ...]
     within_s: float
-    """Training stands still for no longer than this."""
+    """Each of them takes no longer than this."""
+    begins_s: tuple[float, ...]
+    """Each waits for so long before: ranks that share a machine would take each other's cores."""
 
 
 class Inspect(_Message, frozen=True, kw_only=True):

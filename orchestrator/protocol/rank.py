@@ -132,7 +132,9 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):
     generation: Generation
     number: int
     within_s: float
-    """Training stands still for no longer than this."""
+    """Measure for no longer than this."""
+    begins_s: float
+    """Wait for so long before."""
 
 
 class Retire(msgspec.Struct, frozen=True, kw_only=True, tag="retire"):

@@ -314,6 +314,8 @@ class Worker:
             return
         phase = self._beacon.now.phase
         self._beacon.update(phase=RankPhase.EVALUATING)
+        # All come here after the same step, or the one that comes later finds the others waiting.
+        time.sleep(order.begins_s)
         try:
             speed = self.probe(order.within_s)
         except Exception as error:  # noqa: BLE001 - a device that can not be measured is an answer

@@ -461,14 +461,16 @@ class AgentWorld:
         self._introduced.update(new)
 
     def _probe(self, order: str, decision: ProbeRanks) -> None:
+        each_s = decision.within_s / len(decision.ranks)
         for node in dict.fromkeys(decision.nodes):
-            pairs = zip(decision.ranks, decision.nodes, strict=True)
+            turns = [turn for turn, on in enumerate(decision.nodes) if on == node]
             asked = Probe(
                 order=order,
                 generation=decision.generation,
                 number=decision.number,
-                ranks=tuple(rank for rank, on in pairs if on == node),
-                within_s=decision.within_s,
+                ranks=tuple(decision.ranks[turn] for turn in turns),
+                within_s=each_s,
+                begins_s=tuple(turn * each_s for turn in turns),
             )
             self._links.send(node, asked)
 

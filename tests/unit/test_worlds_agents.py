@@ -10,6 +10,7 @@ from orchestrator import compose
 from orchestrator.core.decisions import (
     AnnounceRendezvous,
     CommitCheckpoint,
+    ProbeRanks,
     SearchCheckpoints,
     StartGeneration,
 )
@@ -28,7 +29,7 @@ from orchestrator.core.events import (
     Together,
 )
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.protocol.ids import Generation, NodeId, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     MARKS,
     PROTOCOL_VERSION,
@@ -40,6 +41,7 @@ from orchestrator.protocol.messages import (
     FaultCarriedOut,
     FromAgent,
     Joined,
+    Probe,
     Reached,
     Receipt,
     StepReport,
@@ -205,6 +207,25 @@ def test_a_node_is_told_of_its_own_ranks_and_whom_it_calls_and_of_no_others(side
     assert (one.writers, two.writers) == ((0, 1), ())
     assert (one.peers, two.peers) == ({"node-1": AT["node-1"]}, {"node-0": AT["node-0"]})
     assert not [message for message in wires[2].sent if isinstance(message, Begin)]
+
+
+def test_ranks_are_measured_one_after_the_other_wherever_they_are(side: Side) -> None:
+    side.take_over()
+    wires = [side.join(f"node-{n}", port=n, generation=1) for n in range(2)]
+    order = ProbeRanks(
+        generation=Generation(1),
+        reason="it is slow",
+        number=7,
+        ranks=(Rank(2), Rank(0), Rank(3)),
+        nodes=(NodeId("node-1"), NodeId("node-0"), NodeId("node-1")),
+        within_s=0.75,
+    )
+
+    side.world.carry_out(order)
+
+    peer, own = (next(m for m in reversed(w.sent) if isinstance(m, Probe)) for w in wires)
+    assert (own.ranks, own.begins_s, own.within_s) == ((2, 3), (0.0, 0.5), 0.25)
+    assert (peer.ranks, peer.begins_s, peer.within_s) == ((0,), (0.25,), 0.25)
 
 
 def test_a_store_that_was_announced_is_news_to_a_node_that_comes_back_only(side: Side) -> None:

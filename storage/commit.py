@@ -38,6 +38,7 @@ from storage.manifest import (
     read_manifest,
     receipt_of,
 )
+from storage.paged import paged
 from storage.shard import (
     INDEX_BYTES_MAX,
     ShardIndex,
@@ -192,14 +193,8 @@ def fetch_shard(store: BlobStore, manifest: Manifest, shard: int) -> tuple[Shard
     return index, body
 
 
-def fetch_body(
-    store: BlobStore,
-    index: ShardIndex,
-    buffer: bytearray | memoryview,
-    *,
-    reserve: Callable[[int, int], object] = lambda _, __: None,
-) -> None:
-    """Read a shard's body into the caller's buffer (shared memory), block by block, and verify it.
+def fetch_body(store: BlobStore, index: ShardIndex, buffer: bytearray | memoryview) -> None:
+    """Read a shard's body into the caller's buffer, block by block, and verify it there.
 
     A block is verified while later ones are read.
 
@@ -207,8 +202,6 @@ def fetch_body(
         store: of the run.
         index: of the shard.
         buffer: may be longer than the body.
-        reserve: called with start and length of each block before anything is written there, from
-            several threads, so that taking memory for one goes on beside the reading of others.
 
     Raises:
         BlobNotFoundError: if it is not there.
@@ -219,19 +212,57 @@ def fetch_body(
     target = byte_view(buffer)
     if target.readonly or len(target) < index.size:
         raise ValueError(f"buffer must be writable and have {index.size} bytes")
-    _require_size(store, index)
 
-    key = body_key(index.step, index.epoch, index.shard)
-
-    def arrived(start: int) -> memoryview:
-        piece = target[start : min(start + BLOCK_BYTES, index.size)]
-        reserve(start, len(piece))
-        return piece[: get_into(store, key, start, piece)]
+    def room(start: int, size: int) -> memoryview:
+        return target[start : start + size]
 
     # Digest what arrived in the buffer, not what came from the store.
+    _fetch(store, index, room, lambda _, __: None)
+
+
+def pour_body(
+    store: BlobStore, index: ShardIndex, write: Callable[[int, memoryview], object]
+) -> None:
+    """Read a shard's body, block by block, verify it, and hand it on piece by piece.
+
+    For what is to lie in a file: memory that is read into again and again, and written from while a
+    core's cache has it, costs half of what a map of the file does, whose pages have to be found,
+    cleared and mapped.
+
+    Args:
+        store: of the run.
+        index: of the shard.
+        write: called in order with the place in the body and the bytes of each piece.
+
+    Raises:
+        BlobNotFoundError: if it is not there.
+        ShardCorruptError: naming the first bad chunk; what was written is worthless then.
+    """
+    # One for each block that is under way: `ahead` begins none before the oldest is done with.
+    rooms = [paged(min(BLOCK_BYTES, index.size)) for _ in range(BLOCKS_AHEAD)]
+
+    def room(start: int, size: int) -> memoryview:
+        return rooms[start // BLOCK_BYTES % BLOCKS_AHEAD][:size]
+
+    _fetch(store, index, room, write)
+
+
+def _fetch(
+    store: BlobStore,
+    index: ShardIndex,
+    room: Callable[[int, int], memoryview],
+    digested: Callable[[int, memoryview], object],
+) -> None:
+    _require_size(store, index)
+    key = body_key(index.step, index.epoch, index.shard)
+
+    def read(start: int) -> memoryview:
+        piece = room(start, min(BLOCK_BYTES, index.size - start))
+        return piece[: get_into(store, key, start, piece)]
+
     starts = range(0, index.size, BLOCK_BYTES)
-    with closing(parallel.ahead(arrived, starts, BLOCKS_AHEAD, joined=True)) as blocks:
-        verify_blocks(index, blocks)
+    with closing(parallel.ahead(read, starts, BLOCKS_AHEAD, joined=True)) as blocks:
+        verify_blocks(index, blocks, digested)
 
 
 def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:

@@ -7,7 +7,7 @@ they find accidents, not attackers.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -91,12 +91,18 @@ class StreamDigest:
     size: int
 
 
-def digest_stream(spans: Sequence[tuple[int, int]], blocks: Iterable[Buffer]) -> StreamDigest:
+def digest_stream(
+    spans: Sequence[tuple[int, int]],
+    blocks: Iterable[Buffer],
+    digested: Callable[[int, memoryview], object] = lambda _, __: None,
+) -> StreamDigest:
     """Digest a body in one pass, holding one block at a time.
 
     Args:
         spans: byte ranges [start, end) of the body, ascending and without overlap.
         blocks: the body, in consecutive pieces; one CRC is returned for each.
+        digested: called with the place and the bytes of each `PASS_BYTES`, in order, while a core's
+            cache still has them.
 
     Returns:
         The digests of the spans that the body reached, of the blocks, and the body's size. If the
@@ -118,6 +124,7 @@ def digest_stream(spans: Sequence[tuple[int, int]], blocks: Iterable[Buffer]) ->
                     break
                 digests.append(hasher.hexdigest())
                 hasher.reset()
+            digested(position, view)
             position = end
         crcs.append(crc)
     return StreamDigest(digests, crcs, position)

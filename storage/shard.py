@@ -6,7 +6,7 @@ was staged; whoever reads the body later, on whatever machine, verifies it again
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -251,13 +251,19 @@ def verify(index: ShardIndex, buffer: Buffer) -> None:
     verify_blocks(index, blocks_of(byte_view(buffer)[: index.size]))
 
 
-def verify_blocks(index: ShardIndex, blocks: Iterable[Buffer]) -> None:
+def verify_blocks(
+    index: ShardIndex,
+    blocks: Iterable[Buffer],
+    digested: Callable[[int, memoryview], object] = lambda _, __: None,
+) -> None:
     """Check a body that comes in pieces of `index.block_bytes`, holding one at a time.
+
+    What `digested` is told (see `digest_stream`) is verified once this returns, and not before.
 
     Raises:
         ShardCorruptError: naming the first bad chunk.
     """
-    measured = digest_stream([(c.start, c.end) for c in index.chunks], blocks)
+    measured = digest_stream([(c.start, c.end) for c in index.chunks], blocks, digested)
     if measured.size != index.size:
         raise ShardCorruptError(
             f"body has {measured.size} bytes, index says {index.size}: {describe(index)}"

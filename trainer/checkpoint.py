@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from orchestrator.protocol.ramp import Change, Ramp
 from orchestrator.worker import MisconfiguredError, Slot
-from storage import parallel, shard
+from storage import filling, parallel, shard
 from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
@@ -185,19 +186,30 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
 
-    def restore(self, index_text: str, body: memoryview) -> int:
-        """Fill the state from a shard, after verifying it, and return its steps.
+    def restore(self, index_text: str, read: filling.Read) -> int:
+        """Fill the state from a shard, verifying what arrived in it, and return its steps.
+
+        Args:
+            index_text: the shard's index, as JSON.
+            read: from its body.
 
         Raises:
-            MisconfiguredError: if it is of another run, model, sharding or data set.
-            ShardCorruptError: if a byte is not what was staged.
+            MisconfiguredError: if it is of another run, model, sharding or data set; the state is
+                as it was.
+            ShardCorruptError: if a byte is not what was staged; the state is worthless then.
         """
         index = shard.decode_index(index_text.encode())
         self._require_ours(index)
-        views = shard.open_views(index, body)
+        chunks = {chunk.name: chunk for chunk in index.chunks}
+        # The largest first, so that no thread has one to read when all others are done.
+        tensors = sorted(self._tensors(), key=lambda one: -one[1].nbytes)
         parallel.each(
-            lambda one: _fill(one[1], views[one[0]]), list(self._tensors()), at_once=parallel.CORES
+            lambda one: _fill(one[1], partial(filling.read_chunk, index, chunks[one[0]], read)),
+            tensors,
+            at_once=parallel.CORES,
         )
+        # Not before: of damage to a chunk in the header's block, that chunk's digest says more.
+        filling.require_header(index, read)
         return index.step
 
     def lanes(self, step: int) -> Lanes:
@@ -328,10 +340,10 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
     )
 
 
-def _fill(tensor: Tensor, content: memoryview) -> None:
-    """Copy bytes into a tensor, without the interpreter's lock."""
+def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
+    """Read bytes into a tensor's own memory; for a device, by way of the host's."""
     arrived = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
-    np.copyto(np.frombuffer(_bytes(arrived), np.uint8), np.frombuffer(content, np.uint8))
+    read(_bytes(arrived))
     if arrived is not tensor:
         with torch.no_grad():  # which is each thread's own matter
             tensor.copy_(arrived)

@@ -60,7 +60,8 @@ def train(worker: Worker, seat: Seat) -> None:
         checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
         if seat.restore is not None:
             feed.require_same(seat.restore.index)
-            done = checkpointer.restore(seat.restore.index, worker.restore_view(seat.restore))
+            with worker.restore_reader(seat.restore) as read:
+                done = checkpointer.restore(seat.restore.index, read)
             training.optimizer.set_steps(done)
         else:
             done = job.begin(training, stamp.start, worker.check)

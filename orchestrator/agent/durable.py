@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.agent.shards import Shard
-from orchestrator.agent.transfer import create, reserve
+from orchestrator.agent.transfer import create, write_all
 from orchestrator.protocol.ids import Rank, Step
 from storage.address import open_store
 from storage.blob import BlobStore
-from storage.commit import fetch_body, fetch_index
+from storage.commit import fetch_index, pour_body
 from storage.errors import BlobNotFoundError, ForeignCheckpointError
 from storage.faulty import FaultyStore
 from storage.local import LocalStore
@@ -49,9 +48,7 @@ def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> 
     index = fetch_index(durable.store, manifest, durable.shard)
     descriptor = create(path, index.size)
     try:
-        # Not closed by hand: an error on its way out still holds views of it.
-        body = memoryview(mmap.mmap(descriptor, index.size))
-        fetch_body(durable.store, index, body, reserve=partial(reserve, descriptor))
+        pour_body(durable.store, index, partial(write_all, descriptor))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -25,13 +26,20 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.agent.wire import Wire
 from storage.errors import StorageError
-from storage.shard import ShardIndex, decode_index, verify
+from storage.filling import Damage, file_reader, find_damage
+from storage.shard import ShardIndex, decode_index, describe
 
 INDEX_BYTES_MAX = 64 << 20
+PACED_BYTES = 4 << 20
+"""What is sent at a rate goes out in pieces of this, with a pause after each."""
 
 
-async def give(wire: Wire, shard: Shard, lineage: Lineage | None = None) -> None:
+async def give(
+    wire: Wire, shard: Shard, lineage: Lineage | None = None, bytes_per_s: float | None = None
+) -> None:
     """Offer a shard, which the caller has pinned, and send it; return once the taker is done.
+
+    It is sent as fast as it goes, or at a rate.
 
     Raises:
         CorruptError: if the file is shorter than its index says.
@@ -52,13 +60,23 @@ async def give(wire: Wire, shard: Shard, lineage: Lineage | None = None) -> None
         await wire.hear(Ready)
         try:
             await wire.write(index)
-            await wire.send_file(descriptor, shard.size)
+            await _send(wire, descriptor, shard.size, bytes_per_s)
         except ConnectionError:
             # A taker that refuses in the middle says why before it hangs up.
             await wire.hear(Done)
             raise
         # The file stays pinned until here: what was sent are its pages, not copies of them.
         await wire.hear(Done)
+
+
+async def _send(wire: Wire, descriptor: int, size: int, bytes_per_s: float | None) -> None:
+    if bytes_per_s is None:
+        await wire.send_file(descriptor, size)
+        return
+    for start in range(0, size, PACED_BYTES):
+        piece = min(PACED_BYTES, size - start)
+        await wire.send_file(descriptor, piece, start)
+        await asyncio.sleep(piece / bytes_per_s)
 
 
 async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard:
@@ -113,7 +131,7 @@ def allocate(path: Path, size: int) -> int:
 def create(path: Path, size: int) -> int:
     """Make a file of a size, without its memory as yet, if there is room; return its descriptor.
 
-    What of it is written through a map has to be reserved before.
+    What of it is written through a map has to be reserved before; see `write_all` for the rest.
 
     Raises:
         NoRoomError: if there is too little; there is no file then.
@@ -141,6 +159,22 @@ def reserve(descriptor: int, start: int, size: int) -> None:
         raise NoRoomError(f"{size} bytes of shared memory: {error.strerror}") from error
 
 
+def write_all(descriptor: int, start: int, content: memoryview) -> None:
+    """Write to a place in a file, whose memory is taken as it is written. Blocks.
+
+    Raises:
+        NoRoomError: if there is too little.
+    """
+    try:
+        done = 0
+        while done < len(content):  # one call takes no more than two gigabytes
+            done += os.pwrite(descriptor, content[done:], start + done)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NoRoomError(f"{len(content)} bytes of shared memory: {error.strerror}") from error
+
+
 def copy_file(source: Path, path: Path, size: int) -> None:
     """Copy the first `size` bytes of a file into a new one. Blocks.
 
@@ -152,9 +186,7 @@ def copy_file(source: Path, path: Path, size: int) -> None:
     content = map_file(source, size)
     descriptor = allocate(path, size)
     try:
-        written = 0
-        while written < size:  # one call takes no more than two gigabytes
-            written += os.pwrite(descriptor, content[written:], written)
+        write_all(descriptor, 0, content)
     finally:
         os.close(descriptor)
 
@@ -175,18 +207,47 @@ def map_file(path: Path, size: int) -> memoryview:
         raise CorruptError(f"{path.name} has less than {size} bytes: {error}") from error
 
 
+def read_piece(path: Path, start: int, size: int) -> bytes:
+    """Return bytes of a file. Blocks.
+
+    Raises:
+        NotHeldError: if there is no such file.
+        CorruptError: if it ends before them.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), size, start)
+    except FileNotFoundError:
+        raise NotHeldError(f"there is no file {path.name}") from None
+    if len(content) < size:
+        raise CorruptError(f"{path.name} has {len(content)} of {size} bytes from {start} on")
+    return content
+
+
 def verify_file(path: Path, index: ShardIndex | str) -> None:
-    """Check that a file has what an index (or its JSON) vouches for. Blocks; 8 GB/s.
+    """Check that a file has what an index (or its JSON) vouches for. Blocks; 8 GB/s on each core.
 
     Raises:
         CorruptError: naming the first bad chunk.
         NotHeldError: if there is no such file.
     """
+    known, damage = look_at_file(path, index)
+    if damage:
+        raise CorruptError(f"{path.name}: {damage[0]} of {describe(known)}")
+
+
+def look_at_file(path: Path, index: ShardIndex | str) -> tuple[ShardIndex, list[Damage]]:
+    """Return the index of a file, and what of the file is not what it vouches for. Blocks.
+
+    Raises:
+        NotHeldError: if there is no such file.
+    """
     known = index if isinstance(index, ShardIndex) else _decode(index.encode())
     try:
-        verify(known, map_file(path, known.size))
-    except StorageError as error:
-        raise CorruptError(f"{path.name}: {error}") from error
+        with path.open("rb", buffering=0) as file:
+            return known, find_damage(known, file_reader(file.fileno()))
+    except FileNotFoundError:
+        raise NotHeldError(f"there is no file {path.name}") from None
 
 
 @contextlib.contextmanager

@@ -127,17 +127,18 @@ class Wire:
         """Send bytes."""
         await asyncio.get_running_loop().sock_sendall(self._socket, content)
 
-    async def send_file(self, descriptor: int, size: int) -> None:
-        """Send the first `size` bytes of a file.
+    async def send_file(self, descriptor: int, size: int, start: int = 0) -> None:
+        """Send `size` bytes of a file, from `start` on.
 
         Raises:
             CorruptError: if it has fewer.
         """
 
         def move(at: int) -> int:
-            sent = os.sendfile(self._socket.fileno(), descriptor, at, min(PIECE_BYTES, size - at))
+            piece = min(PIECE_BYTES, size - at)
+            sent = os.sendfile(self._socket.fileno(), descriptor, start + at, piece)
             if not sent:
-                raise CorruptError(f"file ends after {at} of {size} bytes")
+                raise CorruptError(f"file ends after {start + at} of {start + size} bytes")
             return sent
 
         loop = asyncio.get_running_loop()

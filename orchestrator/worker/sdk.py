@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.protocol.cadence import Cadence
@@ -58,7 +59,7 @@ from orchestrator.worker.misbehaviour import misbehave
 from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
 from orchestrator.worker.probing import measure
-from orchestrator.worker.slot import Slot, Slots, restore_view
+from orchestrator.worker.slot import Slot, Slots, restore_reader, restore_view
 
 Prepare = Callable[[JobAhead, Callable[[], None]], None]
 """Gets what every seat of a job needs ready on this node, such as data.
@@ -387,6 +388,16 @@ class Worker:
     def restore_view(self, restore: Restore) -> memoryview:
         """Map the body of the shard to continue from, read-only."""
         return restore_view(restore.path)
+
+    def restore_reader(
+        self, restore: Restore
+    ) -> AbstractContextManager[Callable[[int, memoryview], int]]:
+        """Open the body of the shard to continue from: what fills a buffer from a place on.
+
+        Bytes that are read into where they are to be, and verified there, come at half the cost of
+        those that are verified in a view and copied out of it.
+        """
+        return restore_reader(restore.path)
 
     def slot(self, size: int) -> Slot | None:
         """Return a staging slot of `size` bytes, or None if none is free or there is no room.

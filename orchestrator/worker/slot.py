@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from orchestrator.protocol.ids import Rank
@@ -139,6 +140,23 @@ def restore_view(path: str | Path) -> memoryview:
     with Path(path).open("rb") as file:
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
+
+
+@contextlib.contextmanager
+def restore_reader(path: str | Path) -> Iterator[Callable[[int, memoryview], int]]:
+    """Open a file in shared memory that a rank restores from; close it when the block is over.
+
+    Copying out of it takes no longer than reading from a map of it, whose pages have to be mapped
+    besides.
+
+    Returns:
+        What fills a buffer with the bytes from a place on, and returns how many; any thread.
+
+    Raises:
+        OSError: if it can not be opened.
+    """
+    with Path(path).open("rb", buffering=0) as file:
+        yield lambda start, buffer: os.preadv(file.fileno(), [buffer], start)
 
 
 def slot_file(memory: Path, rank: Rank, number: int) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import Slot
+from storage.filling import memory_reader
 from trainer import apply, parallel
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig
@@ -194,7 +195,7 @@ def test_a_world_that_is_formed_again_restores_and_goes_on_with_the_same_bits(
 
     with parallel.alone(device="cuda") as world:
         other = Trained(world, empty=True)
-        done = other.checkpointer.restore(agent.index, agent.taken.buffer)
+        done = other.checkpointer.restore(agent.index, memory_reader(agent.taken.buffer))
         other.training.optimizer.set_steps(done)
         other.steps(4, 5)
 

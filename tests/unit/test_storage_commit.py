@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 
 from storage.blob import BlobStore
 from storage.commit import (
+    BLOCKS_AHEAD,
     check_shard,
     commit,
     fetch_body,
@@ -15,9 +17,10 @@ from storage.commit import (
     fetch_shard,
     latest_commit,
     newest_epoch,
+    pour_body,
     write_shard,
 )
-from storage.digest import BLOCK_BYTES
+from storage.digest import BLOCK_BYTES, PASS_BYTES
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
@@ -88,33 +91,42 @@ def test_a_shard_is_fetched_into_the_callers_larger_buffer() -> None:
         fetch_body(store, index, shared[: index.size - 1])
 
 
-def test_memory_for_each_block_is_reserved_before_it_is_written() -> None:
+def test_a_body_is_poured_in_order_from_little_memory() -> None:
+    store, (index, body) = MemoryStore(), large(17 << 20)
+    write_shard(store, index, body)
+    poured, rooms = bytearray(), set()
+
+    def write(start: int, content: memoryview) -> None:
+        assert start == len(poured)
+        poured.extend(content)
+        rooms.add(np.frombuffer(content, np.uint8).ctypes.data)
+
+    pour_body(store, index, write)
+
+    assert poured == body
+    assert len(rooms) == BLOCKS_AHEAD * BLOCK_BYTES // PASS_BYTES < index.size // PASS_BYTES
+
+
+def test_room_that_can_not_be_had_ends_a_pouring_with_what_says_so() -> None:
     store, (index, body) = MemoryStore(), large(10 << 20)
     write_shard(store, index, body)
-    target = bytearray(b"\x55" * index.size)
-    reserved = []
 
-    def reserve(start: int, length: int) -> None:
-        assert target[start : start + length] == b"\x55" * length
-        reserved.append((start, length))
-
-    fetch_body(store, index, target, reserve=reserve)
-
-    assert target == body
-    sizes = [BLOCK_BYTES] * (index.size // BLOCK_BYTES) + [index.size % BLOCK_BYTES]
-    assert sorted(reserved) == [(n * BLOCK_BYTES, size) for n, size in enumerate(sizes)]
-
-
-def test_memory_that_can_not_be_had_ends_a_fetch_with_what_says_so() -> None:
-    store, (index, body) = MemoryStore(), large(10 << 20)
-    write_shard(store, index, body)
-
-    def reserve(start: int, length: int) -> None:
+    def write(start: int, content: memoryview) -> None:
         if start:
-            raise MemoryError(f"{length} bytes")
+            raise MemoryError(f"{len(content)} bytes")
 
-    with pytest.raises(MemoryError, match=f"{BLOCK_BYTES} bytes"):
-        fetch_body(store, index, bytearray(index.size), reserve=reserve)
+    with pytest.raises(MemoryError, match=f"{PASS_BYTES} bytes"):
+        pour_body(store, index, write)
+
+
+@pytest.mark.parametrize("at", [0, 5000, -1])
+def test_a_body_that_is_damaged_in_the_store_is_not_poured_to_the_end(at: int) -> None:
+    store, (index, body) = FaultyStore(MemoryStore()), large(5 << 20)
+    write_shard(store, index, body)
+    store.flips[body_key(100, 2, 0)] = 8 * (at % index.size)
+
+    with pytest.raises(ShardCorruptError, match=r"xxh3-128|crc32c"):
+        pour_body(store, index, lambda _, __: None)
 
 
 def test_a_shard_damaged_after_staging_is_not_written() -> None:

@@ -15,6 +15,7 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import MisconfiguredError, Slot
 from storage.digest import combine
 from storage.errors import ShardCorruptError
+from storage.filling import memory_reader
 from storage.shard import decode_index
 from trainer import parallel
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
@@ -97,7 +98,7 @@ def test_a_restored_run_goes_on_with_the_bits_of_the_one_that_was_saved(
     trained.steps(4, 5)
 
     other = Trained(world, empty=True)
-    done = other.checkpointer.restore(agent.index, body)
+    done = other.checkpointer.restore(agent.index, memory_reader(body))
     other.training.optimizer.set_steps(done)
     other.steps(4, 5)
 
@@ -191,28 +192,43 @@ def test_a_checkpoint_of_something_else_is_refused_with_what_differs(
     world: parallel.World, agent: Agent, stamp: Stamp, says: str
 ) -> None:
     _, body = saved(world, agent)
+    other = Trained(world, stamp)
+    before = other.checkpointer.lanes(0)
 
     with pytest.raises(MisconfiguredError) as caught:
-        Trained(world, stamp, empty=True).checkpointer.restore(agent.index, body)
+        other.checkpointer.restore(agent.index, memory_reader(body))
+
+    assert other.checkpointer.lanes(0) == before
 
     assert says in str(caught.value)
     assert "step 3" in str(caught.value)
     assert caught.value.hint
 
 
-def test_a_flipped_bit_is_found_before_anything_is_restored(
+def test_a_flipped_bit_is_found_in_what_arrived_and_nobody_goes_on_from_it(
     world: parallel.World, agent: Agent
 ) -> None:
     _, body = saved(world, agent)
     (last,) = struct.unpack("<B", body[-1:])
     body[-1:] = struct.pack("<B", last ^ 1)
-    other = Trained(world)
-    before = other.checkpointer.lanes(0)
 
     with pytest.raises(ShardCorruptError, match="xxh3-128"):
-        other.checkpointer.restore(agent.index, body)
+        Trained(world).checkpointer.restore(agent.index, memory_reader(body))
 
-    assert other.checkpointer.lanes(0) == before
+
+def test_bytes_that_change_on_the_way_into_the_state_are_found_there(
+    world: parallel.World, agent: Agent
+) -> None:
+    _, body = saved(world, agent)
+    read = memory_reader(body)
+
+    def other_memory(start: int, buffer: memoryview) -> int:
+        count = read(start, buffer)
+        buffer[0] ^= start >= len(body) - 64
+        return count
+
+    with pytest.raises(ShardCorruptError, match="xxh3-128"):
+        Trained(world).checkpointer.restore(agent.index, other_memory)
 
 
 def test_a_save_while_the_one_before_is_digested_is_skipped(

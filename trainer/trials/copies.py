@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orchestrator.protocol.injections import Injection
 from orchestrator.worker import Slot
+from storage.filling import memory_reader
 from storage.shard import plan
 from trainer.checkpoint import Checkpointer, Stamp
 from trainer.step import Training
@@ -100,7 +101,7 @@ def reload(
         Whether a bit of them went wrong.
 
     Raises:
-        ShardCorruptError: if bytes are not what has been staged.
+        ShardCorruptError: if bytes are not what has been staged; the state is worthless then.
     """
     checkpointer = Checkpointer(training.optimizer.shards, training.world, stamp)
     desk = Desk(room)
@@ -117,7 +118,7 @@ def reload(
         checkpointer.settle()
         if how is not None:
             changed = _spoil_bytes(checkpointer, desk, how)
-    found = checkpointer.restore(desk.index, desk.buffer)
+    found = checkpointer.restore(desk.index, memory_reader(desk.buffer))
     training.optimizer.set_steps(found)
     return changed
 

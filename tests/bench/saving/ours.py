@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.rank import Staged
-from orchestrator.worker.slot import Slot, Slots, restore_view
+from orchestrator.worker.slot import Slot, Slots, restore_reader
 from storage.manifest import body_key, generation_prefix
 from tests.bench.saving.node import RANK, Begin, Fetch, Node, Save
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
@@ -105,7 +105,8 @@ class Ours:
         begun = time.perf_counter()
         restore = self._other.ask(order).restore
         assert restore is not None
-        assert checkpointer.restore(restore.index, restore_view(restore.path)) == order.step
+        with restore_reader(restore.path) as read:
+            assert checkpointer.restore(restore.index, read) == order.step
         return time.perf_counter() - begun
 
     def memory_over_state(self) -> float:

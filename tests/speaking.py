@@ -33,6 +33,10 @@ def ask(rank: int = 0, step: int = 7) -> bytes:
     return frame({"type": "Ask", "rank": rank, "step": step})
 
 
+def pick(start: int = 0, size: int = 8) -> bytes:
+    return frame({"type": "Pick", "rank": 0, "step": 7, "start": start, "size": size})
+
+
 def offer(**changes: Any) -> bytes:
     """Return the offer of a copy of the shard that INDEX and BODY are of."""
     whole = {

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.agent.frames import Ask, Done, Offer, cut_off, failed
+from orchestrator.agent.frames import Ask, Done, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import greet
 from orchestrator.agent.shards import (
     CorruptError,
@@ -61,13 +61,17 @@ class PeerClient:
             wire.close()
         self._idle.clear()
 
-    async def send(self, address: str, shard: Shard, lineage: Lineage) -> None:
+    async def send(
+        self, address: str, shard: Shard, lineage: Lineage, *, bytes_per_s: float | None = None
+    ) -> None:
         """Have another agent hold a copy of a shard, which the caller has pinned.
+
+        It is sent as fast as it goes, or at a rate.
 
         Raises:
             KeeperError: of the class that says why it does not.
         """
-        await self._call(address, lambda wire: give(wire, shard, lineage))
+        await self._call(address, lambda wire: give(wire, shard, lineage, bytes_per_s))
 
     async def fetch(
         self, address: str, wanted: tuple[Rank, Step], path: Path, threads: Executor
@@ -91,6 +95,20 @@ class PeerClient:
                 raise UnreachableError(f"intact at {address}, and not here: {error}") from error
             wire.say_last(Done())
             return shard
+
+        return await self._call(address, ask)
+
+    async def pick(self, address: str, wanted: tuple[Rank, Step], start: int, size: int) -> bytes:
+        """Return bytes of a shard that another agent holds; whether they are good is not known.
+
+        Raises:
+            KeeperError: of the class that says why not.
+        """
+
+        async def ask(wire: Wire) -> bytes:
+            await wire.say(Pick(*wanted, start, size))
+            await wire.hear(Piece)
+            return await wire.read(size)
 
         return await self._call(address, ask)
 

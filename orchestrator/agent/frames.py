@@ -1,4 +1,4 @@
-"""What agents say to each other about shards: six messages, in frames, and errors by their names.
+"""What agents say to each other about shards: eight messages, in frames, and errors by their names.
 
 A frame is 4 bytes of little-endian length and a message in msgpack, of 4 KiB at most. A shard
 passes like this, whether its holder offers it by itself (a copy) or was asked for it (a fetch):
@@ -7,6 +7,9 @@ passes like this, whether its holder offers it by itself (a copy) or was asked f
     taker   Ready    once there is room for the body
     giver            the index, then the body; no frames
     taker   Done     all of it is here, verified, and a copy is held
+
+Who has a shard of which some bytes are bad says `Pick` for those, and hears `Piece` and the bytes:
+that they are good is for the taker to see.
 
 Before that a server says `Challenge` (greeting.py). Instead of what is expected, `Failed` may come:
 its sender hangs up after that. Only who finds damaged what it asked for says `Failed` and listens:
@@ -24,6 +27,8 @@ from orchestrator.agent.shards import ERRORS, KeeperError, Lineage, MalformedErr
 from orchestrator.protocol.ids import Rank, Step
 
 FRAME_BYTES_MAX = 4096
+PICK_BYTES_MAX = 4 << 20
+"""Of a shard, sent at a time: it is held in memory, and the loop copies it."""
 LENGTH = struct.Struct("<I")
 NONCE_BYTES = PROOF_BYTES = 32
 _REASON_BYTES_MAX = 2000
@@ -52,6 +57,19 @@ class Ask(Message, frozen=True):
     step: Annotated[Step, _Natural]
 
 
+class Pick(Message, frozen=True):
+    """Send me these bytes of a shard's body, from `start` on; `Piece`, then they come."""
+
+    rank: Annotated[Rank, _Natural]
+    step: Annotated[Step, _Natural]
+    start: Annotated[int, _Natural]
+    size: Annotated[int, msgspec.Meta(ge=1, le=PICK_BYTES_MAX)]
+
+
+class Piece(Message, frozen=True):
+    """Here they are."""
+
+
 class Offer(Message, frozen=True, kw_only=True):
     """Here is this shard; `lineage` is what the sender of a copy knows, None if it was asked."""
 
@@ -78,7 +96,7 @@ class Failed(Message, frozen=True):
 
 
 M = TypeVar("M", bound=Message)
-_DECODER = msgspec.msgpack.Decoder(Challenge | Ask | Offer | Ready | Done | Failed)
+_DECODER = msgspec.msgpack.Decoder(Challenge | Ask | Pick | Piece | Offer | Ready | Done | Failed)
 
 
 def frame(message: Message) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.durable import DurableShard
 from orchestrator.agent.files import Files
 from orchestrator.agent.impressions import Written
+from orchestrator.agent.mending import CopyElsewhere, DurableCopy, Mending, Origin
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.reading import Reading
 from orchestrator.agent.shards import (
@@ -37,7 +38,7 @@ from orchestrator.agent.transfer import copy_file, verify_file
 from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.messages import Ancestor, Holding
+from orchestrator.protocol.messages import Ancestor, Holding, MendedCopy
 from storage.blob import BlobStore
 from storage.errors import StorageUnavailableError
 
@@ -54,6 +55,10 @@ class Keeper:
         on_held: called when `holdings` is to be told: a shard was staged, a copy verified, a step
             given up; with the generation under which the controller is to be told.
         on_freed: called when a staging slot may be written again: tell its rank, if it has a seat.
+        on_mended: called with what of a shard here was brought anew.
+        on_lacking: called with a rank and a node that was to have a copy of its shard and had not,
+            or not the bytes that were staged.
+        store: the durable tier of the run; None if there is none.
         unreachable: True refuses peers, calls none, and breaks off what is under way.
     """
 
@@ -71,7 +76,10 @@ class Keeper:
         """
         self.on_held: Callable[[Generation], None] = lambda _: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
-        self._host = host
+        self.on_mended: Callable[[MendedCopy], None] = lambda _: None
+        self.on_lacking: Callable[[Rank, NodeId], None] = lambda _, __: None
+        self.store: BlobStore | None = None
+        self._host, self._address_here = host, ""
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
         self._files = Files(memory, self._threads)
@@ -97,7 +105,8 @@ class Keeper:
             OSError: if `host` is not an address of this machine.
         """
         self._files.remove_all()
-        return self._server.open(self._host)
+        self._address_here = self._server.open(self._host)
+        return self._address_here
 
     async def close(self) -> None:
         """Stop serving and remove every shard, within seconds; a thread may be ending still."""
@@ -222,9 +231,17 @@ class Keeper:
     # Where it goes ------------------------------------------------------------------------
 
     async def copy_to(
-        self, buddy: NodeId, rank: Rank, step: Step, *, timeout_s: float = 60.0
+        self,
+        buddy: NodeId,
+        rank: Rank,
+        step: Step,
+        *,
+        timeout_s: float = 60.0,
+        bytes_per_s: float | None = None,
     ) -> None:
         """Have another node hold a copy, too; it tells the controller itself.
+
+        With a rate it takes so much longer, and no more of the network than that.
 
         Raises:
             NotHeldError: if the shard is not held here.
@@ -235,11 +252,14 @@ class Keeper:
             KeeperError: of another class, for what else the other node said.
         """
         shard = self._shelf.require(rank, step)
+        if bytes_per_s is not None:
+            timeout_s += shard.size / bytes_per_s
         with self._shelf.pinned(shard):
             try:
                 async with asyncio.timeout(timeout_s):
                     address = await self._address(buddy)
-                    await self._client.send(address, shard, self._shelf.lineage)
+                    lineage = self._shelf.lineage
+                    await self._client.send(address, shard, lineage, bytes_per_s=bytes_per_s)
             except TimeoutError:
                 raise UnreachableError(f"{shard} is not on {buddy} after {timeout_s:g} s") from None
 
@@ -259,11 +279,15 @@ class Keeper:
         was dropped when that began. Else it is taken from the node named by `source`; else, if that
         is "", from the durable tier. It stays until the rank stages or a generation begins.
 
+        Of what is here, chunks that are not what was staged are brought anew: from the memory of
+        a peer, or from `store`, if either has good ones.
+
         What another rank staged has the same bytes if that has the same shard, of another replica;
         `staged_as` says who did. If it is here, it is copied: its slot is that rank's to write to.
 
         Raises:
-            CorruptError: if the bytes do not match the index; what was here is dropped.
+            CorruptError: if the bytes do not match the index, and can not be mended; what was here
+                is dropped.
             NotHeldError: if it is not there, or its verification here took longer than `timeout_s`;
                 it is dropped then, too.
             StaleError: if another generation began meanwhile.
@@ -280,7 +304,7 @@ class Keeper:
         try:
             async with asyncio.timeout(timeout_s):
                 if held is not None:
-                    shard = await self._verified(held)
+                    shard = await self._verified(held, self._origins())
                 elif twin is not None:
                     shard = await self._copied(twin, rank)
                 elif source:
@@ -329,16 +353,41 @@ class Keeper:
 
     # Inside -------------------------------------------------------------------------------
 
-    async def _verified(self, shard: Shard) -> Shard:
-        """Return a shard whose bytes were checked; one that is not what was staged is dropped."""
+    async def _verified(self, shard: Shard, origins: Sequence[Origin] = ()) -> Shard:
+        """Return a shard whose bytes are what was staged, perhaps since they were mended just now.
+
+        One that is not, and can not be mended, is dropped.
+        """
         try:
-            await self._pinned_in_thread(shard, lambda: verify_file(shard.path, shard.index))
+            with self._shelf.pinned(shard):
+                await self._look_and_mend(shard, origins)
         except (KeeperError, OSError) as error:
             self._give_up(shard)
             if isinstance(error, KeeperError):
                 raise
             raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
         return shard
+
+    async def _look_and_mend(self, shard: Shard, origins: Sequence[Origin]) -> None:
+        mending = Mending(shard, origins, partial(self._pinned_in_thread, shard))
+        try:
+            await mending.look_and_mend()
+        finally:
+            for node in mending.lacking:
+                self.on_lacking(shard.rank, node)
+        for copy in mending.mended.values():
+            self.on_mended(copy)
+
+    def _origins(self) -> list[Origin]:
+        """Return where chunks of a shard that is here can be had anew, the fastest first."""
+        origins: list[Origin] = [
+            CopyElsewhere(node, address, self._client)
+            for node, address in self._peers.items()
+            if address != self._address_here
+        ]
+        if self.store is not None:
+            origins.append(DurableCopy(self.store, self._reading.threads))
+        return origins
 
     async def _copied(self, twin: Shard, rank: Rank) -> Shard:
         """Copy what another rank staged here to a file of the agent's own, verified."""
@@ -396,7 +445,7 @@ class Keeper:
             await self._peers_changed.wait()
         return self._peers[node]
 
-    async def _pinned_in_thread(self, shard: Shard, work: Callable[[], None]) -> None:
+    async def _pinned_in_thread(self, shard: Shard, work: Callable[[], object]) -> None:
         """Run in a thread; the shard is pinned until the thread is done, not until we give up."""
         self._shelf.pin(shard)
         running = asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -13,9 +13,10 @@ import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
-from orchestrator.agent.frames import Ask, Done, Message, Offer, cut_off, failed
+from orchestrator.agent.frames import Ask, Done, Message, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import WITHIN_S, admit
 from orchestrator.agent.shards import (
     CorruptError,
@@ -26,7 +27,7 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.agent.transfer import give, take
+from orchestrator.agent.transfer import give, read_piece, take
 from orchestrator.agent.wire import EndedError, Wire
 from orchestrator.protocol.ids import Generation, Rank, Step
 
@@ -215,11 +216,13 @@ class PeerServer:
 
     async def _answer(self, wire: Wire) -> None:
         async with asyncio.timeout(self._hello_s):
-            wanted: Message = await wire.hear(Ask, Offer)
+            wanted: Message = await wire.hear(Ask, Pick, Offer)
         if self.unreachable:
             raise cut_off()
         if isinstance(wanted, Ask):
             await self._give(wire, self._shelf.require(wanted.rank, wanted.step))
+        elif isinstance(wanted, Pick):
+            await self._pick(wire, wanted)
         elif isinstance(wanted, Offer):
             await self._hold(wire, wanted)
 
@@ -231,6 +234,14 @@ class PeerServer:
             # A caller's word is not enough to drop anything; nor is it to be taken for wrong.
             await self._verify(shard)
             await wire.say(Done())
+
+    async def _pick(self, wire: Wire, wanted: Pick) -> None:
+        shard = self._shelf.require(wanted.rank, wanted.step)
+        reading = partial(read_piece, shard.path, wanted.start, wanted.size)
+        with self._shelf.pinned(shard):
+            content = await asyncio.get_running_loop().run_in_executor(self._threads, reading)
+        await wire.say(Piece())
+        await wire.write(content)
 
     async def _hold(self, wire: Wire, offer: Offer) -> None:
         lineage = offer.lineage

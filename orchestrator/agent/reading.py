@@ -21,20 +21,23 @@ class Reading:
 
     Args:
         files: names those that are made.
+
+    Attributes:
+        threads: where the durable tier is read.
     """
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self._threads = DaemonThreads(READS_AT_ONCE, "holdfast-read")
+        self.threads = DaemonThreads(READS_AT_ONCE, "holdfast-read")
 
     def close(self) -> None:
         """Begin no read any more; one that is under way ends by itself."""
-        self._threads.shutdown()
+        self.threads.shutdown()
 
     async def read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
         """Read a committed shard into a new file, verified; see `read_shard` for what it raises."""
         path = self._files.new("restore", *wanted)
-        reading = self._threads.submit(read_shard, durable, wanted, path)
+        reading = self.threads.submit(read_shard, durable, wanted, path)
         try:
             return await asyncio.wrap_future(reading)
         except asyncio.CancelledError:

@@ -26,6 +26,8 @@ from storage.errors import StorageError
 log = logging.getLogger(__name__)
 COPY_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
 """Pauses before a copy is tried again; a buddy may be starting, or out of reach for a moment."""
+REPAIR_BYTES_PER_S = 256 << 20
+"""Of a copy that replaces one that went bad: nobody waits for it, and training has the network."""
 WRITE_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
 """Pauses before a write that the store gave up is tried again; the last one repeats."""
 WRITE_WITHIN_S = 3600.0
@@ -79,6 +81,9 @@ class Saving:
         self._writing: dict[Rank, asyncio.Task[None]] = {}
         self._copied: dict[Rank, tuple[str, Step]] = {}
         """Per rank, its newest copy elsewhere: address of the holder, and step."""
+        self._lacking: set[Rank] = set()
+        """Ranks of whose shard the buddy was found without a good copy."""
+        keeper.on_lacking = self._lacks
         self._tasks: set[asyncio.Task[None]] = set()
         self._full_since: dict[Rank, float] = {}
 
@@ -88,6 +93,7 @@ class Saving:
         self._generation = order.generation
         self._begun, self._due = order, Step(0)
         self._waiting, self._writing = {}, {}
+        self._lacking = set()
         buddy = order.buddies.get(self._node)
         self._buddy = buddy if buddy != self._node else None
         self._owed.begin(order, self._node)
@@ -103,7 +109,8 @@ class Saving:
     def resumed(self) -> None:
         """Have the buddy hold what this generation continued from, where it does not already.
 
-        What a lost node held for this one would else be in one memory only, until the next save.
+        What a lost node held for this one would else be in one memory only, until the next save;
+        so would what it holds and was found bad.
         To be called when ranks train again, not before: copies take their time from a recovery.
         """
         order, buddy = self._begun, self._buddy
@@ -117,7 +124,11 @@ class Saving:
             # Whoever a shard was fetched from has it still; so has who was sent our own of it.
             held = source == buddy or (source == seat and self._copied.get(rank) == there)
             held = held and rank == other
-            if seat == self._node and not held:
+            if seat != self._node:
+                continue
+            if rank in self._lacking:
+                self._start(self._copy(buddy, rank, order.restore, REPAIR_BYTES_PER_S))
+            elif not held:
                 self._start(self._copy(buddy, rank, order.restore))
 
     def save(self, rank: Rank, staged: Staged) -> None:
@@ -152,16 +163,22 @@ class Saving:
                 if self._keeper.make_room(rank):
                     log.warning("rank %d had no free slot for %g s; made room", rank, after_s)
 
+    def _lacks(self, rank: Rank, node: NodeId) -> None:
+        if node == self._buddy:
+            self._lacking.add(rank)
+
     def close(self) -> None:
         """Abandon what is under way; a thread that writes already ends by itself."""
         for task in self._tasks:
             task.cancel()
 
-    async def _copy(self, buddy: NodeId, rank: Rank, step: Step) -> None:
+    async def _copy(
+        self, buddy: NodeId, rank: Rank, step: Step, bytes_per_s: float | None = None
+    ) -> None:
         address = self._begun.peers.get(buddy, "") if self._begun is not None else ""
         for wait_s in (*COPY_AGAIN_S, None):
             try:
-                await self._keeper.copy_to(buddy, rank, step)
+                await self._keeper.copy_to(buddy, rank, step, bytes_per_s=bytes_per_s)
             except (NotHeldError, StaleError) as error:
                 # Nobody needs it any more, here or there.
                 log.info("rank %d, step %d is not copied to %s: %s", rank, step, buddy, error)

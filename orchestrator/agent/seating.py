@@ -35,6 +35,7 @@ from orchestrator.protocol.messages import (
     Begin,
     Fact,
     FailedCopy,
+    MendedCopy,
     NodeUnusable,
     PreparationFailed,
     Prepared,
@@ -83,6 +84,9 @@ class Seating:
         self._ranks, self._keeper, self._account, self._say = ranks, keeper, account, say
         self._settled = settled
         self._announced: Announce | None = None
+        self._mended: list[MendedCopy] = []
+        """By the preparation that is under way."""
+        keeper.on_mended = self._take_mended
         self.cache = Path(config.work) / "cache"
 
     async def enter(self, order: Begin, terms: Welcome, tier: DurableTier | None) -> None:
@@ -152,7 +156,9 @@ class Seating:
         if order.restore is None:
             return dict.fromkeys(ranks)
         begun = time.monotonic()
+        self._mended = []
         store = CountingStore(tier.store) if tier is not None else None
+        self._keeper.store = store
         failed: list[FailedCopy] = []
         bringing = partial(self._prepare_one, order, order.restore, store, limits, failed)
         tasks = [asyncio.create_task(bringing(rank)) for rank in ranks]
@@ -192,6 +198,7 @@ class Seating:
                 durable=tiers.count("durable"),
                 reads=store.reads if store is not None else 0,
                 seconds=time.monotonic() - begun,
+                mended=tuple(self._mended),
             )
         )
         return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
@@ -225,7 +232,12 @@ class Seating:
             left_s = give_up_at - time.monotonic()
             try:
                 return await self._keeper.prepare(
-                    rank, step, source, durable, staged_as=staged_as, timeout_s=left_s
+                    rank,
+                    step,
+                    source,
+                    durable,
+                    staged_as=staged_as,
+                    timeout_s=left_s,
                 )
             except KeeperError as error:
                 again_s = _again_s(error, pauses_s, elsewhere=holder == node != source)
@@ -234,6 +246,9 @@ class Seating:
                     raise
                 log.warning("%s; trying %s", error, source or "the durable tier")
                 await asyncio.sleep(again_s)
+
+    def _take_mended(self, copy: MendedCopy) -> None:
+        self._mended.append(copy)
 
     # Seats ----------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from orchestrator.protocol.messages import (
     FaultDue,
     Holding,
     Joined,
+    MendedCopy,
     NodeUnusable,
     PreparationFailed,
     Prepared,
@@ -142,7 +143,7 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return (
                 f"{name} has the state of step {step} after {units.seconds(spent)}: {own} ranks "
                 f"from own memory, {fetched} from another node, {durable} from the durable tier"
-            )
+            ) + "".join(map(_mended, fact.mended))
         case PreparationFailed(step=step, tier=tier, reason=reason):
             return f"{name} can not read step {step} from {tier}: {reason}"
         case RendezvousOffered(generation=generation, address=address):
@@ -184,6 +185,14 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return f"planned fault {index} {how} on {name}"
         case _:
             assert_never(fact)
+
+
+def _mended(copy: MendedCopy) -> str:
+    by = {"": "the durable tier", "here": "its index"}.get(copy.origin, copy.origin)
+    return (
+        f"; of rank {copy.rank} {units.count(copy.chunks, 'chunk')}, {units.size(copy.size)}, had "
+        f"gone bad in memory and came from {by} ({copy.what})"
+    )
 
 
 def decision(order: Decision) -> str:

@@ -112,6 +112,19 @@ class Reached(_Message, frozen=True, kw_only=True):
     mark: int
 
 
+class MendedCopy(msgspec.Struct, frozen=True, array_like=True):
+    """A copy in a node's memory of which some bytes had gone bad, and were brought anew."""
+
+    rank: Rank
+    origin: NodeId
+    """Whose memory had them; "" for the durable tier, "here" for a header, which is made anew."""
+    chunks: int
+    size: int
+    """Bytes of those chunks."""
+    what: str
+    """Of the first of them: what was found, what was expected, its name."""
+
+
 class Prepared(_Message, frozen=True, kw_only=True):
     """The state of every rank of this node lies in its memory, ready to be restored."""
 
@@ -126,6 +139,8 @@ class Prepared(_Message, frozen=True, kw_only=True):
     reads: int = 0
     """How often the durable tier was asked for anything meanwhile, for a rank or in vain."""
     seconds: float
+    mended: tuple[MendedCopy, ...] = ()
+    """What of this node's own memory was not what had been staged, and is again."""
 
 
 class FailedCopy(msgspec.Struct, frozen=True, array_like=True):

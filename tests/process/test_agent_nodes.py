@@ -21,7 +21,16 @@ from orchestrator.protocol.messages import (
 from storage.commit import commit
 from storage.local import LocalStore
 from storage.manifest import ShardReceipt, commit_key, make_manifest
-from tests.programs.played import Agent, Controller, alive, holder, slots_of, wait_for
+from tests.programs.played import (
+    Agent,
+    Controller,
+    alive,
+    flip_a_bit,
+    flip_a_bit_of,
+    holder,
+    slots_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Agent]
@@ -61,6 +70,53 @@ def test_the_ranks_of_a_lost_node_resume_on_a_spare_from_their_copies(
     assert (fetched.own, fetched.fetched, fetched.durable) == (0, 1, 0)
     # The trainer checks that what it restores is of its rank and step.
     assert not controller.messages(RankExited, "node-2")
+
+
+def test_a_bit_that_flipped_in_memory_comes_back_from_the_buddy_and_is_on_record(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, save_every=10, nap_at=20, nap_s=60)
+    controller.begin(1, ["node-0", "node-1"], buddies=BUDDIES)
+    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
+    flip_a_bit(agents["node-0"].memory, rank=0)
+
+    controller.begin(
+        2, ["node-0", "node-1"], restore=10, sources=("node-0", "node-1"), buddies=BUDDIES
+    )
+
+    _, prepared = controller.hear(Prepared, "node-0")
+    assert (prepared.own, prepared.fetched, prepared.durable) == (1, 0, 0)
+    (copy,) = prepared.mended
+    assert (copy.rank, copy.origin, copy.chunks) == (0, "node-1", 1)
+    assert "param/w" in copy.what
+    assert controller.hear(Prepared, "node-1")[1].mended == ()
+    # The trainer verifies what it restores.
+    controller.reached("stepped", 2)
+
+
+def test_a_copy_that_the_buddy_has_in_bad_shape_is_replaced_when_ranks_train_again(
+    controller: Controller, start: Start
+) -> None:
+    agents = pair(controller, start, save_every=10, durable_every=10, nap_at=20, nap_s=60)
+    memory = {node: agent.memory for node, agent in agents.items()}
+    controller.begin(1, ["node-0", "node-1"], buddies=BUDDIES)
+    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
+    controller.hear(ShardsWritten, "node-0", where=lambda fact: fact.step == 10)
+    (slot,) = memory["node-0"].glob("rank-00000.slot-*")
+    (bad,) = memory["node-1"].glob("copy-00000-10-*")
+    for path in (slot, bad):
+        flip_a_bit_of(path)
+
+    controller.begin(
+        2, ["node-0", "node-1"], restore=10, sources=("node-0", "node-1"), buddies=BUDDIES
+    )
+
+    (mended,) = controller.hear(Prepared, "node-0")[1].mended
+    assert (mended.origin, mended.chunks) == ("", 1)
+    controller.reached("stepped", 2)
+    wait_for(lambda: not bad.exists())
+    (anew,) = memory["node-1"].glob("copy-00000-10-*")
+    assert anew.read_bytes() == slot.read_bytes()
 
 
 def test_a_node_that_missed_a_generation_restores_nothing_that_was_abandoned_meanwhile(

@@ -80,7 +80,6 @@ def test_an_own_shard_with_a_flipped_bit_is_named_and_never_used(tmp_path: Path)
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
             here.stage(0, 7, 2)
-            await here.keeper.copy_to(THERE, RANK, STEP)
             here.damage("rank-*")
 
             with pytest.raises(CorruptError, match=r"param/layers\.\d\.w of shard 0 of step 7"):
@@ -89,6 +88,7 @@ def test_an_own_shard_with_a_flipped_bit_is_named_and_never_used(tmp_path: Path)
             # Dropped, so that asking again looks elsewhere; and said, so that nobody counts on it.
             assert here.keeper.holdings() == ()
             assert here.held == []
+            there.stage(0, 7, 2)
             assert (await here.keeper.prepare(RANK, STEP, THERE))[1] == "fetched"
             assert there.held == [(2, 0, 7)]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.agent import keeper
+from orchestrator.agent import mending
 from orchestrator.agent.durable import DurableShard, DurableTier
 from orchestrator.agent.impressions import Written, of_index
 from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.agent.shards import NoRoomError, NotHeldError
-from orchestrator.agent.transfer import allocate, create, reserve
+from orchestrator.agent.transfer import allocate, create, reserve, write_all
 from orchestrator.agent.writing import WRITES_AT_ONCE
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.messages import Receipt
@@ -175,7 +175,7 @@ def test_a_shard_whose_verification_hangs_is_dropped_and_looked_for_elsewhere(
             here.stage(0, 7, 2)
             await here.keeper.copy_to(THERE, RANK, STEP)
             with monkeypatch.context() as patch:
-                patch.setattr(keeper, "verify_file", lambda *_: released.wait(20))
+                patch.setattr(mending, "look_at_file", lambda *_: released.wait(20))
                 with pytest.raises(NotHeldError, match=r"timed out verifying .* after 0.1 s"):
                     await here.keeper.prepare(RANK, STEP, THERE, timeout_s=0.1)
             assert (here.keeper.holdings(), here.held) == ((), [])
@@ -366,3 +366,16 @@ def test_memory_that_a_file_does_not_get_is_an_error_and_no_signal_later(tmp_pat
         assert os.fstat(descriptor).st_size == 1 << 20
     finally:
         os.close(descriptor)
+
+
+def test_a_file_that_finds_no_room_as_it_is_written_says_so(tmp_path: Path) -> None:
+    full = os.open("/dev/full", os.O_RDWR)
+    there = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(NoRoomError, match="5 bytes of shared memory: No space left"):
+            write_all(full, 0, memoryview(b"bytes"))
+        write_all(there, 7, memoryview(b"bytes"))
+        assert (tmp_path / "copy").read_bytes() == bytes(7) + b"bytes"
+    finally:
+        os.close(full)
+        os.close(there)

@@ -28,6 +28,7 @@ from tests.speaking import (
     frame,
     greet,
     offer,
+    pick,
 )
 
 pytestmark = pytest.mark.process
@@ -52,7 +53,7 @@ BROKEN: dict[str, tuple[bytes, bytes, str, str]] = {
     "rank is text": (offer(rank="../../x"), b"", "Malformed", "rank"),
     "rank below zero": (offer(rank=-1), b"", "Malformed", "rank"),
     "an unknown field": (offer(more=1), b"", "Malformed", "more"),
-    "an answer": (READY, b"", "Malformed", "expected Ask or Offer"),
+    "an answer": (READY, b"", "Malformed", "expected Ask or Pick or Offer"),
     "an error": (frame({"type": "Failed", "kind": "x", "reason": "y"}), b"", "Keeper", "y"),
     "an unknown message": (frame({"type": "Exec"}), b"", "Malformed", "does not decode"),
     "no message": (frame(7), b"", "Malformed", "does not decode"),
@@ -60,6 +61,10 @@ BROKEN: dict[str, tuple[bytes, bytes, str, str]] = {
     "a long frame": (b"\x01\x10\0\0" + b"x", b"", "Malformed", "4097 bytes, may have 4096"),
     "a longest frame": (b"\xff" * 4, b"", "Malformed", "4294967295 bytes, may have"),
     "a web browser": (b"GET / HTTP/1.1\r\n\r\n", b"", "Malformed", "may have 4096"),
+    "a large pick": (pick(size=(4 << 20) + 1), b"", "Malformed", "size"),
+    "a pick of nothing": (pick(size=0), b"", "Malformed", "size"),
+    "a pick from below": (pick(start=-1), b"", "Malformed", "start"),
+    "a pick of what is not held": (pick(), b"", "NotHeld", "rank 0, step 7 is not in"),
     "what is not held": (ask(), b"", "NotHeld", "rank 0, step 7 is not in"),
 }
 

@@ -106,7 +106,11 @@ def test_a_damaged_copy_of_a_dead_rank_costs_nothing_that_its_buddy_still_holds(
     report = one.report()
     assert (code, report.state) == (0, "Succeeded"), report.reason
     assert {incident.restored_step for incident in report.incidents} == {100}
-    assert report.incidents[-1].restored_from == "own memory (3 ranks), buddy's memory (1 ranks)"
+    assert [incident.restored_from for incident in report.incidents] == ["own memory (4 ranks)"]
+    told = one.holdfast("describe", "incident", report.incidents[0].id).stdout
+    assert re.search(
+        r"node-1 has the state of step 100 .* rank 2 1 chunk, .* came from node-0", told
+    )
     assert report.losses == [(step, 1.0 / step) for step in range(1, 251)]
     assert one.leftovers() == []
 

@@ -41,6 +41,7 @@ from orchestrator.protocol.messages import (
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.timeouts import Timeouts, derive
 from orchestrator.worker.beacon import BeaconReader
+from storage.shard import DATA_ALIGNMENT
 
 PROGRAMS = Path(__file__).parent
 TOKEN = "sesame"  # noqa: S105 - the secret of a test
@@ -363,10 +364,16 @@ def remove(folder: Path) -> None:
 def flip_a_bit(memory: Path, *, rank: int) -> None:
     """Damage all that a rank has staged, in the folder of its node in shared memory."""
     for slot in memory.glob(f"rank-{rank:05d}.slot-*"):
-        with slot.open("r+b") as file:
-            first = file.read(1)
-            file.seek(0)
-            file.write(bytes([first[0] ^ 1]))
+        flip_a_bit_of(slot)
+
+
+def flip_a_bit_of(shard: Path) -> None:
+    """Damage the first chunk of a shard, behind its header."""
+    with shard.open("r+b") as file:
+        file.seek(DATA_ALIGNMENT)
+        first = file.read(1)
+        file.seek(DATA_ALIGNMENT)
+        file.write(bytes([first[0] ^ 1]))
 
 
 def newest(fact: Any, rank: int | None = None) -> int:

@@ -1,0 +1,268 @@
+"""Shards in memory of which some bytes went bad: mended chunk by chunk, or given up."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.agent.calling import PeerClient
+from orchestrator.agent.frames import PICK_BYTES_MAX
+from orchestrator.agent.shards import CorruptError
+from orchestrator.protocol.messages import Holding, MendedCopy
+from storage.commit import write_shard
+from storage.errors import StorageUnavailableError
+from storage.faulty import FaultyStore
+from storage.manifest import body_key
+from storage.memory import MemoryStore
+from storage.shard import StagedChunk
+from tests.shards import HERE, RANK, STEP, THERE, Node, sealed, two
+
+pytestmark = pytest.mark.process
+
+
+def chunks(size: int = 100_000) -> tuple[StagedChunk, ...]:
+    return sealed(0, 7, 2, size)[0].chunks
+
+
+def spoil(node: Node, *places: int) -> Path:
+    """Flip a bit at each of these bytes of the one shard that a node holds."""
+    (path,) = node.memory.iterdir()
+    with path.open("r+b") as file:
+        for place in places:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
+    return path
+
+
+class Heard:
+    """What a keeper said of bad bytes."""
+
+    def __init__(self, node: Node) -> None:
+        self.mended: list[MendedCopy] = []
+        self.lacking: list[tuple[int, str]] = []
+        node.keeper.on_mended = self.mended.append
+        node.keeper.on_lacking = lambda rank, name: self.lacking.append((rank, name))
+
+
+async def copied(here: Node, size: int = 100_000) -> Heard:
+    """Stage a shard here, and have a copy there."""
+    here.stage(0, 7, 2, size=size)
+    await here.keeper.copy_to(THERE, RANK, STEP)
+    return Heard(here)
+
+
+@pytest.mark.parametrize("size", [100_000, 8 * (PICK_BYTES_MAX + 4096)])
+def test_a_chunk_that_went_bad_in_memory_comes_from_the_buddy_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    picked: list[tuple[int, int]] = []
+    pick = PeerClient.pick
+
+    async def counted(self: PeerClient, address: str, wanted: Any, start: int, size: int) -> bytes:
+        picked.append((start, size))
+        return await pick(self, address, wanted, start, size)
+
+    monkeypatch.setattr(PeerClient, "pick", counted)
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            heard = await copied(here, size)
+            bad = chunks(size)[3]
+            path = spoil(here, bad.start + 5)
+            here.begin(3, {HERE: here, THERE: there}, 7)
+
+            restore, tier = await here.keeper.prepare(RANK, STEP, HERE)
+
+            assert (tier, restore.path) == ("own", str(path))
+            assert path.read_bytes() == sealed(0, 7, 2, size)[1]
+            assert here.keeper.holdings() == (Holding(RANK, STEP),)
+            (copy,) = heard.mended
+            assert (copy.rank, copy.origin, copy.chunks, copy.size) == (RANK, THERE, 1, bad.size)
+            assert f"index says {bad.xxh3_128}: {bad.name}" in copy.what
+            assert heard.lacking == []
+            assert sum(length for _, length in picked) == bad.size
+            assert picked[0][0] == bad.start
+
+    asyncio.run(scenario())
+
+
+def test_two_copies_that_are_bad_in_different_chunks_make_one_that_is_whole(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            heard = await copied(here)
+            path = spoil(here, chunks()[1].start, chunks()[6].start)
+            spoil(there, chunks()[2].start)
+
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+            assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 2)]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_bad_in_both_memories_comes_from_the_durable_tier(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            store = here.keeper.store = MemoryStore()
+            write_shard(store, *sealed(0, 7, 2))
+            heard = await copied(here)
+            path = spoil(here, chunks()[1].start, chunks()[6].start)
+            spoil(there, chunks()[6].end - 1)
+
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+            assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 1), ("", 1)]
+            # So that somebody gives the other node a good one.
+            assert heard.lacking == [(RANK, THERE)]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_bad_everywhere_is_named_and_the_shard_is_given_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            store = FaultyStore(MemoryStore())
+            write_shard(store, *sealed(0, 7, 2))
+            bad = chunks()[6]
+            store.flips[body_key(7, 2, 0)] = 8 * bad.start
+            here.keeper.store = store
+            heard = await copied(here)
+            spoil(here, bad.start)
+            spoil(there, bad.start)
+
+            with pytest.raises(CorruptError, match=rf"{bad.name} of shard 0 of step 7"):
+                await here.keeper.prepare(RANK, STEP, HERE)
+
+            assert (here.keeper.holdings(), here.held, heard.mended) == ((), [], [])
+
+    asyncio.run(scenario())
+
+
+def test_another_shard_of_that_step_on_the_durable_tier_mends_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            here.keeper.store = MemoryStore()
+            index, body = sealed(0, 7, 2, size=60_000)
+            write_shard(here.keeper.store, index, body)
+            here.stage(0, 7, 2)
+            spoil(here, chunks()[1].start)
+
+            with pytest.raises(CorruptError):
+                await here.keeper.prepare(RANK, STEP, HERE)
+
+    asyncio.run(scenario())
+
+
+def test_a_header_that_went_bad_is_made_anew_also_beside_a_bad_chunk(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            heard = await copied(here)
+            path = spoil(here, 20)
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+            here.begin(3, {THERE: there}, 7)
+            spoil(here, 30, chunks()[0].start)
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+
+            assert [copy.origin for copy in heard.mended] == ["here", THERE, "here"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pieces", range(4))
+def test_who_is_stopped_between_any_two_pieces_leaves_a_shard_that_is_mended_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    pick = PeerClient.pick
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            await copied(here)
+            path = spoil(here, *(chunks()[number].start for number in (0, 3, 5)))
+            stopped, left = asyncio.Event(), pieces
+
+            async def until(self: PeerClient, *wanted: Any) -> bytes:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    stopped.set()
+                    await asyncio.sleep(60)
+                return await pick(self, *wanted)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(PeerClient, "pick", until)
+                preparing = asyncio.create_task(here.keeper.prepare(RANK, STEP, HERE))
+                if pieces < 3:
+                    await stopped.wait()
+                    preparing.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await preparing
+                else:
+                    await preparing
+            shard = here.keeper._shelf.require(RANK, STEP)
+            assert (shard.pins, path.read_bytes() == sealed(0, 7, 2)[1]) == (
+                (0, False) if pieces < 3 else (1, True)
+            )
+
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_fails_at_any_of_its_operations_leaves_the_shard_to_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    """A shard is dropped that can not be mended; nothing that is damaged is ever restored from."""
+
+    async def scenario(fail_at: int) -> bool:
+        folder = tmp_path / str(fail_at)
+        folder.mkdir()
+        calls = 0
+
+        def before(operation: str, key: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > fail_at:
+                raise StorageUnavailableError(f"{operation} {key}")
+
+        async with two(folder) as (here, _):
+            store = FaultyStore(MemoryStore())
+            write_shard(store, *sealed(0, 7, 2))
+            store.before = before
+            here.keeper.store = store
+            here.stage(0, 7, 2)
+            path = spoil(here, chunks()[1].start, chunks()[6].start)
+            try:
+                await here.keeper.prepare(RANK, STEP, HERE)
+            except CorruptError:
+                assert here.keeper.holdings() == ()
+                return False
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+            return True
+
+    outcomes = [asyncio.run(scenario(fail_at)) for fail_at in range(6)]
+    # Index and chunk are read for each of the two.
+    assert outcomes == [False] * 4 + [True] * 2
+
+
+def test_bytes_of_a_shard_are_served_to_who_asks_for_them_and_no_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            there.stage(0, 7, 2)
+            body = sealed(0, 7, 2)[1]
+            pick = here.keeper._client.pick
+
+            assert await pick(there.address, (RANK, STEP), 4090, 20) == body[4090:4110]
+            with pytest.raises(CorruptError, match=f"has 4 of 20 bytes from {len(body) - 4} on"):
+                await pick(there.address, (RANK, STEP), len(body) - 4, 20)
+
+    asyncio.run(scenario())

@@ -96,7 +96,8 @@ def check(run: TrainingRun, where: str) -> Timeouts:
     timeouts = _timeouts(run, where)
     for misfit in misfits(run):
         raise BadFileError(f"{misfit.message}: {where}", misfit.hint)
-    _check_uri(run.spec.checkpoint.uri, where)
+    _check_uri(run.spec.checkpoint.uri, "spec.checkpoint.uri", where)
+    _check_uri(run.spec.recovery.device_ledger, "spec.recovery.deviceLedger", where)
     try:
         switches.check(run.spec.recovery.disable)
     except switches.UnknownPolicyError as error:
@@ -106,24 +107,21 @@ def check(run: TrainingRun, where: str) -> Timeouts:
     return timeouts
 
 
-def _check_uri(uri: str | None, where: str) -> None:
-    """Refuse a durable tier that no store is there for. Nothing is touched."""
+def _check_uri(uri: str | None, field: str, where: str) -> None:
+    """Refuse an address that no store is there for. Nothing is touched."""
     if uri is None:
         return
     if not uri.strip():
         raise BadFileError(
-            f"spec.checkpoint.uri names nothing: {where}",
-            "name a folder, or leave it out for `checkpoints` in the run's folder",
+            f"{field} names nothing: {where}", f"name a folder; `holdfast explain {field}`"
         )
     try:
         open_store(uri)
     except UnsupportedUriError as error:
-        raise BadFileError(
-            document.printable(f"spec.checkpoint.uri: {error}: {where}"), error.hint
-        ) from error
+        raise BadFileError(document.printable(f"{field}: {error}: {where}"), error.hint) from error
     except ValueError as error:
         raise BadFileError(
-            f"spec.checkpoint.uri is {uri!r}, {error}: {where}", UnsupportedUriError.hint
+            f"{field} is {uri!r}, {error}: {where}", UnsupportedUriError.hint
         ) from error
 
 

@@ -21,6 +21,7 @@ from orchestrator.core.events import (
 from orchestrator.core.invariants import violations
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
+from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
     MARKS,
@@ -95,6 +96,7 @@ class Cluster:
         generation: int = 0,
         mark: int = 0,
         holdings: tuple[Holding, ...] = (),
+        devices: tuple[Device, ...] = (),
     ) -> list:
         return self.say(
             node,
@@ -107,6 +109,7 @@ class Cluster:
                 generation=Generation(generation),
                 mark=mark,
                 holdings=holdings,
+                devices=devices,
             ),
         )
 

@@ -13,8 +13,9 @@ from orchestrator import compose
 from orchestrator.cli.errors import Exit
 from orchestrator.core.journal import Entry
 from orchestrator.core.report import Report, report
+from orchestrator.core.standing import Act, Actor
 from orchestrator.faults.plan import FaultPlan
-from orchestrator.protocol.ids import NodeId, Seconds, Step
+from orchestrator.protocol.ids import NodeId, Seconds, Serial, Step
 from orchestrator.protocol.runfile import TrainingRun, seconds
 from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.drive import Simulation
@@ -52,7 +53,12 @@ class SimulatedJob:
     operations: list[dict[str, Any]] = field(default_factory=list)
     """What operators ask for: `{at: seconds, drain: [node], within: span, reason: text}`, or
     `{at: seconds, uncordon: [node]}`; or what nobody asked for: `{at: seconds, corrupt: node,
-    found: span, every: steps, proven: whether, named: [node]}`."""
+    found: span, every: steps, proven: whether, named: [node]}`; or verdicts about a device:
+    `{at: seconds, device: serial, acts: [act], by: who, days_ago: days, reason: text}`."""
+    devices: dict[str, str] = field(default_factory=dict)
+    """By node, the serial of its machine."""
+    failing: list[str] = field(default_factory=list)
+    """Serials of machines that fail every test."""
 
     def conduct(self, *_options: str) -> tuple[int, Report]:
         """Run it to its end; return exit code and report."""
@@ -78,8 +84,14 @@ class SimulatedJob:
         )
         if self.hushed is not None:
             self._hush_in_time()
+        self.world.devices.equip(
+            {NodeId(node): Serial(serial) for node, serial in self.devices.items()},
+            [Serial(serial) for serial in self.failing],
+        )
         for operation in self.operations:
-            if "corrupt" in operation:
+            if "device" in operation:
+                self._judge_in_time(**operation)
+            elif "corrupt" in operation:
                 self._corrupt_in_time(**operation)
             else:
                 self._ask_in_time(**operation)
@@ -112,6 +124,31 @@ class SimulatedJob:
             within_s = None if within is None else seconds(within)
             ask = partial(world.drain, nodes, "ann", reason, within_s)
         world.cluster.agenda.at(Seconds(at), ask)
+
+    def _judge_in_time(
+        self,
+        *,
+        at: float,
+        device: str,
+        acts: list[str],
+        by: Actor = "operator",
+        days_ago: float = 0.0,
+        reason: str = "",
+    ) -> None:
+        world = self.world
+        assert world is not None
+        say = partial(
+            world.devices.say,
+            Serial(device),
+            [Act(act) for act in acts],
+            by=by,
+            days_ago=days_ago,
+            reason=reason,
+        )
+        if at <= 0:
+            say()  # it is on record before anything begins
+        else:
+            world.cluster.agenda.at(Seconds(at), say)
 
     def _corrupt_in_time(
         self,

@@ -12,13 +12,36 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 GPUS = Path("/proc/driver/nvidia/gpus")
 """A folder per GPU that the driver shows here. Source: the driver's README, /proc interface."""
 BLOCKS = Path("/sys/dev/block")
 """A link per block device, by number. Source: Linux, Documentation/ABI/testing/sysfs-dev."""
-_UUID = re.compile(r"^GPU UUID:\s*(\S+)", re.MULTILINE)
+_UUID = re.compile(r"^GPU UUID:\s*(GPU-[0-9a-f-]+)\s*$", re.MULTILINE)
+"""Of a GPU that nobody has opened since the driver was loaded there are question marks instead."""
+_MODEL = re.compile(r"^Model:\s*(\S.*?)\s*$", re.MULTILINE)
+
+
+class Gpu(NamedTuple):
+    """One GPU, as the driver shows it."""
+
+    address: str
+    """On PCI, without function: 0000:3b:00."""
+    uuid: str
+    """Stays with the board wherever it is plugged; "" if the driver does not say it."""
+    model: str
+
+
+class Gpus(NamedTuple):
+    """The GPUs of a node's ranks."""
+
+    own: tuple[Gpu, ...] = ()
+    ordered: bool = False
+    """Whether they are in the order of the ranks that compute on them."""
+    problem: str = ""
+    """Why they are not known though there are some; "" if they are, or there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +68,16 @@ def pci_address(text: str) -> str:
     return text.lower().partition(".")[0]
 
 
-def own_devices(ranks: int, folders: Iterable[str]) -> Devices:
-    """Find a node's devices: the GPUs of so many ranks, and the disks that hold its folders."""
-    return Devices(gpus_of(ranks, os.environ), disks_of(Path(folder) for folder in folders))
+def own_devices(gpus: Gpus, folders: Iterable[str]) -> Devices:
+    """Return a node's devices: the GPUs of its ranks, and the disks that hold its folders."""
+    if gpus.problem:
+        log.warning("what the kernel says of GPUs is only noted: %s", gpus.problem)
+    addresses = frozenset(gpu.address for gpu in gpus.own)
+    return Devices(addresses, disks_of(Path(folder) for folder in folders))
 
 
-def gpus_of(ranks: int, environ: Mapping[str, str], root: Path = GPUS) -> frozenset[str]:
-    """Return the PCI addresses of the GPUs that a node's ranks use, one each.
+def gpus_of(ranks: int, environ: Mapping[str, str], root: Path = GPUS) -> Gpus:
+    """Return the GPUs that a node's ranks use, one each.
 
     Where CUDA goes by numbers in an order of its own, which of several they are can not be told
     from outside: then none is.
@@ -60,26 +86,30 @@ def gpus_of(ranks: int, environ: Mapping[str, str], root: Path = GPUS) -> frozen
         folders = sorted(root.iterdir())
         texts = [(folder / "information").read_text("utf-8", "replace") for folder in folders]
     except OSError:
-        return frozenset()  # no driver of NVIDIA's, so no GPU that it could tell of
-    addresses = [pci_address(folder.name) for folder in folders]
+        return Gpus()  # no driver of NVIDIA's, so no GPU that it could tell of
+    there = [_gpu(pci_address(f.name), text) for f, text in zip(folders, texts, strict=True)]
     visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None and len(addresses) <= ranks:
-        return frozenset(addresses)
-    by_uuid = [(m[1], a) for t, a in zip(texts, addresses, strict=True) if (m := _UUID.search(t))]
-    names = [str(n) for n in range(len(addresses))] if visible is None else visible.split(",")
-    own = set()
+    by_place = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(there) == 1
+    if visible is None and len(there) <= ranks:
+        return Gpus(tuple(there), ordered=by_place)
+    names = [str(n) for n in range(len(there))] if visible is None else visible.split(",")
+    own: list[Gpu] = []
     for name in (name.strip() for name in names[:ranks]):
-        if name.isdecimal() and environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
-            own.update(addresses[int(name) : int(name) + 1])
+        if name.isdecimal() and by_place:
+            own += there[int(name) : int(name) + 1]
         elif name.startswith("GPU-"):
-            own.update(address for uuid, address in by_uuid if uuid.startswith(name))
-    if not own:
-        log.warning(
-            "which of %d GPUs are this node's is not known, so what the kernel says of them is only"
-            " noted; hint: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES by UUID",
-            len(addresses),
-        )
-    return frozenset(own)
+            own += [gpu for gpu in there if gpu.uuid.startswith(name)]
+    if own or not there:
+        return Gpus(tuple(dict.fromkeys(own)), ordered=True)
+    return Gpus(
+        problem=f"which of {len(there)} GPUs are this node's is not known; hint: set "
+        "CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES by UUID"
+    )
+
+
+def _gpu(address: str, text: str) -> Gpu:
+    uuid, model = _UUID.search(text), _MODEL.search(text)
+    return Gpu(address, uuid[1] if uuid else "", model[1] if model else "")
 
 
 def disks_of(folders: Iterable[Path], blocks: Path = BLOCKS) -> frozenset[str]:

@@ -103,10 +103,14 @@ class Judge:
         devices: the node's own; what is said of others is only noted.
         shared: other nodes have the same kernel. What it says is only noted then: one line would
             take out all of them.
+
+    Attributes:
+        blamed: kind and name of the device for which it said so last; "" if the log names none.
     """
 
     def __init__(self, table: tuple[Signal, ...], devices: Devices, *, shared: bool) -> None:
         self._devices, self._shared = devices, shared
+        self.blamed = ("", "")
         self._table = [(re.compile(signal.pattern), signal) for signal in table]
         self._seen: dict[tuple[str, str, int | None], deque[float]] = {}
         self._cancelled: dict[tuple[str, str, int], float] = {}
@@ -144,6 +148,7 @@ class Judge:
         if rule.action == "note" or len(times) < rule.count:
             log.warning("kernel: %s: %s", words, text[:500])
             return ""
+        self.blamed = (signal.own, device)
         often = f", {len(times)} within {rule.window:g} s" if rule.count > 1 else ""
         return f"{words}{often}; the kernel says: {text[:200]}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -16,19 +17,22 @@ from typing import Any
 from orchestrator.agent import linux, pulse
 from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel, RefusedError
-from orchestrator.agent.devices import own_devices
+from orchestrator.agent.devices import gpus_of, own_devices
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.hearing import Hearing
+from orchestrator.agent.identity import blamed, identity
 from orchestrator.agent.injection import Injection
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.kernel import Judge, KernelLog, read_table
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.parking import Parking
+from orchestrator.agent.preflight import preflight
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import Saving
 from orchestrator.agent.seating import Seating
 from orchestrator.agent.stacks import Inspector
+from orchestrator.agent.threads import DaemonThreads
 from orchestrator.agent.voice import Voice
 from orchestrator.protocol import rank as rank_protocol
 from orchestrator.protocol.agent import AgentConfig
@@ -42,6 +46,7 @@ from orchestrator.protocol.messages import (
     Fence,
     Inspect,
     NodeUnusable,
+    Preflight,
     Probe,
     Retain,
     SaveEvery,
@@ -93,7 +98,18 @@ class Node:
             welcomed=self._welcomed,
             obey=self._obey,
         )
-        self._voice = Voice(config, self._account, self._ranks, self._keeper, self._channel)
+        self._gpus = gpus_of(config.ranks, os.environ)
+        self._identity = identity(config, self._gpus)
+        if self._identity.unknown:
+            log.warning("not all devices of this node are known: %s", self._identity.unknown)
+        self._voice = Voice(
+            config,
+            self._account,
+            self._ranks,
+            keeper=self._keeper,
+            channel=self._channel,
+            identity=self._identity,
+        )
         self._keeper.on_held = self._voice.say_held
         self._inspector = Inspector()
         self._seating = Seating(
@@ -126,9 +142,10 @@ class Node:
             tier=lambda: self._tier,
             say=self._voice.say,
         )
-        devices = own_devices(config.ranks, (config.work, config.logs))
-        judge = Judge(read_table(), devices, shared=config.kernel_shared)
-        self._kernel = KernelLog(Path(config.kernel_log), judge)
+        devices = own_devices(self._gpus, (config.work, config.logs))
+        self._judge = Judge(read_table(), devices, shared=config.kernel_shared)
+        self._kernel = KernelLog(Path(config.kernel_log), self._judge)
+        self._testing = DaemonThreads(1, "preflight")
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
         self._peer_address = ""
@@ -152,6 +169,7 @@ class Node:
         self._saving.close()
         self._kernel.close()
         self._inspector.close()
+        self._testing.shutdown()
         # Before the ranks are ended: none is born any more that nobody would know of.
         self._nursery.close()
         stuck = await self._ranks.end_all(self._limits)
@@ -210,7 +228,8 @@ class Node:
             self._saving.relieve(self._limits.silence_s)
         if beat and (why := self._kernel.look()):
             log.error("unusable: %s", why)
-            self._voice.say(NodeUnusable(reason=why))
+            serial = blamed(self._identity, self._gpus, *self._judge.blamed)
+            self._voice.say(NodeUnusable(reason=why, serial=serial))
         if beat and self._channel.connected:
             self._voice.beat()
         elif beat:
@@ -281,6 +300,8 @@ class Node:
             case Inspect(generation=generation):
                 if generation == self._account.generation:
                     self._start(self._inspect(order))
+            case Preflight():
+                self._start(self._preflight(order))
             case CarryOut(index=index):
                 self._start(self._injection.carry_out(index))
             case Welcome():
@@ -307,6 +328,15 @@ class Node:
             seen = await self._inspector.look(order, pids)
             # Not kept to be said again: by then its generation is over, and that would be for ever.
             self._channel.send(seen)
+
+    async def _preflight(self, order: Preflight) -> None:
+        # In a thread: products let others run meanwhile, and nobody waits for them at the end.
+        loop = asyncio.get_running_loop()
+        came = await loop.run_in_executor(
+            self._testing, preflight, self._identity.devices, order.serials, order.within_s
+        )
+        log.info("preflight: %d answers; %s", came.compared, came.wrong or came.problem or "right")
+        self._channel.send(came)
 
     def _begin(self, order: Begin) -> None:
         generation = order.generation

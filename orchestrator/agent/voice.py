@@ -11,6 +11,7 @@ import os
 from orchestrator.agent import pulse
 from orchestrator.agent.account import FINISHED, Account
 from orchestrator.agent.channel import Channel
+from orchestrator.agent.identity import Identity
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.agent import AgentConfig
@@ -27,12 +28,20 @@ class Voice:
         ranks: whose beacons tell the steps.
         keeper: what it holds.
         channel: carries it.
+        identity: what the node is made of.
     """
 
     def __init__(
-        self, config: AgentConfig, account: Account, ranks: Ranks, keeper: Keeper, channel: Channel
+        self,
+        config: AgentConfig,
+        account: Account,
+        ranks: Ranks,
+        *,
+        keeper: Keeper,
+        channel: Channel,
+        identity: Identity,
     ) -> None:
-        self._config = config
+        self._config, self._identity = config, identity
         self._account, self._ranks, self._keeper = account, ranks, keeper
         self._channel = channel
 
@@ -53,6 +62,8 @@ class Voice:
             holdings=account.vouched(self._keeper.holdings()),
             offered=account.offered,
             lanes=tuple(lanes[rank] for rank in account.ranks) if lanes else (),
+            devices=self._identity.devices,
+            devices_unknown=self._identity.unknown,
         )
 
     def repeat(self, steps_known: Step) -> None:

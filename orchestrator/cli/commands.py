@@ -152,7 +152,9 @@ RunArgument = Annotated[
 def get(
     what: Annotated[
         str,
-        typer.Argument(metavar="KIND", help="runs, nodes, ranks, incidents, checkpoints, events"),
+        typer.Argument(
+            metavar="KIND", help="runs, nodes, ranks, incidents, checkpoints, devices, events"
+        ),
     ],
     run: RunOption = None,
     output: Annotated[
@@ -174,7 +176,9 @@ def get(
 
 @app.command()
 def describe(
-    what: Annotated[str, typer.Argument(metavar="KIND", help="run, incident, node or checkpoint")],
+    what: Annotated[
+        str, typer.Argument(metavar="KIND", help="run, incident, node, checkpoint or device")
+    ],
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Which; default the newest.")
     ] = None,
@@ -288,6 +292,51 @@ def uncordon(
 
     wait_s = intake.span_s("--wait", wait)
     typer.echo(draining.uncordon(what, names, run, wait_s=wait_s, output=output))
+
+
+DeviceKind = Annotated[str, typer.Argument(metavar="device", help="What is named: devices.")]
+Serials = Annotated[
+    list[str], typer.Argument(metavar="SERIAL...", help="Which, as `get devices` has them.")
+]
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run", metavar="RUN", help="A run whose ledger it is; default the one of all runs."
+    ),
+]
+WhyOption = Annotated[str, typer.Option("--reason", help="Why, for whoever reads of it.")]
+
+
+@app.command()
+def release(
+    what: DeviceKind,
+    serials: Serials,
+    reason: WhyOption,
+    run: LedgerOption = None,
+    tested: Annotated[
+        bool, typer.Option("--tested", help="It was tested elsewhere: next is probation.")
+    ] = False,
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+) -> None:
+    """Have quarantined or retired devices come back: a test, then probation."""
+    from orchestrator.cli import devices
+
+    told = devices.release(what, serials, run, reason=reason, tested=tested, output=output)
+    typer.echo(told)
+
+
+@app.command()
+def retire(
+    what: DeviceKind,
+    serials: Serials,
+    reason: WhyOption,
+    run: LedgerOption = None,
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+) -> None:
+    """Have devices get no seat any more, in any run."""
+    from orchestrator.cli import devices
+
+    typer.echo(devices.retire(what, serials, run, reason=reason, output=output))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from orchestrator.cli import listing, runs, story, units
+from orchestrator.cli import devices, listing, runs, story, units
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.checkpoints import condition, why_untrusted
 from orchestrator.cli.errors import CliError, Exit, unknown
@@ -43,10 +43,12 @@ def describe(what: str, name: str | None, run: str | None) -> tuple[str, Journal
         CliError: if there is no such kind, run or thing.
         JournalError: if nothing of the journal can be trusted.
     """
-    kinds = ("run", "incident", "node", "checkpoint")
+    kinds = ("run", "incident", "node", "checkpoint", "device")
     if what.removesuffix("s") not in kinds:
         raise unknown("kind", what, kinds, "holdfast describe")
     what = what.removesuffix("s")
+    if what == "device":
+        return devices.described(name, run), None
     if what == "run" and name is not None and run is not None and name != run:
         raise CliError(f"two runs are named, {name!r} and {run!r}", "name the run once", Exit.USAGE)
     folder = runs.folder_of(name if what == "run" and name is not None else run)
@@ -262,7 +264,7 @@ def _doubts(follower: Follower, state: RunState) -> list[str]:
         for name, error in sorted(follower.controller.disabled.items())
     ]
     doubts += [story.off(fact) for _, fact in sorted(state.detectors_off.items())]
-    return doubts
+    return doubts + ([state.devices_problem] if state.devices_problem else [])
 
 
 # A node ---------------------------------------------------------------------------------------
@@ -288,6 +290,7 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
                 ("Heard", f"{units.seconds(state.now - state.hearing.heard_at(node.id))} ago"),
             ]
         ),
+        *section("Devices", devices.of_node(state, node)),
         *section(
             "In its memory",
             [f"step {step}: shards of ranks {', '.join(map(str, r))}" for step, r in held.items()],

@@ -17,6 +17,7 @@ from orchestrator.cli import listing, runs, units
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit, unknown
 from orchestrator.cli.follow import Follower
+from orchestrator.cli.reasons import require_reason
 from orchestrator.cli.stop import NOBODY_S, user
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
@@ -27,8 +28,6 @@ from orchestrator.worlds.requests import Request, Standing
 
 LOOK_EVERY_S = 0.1
 _ANSWERED = (Standing.RECORDED, Standing.REFUSED)
-REASON_MAX = 200
-"""Characters; it is shown in one line, with all else that led to a restart."""
 
 
 class Draining(NamedTuple):
@@ -67,12 +66,7 @@ def drain(
         CliError: if there are no such nodes, nobody decides, or it took longer than `wait_s`. The
             request stands in the last case.
     """
-    if len(reason) > REASON_MAX or not reason.isprintable():
-        raise CliError(
-            f"--reason has {len(reason)} characters, expected at most {REASON_MAX} in one line",
-            "say it in short; it is shown wherever the node is",
-            Exit.USAGE,
-        )
+    require_reason(reason, may_be_empty=True)
     asked = _find(what, names, run)
     by = f"{user()} with `holdfast drain`"
     request = Request(ask="drain", nodes=asked.nodes, by=by, reason=reason, within_s=within_s)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import typer
 
-from orchestrator.cli import runs
+from orchestrator.cli import devices, runs
 from orchestrator.cli.choices import Output
 from orchestrator.cli.errors import unknown
 from orchestrator.cli.follow import Follower
@@ -40,8 +40,13 @@ def get(
         JournalError: if nothing of the journal can be trusted.
     """
     name = what if what.endswith("s") else f"{what}s"
-    if name not in (*KINDS, "events"):
-        raise unknown("kind", what, (*KINDS, "events"), "holdfast get")
+    if name not in (*KINDS, "events", "devices"):
+        raise unknown("kind", what, (*KINDS, "events", "devices"), "holdfast get")
+    if name == "devices":
+        shown = devices.shown(run)
+        _show(lambda: Look(shown.text(output)), watch=watch)
+        shown.require_whole()
+        return
     if name == "runs" and run is None:
         _show(lambda: Look(rendered(RUN.name, RUN.columns, run_rows(), output)), watch=watch)
         return

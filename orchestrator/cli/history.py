@@ -7,6 +7,8 @@ from orchestrator.core.decisions import (
     CommitCheckpoint,
     DisconnectNode,
     FenceNode,
+    JudgeDevice,
+    PreflightDevices,
     StartGeneration,
 )
 from orchestrator.core.events import (
@@ -28,6 +30,7 @@ from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     Joined,
     NodeUnusable,
+    Preflighted,
     PreparationFailed,
     Prepared,
     RankExited,
@@ -39,7 +42,14 @@ Line = tuple[Seconds, str]
 LINES_MAX = 100_000
 _TOLD = ControllerStarted | FaultInjected | Inherited | NodeDisconnected | NodeLost | StopRequested
 _TOLD_FACTS = (
-    Joined | NodeUnusable | PreparationFailed | Prepared | RankExited | RanksTroubled | WriteFailed
+    Joined
+    | NodeUnusable
+    | Preflighted
+    | PreparationFailed
+    | Prepared
+    | RankExited
+    | RanksTroubled
+    | WriteFailed
 )
 
 
@@ -76,7 +86,7 @@ class History:
         for decision in entry.decisions:
             if isinstance(decision, CommitCheckpoint):
                 self.commits[decision.step] = decision
-            if isinstance(decision, FenceNode | DisconnectNode):
+            if isinstance(decision, FenceNode | DisconnectNode | JudgeDevice | PreflightDevices):
                 self._add(state.now, decision.node, story.decision(decision))
             if isinstance(decision, StartGeneration):
                 world = ", ".join(dict.fromkeys(decision.seats))

@@ -14,7 +14,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.records import Node
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import RunState
-from orchestrator.policy import lemons, planned, quarantine, stragglers, suspicion
+from orchestrator.policy import devices, lemons, planned, quarantine, stragglers, suspicion
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -143,6 +143,8 @@ def why(state: RunState, node: Node) -> str:
     told = (
         node.unusable or node.lost,
         quarantine.standing(state, node.id),
+        state.preflights.get(node.id, ""),
+        devices.standing(state, node.id),
         planned.standing(state, node.id),
         lemons.standing(state, node.id),
         suspicion.standing(state, node.id),

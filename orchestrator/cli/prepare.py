@@ -61,7 +61,9 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     for path in (folder.logs, folder.nodes, folder.requests):
         path.mkdir(exist_ok=True)
     if run.spec.checkpoint.uri is not None:
-        _require_store(run.spec.checkpoint.uri)
+        _require_store(run.spec.checkpoint.uri, "spec.checkpoint.uri", "checkpoints")
+    if run.spec.recovery.device_ledger is not None:
+        _require_store(run.spec.recovery.device_ledger, "spec.recovery.deviceLedger", "verdicts")
     _write(folder.run_file, msgspec.json.encode(run))
     if plan is None:
         folder.plan_file.unlink(missing_ok=True)
@@ -112,19 +114,19 @@ def _require_unlocked(path: Path, message: str) -> None:
         raise CliError(message, error.hint) from error
 
 
-def _require_store(uri: str) -> None:
-    """Refuse a durable tier that takes nothing: at the first save it would be too late to say."""
+def _require_store(uri: str, field: str, what: str) -> None:
+    """Refuse a store that takes nothing: when there is something for it, it is too late to say."""
     try:
         store = open_store(uri)
     except UnsupportedUriError as error:
-        raise CliError(f"spec.checkpoint.uri: {error}", error.hint, Exit.USAGE) from error
+        raise CliError(f"{field}: {error}", error.hint, Exit.USAGE) from error
     key = f"probe-{secrets.token_hex(8)}"
     try:
         store.put(key, b"")
         store.delete(key)
     except StorageError as error:
         raise CliError(
-            f"spec.checkpoint.uri takes no checkpoints: {uri} ({error})",
+            f"{field} takes no {what}: {uri} ({error})",
             f"choose a folder or bucket that can be written, with room. {error.hint}",
         ) from error
 

@@ -14,6 +14,8 @@ from orchestrator.core.events import (
     Compared,
     ControllerStarted,
     CopiesHeld,
+    DeviceJudged,
+    DevicesKnown,
     DrainCancelled,
     DrainRequested,
     Event,
@@ -38,6 +40,7 @@ from orchestrator.protocol.messages import (
     Joined,
     MendedCopy,
     NodeUnusable,
+    Preflighted,
     PreparationFailed,
     Prepared,
     RankExited,
@@ -53,6 +56,9 @@ from orchestrator.protocol.messages import (
     StateDiverged,
     WriteFailed,
 )
+
+DEVICES_TOLD = 4
+"""Of those in the ledger; `holdfast get devices` has all."""
 
 
 def kind(event: Event) -> str:
@@ -119,6 +125,14 @@ def words(event: Event) -> str:  # noqa: C901, PLR0911, PLR0912 - one line per e
             return f"{', '.join(nodes)} to be free{when}, asked for by {by}{why}"
         case DrainCancelled(nodes=nodes, by=by):
             return f"{', '.join(nodes)} may be used again, says {by}"
+        case DevicesKnown(devices=devices, problem=problem):
+            told = [f"{d.serial} is {d.standing}" for d in devices]
+            known = "; ".join(told[:DEVICES_TOLD]) or "nothing against any device"
+            more = len(told) - DEVICES_TOLD
+            apart = f"; and {more} more" if more > 0 else ""
+            return problem or f"the device ledger has {known}{apart}"
+        case DeviceJudged(device=device):
+            return f"device {device.serial} is {device.standing}: {device.why}"
         case Tick():
             return "time passed"
         case _:
@@ -178,6 +192,9 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             seen = sum(len(stack.ranks) for stack in stacks)
             missing = f"; not of all: {problem}" if problem else ""
             return f"{name} saw where {units.count(seen, 'rank')} of it stood{missing}"
+        case Preflighted(compared=compared, wrong=wrong, problem=problem):
+            came = wrong or problem or "all of them right"
+            return f"{name} compared {units.count(compared, 'answer')} for a preflight: {came}"
         case FaultDue(index=index):
             return f"planned fault {index} is due on {name}"
         case FaultCarriedOut(index=index, problem=problem):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from orchestrator.core import (
     course,
+    devices,
     drains,
     durable,
     facts,
@@ -102,6 +103,7 @@ class Controller:
         durable.give_up_search(state)
         decisions += self._answer(event)
         self._casebook.look(event)
+        decisions += devices.look(state, event)
         decisions += inspection.look(state)
         decisions += slowness.look(state)
         decisions += self._hang_up(event)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.core.standing import Act, Actor, Proof
 from orchestrator.core.trust import Onset, Verdict
 from orchestrator.protocol.cadence import Cadence
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.devices import Device
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Serial, Step
 from orchestrator.protocol.messages import Receipt
 
 
@@ -150,6 +152,29 @@ class InspectRanks(_Decision, frozen=True, kw_only=True):
     """What comes after waits no longer than this."""
 
 
+class JudgeDevice(_Decision, frozen=True, kw_only=True):
+    """Put a verdict on record in the device ledger, for this run and all others: DeviceJudged."""
+
+    id: str
+    """Names it: ordered again under this name, it is the same verdict."""
+    device: Device
+    node: NodeId
+    act: Act
+    actor: Actor
+    by: str
+    """Who it was, in words."""
+    proof: Proof = Proof.NONE
+
+
+class PreflightDevices(_Decision, frozen=True, kw_only=True):
+    """Have a node compute what is known beforehand, before it gets a seat again: Preflighted."""
+
+    node: NodeId
+    serials: tuple[Serial, ...]
+    within_s: float
+    """For so long at most."""
+
+
 class EndRun(_Decision, frozen=True, kw_only=True):
     """Stop everything, keep everything, and say how it ended."""
 
@@ -178,6 +203,8 @@ Decision = (
     | CarryOutFault
     | ProbeRanks
     | InspectRanks
+    | JudgeDevice
+    | PreflightDevices
     | EndRun
     | WakeAt
 )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import msgspec
 
+from orchestrator.core.decisions import JudgeDevice
+from orchestrator.core.standing import Standing
 from orchestrator.core.trust import Onset, Verdict
-from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Serial, Step
 from orchestrator.protocol.messages import (
     DetectorFailed,
     Fact,
@@ -42,6 +44,15 @@ class CommitLeft(msgspec.Struct, frozen=True, array_like=True):
     key: str
 
 
+class DeviceKnown(msgspec.Struct, frozen=True, array_like=True):
+    """Where a device stands, by the ledger of verdicts about devices."""
+
+    serial: Serial
+    standing: Standing
+    why: str
+    """Reason of the verdict that brought it there."""
+
+
 class Inherited(_Event, frozen=True, kw_only=True):
     """A former life of the run has ended; this is what it knew (core.heritage).
 
@@ -63,6 +74,10 @@ class Inherited(_Event, frozen=True, kw_only=True):
     """What must not be restored any more."""
     quarantined: tuple[tuple[NodeId, str], ...] = ()
     """(node, why), sorted: nobody has said yet that these may be used again."""
+    devices: tuple[DeviceKnown, ...] = ()
+    """What it knew of the device ledger, by serial, for the case that this can not be read."""
+    judging: tuple[JudgeDevice, ...] = ()
+    """Verdicts about devices that it ordered and does not know to be on record, in order."""
 
 
 class Reported(_Event, frozen=True, kw_only=True):
@@ -256,6 +271,28 @@ class DrainCancelled(_Event, frozen=True, kw_only=True):
     by: str
 
 
+class DevicesKnown(_Event, frozen=True, kw_only=True):
+    """The device ledger was read: when a controller takes over, and whenever somebody added to it.
+
+    What the core knows of other runs and of operators comes from here alone, so a journal is enough
+    to decide the same once more.
+    """
+
+    devices: tuple[DeviceKnown, ...] = ()
+    """Those about which there are verdicts, by serial; all of them."""
+    problem: str = ""
+    """Why it is not known, or not all of it; "" if it is."""
+
+
+class DeviceJudged(_Event, frozen=True, kw_only=True):
+    """A verdict about a device is on record in the ledger, as it was ordered."""
+
+    id: str
+    """Of the order."""
+    device: DeviceKnown
+    """Where that brought it."""
+
+
 class Tick(_Event, frozen=True, kw_only=True):
     """Time passed."""
 
@@ -282,5 +319,7 @@ Event = (
     | StopRequested
     | DrainRequested
     | DrainCancelled
+    | DevicesKnown
+    | DeviceJudged
     | Tick
 )

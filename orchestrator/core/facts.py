@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from orchestrator.core import copies, drains, durable, heritage, inspection, quarantine, slowness
+from orchestrator.core import (
+    copies,
+    devices,
+    drains,
+    durable,
+    heritage,
+    inspection,
+    quarantine,
+    slowness,
+)
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -12,6 +21,8 @@ from orchestrator.core.events import (
     Compared,
     ControllerStarted,
     CopiesHeld,
+    DeviceJudged,
+    DevicesKnown,
     DrainCancelled,
     DrainRequested,
     Event,
@@ -26,6 +37,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.records import Node
+from orchestrator.core.standing import Proof
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
@@ -35,6 +47,7 @@ from orchestrator.protocol.messages import (
     FaultCarriedOut,
     Joined,
     NodeUnusable,
+    Preflighted,
     PreparationFailed,
     Prepared,
     RankExited,
@@ -52,7 +65,9 @@ from orchestrator.protocol.messages import (
 )
 
 
-def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one line per event
+def apply(  # noqa: C901, PLR0912, PLR0915 - one line per event
+    state: RunState, event: Event
+) -> None:
     """Change the state by what the event says, and by nothing else."""
     match event:
         case ControllerStarted():
@@ -100,6 +115,11 @@ def apply(state: RunState, event: Event) -> None:  # noqa: C901, PLR0912 - one l
         case DrainCancelled(nodes=nodes):
             drains.cancel(state, nodes)
             quarantine.leave(state, nodes)
+            devices.release(state, nodes, event.by)
+        case DevicesKnown():
+            devices.know(state, event)
+        case DeviceJudged():
+            devices.judged(state, event)
         case _:
             pass
 
@@ -144,29 +164,34 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     copies.hold(state, node_id, copies.of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
+    devices.join(state, node, joined)
 
 
 def _compare(state: RunState, fact: StateDiverged | DetectorFailed) -> None:
     if isinstance(fact, StateDiverged):
-        quarantine.diverge(state, fact)
+        quarantine.diverge(state, fact, Proof.VOTE)
     else:
         state.detectors_off.setdefault(fact.detector, fact)
 
 
-def _take(  # noqa: C901, PLR0912 - one line per fact
+def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
     state: RunState, node: Node, fact: Fact
 ) -> None:
     """Apply a fact of the current generation; drop one of an older."""
     if isinstance(fact, NodeUnusable):
+        devices.break_down(state, node, fact)
         node.unusable = fact.reason
         state.weigh(node)
         return
     if isinstance(fact, StateDiverged):
         # Also one of an older generation: this one may continue what it is about.
-        quarantine.diverge(state, fact)
+        quarantine.diverge(state, fact, Proof.REPLAY)
         return
     if isinstance(fact, StacksTaken):
         inspection.take(state, node.id, fact)
+        return
+    if isinstance(fact, Preflighted):
+        devices.answer(state, node, fact)
         return
     generation = getattr(fact, "generation", state.generation)
     if generation != state.generation:
@@ -416,6 +441,7 @@ def reset_for_generation(
     state.exits_known = set()
     state.failed_preparation = ""
     state.diverged, state.suspects = [], []
+    state.watched_to = restored
     state.offered = ""
     state.lanes = {}
     # A commit that is under way may still succeed; nobody waits for it any more.

@@ -8,6 +8,7 @@ has lost it is not taken for one that never had any.
 
 from __future__ import annotations
 
+from orchestrator.core import devices
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import CommitLeft, Inherited
 from orchestrator.core.records import Committed, Quarantined
@@ -36,7 +37,12 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
             digests_differ=tuple(sorted(set(former.digests_differ))),
             commits=commits,
             onsets=tuple(former.onsets),
-            quarantined=tuple((node, q.why) for node, q in sorted(former.quarantined.items())),
+            # Of others the device ledger says so, and when that is over.
+            quarantined=tuple(
+                (node, q.why) for node, q in sorted(former.quarantined.items()) if not q.device
+            ),
+            devices=devices.left_by(former),
+            judging=tuple(former.judging_devices.values()),
         )
         for start in starts
     ]
@@ -53,6 +59,7 @@ def inherit(state: RunState, left: Inherited) -> None:
     state.quarantined = {
         node: Quarantined(node=node, since=state.now, why=why) for node, why in left.quarantined
     }
+    devices.inherit(state, left)
     # Without what was found wrong with them: the durable tier is asked anew.
     state.commits, state.sound_commits = [], set()
     state.know_commits(Committed(c.step, c.epoch, c.key, state.now) for c in left.commits)

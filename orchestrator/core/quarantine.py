@@ -6,15 +6,18 @@ is under suspicion can be tested for hours once it is out of the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
+from orchestrator.core import devices
 from orchestrator.core.incident import CORRUPTION
 from orchestrator.core.records import Quarantined
+from orchestrator.core.standing import Proof
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import Onset
-from orchestrator.protocol.ids import NodeId, Step
+from orchestrator.protocol.ids import NodeId, Serial, Step
 from orchestrator.protocol.messages import StateDiverged
 
 GUARD_SHARE = 0.01
@@ -25,10 +28,16 @@ single evidence."""
 GUARD_S = 86_400.0
 
 
-def diverge(state: RunState, told: StateDiverged) -> None:
+def diverge(state: RunState, told: StateDiverged, proof: Proof) -> None:
     """Enter that state is not what it should be, once, however often it is told.
 
     Who is proven to have corrupted it is quarantined. Who is only suspected is a policy's affair.
+    Of both the device ledger hears.
+
+    Args:
+        state: of the run.
+        told: what was found.
+        proof: in which way, if it is proven.
     """
     fact = _with_nodes(state, told)
     if fact in state.divergences_told or fact.generation > state.generation:
@@ -50,17 +59,37 @@ def diverge(state: RunState, told: StateDiverged) -> None:
         # A step's digest is also of the state that it began with.
         for step in [step for step in state.digests if step > good]:
             del state.digests[step]
+    ranks = fact.ranks if fact.generation == state.generation else ()
     if fact.proven:
-        enter(state, fact.nodes, f"proven by replay or vote: {fact.evidence}")
+        found = devices.convict(state, fact.nodes, ranks, proof, fact.evidence)
+        enter(state, fact.nodes, f"proven by replay or vote: {fact.evidence}", found)
+    else:
+        devices.suspect(state, fact.nodes, ranks, fact.evidence)
     if now_wrong or any(node in state.seated and node in state.quarantined for node in fact.nodes):
         state.diverged.append(fact)
         state.suspects += [node for node in fact.nodes if node not in state.suspects]
 
 
-def enter(state: RunState, nodes: Iterable[NodeId], why: str) -> None:
-    """Quarantine nodes, until somebody says that they may be used again."""
+def enter(
+    state: RunState,
+    nodes: Iterable[NodeId],
+    why: str,
+    against: Mapping[NodeId, Serial] = MappingProxyType({}),
+) -> None:
+    """Quarantine nodes, until somebody says that they may be used again.
+
+    Args:
+        state: of the run.
+        nodes: who.
+        why: in words.
+        against: by node, the device that it is held against, if that is known: then it is that
+            device of which somebody may say so.
+    """
     for node in nodes:
-        state.quarantined.setdefault(node, Quarantined(node=node, since=state.now, why=why))
+        entry = Quarantined(
+            node=node, since=state.now, why=why, device=against.get(node, Serial(""))
+        )
+        state.quarantined.setdefault(node, entry)
 
 
 def leave(state: RunState, nodes: Iterable[NodeId]) -> None:

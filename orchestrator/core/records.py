@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from orchestrator.core.trust import Verdict
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.devices import Device
+from orchestrator.protocol.ids import (
+    Generation,
+    IncidentId,
+    NodeId,
+    Rank,
+    Seconds,
+    Serial,
+    Step,
+)
 from orchestrator.protocol.rank import Speed
 
 
@@ -35,6 +44,10 @@ class Node:
     unusable: str = ""
     """Why it must not be used any more; "" while it may."""
     finished: bool = False
+    devices: tuple[Device, ...] = ()
+    """What it is made of, as far as its agent could tell."""
+    devices_unknown: str = ""
+    """Why that is not all; "" if it is."""
 
     @property
     def usable(self) -> bool:
@@ -106,6 +119,8 @@ class Quarantined:
     node: NodeId
     since: Seconds
     why: str
+    device: Serial = Serial("")
+    """Its device whose standing says so, and may say otherwise later; "" if none of it does."""
 
 
 @dataclass(slots=True, kw_only=True)

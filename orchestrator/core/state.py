@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from orchestrator.core.decisions import Decision
-from orchestrator.core.events import CheckpointFound
+from orchestrator.core.decisions import Decision, JudgeDevice
+from orchestrator.core.events import CheckpointFound, DeviceKnown
 from orchestrator.core.experience import Experience
 from orchestrator.core.fleet import Fleet, StepTimes
 from orchestrator.core.hearing import Hearing
@@ -29,7 +29,15 @@ from orchestrator.core.records import (
 )
 from orchestrator.core.trust import Onset, Verdict, trusted
 from orchestrator.protocol.cadence import Cadence
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.ids import (
+    Generation,
+    IncidentId,
+    NodeId,
+    Rank,
+    Seconds,
+    Serial,
+    Step,
+)
 from orchestrator.protocol.messages import (
     Ancestor,
     DetectorFailed,
@@ -231,6 +239,26 @@ class RunState:
     """Who is suspected of it, the most suspected first, and was not said to be well since."""
     divergences_told: list[StateDiverged] = field(default_factory=list)
     """All that was ever told of them: agents say it again when they reconnect."""
+    devices: dict[Serial, DeviceKnown] = field(default_factory=dict)
+    """Those about which the device ledger has verdicts."""
+    devices_problem: str = ""
+    """Why that is not known, or not all of it; "" if it is."""
+    judging_devices: dict[str, JudgeDevice] = field(default_factory=dict)
+    """Verdicts about devices that were ordered and are not on record yet, by name, in order."""
+    judged_devices: int = 0
+    """How many were ordered in this life."""
+    preflights: dict[NodeId, str] = field(default_factory=dict)
+    """Nodes that were told to compute what is known beforehand, on the connection that they have:
+    "" while they have not answered, else why nothing came of it."""
+    unsaid_verdicts: list[str] = field(default_factory=list)
+    """Those of them that the present event led to; none between events."""
+    retesting: set[NodeId] = field(default_factory=set)
+    """Nodes that are kept out for no more than devices that are to be tested."""
+    watched: dict[Serial, int] = field(default_factory=dict)
+    """Devices that something was found against: steps that they took since in this life, while
+    replicas were compared, with nothing more."""
+    watched_to: Step = Step(0)
+    """Up to which step that is counted."""
 
     def __post_init__(self) -> None:
         self.holdings = Holdings(self.run.world_size)

@@ -14,6 +14,16 @@ _REPLAYS_ON = {
 }
 
 
+def looks(run: TrainingRun, replicas: int) -> bool:
+    """Whether anything looks for wrong state, as far as is known: a program may by itself.
+
+    Args:
+        run: what is run.
+        replicas: that train now.
+    """
+    return digests(run, replicas).startswith("on") or replays(run, replicas).startswith("on")
+
+
 def digests(run: TrainingRun, replicas: int) -> str:
     """Say whether replicas are compared, and why not.
 

@@ -13,6 +13,7 @@ from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.records import Node
 from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
+from orchestrator.policy.devices import on_probation, suspected
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
 from orchestrator.policy.stragglers import found_slow
@@ -45,15 +46,18 @@ def place(state: RunState) -> Placement | None:
     if not replicas or shrinking.hope(state, gone, replicas) is not None:
         return None
     frame = shrinking.frame(state, gone, replicas)
-    lemons = retired(state)
+    lemons, probation, doubted = retired(state), on_probation(state), suspected(state)
     guilty = blamed(state) | strained(state) | lemons | aside(state) | found_slow(state).keys()
+    guilty |= probation
     cold_since = _cold_since(state)
     spares = sorted(
         (*frame.freed, *state.spares()),
         key=lambda node: (
             node in state.drains,
+            node in probation,
             node in lemons,
             node in guilty,
+            node in doubted,
             cold_since.get(node, 0.0),
         ),
     )
@@ -74,7 +78,7 @@ def place(state: RunState) -> Placement | None:
     evicted = there[: len(clean)]
     accused = [node for node in places if node in guilty and node not in (*swaps, *evicted)]
     accused = [node for node in accused if node in state.seated]
-    accused.sort(key=lambda node: node not in lemons)
+    accused.sort(key=lambda node: (node not in probation, node not in lemons))
     swaps |= dict(zip([*evicted, *accused], clean, strict=False))
     return Placement(
         seats=_seats(state, [swaps.get(node, node) for node in places]),
@@ -111,7 +115,7 @@ def _promised(state: RunState, gone: Sequence[NodeId]) -> int:
         return len(out)
     at_fault = blamed(state) | strained(state)
     clean = set(state.spares()) - at_fault - retired(state) - aside(state)
-    clean -= found_slow(state).keys()
+    clean -= found_slow(state).keys() | on_probation(state)
     accused = (here & (at_fault | set(suspects(state)))) - out
     return len(out) + min(len(accused), len(clean))
 
@@ -191,7 +195,9 @@ def _first(state: RunState) -> Placement | None:
     count = _starting(state)
     if not count:
         return None
-    seats = _seats(state, state.spares()[:count])
+    probation, doubted = on_probation(state), suspected(state)
+    nodes = sorted(state.spares(), key=lambda node: (node in probation, node in doubted))
+    seats = _seats(state, nodes[:count])
     return Placement(seats=seats, replicas=len(seats) // state.shard_count())
 
 
@@ -227,7 +233,9 @@ def _usable(state: RunState) -> int:
 
 def _spares_to_come(state: RunState) -> bool:
     nodes = state.run.spec.nodes
-    return _usable(state) < nodes.count + nodes.spares
+    # Who is here and kept out is not waited for.
+    kept_out = sum(node in state.nodes for node in state.quarantined)
+    return _usable(state) + kept_out < nodes.count + nodes.spares
 
 
 def _may_return(node: Node) -> bool:

@@ -14,7 +14,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
-from orchestrator.policy import lemons, planned, shrinking, suspicion
+from orchestrator.policy import devices, lemons, planned, shrinking, suspicion
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
@@ -207,7 +207,8 @@ def _named(state: RunState, node: NodeId) -> str:
     """Return a node, with why it is not to be relied on, if it is not."""
     if node in state.quarantined:
         return f"{node} (quarantined)"
-    why = lemons.standing(state, node) or suspicion.standing(state, node)
+    why = devices.standing(state, node)
+    why = why or lemons.standing(state, node) or suspicion.standing(state, node)
     return f"{node} ({why})" if why else node
 
 

@@ -42,7 +42,10 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     kernel_log: str = "/dev/kmsg"
     """Where the kernel says what happens to this node's hardware."""
     kernel_shared: bool = False
-    """Other nodes have the same kernel, so what it says is noted and takes out none of them."""
+    """Other nodes have the same kernel, so what it says is noted and takes out none of them. For
+    the same reason the machine's identity is none of a node's: its name belongs to it."""
+    serial: str = ""
+    """Of this node's machine, if whoever started the agent states it (spec.nodes.serials)."""
     host: str = "127.0.0.1"
     """Address on which other nodes reach this one."""
 

@@ -14,6 +14,7 @@ import msgspec
 
 from orchestrator.protocol import sizes
 from orchestrator.protocol.cutting import idle_pipeline, obstacles
+from orchestrator.protocol.devices import SERIAL_MAX, is_serial
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.ramp import Ramp, at_stage
 from orchestrator.protocol.runfile import Data, Trainer, TrainingRun, seconds
@@ -36,6 +37,7 @@ class Misfit(NamedTuple):
 def misfits(run: TrainingRun) -> Iterator[Misfit]:
     """Yield what does not fit, the most basic first."""
     yield from _world(run)
+    yield from _serials(run)
     yield from _pauses(run)
     yield from _replicas(run)
     yield from _intervals(run)
@@ -64,6 +66,23 @@ def _world(run: TrainingRun) -> Iterator[Misfit]:
             f"(nodes.count {nodes.count} x nodes.ranksPerNode {nodes.ranks_per_node})",
             "leave out dpShard to have it fill what the other dimensions leave",
         )
+
+
+def _serials(run: TrainingRun) -> Iterator[Misfit]:
+    whose: dict[str, str] = {}
+    for node, serial in sorted(run.spec.nodes.serials.items()):
+        where = f"spec.nodes.serials.{node} is {serial!r}"
+        if not is_serial(serial):
+            yield Misfit(
+                f"{where}, expected 1 to {SERIAL_MAX} characters that can be printed, no space",
+                "write for example `rack7-u12`",
+            )
+        elif serial in whose:
+            yield Misfit(
+                f"{where}, and {whose[serial]} has the same",
+                "each machine has one of its own: a verdict about one would take out both",
+            )
+        whose[serial] = node
 
 
 def _pauses(run: TrainingRun) -> Iterator[Misfit]:

@@ -5,6 +5,8 @@ from typing import NewType
 RunId = NewType("RunId", str)
 NodeId = NewType("NodeId", str)
 IncidentId = NewType("IncidentId", str)
+Serial = NewType("Serial", str)
+"""Names a device for longer than a run (protocol.devices)."""
 Rank = NewType("Rank", int)
 Generation = NewType("Generation", int)
 """One incarnation of the world. Advanced when a restart is *decided*; the fencing token."""

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import msgspec
 
 from orchestrator.protocol.cadence import Cadence
+from orchestrator.protocol.devices import Device
 from orchestrator.protocol.digests import Digests
-from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Serial, Step
 from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
@@ -64,6 +65,10 @@ class Joined(_Message, frozen=True, kw_only=True):
     """Store address that a rank of this node offered for that generation."""
     lanes: tuple[tuple[int, int], ...] = ()
     """Per rank of `ranks`: its part of the state digest, once finished."""
+    devices: tuple[Device, ...] = ()
+    """What this node is made of, as far as its identity is known: the machine, and its GPUs."""
+    devices_unknown: str = ""
+    """Why that is not all of them; "" if it is."""
 
 
 class StepReport(msgspec.Struct, frozen=True, array_like=True):
@@ -274,6 +279,8 @@ class NodeUnusable(_Message, frozen=True, kw_only=True):
     """This node can not be used any more, for example a process survived SIGKILL."""
 
     reason: str
+    serial: Serial = Serial("")
+    """Which of its devices the error of the hardware is of; "" if it is none, or not known."""
 
 
 class StateDiverged(_Message, frozen=True, kw_only=True):
@@ -325,6 +332,19 @@ class StacksTaken(_Message, frozen=True, kw_only=True):
     """Why not all of them are known; "" if they are."""
 
 
+class Preflighted(_Message, frozen=True, kw_only=True):
+    """This node computed what is known beforehand, as it was told to, and compared."""
+
+    serials: tuple[Serial, ...]
+    """Of which devices it was to be told."""
+    compared: int
+    """How many answers were."""
+    wrong: str = ""
+    """The first that was not what it must be; "" if all were."""
+    problem: str = ""
+    """Why nothing could be compared; "" if something was."""
+
+
 class FaultDue(_Message, frozen=True, kw_only=True):
     """A planned fault is due here; it is carried out only when the controller has noted it."""
 
@@ -355,6 +375,7 @@ Fact = (
     | DetectorFailed
     | RankProbed
     | StacksTaken
+    | Preflighted
     | FaultDue
     | FaultCarriedOut
     | Joined
@@ -511,6 +532,15 @@ class Inspect(_Message, frozen=True, kw_only=True):
     """A later order waits no longer than this."""
 
 
+class Preflight(_Message, frozen=True, kw_only=True):
+    """Compute what is known beforehand on these devices, and say whether it came out so."""
+
+    order: str
+    serials: tuple[Serial, ...]
+    within_s: float
+    """For so long at most."""
+
+
 class Arm(_Message, frozen=True, kw_only=True):
     """Watch for the moments at which these planned faults are due (faults.plan.Fault as data)."""
 
@@ -529,6 +559,7 @@ ToAgent = (
     | CarryOut
     | Probe
     | Inspect
+    | Preflight
     | Arm
 )
 

@@ -68,6 +68,9 @@ class Nodes(_Section, frozen=True, kw_only=True):
     """Ranks of each machine; as many as it has GPUs."""
     spares: NonNegative = 0
     """Machines more, warm, which take the place of others."""
+    serials: dict[str, str] = {}
+    """Who a node's machine is, by the node's name, where it can not tell that by itself or many
+    machines say the same: `{node-0: rack7-u12}`. Verdicts about devices go by it."""
 
 
 class Parallelism(_Section, frozen=True, kw_only=True):
@@ -297,6 +300,10 @@ class Recovery(_Section, frozen=True, kw_only=True):
     one that is gone; it grows back when there is one again. The global batch stays what it is.
     Default: half of them if `trainer.reduction` is deterministic, since then the result stays the
     same to the bit; else all, so the run waits, and a user who wants the time more says so."""
+    device_ledger: str | None = None
+    """Where verdicts about devices are kept for all runs: a folder, file:///folder or
+    s3://bucket/prefix; default `devices` in $HOLDFAST_HOME. By itself a run with a fault plan has
+    one of its own, in its folder: what is broken on purpose tells nothing of a device."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
     `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `cadence`,

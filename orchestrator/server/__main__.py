@@ -31,11 +31,14 @@ from orchestrator.server.metrics import Metrics, reading_token
 from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
+from orchestrator.worlds.devices import DeviceLedger, address
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.folder import RunFolder, former_journals
 from orchestrator.worlds.local import LocalWorld
+from orchestrator.worlds.registrar import Registrar
 from orchestrator.worlds.requests import Inbox
 from orchestrator.worlds.vault import Vault
+from storage.address import open_store
 
 log = logging.getLogger("holdfast.controller")
 EXIT_ALREADY_RUNNING = 4
@@ -51,6 +54,8 @@ REQUEST_LOOK_S = 0.2
 SWITCH_S = 0.0002
 """While this side decides, the server gets to run this soon, not after 5 ms: it hands the
 interpreter over at every system call, of which each connection takes several."""
+LEDGER_S = 5.0
+"""For so long a controller that takes over waits for the device ledger, and no longer."""
 SETTLE_S = 1.0
 """At the end the durable tier has so long to do what was ordered, and more if agents left early."""
 T = TypeVar("T", TrainingRun, FaultPlan)
@@ -96,7 +101,8 @@ def _run(folder: RunFolder, port: int) -> int:
         return EXIT_UNTRUSTED
     if file.torn:
         log.warning("journal cut behind event %d: %s", file.mark().seq, file.torn)
-    world = _world(run, folder, clock, controller)
+    registrar = _registrar(run, folder, clock)
+    world = _world(run, folder, clock, controller, registrar)
     world.resume(controller.state, taken.told.entries())
     deciding = Deciding(taken, world, Snapshots(folder.snapshot, run.metadata.name))
     sys.setswitchinterval(SWITCH_S)
@@ -107,7 +113,8 @@ def _run(folder: RunFolder, port: int) -> int:
         for event in left:
             deciding.handle(event)
         server.start()
-        _drive(controller, world, deciding, server.url, folder, clock)
+        _publish_address(folder, server.url, controller)
+        _drive(controller, world, deciding, registrar, folder, clock)
     finally:
         server.stop()
         file.close()
@@ -164,8 +171,17 @@ def _decoded(path: Path, kind: type[T]) -> T:
         raise _DamagedError(f"{error}: {path}") from error
 
 
+def _registrar(run: TrainingRun, folder: RunFolder, clock: RunClock) -> Registrar:
+    ledger = DeviceLedger(open_store(address(run, folder)))
+    return Registrar(ledger, run.metadata.name, clock, within_s=LEDGER_S)
+
+
 def _world(
-    run: TrainingRun, folder: RunFolder, clock: RunClock, controller: Controller
+    run: TrainingRun,
+    folder: RunFolder,
+    clock: RunClock,
+    controller: Controller,
+    registrar: Registrar,
 ) -> AgentWorld:
     faults: tuple[ArmedFault, ...] = ()
     if folder.plan_file.exists():
@@ -177,22 +193,27 @@ def _world(
         clock=clock,
         vault=Vault(run, uri, clock, limits=controller.state.timeouts),
         schedule=Schedule(faults),
+        registrar=registrar,
     )
+
+
+def _publish_address(folder: RunFolder, url: str, controller: Controller) -> None:
+    """Let agents know where this controller listens."""
+    incarnation = controller.state.incarnation + 1
+    at = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
+    _publish(folder.address, msgspec.json.encode(at))
 
 
 def _drive(
     controller: Controller,
     world: AgentWorld,
     deciding: Deciding,
-    url: str,
+    registrar: Registrar,
     folder: RunFolder,
     clock: RunClock,
 ) -> None:
     """Take over, and decide until the run has ended."""
-    incarnation = controller.state.incarnation + 1
     ended = controller.state.phase.final
-    address = ControllerAddress(url=url, pid=os.getpid(), incarnation=incarnation)
-    _publish(folder.address, msgspec.json.encode(address))
     inbox = Inbox(folder.requests)
     asked = threading.Thread(target=_watch_for_requests, args=(folder, world, inbox), daemon=True)
     if ended:
@@ -202,11 +223,16 @@ def _drive(
         world.carry_out(
             EndRun(generation=state.generation, reason=state.end_reason, state=state.end_state)
         )
+        for order in state.judging_devices.values():
+            world.carry_out(order)
         expected = [node.id for node in state.nodes.values() if not node.lost]
     else:
         expected = []
-        started = ControllerStarted(at=clock(), incarnation=incarnation)
-        deciding.handle(started)
+        incarnation = controller.state.incarnation + 1
+        deciding.handle(ControllerStarted(at=clock(), incarnation=incarnation))
+        # Before any node joins: whom the ledger bars gets no seat, not even the first.
+        deciding.handle(registrar.at_start())
+        registrar.watch(world.know)
         # Not before: what was asked of nobody is stamped after this controller began to live.
         asked.start()
         for event in world.events():

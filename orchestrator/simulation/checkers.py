@@ -32,6 +32,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.ledger import micros
 from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
+from orchestrator.policy.devices import on_probation
 from orchestrator.policy.lemons import retired
 from orchestrator.policy.suspicion import most
 from orchestrator.protocol.ids import Generation, NodeId, Step
@@ -126,9 +127,12 @@ class Invariants:
         assert not free, f"{', '.join(free)} had a seat, has none now, and is not fenced"
         cordoned = sorted({*order.seats} & {*state.drains} - {*before})
         assert not cordoned, f"new seats on nodes that are cordoned: {', '.join(cordoned)}"
-        left = {*state.spares()} - (lemons := retired(state))
-        relied_on = sorted(({*order.seats} - {*before}) & lemons)
-        assert not (left and relied_on), f"seats on {relied_on}, retired; {sorted(left)} are free"
+        probation = on_probation(state)
+        left = {*state.spares()} - (lemons := retired(state)) - probation
+        relied_on = sorted(({*order.seats} - {*before}) & (lemons | probation))
+        assert not (left and relied_on), (
+            f"seats on {relied_on}, retired or on probation; {sorted(left)} are free"
+        )
         for node, buddy in order.buddies.items():
             assert node != buddy, f"{node} is its own buddy"
             assert buddy not in state.quarantined, f"{buddy} is quarantined, and a buddy"
@@ -237,6 +241,7 @@ def _essence(state: RunState) -> dict[str, object]:
         "condemned": (state.condemned_memory, state.struck),
         "unfit": state.unfit,
         "trust": (state.onsets, state.quarantined, state.suspects),
+        "devices": (state.devices, [*state.judging_devices], state.watched, state.retesting),
         "ledger": {str(name): us for name, us in state.ledger.totals().items()},
     }
 

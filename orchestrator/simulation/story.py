@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from orchestrator.core.decisions import Decision, RetainMemory
-from orchestrator.core.events import Event, Reported, Telemetry, Tick
+from orchestrator.core.events import DeviceKnown, Event, Reported, Telemetry, Tick
 from orchestrator.core.journal import Entry
+from orchestrator.protocol.devices import Device
 from orchestrator.protocol.messages import (
     MARKS,
     Holding,
@@ -84,7 +85,7 @@ def _values(record: msgspec.Struct) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 
-def _value(value: Any) -> str:  # noqa: ANN401 - of any field
+def _value(value: Any) -> str:  # noqa: ANN401, PLR0911 - of any field
     if isinstance(value, tuple) and value and isinstance(value[0], Holding):
         by_step: dict[int, list[int]] = {}
         for rank, step in ((held.rank, held.step) for held in value):
@@ -92,6 +93,9 @@ def _value(value: Any) -> str:  # noqa: ANN401 - of any field
         return ", ".join(f"step {step}: {ranks}" for step, ranks in sorted(by_step.items()))
     if isinstance(value, tuple) and value and isinstance(value[0], Receipt):
         return f"shards {[receipt.shard for receipt in value]}"
+    devices = value if isinstance(value, tuple) else (value,)
+    if devices and isinstance(devices[0], Device | DeviceKnown):
+        return ", ".join(map(_device, devices[:ITEMS_MAX]))
     if isinstance(value, tuple | dict) and len(value) > ITEMS_MAX:
         return f"{len(value)} of them"
     if isinstance(value, msgspec.Struct):
@@ -99,3 +103,9 @@ def _value(value: Any) -> str:  # noqa: ANN401 - of any field
     if isinstance(value, float):
         return f"{value:g}"
     return str(value)
+
+
+def _device(value: Device | DeviceKnown) -> str:
+    if isinstance(value, Device):
+        return f"{value.kind} {value.serial}"
+    return f"{value.serial} is {value.standing}: {value.why}"

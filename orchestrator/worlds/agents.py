@@ -29,6 +29,8 @@ from orchestrator.core.decisions import (
     FenceNode,
     InspectRanks,
     JudgeCheckpoint,
+    JudgeDevice,
+    PreflightDevices,
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
@@ -62,6 +64,7 @@ from orchestrator.protocol.messages import (
     FromAgent,
     Inspect,
     Joined,
+    Preflight,
     Probe,
     Reached,
     Retain,
@@ -75,6 +78,7 @@ from orchestrator.worlds.addresses import Addresses
 from orchestrator.worlds.faults import Schedule
 from orchestrator.worlds.links import Link, Links
 from orchestrator.worlds.orders import Orders
+from orchestrator.worlds.registrar import Registrar
 from orchestrator.worlds.telemetry import Columns
 from orchestrator.worlds.vault import Vault
 
@@ -104,6 +108,7 @@ class AgentWorld:
         clock: the run's clock, seconds; safe from any thread.
         vault: the durable tier.
         schedule: planned faults.
+        registrar: keeps verdicts about devices; None for nobody, and they end with the run.
     """
 
     def __init__(
@@ -114,9 +119,10 @@ class AgentWorld:
         clock: Callable[[], Seconds],
         vault: Vault,
         schedule: Schedule,
+        registrar: Registrar | None = None,
     ) -> None:
         self.run, self.timeouts, self.clock = run, timeouts, clock
-        self._vault = vault
+        self._vault, self._registrar = vault, registrar
         self._schedule = schedule
         self._queue: deque[_Arrived | _Known] = deque()
         self._bell = threading.Event()
@@ -264,6 +270,11 @@ class AgentWorld:
                     within_s=decision.within_s,
                 )
                 self._links.send_all(decision.nodes, asked)
+            case JudgeDevice():
+                if self._registrar is not None:
+                    self._registrar.judge(decision, self.know)
+            case PreflightDevices(node=node, serials=serials, within_s=within_s):
+                self._links.send(node, Preflight(order=order, serials=serials, within_s=within_s))
             case EndRun(reason=reason):
                 self._farewell = Farewell(order=order, reason=reason)
                 self._links.send_all(self._links, self._farewell)
@@ -302,8 +313,14 @@ class AgentWorld:
         return set()
 
     def settle(self, within_s: float) -> bool:
-        """Wait until what was ordered of the durable tier is done; return whether it is."""
-        return self._vault.settle(within_s)
+        """Wait until what was ordered of the durable tier is done; return whether it is.
+
+        So long it is also waited for that verdicts about devices are on record.
+        """
+        deadline = time.monotonic() + within_s
+        done = self._vault.settle(within_s)
+        left_s = max(deadline - time.monotonic(), 0.0)
+        return (self._registrar is None or self._registrar.settle(left_s)) and done
 
     # Coming in ------------------------------------------------------------------------------
 

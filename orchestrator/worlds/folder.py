@@ -55,6 +55,8 @@ class RunFolder:
         """`EvaluationLine` for each evaluation, by the same."""
         self.nodes = self.root / "nodes"
         self.checkpoints = self.root / "checkpoints"
+        self.devices = self.root / "devices"
+        """Verdicts about devices, of a run with a fault plan (worlds.devices)."""
 
     def rank_log(self, rank: int) -> Path:
         """Return the file with what the holders of a rank printed, oldest first."""

@@ -11,6 +11,7 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
+from orchestrator.worlds.registrar import Registrar
 from orchestrator.worlds.vault import Vault
 from orchestrator.worlds.watching import Watch
 
@@ -26,8 +27,11 @@ class LocalWorld(AgentWorld):
         clock: Callable[[], Seconds],
         vault: Vault,
         schedule: Schedule,
+        registrar: Registrar | None = None,
     ) -> None:
-        super().__init__(run, timeouts, clock=clock, vault=vault, schedule=schedule)
+        super().__init__(
+            run, timeouts, clock=clock, vault=vault, schedule=schedule, registrar=registrar
+        )
         self._pids: dict[NodeId, int] = {}
         self._processes = Watch()
 

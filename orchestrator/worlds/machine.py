@@ -188,6 +188,7 @@ class Machine:
             logs=str(self._folder.logs),
             # All nodes are this one machine: a line of its kernel would take out every one of them.
             kernel_shared=True,
+            serial=self._run.spec.nodes.serials.get(node, ""),
         )
 
     def close(self) -> None:

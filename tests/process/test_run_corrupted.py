@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.events import Compared
+from orchestrator.core.events import Compared, Reported
 from orchestrator.core.report import Report
+from orchestrator.protocol.messages import Joined
+from orchestrator.worlds.devices import DeviceLedger
+from storage.local import LocalStore
 from tests import runfiles, tiny
 from tests.runs import Job
 
@@ -64,6 +67,22 @@ def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_el
     assert report.final_state_digest == undisturbed.final_state_digest
     assert report.losses == undisturbed.losses
     assert (report.divergences, report.replicas_differ) == ([], [])
+    (device,) = [
+        device
+        for entry in corrupted.entries()
+        if isinstance(entry.event, Reported) and isinstance(entry.event.fact, Joined)
+        for device in entry.event.fact.devices
+        if entry.event.node == "node-1"
+    ][:1]
+    ledger = DeviceLedger(LocalStore(corrupted.folder.devices))
+    ledger.refresh()
+    (verdict,) = ledger.verdicts
+    assert (verdict.serial, verdict.proof, verdict.incident) == (
+        device.serial,
+        "vote",
+        incident.id,
+    )
+    assert not (tmp_path / "d" / "home" / "@devices").exists(), "it was we who broke it"
 
 
 def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_them(

@@ -18,14 +18,21 @@ STORIES = sorted(path.stem for path in FOLDER.glob("*.txt"))
 DASHES = "-" * 40
 
 
-def told(given: str) -> str:
-    """Return what happens in a scenario, from what is written above its line."""
+def job_of(given: str) -> SimulatedJob:
+    """Return the run of a scenario, from what is written above its line."""
     described = yaml.safe_load(given)
-    job = SimulatedJob(
+    return SimulatedJob(
         steps_job(**described.get("run", {})),
         described.get("faults", []),
         operations=described.get("operations", []),
+        devices=described.get("devices", {}),
+        failing=described.get("failing", []),
     )
+
+
+def told(given: str) -> str:
+    """Return what happens in a scenario, from what is written above its line."""
+    job = job_of(given)
     _, report = job.conduct()
     incidents = [f"{i.id} {i.kind} ({i.cause}): {i.rung}" for i in report.incidents]
     ended = f"{report.state}: {report.reason}"

@@ -4,7 +4,6 @@ from typing import Any
 
 import msgspec
 import pytest
-import yaml
 
 from orchestrator import compose
 from orchestrator.core import journal, snapshot
@@ -14,9 +13,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.snapshot import SnapshotError
 from orchestrator.protocol.runfile import TrainingRun
 from tests.conftest import Cluster
-from tests.runs import steps_job
-from tests.scenarios.test_golden import DASHES, FOLDER, STORIES
-from tests.simulated import SimulatedJob
+from tests.scenarios.test_golden import DASHES, FOLDER, STORIES, job_of
 
 CUTS = 7
 """Snapshots of one story, evenly spread over its events."""
@@ -25,12 +22,7 @@ CUTS = 7
 def story(name: str) -> tuple[TrainingRun, list[Entry]]:
     """Return the run of a golden scenario, and what was put on record of it."""
     given = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").partition(f"{DASHES}\n")[0]
-    described = yaml.safe_load(given)
-    job = SimulatedJob(
-        steps_job(**described.get("run", {})),
-        described.get("faults", []),
-        operations=described.get("operations", []),
-    )
+    job = job_of(given)
     job.conduct()
     return msgspec.convert(job.run, TrainingRun), job.journal
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.agent.devices import Devices, disks_of, gpus_of
+from orchestrator.agent.devices import Devices, Gpus, disks_of, gpus_of, own_devices
 from orchestrator.agent.kernel import BadTableError, Judge, KernelLog, read_table
 
 OFF_THE_BUS = "NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', GPU has fallen off the bus."
@@ -144,8 +144,30 @@ def test_a_gpu_is_the_nodes_if_it_is_known_that_a_rank_uses_it(
         (tmp_path / address).mkdir()
         (tmp_path / address / "information").write_text(f"Model: \t x\nGPU UUID: \t {uuid}\n")
 
-    assert gpus_of(ranks, environ, tmp_path) == own
-    assert gpus_of(ranks, environ, tmp_path / "none") == frozenset()
+    found = gpus_of(ranks, environ, tmp_path)
+
+    assert {gpu.address for gpu in found.own} == own
+    assert ("which of 2 GPUs" in found.problem) == (not own)
+    assert gpus_of(ranks, environ, tmp_path / "none") == Gpus()
+    devices = own_devices(found, [])
+    assert all(devices.own("gpu", address) for address in own)
+
+
+def test_whose_rank_computes_on_a_gpu_is_known_where_cuda_counts_as_the_bus_does(
+    tmp_path: Path,
+) -> None:
+    for address, uuid in (("0000:3b:00.0", "GPU-aa11"), ("0000:86:00.0", "GPU-????????-????")):
+        (tmp_path / address).mkdir()
+        text = f"Model: \t\t NVIDIA H100\nIRQ: 1\nGPU UUID: \t {uuid}\n"
+        (tmp_path / address / "information").write_text(text)
+
+    by_bus = gpus_of(2, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, tmp_path)
+    assert by_bus.ordered
+    assert [tuple(gpu) for gpu in by_bus.own] == [
+        ("0000:3b:00", "GPU-aa11", "NVIDIA H100"),
+        ("0000:86:00", "", "NVIDIA H100"),
+    ]
+    assert not gpus_of(2, {}, tmp_path).ordered
 
 
 def test_the_table_says_of_each_entry_where_it_is_from() -> None:

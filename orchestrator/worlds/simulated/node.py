@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from orchestrator.agent.shards import Lineage
+from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     PROTOCOL_VERSION,
@@ -74,6 +75,7 @@ class SimNode:
         shelf: ranks whose shards it holds, by save.
         fresh: whether its processes have never had a seat.
         slow: times longer that a step takes because of it, 1.0 if it is well.
+        devices: what it is made of; a reboot changes nothing of that.
     """
 
     def __init__(self, name: NodeId) -> None:
@@ -83,6 +85,7 @@ class SimNode:
         self.incarnation = 1
         self.connection = 0
         self.slow = 1.0
+        self.devices: tuple[Device, ...] = ()
         self._forget()
 
     def _forget(self) -> None:
@@ -200,4 +203,5 @@ class SimNode:
             holdings=self.holdings(),
             offered=self.offered,
             lanes=self.lanes,
+            devices=self.devices,
         )

@@ -25,6 +25,8 @@ from orchestrator.core.decisions import (
     FenceNode,
     InspectRanks,
     JudgeCheckpoint,
+    JudgeDevice,
+    PreflightDevices,
     ProbeRanks,
     RetainMemory,
     SearchCheckpoints,
@@ -58,6 +60,7 @@ from orchestrator.worlds.simulated.agenda import NEVER
 from orchestrator.worlds.simulated.breaking import Breaking
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.corruption import Corruption
+from orchestrator.worlds.simulated.devices import SimLedger
 from orchestrator.worlds.simulated.flaws import Flaws
 from orchestrator.worlds.simulated.looks import Looks
 from orchestrator.worlds.simulated.node import Judge, SimNode
@@ -97,6 +100,7 @@ class SimulatedWorld:
         team: the ranks of the newest generation; None before the first.
         controller_killed: whether a fault has killed the controller, which whoever drives it does.
         corruption: which nodes compute wrong numbers, and which states came of that.
+        devices: what nodes are made of, and what is on record about that.
     """
 
     def __init__(  # noqa: PLR0913 - each is one knob of an experiment
@@ -136,6 +140,7 @@ class SimulatedWorld:
         self.layout = run.layout
         self.breaking = Breaking(self, faults)
         self.corruption = Corruption(self.cluster)
+        self.devices = SimLedger(self.cluster)
         self.cluster.connect_all()
 
     @property
@@ -209,6 +214,10 @@ class SimulatedWorld:
                 cluster.agenda.after(decision.within_s, partial(self._probe, decision))
             case InspectRanks():
                 cluster.later(self._profile.order, partial(self._inspect, decision))
+            case JudgeDevice():
+                cluster.later(self._profile.commit, partial(self.devices.judge, decision))
+            case PreflightDevices():
+                self.devices.preflight(decision)
             case EndRun():
                 self._over = True
             case WakeAt(at=at):
@@ -269,6 +278,7 @@ class SimulatedWorld:
         for request in self._requests:
             self.cluster.emit(request)
         self.corruption.resume(entries)
+        self.devices.tell()
         self.cluster.connect_all()
 
     # Looking --------------------------------------------------------------------------------------

@@ -1,0 +1,179 @@
+r"""The device ledger as it is kept: verdicts about devices, only ever added, for all runs.
+
+    verdicts/000000000007.json      `<xxh3-64 of the rest> <DeviceVerdict as JSON>\n`
+
+It is a store like that of checkpoints (storage/FORMAT.md): a folder or a bucket, whose blobs are
+there whole or not at all and never change. A verdict is put under the next number; who finds the
+number taken reads what is there and takes the one behind it. So there is one order, whoever adds,
+with no lock that somebody could die with, and a verdict whose name is there already is not added
+once more, should its writer not know whether it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from orchestrator.core.standing import DeviceVerdict, Record, fold, refusal
+from orchestrator.protocol.ids import Serial
+from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.worlds.folder import RunFolder, home
+from storage.blob import BlobStore, get_small
+from storage.errors import (
+    BlobExistsError,
+    BlobNotFoundError,
+    BlobTooLargeError,
+    StorageError,
+    StorageUnavailableError,
+    is_of_content,
+)
+
+VERDICTS = "verdicts/"
+DIGITS = 12
+VERDICT_BYTES_MAX = 64 << 10
+OF_ALL_RUNS = "@devices"
+"""In `home()`. No run has such a name."""
+_ATTEMPTS = 64
+_encode = msgspec.json.Encoder(order="deterministic").encode
+_decode = msgspec.json.Decoder(DeviceVerdict).decode
+
+
+class Damage(NamedTuple):
+    """A verdict that is not what was put there."""
+
+    key: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.problem}"
+
+
+def address(run: TrainingRun, folder: RunFolder) -> str:
+    """Return where the ledger of a run is."""
+    stated = run.spec.recovery.device_ledger
+    if stated is not None:
+        return stated
+    if folder.plan_file.exists() or run.spec.campaign:
+        return str(folder.devices)
+    return address_of_all_runs()
+
+
+def address_of_all_runs() -> str:
+    """Return where the ledger is that runs share whose files name none."""
+    return str(home() / OF_ALL_RUNS)
+
+
+class DeviceLedger:
+    """Verdicts in a store. Any thread; whoever comes while the store hangs waits as well.
+
+    Args:
+        store: where they are.
+
+    Attributes:
+        verdicts: what was read so far, in order.
+        damages: what could not be read, though it is there.
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self.verdicts: list[DeviceVerdict] = []
+        self.damages: list[Damage] = []
+        self._read: set[str] = set()
+        self._next = 0
+
+    def refresh(self) -> None:
+        """Read what was added since the last call.
+
+        Raises:
+            StorageError: if the store does not answer. What was read until then counts.
+        """
+        with self._lock:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        new = [key for key in self._store.keys(VERDICTS) if key not in self._read]
+        for key in new:
+            self._take(key)
+
+    def add(self, verdict: DeviceVerdict) -> None:
+        """Add a verdict behind all others, if none of its name is there.
+
+        Raises:
+            ValueError: if nobody may give such a verdict.
+            StorageError: if it is not there; or if that is not known, then add it once more.
+        """
+        if why := refusal(verdict):
+            raise ValueError(why)
+        data = written(verdict)
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                self._refresh()
+                if any(known.id == verdict.id for known in self.verdicts):
+                    return
+                try:
+                    self._store.put(key_of(self._next), data)
+                except BlobExistsError:
+                    continue
+                self._take(key_of(self._next))
+                return
+        raise StorageUnavailableError(f"no free number in {_ATTEMPTS} attempts: {VERDICTS}")
+
+    def records(self) -> dict[Serial, Record]:
+        """Return what follows from the verdicts that were read, by device."""
+        return fold(self.verdicts)
+
+    def problem(self) -> str:
+        """Say that some could not be read; "" if all could."""
+        if not self.damages:
+            return ""
+        more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
+        return f"the device ledger is damaged: {self.damages[0]}{more}"
+
+    def _take(self, key: str) -> None:
+        number = key.removeprefix(VERDICTS).removesuffix(".json")
+        # Whatever it is that lies there: what is added comes behind it.
+        if number.isdecimal():
+            self._next = max(self._next, int(number) + 1)
+        try:
+            verdict = read(get_small(self._store, key, VERDICT_BYTES_MAX))
+        except (ValueError, BlobNotFoundError, BlobTooLargeError) as error:
+            self.damages.append(Damage(key, str(error)))
+        except StorageError as error:
+            if not is_of_content(error):
+                raise
+            self.damages.append(Damage(key, str(error)))
+        else:
+            self.verdicts.append(verdict)
+        self._read.add(key)
+
+
+def key_of(number: int) -> str:
+    """Return the key of a verdict by its place in the order."""
+    return f"{VERDICTS}{number:0{DIGITS}}.json"
+
+
+def written(verdict: DeviceVerdict) -> bytes:
+    """Return a verdict as it is kept."""
+    body = _encode(verdict)
+    return b"%s %s\n" % (xxhash.xxh3_64_hexdigest(body).encode(), body)
+
+
+def read(data: bytes) -> DeviceVerdict:
+    """Read a verdict as it is kept.
+
+    Raises:
+        ValueError: if these bytes are not what was written, or of another version.
+    """
+    checksum, _, rest = data.partition(b" ")
+    body = rest.removesuffix(b"\n")
+    found = xxhash.xxh3_64_hexdigest(body)
+    if checksum.decode("ascii", "replace") != found or not data.endswith(b"\n"):
+        raise ValueError(f"checksum is {found}, the file says {checksum[:16]!r}")
+    try:
+        return _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"of another version: {error}") from error

@@ -1,0 +1,30 @@
+"""A real agent says who it is, and computes what is known beforehand when it is told to."""
+
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.agent.preflight import CASES, SCALES
+from orchestrator.protocol.ids import Serial
+from orchestrator.protocol.messages import Beat, Joined, Preflight, Preflighted
+from tests.programs.played import Agent, Controller
+
+pytestmark = pytest.mark.process
+
+
+def test_an_agent_says_who_it_is_and_is_heard_while_it_computes_what_is_known_beforehand(
+    controller: Controller, start: Callable[..., Agent]
+) -> None:
+    start(serial="rack7-u12")
+    _, joined = controller.hear(Joined)
+    machine = joined.devices[0]
+    assert (machine.serial, machine.kind, machine.source) == ("rack7-u12", "machine", "stated")
+
+    order = Preflight(order="p", serials=(Serial("rack7-u12"),), within_s=1.0)
+    controller.send("node-0", order)
+    at, came = controller.hear(Preflighted)
+
+    assert (came.serials, came.wrong, came.problem) == (("rack7-u12",), "", "")
+    assert came.compared % (len(CASES) * len(SCALES)) == 0
+    assert came.compared > 0
+    controller.hear(Beat, since=at)

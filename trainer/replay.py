@@ -58,17 +58,20 @@ class Pace:
     Args:
         share: of the time of a step, that they may take.
         work: of any rank.
+        watched: whether they come in every step in this generation, whatever they take.
 
     Attributes:
         every: so many steps.
-        longest: never more than so many, whatever they cost.
+        longest: never more than so many, whatever they cost, in any generation of the run.
         fixed: whether that stays as it is, as it does if they may take all the time they want.
     """
 
-    def __init__(self, share: float, work: Share) -> None:
-        self.every = self._least = every(share, work)
+    def __init__(self, share: float, work: Share, *, watched: bool = False) -> None:
+        self._least = every(share, work)
+        self.every = 1 if watched else self._least
+        # Also of a generation in which all was looked at: the one before it may not have been.
         self.longest = LONGEST * self._least
-        self.fixed = share >= 1
+        self.fixed = watched or share >= 1
         self._share = share
         self._costs: deque[float] = deque(maxlen=COSTS)
 

@@ -26,6 +26,7 @@ class Replays:
         training: whose steps they are of.
         samples: of all ranks.
         share: of the time of a step, that they may take.
+        watched: whether they come in every step, whatever they take.
     """
 
     @staticmethod
@@ -38,11 +39,13 @@ class Replays:
             return False
         return layout.pp == 1 and layout.readers > 1
 
-    def __init__(self, training: Stepping, samples: Batches, share: float) -> None:
+    def __init__(
+        self, training: Stepping, samples: Batches, share: float, *, watched: bool = False
+    ) -> None:
         self._training = training
         self.ring = Ring(training, samples)
         self.doubts = Doubts(training, self.ring)
-        self.pace = Pace(share, training.share)
+        self.pace = Pace(share, training.share, watched=watched)
         self._guard = Guard("replays")
         self._probe = Probe(self._guard)
         self._due = self._tested = False

@@ -151,9 +151,10 @@ class Training:
         empty: leave the weights without values, for a restore to fill in.
         note: hears what each step came to, on every rank.
         detection: how much of a step's time goes into looking for wrong state; default none.
+        watched: whether there are replays in every step, if there are any at all.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a training is made of
         self,
         job: runfile.Trainer,
         config: ModelConfig,
@@ -163,6 +164,7 @@ class Training:
         empty: bool = False,
         note: Callable[[Figures], None] = lambda _: None,
         detection: runfile.Detection = UNWATCHED,
+        watched: bool = False,
     ) -> None:
         self.job, self.samples, self.world = job, samples, world
         self.config, self._note = config, note
@@ -200,7 +202,7 @@ class Training:
             self._watch = Watch(held, self._digest_period(digest_share))
         self._replays: Replays | None = None
         if detection.replay_share and Replays.possible(world.layout, world.device):
-            self._replays = Replays(self, samples, detection.replay_share)
+            self._replays = Replays(self, samples, detection.replay_share, watched=watched)
 
     def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:
         """Take optimizer step `step` (1-based) together with the other ranks, and report it.

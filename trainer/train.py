@@ -54,6 +54,7 @@ def train(worker: Worker, seat: Seat) -> None:
             empty=seat.restore is not None or job.has_begun,
             note=note,
             detection=job.detection,
+            watched=seat.watched,
         )
         worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)

@@ -290,6 +290,7 @@ class Seating:
             job=terms.job,
             restore=restore,
             cadence=order.cadence,
+            watched=order.watched,
             free_slots=self._keeper.free_slots(rank),
             cache_dir=str(self.cache),
             log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),

@@ -51,6 +51,9 @@ class StartGeneration(_Decision, frozen=True, kw_only=True):
     """Where each node of the world copies what its ranks stage."""
     cadence: Cadence | None = None
     """How often it saves, until something else is decided; None for as the run file says."""
+    watched: tuple[NodeId, ...] = ()
+    """Those of its nodes that are on probation: if there are any, ranks compute each other's last
+    micro-batches in every step, where the run has that at all."""
 
 
 class CatchUp(_Decision, frozen=True, kw_only=True):

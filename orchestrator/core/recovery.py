@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import eq
 
-from orchestrator.core import course, facts, inspection, patience, quarantine
+from orchestrator.core import course, devices, facts, inspection, patience, quarantine
 from orchestrator.core.decisions import (
     Decision,
     FenceNode,
@@ -29,6 +29,7 @@ from orchestrator.core.plans import (
     WaitForNodes,
 )
 from orchestrator.core.records import Resize
+from orchestrator.core.standing import Standing
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
@@ -164,6 +165,7 @@ class Recovery:
         course.enter(state, RunPhase.STOPPING)
         new = any(state.nodes[node].generation == 0 for node in state.seated)
         state.way = plan.rung + patience.ON_A_NEW_NODE if new else plan.rung
+        probation = devices.nodes_in(state, Standing.PROBATION)
         self.started = decide(
             state,
             StartGeneration,
@@ -173,6 +175,7 @@ class Recovery:
             restore=plan.restore,
             buddies=plan.buddies,
             cadence=None if state.cadence == state.run.cadence else state.cadence,
+            watched=tuple(sorted(probation.intersection(plan.seats))),
         )
         decisions: list[Decision] = [self.started]
         decisions += [

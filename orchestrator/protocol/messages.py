@@ -448,6 +448,8 @@ class Begin(_Message, frozen=True, kw_only=True):
     """Which durable shard is the own of each."""
     cadence: Cadence | None = None
     """How often ranks save in the beginning; None for as the run file says."""
+    watched: bool = False
+    """Whether ranks compute each other's last micro-batches in every step, where they do at all."""
     writers: tuple[Rank, ...]
     """Those that write their shard to the durable tier: of ranks with the same, the lowest."""
 

@@ -56,6 +56,9 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     restore: Restore | None = None
     cadence: Cadence | None = None
     """How often to save, in the beginning; None for as `job` says."""
+    watched: bool = False
+    """Whether somebody in the world is on probation: what is compared now and then, by `job`, is
+    compared in every step."""
     free_slots: tuple[int, ...] = ()
     """Staging slots the rank may write to; others hold generations that may be needed."""
     cache_dir: str = ""

@@ -138,6 +138,7 @@ class Orders:
             commit=restore.commit if restore else "",
             shard_of=parts.shard_of,
             cadence=started.cadence,
+            watched=bool(started.watched),
             writers=parts.writers,
         )
 

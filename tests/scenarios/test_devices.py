@@ -374,11 +374,13 @@ def test_a_node_on_probation_begins_only_if_no_other_is_free(fleet: Fleet) -> No
 
     begun(fleet)
     assert starts(fleet)[-1].seats == ("node-1", "node-1", "node-2", "node-2")
+    assert starts(fleet)[-1].watched == ()
     fleet.train(12)
     fleet.hold(10)
     fleet.after(0.1).lose("node-1")
 
     assert starts(fleet)[-1].seats == ("node-0", "node-0", "node-2", "node-2")
+    assert starts(fleet)[-1].watched == ("node-0",), "every step is computed twice from now on"
     assert "node-0 (machine m0 is on probation: passed elsewhere) in place of node-1" in (
         starts(fleet)[-1].reason
     )

@@ -150,3 +150,13 @@ def test_replays_that_cost_more_than_their_share_come_more_rarely_within_bounds(
     for _ in range(3):
         always.paid((2.0, 2.0))
     assert always.every == 1, "that is what whoever asks for all the time wants"
+
+
+def test_who_is_watched_is_looked_at_in_every_step_and_vouches_for_no_step_more() -> None:
+    (own,) = shares(16, 1, 1)
+    usual, watched = Pace(0.01, own), Pace(0.01, own, watched=True)
+    for _ in range(3):
+        watched.paid((0.9, 0.9))
+
+    assert watched.every == 1
+    assert watched.longest == usual.longest, "the generation before may have been another"

@@ -20,8 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from trainer import processors
 from trainer.digest import digest
-from trainer.gradients import Norms
+from trainer.gradients import Norms, PutIn
 from trainer.guard import Guard
 from trainer.outliers import Outliers
 from trainer.pipeline import Micro
@@ -50,6 +51,8 @@ class Doubts:
         self._norms = Norms(self._guard, each=not training.adds_up_in_place)
         self._own, self._whole = Outliers(), Outliers()
         self._values: list[float] = []
+        self.put_in: PutIn | None = None
+        """What this rank adds to the gradient, once its `word` was asked for."""
         self._usual: list[tuple[Outliers, list[float]]] = []
         """What later steps are to be compared with, too, if this one counts."""
         self._micro: Micro | None = None
@@ -72,7 +75,7 @@ class Doubts:
     def begin(self) -> None:
         """Begin to compute a step, or begin anew."""
         self._norms.begin()
-        self._values, self._micro = [], None
+        self._values, self._micro, self.put_in = [], None, None
 
     def before(self, model: nn.Module, *, last: bool) -> None:
         """Look at the gradient of the micro-batch that comes next."""
@@ -137,7 +140,7 @@ class Doubts:
         """Compute all of another replica's step; return whether it is to be thrown away."""
         layout = self._training.world.layout
         # Ranks of a replica meet in every pass, so they compute as many: those of one other.
-        unit = layout.shard_count if layout.dp_replicate > 1 else layout.together
+        unit = layout.shard_count if layout.dp_replicate > 1 else self._ring.chain.together
         shift = unit * (1 + step % (layout.world_size // unit - 1))
         own = self._guard.call(
             lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()
@@ -174,11 +177,17 @@ class Doubts:
 
     @property
     def _looking(self) -> bool:
-        # Not in the first step of a process, which makes what gradients are looked at on.
-        return self._training.warm and not (self._guard.off or self._guard.stopped)
+        # Not in the first step of a process, which makes what gradients are looked at on; and not
+        # at pipelines, where whoever is wrong once has misled all by the end of the step.
+        training = self._training
+        if not training.warm or training.pipeline is not None:
+            return False
+        stopped = self._guard.off or self._guard.stopped
+        return processors.repeat(training.world.device) and not stopped
 
     def _largest_factor(self) -> float:
         self._values = values = self._norms.found().tolist()
+        self.put_in = self._norms.put_in()
         out = self._own.standing_out(values)
         return max((self._own.times_usual(values, at) for at in out), default=QUIET)
 

@@ -6,7 +6,7 @@ Letters: W weights of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,15 @@ class Probe:
                 self._hooked.add(id(weight))
                 weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
 
-    def end(self, loss: Tensor) -> Tensor:
-        """Return the digest of the gradient and the loss; int64, nobody has waited for it.
+    def end(self, loss: Tensor | None = None) -> Tensor:
+        """Return the digest of the gradient, and the loss; int64, nobody has waited for it.
 
         It means nothing if the guard says that the detector is off.
         """
         self._active = False
-        nothing = torch.zeros((), dtype=torch.int64, device=loss.device)
-        total = self._guard.call(lambda: digest(loss, "loss"), nothing)
+        total = torch.zeros((), dtype=torch.int64)
+        if loss is not None:
+            total = self._guard.call(lambda: digest(loss, "loss"), total.to(loss.device))
         return total if self._total is None else total + self._total
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
@@ -64,10 +65,20 @@ class Probe:
         self._total = share if self._total is None else self._total + share
 
 
+class PutIn(NamedTuple):
+    """What a rank adds to the gradient, g_r: numbers of it all."""
+
+    total: float
+    norm: float
+    sizes: float
+    """Sum over weights of the size of each one's sum."""
+
+
 class Norms:
     """Norms of what the micro-batches of a step have added up to on this rank, by weight.
 
-    One pass over a gradient that was just made, and so much cheaper than a digest.
+    And the sum of its numbers: two passes over a gradient that was just made, and so much cheaper
+    than a digest.
 
     Args:
         guard: as of a `Probe`.
@@ -79,12 +90,13 @@ class Norms:
         self._guard, self._each = guard, each
         self._hooked: set[int] = set()
         self._norms: dict[int, list[Tensor]] = {}
+        self._sums: list[Tensor] = []
         self._losses: list[Tensor] = []
         self._active = False
 
     def begin(self) -> None:
         """Begin with a step, or with one that is computed once more."""
-        self._norms, self._losses, self._active = {}, [], False
+        self._norms, self._sums, self._losses, self._active = {}, [], [], False
 
     def before(self, model: nn.Module, *, last: bool) -> None:
         """Look at the next backward pass, if it shows something."""
@@ -109,6 +121,14 @@ class Norms:
         losses = torch.stack(self._losses).double().sum()
         return torch.cat((losses.view(1), norms_W))
 
+    def put_in(self) -> PutIn | None:
+        """Return what there is to say of the gradients, for `trainer.sums`; None if nothing."""
+        if not self._sums:
+            return None
+        norms = torch.stack([norm for each in self._norms.values() for norm in each]).double()
+        sums = torch.stack(self._sums).double()
+        return PutIn(float(sums.sum()), float(norms.norm()), float(sums.abs().sum()))
+
     def _hook_to(self, model: nn.Module) -> None:
         for place, (_, weight) in enumerate(_whole_weights(model)):
             if id(weight) not in self._hooked:
@@ -124,8 +144,9 @@ class Norms:
 
     def _add(self, place: int, weight: Tensor) -> None:
         assert weight.grad is not None
-        norm = torch.linalg.vector_norm(local(weight.grad))
-        self._norms.setdefault(place, []).append(norm)
+        gradient = local(weight.grad)
+        self._norms.setdefault(place, []).append(torch.linalg.vector_norm(gradient))
+        self._sums.append(gradient.sum(dtype=torch.float32))
 
 
 def drop(parts: Sequence[nn.Module]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from orchestrator.worker import RankPhase
 from trainer.documents import Cuts, looking
 from trainer.model import Llama
 from trainer.parallel import World
+from trainer.tracing import Trace
 
+Purpose: TypeAlias = Literal["train", "replay", "look"]
 Announce = Callable[[RankPhase, int], None]
 """Hears what a rank does from now on, and with which micro-batch."""
 
@@ -58,6 +60,7 @@ class Stage(nn.Module):
 
     Attributes:
         micro: what is computed next.
+        trace: looks at that, if somebody does.
 
     Args:
         model: gives up what the stage is made of.
@@ -71,6 +74,7 @@ class Stage(nn.Module):
         self.config, self.index = model.config, index
         self.rotary, self.loss = model.rotary, loss
         self.micro: Micro | None = None
+        self.trace: Trace | None = None
         self.first, self.last = index == 0, index == len(layers) - 1
         if self.first:
             self.embedding = model.embedding
@@ -92,7 +96,10 @@ class Stage(nn.Module):
         x_BLD = self.embedding(x) if self.first else x
         for layer in self.layers:
             x_BLD = layer(x_BLD, rope, documents)
-        return self.loss(self.head(self.norm(x_BLD)), self.micro.targets) if self.last else x_BLD
+        out = self.loss(self.head(self.norm(x_BLD)), self.micro.targets) if self.last else x_BLD
+        if self.trace is not None:
+            self.trace.forward(self.index, x, out)
+        return out
 
 
 def cut(model: Llama, world: World, job: runfile.Trainer, loss: Loss) -> list[Stage]:
@@ -122,13 +129,20 @@ class Pipeline:
     ) -> None:
         self._stages = [part for part in parts if isinstance(part, Stage)]
         self._world, self._job, self._compute = world, job, compute
-        self._schedules: dict[tuple[int, int, int, bool], Any] = {}
-        """By number of micro-batches, samples of one, their length, and whether it trains."""
+        self._schedules: dict[tuple[int, int, int, Purpose], Any] = {}
+        """By number of micro-batches, samples of one, their length, and what for."""
         self._losses: list[Tensor] = []
         self._micros: Sequence[Micro] = ()
         self._tokens = 1
         self._announce: Announce = _nobody
         self._each: Callable[[], None] | None = None
+        self._trace: Trace | None = None
+        self._replays = False
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of this rank's stages."""
+        return [stage.index for stage in self._stages]
 
     def step(
         self,
@@ -136,6 +150,7 @@ class Pipeline:
         tokens: int,
         announce: Announce,
         each: Callable[[], None] | None = None,
+        trace: Trace | None = None,
     ) -> list[Tensor]:
         """Leave the gradient of the mean loss in the stages; return the sums of losses.
 
@@ -146,18 +161,37 @@ class Pipeline:
             each: called when the gradient of a micro-batch is there, reduced over the ranks of a
                 replica; it takes it out of the model. In the order of micro-batches. Without it,
                 gradients of all are added up before they are reduced.
+            trace: looks at the last micro-batch, if that is wanted.
 
         Returns:
             One for each micro-batch if this rank has the last stage, else none.
         """
-        self._announce, self._tokens, self._each = announce, tokens, each
-        self._pass(self._schedule(micros, trains=True).step, micros)
+        self._announce, self._tokens, self._each, self._trace = announce, tokens, each, trace
+        self._pass(self._schedule(micros, "train").step, micros)
         return self._losses
+
+    def replay(self, micro: Micro, tokens: int, announce: Announce, trace: Trace) -> None:
+        """Take a micro-batch through, for the eyes of `trace` only.
+
+        Gradients and whole weights stay where they are, for the caller to drop.
+
+        Args:
+            micro: any.
+            tokens: as in `step`.
+            announce: as there.
+            trace: looks at it.
+        """
+        self._announce, self._tokens, self._each, self._trace = announce, tokens, None, trace
+        self._replays = True
+        try:
+            self._pass(self._schedule([micro], "replay").step, [micro])
+        finally:
+            self._replays = False
 
     def look(self, micro: Micro) -> list[Tensor]:
         """Return the sum of losses of one micro-batch, likewise, and learn nothing from it."""
-        self._announce, self._each = _nobody, None
-        self._pass(self._schedule([micro], trains=False).eval, [micro])
+        self._announce, self._each, self._trace = _nobody, None, None
+        self._pass(self._schedule([micro], "look").eval, [micro])
         return self._losses
 
     def _pass(self, run: Callable[..., None], micros: Sequence[Micro]) -> None:
@@ -167,10 +201,10 @@ class Pipeline:
         # The schedule hands targets out by micro-batch; stages get theirs from `_feed`.
         run(*inputs, target=torch.empty(len(micros)), return_outputs=False)
 
-    def _schedule(self, micros: Sequence[Micro], *, trains: bool) -> Any:  # noqa: ANN401 - torch's have no common type
+    def _schedule(self, micros: Sequence[Micro], purpose: Purpose) -> Any:  # noqa: ANN401 - torch's have no common type
         """Return what orders micro-batches like these; it remembers their shapes, and is kept."""
         count, samples, length = len(micros), len(micros[0].inputs), micros[0].length
-        key = (count, samples, length, trains)
+        key = (count, samples, length, purpose)
         if key not in self._schedules:
             kind: Any = ScheduleInterleaved1F1B
             world, job, all_stages = (
@@ -183,8 +217,8 @@ class Pipeline:
                 for stage in self._stages
             ]
             if job.pipeline_schedule == "1F1B":
-                # One that looks has fewer micro-batches than stages, and no backward passes.
-                kind, (staged,) = Schedule1F1B if trains else ScheduleGPipe, staged
+                # The others have fewer micro-batches than stages.
+                kind, (staged,) = Schedule1F1B if purpose == "train" else ScheduleGPipe, staged
             self._schedules[key] = kind(staged, count, loss_fn=self._mean, scale_grads=False)
         return self._schedules[key]
 
@@ -193,10 +227,19 @@ class Pipeline:
         """As in the present `step`."""
         return self._each
 
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients are reduced once all micro-batches were computed."""
+        return self._each is None and not self._replays
+
     def feed(self, phase: RankPhase, micro: int) -> Micro:
         """Return a micro-batch that is about to be computed in this way."""
         self._announce(phase, micro)
         return self._micros[micro]
+
+    def looking(self, micro: int) -> Trace | None:
+        """Return who looks at a micro-batch."""
+        return self._trace if micro == len(self._micros) - 1 else None
 
     def _mean(self, loss: Tensor, _target: Tensor) -> Tensor:
         self._losses.append(loss.detach())
@@ -240,17 +283,23 @@ class _Staged(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: object, **more: object) -> object:
         """Compute a micro-batch forward."""
         self._part.micro = self._pipeline.feed(RankPhase.FORWARD, fwd_chunk_id)
+        self._part.trace = self._pipeline.looking(fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
 
     def backward_one_chunk(self, bwd_chunk_id: int, *rest: object, **more: object) -> None:
         """Compute a micro-batch backward."""
         self._pipeline.feed(RankPhase.BACKWARD, bwd_chunk_id)
+        trace = self._pipeline.looking(bwd_chunk_id)
+        if trace is not None:
+            trace.before_backward(self._part.index, self._part)
         super().backward_one_chunk(bwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
+        if trace is not None:
+            trace.after_backward(self._part.index)
         if self._pipeline.each is not None:
             super().perform_reduce_grad(1)
             self._pipeline.each()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce what all micro-batches came to, unless that was done with each of them."""
-        if self._pipeline.each is None:
+        if self._pipeline.reduces:
             super().perform_reduce_grad(grad_scale_factor)

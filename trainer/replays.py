@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.protocol.layout import Layout
+from trainer import processors
 from trainer.data import Batches
 from trainer.doubts import Doubts
 from trainer.gradients import Probe
 from trainer.guard import Guard
 from trainer.pipeline import Micro
+from trainer.readings import Readings
 from trainer.replay import Pace
 from trainer.ring import Ring, Stepping, Told
+from trainer.sums import Sums
+from trainer.tracing import Trace
 
 MOMENT_S = 1e-6
 
@@ -29,25 +33,21 @@ class Replays:
         watched: whether they come in every step, whatever they take.
     """
 
-    @staticmethod
-    def possible(layout: Layout, device: torch.device) -> bool:
-        """Whether ranks, or groups of cp and tp, compute whole micro-batches, and there are two.
-
-        And whether two processes get the same bits, which they were seen not to do on a GPU.
-        """
-        if device.type != "cpu":
-            return False
-        return layout.pp == 1 and layout.readers > 1
-
     def __init__(
         self, training: Stepping, samples: Batches, share: float, *, watched: bool = False
     ) -> None:
         self._training = training
         self.ring = Ring(training, samples)
         self.doubts = Doubts(training, self.ring)
-        self.pace = Pace(share, training.share, watched=watched)
+        self.readings = Readings(self.ring)
+        layout = training.world.layout
+        by_itself = layout.tp == 1 and layout.pp == 1
+        self.sums = Sums(self.ring, layout.dp_replicate, possible=by_itself)
+        self.pace = Pace(share, training.share, layout.pp, watched=watched)
         self._guard = Guard("replays")
         self._probe = Probe(self._guard)
+        pipeline = training.pipeline
+        self._trace = Trace(self._guard, pipeline.numbers) if pipeline is not None else None
         self._due = self._tested = False
         self._number = 0
         self._micro: Micro | None = None
@@ -64,17 +64,32 @@ class Replays:
         """Begin to compute a step, or begin anew."""
         self.ring.begin(step, self.pace.longest)
         self.doubts.begin()
+        self.readings.begin()
         # Not in the first step of a process, which makes what gradients are looked at on.
         regular = step % self.pace.every == 0 or not self._tested
         # What was thrown away is looked at however it came to that, or it is taken on trust.
         due = self._training.warm and (regular or self.ring.again)
-        self._due = due and not self._guard.stopped
+        self._due = (
+            due and processors.repeat(self._training.world.device) and not self._guard.stopped
+        )
 
     def before(self, *, last: bool) -> None:
         """Watch the gradient of the micro-batch that comes next."""
         self.doubts.before(self._training.stages[0], last=last)
         if self._due and last:
             self._probe.begin(self._training.stages[0])
+
+    def trace(self) -> Trace | None:
+        """Return who is to look at the last micro-batch of a pipeline's step, if somebody is."""
+        if not self._due or self._trace is None:
+            return None
+        self._trace.begin()
+        return self._trace
+
+    def after_pipeline(self, micro: Micro) -> None:
+        """Take note of the last micro-batch of a pipeline's step, and of what it came to."""
+        if self._due and self._trace is not None:
+            self._own, self._micro = self._trace.end(), micro
 
     def after(self, loss: Tensor, micro: Micro, *, last: bool) -> None:
         """Take note of a micro-batch of this rank, and of what it came to."""
@@ -89,8 +104,8 @@ class Replays:
         if not self._tested:
             self._test(step, reporter)
         # Another neighbour each time: two that err in the same way are not always paired.
-        layout = self._training.world.layout
-        shift = layout.together * (1 + self._number % (layout.readers - 1))
+        readers = self._training.world.layout.readers
+        shift = self.ring.chain.together * (1 + self._number % (readers - 1))
         self._number += 1
         found, begun = None, time.monotonic()
         if not self._guard.stopped:
@@ -116,9 +131,16 @@ class Replays:
         self._cost = self._took_s / max(seconds - self._took_s, MOMENT_S)
         self._took_s = 0.0
 
-    def words(self) -> tuple[float, float]:
-        """Return what this rank tells the others in a step: of `Doubts`, and for the pace."""
-        return self.doubts.word(), self._cost
+    def words(self, step: int, part: Sequence[Tensor]) -> tuple[float, ...]:
+        """Return what this rank tells the others in a step, in the order of `step.DOUBT_AT` on.
+
+        Args:
+            step: its number.
+            part: of the gradient, that this rank moves weights by.
+        """
+        doubt = self.doubts.word()
+        sums = self.sums.words(self.doubts.put_in, part)
+        return doubt, self._cost, *self.readings.words(step), *sums
 
     def _test(self, step: int, reporter: Told) -> None:
         """Find out if bits mean anything here: if a micro-batch comes out the same twice.
@@ -139,6 +161,10 @@ class Replays:
         # Without it, its own: other ranks wait for this one to take part in what follows.
         assert self._micro is not None
         micro = self.ring.read(self._guard, step, self.ring.share(of)[-1], self._micro)
+        if self._trace is not None:
+            self._trace.begin()
+            self.ring.follow(micro, self._trace, reporter)
+            return self._trace.end()
         losses = self.ring.compute(self._guard, [micro], self._look, reporter)
         return self._probe.end(losses[0] if losses else torch.zeros(()))
 

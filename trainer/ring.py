@@ -13,12 +13,14 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel, processors, tensor
+from trainer.blame import Chain, Digests, Verdict, judge, mismatches, tried
 from trainer.data import Batch, Batches
 from trainer.gradients import drop
 from trainer.guard import Guard
-from trainer.pipeline import Micro
-from trainer.replay import Verdict, halves, joined, judge, known_good, mismatches, of_itself, tried
+from trainer.pipeline import Micro, Pipeline
+from trainer.replay import halves, joined, known_good, of_itself
 from trainer.shares import Place, Share, share_of
+from trainer.tracing import Trace
 
 Looks: TypeAlias = Callable[[nn.Module, int], None]
 RETRIES_MAX = 3
@@ -40,6 +42,9 @@ class Told(Protocol):
     def looked_again(self, step: int, *, because: str) -> None:
         """Hear that a step stood out, and came out the same when it was computed once more."""
 
+    def threw_away(self, step: int, *, because: str) -> None:
+        """Hear that a step is computed again, and that nobody can be named for it."""
+
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
 
@@ -51,6 +56,7 @@ class Stepping(Protocol):
     world: parallel.World
     stage: Stage
     stages: list[nn.Module]
+    pipeline: Pipeline | None
     share: Share
     loss: Callable[[Tensor, Tensor], Tensor]
     warm: bool
@@ -77,21 +83,24 @@ class Ring:
     Attributes:
         again: whether the step is computed again: what was read ahead of it is used up. So it
             is until the step is `done`, whoever finds nothing wrong in it meanwhile.
+        chain: how ranks follow from each other that compute a micro-batch.
     """
 
     def __init__(self, training: Stepping, samples: Batches) -> None:
         self._training, self.samples = training, samples
+        self.chain = Chain.of(training.world.layout, len(training.stages))
+        self._place = self.chain.ranks.index(training.world.rank)
         self.again = False
-        self._tries = 0
+        self._tries, self._told = 0, False
         self._verified: int | None = None
         """The last step whose state is known to be good, once it is known of one."""
         # Where layers are gathered as they come, or cut, ranks meet within a pass.
-        by_itself = training.world.shards == 1
+        by_itself = training.world.shards == 1 and training.pipeline is None
         self._guards_passes = by_itself and all(map(parallel.recovers, training.stages))
 
     def forget(self) -> None:
         """Begin as after a restore: the state is another one than a moment ago."""
-        self.again, self._tries, self._verified = False, 0, None
+        self.again, self._tries, self._told, self._verified = False, 0, False, None
 
     def begin(self, step: int, longest: int) -> None:
         """Begin to compute a step; between two that are replayed are so many at most."""
@@ -139,6 +148,34 @@ class Ring:
         reporter.phase(RankPhase.OPTIMIZER)
         return losses
 
+    def follow(self, micro: Micro, trace: Trace, reporter: Told) -> None:
+        """Take a micro-batch through the pipeline once more, for the eyes of `trace` only.
+
+        Collective: all ranks of a pipeline do so at once.
+
+        Args:
+            micro: this rank's part of it.
+            trace: looks at it.
+            reporter: as in `compute`.
+
+        Raises:
+            Exception: whatever is wrong: other ranks would wait for this one in vain.
+        """
+        training = self._training
+        assert training.pipeline is not None
+
+        def announce(phase: RankPhase, number: int) -> None:
+            reporter.phase(phase, micro_batch=number)
+
+        try:
+            with tensor.losses(training.world.layout.tp):
+                training.pipeline.replay(micro, training.tokens, announce, trace)
+        finally:
+            drop(training.stages)
+        for stage in training.stages:
+            parallel.let_go(stage)
+        reporter.phase(RankPhase.OPTIMIZER)
+
     def _guarded(self, guard: Guard, micro: Micro, number: int, looks: Looks) -> Tensor | None:
         if not self._guards_passes:
             return self._pass(micro, number, looks)
@@ -167,29 +204,59 @@ class Ring:
 
         Args:
             guard: of the detector that asks for it.
-            own: digest of what this rank came to; int64, a scalar.
+            own: digests of what this rank came to; int64, as many on each.
             compute: returns the same of any rank's, computed here.
-            shift: each rank computes that of the rank so many further on, as one of a group with
-                those that have other parts of the model: a multiple of the size of such groups.
+            shift: each rank computes that of the one so many places further on, as one of a group
+                that works on it together: a multiple of the size of such groups.
         """
-        rank, size = self._training.world.rank, self._training.world.size
-        rows = self._exchange(guard, own, compute((rank + shift) % size))
-        pairs = [(row[0], row[1]) for row in rows or ()]
-        if rows is None or not (edges := mismatches(pairs, shift)):
+        rows = self._exchange(guard, own, compute(self.ahead(shift)))
+        if rows is None:
             return None
-        if not self.repeats(guard, compute(rank), compute(rank)):
+        pairs = [(rows[rank][0], rows[rank][1]) for rank in self.chain.ranks]
+        if not mismatches(pairs, shift):
             return None
-        again: dict[int, list[int]] = {}
-        together = self._training.world.layout.together
-        for of in tried(edges, together):
-            if (columns := self._exchange(guard, compute(of))) is None:
+        found = self.find_out(guard, pairs, compute, shift, self.chain)
+        return found and self._fair(found)
+
+    def ahead(self, shift: int) -> int:
+        """Return the rank that is so many places further on than this one."""
+        ranks = self.chain.ranks
+        return ranks[(self._place + shift) % len(ranks)]
+
+    def find_out(
+        self,
+        guard: Guard,
+        pairs: Sequence[tuple[Digests, Digests]],
+        compute: Callable[[int], Tensor],
+        shift: int,
+        chain: Chain,
+        how: str = "computed",
+    ) -> Verdict | None:
+        """Return who was wrong, as `compare` does, of what was found to differ.
+
+        Collective.
+
+        Args:
+            guard: as there.
+            pairs: by place, what came out there, and what did for the one `shift` further on.
+            compute: as there.
+            shift: as there.
+            chain: how what came out follows from each other.
+            how: the word for what is done once more.
+        """
+        rank, ranks = self._training.world.rank, self.chain.ranks
+        if not self.repeats(guard, compute(rank), compute(rank), how):
+            return None
+        again: dict[int, list[tuple[int, ...]]] = {}
+        for of in tried(mismatches(pairs, shift), self.chain.together):
+            if (columns := self._exchange(guard, compute(ranks[of]))) is None:
                 return None
-            again[of] = [column[0] for column in columns]
-        found = guard.call(lambda: judge(pairs, shift, again.__getitem__, together), None)
+            again[of] = [columns[each][0] for each in ranks]
+        found = guard.call(lambda: judge(pairs, shift, again.__getitem__, chain, how=how), None)
         # It raises on every rank or on none: they have the same digests.
         if guard.off:
             guard.stop()
-        return found and self._fair(found)
+        return found
 
     def _fair(self, found: Verdict) -> Verdict:
         """Return a verdict that convicts nobody of what another rank of its replica may have done.
@@ -203,18 +270,19 @@ class Ring:
         words = "ranks of a replica share their weights, and one may mislead the others"
         return found._replace(proven=False, evidence=f"{found.evidence}; {words}")
 
-    def repeats(self, guard: Guard, first: Tensor, second: Tensor) -> bool:
+    def repeats(self, guard: Guard, first: Tensor, second: Tensor, how: str = "computed") -> bool:
         """Return whether ranks come to the same when they do the same; if not, the guard gives up.
 
         Collective. A minority of ranks that do not are no reason to give up, but to be found out.
 
         Args:
             guard: of the detector that asks for it.
-            first: digest of what this rank came to; int64, a scalar.
-            second: of the same, computed once more.
+            first: digests of what this rank came to; int64.
+            second: of the same, done once more.
+            how: the word for what was done.
         """
         rows = self._exchange(guard, first, second)
-        if rows is not None and (reason := of_itself(rows)):
+        if rows is not None and (reason := of_itself(rows, how)):
             # All ranks come to the same: they have the same digests.
             guard.give_up(reason, tells=self._training.world.rank < TELLERS)
         return not guard.stopped
@@ -229,7 +297,7 @@ class Ring:
         """
         own = processors.kind()
         rows = self._exchange(guard, processors.number(own))
-        if rows is not None and (kinds := len({row[0] for row in rows})) > 1:
+        if rows is not None and (kinds := len({number for (number,) in rows})) > 1:
             reason = (
                 f"ranks compute on {kinds} kinds of processors, this one on {own}: what differs "
                 "elsewhere shows nothing"
@@ -243,10 +311,18 @@ class Ring:
 
     def done(self) -> None:
         """Hear that a step is over, and moves something."""
-        self.again, self._tries = False, 0
+        self.again, self._tries, self._told = False, 0, False
 
-    def throw_away(self, step: int, found: Verdict, reporter: Told) -> None:
+    def throw_away(
+        self, step: int, found: Verdict, reporter: Told, *, since: int | None = None
+    ) -> None:
         """Say who was wrong in a step that moves nothing, and have it computed again.
+
+        Args:
+            step: its number.
+            found: who.
+            reporter: hears of it, once for a step.
+            since: the last step whose state is known to be good; None for what replays vouch for.
 
         Raises:
             Aborted: by the reporter, if it does not come out well, and orders have come.
@@ -255,29 +331,50 @@ class Ring:
         guilty = found.ranks if found.proven else ()
         innocent = [rank for rank in range(world.size) if rank not in guilty]
         tellers = (innocent or range(world.size))[:TELLERS]
-        if world.rank in tellers and self._tries == 0:
+        if world.rank in tellers and not self._told:
             reporter.diverged(
                 step - 1,
-                since=self._verified or 0,
+                since=(self._verified or 0) if since is None else since,
                 ranks=found.ranks,
                 proven=found.proven,
                 evidence=f"in step {step}, {found.evidence}",
             )
-        self.again, self._tries = True, self._tries + 1
+        self.again, self._tries, self._told = True, self._tries + 1, True
         if self._tries > RETRIES_MAX:
             await_orders(reporter)
 
-    def _exchange(self, guard: Guard, *digests: Tensor) -> list[list[int]] | None:
+    def add_up_again(self, step: int, evidence: str, reporter: Told) -> None:
+        """Have a step computed again whose gradient is not what ranks put in, whoever did that.
+
+        What came out wrong once moves nothing and is noted; what stays wrong is told.
+
+        Raises:
+            Aborted: by the reporter, if it does not come out well, and orders have come.
+        """
+        tells = self._training.world.rank < TELLERS
+        self.again, self._tries = True, self._tries + 1
+        if self._tries <= RETRIES_MAX:
+            if tells:
+                reporter.threw_away(step, because=evidence)
+            return
+        if tells and not self._told:
+            words = f"in step {step}, at last in the {self._tries}th attempt, {evidence}"
+            reporter.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=words)
+        await_orders(reporter)
+
+    def _exchange(self, guard: Guard, *digests: Tensor) -> list[list[tuple[int, ...]]] | None:
         """Return the digests of all ranks; None where one has none: the detector stops on all."""
-        own = halves(torch.stack(digests))
+        own = halves(torch.stack([each.reshape(-1) for each in digests]))
         rows = self._training.world.gather(torch.cat((own.new_tensor([guard.off]), own)))
         if any(row[0] for row in rows):
             guard.stop()
             return None
-        return [
-            [joined(low, high) for low, high in zip(row[1::2], row[2::2], strict=True)]
-            for row in rows
-        ]
+        each = digests[0].numel()
+        found = []
+        for _, *row in rows:
+            words = [joined(low, high) for low, high in zip(row[::2], row[1::2], strict=True)]
+            found.append([tuple(words[at : at + each]) for at in range(0, len(words), each)])
+        return found
 
 
 def await_orders(reporter: Told) -> NoReturn:

@@ -15,7 +15,7 @@ from orchestrator.protocol.digests import SHARED, Kind, Taken
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
-from trainer import apply, parallel, tensor, waiting
+from trainer import apply, parallel, readings, sums, tensor, waiting
 from trainer.config import ModelConfig
 from trainer.data import Batch, Batches
 from trainer.documents import pairs, sent
@@ -57,6 +57,9 @@ class Reporter(Protocol):
     def looked_again(self, step: int, *, because: str) -> None:
         """Hear that a step stood out, and came out the same when it was computed once more."""
 
+    def threw_away(self, step: int, *, because: str) -> None:
+        """Hear that a step is computed again, and that nobody can be named for it."""
+
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
 
@@ -95,7 +98,11 @@ OFF_AT = WORD_AT + len(Word._fields)
 DOUBT_AT = OFF_AT + 1
 """What it says of its own numbers in this step (trainer.doubts), and what its replay cost."""
 COST_AT = DOUBT_AT + 1
-DIGESTS_AT = COST_AT + 1
+READ_AT = COST_AT + 1
+"""And which samples it was handed, and another one should have been (trainer.readings)."""
+SUMS_AT = READ_AT + readings.WORDS
+"""And what the gradient adds up to, before ranks added up and after (trainer.sums)."""
+DIGESTS_AT = SUMS_AT + sums.WORDS
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -122,6 +129,9 @@ class Unheard:
         """Ignore it."""
 
     def looked_again(self, step: int, *, because: str) -> None:
+        """Ignore it."""
+
+    def threw_away(self, step: int, *, because: str) -> None:
         """Ignore it."""
 
     def detector_failed(self, detector: str, reason: str) -> None:
@@ -186,10 +196,10 @@ class Training:
         """The model, or of a pipeline what this rank has of it."""
         self.loss = apply.loss_function(job, world)
         self.optimizer = Optimizer(self.stages, job)
-        self._pipeline: Pipeline | None = None
+        self.pipeline: Pipeline | None = None
         if world.layout.pp > 1:
             compute = apply.precision(job, world.device)
-            self._pipeline = Pipeline(self.stages, world, job, compute)
+            self.pipeline = Pipeline(self.stages, world, job, compute)
         self._flops = 0.0
         self._waited = waiting.count()
         self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -201,7 +211,7 @@ class Training:
             held = self._held([shard.param for shard in self.optimizer.shards])
             self._watch = Watch(held, self._digest_period(digest_share))
         self._replays: Replays | None = None
-        if detection.replay_share and Replays.possible(world.layout, world.device):
+        if detection.replay_share and world.layout.readers > 1:
             self._replays = Replays(self, samples, detection.replay_share, watched=watched)
 
     def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:
@@ -228,7 +238,7 @@ class Training:
             losses, gradients = self._sound_gradients(step, reporter)
             word = word or say()
             self._announce(reporter, RankPhase.OPTIMIZER)
-            rows, digests = self._exchange(step, word, losses, gradients)
+            rows, digests = self._exchange(step, word, losses, gradients, reporter)
             # Every rank adds the same numbers in the same way: they report, and clip by, equal
             # bits, and are in doubt about the same steps.
             loss = math.fsum(loss for row in rows for loss in row[LOSSES_AT:]) / self.tokens
@@ -262,14 +272,18 @@ class Training:
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
 
     def _exchange(
-        self, step: int, word: Word, losses: Tensor, gradients: list[Tensor]
+        self, step: int, word: Word, losses: Tensor, gradients: list[Tensor], reporter: Reporter
     ) -> tuple[list[list[float]], dict[Kind, Tensor]]:
         """Return what each rank has to tell of a step, and the digests of this rank's state."""
         squares = self.optimizer.set_gradients(gradients)
         held = list(self._held(gradients))
         self.injected.strike(step, held[-1:])
         digests = self._digest(step, held)
-        words = self._replays.words() if self._replays is not None else (0.0, 0.0)
+        words = (0.0,) * (DIGESTS_AT - DOUBT_AT)
+        if self._replays is not None:
+            self._announce(reporter, RankPhase.DATA)  # of another rank: a disk may be slow
+            words = self._replays.words(step, gradients)
+            self._announce(reporter, RankPhase.OPTIMIZER)
         own_words = [self.samples.mark, *word, self._guard.off, *words]
         said = torch.tensor(own_words, dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
@@ -287,9 +301,15 @@ class Training:
         grad_norm: float,
         reporter: Reporter,
     ) -> bool:
-        """Have other ranks compute a step once more that stands out; return what becomes of it."""
+        """Have other ranks look at a step, at its samples and at what stands out in it."""
         if self._replays is None:
             return False
+        read = [row[READ_AT:SUMS_AT] for row in rows]
+        if self._replays.readings.differ(step, read, reporter):
+            return True
+        added = [row[SUMS_AT:DIGESTS_AT] for row in rows]
+        if self._replays.sums.differ(step, added, reporter):
+            return True
         doubts = self._replays.doubts
         why = doubts.doubted([row[DOUBT_AT] for row in rows], loss, grad_norm)
         doubts.tell(reporter)
@@ -401,15 +421,18 @@ class Training:
             Losses, float64, as many on every rank: their sum, or with deterministic reduction one
             by one, since only whoever has all of them can add them up without rounding twice.
         """
-        if self._pipeline is not None:
+        if self.pipeline is not None:
             micros = [self._micro(step, indices) for indices in self.share.micro_batches]
             self._flops = math.fsum(map(self._flops_of, micros))
-            losses = self._pipeline.step(
+            losses = self.pipeline.step(
                 micros,
                 self.tokens,
                 lambda phase, micro: self._announce(reporter, phase, micro),
                 self._add_round if self.reduction is not None else None,
+                self._replays.trace() if self._replays is not None else None,
             )
+            if self._replays is not None:
+                self._replays.after_pipeline(micros[-1])
             # Ranks without the last stage have none.
             nothing = self._sent(torch.zeros(()))
             if self.reduction is not None:
@@ -447,9 +470,13 @@ class Training:
         self.reduction.add(self.optimizer.take_gradients())
 
     def _micro(self, step: int, indices: range) -> Micro:
-        if self._replays is not None and self._replays.ring.again:
-            return self.micro(self._replays.ring.samples.batch(step, indices))
-        return self.micro(self.samples.batch(step, indices))
+        replays = self._replays
+        if replays is None:
+            return self.micro(self.samples.batch(step, indices))
+        samples = replays.ring.samples if replays.ring.again else self.samples
+        batch = samples.batch(step, indices)
+        replays.readings.read(batch)
+        return self.micro(batch)
 
     def micro(self, batch: Batch) -> Micro:
         """Return this rank's part of some samples, on the device."""
@@ -463,8 +490,8 @@ class Training:
 
     def look(self, micro: Micro) -> float:
         """Return the sum of losses of some samples, 0 if other ranks have it; learn nothing."""
-        if self._pipeline is not None:
-            return math.fsum(map(float, self._pipeline.look(micro)))
+        if self.pipeline is not None:
+            return math.fsum(map(float, self.pipeline.look(micro)))
         (model,) = self.stages
         return float(self.loss(model(micro.inputs, micro.cuts), micro.targets))
 

@@ -54,9 +54,6 @@ def replays(run: TrainingRun, replicas: int) -> str:
         return "off: only the embedded trainer has them"
     if spec.detection.replay_share == 0:
         return "off: spec.detection.replayShare is 0"
-    layout = run.layout
-    if layout.pp > 1:
-        return f"off: with pp {layout.pp}, nobody has all layers of a micro-batch at a time"
-    if replicas * layout.dp_shard == 1:
+    if replicas * run.layout.dp_shard == 1:
         return "off: there is nobody else to compute it"
     return _REPLAYS_ON[spec.trainer.device]

@@ -59,11 +59,6 @@ class Layout(NamedTuple):
         """How many different shares a global batch has: other ranks work on one together."""
         return self.dp_replicate * self.dp_shard
 
-    @property
-    def together(self) -> int:
-        """Ranks that work on a micro-batch at the same time, and follow each other."""
-        return self.cp * self.tp
-
     def position(self, rank: int) -> Position:
         """Return where a rank stands.
 

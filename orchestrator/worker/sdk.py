@@ -369,6 +369,18 @@ class Worker:
                 file=sys.stderr,
             )
 
+    def threw_away(self, step: int, *, because: str) -> None:
+        """Note in the log of rank 0 that a step is computed again, before it moved anything.
+
+        Args:
+            step: its number.
+            because: what was wrong with it, in words; nobody can be named for that.
+        """
+        if self.seat is not None and self.seat.rank == 0:
+            print(  # noqa: T201 - the rank's log
+                f"step {step} is thrown away and computed again: {because}", file=sys.stderr
+            )
+
     def detector_failed(self, detector: str, reason: str) -> None:
         """Report that this rank goes on without something that looks for wrong state.
 

@@ -27,14 +27,16 @@ def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    files = [folder / f"{rank}.json" for rank in range(REPLICAS * size)]
+    ranks_each = size ** len(cut.split(","))
+    files = [folder / f"{rank}.json" for rank in range(REPLICAS * ranks_each)]
     ranks = [json.loads(file.read_bytes()) for file in files]
     return {way: [rank[way] for rank in ranks] for way in ways}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return train(tmp_path_factory.mktemp("doubted"), "tp", 1, WAYS)
+    ways = [way for way, how in WAYS.items() if "slips" not in how and "interleaved" not in way]
+    return train(tmp_path_factory.mktemp("doubted"), "tp", 1, ways)
 
 
 def losses(found: Found, way: str) -> list[str]:
@@ -65,6 +67,66 @@ def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
     assert f"in step {at}, rank {WRONG}'s loss or gradient of a weight is" in evidence
 
 
+def test_a_rank_that_was_handed_other_samples_is_named_before_they_move_anything(
+    found: Found,
+) -> None:
+    way = "other tokens once"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    told = [rank["diverged_"] for rank in found[way]]
+    assert [len(each) for each in told] == [1, 0, 1]
+    ((step, since, ranks, proven, evidence),) = told[0]
+    assert (step, since, ranks, proven) == (AT - 1, AT - 1, [WRONG], True)
+    assert "micro-batches came out otherwise when read once more (of rank 1 by" in evidence
+
+
+def test_samples_that_stay_other_ones_are_never_trained_on(found: Found) -> None:
+    way = "other tokens on its disk"
+
+    assert losses(found, way) == losses(found, "nothing looks")[: AT - 1]
+    assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS
+    assert [rank["diverged_"][0][2:4] for rank in found[way] if rank["diverged_"]] == [
+        [[WRONG], True]
+    ] * 2
+
+
+def test_a_rank_that_can_not_read_the_samples_of_others_says_so_and_all_go_on(
+    found: Found,
+) -> None:
+    way = "tokens that can not be read again"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    off = [rank["off"] for rank in found[way]]
+    assert off == [[], [["readings", "OSError: no data"]], []]
+    assert not any(rank["diverged_"] for rank in found[way])
+
+
+@pytest.mark.parametrize("way", ["a wrong sum once", "a wrong sum once, deterministic"])
+def test_a_sum_that_is_not_what_ranks_put_in_moves_nothing_and_is_noted(
+    found: Found, way: str
+) -> None:
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert not any(rank["diverged_"] or rank["off"] for rank in found[way])
+    *told, silent = (rank["thrown"] for rank in found[way])
+    assert silent == []
+    for thrown in told:
+        ((step, because),) = thrown
+        assert step == AT
+        assert "adds up to" in because
+
+
+def test_a_sum_that_stays_wrong_is_never_learned_from_and_names_nobody(found: Found) -> None:
+    way = "sums that stay wrong"
+
+    assert losses(found, way) == losses(found, "nothing looks")[: AT - 1]
+    assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS
+    told = [rank["diverged_"] for rank in found[way]]
+    assert [len(each) for each in told] == [1, 1, 0]
+    ((step, _, ranks, proven, evidence),) = told[0]
+    assert (step, ranks, proven) == (AT - 1, [], False)
+    assert evidence.startswith(f"in step {AT}, at last in the 4th attempt, the gradient adds up")
+
+
 @pytest.mark.parametrize("cut", ["tp", "cp"])
 def test_ranks_that_share_micro_batches_replay_as_a_group_and_the_wrong_one_is_named(
     tmp_path: Path, cut: str
@@ -83,6 +145,67 @@ def test_ranks_that_share_micro_batches_replay_as_a_group_and_the_wrong_one_is_n
         ((step, _, ranks, proven, evidence),) = told[0]
         assert (step, ranks, proven) == (at - 1, [0, WRONG], True), way
         assert evidence.endswith("ranks 0 to 1 compute together, and one may mislead the others")
+
+
+SLIPS = {
+    "the first stage, forward": 0,
+    "the last stage, forward": 1,
+    "the first stage, back": 0,
+    "the last stage, back": 1,
+    "interleaved, the last stage, back": 1,
+    "deterministic, the first stage, forward": 0,
+}
+BLIND = ("nothing looks", "interleaved, and nothing looks", "deterministic, and nothing looks")
+
+
+def blind(way: str) -> str:
+    """Return the way that is like this one, but that nothing looks, and nothing is wrong."""
+    return next((each for each in BLIND[1:] if each.split(",")[0] in way), BLIND[0])
+
+
+@pytest.fixture(scope="module")
+def piped(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    ways = ("always replayed", "interleaved", "other tokens once")
+    return train(tmp_path_factory.mktemp("piped"), "pp", 2, (*BLIND, *ways, *SLIPS))
+
+
+@pytest.mark.parametrize("way", ["always replayed", "interleaved"])
+def test_replays_of_pipelines_change_no_bit_and_accuse_nobody(piped: Found, way: str) -> None:
+    assert losses(piped, way) == losses(piped, blind(way))
+    assert not any(rank["diverged_"] or rank["off"] for rank in piped[way])
+
+
+@pytest.mark.parametrize(("way", "wrong"), SLIPS.items())
+def test_of_a_pipeline_the_stage_that_was_wrong_is_named_and_its_step_moves_nothing(
+    piped: Found, way: str, wrong: int
+) -> None:
+    assert losses(piped, way) == losses(piped, blind(way))
+    told = [rank["diverged_"] for rank in piped[way] if rank["diverged_"]]
+    assert len(told) == 2
+    ((step, _, ranks, proven, evidence),) = told[0]
+    assert (step, ranks, proven) == (AT - 1, [wrong], True)
+    assert f"rank {wrong} has " in evidence
+
+
+def test_a_stage_that_was_handed_other_samples_is_named_like_any_rank(piped: Found) -> None:
+    way = "other tokens once"
+
+    assert losses(piped, way) == losses(piped, "nothing looks")
+    told = [rank["diverged_"] for rank in piped[way] if rank["diverged_"]]
+    assert [each[0][2:4] for each in told] == [[[WRONG], True]] * 2
+
+
+def test_stages_that_are_sharded_replay_and_the_wrong_one_is_named(tmp_path: Path) -> None:
+    quiet = ("nothing looks", "always replayed")
+    way = "the first stage, forward"
+
+    found = train(tmp_path, "pp,dp_shard", 2, [*quiet, way])
+
+    for each in ("always replayed", way):
+        assert losses(found, each) == losses(found, "nothing looks"), each
+    assert not any(rank["diverged_"] or rank["off"] for rank in found["always replayed"])
+    told = [rank["diverged_"] for rank in found[way] if rank["diverged_"]]
+    assert [each[0][2:4] for each in told] == [[[0], True]] * 2
 
 
 def test_what_comes_out_the_same_everywhere_is_the_data_and_the_run_goes_on(found: Found) -> None:
@@ -109,7 +232,7 @@ def test_where_a_micro_batch_differs_from_itself_at_the_start_nothing_is_compare
     assert silent == [], "two say what all know"
     for off in told:
         assert [detector for detector, _ in off] == ["replays", "outliers"]
-        assert all(reason.startswith("3 of 3 ranks get another") for _, reason in off)
+        assert all(reason.startswith("on 3 of 3 ranks the same") for _, reason in off)
 
 
 @pytest.mark.parametrize(

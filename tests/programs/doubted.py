@@ -2,7 +2,8 @@
 
     python -m tests.programs.doubted FOLDER CUT SIZE WAY...
 
-A replica is SIZE ranks, that of the dimension CUT; the one that is wrong is in the first.
+A replica is SIZE ranks, that of the dimension CUT, or of each of several that a comma parts; the
+one that is wrong is in the first.
 
 Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, which steps
 were looked at again, who was said to be wrong, and which detectors were said to be off.
@@ -22,7 +23,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
@@ -30,7 +31,7 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import RankPhase
 from trainer import digest, gradients, parallel, processors, train
 from trainer.config import ModelConfig
-from trainer.data import Samples, Tokens
+from trainer.data import Batch, Samples, Tokens
 from trainer.prefetch import Prefetch
 from trainer.shares import Place, slices
 from trainer.step import Training, Unheard
@@ -40,6 +41,7 @@ REPLICAS, WRONG = 3, 1
 STEPS, AT = 8, 6
 """Of steps before, there are enough to be compared with."""
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=16, vocab=16)
+STAGED = ModelConfig(dim=16, layers=4, heads=2, kv_heads=2, ffn_dim=16, vocab=16)
 TOKENS = Tokens(np.arange(2048, dtype=np.uint32) * 7 % 16, "d16e57000000", 63)
 JOB = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=6, warmup_steps=1, micro_batch=1)
 OWN = JOB.global_batch // REPLICAS
@@ -49,6 +51,7 @@ LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
 REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
 """They come in every step."""
 BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
+INTERLEAVED = {"pipeline_schedule": "interleaved"}
 WAYS: dict[str, dict[str, Any]] = {
     "nothing looks": {"detection": BLIND},
     "nothing stands out": {},
@@ -74,6 +77,34 @@ WAYS: dict[str, dict[str, Any]] = {
         "call": OWN,
         "detection": REPLAYING,
     },
+    "the first stage, forward": {"slips": "forward", "ranks": {0}, "detection": REPLAYING},
+    "the last stage, forward": {"slips": "forward", "ranks": {WRONG}, "detection": REPLAYING},
+    "the first stage, back": {"slips": "back", "ranks": {0}, "detection": REPLAYING},
+    "the last stage, back": {"slips": "back", "ranks": {WRONG}, "detection": REPLAYING},
+    "interleaved": {"job": INTERLEAVED, "detection": REPLAYING},
+    "interleaved, the last stage, back": {
+        "slips": "back",
+        "ranks": {WRONG},
+        "job": INTERLEAVED,
+        "detection": REPLAYING,
+    },
+    "interleaved, and nothing looks": {"job": INTERLEAVED, "detection": BLIND},
+    "deterministic, and nothing looks": {
+        "job": {"reduction": "deterministic"},
+        "detection": BLIND,
+    },
+    "deterministic, the first stage, forward": {
+        "slips": "forward",
+        "ranks": {0},
+        "job": {"reduction": "deterministic"},
+        "detection": REPLAYING,
+    },
+    "other tokens once": {"tokens": "once", "ranks": {WRONG}},
+    "other tokens on its disk": {"tokens": "always", "ranks": {WRONG}},
+    "tokens that can not be read again": {"tokens": "no", "ranks": {WRONG}},
+    "a wrong sum once": {"sums": 1},
+    "a wrong sum once, deterministic": {"sums": 1, "job": {"reduction": "deterministic"}},
+    "sums that stay wrong": {"sums": 100},
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
     "raises when computed once more": {"factor": 1e6, "ranks": {WRONG}, "raises": "forward"},
@@ -132,6 +163,7 @@ class Heard(Unheard):
         self.again: list[int] = []
         self.diverged_: list[Any] = []
         self.off: list[tuple[str, str]] = []
+        self.thrown: list[tuple[int, str]] = []
         self.waits = 0
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
@@ -145,6 +177,9 @@ class Heard(Unheard):
         self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
     ) -> None:
         self.diverged_.append([step, since, list(ranks), proven, evidence])
+
+    def threw_away(self, step: int, *, because: str) -> None:
+        self.thrown.append((step, because))
 
     def detector_failed(self, detector: str, reason: str) -> None:
         self.off.append((detector, reason))
@@ -182,19 +217,81 @@ class Loss:
         return loss * way["factor"] if wrong else loss
 
 
+class Slip:
+    """A layer that is wrong once: in what it computes, or on the way back."""
+
+    def __init__(self, stage: nn.Module, way: dict[str, Any], loss: Loss) -> None:
+        self._way, self._loss, self._calls, self._step = way, loss, 0, 0
+        layers = stage.get_submodule("layers").children()
+        next(layers).register_forward_hook(lambda _, __, out: self._slip(out))
+
+    def _slip(self, out: Tensor) -> Tensor:
+        if self._loss.step != self._step:
+            self._step, self._calls = self._loss.step, 0
+        self._calls += 1
+        if self._step == AT and self._calls == OWN:
+            if self._way["slips"] == "forward":
+                return out * 1.001
+            out.register_hook(lambda gradient: gradient * 1.001)
+        return out
+
+
+class OtherTokens:
+    """Samples of which a rank is handed other ones than it should be, or none to look at."""
+
+    def __init__(self, samples: Samples, loss: Loss, how: str) -> None:
+        self._samples, self._loss, self._how, self._struck = samples, loss, how, False
+        self.mark = samples.mark
+
+    def batch(self, step: int, indices: range) -> Batch:
+        batch = self._samples.batch(step, indices)
+        if step != AT or self._struck:
+            return batch
+        if self._how == "no":
+            raise OSError("no data")
+        self._struck = self._how == "once"
+        return batch._replace(inputs=batch.inputs[:, ::-1].copy())
+
+
+def deliver_wrong(training: Training, loss: Loss, times: int) -> None:
+    """Have one number of the gradient be another one on all ranks alike, so many times."""
+    real, left = training.optimizer.set_gradients, [times]
+
+    def arrived(gradients: list[Tensor]) -> Tensor:
+        if loss.step == AT and left[0]:
+            left[0] -= 1
+            gradients[0].view(-1)[0] += 1e-3
+        return real(gradients)
+
+    training.optimizer.set_gradients = arrived  # type: ignore[method-assign]
+
+
 def other_each_time(*args: Any) -> Tensor:
     return digest.digest(*args) + next(NUMBERS)
 
 
 def taken(name: str, world: parallel.World) -> dict[str, Any]:
     way = WAYS[name]
-    job = runfile.Trainer(
-        **{field: getattr(JOB, field) for field in JOB.__struct_fields__} | way.get("job", {})
-    )
+    own = {field: getattr(JOB, field) for field in JOB.__struct_fields__}
+    # Each rank has as many micro-batches, whatever the layout.
+    own["global_batch"] *= world.layout.dp_shard
+    job = runfile.Trainer(**own | way.get("job", {}))
     detection = way.get("detection", LOOKING)
-    training = Training(job, CONFIG, Samples(TOKENS, job), world, detection=detection)
+    config = STAGED if world.layout.pp > 1 else CONFIG
+    training = Training(job, config, Samples(TOKENS, job), world, detection=detection)
     heard, loss = Heard(), Loss(training, world.rank, way)
     training.loss = loss
+    if world.rank in way.get("ranks", ()) and "slips" in way:
+        Slip(training.stages[-1], way, loss)
+    if world.rank in way.get("ranks", ()) and "tokens" in way:
+        other: Any = OtherTokens(training.samples, loss, way["tokens"])
+        assert training._replays is not None
+        if way["tokens"] != "no":
+            training.samples = other
+        if way["tokens"] != "once":
+            training._replays.ring.samples = other
+    if "sums" in way:
+        deliver_wrong(training, loss, way["sums"])
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
     place = Place(world.position.dp_replicate, REPLICAS, 0, 1)
@@ -234,7 +331,7 @@ def take(training: Training, heard: Heard, loss: Loss, way: dict[str, Any], rank
 def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:
     train.warm_up()
     children = []
-    layout = Layout(dp_replicate=REPLICAS)._replace(**{cut: size})
+    layout = Layout(dp_replicate=REPLICAS)._replace(**dict.fromkeys(cut.split(","), size))
     for rank in range(layout.world_size):
         children.append(os.fork())
         if children[-1] == 0:

@@ -22,14 +22,7 @@ def test_three_replicas_have_both() -> None:
     assert "nobody can say which is right" in said(2)[0]
 
 
-def test_ranks_of_a_pipeline_are_digested_and_not_replayed() -> None:
-    digests, replays = said(parallelism={"dpReplicate": 2, "dpShard": 1, "pp": 2})
-
-    assert digests.startswith("on")
-    assert replays == "off: with pp 2, nobody has all layers of a micro-batch at a time"
-
-
-@pytest.mark.parametrize("name", ["tp", "cp"])
+@pytest.mark.parametrize("name", ["tp", "cp", "pp"])
 def test_groups_that_share_a_micro_batch_compute_those_of_others(name: str) -> None:
     cut = {"dpReplicate": 3, "dpShard": 1, name: 2}
     assert said(parallelism=cut, trainer={"device": "cpu"})[1] == "on"

@@ -8,7 +8,8 @@ import torch
 
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import Aborted, RankPhase
-from trainer.replays import Replays
+from trainer import processors
+from trainer.blame import Chain
 from trainer.ring import await_orders
 from trainer.step import Unheard
 
@@ -27,26 +28,29 @@ class Ordered(Unheard):
             raise Aborted("generation 1 is over")
 
 
-@pytest.mark.parametrize(("device", "possible"), [("cpu", True), ("cuda", False)])
-def test_nothing_is_replayed_where_two_processes_differ(device: str, *, possible: bool) -> None:
-    assert Replays.possible(Layout(dp_replicate=3), torch.device(device)) == possible
+@pytest.mark.parametrize(("device", "repeats"), [("cpu", True), ("cuda", False)])
+def test_nothing_is_computed_once_more_where_two_processes_differ(
+    device: str, *, repeats: bool
+) -> None:
+    assert processors.repeat(torch.device(device)) == repeats
 
 
 @pytest.mark.parametrize(
-    ("layout", "possible"),
+    ("layout", "others"),
     [
         (Layout(dp_replicate=3, tp=2), True),
         (Layout(dp_shard=2, tp=2), True),
         (Layout(tp=4), False),
-        (Layout(dp_replicate=3, pp=2), False),
+        (Layout(dp_replicate=3, pp=2), True),
+        (Layout(pp=2), False),
         (Layout(dp_replicate=3, cp=2), True),
         (Layout(cp=2, tp=2), False),
     ],
 )
-def test_who_computes_whole_micro_batches_can_do_it_for_others(
-    layout: Layout, *, possible: bool
-) -> None:
-    assert Replays.possible(layout, torch.device("cpu")) == possible
+def test_groups_look_at_each_other_where_there_are_two(layout: Layout, *, others: bool) -> None:
+    assert (layout.readers > 1) == others
+    chain = Chain.of(layout)
+    assert (len(chain.ranks) > chain.together) == others
 
 
 def test_orders_are_awaited_for_as_long_as_a_controller_takes_to_find_nodes(

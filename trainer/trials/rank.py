@@ -83,6 +83,10 @@ class Voice(Unheard):
             )
         )
 
+    def threw_away(self, step: int, *, because: str) -> None:
+        """Keep it like what ranks found that name nobody."""
+        self.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=because)
+
     def looked_again(self, step: int, *, because: str) -> None:
         """Keep that a step was in doubt until the next answer."""
         del because

@@ -77,7 +77,8 @@ def test_a_bit_that_flipped_in_memory_comes_back_from_the_buddy_and_is_on_record
 ) -> None:
     agents = pair(controller, start, save_every=10, nap_at=20, nap_s=60)
     controller.begin(1, ["node-0", "node-1"], buddies=BUDDIES)
-    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
+    for rank in (0, 1):
+        controller.hear(ShardsHeld, "node-1", where=lambda fact, rank=rank: holder(fact, rank, 10))
     flip_a_bit(agents["node-0"].memory, rank=0)
 
     controller.begin(
@@ -100,7 +101,8 @@ def test_a_copy_that_the_buddy_has_in_bad_shape_is_replaced_when_ranks_train_aga
     agents = pair(controller, start, save_every=10, durable_every=10, nap_at=20, nap_s=60)
     memory = {node: agent.memory for node, agent in agents.items()}
     controller.begin(1, ["node-0", "node-1"], buddies=BUDDIES)
-    controller.hear(ShardsHeld, "node-1", where=lambda fact: holder(fact, 0, 10))
+    for rank in (0, 1):
+        controller.hear(ShardsHeld, "node-1", where=lambda fact, rank=rank: holder(fact, rank, 10))
     controller.hear(ShardsWritten, "node-0", where=lambda fact: fact.step == 10)
     (slot,) = memory["node-0"].glob("rank-00000.slot-*")
     (bad,) = memory["node-1"].glob("copy-00000-10-*")

@@ -28,6 +28,7 @@ class Paces:
             maxlen=WINDOWS
         )
         self._step_R: npt.NDArray[np.int64] | None = None
+        self._rate_R: npt.NDArray[np.float64] | None = None
         self.looks = 0
         """How many windows there have been."""
 
@@ -39,7 +40,7 @@ class Paces:
             # All are as fast as each other, or nobody measures it: there is nothing to compare.
             if self._rows:
                 self._rows.clear()
-            self._step_R = None
+            self._step_R = self._rate_R = None
             return
         step_R = np.broadcast_to(np.asarray(steps, np.int64), self._size)
         if self._step_R is not None and not bool((step_R > self._step_R).all()):
@@ -50,6 +51,7 @@ class Paces:
         compute_s_R = np.broadcast_to(np.asarray(compute_s, np.float64), self._size)
         work_R = np.broadcast_to(np.asarray(work, np.float64), self._size)
         self._rows.append((compute_s_R, work_R))
+        self._rate_R = None
         self.looks += 1
 
     @property
@@ -65,3 +67,26 @@ class Paces:
         """Return what was computed in them, shape [W, R]; 1 where nobody said."""
         work_WR = np.stack([work_R for _, work_R in self._rows])
         return np.where(work_WR > 0, work_WR, 1.0)
+
+    def rate_R(self) -> npt.NDArray[np.float64]:
+        """Return seconds for a unit of work, the median of the windows, shape [R]."""
+        # Asked for each suspect, and the same for all of them.
+        if self._rate_R is None:
+            self._rate_R = middle(self.compute_s_WR() / self.work_WR())
+        return self._rate_R
+
+
+def middle(x_WR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the median over windows, shape [R]; nothing may be NaN.
+
+    What `numpy.median` gives, to the bit, in a third of its time: to sort ten numbers takes less
+    than to part them.
+
+    >>> middle(np.array([[3.0], [1.0], [4.0], [2.0]]))
+    array([2.5])
+    """
+    sorted_WR = np.sort(x_WR, axis=0)
+    half = len(sorted_WR) // 2
+    if len(sorted_WR) % 2:
+        return sorted_WR[half].copy()
+    return (sorted_WR[half - 1] + sorted_WR[half]) / 2

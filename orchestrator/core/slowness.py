@@ -112,7 +112,7 @@ def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
     others = np.flatnonzero(others_R)
     if not len(others) or not state.paces.full:
         return ()
-    rate = np.median(state.paces.compute_s_WR()[:, others] / state.paces.work_WR()[:, others], 0)
+    rate = state.paces.rate_R()[others]
     here = np.isin(others, state.ranks_of(state.seats[rank]))
     order = np.lexsort((others, np.abs(rate - np.median(rate)), here))
     return tuple(Rank(int(each)) for each in others[order[:PEERS_PROBED]])

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from orchestrator.core import slowness
 from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import STRAGGLER, Cause, Finding
+from orchestrator.core.paces import middle
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, Rank, Seconds
@@ -93,7 +94,9 @@ class Straggler:
         for rank in new:
             times = self._marks[rank].times if rank in self._marks else 0
             self._marks[rank] = _Mark(True, times + 1, paces.looks + (COOL_LOOKS << times))
-        return [_finding(state, rank, float(ratio_R[rank]), suspects) for rank in new]
+        slowest_s, other_s = what_if_s(paces.compute_s_WR(), suspects) if new else (0.0, 0.0)
+        gain_s = slowest_s - other_s
+        return [_finding(state, rank, float(ratio_R[rank]), gain_s) for rank in new]
 
     def _is_news(self, state: RunState, rank: Rank, ratio: float) -> bool:
         mark = self._marks.get(rank)
@@ -148,7 +151,7 @@ def _compare(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Return how slow each of some peers is, and whether that is neither noise nor chance."""
     ratio_WP = rate_WP / np.median(rate_WP, axis=1, keepdims=True)
-    ratio_P = np.median(ratio_WP, axis=0)
+    ratio_P = middle(ratio_WP)
     noise = _MAD_TO_SIGMA * float(np.median(np.abs(ratio_WP - ratio_P)))
     spread = 0.0
     if len(ratio_P) >= SPREAD_PEERS:
@@ -163,16 +166,15 @@ def what_if_s(
     compute_s_WR: npt.NDArray[np.float64], suspects: Sequence[Rank]
 ) -> tuple[float, float]:
     """Return how long the slowest rank computes in a step, and the slowest that is no suspect."""
-    median_R = np.median(compute_s_WR, axis=0)
+    median_R = middle(compute_s_WR)
     others = np.delete(median_R, list(suspects))
     slowest_s = float(median_R.max())
     return slowest_s, float(others.max()) if len(others) else slowest_s
 
 
-def _finding(state: RunState, rank: Rank, ratio: float, suspects: Sequence[Rank]) -> Finding:
-    slowest_s, other_s = what_if_s(state.paces.compute_s_WR(), suspects)
+def _finding(state: RunState, rank: Rank, ratio: float, gain_s: float) -> Finding:
     step_s = state.step_times.quantile(0.5)
-    better_s = max(step_s - (slowest_s - other_s), 0.0)
+    better_s = max(step_s - gain_s, 0.0)
     node = state.seats[rank]
     return Finding(
         at=state.now,

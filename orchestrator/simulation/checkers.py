@@ -77,15 +77,15 @@ class Invariants:
                     self._good.append((newest, since or Step(0)))
             case _:
                 pass
-        for decision in decisions:
+        for place, decision in enumerate(decisions):
             assert decision.reason, f"no reason for {type(decision).__name__}"
             match decision:
                 case StartGeneration():
                     self._start(state, decision, decisions)
                 case CommitCheckpoint(step=step, receipts=receipts):
-                    assert decision.generation == state.generation, (
-                        f"commit of generation {decision.generation} in generation "
-                        f"{state.generation}"
+                    current = self._current(state, decisions[place + 1 :])
+                    assert decision.generation == current, (
+                        f"commit of generation {decision.generation} in generation {current}"
                     )
                     shards = sorted(receipt.shard for receipt in receipts)
                     assert shards == list(range(state.shard_count())), f"step {step}: {shards}"
@@ -97,6 +97,13 @@ class Invariants:
             assert event.epoch <= state.generation, f"epoch {event.epoch} is ahead"
         for name, budget in state.budgets.items():
             assert budget.spent <= budget.limit, f"{name} budget: {budget.spent} of {budget.limit}"
+
+    def _current(self, state: RunState, later: Sequence[Decision]) -> Generation:
+        """Return the generation that there is when an order is given which others follow."""
+        # What is ordered in the breath before a new one is of the generation that ends with it.
+        if any(isinstance(each, StartGeneration) for each in later):
+            return max(self._ordered, default=Generation(0))
+        return state.generation
 
     def _same_batches(self, reports: Iterable[StepReport]) -> None:
         """Raise AssertionError if a step is done again with another batch."""

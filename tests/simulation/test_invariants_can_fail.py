@@ -156,6 +156,18 @@ def test_what_was_decided_is_sound(
     invariants(cluster.controller, cluster.entries[-1].event, decisions)
 
 
+def test_a_commit_is_of_the_generation_that_there_is_when_it_is_ordered(
+    swapped: tuple[Cluster, Invariants, list[Decision]],
+) -> None:
+    cluster, invariants, decisions = swapped
+    event = cluster.entries[-1].event
+    (late,) = a_commit_of_the_generation_before(cluster, decisions)
+
+    invariants(cluster.controller, event, [late, *decisions])
+    with pytest.raises(AssertionError, match="commit of generation 1 in generation 2"):
+        invariants(cluster.controller, event, [*decisions, late])
+
+
 def test_a_world_that_continues_what_came_after_a_corruption_is_found(
     swapped: tuple[Cluster, Invariants, list[Decision]],
 ) -> None:

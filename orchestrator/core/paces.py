@@ -85,8 +85,7 @@ def middle(x_WR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     >>> middle(np.array([[3.0], [1.0], [4.0], [2.0]]))
     array([2.5])
     """
-    sorted_WR = np.sort(x_WR, axis=0)
-    half = len(sorted_WR) // 2
-    if len(sorted_WR) % 2:
-        return sorted_WR[half].copy()
-    return (sorted_WR[half - 1] + sorted_WR[half]) / 2
+    sorted_WR: npt.NDArray[np.float64] = np.sort(x_WR, axis=0)
+    low, high = (len(sorted_WR) - 1) // 2, len(sorted_WR) // 2
+    middle_R: npt.NDArray[np.float64] = (sorted_WR[low] + sorted_WR[high]) / 2
+    return middle_R

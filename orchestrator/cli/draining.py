@@ -92,7 +92,14 @@ def uncordon(
     asked = _on_record(asked, request, wait_s)
     if output is Form.JSON:
         return msgspec.json.format(msgspec.json.encode(asked.rows())).decode()
-    return "\n".join(f"{row['node']} may be used: {row['condition']}" for row in asked.rows())
+    return "\n".join(map(_free_words, asked.rows()))
+
+
+def _free_words(row: dict[str, object]) -> str:
+    if row["condition"] == "Quarantined":
+        # What is held against one of its devices is taken back by steps.
+        return f"{row['node']} is not used yet: {row['why']}"
+    return f"{row['node']} may be used: {row['condition']}"
 
 
 def _find(what: str, names: Sequence[str], run: str | None) -> Draining:

@@ -24,6 +24,7 @@ from orchestrator.core.controller import Controller
 from orchestrator.core.decisions import Decision
 from orchestrator.core.events import Event
 from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.standing import Standing
 from orchestrator.core.state import RunState
 from orchestrator.server.counts import Counts
 
@@ -195,6 +196,11 @@ def _nodes(state: RunState) -> Iterator[Family]:
     quarantined = [(node, 1) for node in sorted(state.quarantined)]
     yield "node_quarantined", "1 for each node in quarantine.", ("node",), _rows(quarantined)
     connected = sum(node.connected for node in state.nodes.values())
+    standings = Counter(device.standing for device in state.devices.values())
+    rows = [(standing, standings[standing]) for standing in Standing]
+    yield "devices", "Devices in the device ledger, by standing.", ("standing",), _rows(rows)
+    problem = "Whether the device ledger is not known, or not all of it."
+    yield "device_ledger_problem", problem, (), _one(bool(state.devices_problem))
     yield "agent_streams", "Agents that are connected.", (), _one(connected)
 
 

@@ -80,6 +80,19 @@ def test_a_misspelt_field_is_refused_with_the_nearest_name(
         ("spec: {checkpoint: {uri: 'file://[/run'}}", "spec.checkpoint.uri is 'file://[/run'"),
         (r'spec: {checkpoint: {uri: "s3://\e2J"}}', "s3://\N{REPLACEMENT CHARACTER}2J"),
         ("spec: {checkpoint: {uri: ''}}", "spec.checkpoint.uri names nothing"),
+        (
+            "spec: {recovery: {deviceLedger: 'gs://fleet'}}",
+            "spec.recovery.deviceLedger: address is gs://fleet, supported are a folder",
+        ),
+        ("spec: {recovery: {deviceLedger: ' '}}", "spec.recovery.deviceLedger names nothing"),
+        (
+            "spec: {nodes: {serials: {node-0: 'rack 7'}}}",
+            "spec.nodes.serials.node-0 is 'rack 7', expected 1 to 128 characters",
+        ),
+        (
+            "spec: {nodes: {serials: {node-0: r7, node-1: r7}}}",
+            "spec.nodes.serials.node-1 is 'r7', and node-0 has the same",
+        ),
         ("spec: [", "not YAML"),
         ("", "missing required field `spec`"),
     ],

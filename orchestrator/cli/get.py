@@ -44,7 +44,13 @@ def get(
         raise unknown("kind", what, (*KINDS, "events", "devices"), "holdfast get")
     if name == "devices":
         shown = devices.shown(run)
-        _show(lambda: Look(shown.text(output)), watch=watch)
+
+        def look_at_devices() -> Look:
+            nonlocal shown
+            shown = devices.shown(run)
+            return Look(shown.text(output))
+
+        _show(look_at_devices, watch=watch)
         shown.require_whole()
         return
     if name == "runs" and run is None:

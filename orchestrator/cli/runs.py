@@ -49,7 +49,8 @@ def folder_of(name: str | None) -> RunFolder:
             raise CliError(
                 f"no journal in this folder: {name}", "give the folder that `--out` named"
             ) from None
-        known = [entry.name for entry in home().iterdir()] if home().exists() else []
+        there = [entry.name for entry in home().iterdir()] if home().exists() else []
+        known = [name for name in there if not name.startswith("@")]  # what is of all runs
         raise unknown("run", name, known, str(home())) from None
 
 

@@ -279,7 +279,7 @@ class DevicesKnown(_Event, frozen=True, kw_only=True):
     """
 
     devices: tuple[DeviceKnown, ...] = ()
-    """Those about which there are verdicts, by serial; all of them."""
+    """All that are not healthy as far as is known, by serial."""
     problem: str = ""
     """Why it is not known, or not all of it; "" if it is."""
 

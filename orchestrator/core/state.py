@@ -240,7 +240,7 @@ class RunState:
     divergences_told: list[StateDiverged] = field(default_factory=list)
     """All that was ever told of them: agents say it again when they reconnect."""
     devices: dict[Serial, DeviceKnown] = field(default_factory=dict)
-    """Those about which the device ledger has verdicts."""
+    """Those against which the device ledger has something."""
     devices_problem: str = ""
     """Why that is not known, or not all of it; "" if it is."""
     judging_devices: dict[str, JudgeDevice] = field(default_factory=dict)

@@ -197,8 +197,13 @@ def _nodes(state: RunState) -> Iterator[Family]:
     yield "node_quarantined", "1 for each node in quarantine.", ("node",), _rows(quarantined)
     connected = sum(node.connected for node in state.nodes.values())
     standings = Counter(device.standing for device in state.devices.values())
-    rows = [(standing, standings[standing]) for standing in Standing]
-    yield "devices", "Devices in the device ledger, by standing.", ("standing",), _rows(rows)
+    rows = [(one, standings[one]) for one in Standing if one is not Standing.HEALTHY]
+    yield (
+        "devices",
+        "Devices with something against them in the device ledger, by standing.",
+        ("standing",),
+        _rows(rows),
+    )
     problem = "Whether the device ledger is not known, or not all of it."
     yield "device_ledger_problem", problem, (), _one(bool(state.devices_problem))
     yield "agent_streams", "Agents that are connected.", (), _one(connected)

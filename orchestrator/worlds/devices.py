@@ -30,6 +30,7 @@ from storage.errors import (
     StorageUnavailableError,
     is_of_content,
 )
+from storage.parallel import each
 
 VERDICTS = "verdicts/"
 DIGITS = 12
@@ -37,6 +38,8 @@ VERDICT_BYTES_MAX = 64 << 10
 OF_ALL_RUNS = "@devices"
 """In `home()`. No run has such a name."""
 _ATTEMPTS = 64
+AT_ONCE = 256
+"""Verdicts that are read before any of them counts."""
 _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(DeviceVerdict).decode
 
@@ -96,8 +99,11 @@ class DeviceLedger:
 
     def _refresh(self) -> None:
         new = [key for key in self._store.keys(VERDICTS) if key not in self._read]
-        for key in new:
-            self._take(key)
+        # A bucket answers after a round trip each. In parts: what was read counts.
+        for begin in range(0, len(new), AT_ONCE):
+            keys = new[begin : begin + AT_ONCE]
+            for key, found in zip(keys, each(self._get, keys), strict=True):
+                self._enter(key, found)
 
     def add(self, verdict: DeviceVerdict) -> None:
         """Add a verdict behind all others, if none of its name is there.
@@ -118,7 +124,7 @@ class DeviceLedger:
                     self._store.put(key_of(self._next), data)
                 except BlobExistsError:
                     continue
-                self._take(key_of(self._next))
+                self._enter(key_of(self._next), verdict)
                 return
         raise StorageUnavailableError(f"no free number in {_ATTEMPTS} attempts: {VERDICTS}")
 
@@ -133,22 +139,26 @@ class DeviceLedger:
         more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
         return f"the device ledger is damaged: {self.damages[0]}{more}"
 
-    def _take(self, key: str) -> None:
+    def _enter(self, key: str, found: DeviceVerdict | Damage) -> None:
+        if isinstance(found, Damage):
+            self.damages.append(found)
+        else:
+            self.verdicts.append(found)
+        self._read.add(key)
         number = key.removeprefix(VERDICTS).removesuffix(".json")
         # Whatever it is that lies there: what is added comes behind it.
         if number.isdecimal():
             self._next = max(self._next, int(number) + 1)
+
+    def _get(self, key: str) -> DeviceVerdict | Damage:
         try:
-            verdict = read(get_small(self._store, key, VERDICT_BYTES_MAX))
+            return read(get_small(self._store, key, VERDICT_BYTES_MAX))
         except (ValueError, BlobNotFoundError, BlobTooLargeError) as error:
-            self.damages.append(Damage(key, str(error)))
+            return Damage(key, str(error))
         except StorageError as error:
             if not is_of_content(error):
                 raise
-            self.damages.append(Damage(key, str(error)))
-        else:
-            self.verdicts.append(verdict)
-        self._read.add(key)
+            return Damage(key, str(error))
 
 
 def key_of(number: int) -> str:

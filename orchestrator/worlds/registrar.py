@@ -15,7 +15,7 @@ from functools import partial
 
 from orchestrator.core.decisions import JudgeDevice
 from orchestrator.core.events import DeviceJudged, DeviceKnown, DevicesKnown, Event
-from orchestrator.core.standing import DeviceVerdict
+from orchestrator.core.standing import DeviceVerdict, Standing
 from orchestrator.protocol.ids import Seconds
 from orchestrator.worlds.devices import DeviceLedger
 from orchestrator.worlds.lane import Lane
@@ -139,10 +139,11 @@ class Registrar:
         tell(self._known(problem))
 
     def _known(self, problem: str) -> DevicesKnown:
-        records = sorted(self._ledger.records().items())
+        records = (record for _, record in sorted(self._ledger.records().items()))
+        held = (r for r in records if r.standing is not Standing.HEALTHY)
         return DevicesKnown(
             at=self._clock(),
-            devices=tuple(DeviceKnown(r.serial, r.standing, r.why) for _, r in records),
+            devices=tuple(DeviceKnown(r.serial, r.standing, r.why) for r in held),
             problem=problem,
         )
 

@@ -160,7 +160,8 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     if starting:
         nodes = state.run.spec.nodes
         there = f"{_usable(state)} of {nodes.count + nodes.spares}"
-        return WaitForNodes(until=until, reason=f"waiting for nodes: {there} are there")
+        words = f"waiting for nodes: {there} are there{_quarantined(state)}"
+        return WaitForNodes(until=until, reason=words)
     return WaitForNodes(
         until=until,
         reason=f"waiting for a node in place of {', '.join(_gone(state))}: "
@@ -257,6 +258,14 @@ def _give_up_at(state: RunState, at: float) -> Seconds:
     return Seconds(max([at, *known]))
 
 
+def _quarantined(state: RunState) -> str:
+    """Say who is kept out, and where it stands what is held against a device; "" if nobody is."""
+    if not state.quarantined:
+        return ""
+    where = " (`holdfast get devices`)" if any(q.device for q in state.quarantined.values()) else ""
+    return f"; quarantined: {', '.join(sorted(state.quarantined))}{where}"
+
+
 def _give_up(state: RunState, patience_s: float) -> Plan:
     if _undecided(state, _gone(state)):
         # Silence decides with the next tick, and this may be another event just before it.
@@ -264,8 +273,7 @@ def _give_up(state: RunState, patience_s: float) -> Plan:
         return WaitForNodes(until=soon, reason="a node is about to be taken for lost")
     kept_out = [node for node in sorted(state.drains) if state.drained(node)]
     last = f"; cordoned: {', '.join(kept_out)}" if kept_out else ""
-    if state.quarantined:
-        last += f"; quarantined: {', '.join(sorted(state.quarantined))}"
+    last += _quarantined(state)
     last += f"; last: {state.incident.findings[-1].evidence}" if state.incident else ""
     needed = shrinking.nodes_for(state.run, shrinking.least(state))
     return End(

@@ -65,6 +65,22 @@ def test_a_run_begins_without_the_node_of_a_device_that_is_barred(
     assert "quarantined, for its machine m1, which is" in standing(fleet.state, NodeId("node-1"))
 
 
+def test_a_run_that_lacks_the_node_says_where_it_stands_what_is_held_against_it(
+    fleet_of: Callable[[str], Fleet],
+) -> None:
+    nodes = {"count": 2, "ranksPerNode": 2}
+    fleet = fleet_of(runfiles.text(nodes=nodes, trainer={"steps": 50}))
+    fleet.record("m1", Act.CONVICTED)
+    begun(fleet)
+    fleet.after(0.1).lose("node-2")
+
+    while not fleet.state.phase.final:
+        assert fleet.now < 200
+        fleet.after(1).beat(step=0, heard=("node-0", "node-1"))
+
+    assert "quarantined: node-1 (`holdfast get devices`)" in fleet.state.end_reason
+
+
 def test_a_node_whose_device_is_barred_is_not_waited_for_as_a_spare(fleet: Fleet) -> None:
     fleet.record("m2", Act.CONVICTED)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.paces import WINDOWS, Paces
+from orchestrator.core.paces import WINDOWS, Paces, middle
 from orchestrator.core.slowness import alike
 from orchestrator.detect.straggler import RATIO_MIN, rates, stragglers, what_if_s
 from orchestrator.protocol.ids import Rank
@@ -114,3 +114,19 @@ def test_windows_are_looks_at_which_every_rank_has_taken_a_step() -> None:
     assert paces.compute_s_WR().shape == paces.work_WR().shape == (WINDOWS, 3)
     paces.observe((99,), (0.1,), (0.0,))  # all alike: what was before says nothing any more
     assert not paces.full
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, WINDOWS])
+def test_the_middle_of_windows_is_their_median_to_the_bit(windows: int) -> None:
+    rate = noisy(64, 0.3, windows)[:windows]
+
+    assert middle(rate).tolist() == np.median(rate, axis=0).tolist()
+
+
+def test_what_a_rank_takes_for_its_work_follows_the_newest_windows() -> None:
+    paces = Paces(2)
+    for step in range(1, 2 * WINDOWS + 1):
+        paces.observe((step, step), (float(step), 4.0 * step), (2.0, 2.0))
+        if paces.full:
+            newest = [float(each) for each in range(step - WINDOWS + 1, step + 1)]
+            assert paces.rate_R().tolist() == [np.median(newest) / 2, 2 * np.median(newest)]

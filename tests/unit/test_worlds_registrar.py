@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from orchestrator.core.decisions import JudgeDevice
@@ -13,8 +14,10 @@ from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Serial
 from orchestrator.worlds import registrar as registrars
 from orchestrator.worlds.devices import DeviceLedger
+from orchestrator.worlds.lane import LEFT_MAX
 from orchestrator.worlds.registrar import Registrar
 from storage.blob import BlobStore
+from storage.errors import StorageFullError
 from storage.faulty import FaultyStore
 from storage.memory import MemoryStore
 
@@ -159,15 +162,119 @@ def test_a_ledger_that_does_not_answer_is_told_and_told_again_when_it_does(
     assert (event.problem, len(event.devices)) == ("", 1)
 
 
-def test_a_ledger_that_hangs_keeps_nobody_waiting(store: FaultyStore) -> None:
+def fail_once(store: FaultyStore) -> None:
+    """Have the first put find the disk full, and all others room."""
+    left = [True]
+
+    def fail(operation: str, key: str) -> None:
+        if operation == "put" and left:
+            left.clear()
+            raise StorageFullError(key)
+
+    store.before = fail
+
+
+def released(name: str) -> JudgeDevice:
+    return msgspec.structs.replace(
+        ORDER, id=name, act=Act.RELEASED, actor="operator", proof=Proof.NONE
+    )
+
+
+def test_verdicts_are_on_record_in_the_order_in_which_they_were_ordered(
+    store: FaultyStore, one: Registrar
+) -> None:
+    fail_once(store)
+
+    one.judge(ORDER, Told())
+    one.judge(released("b"), Told())
+
+    assert one.settle(WAIT_S)
+    ledger = DeviceLedger(store)
+    ledger.refresh()
+    assert [verdict.id for verdict in ledger.verdicts] == [ORDER.id, "b"]
+
+
+def test_at_the_end_what_is_pending_is_tried_once_more(
+    store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registrars, "AGAIN_S", 1e6)
+    one, told = of(store), Told()
+    fail_once(store)
+    one.judge(ORDER, told)
+    told.next()
+
+    assert one.settle(WAIT_S)
+
+
+def test_a_ledger_that_can_be_read_and_not_written_is_told_once(
+    store: FaultyStore, one: Registrar
+) -> None:
+    told, looks, puts = Told(), threading.Semaphore(0), threading.Semaphore(0)
+    store.before = lambda operation, _: (puts if operation == "put" else looks).release()
+    store.full = True
+    one.watch(told)
+    one.judge(ORDER, told)
+
+    for _ in range(20):
+        assert looks.acquire(timeout=WAIT_S)
+    for _ in range(3):
+        assert puts.acquire(timeout=WAIT_S)
+    store.full = False
+
+    events = [told.next()]
+    while not isinstance(events[-1], DeviceJudged):
+        events.append(told.next())
+    problems = [event.problem for event in events if isinstance(event, DevicesKnown)]
+    assert [words[:9] for words in problems if words] == ["a verdict"]
+    assert one.settle(WAIT_S)
+
+
+def hang(store: FaultyStore) -> threading.Event:
+    """Have the store not answer until the event is set."""
     going_on = threading.Event()
     store.before = lambda _operation, _key: bool(going_on.wait(WAIT_S)) and None
+    return going_on
+
+
+def test_a_ledger_that_hangs_keeps_nobody_waiting(store: FaultyStore) -> None:
+    going_on = hang(store)
     hanging = of(store, within_s=0.05)
-    told = Told()
 
     assert "did not answer within 0.05 s" in hanging.at_start().problem
-    hanging.judge(ORDER, told)
+    hanging.judge(ORDER, Told())
 
-    assert not hanging.settle(0.2), "it is ordered, and not on record"
+    assert not hanging.settle(0.0), "it is ordered, and not on record"
     going_on.set()
-    assert isinstance(told.next(), DeviceJudged)
+
+
+def test_what_a_ledger_that_hung_at_the_start_says_is_heard_when_it_goes_on(
+    store: FaultyStore,
+) -> None:
+    say(store, Act.RETIRED, "a")
+    going_on = hang(store)
+    hanging, told = of(store, within_s=0.05), Told()
+    assert "did not answer" in hanging.at_start().problem
+
+    going_on.set()
+    hanging.watch(told)
+
+    while not (event := told.next()).devices:  # type: ignore[union-attr]
+        assert isinstance(event, DevicesKnown)
+    hanging.settle(WAIT_S)
+
+
+def test_a_verdict_whose_turn_does_not_come_is_on_record_once_the_ledger_goes_on(
+    store: FaultyStore,
+) -> None:
+    going_on = hang(store)
+    hanging, told = of(store, within_s=0.05), Told()
+    for _ in range(LEFT_MAX):
+        hanging.at_start()
+
+    hanging.judge(ORDER, told)
+    hanging.at_start()  # so long, the verdict waits for its turn
+    going_on.set()
+
+    while not isinstance(told.next(), DeviceJudged):
+        pass
+    assert hanging.settle(WAIT_S)

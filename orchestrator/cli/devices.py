@@ -79,7 +79,9 @@ class Ledger(NamedTuple):
             raise CliError(
                 f"{problem}; what the others tell is all that is shown: {self.uri}",
                 "what was decided by it is lost: bring the file back, or say again what it said, "
-                "with `holdfast retire device`, and remove it",
+                "with `holdfast retire device`, and remove it"
+                if self.ledger.damages
+                else "who asks has to be let read it; what it says counts from then on",
                 Exit.DAMAGED,
             )
 
@@ -169,6 +171,8 @@ def described(name: str | None, run: str | None) -> str:
     ]
     if found.ledger.damages:
         lines += section("Damaged", map(str, found.ledger.damages))
+    if found.ledger.unread:
+        lines += section("Not to be read", map(str, found.ledger.unread))
     return units.printable("\n".join(lines))
 
 

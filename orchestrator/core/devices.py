@@ -47,10 +47,10 @@ _CONVICTED = (Standing.QUARANTINED, Standing.RETIRED)
 
 
 def know(state: RunState, told: DevicesKnown) -> None:
-    """Enter what the ledger says now. What could not be read leaves what was known as it was."""
+    """Enter what the ledger says now. If not all could be read, what was known stays known."""
     state.devices_problem = told.problem
-    if told.devices or not told.problem:
-        state.devices = {device.serial: device for device in told.devices}
+    known = state.devices if told.problem else {}
+    state.devices = known | {device.serial: device for device in told.devices}
     _look_again(state)
 
 

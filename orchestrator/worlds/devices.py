@@ -12,6 +12,7 @@ once more, should its writer not know whether it was.
 from __future__ import annotations
 
 import threading
+from bisect import bisect
 from typing import NamedTuple
 
 import msgspec
@@ -33,6 +34,8 @@ from storage.errors import (
 from storage.parallel import each
 
 VERDICTS = "verdicts/"
+PROBES = f"{VERDICTS}probe-"
+"""Blobs that are there for a moment, by whoever looks whether the store takes verdicts."""
 DIGITS = 12
 VERDICT_BYTES_MAX = 64 << 10
 OF_ALL_RUNS = "@devices"
@@ -77,7 +80,8 @@ class DeviceLedger:
 
     Attributes:
         verdicts: what was read so far, in order.
-        damages: what could not be read, though it is there.
+        damages: what is there, and is not what was put.
+        unread: what the store has, and does not let be read; it is tried again each time.
     """
 
     def __init__(self, store: BlobStore) -> None:
@@ -85,6 +89,9 @@ class DeviceLedger:
         self._lock = threading.Lock()
         self.verdicts: list[DeviceVerdict] = []
         self.damages: list[Damage] = []
+        self.unread: list[Damage] = []
+        self._keys: list[str] = []
+        """Of the verdicts."""
         self._read: set[str] = set()
         self._next = 0
 
@@ -92,18 +99,30 @@ class DeviceLedger:
         """Read what was added since the last call.
 
         Raises:
-            StorageError: if the store does not answer. What was read until then counts.
+            StorageError: if the store does not say what there is.
         """
         with self._lock:
             self._refresh()
 
     def _refresh(self) -> None:
-        new = [key for key in self._store.keys(VERDICTS) if key not in self._read]
+        new = [
+            key
+            for key in self._store.keys(VERDICTS)
+            if key not in self._read and not key.startswith(PROBES)
+        ]
+        # The same words for as long as it lasts, whatever the store says of it each time.
+        before = {damage.key: damage for damage in self.unread}
+        unread: list[Damage] = []
         # A bucket answers after a round trip each. In parts: what was read counts.
         for begin in range(0, len(new), AT_ONCE):
             keys = new[begin : begin + AT_ONCE]
             for key, found in zip(keys, each(self._get, keys), strict=True):
-                self._enter(key, found)
+                if isinstance(found, StorageError):
+                    unread.append(before.get(key) or Damage(key, str(found)))
+                    self._go_behind(key)
+                else:
+                    self._enter(key, found)
+        self.unread = unread
 
     def add(self, verdict: DeviceVerdict) -> None:
         """Add a verdict behind all others, if none of its name is there.
@@ -134,31 +153,37 @@ class DeviceLedger:
 
     def problem(self) -> str:
         """Say that some could not be read; "" if all could."""
-        if not self.damages:
+        found = self.damages or self.unread
+        if not found:
             return ""
-        more = f", and {len(self.damages) - 1} more" if len(self.damages) > 1 else ""
-        return f"the device ledger is damaged: {self.damages[0]}{more}"
+        what = "is damaged" if self.damages else "can not be read as a whole"
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"the device ledger {what}: {found[0]}{more}"
 
     def _enter(self, key: str, found: DeviceVerdict | Damage) -> None:
         if isinstance(found, Damage):
             self.damages.append(found)
-        else:
-            self.verdicts.append(found)
+        elif all(known.id != found.id for known in self.verdicts):
+            # Nearly always the last place. One that could not be read before goes where it belongs.
+            place = bisect(self._keys, key)
+            self._keys.insert(place, key)
+            self.verdicts.insert(place, found)
         self._read.add(key)
+        self._go_behind(key)
+
+    def _go_behind(self, key: str) -> None:
         number = key.removeprefix(VERDICTS).removesuffix(".json")
         # Whatever it is that lies there: what is added comes behind it.
         if number.isdecimal():
             self._next = max(self._next, int(number) + 1)
 
-    def _get(self, key: str) -> DeviceVerdict | Damage:
+    def _get(self, key: str) -> DeviceVerdict | Damage | StorageError:
         try:
             return read(get_small(self._store, key, VERDICT_BYTES_MAX))
         except (ValueError, BlobNotFoundError, BlobTooLargeError) as error:
             return Damage(key, str(error))
         except StorageError as error:
-            if not is_of_content(error):
-                raise
-            return Damage(key, str(error))
+            return Damage(key, str(error)) if is_of_content(error) else error
 
 
 def key_of(number: int) -> str:

@@ -161,6 +161,22 @@ def test_what_was_known_stays_known_while_the_ledger_does_not_answer(fleet: Flee
     assert NodeId("node-1") in fleet.state.quarantined
 
 
+def test_who_is_known_to_be_barred_stays_out_when_only_part_of_the_ledger_can_be_read(
+    fleet: Fleet,
+) -> None:
+    fleet.record("m1", Act.CONVICTED)
+    begun(fleet)
+    fleet.verdicts.clear()
+    fleet.record("m2", Act.CONVICTED)
+
+    fleet.know("a verdict can not be read")
+
+    assert NodeId("node-1") in fleet.state.quarantined
+    assert fleet.state.devices.keys() == {"m1", "m2"}
+    fleet.know()
+    assert NodeId("node-1") not in fleet.state.quarantined
+
+
 # What is put on record ------------------------------------------------------------------------
 
 

@@ -178,6 +178,37 @@ def test_a_put_whose_answer_was_lost_is_not_added_twice() -> None:
     assert [v.id for v in one.verdicts] == ["a"]
 
 
+def test_a_verdict_that_may_not_be_read_keeps_no_other_from_counting() -> None:
+    store = FaultyStore(MemoryStore())
+    for name in ("a", "b"):
+        DeviceLedger(store).add(verdict(name, f"m-{name}"))
+    store.refused = {key_of(0)}
+    one = DeviceLedger(store)
+
+    one.add(verdict("c", "m-c"))
+
+    assert [v.id for v in one.verdicts] == ["b", "c"]
+    assert store.keys("verdicts/")[-1] == key_of(2)
+    assert f"can not be read as a whole: {key_of(0)}: Permission denied" in one.problem()
+    store.refused = set()
+    one.refresh()
+    assert [v.id for v in one.verdicts] == ["a", "b", "c"], "in their order"
+    assert one.problem() == ""
+
+
+def test_a_verdict_that_was_added_twice_since_it_could_not_be_read_counts_once() -> None:
+    store = FaultyStore(MemoryStore())
+    DeviceLedger(store).add(verdict("a"))
+    store.refused = {key_of(0)}
+    DeviceLedger(store).add(verdict("a"))
+    store.refused = set()
+    one = DeviceLedger(store)
+
+    one.refresh()
+
+    assert [v.id for v in one.verdicts] == ["a"]
+
+
 def test_a_run_with_a_fault_plan_has_a_ledger_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

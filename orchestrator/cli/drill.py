@@ -57,11 +57,20 @@ def drill(
         CliError: if one of them can not be started, takes too long, or is interrupted.
     """
     disturbed = _run(run, plan, out / "disturbed", timeout_s, progress)
-    quiet = msgspec.structs.replace(
-        run, metadata=msgspec.structs.replace(run.metadata, name=f"{run.metadata.name}-twin")
-    )
-    twin = _run(quiet, None, out / "twin", timeout_s, twin_progress)
+    twin = _run(twin_of(run, out), None, out / "twin", timeout_s, twin_progress)
     return Verdict(disturbed=disturbed, twin=twin, differences=differences(disturbed, twin))
+
+
+def twin_of(run: TrainingRun, out: Path) -> TrainingRun:
+    """Return the run without faults: with a device ledger of its own, as the other one has."""
+    replace = msgspec.structs.replace
+    own = str(RunFolder(out / "twin").devices.absolute())
+    recovery = replace(run.spec.recovery, device_ledger=own)
+    return replace(
+        run,
+        metadata=replace(run.metadata, name=f"{run.metadata.name}-twin"),
+        spec=replace(run.spec, recovery=recovery),
+    )
 
 
 def differences(one: Report, other: Report) -> list[str]:

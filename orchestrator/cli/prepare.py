@@ -15,11 +15,17 @@ from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
+from orchestrator.worlds.devices import PROBES, address
 from orchestrator.worlds.folder import RunFolder, elsewhere, home, next_former_journal
+from orchestrator.worlds.lane import Lane
 from storage.address import open_store
+from storage.blob import BlobStore
 from storage.commit import latest_commit
 from storage.errors import StorageError, UnsupportedUriError
 
+LEDGER = "spec.recovery.deviceLedger"
+LEDGER_S = 5.0
+"""For so long it is waited for to take a verdict."""
 TOKEN_BYTES = 32
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{43}")
 """What `_write` made of TOKEN_BYTES; an empty or cut token would let anybody in, or nobody."""
@@ -63,7 +69,7 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     if run.spec.checkpoint.uri is not None:
         _require_store(run.spec.checkpoint.uri, "spec.checkpoint.uri", "checkpoints")
     if run.spec.recovery.device_ledger is not None:
-        _require_store(run.spec.recovery.device_ledger, "spec.recovery.deviceLedger", "verdicts")
+        _opened(run.spec.recovery.device_ledger, LEDGER)
     _write(folder.run_file, msgspec.json.encode(run))
     if plan is None:
         folder.plan_file.unlink(missing_ok=True)
@@ -114,16 +120,50 @@ def _require_unlocked(path: Path, message: str) -> None:
         raise CliError(message, error.hint) from error
 
 
-def _require_store(uri: str, field: str, what: str) -> None:
-    """Refuse a store that takes nothing: when there is something for it, it is too late to say."""
+def ledger_problem(run: TrainingRun, folder: RunFolder) -> str:
+    """Say why the device ledger takes no verdict now, "" if it does: a run goes on without."""
+    uri = address(run, folder)
+    store = _opened(uri, LEDGER)
+    found: list[str] = []
+
+    def look() -> None:
+        try:
+            _probe(store, PROBES)
+        except StorageError as error:
+            found.append(str(error))
+        else:
+            found.append("")
+
+    lane = Lane("holdfast-probe", LEDGER_S)
+    lane.submit(look, lambda: None)
+    lane.latest().wait()
+    problem = found[0] if found else f"it did not answer within {LEDGER_S:g} s"
+    if not problem:
+        return ""
+    return (
+        f"warning: {LEDGER} takes no verdicts: {uri} ({problem}); they wait until it does, and "
+        "nobody is kept out for what can not be read"
+    )
+
+
+def _opened(uri: str, field: str) -> BlobStore:
     try:
-        store = open_store(uri)
+        return open_store(uri)
     except UnsupportedUriError as error:
         raise CliError(f"{field}: {error}", error.hint, Exit.USAGE) from error
-    key = f"probe-{secrets.token_hex(8)}"
+
+
+def _probe(store: BlobStore, prefix: str) -> None:
+    key = f"{prefix}{secrets.token_hex(8)}"
+    store.put(key, b"")
+    store.delete(key)
+
+
+def _require_store(uri: str, field: str, what: str) -> None:
+    """Refuse a store that takes nothing: when there is something for it, it is too late to say."""
+    store = _opened(uri, field)
     try:
-        store.put(key, b"")
-        store.delete(key)
+        _probe(store, "probe-")
     except StorageError as error:
         raise CliError(
             f"{field} takes no {what}: {uri} ({error})",

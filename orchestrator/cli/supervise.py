@@ -21,7 +21,7 @@ from orchestrator.cli.controller import ControllerProcess
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
 from orchestrator.cli.outcome import Outcome, outcome
-from orchestrator.cli.prepare import prepare
+from orchestrator.cli.prepare import ledger_problem, prepare
 from orchestrator.cli.progress import Progress
 from orchestrator.core.report import report as report_of
 from orchestrator.core.state import RunState
@@ -68,6 +68,8 @@ def supervise(
     if port:
         check_port(port)
     folder, held = prepare(run, plan, out)
+    if told := ledger_problem(run, folder):
+        progress.say(told)
     timeouts = compose.check(run, run.metadata.name)
     token = folder.token.read_text(encoding="ascii").strip()
     machine = Machine(run, folder, token, timeouts)

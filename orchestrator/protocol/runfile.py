@@ -302,8 +302,9 @@ class Recovery(_Section, frozen=True, kw_only=True):
     same to the bit; else all, so the run waits, and a user who wants the time more says so."""
     device_ledger: str | None = None
     """Where verdicts about devices are kept for all runs: a folder, file:///folder or
-    s3://bucket/prefix; default `devices` in $HOLDFAST_HOME. By itself a run with a fault plan has
-    one of its own, in its folder: what is broken on purpose tells nothing of a device."""
+    s3://bucket/prefix; default `@devices` in $HOLDFAST_HOME. A run with a fault plan or of a
+    campaign has one of its own, in its folder, whatever is said here: what is broken on purpose
+    tells nothing of a device."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
     `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `cadence`,

@@ -59,12 +59,10 @@ class Damage(NamedTuple):
 
 def address(run: TrainingRun, folder: RunFolder) -> str:
     """Return where the ledger of a run is."""
-    stated = run.spec.recovery.device_ledger
-    if stated is not None:
-        return stated
+    # First: what is broken on purpose tells nothing of a device, whatever the file says.
     if folder.plan_file.exists() or run.spec.campaign:
         return str(folder.devices)
-    return address_of_all_runs()
+    return run.spec.recovery.device_ledger or address_of_all_runs()
 
 
 def address_of_all_runs() -> str:

@@ -3,14 +3,17 @@
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 import xxhash
 
 from orchestrator import compose
+from orchestrator.cli import drill
+from orchestrator.cli.prepare import ledger_problem
 from orchestrator.core.standing import Act, DeviceVerdict, Proof, Standing
 from orchestrator.protocol.ids import Serial
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.worlds.devices import DeviceLedger, address, key_of, read, written
+from orchestrator.worlds.devices import PROBES, DeviceLedger, address, key_of, read, written
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
@@ -209,6 +212,34 @@ def test_a_verdict_that_was_added_twice_since_it_could_not_be_read_counts_once()
     assert [v.id for v in one.verdicts] == ["a"]
 
 
+def stated(uri: str) -> TrainingRun:
+    text = runfiles.text(recovery={"deviceLedger": uri})
+    return compose.parse(text, TrainingRun, "run.yaml")
+
+
+def test_a_ledger_that_takes_no_verdicts_is_said_at_the_start_and_stops_no_run(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "file").touch()
+
+    found = ledger_problem(stated(f"{tmp_path}/file/devices"), folder)
+
+    assert "warning: spec.recovery.deviceLedger takes no verdicts: " in found
+    assert ledger_problem(stated(str(tmp_path / "devices")), folder) == ""
+    assert ledger(tmp_path / "devices").problem() == ""
+
+
+def test_who_looks_while_somebody_else_sees_whether_it_takes_verdicts_finds_no_damage() -> None:
+    store = MemoryStore()
+    store.put(f"{PROBES}1", b"")
+    one = DeviceLedger(store)
+
+    one.add(verdict("a"))
+
+    assert (one.problem(), store.keys("verdicts/")[0]) == ("", key_of(0))
+
+
 def test_a_run_with_a_fault_plan_has_a_ledger_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,8 +249,17 @@ def test_a_run_with_a_fault_plan_has_a_ledger_of_its_own(
     run = compose.parse(runfiles.text(), TrainingRun, "run.yaml")
     assert address(run, folder) == str(tmp_path / "home" / "@devices")
 
+    shared = stated("s3://fleet/devices")
+    assert address(shared, folder) == "s3://fleet/devices"
+
+    twin = drill.twin_of(shared, tmp_path / "drill")
+    own = tmp_path / "drill" / "twin"
+    assert address(twin, RunFolder(own)) == str(own / "devices")
+    campaign = msgspec.structs.replace(
+        shared, spec=msgspec.structs.replace(shared.spec, campaign=True)
+    )
+    assert address(campaign, folder) == str(tmp_path / "run" / "devices")
+
     folder.plan_file.touch()
     assert address(run, folder) == str(tmp_path / "run" / "devices")
-
-    stated = runfiles.text(recovery={"deviceLedger": "s3://fleet/devices"})
-    assert address(compose.parse(stated, TrainingRun, ""), folder) == "s3://fleet/devices"
+    assert address(shared, folder) == str(tmp_path / "run" / "devices")

@@ -181,7 +181,8 @@ _MEANINGS = {
     Standing.SUSPECT: "something points to it and proves nothing; its node is taken after others",
     Standing.QUARANTINED: "its node gets no seat; `holdfast release device` when it was repaired",
     Standing.RETEST: "its node gets no seat before it has computed what is known beforehand",
-    Standing.PROBATION: "its node gets a seat if no other is free, and is watched",
+    Standing.PROBATION: "its node gets a seat if no other is free, and is watched; `holdfast "
+    "release device` ends that where nothing looks for wrong state",
     Standing.RETIRED: "its node gets no seat; take it out for good",
 }
 

@@ -34,7 +34,8 @@ class Standing(StrEnum):
     RETEST = "retest"
     """It may come back once it has computed what is known beforehand, where it is."""
     PROBATION = "probation"
-    """It has, which shows little: it gets a seat if nobody else is free, and is watched."""
+    """It has, which shows little: it gets a seat if nobody else is free, and is watched. Where
+    nothing looks for wrong state it stays so until somebody releases it."""
     RETIRED = "retired"
 
     @property
@@ -76,17 +77,22 @@ TRANSITIONS: dict[Act, dict[Standing, Standing]] = {
     A.CONVICTED: {
         S.HEALTHY: S.QUARANTINED,
         S.SUSPECT: S.QUARANTINED,
-        S.QUARANTINED: S.QUARANTINED,
         S.RETEST: S.QUARANTINED,
         S.PROBATION: S.QUARANTINED,
     },
-    A.RELEASED: {S.SUSPECT: S.HEALTHY, S.QUARANTINED: S.RETEST, S.RETIRED: S.RETEST},
+    A.RELEASED: {
+        S.SUSPECT: S.HEALTHY,
+        S.QUARANTINED: S.RETEST,
+        S.PROBATION: S.HEALTHY,
+        S.RETIRED: S.RETEST,
+    },
     A.PASSED: {S.RETEST: S.PROBATION},
     A.CLEARED: {S.SUSPECT: S.HEALTHY, S.PROBATION: S.HEALTHY},
     A.RETIRED: {standing: S.RETIRED for standing in S if standing is not S.RETIRED},
 }
 """Where a verdict takes a device from where it stands; nowhere if that is not named. The second
-conviction within 90 days takes it to `retired` from anywhere (`fold`)."""
+conviction within 90 days takes it to `retired` (`fold`). Of one fault there may be several proofs,
+by several runs: what is convicted before it was released is no more convicted than it was."""
 ACTORS: dict[Act, tuple[Actor, ...]] = {
     A.SUSPECTED: ("controller",),
     A.CONVICTED: ("controller", "preflight"),
@@ -158,11 +164,11 @@ def _after(record: Record, verdict: DeviceVerdict) -> Record:
         return counted
     then = TRANSITIONS[verdict.act].get(record.standing)
     convicted_at = record.convicted_at
-    if verdict.act is Act.CONVICTED:
+    if verdict.act is Act.CONVICTED and then is not None:
         since = verdict.at - STRIKES_DAYS * _DAY_S
         lately = [at for at in convicted_at if at >= since]
         convicted_at = (*convicted_at, verdict.at)
-        if then is not None and len(lately) + 1 >= STRIKES:
+        if len(lately) + 1 >= STRIKES:
             then = Standing.RETIRED
     counted = msgspec.structs.replace(counted, convicted_at=convicted_at)
     if then is None or then is record.standing:

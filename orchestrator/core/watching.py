@@ -21,7 +21,11 @@ def looks(run: TrainingRun, replicas: int) -> bool:
         run: what is run.
         replicas: that train now.
     """
-    return digests(run, replicas).startswith("on") or replays(run, replicas).startswith("on")
+    if digests(run, replicas).startswith("on"):
+        return True
+    # Which device `auto` takes is known on the ranks alone; it would be GPUs on most nodes.
+    told = replays(run, replicas)
+    return told == "on"
 
 
 def digests(run: TrainingRun, replicas: int) -> str:

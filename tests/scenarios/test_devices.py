@@ -482,3 +482,20 @@ def test_a_device_that_is_retired_while_its_node_trains_gives_its_seats_up_when_
     fleet.record("m1", Act.RELEASED, Act.PASSED)
     fleet.know()
     assert fleet.state.spares() == ("node-1",), "what kept it out is over"
+
+
+@pytest.mark.parametrize(("device", "cleared"), [("cpu", ["m0"]), ("auto", []), ("cuda", [])])
+def test_steps_count_only_where_replays_are_known_to_look_at_them(
+    fleet_of: Callable[[str], Fleet], device: str, cleared: list[str]
+) -> None:
+    fleet = fleet_of(
+        runfiles.text(trainer={"steps": 5000, "device": device}, detection={"digestShare": 0.0})
+    )
+    fleet.record("m0", Act.CONVICTED, Act.RELEASED, Act.PASSED)
+    fleet.record("m1", Act.CONVICTED)
+    begun(fleet)
+
+    fleet.train(PROBATION_STEPS)
+
+    orders = [d for d in fleet.decisions if isinstance(d, JudgeDevice)]
+    assert [order.device.serial for order in orders] == cleared

@@ -156,10 +156,12 @@ def test_bad_input_is_refused_with_a_hint(arguments: tuple[str, ...], says: str)
 def test_to_release_what_nothing_is_held_against_is_refused() -> None:
     convict()
     told("release", "device", "m-1", "--reason", "new DIMM", "--tested")
+    assert told("release", "device", "m-1", "--reason", "a month of work") == "m-1 is healthy\n"
 
     message, hint = refused("release", "device", "m-1", "--reason", "x", code=2)
 
-    assert "m-1 is probation, expected one of `suspect`, `quarantined`, `retired`" in message
+    allowed = "`suspect`, `quarantined`, `probation`, `retired`"
+    assert f"m-1 is healthy, expected one of {allowed}" in message
     assert hint == "look with `holdfast describe device m-1`"
 
 

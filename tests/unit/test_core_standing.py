@@ -79,12 +79,25 @@ def test_however_often_it_is_suspected_a_device_is_not_barred() -> None:
     assert standing(*(verdict(Act.SUSPECTED, day=day) for day in range(20))) is Standing.SUSPECT
 
 
-@pytest.mark.parametrize("between", [(), (Act.RELEASED,), (Act.RELEASED, Act.PASSED, Act.CLEARED)])
+@pytest.mark.parametrize("between", [(Act.RELEASED,), (Act.RELEASED, Act.PASSED, Act.CLEARED)])
 def test_the_second_conviction_within_ninety_days_retires(between: tuple[Act, ...]) -> None:
     back = [verdict(act, day=1) for act in between]
     first, second = verdict(Act.CONVICTED), verdict(Act.CONVICTED, day=STRIKES_DAYS)
 
     assert standing(first, *back, second) is Standing.RETIRED
+
+
+def test_two_runs_that_convict_for_one_fault_do_not_retire() -> None:
+    told = [verdict(Act.CONVICTED), verdict(Act.CONVICTED, day=0.1)]
+
+    assert standing(*told) is Standing.QUARANTINED
+    assert standing(*told, verdict(Act.RELEASED), verdict(Act.CONVICTED)) is Standing.RETIRED
+
+
+def test_an_operator_may_end_a_probation_that_nothing_else_does() -> None:
+    told = [verdict(act) for act in (Act.CONVICTED, Act.RELEASED, Act.PASSED, Act.RELEASED)]
+
+    assert standing(*told) is Standing.HEALTHY
 
 
 def test_a_conviction_of_long_ago_does_not_count_as_the_first() -> None:

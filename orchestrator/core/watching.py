@@ -9,8 +9,8 @@ REPLICAS_MAJORITY = 3
 _BITS = "two processes are not known to get the same bits on a GPU"
 _REPLAYS_ON = {
     "cpu": "on",
-    "cuda": f"off: {_BITS}",
-    "auto": f"on where ranks compute on CPUs; off on GPUs: {_BITS}",
+    "cuda": f"off: {_BITS}; samples are read twice all the same",
+    "auto": f"on where ranks compute on CPUs; off on GPUs: {_BITS}; samples are read twice",
 }
 
 

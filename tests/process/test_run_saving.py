@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import pytest
 
 from orchestrator.core import journal
 from orchestrator.core.decisions import SetCadence, StartGeneration
-from orchestrator.core.events import CheckpointJudged
+from orchestrator.core.events import CheckpointJudged, Reported
 from orchestrator.core.report import Report
 from orchestrator.core.trust import Verdict
+from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.messages import Holding, ShardsHeld
 from orchestrator.worlds.memory import memory_of
 from tests import tiny
 from tests.programs.played import flip_a_bit, wait_for
@@ -89,19 +90,24 @@ def test_two_nodes_lost_between_two_saves_cost_no_look_at_the_durable_tier(job: 
 
 
 def test_a_damaged_copy_of_a_dead_rank_costs_nothing_that_its_buddy_still_holds(
-    job: Start,
+    job: Start, tmp_path: Path
 ) -> None:
-    one = job(steps=250, step_s=0.02, save_every=100, durable_every=250)
+    gate = tmp_path / "gate"
+    steps = {"steps": 150, "save_every": 100, "durable_every": 150}
+    one = job(**steps, step_s=0.005, gate_at=110, gate=str(gate))
     one.run["spec"]["checkpoint"] = {"everySteps": 1000, "memoryEverySteps": 100}
-    one.run["spec"]["trainer"]["steps"] = 250
+    one.run["spec"]["trainer"]["steps"] = 150
+    # Who waits at the gate for as long as a busy machine takes is not to be taken for hanging.
+    one.run["spec"]["detection"]["detectWithin"] = "120s"
     one.start()
     memory = memory_of(one.folder)
-    wait_for(lambda: list((memory / "node-0").glob("copy-00002-100-*")))
-    time.sleep(0.2)  # it is made before it is filled
+    wait_for(lambda: list((memory / "node-0").glob("copy-00002-100-*")), 60)
+    wait_for(lambda: all(held(one, node) >= ALL_AT_100 for node in ("node-0", "node-1")), 60)
 
     flip_a_bit(memory / "node-1", rank=2)
     os.kill(pid_of(one, 2), signal.SIGKILL)
-    code = one.finish()
+    gate.touch()
+    code = one.finish(120)
 
     report = one.report()
     assert (code, report.state) == (0, "Succeeded"), report.reason
@@ -111,8 +117,18 @@ def test_a_damaged_copy_of_a_dead_rank_costs_nothing_that_its_buddy_still_holds(
     assert re.search(
         r"node-1 has the state of step 100 .* rank 2 1 chunk, .* came from node-0", told
     )
-    assert report.losses == [(step, 1.0 / step) for step in range(1, 251)]
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 151)]
     assert one.leftovers() == []
+
+
+ALL_AT_100 = {Holding(Rank(rank), Step(100)) for rank in range(4)}
+
+
+def held(one: Job, node: str) -> set[Holding]:
+    """Return what a node last said that it holds, verified: of its own ranks and of others."""
+    said = [e.event for e in one.entries() if isinstance(e.event, Reported)]
+    facts = [e.fact for e in said if e.node == node and isinstance(e.fact, ShardsHeld)]
+    return set(facts[-1].holdings) if facts else set()
 
 
 def pid_of(one: Job, rank: int) -> int:

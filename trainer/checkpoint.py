@@ -341,8 +341,19 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
 
 
 def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
-    """Read bytes into a tensor's own memory; for a device, by way of the host's."""
-    arrived = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
+    """Read bytes into a tensor's own memory; for a device, by way of the host's.
+
+    Raises:
+        ValueError: if its elements lie in the host's memory, and not one after the other.
+    """
+    on_host = tensor.device.type == "cpu"
+    if on_host and not tensor.is_contiguous():
+        # What it would be read into is a copy of it, which nobody trains on.
+        raise ValueError(
+            f"strides are {tensor.stride()} in a tensor of shape {tuple(tensor.shape)} that is to "
+            "be restored into, expected a contiguous one; have the model hold it as such"
+        )
+    arrived = tensor if on_host else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     read(_bytes(arrived))
     if arrived is not tensor:
         with torch.no_grad():  # which is each thread's own matter
@@ -350,7 +361,7 @@ def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor; of one on the CPU, its own memory."""
+    """Return the bytes of a tensor; of a contiguous one on the CPU, its own memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     words: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return words.data

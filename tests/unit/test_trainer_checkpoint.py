@@ -231,6 +231,19 @@ def test_bytes_that_change_on_the_way_into_the_state_are_found_there(
         Trained(world).checkpointer.restore(agent.index, other_memory)
 
 
+def test_a_tensor_whose_bytes_do_not_lie_in_a_row_is_refused_instead_of_left_as_it_was(
+    world: parallel.World, agent: Agent
+) -> None:
+    trained, body = saved(world, agent)
+    shards = trained.training.optimizer.shards
+    place = next(i for i, s in enumerate(shards) if s.param.ndim == 2)
+    turned = torch.zeros(tuple(shards[place].param.shape)[::-1]).t()
+    others = [*shards[:place], shards[place]._replace(param=turned), *shards[place + 1 :]]
+
+    with pytest.raises(ValueError, match=r"strides are \(1, \d+\) .* expected a contiguous one"):
+        Checkpointer(others, world, STAMP).restore(agent.index, memory_reader(body))
+
+
 def test_a_save_while_the_one_before_is_digested_is_skipped(
     world: parallel.World, agent: Agent
 ) -> None:

@@ -17,6 +17,8 @@ CHUNKS = 8
 TOKEN = "shown by every agent"  # noqa: S105 - of tests
 HERE, THERE = NodeId("node-0"), NodeId("node-1")
 RANK, STEP, GENERATION = Rank(0), Step(7), Generation(2)
+OTHER = Rank(3)
+"""Of another replica; to the keeper, which shard it has is only its name."""
 
 
 def layout(size: int = 100_000) -> ShardPlan:
@@ -104,6 +106,19 @@ class Node:
             byte = file.read(1)[0]
             file.seek(50_000)
             file.write(bytes([byte ^ 1]))
+
+
+class Clock:
+    """Lets the time of the running loop go on at once, by `ahead_s`."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def start(self) -> None:
+        """Keep the clock of the loop that runs now."""
+        loop = asyncio.get_running_loop()
+        real = loop.time
+        loop.time = lambda: real() + self.ahead_s  # type: ignore[method-assign]
 
 
 @contextlib.asynccontextmanager

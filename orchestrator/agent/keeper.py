@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,14 @@ from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.durable import DurableShard
 from orchestrator.agent.files import Files
 from orchestrator.agent.impressions import Written
-from orchestrator.agent.mending import CopyElsewhere, DurableCopy, Mending, Origin
+from orchestrator.agent.looks import Looks
+from orchestrator.agent.mending import (
+    MEND_WITHIN_S,
+    CopyElsewhere,
+    DurableCopy,
+    Mending,
+    Origin,
+)
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.reading import Reading
 from orchestrator.agent.shards import (
@@ -59,6 +67,7 @@ class Keeper:
         on_lacking: called with a rank and a node that was to have a copy of its shard and had not,
             or not the bytes that were staged.
         store: the durable tier of the run; None if there is none.
+        mend_s: what is bad in a shard, and not mended after so many seconds, is given up.
         unreachable: True refuses peers, calls none, and breaks off what is under way.
     """
 
@@ -71,7 +80,7 @@ class Keeper:
             memory: where the slots of ranks are; the keeper's own files lie beside them.
             token: other agents must know it.
             host: address on which other agents reach this one.
-            transfer_s: another agent that has not sent or taken a whole shard after so many
+            transfer_s: another agent that has sent or taken nothing of a shard for so many
                 seconds is given up.
         """
         self.on_held: Callable[[Generation], None] = lambda _: None
@@ -79,11 +88,13 @@ class Keeper:
         self.on_mended: Callable[[MendedCopy], None] = lambda _: None
         self.on_lacking: Callable[[Rank, NodeId], None] = lambda _, __: None
         self.store: BlobStore | None = None
+        self.mend_s = MEND_WITHIN_S
         self._host, self._address_here = host, ""
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
         self._files = Files(memory, self._threads)
         self._shelf = Shelf(memory, on_freed=self._freed, remove=self._files.remove_soon)
+        self._looks = Looks()
         self._reading, self._writing = Reading(self._files), Writing(self._shelf)
         self._peers: dict[NodeId, str] = {}
         self._peers_changed = asyncio.Event()
@@ -304,7 +315,7 @@ class Keeper:
         try:
             async with asyncio.timeout(timeout_s):
                 if held is not None:
-                    shard = await self._verified(held, self._origins())
+                    shard = await self._verified(held, mend_s=timeout_s / 2)
                 elif twin is not None:
                     shard = await self._copied(twin, rank)
                 elif source:
@@ -353,30 +364,32 @@ class Keeper:
 
     # Inside -------------------------------------------------------------------------------
 
-    async def _verified(self, shard: Shard, origins: Sequence[Origin] = ()) -> Shard:
+    async def _verified(self, shard: Shard, mend_s: float = math.inf) -> Shard:
         """Return a shard whose bytes are what was staged, perhaps since they were mended just now.
 
-        One that is not, and can not be mended, is dropped.
+        One that is not, and can not be mended in time, is dropped.
         """
+        within_s = min(mend_s, self.mend_s)
+        await self._looks.join(shard, partial(self._look_and_mend, shard, within_s))
+        return shard
+
+    async def _look_and_mend(self, shard: Shard, within_s: float) -> None:
+        in_thread = partial(self._pinned_in_thread, shard)
+        mending = Mending(shard, self._origins(), in_thread, within_s)
         try:
             with self._shelf.pinned(shard):
-                await self._look_and_mend(shard, origins)
+                await mending.look_and_mend()
         except (KeeperError, OSError) as error:
             self._give_up(shard)
             if isinstance(error, KeeperError):
                 raise
             raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
-        return shard
-
-    async def _look_and_mend(self, shard: Shard, origins: Sequence[Origin]) -> None:
-        mending = Mending(shard, origins, partial(self._pinned_in_thread, shard))
-        try:
-            await mending.look_and_mend()
         finally:
+            # Also of a mend that came to nothing in the end: memory that loses bits is news.
             for node in mending.lacking:
                 self.on_lacking(shard.rank, node)
-        for copy in mending.mended.values():
-            self.on_mended(copy)
+            for copy in mending.mended.values():
+                self.on_mended(copy)
 
     def _origins(self) -> list[Origin]:
         """Return where chunks of a shard that is here can be had anew, the fastest first."""
@@ -390,7 +403,18 @@ class Keeper:
         return origins
 
     async def _copied(self, twin: Shard, rank: Rank) -> Shard:
-        """Copy what another rank staged here to a file of the agent's own, verified."""
+        """Copy what another rank staged here to a file of the agent's own, verified.
+
+        If it came out damaged, what it is a copy of is mended, and copied once more.
+        """
+        try:
+            return await self._copy_of(twin, rank)
+        except CorruptError as error:
+            log.warning("%s, a copy for rank %d, came out damaged: %s", twin, rank, error)
+            await self._verified(twin)
+            return await self._copy_of(twin, rank)
+
+    async def _copy_of(self, twin: Shard, rank: Rank) -> Shard:
         path = self._files.new("restore", rank, twin.step)
 
         def copy() -> None:
@@ -409,9 +433,6 @@ class Keeper:
         except asyncio.CancelledError:
             # A thread can not be stopped: what it made meanwhile goes at once.
             running.add_done_callback(lambda _: self._files.remove_soon(path))
-            raise
-        except CorruptError:
-            await self._verified(twin)
             raise
         return replace(twin, rank=rank, path=path, slot=None, pins=0)
 
@@ -446,11 +467,15 @@ class Keeper:
         return self._peers[node]
 
     async def _pinned_in_thread(self, shard: Shard, work: Callable[[], object]) -> None:
-        """Run in a thread; the shard is pinned until the thread is done, not until we give up."""
+        """Run in a thread; the shard is pinned, and this goes on, until the thread is done."""
         self._shelf.pin(shard)
         running = asyncio.get_running_loop().run_in_executor(self._threads, work)
         running.add_done_callback(lambda _: self._shelf.unpin(shard))
-        await asyncio.shield(running)
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)

@@ -36,8 +36,10 @@ from storage.shard import INDEX_BYTES_MAX, ShardIndex, describe, plan
 
 log = logging.getLogger(__name__)
 WHAT_MAX = 500
+MEND_WITHIN_S = 4.0
+"""Less than what a phase of a recovery may stand still; then the shard is looked for elsewhere."""
 READ_WITHIN_S = 10.0
-"""An origin that does not answer costs no more than this."""
+"""An origin that does not answer costs no more than this, and no more than half of the mend."""
 HERE = NodeId("here")
 """Of a header: it follows from the index."""
 
@@ -74,13 +76,15 @@ class CopyElsewhere:
         return await self.client.pick(self.address, (shard.rank, shard.step), start, size)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DurableCopy:
     """The same shard on the durable tier, if it was written; it is read in `threads`."""
 
     store: BlobStore
     threads: DaemonThreads
     node: NodeId = NodeId("")
+    _same: str = ""
+    """The index that was found to be that of the shard on the durable tier."""
 
     async def read(self, shard: Shard, index: ShardIndex, start: int, size: int) -> bytes:
         """See `Origin.read`."""
@@ -88,8 +92,11 @@ class DurableCopy:
         def read() -> bytes:
             where = (index.step, index.epoch, index.shard)
             # An index that is there promises its body, and one with these bytes has no other.
-            if get_small(self.store, index_key(*where), INDEX_BYTES_MAX) != shard.index.encode():
-                raise NotHeldError(f"durable is another shard than {shard}: {index_key(*where)}")
+            if self._same != shard.index:
+                found = get_small(self.store, index_key(*where), INDEX_BYTES_MAX)
+                if found != shard.index.encode():
+                    raise NotHeldError(f"durable is another than {shard}: {index_key(*where)}")
+                self._same = shard.index
             return self.store.get(body_key(*where), start, size)
 
         return await asyncio.wrap_future(self.threads.submit(read))
@@ -103,15 +110,17 @@ class Mending:
         shard: in whose file it is done.
         origins: where to look, the fastest first.
         in_thread: makes a call in a thread, and keeps the shard pinned for as long as that takes.
+        within_s: after so many seconds of bringing bytes it is given up.
 
     Attributes:
         mended: what was brought anew, by where it came from.
-        lacking: nodes that had no good bytes.
+        lacking: nodes that had other bytes than those that were staged.
     """
 
     shard: Shard
     origins: Sequence[Origin]
     in_thread: Callable[[Callable[[], object]], Awaitable[None]]
+    within_s: float
     mended: dict[NodeId, MendedCopy] = field(default_factory=dict)
     lacking: set[NodeId] = field(default_factory=set)
     _index: ShardIndex = field(init=False)
@@ -125,7 +134,8 @@ class Mending:
         Raises:
             NotHeldError: if there is no file.
             MalformedError: if its index is not one.
-            CorruptError: if some of it is to be had nowhere, or memory does not keep it.
+            CorruptError: if some of it is to be had nowhere, or not in time, or memory does not
+                keep it.
             OSError: if the file can not be read or written.
         """
         await self.in_thread(self._look)
@@ -134,9 +144,16 @@ class Mending:
         found = self._damage[0]
         log.warning("%s: %d chunks went bad, the first: %s", self.shard, len(self._damage), found)
         self._left = list(self.origins)
-        for part in self._damage:
-            if part.name != HEADER:
-                await self._bring(part)
+        try:
+            async with asyncio.timeout(self.within_s):
+                for part in self._damage:
+                    if part.name != HEADER:
+                        await self._bring(part)
+        except TimeoutError:
+            raise CorruptError(
+                f"{self.shard.path.name}: {found} of {describe(self._index)}; "
+                f"{len(self._damage)} such are not all mended after {self.within_s:g} s"
+            ) from None
         await self.in_thread(self._mend_header)
 
     def _look(self) -> None:
@@ -152,8 +169,9 @@ class Mending:
                 log.warning(
                     "%s: %s is not to be had from %s: %s", self.shard, part.name, where, error
                 )
-                self.lacking.add(origin.node)
-                if not isinstance(error, CorruptError):  # it will say the same of the next chunk
+                if isinstance(error, CorruptError):
+                    self.lacking.add(origin.node)
+                else:  # it will say the same of the next chunk
                     self._left = [one for one in self._left if one is not origin]
             else:
                 self._note(origin.node, part)
@@ -162,13 +180,14 @@ class Mending:
 
     async def _copy(self, origin: Origin, part: Damage) -> None:
         """Write over what is damaged, a piece at a time: a chunk may have gigabytes."""
+        answer_s = min(READ_WITHIN_S, self.within_s / 2)
         for start in range(part.start, part.end, PICK_BYTES_MAX):
             size = min(PICK_BYTES_MAX, part.end - start)
             try:
-                async with asyncio.timeout(READ_WITHIN_S):
+                async with asyncio.timeout(answer_s):
                     content = await origin.read(self.shard, self._index, start, size)
             except TimeoutError:
-                raise UnreachableError(f"{size} bytes took more than {READ_WITHIN_S:g} s") from None
+                raise UnreachableError(f"{size} bytes took more than {answer_s:g} s") from None
             await self.in_thread(partial(self._write, start, content))
 
     def _write(self, start: int, content: bytes) -> None:

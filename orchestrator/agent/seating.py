@@ -85,7 +85,8 @@ class Seating:
         self._settled = settled
         self._announced: Announce | None = None
         self._mended: list[MendedCopy] = []
-        """By the preparation that is under way."""
+        """Since a preparation was told of: also what was mended for a peer, or for a generation
+        that was over before it was prepared."""
         keeper.on_mended = self._take_mended
         self.cache = Path(config.work) / "cache"
 
@@ -156,7 +157,8 @@ class Seating:
         if order.restore is None:
             return dict.fromkeys(ranks)
         begun = time.monotonic()
-        self._mended = []
+        # No phase of a recovery is given up before `form_s`.
+        self._keeper.mend_s = 0.8 * limits.form_s
         store = CountingStore(tier.store) if tier is not None else None
         self._keeper.store = store
         failed: list[FailedCopy] = []
@@ -189,6 +191,7 @@ class Seating:
             for task in tasks:
                 task.cancel()
         tiers = [where for _, where in found]
+        mended, self._mended = tuple(self._mended), []
         self._say(
             Prepared(
                 generation=order.generation,
@@ -198,7 +201,7 @@ class Seating:
                 durable=tiers.count("durable"),
                 reads=store.reads if store is not None else 0,
                 seconds=time.monotonic() - begun,
-                mended=tuple(self._mended),
+                mended=mended,
             )
         )
         return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}

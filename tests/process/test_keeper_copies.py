@@ -13,11 +13,23 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import Step
 from orchestrator.protocol.messages import Holding
 from orchestrator.protocol.rank import Restore
 from storage.shard import encode_index, open_views
-from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, sealed, settled, stage, two
+from tests.shards import (
+    GENERATION,
+    HERE,
+    OTHER,
+    RANK,
+    STEP,
+    THERE,
+    Node,
+    sealed,
+    settled,
+    stage,
+    two,
+)
 
 pytestmark = pytest.mark.process
 
@@ -264,10 +276,6 @@ def test_what_is_not_held_is_said(tmp_path: Path) -> None:
                 await here.keeper.prepare(RANK, STEP, "")
 
     asyncio.run(scenario())
-
-
-OTHER = Rank(3)
-"""Of another replica; to the keeper, which shard it has is only its name."""
 
 
 def file_of(restore: Restore) -> Path:

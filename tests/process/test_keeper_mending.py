@@ -6,23 +6,25 @@ from typing import Any
 
 import pytest
 
+from orchestrator.agent import mending
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.frames import PICK_BYTES_MAX
 from orchestrator.agent.shards import CorruptError
 from orchestrator.protocol.messages import Holding, MendedCopy
+from orchestrator.protocol.rank import Restore
 from storage.commit import write_shard
 from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import body_key
 from storage.memory import MemoryStore
 from storage.shard import StagedChunk
-from tests.shards import HERE, RANK, STEP, THERE, Node, sealed, two
+from tests.shards import HERE, OTHER, RANK, STEP, THERE, Clock, Node, sealed, settled, two
 
 pytestmark = pytest.mark.process
 
 
-def chunks(size: int = 100_000) -> tuple[StagedChunk, ...]:
-    return sealed(0, 7, 2, size)[0].chunks
+def chunks() -> tuple[StagedChunk, ...]:
+    return sealed(0, 7, 2)[0].chunks
 
 
 def spoil(node: Node, *places: int) -> Path:
@@ -37,6 +39,10 @@ def spoil(node: Node, *places: int) -> Path:
     return path
 
 
+def content(restore: Restore) -> bytes:
+    return Path(restore.path).read_bytes()
+
+
 class Heard:
     """What a keeper said of bad bytes."""
 
@@ -47,18 +53,19 @@ class Heard:
         node.keeper.on_lacking = lambda rank, name: self.lacking.append((rank, name))
 
 
-async def copied(here: Node, size: int = 100_000) -> Heard:
+async def copied(here: Node) -> Heard:
     """Stage a shard here, and have a copy there."""
-    here.stage(0, 7, 2, size=size)
+    here.stage(0, 7, 2)
     await here.keeper.copy_to(THERE, RANK, STEP)
     return Heard(here)
 
 
-@pytest.mark.parametrize("size", [100_000, 8 * (PICK_BYTES_MAX + 4096)])
+@pytest.mark.parametrize("piece", [PICK_BYTES_MAX, 5000])
 def test_a_chunk_that_went_bad_in_memory_comes_from_the_buddy_and_nothing_else_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
     picked: list[tuple[int, int]] = []
+    monkeypatch.setattr(mending, "PICK_BYTES_MAX", piece)
     pick = PeerClient.pick
 
     async def counted(self: PeerClient, address: str, wanted: Any, start: int, size: int) -> bytes:
@@ -69,22 +76,22 @@ def test_a_chunk_that_went_bad_in_memory_comes_from_the_buddy_and_nothing_else_d
 
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
-            heard = await copied(here, size)
-            bad = chunks(size)[3]
+            heard = await copied(here)
+            bad = chunks()[3]
             path = spoil(here, bad.start + 5)
             here.begin(3, {HERE: here, THERE: there}, 7)
 
             restore, tier = await here.keeper.prepare(RANK, STEP, HERE)
 
             assert (tier, restore.path) == ("own", str(path))
-            assert path.read_bytes() == sealed(0, 7, 2, size)[1]
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
             assert here.keeper.holdings() == (Holding(RANK, STEP),)
             (copy,) = heard.mended
             assert (copy.rank, copy.origin, copy.chunks, copy.size) == (RANK, THERE, 1, bad.size)
             assert f"index says {bad.xxh3_128}: {bad.name}" in copy.what
             assert heard.lacking == []
-            assert sum(length for _, length in picked) == bad.size
-            assert picked[0][0] == bad.start
+            places = range(bad.start, bad.end, piece)
+            assert picked == [(place, min(piece, bad.end - place)) for place in places]
 
     asyncio.run(scenario())
 
@@ -121,6 +128,122 @@ def test_what_is_bad_in_both_memories_comes_from_the_durable_tier(tmp_path: Path
             assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 1), ("", 1)]
             # So that somebody gives the other node a good one.
             assert heard.lacking == [(RANK, THERE)]
+
+    asyncio.run(scenario())
+
+
+async def held_up(patch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
+    """Have whoever picks bytes wait; return what says that one does, and what lets it go on."""
+    waits, go_on = asyncio.Event(), asyncio.Event()
+    pick = PeerClient.pick
+
+    async def gated(self: PeerClient, *wanted: Any) -> bytes:
+        waits.set()
+        await go_on.wait()
+        return await pick(self, *wanted)
+
+    patch.setattr(PeerClient, "pick", gated)
+    return waits, go_on
+
+
+@pytest.mark.parametrize("second", ["asks for it", "finds it damaged", "has it copied"])
+def test_who_looks_at_a_shard_that_is_being_mended_waits_for_the_one_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            heard = await copied(here)
+            path = spoil(here, chunks()[2].start)
+            waits, go_on = await held_up(monkeypatch)
+            first = asyncio.create_task(here.keeper.prepare(RANK, STEP, HERE))
+            await waits.wait()
+            keeper, shard = here.keeper, here.keeper._shelf.require(RANK, STEP)
+            other = asyncio.create_task(
+                {
+                    "asks for it": lambda: keeper.prepare(RANK, STEP, HERE),
+                    "finds it damaged": lambda: keeper._server._verify(shard),
+                    "has it copied": lambda: keeper.prepare(OTHER, STEP, HERE, staged_as=RANK),
+                }[second]()  # type: ignore[arg-type]
+            )
+            await settled(lambda: keeper._looks._under_way[shard].waiting == 2)
+
+            go_on.set()
+            assert (await first)[1] == "own"
+            await other
+
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+            assert Holding(RANK, STEP) in keeper.holdings()
+            assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_look_goes_on_as_long_as_anybody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            await copied(here)
+            path = spoil(here, chunks()[2].start)
+            waits, go_on = await held_up(monkeypatch)
+            first, other = (
+                asyncio.create_task(here.keeper.prepare(RANK, STEP, HERE)) for _ in range(2)
+            )
+            await waits.wait()
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            go_on.set()
+
+            assert (await other)[1] == "own"
+            assert path.read_bytes() == sealed(0, 7, 2)[1]
+
+    asyncio.run(scenario())
+
+
+def test_what_another_replica_staged_is_mended_and_then_copied(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            heard = await copied(here)
+            spoil(here, chunks()[2].start)
+
+            restore, tier = await here.keeper.prepare(OTHER, STEP, HERE, staged_as=RANK)
+
+            assert tier == "own"
+            assert content(restore) == sealed(0, 7, 2)[1]
+            assert set(here.keeper.holdings()) == {Holding(RANK, STEP), Holding(OTHER, STEP)}
+            assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_mend_that_takes_too_long_is_given_up_and_what_it_mended_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pick = PeerClient.pick
+    clock = Clock()
+
+    async def slow(self: PeerClient, *wanted: Any) -> bytes:
+        clock.ahead_s += 240
+        await asyncio.sleep(0)
+        return await pick(self, *wanted)
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            heard = await copied(here)
+            spoil(here, *(chunk.start for chunk in chunks()))
+            monkeypatch.setattr(PeerClient, "pick", slow)
+            monkeypatch.setattr(mending, "READ_WITHIN_S", 600.0)
+            here.keeper.mend_s = 600.0
+            clock.start()
+
+            with pytest.raises(CorruptError, match="8 such are not all mended after 600 s"):
+                await here.keeper.prepare(RANK, STEP, HERE, timeout_s=6000)
+
+            assert here.keeper.holdings() == ()
+            assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 2)]
+            # What is late says nothing of the copy there.
+            assert heard.lacking == []
 
     asyncio.run(scenario())
 
@@ -208,9 +331,8 @@ def test_who_is_stopped_between_any_two_pieces_leaves_a_shard_that_is_mended_the
                 else:
                     await preparing
             shard = here.keeper._shelf.require(RANK, STEP)
-            assert (shard.pins, path.read_bytes() == sealed(0, 7, 2)[1]) == (
-                (0, False) if pieces < 3 else (1, True)
-            )
+            await settled(lambda: shard.pins == (0 if pieces < 3 else 1))
+            assert (path.read_bytes() == sealed(0, 7, 2)[1]) is (pieces == 3)
 
             assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
             assert path.read_bytes() == sealed(0, 7, 2)[1]
@@ -249,9 +371,9 @@ def test_a_store_that_fails_at_any_of_its_operations_leaves_the_shard_to_the_nex
             assert path.read_bytes() == sealed(0, 7, 2)[1]
             return True
 
-    outcomes = [asyncio.run(scenario(fail_at)) for fail_at in range(6)]
-    # Index and chunk are read for each of the two.
-    assert outcomes == [False] * 4 + [True] * 2
+    outcomes = [asyncio.run(scenario(fail_at)) for fail_at in range(5)]
+    # The index is read once, and then each of the two chunks.
+    assert outcomes == [False] * 3 + [True] * 2
 
 
 def test_bytes_of_a_shard_are_served_to_who_asks_for_them_and_no_others(tmp_path: Path) -> None:

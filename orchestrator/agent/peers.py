@@ -53,7 +53,8 @@ class PeerServer:
     """Serves this node's shelf to other agents.
 
     Attributes:
-        transfer_s: a peer that has not sent or taken a whole shard after this long is dropped.
+        transfer_s: a peer that has sent or taken nothing of a shard for so long is dropped.
+            However long all of it takes: only its sender knows the rate, and bounds that.
         unreachable: whether everybody is refused.
     """
 
@@ -180,7 +181,8 @@ class PeerServer:
             async with asyncio.timeout(self._hello_s):
                 await admit(wire, self._token, self._address)
             while await self._is_called(wire):
-                async with asyncio.timeout(self.transfer_s):
+                async with asyncio.timeout(self.transfer_s) as patience:
+                    wire.on_moved = partial(self._prolong, patience)
                     await self._answer(wire)
         except KeeperError as error:
             wire.say_last(failed(error))
@@ -188,7 +190,7 @@ class PeerServer:
             wire.say_last(failed(MalformedError(str(error))))
         except TimeoutError:
             late = (
-                f"not done in time: a call has {self._hello_s:g} s, all of it {self.transfer_s:g} s"
+                f"not done in time: a call has {self._hello_s:g} s, silence {self.transfer_s:g} s"
             )
             wire.say_last(failed(UnreachableError(late)))
         except OSError as error:
@@ -199,6 +201,15 @@ class PeerServer:
         finally:
             self._callers.pop(wire, None)
             wire.close()
+
+    def _prolong(self, patience: asyncio.Timeout) -> None:
+        until = asyncio.get_running_loop().time() + self.transfer_s
+        known = patience.when()
+        if known is None or patience.expired():
+            return
+        # Not for each piece: a timer that is taken back costs as much as a new one.
+        if until - known > self.transfer_s / 20:
+            patience.reschedule(until)
 
     @property
     def _hello_s(self) -> float:

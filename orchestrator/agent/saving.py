@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 COPY_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
 """Pauses before a copy is tried again; a buddy may be starting, or out of reach for a moment."""
 REPAIR_BYTES_PER_S = 256 << 20
-"""Of a copy that replaces one that went bad: nobody waits for it, and training has the network."""
+"""Of copies that replace those that went bad, all of a node together: nobody waits for them, and
+training has the network."""
 WRITE_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
 """Pauses before a write that the store gave up is tried again; the last one repeats."""
 WRITE_WITHIN_S = 3600.0
@@ -84,6 +85,7 @@ class Saving:
         self._lacking: set[Rank] = set()
         """Ranks of whose shard the buddy was found without a good copy."""
         keeper.on_lacking = self._lacks
+        self._repairing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._full_since: dict[Rank, float] = {}
 
@@ -127,7 +129,7 @@ class Saving:
             if seat != self._node:
                 continue
             if rank in self._lacking:
-                self._start(self._copy(buddy, rank, order.restore, REPAIR_BYTES_PER_S))
+                self._start(self._repair(buddy, rank, order.restore))
             elif not held:
                 self._start(self._copy(buddy, rank, order.restore))
 
@@ -172,11 +174,22 @@ class Saving:
         for task in self._tasks:
             task.cancel()
 
+    async def _repair(self, buddy: NodeId, rank: Rank, step: Step) -> None:
+        """Copy at a bounded rate, one shard at a time, and once: it may have many gigabytes."""
+        async with self._repairing:
+            await self._copy(buddy, rank, step, pauses_s=(), bytes_per_s=REPAIR_BYTES_PER_S)
+
     async def _copy(
-        self, buddy: NodeId, rank: Rank, step: Step, bytes_per_s: float | None = None
+        self,
+        buddy: NodeId,
+        rank: Rank,
+        step: Step,
+        *,
+        pauses_s: tuple[float, ...] = COPY_AGAIN_S,
+        bytes_per_s: float | None = None,
     ) -> None:
         address = self._begun.peers.get(buddy, "") if self._begun is not None else ""
-        for wait_s in (*COPY_AGAIN_S, None):
+        for wait_s in (*pauses_s, None):
             try:
                 await self._keeper.copy_to(buddy, rank, step, bytes_per_s=bytes_per_s)
             except (NotHeldError, StaleError) as error:

@@ -31,7 +31,7 @@ from storage.shard import ShardIndex, decode_index, describe
 
 INDEX_BYTES_MAX = 64 << 20
 PACED_BYTES = 4 << 20
-"""What is sent at a rate goes out in pieces of this, with a pause after each."""
+"""What is sent at a rate goes out in pieces of this; after each, its time is waited for."""
 
 
 async def give(
@@ -73,10 +73,12 @@ async def _send(wire: Wire, descriptor: int, size: int, bytes_per_s: float | Non
     if bytes_per_s is None:
         await wire.send_file(descriptor, size)
         return
+    clock = asyncio.get_running_loop().time
+    begun = clock()
     for start in range(0, size, PACED_BYTES):
         piece = min(PACED_BYTES, size - start)
         await wire.send_file(descriptor, piece, start)
-        await asyncio.sleep(piece / bytes_per_s)
+        await asyncio.sleep(begun + (start + piece) / bytes_per_s - clock())
 
 
 async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard:

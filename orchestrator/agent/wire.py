@@ -56,10 +56,12 @@ class Wire:
 
     Attributes:
         name: the other end, for people.
+        on_moved: called when some bytes of a file or of anything else that is read came or went.
     """
 
     def __init__(self, connected: socket.socket, name: str) -> None:
         self.name = name
+        self.on_moved: Callable[[], None] = lambda: None
         self._socket = connected
         self._begun = b""
         self._in_file = False
@@ -121,6 +123,7 @@ class Wire:
             if not piece:
                 raise EndedError(f"{self.name} hung up after {len(found)} of {size} bytes")
             found += piece
+            self.on_moved()
         return bytes(found)
 
     async def write(self, content: bytes) -> None:
@@ -190,6 +193,7 @@ class Wire:
             except Exception as error:  # noqa: BLE001 - raised by who waits
                 moved.set_exception(error)
                 return
+            self.on_moved()
             if at == size:
                 moved.set_result(None)
 

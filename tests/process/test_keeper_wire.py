@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import pytest
 
-from orchestrator.agent import peers
+from orchestrator.agent import peers, transfer
 from orchestrator.agent.shards import NoRoomError, UnreachableError
+from orchestrator.agent.wire import Wire
 from orchestrator.protocol.ids import Step
 from storage.shard import encode_index
-from tests.shards import RANK, STEP, THERE, Node, sealed, settled, two
+from tests.shards import RANK, STEP, THERE, Clock, Node, sealed, settled, two
 from tests.speaking import (
     BODY,
     DONE,
@@ -202,6 +203,72 @@ def test_a_sender_that_stalls_or_dies_is_given_up_at_any_point(
             await end.hung_up()
             end.close()
         await node.keeper.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_sender_may_take_as_long_as_it_likes_if_it_is_never_silent_for_long(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    pieces = [BODY[start : start + 20_000] for start in range(0, len(BODY), 20_000)]
+
+    async def scenario() -> None:
+        node = Node(tmp_path / "here", transfer_s=60)
+        address = await node.keeper.open()
+        clock.start()
+        end = await greet(address, offer())
+        assert await end.hear() == {"type": "Ready"}
+        await end.send(INDEX)
+        (name,) = node.files()
+        for number, piece in enumerate(pieces, start=1):
+            clock.ahead_s += 40
+            await end.send(piece)
+            come = BODY[: 20_000 * number]
+            await settled(
+                lambda come=come: (node.memory / name).read_bytes().startswith(come)  # type: ignore[misc]
+            )
+
+        assert await end.hear() == {"type": "Done"}
+        assert clock.ahead_s > 2 * 60
+        end.close()
+        await node.keeper.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_sent_at_a_rate_takes_the_time_that_follows_from_it_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, slept, sent = Clock(), 0.0, 0
+    send_file, sleep = Wire.send_file, asyncio.sleep
+
+    async def slow_send(self: Wire, *what: Any) -> None:
+        nonlocal sent
+        sent += 1
+        clock.ahead_s += 0.5
+        await send_file(self, *what)
+
+    async def sleep_at_once(seconds: float) -> None:
+        nonlocal slept
+        slept += seconds
+        clock.ahead_s += max(seconds, 0)
+        await sleep(0)
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            here.stage(0, 7, 2)
+            monkeypatch.setattr(transfer, "PACED_BYTES", len(BODY) // 4 + 1)
+            monkeypatch.setattr(Wire, "send_file", slow_send)
+            clock.start()
+            with monkeypatch.context() as patch:
+                patch.setattr(asyncio, "sleep", sleep_at_once)
+                await here.keeper.copy_to(THERE, RANK, STEP, bytes_per_s=len(BODY) / 10)
+
+            assert there.held == [(2, RANK, STEP)]
+            assert sent == 4
+            # Sending took 2 of the 10 s; more, if the machine is slow.
+            assert 0 < slept <= 8
 
     asyncio.run(scenario())
 

@@ -1,0 +1,104 @@
+"""Copies elsewhere that were found bad: replaced when ranks train again, without a hurry."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.agent.calling import PeerClient
+from orchestrator.agent.nursery import Nursery
+from orchestrator.agent.ranks import Ranks
+from orchestrator.agent.saving import REPAIR_BYTES_PER_S, Saving
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.messages import Begin
+from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, settled, two
+
+pytestmark = pytest.mark.process
+
+RANKS = (RANK, Rank(1))
+
+
+@contextlib.asynccontextmanager
+async def resumed(tmp_path: Path) -> AsyncIterator[tuple[Node, Node, Saving]]:
+    """A node whose ranks train again, of whose shards the buddy was found to have bad copies."""
+    work = tmp_path / "work"
+    work.mkdir()
+    async with two(tmp_path) as (here, there):
+        for rank in RANKS:
+            here.stage(rank, STEP, GENERATION)
+        nursery = Nursery("tests.programs.steps:main", work / "nursery.log")
+        ranks = Ranks(nursery, memory=work, idle_log=work / "parked.log")
+        saving = Saving(HERE, ranks, here.keeper, lambda _: None)
+        saving.begin(
+            Begin(
+                order="b",
+                generation=GENERATION,
+                world_size=2,
+                ranks=RANKS,
+                seats=(HERE, HERE),
+                buddies={HERE: THERE},
+                peers={HERE: here.address, THERE: there.address},
+                restore=STEP,
+                sources=(HERE, HERE),
+                shard_of=(0, 1),
+                writers=RANKS,
+            )
+        )
+        for rank in RANKS:
+            here.keeper.on_lacking(rank, THERE)
+        yield here, there, saving
+
+
+def test_a_node_replaces_bad_copies_one_after_the_other_at_one_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = PeerClient.send
+    under_way: list[Rank] = []
+    most = 0
+
+    async def watched(self: PeerClient, address: str, shard: Any, *more: Any, **rate: Any) -> None:
+        nonlocal most
+        assert rate == {"bytes_per_s": REPAIR_BYTES_PER_S}
+        under_way.append(shard.rank)
+        most = max(most, len(under_way))
+        await send(self, address, shard, *more, **rate)
+        under_way.remove(shard.rank)
+
+    monkeypatch.setattr(PeerClient, "send", watched)
+
+    async def scenario() -> None:
+        async with resumed(tmp_path) as (_, there, saving):
+            saving.resumed()
+            await settled(lambda: not saving._tasks)
+
+            assert there.held == [(GENERATION, rank, STEP) for rank in RANKS]
+            assert most == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_copy_that_can_not_be_replaced_is_not_sent_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = PeerClient.send
+    sent: list[Rank] = []
+
+    async def counted(self: PeerClient, address: str, shard: Any, *more: Any, **rate: Any) -> None:
+        sent.append(shard.rank)
+        await send(self, address, shard, *more, **rate)
+
+    monkeypatch.setattr(PeerClient, "send", counted)
+
+    async def scenario() -> None:
+        async with resumed(tmp_path) as (_, there, saving):
+            there.keeper.unreachable = True
+            saving.resumed()
+            await settled(lambda: not saving._tasks)
+
+            assert sent == list(RANKS)
+            assert there.held == []
+
+    asyncio.run(scenario())

@@ -4,11 +4,12 @@
 
 One rank and its agent, each a process, on a local disk. Ours takes the way that a trainer's shard
 takes: staged into shared memory, digested there in a thread, handed to the agent, verified and
-written by it, committed; and back: read into another agent's shared memory and verified there,
-verified by the rank and copied into the weights. Others: the same bytes copied (`memcpy`), written
-to one file and synced (`raw`), read; and DCP with its FileSystemWriter, `save`, and `async_save` in
-a thread and in a process. All take turns in each round; a ratio is one of medians. Before something
-is read, its files are taken out of the page cache: who restores is rarely who has just saved.
+written by it, committed; and back: read into another agent's shared memory and verified on the way
+there, read by the rank into the weights and verified in them. Others: the same bytes copied
+(`memcpy`), written to one file and synced (`raw`), read; and DCP with its FileSystemWriter, `save`,
+and `async_save` in a thread and in a process. All take turns in each round; a ratio is one of
+medians. Before something is read, its files are taken out of the page cache: who restores is rarely
+who has just saved.
 
 The ratios without a size in their name are of the first size; `@64` are of 64 MiB, and so on. Then,
 unless `--only-saving`: a commit of 16,384 ranks, a choice among 1,000 checkpoints, and an upload.

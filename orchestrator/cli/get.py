@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import typer
 
-from orchestrator.cli import devices, runs
+from orchestrator.cli import runs
 from orchestrator.cli.choices import Output
 from orchestrator.cli.errors import unknown
 from orchestrator.cli.follow import Follower
@@ -43,6 +43,8 @@ def get(
     if name not in (*KINDS, "events", "devices"):
         raise unknown("kind", what, (*KINDS, "events", "devices"), "holdfast get")
     if name == "devices":
+        from orchestrator.cli import devices
+
         shown = devices.shown(run)
 
         def look_at_devices() -> Look:

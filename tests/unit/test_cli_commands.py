@@ -281,20 +281,19 @@ def test_what_a_rank_said_is_no_command_to_the_terminal(home: Path) -> None:
 
 
 def test_a_list_that_is_watched_is_printed_when_it_changes_until_the_run_is_over(
-    home: Path,
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = killed_rank()
     folder = write(cluster, home / "demo")
 
-    def go_on() -> None:
+    def go_on(_seconds: float) -> None:
         cluster.lose("node-2")
         cluster.tell(StopRequested(at=cluster.at(), by="test"))
         folder.journal.write_bytes(text(cluster))
 
-    later = threading.Timer(0.3, go_on)
-    later.start()
+    # It happens between two looks, however long one of them takes.
+    monkeypatch.setattr(time, "sleep", go_on)
     out = told("get", "nodes", "--watch")
-    later.join()
 
     first, second = out.split("NAME")[1:]
     assert "Spare" in first

@@ -212,10 +212,19 @@ def of_node(state: RunState, node: Node) -> list[str]:
     """Return the devices of a node with what is known against them, for `describe node`."""
     lines = [
         f"{device.kind} {device.serial}{f' ({device.model})' if device.model else ''}: "
-        f"{devices.standing_of(state, device.serial)}"
+        f"{_standing_in(state, device.serial)}"
         for device in node.devices
     ]
     return lines + ([node.devices_unknown] if node.devices_unknown else [])
+
+
+def _standing_in(state: RunState, serial: Serial) -> str:
+    if serial not in state.ambiguous:
+        return str(devices.standing_of(state, serial))
+    return (
+        "not known, other nodes say that they have it, too, so verdicts about it keep nobody out "
+        "(state who is who in spec.nodes.serials)"
+    )
 
 
 # What an operator says ------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from orchestrator.core.records import Drain, Node, Quarantined
 from orchestrator.core.standing import TRANSITIONS, Act, Actor, Proof, Standing
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.devices import Device
-from orchestrator.protocol.ids import NodeId, Rank, Serial
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Serial
 from orchestrator.protocol.messages import Joined, NodeUnusable, Preflighted
 
 PROBATION_STEPS = 1000
@@ -101,7 +101,7 @@ def nodes_in(state: RunState, *standings: Standing) -> frozenset[NodeId]:
     return frozenset(
         node.id
         for node in state.nodes.values()
-        if any(standing_of(state, device.serial) in standings for device in node.devices)
+        if any(standing_of(state, device.serial) in standings for device in of(state, node))
     )
 
 
@@ -111,16 +111,43 @@ def nodes_in(state: RunState, *standings: Standing) -> frozenset[NodeId]:
 def join(state: RunState, node: Node, joined: Joined) -> None:
     """Enter what a node is made of. One that can not tell any more is what it was."""
     if joined.devices:
+        if {device.serial for device in node.devices}.isdisjoint(d.serial for d in joined.devices):
+            node.machine_since = state.generation
         node.devices = joined.devices
+    _claim(state, node)
     node.devices_unknown = joined.devices_unknown
     # An order that it had may be lost with its connection.
     state.preflights.pop(node.id, None)
     admit(state, node)
 
 
+def _claim(state: RunState, node: Node) -> None:
+    """Enter whose devices they are, and which of them can not be only one node's."""
+    before = len(state.ambiguous)
+    for serial in [device.serial for device in node.devices]:
+        other = state.nodes.get(state.claimed.get(serial, node.id))
+        if other is not None and other is not node and other.serves:
+            # For good: which of them is here does not say which of them it was.
+            state.ambiguous.add(serial)
+        state.claimed[serial] = node.id
+    if len(state.ambiguous) > before:
+        _look_again(state)
+
+
+def of(state: RunState, node: Node) -> list[Device]:
+    """Return the devices of a node that no other has."""
+    return [device for device in node.devices if device.serial not in state.ambiguous]
+
+
+def came_later(state: RunState, node: NodeId, generation: Generation) -> bool:
+    """Whether the machine that has this name now took no part in a generation."""
+    known = state.nodes.get(node)
+    return known is not None and 0 < generation <= known.machine_since
+
+
 def admit(state: RunState, node: Node) -> None:
     """Keep a node out while one of its devices is barred, and no longer for that."""
-    standings = [(device, standing_of(state, device.serial)) for device in node.devices]
+    standings = [(device, standing_of(state, device.serial)) for device in of(state, node)]
     barred = [(device, standing) for device, standing in standings if standing.barred]
     known = state.quarantined.get(node.id)
     if not barred:
@@ -215,7 +242,7 @@ def break_down(state: RunState, node: Node, fact: NodeUnusable) -> None:
     """Have an error of the hardware put on record; an agent says it again when it reconnects."""
     if fact.reason == node.unusable:
         return
-    for device in node.devices:
+    for device in of(state, node):
         if device.serial == fact.serial and standing_of(state, device.serial) not in _CONVICTED:
             _judge(state, device, node.id, Act.CONVICTED, fact.reason, proof=Proof.HARDWARE)
 
@@ -223,7 +250,7 @@ def break_down(state: RunState, node: Node, fact: NodeUnusable) -> None:
 def release(state: RunState, nodes: Iterable[NodeId], by: str) -> None:
     """Take it as a person's word about the devices of nodes that these may be used again."""
     for node in (state.nodes[name] for name in nodes if name in state.nodes):
-        for device in node.devices:
+        for device in of(state, node):
             standing = standing_of(state, device.serial)
             if standing.barred and standing is not Standing.RETEST:
                 words = f"{node.id} may be used again"
@@ -242,7 +269,7 @@ def answer(state: RunState, node: Node, fact: Preflighted) -> None:
         return
     del state.preflights[node.id]
     by = f"the agent of {node.id}"
-    for device in node.devices:
+    for device in of(state, node):
         if device.serial not in fact.serials:
             continue
         if standing_of(state, device.serial) is not Standing.RETEST:
@@ -271,8 +298,9 @@ def _implicated(state: RunState, node: NodeId, ranks: Sequence[Rank]) -> list[De
         return []
     mine = state.ranks_of(node)
     places = {mine.index(rank) for rank in ranks if rank in mine}
-    used = [d for d in known.devices if d.local_rank in places]
-    return used or [device for device in known.devices if device.kind == "machine"]
+    mine_alone = of(state, known)
+    used = [d for d in mine_alone if d.local_rank in places]
+    return used or [device for device in mine_alone if device.kind == "machine"]
 
 
 def _judge(  # noqa: PLR0913 - what a verdict says
@@ -337,7 +365,7 @@ def _preflights(state: RunState) -> Iterator[Decision]:
         state.preflights[name] = ""
         serials = tuple(
             device.serial
-            for device in node.devices
+            for device in of(state, node)
             if standing_of(state, device.serial) is Standing.RETEST
         )
         yield decide(
@@ -358,7 +386,7 @@ def _watch(state: RunState) -> None:
     if steps <= 0 or not watching.looks(state.run, state.replicas) or state.diverged:
         return
     for name in state.seated:
-        for device in state.nodes[name].devices:
+        for device in of(state, state.nodes[name]):
             if device.serial not in state.watched:
                 continue
             state.watched[device.serial] += steps

@@ -60,14 +60,16 @@ def diverge(state: RunState, told: StateDiverged, proof: Proof) -> None:
         for step in [step for step in state.digests if step > good]:
             del state.digests[step]
     ranks = fact.ranks if fact.generation == state.generation else ()
+    # Another machine may have the name by now.
+    named = [n for n in fact.nodes if not devices.came_later(state, n, fact.generation)]
     if fact.proven:
-        found = devices.convict(state, fact.nodes, ranks, proof, fact.evidence)
-        enter(state, fact.nodes, f"proven by replay or vote: {fact.evidence}", found)
+        found = devices.convict(state, named, ranks, proof, fact.evidence)
+        enter(state, named, f"proven by replay or vote: {fact.evidence}", found)
     else:
-        devices.suspect(state, fact.nodes, ranks, fact.evidence)
+        devices.suspect(state, named, ranks, fact.evidence)
     if now_wrong or any(node in state.seated and node in state.quarantined for node in fact.nodes):
         state.diverged.append(fact)
-        state.suspects += [node for node in fact.nodes if node not in state.suspects]
+        state.suspects += [node for node in named if node not in state.suspects]
 
 
 def enter(

@@ -48,6 +48,8 @@ class Node:
     """What it is made of, as far as its agent could tell."""
     devices_unknown: str = ""
     """Why that is not all; "" if it is."""
+    machine_since: Generation = Generation(0)
+    """The generation in which this machine took this name: it took part in later ones only."""
 
     @property
     def usable(self) -> bool:

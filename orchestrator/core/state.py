@@ -241,6 +241,10 @@ class RunState:
     """All that was ever told of them: agents say it again when they reconnect."""
     devices: dict[Serial, DeviceKnown] = field(default_factory=dict)
     """Those against which the device ledger has something."""
+    claimed: dict[Serial, NodeId] = field(default_factory=dict)
+    """Who said last that it has a device."""
+    ambiguous: set[Serial] = field(default_factory=set)
+    """Devices that two nodes had at a time: nobody knows who it was, so nothing is held by them."""
     devices_problem: str = ""
     """Why that is not known, or not all of it; "" if it is."""
     judging_devices: dict[str, JudgeDevice] = field(default_factory=dict)

@@ -30,7 +30,7 @@ def standing(state: RunState, node: NodeId) -> str:
     "" if there is nothing.
     """
     told = []
-    for device in state.nodes[node].devices:
+    for device in devices.of(state, state.nodes[node]):
         found = devices.standing_of(state, device.serial)
         if found in (Standing.SUSPECT, Standing.PROBATION):
             why = devices.why(state, device.serial)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from orchestrator.cli.devices import of_node
 from orchestrator.core.decisions import Decision, JudgeDevice
 from orchestrator.core.devices import PROBATION_STEPS
 from orchestrator.core.events import Compared, ControllerStarted, DevicesKnown, DrainCancelled
@@ -119,6 +120,56 @@ def test_an_agent_that_can_not_tell_any_more_who_it_is_does_not_get_in_by_that(
     Cluster.join(fleet.after(1), "node-1", incarnation=2)
 
     assert fleet.state.spares() == ()
+
+
+def test_a_serial_that_two_nodes_have_bars_neither_and_nothing_is_held_against_it(
+    fleet: Fleet,
+) -> None:
+    fleet.record("m1", Act.CONVICTED)
+    fleet.machines["node-2"] = Serial("m1")
+    begun(fleet)
+    assert not fleet.state.quarantined
+    fleet.train(12)
+    fleet.hold(10)
+
+    decisions = diverge(fleet, "node-1")
+
+    assert NodeId("node-1") in fleet.state.quarantined, "by its name, for this run"
+    assert not [d for d in decisions if isinstance(d, JudgeDevice)]
+    told = of_node(fleet.state, fleet.state.nodes[NodeId("node-2")])
+    assert told[0].startswith("machine m1: not known, other nodes say that they have it, too")
+
+
+def test_a_machine_that_comes_back_under_another_name_is_no_other_one(fleet: Fleet) -> None:
+    fleet.record("m1", Act.CONVICTED)
+    begun(fleet)
+
+    fleet.after(1).lose("node-1")
+    fleet.machines["node-3"] = Serial("m1")
+    fleet.after(1).join("node-3")
+
+    assert NodeId("node-3") in fleet.state.quarantined
+    assert fleet.state.ambiguous == set()
+
+
+def test_what_a_machine_did_is_not_held_against_the_next_of_its_name(fleet: Fleet) -> None:
+    trained(fleet)
+    before = fleet.state.generation
+    fleet.machines["node-1"] = Serial("m7")
+    fleet.after(1).join("node-1", incarnation=2)
+    fact = StateDiverged(
+        generation=before,
+        step=Step(12),
+        since=Step(10),
+        nodes=(NodeId("node-1"),),
+        evidence="digests differ",
+        proven=True,
+    )
+
+    decisions = fleet.after(0.1).tell(Compared(at=fleet.at(), fact=fact))
+
+    assert not [d for d in decisions if isinstance(d, JudgeDevice)]
+    assert not fleet.state.quarantined
 
 
 def test_suspicion_alone_keeps_nobody_out_and_is_the_last_choice_among_equals(

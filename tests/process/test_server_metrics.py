@@ -1,6 +1,7 @@
 """What Prometheus gets of a controller: the program itself, and what it says after events."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from orchestrator.protocol.messages import Receipt
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.counts import Counts
 from orchestrator.server.metrics import Metrics, Watched, reading_token
-from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from tests import runfiles
 from tests.programs.played import wait_for
 from tests.runs import REPOSITORY
@@ -82,7 +83,9 @@ def test_a_controller_is_scraped_with_the_token_that_it_leaves_for_that_and_no_o
     folder.run_file.write_bytes(msgspec.json.encode(run))
     folder.token.write_text(TOKEN, encoding="ascii")
     command = [sys.executable, "-m", "orchestrator.server", str(tmp_path), "0"]
-    with subprocess.Popen(command) as controller:
+    # The ledger of devices that runs share is there, too: not the user's own.
+    environment = os.environ | {HOME_VARIABLE: str(tmp_path / "home")}
+    with subprocess.Popen(command, env=environment) as controller:
         try:
             wait_for(folder.address.exists, within_s=WAIT_S)
             url = json.loads(folder.address.read_bytes())["url"]

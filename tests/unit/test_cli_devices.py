@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.cli import get as get_module
+from orchestrator.cli.choices import Output
 from orchestrator.core.events import DeviceKnown, DevicesKnown
 from orchestrator.core.standing import Act, DeviceVerdict, Proof, Standing
 from orchestrator.protocol.devices import Device
@@ -195,6 +197,27 @@ def test_what_is_damaged_is_named_after_all_that_can_be_told() -> None:
     assert f"the device ledger is damaged: {key_of(0)}: checksum is" in result.stderr
     assert "\nhint: " in result.stderr
     assert key_of(0) in told("describe", "device", "m-2")
+
+
+def test_watching_reads_what_was_added_since(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class _OverError(Exception):
+        pass
+
+    def look_again(_s: float) -> None:
+        if standing() is Standing.RETIRED:
+            raise _OverError
+        told("retire", "device", "m-1", "--reason", "x")
+
+    convict()
+    monkeypatch.setattr("orchestrator.cli.get.time.sleep", look_again)
+
+    with pytest.raises(_OverError):
+        get_module.get("devices", None, Output.TABLE, watch=True, tail=0, periodic=False)
+
+    shown = capsys.readouterr().out
+    assert shown.index("quarantined") < shown.index("retired")
 
 
 def machines(home: Path, *, plan: bool) -> Path:

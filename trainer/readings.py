@@ -2,12 +2,16 @@
 
 In every step each rank digests the tokens that it was handed, and those that another rank should
 have been, as they are read here. Whoever was handed others, by its disk or its memory, is found out
-before the step moves anything. Reading is cheap beside computing, so that all of it is read twice.
+before the step moves anything. Reading is cheap beside computing, so all of it is read twice, in a
+thread beside the step. Where that takes longer than the step, it is not kept waiting for long, and
+its samples are not compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import xxhash
@@ -18,8 +22,11 @@ from trainer.guard import Guard
 from trainer.replay import halves, joined
 from trainer.ring import Ring, Told
 
-OFF = -1.0
-"""What a rank says that does not look any more; halves of digests are not negative."""
+OFF, LATE = -1.0, -2.0
+"""What a rank says that does not look any more, and that has not read in time; halves of digests
+are never negative."""
+WITHIN_S = 2.0
+"""For which a step waits for what is read beside it."""
 WORDS = 4
 """Numbers that a rank says in a step: its own digest, and that of another rank's samples."""
 
@@ -36,30 +43,45 @@ class Readings:
         self._guard = Guard("readings")
         self._own = xxhash.xxh3_64()
         chain = ring.chain
+        self._reading: _Reading | None = None
         # Samples do not follow from each other, whatever is computed from them.
         self._chain = chain._replace(links=[[1]] * chain.together)
 
-    def begin(self) -> None:
+    def forget(self) -> None:
+        """Begin as after a restore: steps to come may have the numbers of others."""
+        self._reading = None
+
+    def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
         self._own.reset()
+        known = self._reading
+        if self._guard.stopped or (known is not None and (known.step == step or known.busy)):
+            return
+        ahead = self._ring.ahead(self._shift(step))
+        self._reading = _Reading(step, lambda: self._digest(step, ahead))
 
     def read(self, batch: Batch) -> None:
         """Take note of samples that this rank trains on, in order."""
         if not self._guard.stopped:
             self._guard.call(lambda: _add(self._own, batch), None)
 
-    def words(self, step: int) -> tuple[float, ...]:
-        """Return what this rank tells the others in a step: `WORDS` numbers."""
-        nothing = (OFF,) * WORDS
+    def words(self, step: int, alive: Callable[[], None]) -> tuple[float, ...]:
+        """Return what this rank tells the others in a step: `WORDS` numbers.
+
+        Args:
+            step: its number.
+            alive: is called now and then while this waits.
+        """
+        reading = self._reading
         if self._guard.stopped:
-            return nothing
-        ahead = self._ring.ahead(self._shift(step))
+            return (OFF,) * WORDS
+        if reading is None or reading.step != step or not reading.over(alive):
+            return (LATE,) * WORDS
 
         def both() -> tuple[float, ...]:
-            theirs = self._digest(step, ahead)
-            return tuple(halves(torch.stack((_signed(self._own), theirs))).tolist())
+            return tuple(halves(torch.stack((_signed(self._own), reading.result()))).tolist())
 
-        return self._guard.call(both, nothing)
+        return self._guard.call(both, (OFF,) * WORDS)
 
     def differ(self, step: int, words: Sequence[Sequence[float]], reporter: Told) -> bool:
         """Find out who was handed other samples; return whether the step is to be thrown away.
@@ -72,7 +94,7 @@ class Readings:
         if any(OFF in each for each in words):
             self._guard.stop()
         self._guard.tell(reporter)
-        if self._guard.stopped:
+        if self._guard.stopped or any(LATE in each for each in words):
             return False
         shift, ranks = self._shift(step), self._chain.ranks
         size = len(ranks)
@@ -111,6 +133,52 @@ class Readings:
 
     def _digest_or_nothing(self, step: int, of: int) -> Tensor:
         return self._guard.call(lambda: self._digest(step, of), torch.zeros((), dtype=torch.int64))
+
+
+class _Reading:
+    """Reads in a thread of its own, which ends with that: a disk may keep it for ever.
+
+    Args:
+        step: for which.
+        read: does it.
+    """
+
+    def __init__(self, step: int, read: Callable[[], Tensor]) -> None:
+        self.step = step
+        self._read = read
+        self._result: Tensor | Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="readings", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is still at it."""
+        return self._thread.is_alive()
+
+    def over(self, alive: Callable[[], None]) -> bool:
+        """Wait for it, but no longer than `WITHIN_S`; return whether it is over."""
+        deadline = time.monotonic() + WITHIN_S
+        while self.busy and time.monotonic() < deadline:
+            alive()
+            self._thread.join(0.05)
+        return not self.busy
+
+    def result(self) -> Tensor:
+        """Return what was read.
+
+        Raises:
+            Exception: what reading raised.
+        """
+        if isinstance(self._result, Exception):
+            raise self._result
+        assert self._result is not None, "it is over"
+        return self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._read()
+        except Exception as error:  # noqa: BLE001 - raised again where the guard is
+            self._result = error
 
 
 def _add(total: xxhash.xxh3_64, batch: Batch) -> None:

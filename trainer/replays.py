@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +59,13 @@ class Replays:
         """Begin as after a restore: the state is another one than a moment ago."""
         self.ring.forget()
         self.doubts.forget()
+        self.readings.forget()
 
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
         self.ring.begin(step, self.pace.longest)
         self.doubts.begin()
-        self.readings.begin()
+        self.readings.begin(step)
         # Not in the first step of a process, which makes what gradients are looked at on.
         regular = step % self.pace.every == 0 or not self._tested
         # What was thrown away is looked at however it came to that, or it is taken on trust.
@@ -131,16 +132,19 @@ class Replays:
         self._cost = self._took_s / max(seconds - self._took_s, MOMENT_S)
         self._took_s = 0.0
 
-    def words(self, step: int, part: Sequence[Tensor]) -> tuple[float, ...]:
+    def words(
+        self, step: int, part: Sequence[Tensor], alive: Callable[[], None]
+    ) -> tuple[float, ...]:
         """Return what this rank tells the others in a step, in the order of `step.DOUBT_AT` on.
 
         Args:
             step: its number.
             part: of the gradient, that this rank moves weights by.
+            alive: is called now and then while this waits.
         """
         doubt = self.doubts.word()
         sums = self.sums.words(self.doubts.put_in, part)
-        return doubt, self._cost, *self.readings.words(step), *sums
+        return doubt, self._cost, *self.readings.words(step, alive), *sums
 
     def _test(self, step: int, reporter: Told) -> None:
         """Find out if bits mean anything here: if a micro-batch comes out the same twice.

@@ -281,8 +281,10 @@ class Training:
         digests = self._digest(step, held)
         words = (0.0,) * (DIGESTS_AT - DOUBT_AT)
         if self._replays is not None:
-            self._announce(reporter, RankPhase.DATA)  # of another rank: a disk may be slow
-            words = self._replays.words(step, gradients)
+            # Of another rank: a disk may be slow.
+            words = self._replays.words(
+                step, gradients, lambda: self._announce(reporter, RankPhase.DATA)
+            )
             self._announce(reporter, RankPhase.OPTIMIZER)
         own_words = [self.samples.mark, *word, self._guard.off, *words]
         said = torch.tensor(own_words, dtype=torch.float64)

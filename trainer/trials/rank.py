@@ -29,7 +29,7 @@ from orchestrator.protocol.trials import Order, Quiet, Return, Said, Setup, Step
 from orchestrator.worker import Aborted, RankPhase
 from orchestrator.worker.beacon import BeaconWriter, DigestRecord
 from storage.errors import StorageError
-from trainer import hold, parallel
+from trainer import hold, parallel, readings
 from trainer.data import Batch, Batches, Samples, open_data
 from trainer.job import read_job
 from trainer.outliers import Outliers
@@ -172,8 +172,9 @@ class TrialRank:
         )
         # Nobody comes with orders: ranks that differ go on, and show what becomes of it.
         hold.HOLD_S = 0.0
+        # What is noticed is not to depend on how busy the machine was.
+        readings.WITHIN_S = TIMEOUT_S
         if (replays := _replays(self._training)) is not None:
-            # What is noticed is not to depend on how busy the machine was.
             replays.pace.fixed = True
         self._stamp = stamp_of("campaign", Generation(1), job, self._samples)
         self._voice = Voice(Path(setup.beacons[rank]))

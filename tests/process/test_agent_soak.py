@@ -26,14 +26,25 @@ def descriptors(agent: Agent) -> int:
     return len(list(Path(f"/proc/{agent.pid}/fd").iterdir()))
 
 
+def some_children(agent: Agent) -> list[int]:
+    """Return its children at a moment at which there are some."""
+    found: list[int] = []
+
+    def seen() -> bool:
+        found[:] = agent.children()
+        return bool(found)
+
+    wait_for(seen)
+    return found
+
+
 def disturb(controller: Controller, agent: Agent, chance: np.random.Generator) -> None:
     """Do something that an agent has to live with."""
     match int(chance.integers(0, 8)):
         case 0 | 1 | 2:
             # The warm process is among them, and so is whoever stands by.
-            wait_for(lambda: len(agent.children()) > 0)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(chance.choice(agent.children())), int(chance.choice(SIGNALS)))
+                os.kill(int(chance.choice(some_children(agent))), int(chance.choice(SIGNALS)))
         case 3:
             controller.stop()
             controller.start()

@@ -55,26 +55,13 @@ class Fleet(Cluster):
         orders = [d for d in decisions if isinstance(d, JudgeDevice)]
         for order in orders:
             if all(verdict.id != order.id for verdict in self.verdicts):
-                self.verdicts.append(_kept(order, self.now))
+                self.verdicts.append(order.verdict(at=self.now))
             record = fold(self.verdicts)[order.device.serial]
             self.tell(DeviceJudged(at=self.at(), id=order.id, device=_known(record)))
         return orders
 
     def where(self, serial: str) -> Standing:
         return fold(self.verdicts)[Serial(serial)].standing
-
-
-def _kept(order: JudgeDevice, at: float) -> DeviceVerdict:
-    return DeviceVerdict(
-        serial=order.device.serial,
-        act=order.act,
-        actor=order.actor,
-        by=order.by,
-        reason=order.reason,
-        proof=order.proof,
-        at=at,
-        id=order.id,
-    )
 
 
 def _known(record: Record) -> DeviceKnown:

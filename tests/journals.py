@@ -155,6 +155,23 @@ def holdfast(*arguments: str) -> Any:
     return result
 
 
+def told(*arguments: str) -> str:
+    """Return what a command prints that succeeds and says nothing else."""
+    result = holdfast(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def refused(*arguments: str, code: int) -> tuple[str, str]:
+    """Return the message and the hint."""
+    result = holdfast(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    message, hint = result.stderr.strip().rsplit("\nhint: ")
+    assert hint
+    return message, hint
+
+
 def assert_seated_last(cluster: Any, node: str) -> None:
     """Have a spare join, and lose nodes: `node`, which has no seat, gets one when no other is left.
 

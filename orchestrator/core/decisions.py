@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from orchestrator.core.standing import Act, Actor, Proof
+from orchestrator.core.standing import Act, Actor, DeviceVerdict, Proof
 from orchestrator.core.trust import Onset, Verdict
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.devices import Device
@@ -167,6 +167,29 @@ class JudgeDevice(_Decision, frozen=True, kw_only=True):
     by: str
     """Who it was, in words."""
     proof: Proof = Proof.NONE
+
+    def verdict(self, *, at: float, run: str = "") -> DeviceVerdict:
+        """Return it as it is kept.
+
+        Args:
+            at: when it is put on record, seconds since 1970.
+            run: which run says so.
+        """
+        return DeviceVerdict(
+            serial=self.device.serial,
+            act=self.act,
+            actor=self.actor,
+            by=self.by,
+            reason=self.reason,
+            proof=self.proof,
+            kind=self.device.kind,
+            model=self.device.model,
+            run=run,
+            incident=self.incident or "",
+            node=self.node,
+            at=at,
+            id=self.id,
+        )
 
 
 class PreflightDevices(_Decision, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from functools import partial
 
 from orchestrator.core.decisions import JudgeDevice
 from orchestrator.core.events import DeviceJudged, DeviceKnown, DevicesKnown, Event
-from orchestrator.core.standing import DeviceVerdict, Standing
+from orchestrator.core.standing import Standing
 from orchestrator.protocol.ids import Seconds
 from orchestrator.worlds.devices import DeviceLedger
 from orchestrator.worlds.lane import Lane
@@ -115,7 +115,7 @@ class Registrar:
             if order is None:
                 break
             try:
-                self._ledger.add(self._verdict(order))
+                self._ledger.add(order.verdict(at=self._wall(), run=self._run))
             except StorageError as error:
                 # Told once: a store may word it otherwise each time.
                 if not self._unrecorded:
@@ -134,23 +134,6 @@ class Registrar:
         if self._unrecorded:
             self._unrecorded = ""
             self._say(tell)
-
-    def _verdict(self, order: JudgeDevice) -> DeviceVerdict:
-        return DeviceVerdict(
-            serial=order.device.serial,
-            act=order.act,
-            actor=order.actor,
-            by=order.by,
-            reason=order.reason,
-            proof=order.proof,
-            kind=order.device.kind,
-            model=order.device.model,
-            run=self._run,
-            incident=order.incident or "",
-            node=order.node,
-            at=self._wall(),
-            id=order.id,
-        )
 
     def _not_recorded(self, tell: Tell) -> None:
         """Go on from a store that did not answer in time, or kept others from their turn."""

@@ -31,7 +31,17 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
 from tests.conftest import RUN, Cluster
-from tests.journals import commit, holdfast, killed_rank, raising, succeeded, text, write
+from tests.journals import (
+    commit,
+    holdfast,
+    killed_rank,
+    raising,
+    refused,
+    succeeded,
+    text,
+    told,
+    write,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +60,6 @@ def demo(home: Path) -> RunFolder:
     folder.logs.mkdir(parents=True)
     folder.journal.write_bytes(KILLED_RANK)
     return folder
-
-
-def told(*arguments: str) -> str:
-    result = holdfast(*arguments)
-    assert (result.exit_code, result.stderr) == (0, "")
-    return result.stdout
-
-
-def refused(*arguments: str, code: int) -> tuple[str, str]:
-    """Return the message and the hint."""
-    result = holdfast(*arguments)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    message, hint = result.stderr.strip().split("\nhint: ")
-    assert hint
-    return message, hint
 
 
 # get ------------------------------------------------------------------------------------------

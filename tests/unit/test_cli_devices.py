@@ -16,7 +16,7 @@ from orchestrator.worlds.devices import DeviceLedger, address_of_all_runs, key_o
 from orchestrator.worlds.folder import HOME_VARIABLE
 from storage.local import LocalStore
 from tests.conftest import Cluster
-from tests.journals import holdfast, write
+from tests.journals import holdfast, refused, told, write
 
 
 @pytest.fixture(autouse=True)
@@ -44,20 +44,6 @@ def convict(serial: str = "m-1", *, at: float = 1.7e9, root: Path | None = None)
             id=f"r/{serial}/{at}",
         )
     )
-
-
-def told(*arguments: str) -> str:
-    result = holdfast(*arguments)
-    assert (result.exit_code, result.stderr) == (0, "")
-    return result.stdout
-
-
-def refused(*arguments: str, code: int) -> tuple[str, str]:
-    result = holdfast(*arguments)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    message, hint = result.stderr.strip().rsplit("\nhint: ")
-    return message, hint
 
 
 def standing(serial: str = "m-1") -> Standing:

@@ -72,19 +72,7 @@ class SimLedger:
     def judge(self, order: JudgeDevice) -> None:
         """Put a verdict on record, and say so; ordered again, it is there once."""
         if all(known.id != order.id for known in self._verdicts):
-            self._verdicts.append(
-                DeviceVerdict(
-                    serial=order.device.serial,
-                    act=order.act,
-                    actor=order.actor,
-                    by=order.by,
-                    reason=order.reason,
-                    proof=order.proof,
-                    node=order.node,
-                    at=self._cluster.now,
-                    id=order.id,
-                )
-            )
+            self._verdicts.append(order.verdict(at=self._cluster.now))
         record = fold(self._verdicts)[order.device.serial]
         device = DeviceKnown(record.serial, record.standing, record.why)
         self._cluster.emit(DeviceJudged(at=self._cluster.now, id=order.id, device=device))

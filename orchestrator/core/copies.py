@@ -69,7 +69,9 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
     """Enter that the world holds a step, but for what is missing."""
     if not counts(state, held.step):
         return
-    state.holdings.spread(held.step, state.copied if held.copied else state.staged)
+    # What was copied was staged before.
+    there = state.copied if held.copied else state.staged
+    state.holdings.spread(held.step, there, over=state.staged)
     state.holdings.discard_all(held.step, held.missing)
     for node in held.uncopied if held.copied and state.holdings.of(held.step) else ():
         state.holdings.discard(held.step, state.buddies[node], state.staged.of(node))

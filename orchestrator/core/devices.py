@@ -358,6 +358,8 @@ def _said(state: RunState) -> Iterator[Decision]:
 
 
 def _preflights(state: RunState) -> Iterator[Decision]:
+    if not state.retesting:
+        return  # asked at every event, of thousands of nodes
     for name in sorted(state.retesting - state.preflights.keys() - state.seated.keys()):
         node = state.nodes[name]
         if not node.usable:

@@ -62,6 +62,10 @@ class Copies:
         self._held, self._count_R, self._bare = other._held, other._count_R, other._bare
         self._shared = other._shared = True
 
+    def _is_still(self, other: Copies) -> bool:
+        """Whether it became these, and neither was changed since."""
+        return self._held is other._held
+
     def _change(self) -> None:
         """Have columns of its own, which are about to be changed."""
         if self._shared:
@@ -78,10 +82,17 @@ class Copies:
             self._bare -= _zeros(self._count_R[places])
             self._count_R[places] += 1
 
-    def add_all(self, other: Copies) -> None:
-        """Enter all that `other` has."""
+    def add_all(self, other: Copies, over: Copies | None = None) -> None:
+        """Enter all that `other` has.
+
+        Args:
+            other: copies.
+            over: what it is known to have all of, and maybe more.
+        """
         theirs = other._held
-        if all(ranks <= theirs.get(node, _NOTHING) for node, ranks in self._held.items()):
+        # Thousands of nodes need not be compared where nothing was changed since these were those.
+        known = over is not None and self._is_still(over)
+        if known or all(ranks <= theirs.get(node, _NOTHING) for node, ranks in self._held.items()):
             # What was staged is copied: nearly always the one is a part of the other.
             self._become(other)
             return
@@ -206,10 +217,16 @@ class Holdings:
                 self._steps[step] = self._none.copy()
             self._steps[step].add(node, ranks)
 
-    def spread(self, step: Step, copies: Copies) -> None:
-        """Enter that these copies of a step are there, besides those that are known."""
+    def spread(self, step: Step, copies: Copies, over: Copies | None = None) -> None:
+        """Enter that these copies of a step are there, besides those that are known.
+
+        Args:
+            step: of which they are.
+            copies: what is there.
+            over: what they are known to have all of, and maybe more.
+        """
         if (known := self._steps.get(step)) is not None:
-            known.add_all(copies)
+            known.add_all(copies, over)
         else:
             self._steps[step] = copies.copy()
 

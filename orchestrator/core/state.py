@@ -338,8 +338,9 @@ class RunState:
 
     def spares(self) -> tuple[NodeId, ...]:
         """Return the usable nodes without a seat that are not cordoned or quarantined, sorted."""
-        kept_out = self.seated.keys() | self.unfit | self.drains.keys() | self.quarantined.keys()
-        return tuple(sorted(self.nodes.keys() - kept_out))
+        # Nearly all have a seat: what is left after that is short.
+        free = self.nodes.keys() - self.seated.keys() - self.unfit
+        return tuple(sorted(free - self.drains.keys() - self.quarantined.keys()))
 
     def weigh(self, node: Node) -> None:
         """Keep up whether a generation may be started on a node, after anything that decides it."""

@@ -12,6 +12,9 @@ shares = st.frozensets(st.integers(0, RANKS - 1).map(Rank))
 STAGED = Copies(RANKS, {
     NODES[0]: frozenset((Rank(0), Rank(1))), NODES[2]: frozenset((Rank(2), Rank(3)))
 })  # fmt: skip
+COPIED = Copies(RANKS, {
+    NODES[0]: frozenset(map(Rank, range(RANKS))), NODES[2]: frozenset((Rank(2), Rank(3)))
+})  # fmt: skip
 changes = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(0, 2), st.sampled_from(NODES), shares),
@@ -20,6 +23,7 @@ changes = st.lists(
         st.tuples(st.just("spread"), st.integers(0, 2), st.sampled_from(NODES), shares),
         st.tuples(st.just("lose"), st.integers(0, 2), st.sampled_from(NODES), st.just(frozenset())),
         st.tuples(st.just("staged"), st.integers(0, 2), st.just(NODES[0]), st.just(frozenset())),
+        st.tuples(st.just("copied"), st.integers(0, 2), st.just(NODES[0]), st.just(frozenset())),
         st.tuples(st.just("drop"), st.integers(0, 2), st.just(NODES[0]), st.just(frozenset())),
     ),
     max_size=30,
@@ -51,6 +55,10 @@ def change(
         case "staged":
             holdings.spread(step, STAGED)
             model["held"] |= {(step, NODES[0], Rank(r)) for r in range(2)}
+            model["held"] |= {(step, NODES[2], Rank(r)) for r in range(2, RANKS)}
+        case "copied":
+            holdings.spread(step, COPIED, over=STAGED)
+            model["held"] |= {(step, NODES[0], Rank(r)) for r in range(RANKS)}
             model["held"] |= {(step, NODES[2], Rank(r)) for r in range(2, RANKS)}
         case "drop":
             holdings.drop([step])

@@ -33,9 +33,8 @@ from storage.errors import (
     StorageUnavailableError,
 )
 from storage.keys import is_ours
+from storage.parts import PARTS_AT_ONCE, PARTS_MAX, Upload
 
-PARTS_AT_ONCE = 8
-PARTS_MAX = 10_000
 CONNECT_S = 10.0
 ANSWER_S = 60.0
 _MARK = "holdfast-put"
@@ -66,7 +65,8 @@ class Connection:
         endpoint: address of the service; None for what the environment says, else AWS.
         region: None for what the environment says.
         checksum: whether requests carry a checksum wherever they may, or only where they must. Some
-            stores that speak S3 refuse what they do not know.
+            stores that speak S3 refuse what they do not know. With a checksum a body is not
+            hashed once more to be signed, which over http it is otherwise.
         connections: at most so many at a time, for all threads together.
         part_bytes: size of the parts of large blobs; at least 5 MiB, S3's limit.
     """
@@ -92,6 +92,10 @@ def open_s3(bucket: str, root: str, connection: Connection) -> "S3Store":
         # Who repeats is `RetryingStore`, which waits longer each time and can be bounded.
         "retries": {"total_max_attempts": 1},
     }
+    checked = connection.checksum == "when_supported"
+    if checked:
+        # SHA-256 in the thread that sends takes longer than all else that an upload does here.
+        config["s3"] = {"payload_signing_enabled": False}
     region = {"region_name": connection.region} if connection.region else {}
     filesystem = s3fs.S3FileSystem(
         endpoint_url=connection.endpoint,
@@ -103,7 +107,7 @@ def open_s3(bucket: str, root: str, connection: Connection) -> "S3Store":
         max_concurrency=PARTS_AT_ONCE,
     )
     filesystem.retries = 1
-    return S3Store(filesystem, bucket, root, part_bytes=connection.part_bytes)
+    return S3Store(filesystem, bucket, root, part_bytes=connection.part_bytes, checksum=checked)
 
 
 class S3Store:
@@ -115,10 +119,19 @@ class S3Store:
         root: prefix of all keys, without a slash at its ends; empty for the whole bucket.
         part_bytes: size of the parts of large blobs. Blobs up to twice as large go up in one
             request. Up to `PARTS_AT_ONCE` parts are copied at a time.
+        checksum: whether parts carry one.
     """
 
-    def __init__(self, filesystem: Any, bucket: str, root: str, *, part_bytes: int) -> None:  # noqa: ANN401 - s3fs has no types
-        self._filesystem = filesystem
+    def __init__(
+        self,
+        filesystem: Any,  # noqa: ANN401 - s3fs has no types
+        bucket: str,
+        root: str,
+        *,
+        part_bytes: int,
+        checksum: bool = True,
+    ) -> None:
+        self._filesystem, self._checksum = filesystem, checksum
         self._bucket, self._root = bucket, f"{root}/" if root else ""
         self._part_bytes = part_bytes
 
@@ -126,16 +139,23 @@ class S3Store:
         """See `BlobStore.put`."""
         path, view = self._path(key), byte_view(data)
         part_bytes = max(self._part_bytes, -(-len(view) // PARTS_MAX))
-        # The client sends bytes and no views. A large blob is copied part by part, as it goes.
-        body = bytes(view) if len(view) < 2 * part_bytes else _Parts(view)
         # aiohttp repeats a put by itself when a connection breaks, and knows no way to be told not
         # to. The second one finds the key taken by the first: this is how to recognise our own.
         mark = {_MARK: secrets.token_hex(16)}
         with self._translated(key):
             try:
-                self._filesystem.pipe_file(
-                    path, body, chunksize=part_bytes, mode="create", Metadata=mark
-                )
+                if len(view) < 2 * part_bytes:
+                    # The client sends bytes and no views.
+                    self._filesystem.pipe_file(
+                        path, bytes(view), chunksize=part_bytes, mode="create", Metadata=mark
+                    )
+                else:
+                    Upload(
+                        call=self._filesystem.call_s3,
+                        where={"Bucket": self._bucket, "Key": self._root + key},
+                        part_bytes=part_bytes,
+                        checksum=self._checksum,
+                    ).put(view, mark)
             except FileExistsError:
                 if not self._has(key, mark):
                     raise
@@ -269,19 +289,6 @@ class S3Store:
         except (OSError, ClientError, BotoCoreError, aiohttp.ClientError) as worse:
             raise _kind(worse)(f"{_reason(worse)}: bucket {self._bucket}") from worse
         raise StorageRefusedError(f"there is no bucket {self._bucket}") from error
-
-
-class _Parts:
-    """A view that the client can cut: each cut is a copy, made when it is asked for."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-
-    def __len__(self) -> int:
-        return len(self._view)
-
-    def __getitem__(self, cut: slice) -> bytes:
-        return bytes(self._view[cut])
 
 
 def _code(error: BaseException) -> str:

@@ -8,7 +8,10 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from fsspec.asyn import sync
 
 from storage import verdicts
 from storage.blob import BlobStore
@@ -311,8 +314,14 @@ class Connection:
     def __init__(self, store: S3Store, requests_max: int) -> None:
         self.sent: list[str] = []
         self._max = requests_max
-        self._call = store._filesystem._call_s3
-        store._filesystem._call_s3 = self.call
+        client = self._client = store._filesystem
+        self._call, self._call_soon = client._call_s3, client.call_s3
+        client._call_s3 = self.call
+        client.call_s3 = partial(sync, client.loop, self.call)
+
+    def restore(self) -> None:
+        """Send everything again."""
+        self._client._call_s3, self._client.call_s3 = self._call, self._call_soon
 
     async def call(self, method: str, *arguments: object, **more: object) -> object:
         if len(self.sent) >= self._max:
@@ -337,7 +346,7 @@ def bucket_table(opened: Callable[[], S3Store], size: int) -> str:
             store.put(key, data)
         except StorageUnavailableError:
             over = False
-        store._filesystem._call_s3 = connection._call
+        connection.restore()
         there = store.keys()
         assert there in ([], [key])
         if there:

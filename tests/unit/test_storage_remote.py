@@ -1,6 +1,8 @@
 """What the contract cannot see of object storage: how blobs go up, and what each refusal means."""
 
+import hashlib
 import threading
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,6 +17,7 @@ from storage.errors import (
     StorageUnavailableError,
 )
 from storage.manifest import body_key, commit_key, index_key
+from storage.parts import crc32_words
 from storage.remote import S3Store
 from tests.buckets import CREDENTIALS, Server
 
@@ -28,8 +31,11 @@ def test_a_large_blob_goes_up_in_parts_and_takes_its_key_once(s3: Server) -> Non
 
     store.put(BODY, memoryview(data))
 
-    etag = s3.client.info(store._path(BODY))["ETag"].strip('"')
-    assert etag.endswith("-3")
+    where = {"Bucket": store._bucket, "Key": store._root + BODY}
+    found = s3.client.call_s3("head_object", **where, ChecksumMode="ENABLED")
+    assert found["ETag"].strip('"').endswith("-3")
+    sums = [zlib.crc32(data[at : at + 5 * MIB]) for at in range(0, len(data), 5 * MIB)]
+    assert found["ChecksumCRC32"].startswith(crc32_words(b"".join(s.to_bytes(4) for s in sums)))
     assert store.size(BODY) == len(data)
     assert store.get(BODY, 5 * MIB - 2, 4) == data[5 * MIB - 2 : 5 * MIB + 2]
     with pytest.raises(BlobExistsError, match=BODY):
@@ -125,6 +131,7 @@ class Script(ThreadingHTTPServer):
             a request is carried out, and the connection ends without an answer.
         asked: the method of each request so far.
         stored: body and mark of each blob, by path.
+        hashes: what each request says of its body, to be signed with the rest.
     """
 
     def __init__(self) -> None:
@@ -132,6 +139,7 @@ class Script(ThreadingHTTPServer):
         self.answers: list[tuple[int, str]] = []
         self.asked: list[str] = []
         self.stored: dict[str, tuple[bytes, str]] = {}
+        self.hashes: list[str] = []
 
     @property
     def uri(self) -> str:
@@ -148,6 +156,7 @@ class Scripted(BaseHTTPRequestHandler):
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append(self.command)
+        self.server.hashes.append(self.headers["x-amz-content-sha256"])
         status, code = self.server.answers.pop(0) if self.server.answers else (200, "")
         stored = self.server.stored
         if self.command == "PUT" and status == 200:
@@ -229,3 +238,10 @@ def test_a_put_that_was_done_and_never_answered_is_recognised_as_our_own(script:
 
     assert script.stored["/bucket/run/k"][0] == b"mine"
     assert script.asked == ["PUT", "PUT", "HEAD", "PUT", "HEAD"]
+
+
+def test_a_body_is_hashed_to_be_signed_only_where_it_carries_no_checksum(script: Script) -> None:
+    open_store(script.uri).put("k", b"x")
+    open_store(script.uri.partition("&checksum")[0]).put("l", b"x")
+
+    assert script.hashes == [hashlib.sha256(b"x").hexdigest(), "UNSIGNED-PAYLOAD"]

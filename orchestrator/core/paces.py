@@ -31,11 +31,14 @@ class Paces:
         self._rate_R: npt.NDArray[np.float64] | None = None
         self.looks = 0
         """How many windows there have been."""
+        self.alike = False
+        """Whether it was said last that all take as long as each other."""
 
     def observe(
         self, steps: tuple[int, ...], compute_s: tuple[float, ...], work: tuple[float, ...]
     ) -> None:
         """Take in one tick of columns over all ranks; a column of length one is of every rank."""
+        self.alike = len(compute_s) == len(work) == 1 and compute_s[0] > 0
         if len(compute_s) == len(work) == 1:
             # All are as fast as each other, or nobody measures it: there is nothing to compare.
             if self._rows:

@@ -182,6 +182,26 @@ def is_straggler(incident: Incident) -> bool:
     return incident.findings[0].kind == STRAGGLER
 
 
+def now(state: RunState, node: NodeId) -> float | None:
+    """Return how slow a node is by the last windows; None if this generation has too few.
+
+    Times the median of its peers that its slowest rank takes, the median over windows, from 0.
+    What was measured once is as old as that; a device that was hot may have cooled down.
+    """
+    if state.paces.alike:
+        return 1.0
+    if not state.paces.full:
+        return None
+    rate_R, number_R = state.paces.rate_R(), alike(state.run.layout, len(state.seats))
+    return max(
+        (
+            float(rate_R[rank] / np.median(rate_R[number_R == number_R[rank]]))
+            for rank in state.ranks_of(node)
+        ),
+        default=None,
+    )
+
+
 def nodes_of(state: RunState, verdict: str, since: Seconds) -> dict[NodeId, Slow]:
     """Return what is known of nodes with a verdict, the newest each, unless they came back since.
 

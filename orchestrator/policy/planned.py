@@ -57,6 +57,8 @@ class PlannedSwap:
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding when the moment has come, for all nodes that can be swapped."""
         nodes = leaving(state) if (state.drains or state.slow) and trains(state) else ()
+        # Nobody begins anew for what was measured before the world began, until that shows again.
+        nodes = tuple(n for n in nodes if n in state.drains or stragglers.surely(state, n))
         if not nodes:
             self._moment.forget()
             return ()

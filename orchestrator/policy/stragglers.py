@@ -20,6 +20,9 @@ from orchestrator.protocol.ids import NodeId, Seconds
 
 HORIZON_S = 3_600.0
 """For how long a slow device is expected to stay so. Assumed."""
+STILL = 0.5
+"""Share of its slowness that a device has to have kept to be swapped for it. Half: what is between
+is as far from the one as from the other."""
 ASIDE_DAYS = 7
 """For how long who was found slow is the last to be taken. Assumed."""
 
@@ -51,7 +54,11 @@ def found_slow(state: RunState) -> dict[NodeId, Slow]:
 
 
 def leaving(state: RunState) -> tuple[NodeId, ...]:
-    """Return slow nodes of the world that are worth a restart, as far as spares are better."""
+    """Return slow nodes of the world that are worth a restart, as far as spares are better.
+
+    Not those that are known to be as fast as their peers by now; of the first steps of a generation
+    nobody knows, and what is restarted for another reason takes along who was slow before it.
+    """
     # Asked at every event: that nobody with a seat was ever found slow is the cheaper half of it.
     if not any(
         slow.verdict == "hardware" and slow.node in state.seated for slow in state.slow.values()
@@ -63,9 +70,22 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
     ]
     if not pays:
         return ()
-    pays.sort(key=lambda slow: (-slow.share, slow.node))
     better = sum(spare not in found for spare in state.spares())
+    if not better:
+        return ()
+    pays = [slow for slow in pays if _may_be_slow(state, slow)]
+    pays.sort(key=lambda slow: (-slow.share, slow.node))
     return tuple(slow.node for slow in pays[:better])
+
+
+def _may_be_slow(state: RunState, slow: Slow) -> bool:
+    ratio = slowness.now(state, slow.node)
+    return ratio is None or ratio - 1 >= STILL * (slow.ratio - 1)
+
+
+def surely(state: RunState, node: NodeId) -> bool:
+    """Whether a node that was found slow is so in the present generation as well."""
+    return slowness.now(state, node) is not None
 
 
 def reason(state: RunState, node: NodeId) -> str:
@@ -88,6 +108,8 @@ def standing(state: RunState, node: NodeId) -> str:
     if node not in state.seated:
         return f"{words}; a spare of last resort"
     cost = worth(state, slow)
+    if not _may_be_slow(state, slow):
+        return f"{words}; kept: by now it is about as fast as its peers"
     if not cost.pays:
         return f"{words}; kept: that costs {cost.keep_s:.0f} s, a swap {cost.swap_s:.0f} s"
     if node in leaving(state):

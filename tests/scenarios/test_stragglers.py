@@ -149,6 +149,47 @@ def test_a_slow_node_waits_for_a_spare_that_is_not_slow_itself(cluster: Any) -> 
     assert starts(cluster)[-1].seats == ("node-0", "node-0", "node-2", "node-2")
 
 
+def test_a_node_that_is_as_fast_as_its_peers_again_is_kept_when_a_spare_comes(cluster: Any) -> None:
+    order = suspected(cluster)
+    cluster.lose("node-2")
+    answer(cluster, order, 1.2)
+    train(cluster, 12)
+    cluster.join("node-2", incarnation=2)
+    train(cluster, 1)
+    cluster.hold(cluster.state.reached_step)
+
+    assert len(starts(cluster)) == 1
+    assert "as fast as its peers" in stragglers.standing(cluster.state, NodeId("node-1"))
+
+    train(cluster, 12, 1.2)
+    cluster.hold(cluster.state.reached_step)
+
+    assert starts(cluster)[-1].seats == ("node-0", "node-0", "node-2", "node-2")
+
+
+def test_what_was_measured_in_an_older_world_does_not_end_this_one_until_it_shows_again(
+    cluster: Any,
+) -> None:
+    order = suspected(cluster)
+    cluster.lose("node-2")
+    answer(cluster, order, 1.2)
+    train(cluster, 1, 1.2)
+    cluster.hold(cluster.state.reached_step)
+    cluster.exit(0)
+    cluster.resume()
+    cluster.join("node-2", incarnation=2)
+    before = len(starts(cluster))
+    assert before == 2
+
+    train(cluster, 3, 1.2)
+    cluster.hold(cluster.state.reached_step)
+    assert len(starts(cluster)) == before
+
+    train(cluster, 12, 1.2)
+    cluster.hold(cluster.state.reached_step)
+    assert starts(cluster)[-1].seats == ("node-0", "node-0", "node-2", "node-2")
+
+
 def test_a_rank_is_reported_once_and_again_after_it_was_as_fast_as_others(cluster: Any) -> None:
     answer(cluster, suspected(cluster), 1.2, problem="no memory")
     train(cluster, 30, 1.2)

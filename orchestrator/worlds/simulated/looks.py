@@ -102,7 +102,9 @@ class Looks:
         """Whether it has too few replicas, and nodes wait for the moment at which it has more."""
         if len(team.seats) == self._ranks:
             return False
-        return len(self._idle(team)) >= self._nodes_more
+        # A slow node is better than none.
+        free = set(self._cluster.heard()).difference(team.ranks, self.to_be_free)
+        return len(free) >= self._nodes_more
 
     def _idle(self, team: Team) -> set[NodeId]:
         """Return the nodes that have no seat, and that nobody wants to be free or knows as slow."""

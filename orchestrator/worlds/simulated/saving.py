@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ class Saving:
         self.last_written = False
         self.alike = Alike(cluster, team)
         self._copies: list[_Pending] = []
+        self._newest: deque[Save] = deque(maxlen=SAVES_MAX)
+        """What was staged last; older ones have given their place to them everywhere."""
         self._writes: list[_Pending] = []
 
     def settle(self, done: Step) -> None:
@@ -101,6 +104,7 @@ class Saving:
         if self._cluster.forgetful:
             return
         save = Save(step, self._team.generation)
+        self._newest.append(save)
         copied_at = Seconds(at + self._cluster.lasts(self._cluster.profile.copy))
         self._copies.append(_Pending(copied_at, save))
         if self.alike.possible:
@@ -122,7 +126,8 @@ class Saving:
             if self.alike.possible and self.alike.copy(pending.save):
                 self._tell_together(pending.save, copied=True)
                 continue
-            if self._many and not any(pending.save in node.shelf for node in self._team.members):
+            displaced = pending.save not in self._newest
+            if self._many and (displaced or not self._anywhere(pending.save)):
                 # Nobody looked for so long that newer ones have taken its place everywhere.
                 names = tuple(self._team.ranks)
                 self._tell_together(pending.save, copied=True, missing=names, uncopied=names)
@@ -134,6 +139,9 @@ class Saving:
                 self._tell_together(pending.save, copied=True, missing=missing, uncopied=uncopied)
             else:
                 self._tell([taker for taker in takers.values() if taker is not None])
+
+    def _anywhere(self, save: Save) -> bool:
+        return any(save in node.shelf for node in self._team.members)
 
     def _sent(self, node: SimNode, save: Save) -> SimNode | None:
         """Copy a save of a node to its buddy; return that, or None if it does not get there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,14 +44,17 @@ def settings(*, class_rates: Sequence[str], **options: Any) -> Settings:  # noqa
 def _class_rate(text: str) -> tuple[str, float]:
     name, sign, factor = text.partition("=")
     try:
-        return name.strip(), float(factor)
+        times = float(factor)
     except ValueError:
+        times = nan
+    if not 0 <= times < inf:
         found = f"a factor {factor!r}" if sign else "no `=`"
         raise CliError(
-            f"--class-rate is {text!r}, expected CLASS=FACTOR, found {found}",
+            f"--class-rate is {text!r}, expected CLASS=FACTOR, 0 or more, found {found}",
             "for example --class-rate gpu-fault=2; 0 switches a class off",
             Exit.USAGE,
-        ) from None
+        )
+    return name.strip(), times
 
 
 def _plain(message: str, options: Mapping[str, Any]) -> str:

@@ -59,14 +59,14 @@ def ettr_words(told: Summary) -> str:
 
 def _text(told: Summary) -> list[str]:
     wall_s = sum(told.ledger.values())
-    slow = told.ettr.mean - told.throughput.mean
+    throughput = f"{told.throughput.mean * 100:.2f} % of full speed"
     lines = [
         headline(told),
         "",
         *facts(
             [
                 ("ETTR", ettr_words(told)),
-                ("Slow steps", f"{slow * 100:.2f} % of throughput besides, not part of ETTR"),
+                ("Throughput", f"{throughput}; ETTR counts a slow step in full"),
                 ("Interruptions", _interruptions(told)),
                 ("Incidents", _counts(told.incidents)),
                 ("Policies", _counts(told.policies)),

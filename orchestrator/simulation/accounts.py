@@ -89,9 +89,15 @@ def _cause(incident: Incident, faults: Sequence[Struck]) -> Struck | None:
 
 
 def _slowed(incident: Incident, slowed: Sequence[Struck]) -> Struck | None:
-    """Return what made a node slow that an incident names; it may have been days before."""
-    before = (struck for struck in reversed(slowed) if struck.at <= incident.detected_at)
-    return next((struck for struck in before if set(struck.nodes) & set(incident.nodes)), None)
+    """Return what made a node slow that an incident names; it may have begun days before."""
+    named = set(incident.nodes)
+    return next((s for s in reversed(slowed) if _lasts(s, incident) and named & set(s.nodes)), None)
+
+
+def _lasts(struck: Struck, incident: Incident) -> bool:
+    """Whether a node was slow when an incident was found, or not long before."""
+    over_at = inf if struck.until is None else struck.until + LOOKS_BACK_S
+    return struck.at <= incident.detected_at <= over_at
 
 
 def unnoticed_s(state: RunState, by: Causes) -> dict[IncidentId, float]:

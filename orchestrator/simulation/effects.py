@@ -16,9 +16,8 @@ import numpy as np
 from orchestrator.faults.model import FaultClass, FaultModel
 from orchestrator.faults.schedule import Schedule
 from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.simulation import constants
 from orchestrator.simulation.machines import (
-    LEAVES_S,
-    SUSPECTED_OUT_S,
     Absence,
     Machines,
     drawn_out_s,
@@ -34,14 +33,6 @@ from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.profile import Habits
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
-PROBE_AFTER_DEATH_S = 1.0
-"""Until an agent has read the driver's log after a rank of its node died. Assumed."""
-GPU_PROBE_EVERY_S, LINK_PROBE_EVERY_S = 10.0, 30.0
-"""Between two looks of an agent at its GPUs, and at its links: arXiv 2509.16293, Table 3."""
-PLANNED_OUT_S = 1_800.0
-"""Until a node is back that an operation, or its owner, wanted. Assumed."""
-RELAPSES_MEAN_S = 3_600.0
-"""Until a node that came back unrepaired fails again, once it is in the job. Assumed."""
 SUSPECTED, RELAPSED = "false-eviction", "relapse"
 ABORTED = Death(-6)
 ENDED = Death(-15)
@@ -207,7 +198,7 @@ class Effects:
         else:
             for node in nodes:
                 words = f"found and localised: {struck.name}"
-                self._machines.condemn(node, words, self._absence(fault), LEAVES_S)
+                self._machines.condemn(node, words, self._absence(fault), constants.LEAVES.value)
 
     def _hit(self, fault: Fault, each: FaultClass) -> list[SimNode]:
         if fault.nodes > 1:
@@ -231,7 +222,7 @@ class Effects:
             case "save-fails":
                 self._fail_saves(fault.lasts_s)
             case "slow":
-                self._slow(fault, nodes)
+                self._slow(fault, struck, nodes)
             case "drain":
                 self._plan(fault, struck)
             case "nothing":
@@ -251,13 +242,17 @@ class Effects:
                 self._suspect(sign)
             case "abort":
                 self._ranks.end(node, ABORTED)
-                self._probe(node, struck.name, absence, PROBE_AFTER_DEATH_S)
+                self._probe(node, struck.name, absence, constants.PROBE_AFTER_DEATH.value)
             case "stall":
                 self._ranks.freeze(node)
-                self._probe(node, struck.name, absence, self._until_look(GPU_PROBE_EVERY_S))
+                self._probe(
+                    node, struck.name, absence, self._until_look(constants.GPU_PROBE_EVERY.value)
+                )
             case "unlinked":
                 self._ranks.jam([node])
-                self._probe(node, struck.name, absence, self._until_look(LINK_PROBE_EVERY_S))
+                self._probe(
+                    node, struck.name, absence, self._until_look(constants.LINK_PROBE_EVERY.value)
+                )
             case "wrong":
                 each = self._classes[fault.kind]
                 self._wrong.begin(node, each, struck, absence, shows=fault.fatal)
@@ -272,7 +267,9 @@ class Effects:
         each = self._classes[fault.kind]
         if each.out is not None:
             return Absence(fault.kind, fault.out_s, each.out)
-        return Absence(fault.kind, fault.lasts_s if isfinite(fault.lasts_s) else PLANNED_OUT_S)
+        return Absence(
+            fault.kind, fault.lasts_s if isfinite(fault.lasts_s) else constants.PLANNED_OUT.value
+        )
 
     # Nodes ----------------------------------------------------------------------------------------
 
@@ -283,7 +280,9 @@ class Effects:
         """Have an agent name its node once it has looked."""
 
         def look() -> None:
-            if self._machines.condemn(node, f"a probe found: {name}", absence, LEAVES_S):
+            if self._machines.condemn(
+                node, f"a probe found: {name}", absence, constants.LEAVES.value
+            ):
                 self._suspect("abort")
 
         self._world.cluster.agenda.after(after_s, look)
@@ -299,14 +298,16 @@ class Effects:
                 Struck(at=self._world.now, name=SUSPECTED, sort="mistaken", nodes=(node.id,))
             )
             words = "a test of a healthy node failed"
-            self._machines.condemn(node, words, Absence(-1, SUSPECTED_OUT_S), LEAVES_S)
+            self._machines.condemn(
+                node, words, Absence(-1, constants.SUSPECTED_OUT.value), constants.LEAVES.value
+            )
 
     def _plan(self, fault: Fault, struck: Struck) -> None:
         """Have an operation need a node, and give it back."""
         node = self._machines.anybody()
         if node is not None:
             struck.nodes = (node.id,)
-            self._announce(node, struck.name, Absence(-1, PLANNED_OUT_S), fault)
+            self._announce(node, struck.name, Absence(-1, constants.PLANNED_OUT.value), fault)
 
     def _announce(self, node: SimNode, name: str, absence: Absence, fault: Fault) -> None:
         """Say that a node will be taken, to whoever can make use of that, and take it then."""
@@ -317,15 +318,16 @@ class Effects:
 
         def take() -> None:
             self._world.settle()
-            self._machines.condemn(node, f"planned: {name}", absence, LEAVES_S)
+            self._machines.condemn(node, f"planned: {name}", absence, constants.LEAVES.value)
 
         self._world.cluster.agenda.after(notice_s, take)
 
     # Speed and storage ----------------------------------------------------------------------------
 
-    def _slow(self, fault: Fault, nodes: Sequence[SimNode]) -> None:
+    def _slow(self, fault: Fault, struck: Struck, nodes: Sequence[SimNode]) -> None:
         if len(nodes) == 1 and self._classes[fault.kind].blast == "node":
             self.speeds.slow(fault.slow, fault.lasts_s, nodes[0].id)
+            struck.until = Seconds(self._world.now + fault.lasts_s)
             if not isfinite(fault.lasts_s):
                 self._worn_out[nodes[0].id] = self._absence(fault)
         else:
@@ -354,7 +356,7 @@ class Effects:
         for name in sorted(now & self._machines.bad.keys()):
             absence = self._machines.bad.pop(name)
             node = self._world.cluster.nodes[name]
-            after_s = float(self._chance.exponential(RELAPSES_MEAN_S))
+            after_s = float(self._chance.exponential(constants.RELAPSES_MEAN.value))
             self._world.cluster.agenda.after(after_s, partial(self._relapse, node, absence))
         for name in sorted((self._seats - now) & self._worn_out.keys()):
             node = self._world.cluster.nodes[name]
@@ -375,4 +377,6 @@ class Effects:
         self.log.append(Struck(at=self._world.now, name=RELAPSED, sort="seen", nodes=(node.id,)))
         out_s = drawn_out_s(self._model.repair_named(absence.repair), self._chance)
         self._ranks.end(node, ABORTED)
-        self._probe(node, RELAPSED, absence._replace(out_s=out_s), PROBE_AFTER_DEATH_S)
+        self._probe(
+            node, RELAPSED, absence._replace(out_s=out_s), constants.PROBE_AFTER_DEATH.value
+        )

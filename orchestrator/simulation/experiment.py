@@ -32,7 +32,7 @@ from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import accounts
 from orchestrator.simulation.accounts import Charge, Moment
-from orchestrator.simulation.drive import Simulation
+from orchestrator.simulation.drive import Checker, Simulation
 from orchestrator.simulation.effects import Chances, Effects
 from orchestrator.simulation.machines import Machines
 from orchestrator.simulation.settings import Care, Settings, SettingsError, care, run_file
@@ -266,7 +266,10 @@ def _uncopied(profile: Profile) -> Profile:
 
 
 def conduct(
-    given: Inputs, seed: int, record: Callable[[journal.Entry], None] | None = None
+    given: Inputs,
+    seed: int,
+    record: Callable[[journal.Entry], None] | None = None,
+    checkers: Sequence[Checker] = (),
 ) -> Outcome:
     """Run an experiment with one seed.
 
@@ -274,6 +277,7 @@ def conduct(
         given: what it rests on.
         seed: what to draw by; the same seed gives the same journal.
         record: takes what goes into the journal.
+        checkers: asked at every event, which takes a month of many nodes far longer.
     """
     began = _Clocks()
     streams = np.random.SeedSequence(seed).spawn(5)
@@ -304,7 +308,7 @@ def conduct(
         chances=Chances(befalling, silent),
     )
     observer = Observer(effects)
-    simulation = Simulation(run, world, checkers=[observer], record=record, keep=False)
+    simulation = Simulation(run, world, checkers=[observer, *checkers], record=record, keep=False)
     with _uncollected():
         simulation.conduct(Seconds(settings.horizon_s))
     # A controller with half its detectors is not the one that was asked about.

@@ -22,10 +22,6 @@ from orchestrator.simulation.settings import RANKS_PER_NODE
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
-LEAVES_S = 60.0
-"""From the word that a node can not be used until it is switched off. Assumed."""
-SUSPECTED_OUT_S = 1_800.0
-"""Until a healthy node that was taken out with a bad one has passed its tests. Assumed."""
 OPERATOR = "whoever runs the cluster"
 
 

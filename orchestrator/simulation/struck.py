@@ -21,3 +21,5 @@ class Struck:
     """Of wrong numbers: when somebody knew of them, and undid what came of them."""
     hidden_s: float = 0.0
     """How long nobody knew, by the habits of the profile, while training stood still."""
+    until: Seconds | None = None
+    """Of a node that is slow: when it is as fast as it should be again, if nobody repairs it."""

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from orchestrator.simulation import constants
 from orchestrator.simulation.experiment import Inputs, Outcome
+from orchestrator.worlds.simulated.profile import Constant
 
 INTERVAL = "95 % interval of the mean over seeds, Student's t"
 _T_975 = (
@@ -156,16 +158,21 @@ def run_words(given: Inputs) -> dict[str, Any]:
 
 def profile_words(given: Inputs) -> dict[str, Any]:
     """Return the constants of a profile with where each comes from, as plain data."""
-    constants = {
-        name: {"value_s": constant.value, "origin": constant.origin, "source": constant.source}
-        for name, constant in given.profile.constants().items()
-    }
     habits = given.profile.habits
     silent = habits.silent if habits is not None else None
     return {
         "name": given.profile.name,
-        "constants": constants,
+        "constants": _told(given.profile.constants()),
+        "cluster": _told(constants.BY_NAME),
+        "habits": msgspec.to_builtins(habits),
         "silent": msgspec.to_builtins(silent),
+    }
+
+
+def _told(known: Mapping[str, Constant]) -> dict[str, Any]:
+    return {
+        name: {"value_s": constant.value, "origin": constant.origin, "source": constant.source}
+        for name, constant in known.items()
     }
 
 

@@ -11,7 +11,8 @@ from orchestrator.faults.corruption import CorruptionKind, CorruptionShare, kind
 from orchestrator.faults.model import FaultClass
 from orchestrator.faults.quantities import span_s
 from orchestrator.protocol.ids import NodeId
-from orchestrator.simulation.machines import LEAVES_S, SUSPECTED_OUT_S, Absence, Machines
+from orchestrator.simulation import constants
+from orchestrator.simulation.machines import Absence, Machines
 from orchestrator.simulation.struck import Struck
 from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.node import SimNode
@@ -113,7 +114,7 @@ class WrongNumbers:
             struck.found_at = self._world.now
         beside = self._beside.pop(name, name)
         if beside not in self._nodes:
-            self._nodes[beside] = (struck, Absence(-1, SUSPECTED_OUT_S))
+            self._nodes[beside] = (struck, Absence(-1, constants.SUSPECTED_OUT.value))
         for suspect in dict.fromkeys((name, beside)):
             self._suspected.add(suspect)
             if suspect not in self._seats:
@@ -123,7 +124,7 @@ class WrongNumbers:
         """Have a node be tested that was suspected, now that it has no seat."""
         self._suspected.remove(name)
         _, absence = self._nodes.pop(name)
-        self._machines.test(self._world.cluster.nodes[name], absence, LEAVES_S)
+        self._machines.test(self._world.cluster.nodes[name], absence, constants.LEAVES.value)
 
 
 def _late(fault: FaultClass, habits: Habits | None, *, shows: bool) -> Habit:

@@ -13,6 +13,7 @@ from orchestrator.core import journal
 from orchestrator.core.journal import Entry
 from orchestrator.faults.model import Detect, Effect, Notice
 from orchestrator.policy.arithmetic import renewal_ettr
+from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.experiment import Outcome, conduct, inputs
 from orchestrator.simulation.settings import Settings
 from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
@@ -203,6 +204,17 @@ def test_a_node_that_nobody_can_replace_costs_no_more_than_its_replica() -> None
     (charge,) = [c for c in found.charges if "lost_capacity" in c.seconds]
     assert charge.fault == "power-supply"
     assert np.mean(found.daily) == pytest.approx(found.ettr, abs=1e-6)
+
+
+def test_hours_of_every_fault_with_one_spare_break_no_invariant_and_replay() -> None:
+    experiment = given(rates=150.0, minutes=240, spares=1)
+    entries: list[Entry] = []
+
+    found = conduct(experiment, 4, record=entries.append, checkers=[Invariants()])
+
+    assert sum(found.incidents.values()) > 50
+    assert found.rungs["shrink"] >= 1
+    assert journal.replay(compose.controller(experiment.run_file()), entries) == []
 
 
 def test_the_same_seed_gives_the_same_journal_whatever_hashes_are() -> None:

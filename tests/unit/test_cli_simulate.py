@@ -25,10 +25,12 @@ def test_the_answer_has_ettr_with_its_interval_and_everything_it_rests_on() -> N
     assert set(told["interruptions"]) >= {"unexpected", "planned", "by_class"}
     assert set(told["controller"]) >= {"cpu_s", "max_rss_mb"}
     assert told["wall_s"] > 0
-    assert {each["origin"] for each in told["profile"]["constants"].values()} <= {
-        "measured", "published", "assumed",
-    }  # fmt: skip
-    assert all(each["source"] for each in told["profile"]["constants"].values())
+    profile = told["profile"]
+    known = [*profile["constants"].values(), *profile["cluster"].values()]
+    assert {each["origin"] for each in known} <= {"measured", "published", "assumed"}
+    assert all(each["source"] for each in known)
+    assert profile["cluster"]["gpuProbeEvery"]["value_s"] == 10.0
+    assert profile["habits"]["silent"] == profile["silent"]
     assert "2 of 2 runs" in result.stderr
 
 

@@ -24,7 +24,7 @@ UNTIL_S = Seconds(2400.0)
 Fault = Callable[[SimulatedWorld], None]
 
 
-def run_of(nodes: int) -> TrainingRun:
+def run_of(nodes: int, least: int | None = None) -> TrainingRun:
     text: dict[str, Any] = {
         "apiVersion": "holdfast.dev/v1alpha1",
         "kind": "TrainingRun",
@@ -35,14 +35,21 @@ def run_of(nodes: int) -> TrainingRun:
             "trainer": {"steps": 1_000_000, "globalBatch": 2 * nodes},
             "checkpoint": {"everySteps": 60, "memoryEverySteps": 6, "keepLast": 2},
             "detection": {"detectWithin": "10s", "warmupLimit": "600s"},
-            "recovery": {"hardwareBudget": 100, "softwareBudget": 100, "spareWait": "1h"},
+            "recovery": {
+                "hardwareBudget": 100,
+                "softwareBudget": 100,
+                "spareWait": "1h",
+                "minReplicas": least,
+            },
         },
     }
     return msgspec.convert(text, TrainingRun)
 
 
-def conduct(fault: Fault | None, look_every_s: float, nodes: int = NODES) -> tuple[Report, Any]:
-    run = run_of(nodes)
+def conduct(
+    fault: Fault | None, look_every_s: float, nodes: int = NODES, least: int | None = None
+) -> tuple[Report, Any]:
+    run = run_of(nodes, least)
     world = SimulatedWorld(
         run,
         compose.check(run, "the run of a test"),
@@ -108,6 +115,23 @@ def test_hardly_looking_changes_nothing_but_how_much_is_told(fault: Fault | None
     assert len([e for e in few if isinstance(e, Telemetry)]) < 0.06 * len(events)
     assert any(isinstance(e, Together) for e in few)
     assert any(isinstance(e, CopiesHeld) and e.copied for e in few)
+
+
+def test_a_short_world_grows_back_from_the_newest_step_with_a_slow_spare_as_well() -> None:
+    def shrink(world: SimulatedWorld) -> None:
+        for name in ("node-2", "node-3", "node-4"):
+            world.cluster.lose(world.cluster.nodes[NodeId(name)], back=False)
+        # It is swapped for what is left of the replica that is dissolved, and is free itself.
+        world.cluster.agenda.after(100.0, partial(slow_down, world))
+        repaired = partial(world.cluster.repair, world.cluster.nodes[NodeId("node-4")])
+        world.cluster.agenda.after(400.0, repaired)
+
+    found, _ = conduct(shrink, 600.0, least=5)
+
+    restarts = [i for i in found.incidents if i.kind != "straggler"]
+    assert [i.rung for i in restarts] == ["shrink", "planned swap", "grow back"]
+    assert restarts[-1].lost_steps <= 1
+    assert restarts[-1].began_s < 1500.0
 
 
 def test_a_world_that_was_restarted_without_a_loss_is_told_of_together_again() -> None:

@@ -10,8 +10,18 @@ import numpy as np
 
 from orchestrator.agent.keeper import Keeper
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.rank import Staged
-from storage.shard import Chunk, ShardIndex, ShardMeta, ShardPlan, encode_index, plan, seal
+from orchestrator.protocol.messages import BadCopy, MendedCopy
+from orchestrator.protocol.rank import Restore, Staged
+from storage.shard import (
+    Chunk,
+    ShardIndex,
+    ShardMeta,
+    ShardPlan,
+    StagedChunk,
+    encode_index,
+    plan,
+    seal,
+)
 
 CHUNKS = 8
 TOKEN = "shown by every agent"  # noqa: S105 - of tests
@@ -106,6 +116,38 @@ class Node:
             byte = file.read(1)[0]
             file.seek(50_000)
             file.write(bytes([byte ^ 1]))
+
+
+class Heard:
+    """What a node's keeper said of bad bytes."""
+
+    def __init__(self, node: Node) -> None:
+        self.mended: list[MendedCopy] = []
+        self.lacking: list[BadCopy] = []
+        node.keeper.checking.on_mended = self.mended.append
+        node.keeper.checking.on_lacking.append(self.lacking.append)
+
+
+def chunks() -> tuple[StagedChunk, ...]:
+    """Return the chunks of the shard of rank 0 after seven steps."""
+    return sealed(RANK, STEP, GENERATION)[0].chunks
+
+
+def spoil(node: Node, *places: int) -> Path:
+    """Flip a bit at each of these bytes of the one shard that a node holds."""
+    (path,) = node.memory.iterdir()
+    with path.open("r+b") as file:
+        for place in places:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
+    return path
+
+
+def content(restore: Restore) -> bytes:
+    """Return what a rank that is told to restore from there will read."""
+    return Path(restore.path).read_bytes()
 
 
 class Clock:

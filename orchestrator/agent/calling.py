@@ -8,10 +8,12 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.agent.files import remove
 from orchestrator.agent.frames import Ask, Done, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import greet
 from orchestrator.agent.shards import (
     CorruptError,
+    KeeperError,
     Lineage,
     MalformedError,
     Shard,
@@ -66,35 +68,51 @@ class PeerClient:
     ) -> None:
         """Have another agent hold a copy of a shard, which the caller has pinned.
 
-        It is sent as fast as it goes, or at a rate.
+        It is sent as fast as it goes, or at a rate; then it is not sent again once the other one
+        was ready for it: what is held back for others' sake must not come three times.
 
         Raises:
             KeeperError: of the class that says why it does not.
         """
-        await self._call(address, lambda wire: give(wire, shard, lineage, bytes_per_s))
+        under_way = False
+
+        def ready() -> None:
+            nonlocal under_way
+            under_way = bytes_per_s is not None
+
+        await self._call(
+            address,
+            lambda wire: give(wire, shard, lineage, bytes_per_s, ready),
+            may_again=lambda: not under_way,
+        )
 
     async def fetch(
         self, address: str, wanted: tuple[Rank, Step], path: Path, threads: Executor
-    ) -> Shard:
-        """Bring a shard from another agent into a new file, verified.
+    ) -> tuple[Shard, KeeperError | None]:
+        """Bring a shard from another agent into a new file; return it, and what is wrong with it.
+
+        Of what came damaged the file stays, and the error is of the class that says whose fault
+        that is: CorruptError if it is no good there, UnreachableError if it is. Who gave it has
+        looked at its own by then, and dropped or mended that.
 
         Raises:
-            KeeperError: of the class that says why not; there is no file then.
+            KeeperError: of the class that says why nothing came; there is no file then.
         """
 
-        async def ask(wire: Wire) -> Shard:
+        async def ask(wire: Wire) -> tuple[Shard, KeeperError | None]:
             await wire.say(Ask(*wanted))
             offer = await wire.hear(Offer)
             if (offer.rank, offer.step) != wanted:
                 raise MalformedError(f"{address} offers {offer}, wanted (rank, step) {wanted}")
+            shard, damaged = await take(wire, offer, path, threads)
+            if damaged is None:
+                wire.say_last(Done())
+                return shard, None
             try:
-                shard = await take(wire, offer, path, threads)
-            except CorruptError as error:
-                if not await _is_intact_there(wire, error):
-                    raise
-                raise UnreachableError(f"intact at {address}, and not here: {error}") from error
-            wire.say_last(Done())
-            return shard
+                return shard, await _whose_fault(wire, damaged)
+            except BaseException:
+                remove(path)
+                raise
 
         return await self._call(address, ask)
 
@@ -112,13 +130,18 @@ class PeerClient:
 
         return await self._call(address, ask)
 
-    async def _call(self, address: str, talk: Callable[[Wire], Awaitable[T]]) -> T:
+    async def _call(
+        self,
+        address: str,
+        talk: Callable[[Wire], Awaitable[T]],
+        may_again: Callable[[], bool] = lambda: True,
+    ) -> T:
         for pause_s in (*_PAUSES_S, None):
             self._require_permission()
             try:
                 return await self._attempt(address, talk)
             except (OSError, ValueError) as error:
-                if pause_s is None:
+                if pause_s is None or not may_again():
                     raise UnreachableError(f"{address}: {type(error).__name__} {error}") from error
                 await asyncio.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
@@ -161,15 +184,13 @@ class PeerClient:
             raise UnreachableError("this agent is ending")
 
 
-async def _is_intact_there(wire: Wire, error: CorruptError) -> bool:
-    """Have who gave a shard that came damaged look at its own; False if it does not vouch for it.
-
-    Raises:
-        KeeperError: of the class that it says, if its own is no good.
-    """
+async def _whose_fault(wire: Wire, damaged: CorruptError) -> KeeperError:
+    """Have who gave a shard that came damaged look at its own; return what to say of it."""
     try:
-        await wire.say(failed(error))
+        await wire.say(failed(damaged))
         await wire.hear(Done)
+    except KeeperError as error:
+        return error
     except OSError:
-        return False
-    return True
+        return damaged  # nobody vouches for it
+    return UnreachableError(f"intact at {wire.name}, and not here: {damaged}")

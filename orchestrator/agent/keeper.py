@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,23 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.agent.bringing import Bringing
 from orchestrator.agent.calling import PeerClient
+from orchestrator.agent.checking import Checking
 from orchestrator.agent.durable import DurableShard
 from orchestrator.agent.files import Files
 from orchestrator.agent.impressions import Written
-from orchestrator.agent.looks import Looks
-from orchestrator.agent.mending import (
-    MEND_WITHIN_S,
-    CopyElsewhere,
-    DurableCopy,
-    Mending,
-    Origin,
-)
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.reading import Reading
 from orchestrator.agent.shards import (
     SLOTS,
-    CorruptError,
     KeeperError,
     MalformedError,
     NotHeldError,
@@ -42,11 +34,10 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
-from orchestrator.agent.transfer import copy_file, verify_file
 from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.messages import Ancestor, Holding, MendedCopy
+from orchestrator.protocol.messages import Ancestor, Holding
 from storage.blob import BlobStore
 from storage.errors import StorageUnavailableError
 
@@ -63,11 +54,7 @@ class Keeper:
         on_held: called when `holdings` is to be told: a shard was staged, a copy verified, a step
             given up; with the generation under which the controller is to be told.
         on_freed: called when a staging slot may be written again: tell its rank, if it has a seat.
-        on_mended: called with what of a shard here was brought anew.
-        on_lacking: called with a rank and a node that was to have a copy of its shard and had not,
-            or not the bytes that were staged.
-        store: the durable tier of the run; None if there is none.
-        mend_s: what is bad in a shard, and not mended after so many seconds, is given up.
+        checking: looks at shards before they are used, and says what it found.
         unreachable: True refuses peers, calls none, and breaks off what is under way.
     """
 
@@ -85,27 +72,37 @@ class Keeper:
         """
         self.on_held: Callable[[Generation], None] = lambda _: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
-        self.on_mended: Callable[[MendedCopy], None] = lambda _: None
-        self.on_lacking: Callable[[Rank, NodeId], None] = lambda _, __: None
-        self.store: BlobStore | None = None
-        self.mend_s = MEND_WITHIN_S
         self._host, self._address_here = host, ""
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
         self._files = Files(memory, self._threads)
         self._shelf = Shelf(memory, on_freed=self._freed, remove=self._files.remove_soon)
-        self._looks = Looks()
         self._reading, self._writing = Reading(self._files), Writing(self._shelf)
         self._peers: dict[NodeId, str] = {}
         self._peers_changed = asyncio.Event()
         self._client = PeerClient(token)
+        self.checking = Checking(
+            self._shelf,
+            self._client,
+            threads=self._threads,
+            read_threads=self._reading.threads,
+            give_up=self._give_up,
+        )
+        self._bringing = Bringing(
+            self._files,
+            self._shelf,
+            self._client,
+            checking=self.checking,
+            threads=self._threads,
+            address_of=self._address,
+        )
         self._server = PeerServer(
             self._shelf,
             token=token,
             new_file=partial(self._files.new, "copy"),
             threads=self._threads,
             on_copy=lambda generation, _: self.on_held(generation),
-            verify=self._verified,
+            verify=self.checking.verified,
             transfer_s=transfer_s,
         )
 
@@ -157,6 +154,8 @@ class Keeper:
         announced, `free_slots` names them.
         """
         self._peers = dict(peers)
+        here = self._address_here
+        self.checking.peers = {n: where for n, where in peers.items() if where != here}
         self._peers_changed.set()
         self._peers_changed = asyncio.Event()
         self._shelf.begin(generation, restore, ancestors)
@@ -232,6 +231,10 @@ class Keeper:
         """Return everything that is held, by rank and step."""
         return self._shelf.holdings()
 
+    def renewed(self) -> tuple[Holding, ...]:
+        """Return those holdings that came, verified, in place of another copy of the same."""
+        return self._shelf.renewed()
+
     def retain(self, step: Step) -> None:
         """Let go of everything older than `step`; slots that become free are told to `on_freed`.
 
@@ -290,8 +293,9 @@ class Keeper:
         was dropped when that began. Else it is taken from the node named by `source`; else, if that
         is "", from the durable tier. It stays until the rank stages or a generation begins.
 
-        Of what is here, chunks that are not what was staged are brought anew: from the memory of
-        a peer, or from `store`, if either has good ones.
+        Chunks that are not what was staged, be it that they went bad here or on their way from the
+        other node, are brought anew: from the memory of a peer, or from the durable tier, if either
+        has good ones.
 
         What another rank staged has the same bytes if that has the same shard, of another replica;
         `staged_as` says who did. If it is here, it is copied: its slot is that rank's to write to.
@@ -315,11 +319,13 @@ class Keeper:
         try:
             async with asyncio.timeout(timeout_s):
                 if held is not None:
-                    shard = await self._verified(held, mend_s=timeout_s / 2)
+                    shard = await self.checking.verified(held, mend_s=timeout_s / 2)
                 elif twin is not None:
-                    shard = await self._copied(twin, rank)
+                    shard = await self._bringing.copied(twin, rank)
                 elif source:
-                    fetched = await self._fetched(NodeId(source), (as_rank, step))
+                    fetched = await self._bringing.fetched(
+                        NodeId(source), (as_rank, step), mend_s=timeout_s / 2
+                    )
                     shard = replace(fetched, rank=rank)
                 elif durable is not None:
                     shard = await self._reading.read(durable, (rank, step))
@@ -364,78 +370,6 @@ class Keeper:
 
     # Inside -------------------------------------------------------------------------------
 
-    async def _verified(self, shard: Shard, mend_s: float = math.inf) -> Shard:
-        """Return a shard whose bytes are what was staged, perhaps since they were mended just now.
-
-        One that is not, and can not be mended in time, is dropped.
-        """
-        within_s = min(mend_s, self.mend_s)
-        await self._looks.join(shard, partial(self._look_and_mend, shard, within_s))
-        return shard
-
-    async def _look_and_mend(self, shard: Shard, within_s: float) -> None:
-        in_thread = partial(self._pinned_in_thread, shard)
-        mending = Mending(shard, self._origins(), in_thread, within_s)
-        try:
-            with self._shelf.pinned(shard):
-                await mending.look_and_mend()
-        except (KeeperError, OSError) as error:
-            self._give_up(shard)
-            if isinstance(error, KeeperError):
-                raise
-            raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
-        finally:
-            # Also of a mend that came to nothing in the end: memory that loses bits is news.
-            for node in mending.lacking:
-                self.on_lacking(shard.rank, node)
-            for copy in mending.mended.values():
-                self.on_mended(copy)
-
-    def _origins(self) -> list[Origin]:
-        """Return where chunks of a shard that is here can be had anew, the fastest first."""
-        origins: list[Origin] = [
-            CopyElsewhere(node, address, self._client)
-            for node, address in self._peers.items()
-            if address != self._address_here
-        ]
-        if self.store is not None:
-            origins.append(DurableCopy(self.store, self._reading.threads))
-        return origins
-
-    async def _copied(self, twin: Shard, rank: Rank) -> Shard:
-        """Copy what another rank staged here to a file of the agent's own, verified.
-
-        If it came out damaged, what it is a copy of is mended, and copied once more.
-        """
-        try:
-            return await self._copy_of(twin, rank)
-        except CorruptError as error:
-            log.warning("%s, a copy for rank %d, came out damaged: %s", twin, rank, error)
-            await self._verified(twin)
-            return await self._copy_of(twin, rank)
-
-    async def _copy_of(self, twin: Shard, rank: Rank) -> Shard:
-        path = self._files.new("restore", rank, twin.step)
-
-        def copy() -> None:
-            copy_file(twin.path, path, twin.size)
-            try:
-                verify_file(path, twin.index)
-            except KeeperError:
-                path.unlink()
-                raise
-
-        self._shelf.pin(twin)
-        running = asyncio.get_running_loop().run_in_executor(self._threads, copy)
-        running.add_done_callback(lambda _: self._shelf.unpin(twin))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # A thread can not be stopped: what it made meanwhile goes at once.
-            running.add_done_callback(lambda _: self._files.remove_soon(path))
-            raise
-        return replace(twin, rank=rank, path=path, slot=None, pins=0)
-
     def _give_up(self, shard: Shard) -> None:
         """Drop what is of no use, and say so before anybody counts on it again."""
         if not shard.dropped:
@@ -456,26 +390,10 @@ class Keeper:
             f"{wanted}: timed out reading it from the durable tier {after}"
         )
 
-    async def _fetched(self, source: NodeId, wanted: tuple[Rank, Step]) -> Shard:
-        address = await self._address(source)
-        path = self._files.new("restore", *wanted)
-        return await self._client.fetch(address, wanted, path, self._threads)
-
     async def _address(self, node: NodeId) -> str:
         while node not in self._peers:
             await self._peers_changed.wait()
         return self._peers[node]
-
-    async def _pinned_in_thread(self, shard: Shard, work: Callable[[], object]) -> None:
-        """Run in a thread; the shard is pinned, and this goes on, until the thread is done."""
-        self._shelf.pin(shard)
-        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        running.add_done_callback(lambda _: self._shelf.unpin(shard))
-        try:
-            await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            raise
 
     def _freed(self, rank: Rank, slot: int) -> None:
         self.on_freed(rank, slot)

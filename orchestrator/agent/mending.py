@@ -1,9 +1,9 @@
-"""Mends shards in this node's memory of which some bytes went bad: in place, chunk by chunk.
+"""Mends shards in this node's memory of which some bytes are bad: in place, chunk by chunk.
 
 What is not what was staged is taken from the first origin that has it: another node's memory, then
-the durable tier. It is verified where it was written, so memory that does not keep its bits mends
-nothing. The rest of the shard stays as it is: of a gigabyte with a flipped bit, one chunk comes
-over the network.
+the durable tier. It is verified as it comes, which tells whose bytes are bad, and again where it
+was written, so memory that does not keep its bits mends nothing. The rest of the shard stays as it
+is: of a gigabyte with a flipped bit, one chunk comes over the network.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
+
+import xxhash
 
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.frames import PICK_BYTES_MAX
@@ -27,12 +29,12 @@ from orchestrator.agent.shards import (
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.agent.transfer import look_at_file, write_all
 from orchestrator.protocol.ids import NodeId
-from orchestrator.protocol.messages import MendedCopy
+from orchestrator.protocol.messages import BadCopy, MendedCopy
 from storage.blob import BlobStore, get_small
 from storage.errors import StorageError
 from storage.filling import HEADER, Damage, file_reader, find_chunk_damage, find_header_damage
 from storage.manifest import body_key, index_key
-from storage.shard import INDEX_BYTES_MAX, ShardIndex, describe, plan
+from storage.shard import INDEX_BYTES_MAX, ShardIndex, StagedChunk, describe, plan
 
 log = logging.getLogger(__name__)
 WHAT_MAX = 500
@@ -111,18 +113,20 @@ class Mending:
         origins: where to look, the fastest first.
         in_thread: makes a call in a thread, and keeps the shard pinned for as long as that takes.
         within_s: after so many seconds of bringing bytes it is given up.
+        sender: who sent it so just now; "" if it lay here.
 
     Attributes:
         mended: what was brought anew, by where it came from.
-        lacking: nodes that had other bytes than those that were staged.
+        lacking: what nodes had that had other bytes than those that were staged; the first of each.
     """
 
     shard: Shard
     origins: Sequence[Origin]
     in_thread: Callable[[Callable[[], object]], Awaitable[None]]
     within_s: float
+    sender: NodeId = NodeId("")
     mended: dict[NodeId, MendedCopy] = field(default_factory=dict)
-    lacking: set[NodeId] = field(default_factory=set)
+    lacking: dict[NodeId, BadCopy] = field(default_factory=dict)
     _index: ShardIndex = field(init=False)
     _damage: list[Damage] = field(default_factory=list)
     _left: list[Origin] = field(default_factory=list)
@@ -160,47 +164,53 @@ class Mending:
         self._index, self._damage = look_at_file(self.shard.path, self.shard.index)
 
     async def _bring(self, part: Damage) -> None:
+        (chunk,) = [one for one in self._index.chunks if one.name == part.name]
         for origin in self._left:
             try:
-                await self._copy(origin, part)
-                await self.in_thread(lambda: self._require(part))
+                await self._copy(origin, chunk)
             except (KeeperError, StorageError) as error:
                 where = origin.node or "the durable tier"
                 log.warning(
                     "%s: %s is not to be had from %s: %s", self.shard, part.name, where, error
                 )
                 if isinstance(error, CorruptError):
-                    self.lacking.add(origin.node)
+                    self._note_lacking(origin.node, error)
                 else:  # it will say the same of the next chunk
                     self._left = [one for one in self._left if one is not origin]
             else:
+                # What came was good: if this is not, it is the memory here.
+                await self.in_thread(lambda: self._require(chunk))
                 self._note(origin.node, part)
                 return
         raise CorruptError(f"{self.shard.path.name}: {part} of {describe(self._index)}")
 
-    async def _copy(self, origin: Origin, part: Damage) -> None:
+    async def _copy(self, origin: Origin, chunk: StagedChunk) -> None:
         """Write over what is damaged, a piece at a time: a chunk may have gigabytes."""
         answer_s = min(READ_WITHIN_S, self.within_s / 2)
-        for start in range(part.start, part.end, PICK_BYTES_MAX):
-            size = min(PICK_BYTES_MAX, part.end - start)
+        came = xxhash.xxh3_128()
+        for start in range(chunk.start, chunk.end, PICK_BYTES_MAX):
+            size = min(PICK_BYTES_MAX, chunk.end - start)
             try:
                 async with asyncio.timeout(answer_s):
                     content = await origin.read(self.shard, self._index, start, size)
             except TimeoutError:
                 raise UnreachableError(f"{size} bytes took more than {answer_s:g} s") from None
-            await self.in_thread(partial(self._write, start, content))
+            await self.in_thread(partial(self._write, start, content, came))
+        found, expected = came.hexdigest(), chunk.xxh3_128
+        if found != expected:
+            raise CorruptError(f"xxh3-128 is {found}, index says {expected}: {chunk.name}")
 
-    def _write(self, start: int, content: bytes) -> None:
+    def _write(self, start: int, content: bytes, came: xxhash.xxh3_128) -> None:
+        came.update(content)
         # Opened anew each time: who is not waited for any more can not be left without a file.
         with self.shard.path.open("r+b", buffering=0) as file:
             write_all(file.fileno(), start, memoryview(content))
 
-    def _require(self, part: Damage) -> None:
-        (chunk,) = [one for one in self._index.chunks if one.name == part.name]
+    def _require(self, chunk: StagedChunk) -> None:
         with self.shard.path.open("rb", buffering=0) as file:
             found = find_chunk_damage(chunk, file_reader(file.fileno()))
         if found is not None:
-            raise CorruptError(str(found))
+            raise CorruptError(f"{self.shard.path.name}: {found}, although it came whole")
 
     def _mend_header(self) -> None:
         """Check it; it follows from the index, so it is made anew if need be."""
@@ -215,6 +225,12 @@ class Mending:
                 raise CorruptError(f"{self.shard.path.name}: {again} of {describe(self._index)}")
         self._note(HERE, replace(found, end=len(header)))
 
+    def _note_lacking(self, node: NodeId, error: CorruptError) -> None:
+        if node:  # the durable tier is scrubbed, and has verdicts of its own
+            shard = self.shard
+            bad = BadCopy(node, shard.rank, shard.step, str(error)[:WHAT_MAX])
+            self.lacking.setdefault(node, bad)
+
     def _note(self, origin: NodeId, part: Damage) -> None:
         known = self.mended.get(origin)
         self.mended[origin] = MendedCopy(
@@ -223,4 +239,5 @@ class Mending:
             chunks=1 + (known.chunks if known else 0),
             size=part.end - part.start + (known.size if known else 0),
             what=known.what if known else str(part)[:WHAT_MAX],
+            sender=self.sender,
         )

@@ -16,6 +16,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from orchestrator.agent.files import remove
 from orchestrator.agent.frames import Ask, Done, Message, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import WITHIN_S, admit
 from orchestrator.agent.shards import (
@@ -264,7 +265,10 @@ class PeerServer:
         self._shelf.begin(lineage.generation, lineage.restore, lineage.ancestors)
         self._shelf.retain(lineage.retained)
         path = self._new_file(offer.rank, offer.step)
-        shard = await take(wire, offer, path, self._threads)
+        shard, damaged = await take(wire, offer, path, self._threads)
+        if damaged is not None:
+            remove(path)
+            raise damaged
         # Time has passed: this compares with what is known now.
         self._shelf.put(shard)
         self._on_copy(lineage.generation, shard)

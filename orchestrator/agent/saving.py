@@ -19,7 +19,7 @@ from orchestrator.agent.owed import Owed
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.shards import KeeperError, NotHeldError, StaleError
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
-from orchestrator.protocol.messages import Begin, Fact, WriteFailed
+from orchestrator.protocol.messages import BadCopy, Begin, Fact, WriteFailed
 from orchestrator.protocol.rank import Persisted, Staged
 from storage.errors import StorageError
 
@@ -84,7 +84,7 @@ class Saving:
         """Per rank, its newest copy elsewhere: address of the holder, and step."""
         self._lacking: set[Rank] = set()
         """Ranks of whose shard the buddy was found without a good copy."""
-        keeper.on_lacking = self._lacks
+        keeper.checking.on_lacking.append(self._lacks)
         self._repairing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._full_since: dict[Rank, float] = {}
@@ -165,9 +165,9 @@ class Saving:
                 if self._keeper.make_room(rank):
                     log.warning("rank %d had no free slot for %g s; made room", rank, after_s)
 
-    def _lacks(self, rank: Rank, node: NodeId) -> None:
-        if node == self._buddy:
-            self._lacking.add(rank)
+    def _lacks(self, bad: BadCopy) -> None:
+        if bad.node == self._buddy:
+            self._lacking.add(bad.rank)
 
     def close(self) -> None:
         """Abandon what is under way; a thread that writes already ends by itself."""

@@ -32,6 +32,7 @@ from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     Announce,
+    BadCopy,
     Begin,
     Fact,
     FailedCopy,
@@ -87,7 +88,10 @@ class Seating:
         self._mended: list[MendedCopy] = []
         """Since a preparation was told of: also what was mended for a peer, or for a generation
         that was over before it was prepared."""
-        keeper.on_mended = self._take_mended
+        self._lacking: list[BadCopy] = []
+        """The same of what other nodes were found to have no good copy of."""
+        keeper.checking.on_mended = self._mended.append
+        keeper.checking.on_lacking.append(self._lacking.append)
         self.cache = Path(config.work) / "cache"
 
     async def enter(self, order: Begin, terms: Welcome, tier: DurableTier | None) -> None:
@@ -158,9 +162,9 @@ class Seating:
             return dict.fromkeys(ranks)
         begun = time.monotonic()
         # No phase of a recovery is given up before `form_s`.
-        self._keeper.mend_s = 0.8 * limits.form_s
+        self._keeper.checking.mend_s = 0.8 * limits.form_s
         store = CountingStore(tier.store) if tier is not None else None
-        self._keeper.store = store
+        self._keeper.checking.store = store
         failed: list[FailedCopy] = []
         bringing = partial(self._prepare_one, order, order.restore, store, limits, failed)
         tasks = [asyncio.create_task(bringing(rank)) for rank in ranks]
@@ -183,7 +187,7 @@ class Seating:
                     step=order.restore,
                     tier="durable" if durable else "memory",
                     reason=f"{type(error).__name__}: {error}"[:2000],
-                    copies=tuple(failed),
+                    copies=(*failed, *self._found_bad(order.restore)),
                 )
             )
             return None
@@ -191,7 +195,9 @@ class Seating:
             for task in tasks:
                 task.cancel()
         tiers = [where for _, where in found]
-        mended, self._mended = tuple(self._mended), []
+        mended, lacking = tuple(self._mended), tuple(self._lacking)
+        self._mended.clear()
+        self._lacking.clear()
         self._say(
             Prepared(
                 generation=order.generation,
@@ -202,6 +208,7 @@ class Seating:
                 reads=store.reads if store is not None else 0,
                 seconds=time.monotonic() - begun,
                 mended=mended,
+                lacking=lacking,
             )
         )
         return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
@@ -250,8 +257,11 @@ class Seating:
                 log.warning("%s; trying %s", error, source or "the durable tier")
                 await asyncio.sleep(again_s)
 
-    def _take_mended(self, copy: MendedCopy) -> None:
-        self._mended.append(copy)
+    def _found_bad(self, step: Step) -> list[FailedCopy]:
+        """Return the copies elsewhere that something was to be mended from, and were no good."""
+        return [
+            FailedCopy(bad.node, bad.rank, "corrupt") for bad in self._lacking if bad.step == step
+        ]
 
     # Seats ----------------------------------------------------------------------------------------
 

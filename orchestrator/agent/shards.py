@@ -99,6 +99,7 @@ class Shard:
         slot: number of the staging slot it lies in; None if the file is the agent's own.
         pins: how many are reading from the file.
         dropped: not found any more; gone once the last pin is.
+        renewed: came in place of another of the same rank and step, which may have been no good.
     """
 
     rank: Rank
@@ -110,6 +111,7 @@ class Shard:
     slot: int | None = None
     pins: int = 0
     dropped: bool = False
+    renewed: bool = False
 
     @classmethod
     def of(cls, rank: Rank, index: str, path: Path, slot: int | None = None) -> Shard:
@@ -230,6 +232,11 @@ class Shelf:
         held = {(s.rank, s.step) for s in self._by_file.values() if not s.dropped}
         return tuple(Holding(rank, step) for rank, step in sorted(held))
 
+    def renewed(self) -> tuple[Holding, ...]:
+        """Return those of them that came in place of another."""
+        held = {(s.rank, s.step) for s in self._by_file.values() if s.renewed and not s.dropped}
+        return tuple(Holding(rank, step) for rank, step in sorted(held))
+
     def free_slots(self, rank: Rank) -> tuple[int, ...]:
         """Return the slots of a rank that hold nothing, ascending."""
         files = ((slot, self.slot_file(rank, slot)) for slot in range(SLOTS))
@@ -258,6 +265,7 @@ class Shelf:
         twin = self.find(shard.rank, shard.step)
         self._by_file[shard.path] = shard
         if twin is not None:
+            shard.renewed = True
             self.drop(twin)
 
     def drop(self, shard: Shard, *, announce: bool = True) -> None:

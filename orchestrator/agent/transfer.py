@@ -11,7 +11,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -35,11 +35,15 @@ PACED_BYTES = 4 << 20
 
 
 async def give(
-    wire: Wire, shard: Shard, lineage: Lineage | None = None, bytes_per_s: float | None = None
+    wire: Wire,
+    shard: Shard,
+    lineage: Lineage | None = None,
+    bytes_per_s: float | None = None,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Offer a shard, which the caller has pinned, and send it; return once the taker is done.
 
-    It is sent as fast as it goes, or at a rate.
+    It is sent as fast as it goes, or at a rate; `on_ready` is called when the taker wants it.
 
     Raises:
         CorruptError: if the file is shorter than its index says.
@@ -58,6 +62,7 @@ async def give(
         )
         await wire.say(offer)
         await wire.hear(Ready)
+        on_ready()
         try:
             await wire.write(index)
             await _send(wire, descriptor, shard.size, bytes_per_s)
@@ -81,8 +86,10 @@ async def _send(wire: Wire, descriptor: int, size: int, bytes_per_s: float | Non
         await asyncio.sleep(begun + (start + piece) / bytes_per_s - clock())
 
 
-async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard:
-    """Receive what was offered into a new file and verify it there; the taker is not `Done` yet.
+async def take(
+    wire: Wire, offer: Offer, path: Path, threads: Executor
+) -> tuple[Shard, CorruptError | None]:
+    """Receive what was offered into a new file, look at it there; the taker is not `Done` yet.
 
     Args:
         wire: the connection.
@@ -90,10 +97,12 @@ async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard
         path: of the new file. If this raises, there is no such file.
         threads: where to make room, and to verify.
 
+    Returns:
+        The shard, and what is wrong with its body, if that is not what was staged.
+
     Raises:
         MalformedError: if what comes is not what was offered.
         NoRoomError: if there is too little shared memory for it.
-        CorruptError: if the body is not what was staged.
         OSError: if the connection is lost.
     """
     if offer.index_bytes > INDEX_BYTES_MAX:
@@ -107,11 +116,19 @@ async def take(wire: Wire, offer: Offer, path: Path, threads: Executor) -> Shard
         finally:
             os.close(descriptor)
         # One trip to a thread for all the rest: on a busy loop each waits 5 ms for its turn.
-        await asyncio.get_running_loop().run_in_executor(threads, verify_file, path, shard.index)
+        looking = asyncio.get_running_loop().run_in_executor(threads, _problem, path, shard.index)
+        return shard, await looking
     except BaseException:
         _remove(path)
         raise
-    return shard
+
+
+def _problem(path: Path, index: str) -> CorruptError | None:
+    try:
+        verify_file(path, index)
+    except CorruptError as error:
+        return error
+    return None
 
 
 def allocate(path: Path, size: int) -> int:

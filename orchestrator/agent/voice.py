@@ -86,7 +86,10 @@ class Voice:
 
     def say_held(self, generation: Generation) -> None:
         """Say what this node's memory holds, all of it: what is not named is not there."""
-        self.say(ShardsHeld(generation=generation, holdings=self._keeper.holdings()))
+        keeper = self._keeper
+        self.say(
+            ShardsHeld(generation=generation, holdings=keeper.holdings(), renewed=keeper.renewed())
+        )
 
     def beat(self) -> None:
         """Say how the ranks are, with the steps that have not been said."""

@@ -341,6 +341,12 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
     rows = [[str(rank), ", ".join(state.holders(step, rank)) or "-"] for rank in ranks]
     if rows:
         lines += section("Memory", grid(["SHARD OF RANK", "HELD BY"], rows).splitlines())
+    bad = [(node, rank, what) for (at, node, rank), what in state.bad_copies.items() if at == step]
+    words = [
+        f"shard of rank {rank} on {node}: {what or 'replaced, or let go, since'}"
+        for node, rank, what in sorted(bad)
+    ]
+    lines += section("Copies that were found bad by others", words)
     return lines
 
 

@@ -32,6 +32,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.protocol.messages import (
     MARKS,
+    BadCopy,
     DetectorFailed,
     Fact,
     FaultCarriedOut,
@@ -157,7 +158,7 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return (
                 f"{name} has the state of step {step} after {units.seconds(spent)}: {own} ranks "
                 f"from own memory, {fetched} from another node, {durable} from the durable tier"
-            ) + "".join(map(_mended, fact.mended))
+            ) + "".join([*map(_mended, fact.mended), *map(_lacking, fact.lacking)])
         case PreparationFailed(step=step, tier=tier, reason=reason):
             return f"{name} can not read step {step} from {tier}: {reason}"
         case RendezvousOffered(generation=generation, address=address):
@@ -206,10 +207,15 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
 
 def _mended(copy: MendedCopy) -> str:
     by = {"": "the durable tier", "here": "its index"}.get(copy.origin, copy.origin)
+    how = f"came damaged from {copy.sender}" if copy.sender else "had gone bad in memory"
     return (
-        f"; of rank {copy.rank} {units.count(copy.chunks, 'chunk')}, {units.size(copy.size)}, had "
-        f"gone bad in memory and came from {by} ({copy.what})"
+        f"; of rank {copy.rank} {units.count(copy.chunks, 'chunk')}, {units.size(copy.size)}, "
+        f"{how} and came from {by} ({copy.what})"
     )
+
+
+def _lacking(bad: BadCopy) -> str:
+    return f"; of rank {bad.rank}, step {bad.step} {bad.node} has no good copy ({bad.what})"
 
 
 def decision(order: Decision) -> str:

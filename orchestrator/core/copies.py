@@ -18,7 +18,7 @@ from orchestrator.core.holdings import Copies, Share
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed
+from orchestrator.protocol.messages import FailedCopy, Holding, Joined, PreparationFailed, Prepared
 from orchestrator.protocol.seats import ranks_by_node
 
 _GONE = ("corrupt", "absent")
@@ -53,9 +53,21 @@ def strike_late(state: RunState, node: NodeId, fact: PreparationFailed) -> None:
             state.holdings.discard(fact.step, node, frozenset((copy.rank,)))
 
 
+def find_bad(state: RunState, fact: Prepared) -> None:
+    """Strike off what a node found other nodes to have no good copy of, when it mended its own."""
+    for bad in fact.lacking:
+        if fact.generation != state.generation and bad.step > state.start_step:
+            continue  # what is beyond is staged anew
+        # Agents say it again when they reconnect: also when the copy has been replaced since.
+        known = state.bad_copies.setdefault((bad.step, bad.node, bad.rank), bad.what)
+        if known:
+            state.holdings.discard(bad.step, bad.node, frozenset((bad.rank,)))
+
+
 def hold(state: RunState, node: NodeId, holdings: Iterable[Holding]) -> None:
     """Enter what a node holds, as far as it counts."""
     bad = {(s, copy.rank) for s, _, copy in state.struck if _is_gone_from(node, copy)}
+    bad |= {(s, rank) for (s, n, rank), what in state.bad_copies.items() if n == node and what}
     ranks: dict[Step, set[Rank]] = {}
     for holding in holdings:
         if (holding.step, holding.rank) not in bad:
@@ -78,6 +90,9 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
     for step, _, copy in state.struck:
         if step == held.step and copy.kind in _GONE:
             state.holdings.discard(step, copy.node, frozenset((copy.rank,)))
+    for (step, holder, rank), what in state.bad_copies.items():
+        if step == held.step and what:
+            state.holdings.discard(step, holder, frozenset((rank,)))
 
 
 def counts(state: RunState, step: Step) -> bool:
@@ -89,8 +104,21 @@ def counts(state: RunState, step: Step) -> bool:
     )
 
 
-def hold_only(state: RunState, node: NodeId, holdings: tuple[Holding, ...]) -> None:
-    """Enter that a node holds this and no more: what it comes to hold later is another copy."""
+def hold_only(
+    state: RunState,
+    node: NodeId,
+    holdings: tuple[Holding, ...],
+    renewed: tuple[Holding, ...] = (),
+) -> None:
+    """Enter that a node holds this and no more: what it comes to hold later is another copy.
+
+    So is what was renewed: it came in place of what was held before.
+    """
+    if state.bad_copies:
+        as_found = {(h.step, h.rank) for h in holdings} - {(h.step, h.rank) for h in renewed}
+        for step, holder, rank in state.bad_copies:
+            if holder == node and (step, rank) not in as_found:
+                state.bad_copies[step, holder, rank] = ""
     named = {(h.step, h.rank) for h in holdings} if state.struck else frozenset()
     for mark in tuple(state.struck):
         step, _, copy = mark
@@ -109,6 +137,9 @@ def hold_verified(state: RunState, nodes: Iterable[NodeId], step: Step) -> None:
             found, taker, copy = mark
             if found == step and (taker == node or (copy.node == node and copy.rank in ranks)):
                 del state.struck[mark]
+        for key in state.bad_copies:
+            if key[:2] == (step, node) and key[2] in ranks:
+                state.bad_copies[key] = ""
         # Nearly always its own memory had them, and it was only read.
         if counting and not known.of(node).issuperset(ranks):
             state.holdings.add(step, node, frozenset(ranks))
@@ -135,6 +166,7 @@ def forget_beyond(state: RunState, kept: Step) -> None:
     # What is beyond is staged anew: their copies will not be those that were unreadable.
     state.condemned_memory = {step for step in state.condemned_memory if step <= kept}
     state.struck = {m: g for m, g in state.struck.items() if state.retained <= m[0] <= kept}
+    state.bad_copies = {k: w for k, w in state.bad_copies.items() if state.retained <= k[0] <= kept}
 
 
 def strained(state: RunState) -> frozenset[NodeId]:
@@ -172,6 +204,7 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> Found | Non
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
     # Memory that has spoilt one copy may have spoilt others.
     spoilt = {c.node for s, _, c in state.struck if s == step and c.kind == "corrupt"}
+    spoilt |= {node for (s, node, _), what in state.bad_copies.items() if s == step and what}
     lacking: list[tuple[NodeId, Rank, Share]] = []
     for seat, own in ranks_by_node(seats).items():
         held = frozenset() if seat in state.unfit else copies.of(seat)

@@ -204,6 +204,7 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
         case Prepared(step=step, reads=reads):
             _count_reads(state, f"{node.id} in generation {generation}", reads)
             copies.hold_verified(state, (node.id,), step)
+            copies.find_bad(state, fact)
         case PreparationFailed():
             _fail_preparation(state, node.id, fact)
         case RankExited():
@@ -212,8 +213,8 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
                 state.exited_at.append(state.now)
         case RanksTroubled(message=message):
             state.troubled.setdefault(node.id, (state.now, message))
-        case ShardsHeld(holdings=holdings):
-            copies.hold_only(state, node.id, holdings)
+        case ShardsHeld(holdings=holdings, renewed=renewed):
+            copies.hold_only(state, node.id, holdings, renewed)
         case ShardsWritten(step=step):
             if step not in state.committing and not state.committed(step):
                 state.written.setdefault(step, {})[node.id] = fact
@@ -299,6 +300,8 @@ def _take_late(state: RunState, node: Node, fact: Fact) -> None:
         _exit_late(state, node.id, fact)
     elif isinstance(fact, PreparationFailed) and fact.tier == "memory":
         copies.strike_late(state, node.id, fact)
+    elif isinstance(fact, Prepared):
+        copies.find_bad(state, fact)
 
 
 def _exit_late(state: RunState, node: NodeId, fact: RankExited) -> None:

@@ -144,6 +144,9 @@ class RunState:
     """Steps from whose copies in memory nothing could be started, for whatever reason."""
     struck: dict[tuple[Step, NodeId, FailedCopy], Generation] = field(default_factory=dict)
     """Copies that were of no use: of which step, for which node; in which generation first."""
+    bad_copies: dict[tuple[Step, NodeId, Rank], str] = field(default_factory=dict)
+    """Copies that another node found not to be what was staged, with what it found: of which step,
+    in whose memory, of which rank. "" of those that were replaced since, or are gone."""
     holdings: Holdings = field(init=False)
     retained: Step = Step(-1)
     cadence: Cadence = field(init=False)

@@ -118,7 +118,7 @@ class Reached(_Message, frozen=True, kw_only=True):
 
 
 class MendedCopy(msgspec.Struct, frozen=True, array_like=True):
-    """A copy in a node's memory of which some bytes had gone bad, and were brought anew."""
+    """A copy in a node's memory of which some bytes were bad, and were brought anew."""
 
     rank: Rank
     origin: NodeId
@@ -128,6 +128,20 @@ class MendedCopy(msgspec.Struct, frozen=True, array_like=True):
     """Bytes of those chunks."""
     what: str
     """Of the first of them: what was found, what was expected, its name."""
+    sender: NodeId = NodeId("")
+    """Who had sent it so, intact as it was there or not; "" if it went bad here."""
+
+
+class BadCopy(msgspec.Struct, frozen=True, array_like=True):
+    """A copy in memory that was found by another node not to be what was staged."""
+
+    node: NodeId
+    """Whose memory has it."""
+    rank: Rank
+    """Who staged it."""
+    step: Step
+    what: str
+    """What was found, what was expected, which chunk."""
 
 
 class Prepared(_Message, frozen=True, kw_only=True):
@@ -146,6 +160,8 @@ class Prepared(_Message, frozen=True, kw_only=True):
     seconds: float
     mended: tuple[MendedCopy, ...] = ()
     """What of this node's own memory was not what had been staged, and is again."""
+    lacking: tuple[BadCopy, ...] = ()
+    """Copies in other nodes' memories that were no good when something was to be mended."""
 
 
 class FailedCopy(msgspec.Struct, frozen=True, array_like=True):
@@ -207,6 +223,8 @@ class ShardsHeld(_Message, frozen=True, kw_only=True):
 
     generation: Generation
     holdings: tuple[Holding, ...]
+    renewed: tuple[Holding, ...] = ()
+    """Those of them that came, verified, in place of another copy of the same."""
 
 
 class Receipt(msgspec.Struct, frozen=True, array_like=True):

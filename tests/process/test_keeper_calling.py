@@ -90,6 +90,8 @@ def test_a_shard_that_comes_damaged_from_who_has_it_intact_is_not_held_against_t
         await end.hear()
         assert (await end.hear())["type"] == "Failed"
         await end.send(DONE)
+        assert (await end.hear())["type"] == "Pick"
+        await end.send(failed("NotHeldError"))
 
     async def scenario() -> None:
         async with (
@@ -117,6 +119,37 @@ def test_who_refuses_in_the_middle_of_a_body_is_heard_and_not_asked_again(tmp_pa
             with pytest.raises(StaleError, match=r"127.0.0.1:\d+: for a reason"):
                 await node.keeper.copy_to(THERE, RANK, STEP, timeout_s=5)
             assert len(callers) == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("rate", "times"), [(None, 3), (1e9, 1)])
+def test_a_copy_that_breaks_off_is_sent_again_unless_it_is_held_back_for_the_sake_of_others(
+    tmp_path: Path, rate: float | None, times: int
+) -> None:
+    async def break_off(end: End) -> None:
+        await end.hear()
+        await end.send(READY)
+        await end.read(10_000)
+
+    async def scenario() -> None:
+        async with answering(break_off) as (address, callers), calling(tmp_path, address) as node:
+            with pytest.raises(UnreachableError):
+                await node.keeper.copy_to(THERE, RANK, STEP, timeout_s=30, bytes_per_s=rate)
+            assert len(callers) == times
+
+    asyncio.run(scenario())
+
+
+def test_a_repair_to_who_hangs_up_before_it_is_ready_is_tried_again(tmp_path: Path) -> None:
+    async def hang_up(end: End) -> None:
+        await end.hear()
+
+    async def scenario() -> None:
+        async with answering(hang_up) as (address, callers), calling(tmp_path, address) as node:
+            with pytest.raises(UnreachableError):
+                await node.keeper.copy_to(THERE, RANK, STEP, timeout_s=30, bytes_per_s=1e9)
+            assert len(callers) == 3
 
     asyncio.run(scenario())
 

@@ -10,47 +10,30 @@ from orchestrator.agent import mending
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.frames import PICK_BYTES_MAX
 from orchestrator.agent.shards import CorruptError
-from orchestrator.protocol.messages import Holding, MendedCopy
-from orchestrator.protocol.rank import Restore
+from orchestrator.protocol.messages import Holding
 from storage.commit import write_shard
 from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import body_key
 from storage.memory import MemoryStore
-from storage.shard import StagedChunk
-from tests.shards import HERE, OTHER, RANK, STEP, THERE, Clock, Node, sealed, settled, two
+from tests.shards import (
+    HERE,
+    OTHER,
+    RANK,
+    STEP,
+    THERE,
+    Clock,
+    Heard,
+    Node,
+    chunks,
+    content,
+    sealed,
+    settled,
+    spoil,
+    two,
+)
 
 pytestmark = pytest.mark.process
-
-
-def chunks() -> tuple[StagedChunk, ...]:
-    return sealed(0, 7, 2)[0].chunks
-
-
-def spoil(node: Node, *places: int) -> Path:
-    """Flip a bit at each of these bytes of the one shard that a node holds."""
-    (path,) = node.memory.iterdir()
-    with path.open("r+b") as file:
-        for place in places:
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ 4]))
-    return path
-
-
-def content(restore: Restore) -> bytes:
-    return Path(restore.path).read_bytes()
-
-
-class Heard:
-    """What a keeper said of bad bytes."""
-
-    def __init__(self, node: Node) -> None:
-        self.mended: list[MendedCopy] = []
-        self.lacking: list[tuple[int, str]] = []
-        node.keeper.on_mended = self.mended.append
-        node.keeper.on_lacking = lambda rank, name: self.lacking.append((rank, name))
 
 
 async def copied(here: Node) -> Heard:
@@ -116,7 +99,7 @@ def test_two_copies_that_are_bad_in_different_chunks_make_one_that_is_whole(
 def test_what_is_bad_in_both_memories_comes_from_the_durable_tier(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
-            store = here.keeper.store = MemoryStore()
+            store = here.keeper.checking.store = MemoryStore()
             write_shard(store, *sealed(0, 7, 2))
             heard = await copied(here)
             path = spoil(here, chunks()[1].start, chunks()[6].start)
@@ -127,7 +110,9 @@ def test_what_is_bad_in_both_memories_comes_from_the_durable_tier(tmp_path: Path
             assert path.read_bytes() == sealed(0, 7, 2)[1]
             assert [(copy.origin, copy.chunks) for copy in heard.mended] == [(THERE, 1), ("", 1)]
             # So that somebody gives the other node a good one.
-            assert heard.lacking == [(RANK, THERE)]
+            (bad,) = heard.lacking
+            assert (bad.node, bad.rank, bad.step) == (THERE, RANK, STEP)
+            assert f"index says {chunks()[6].xxh3_128}: {chunks()[6].name}" in bad.what
 
     asyncio.run(scenario())
 
@@ -165,7 +150,7 @@ def test_who_looks_at_a_shard_that_is_being_mended_waits_for_the_one_that_mends_
                     "has it copied": lambda: keeper.prepare(OTHER, STEP, HERE, staged_as=RANK),
                 }[second]()  # type: ignore[arg-type]
             )
-            await settled(lambda: keeper._looks._under_way[shard].waiting == 2)
+            await settled(lambda: keeper.checking._looks._under_way[shard].waiting == 2)
 
             go_on.set()
             assert (await first)[1] == "own"
@@ -234,7 +219,7 @@ def test_a_mend_that_takes_too_long_is_given_up_and_what_it_mended_is_told(
             spoil(here, *(chunk.start for chunk in chunks()))
             monkeypatch.setattr(PeerClient, "pick", slow)
             monkeypatch.setattr(mending, "READ_WITHIN_S", 600.0)
-            here.keeper.mend_s = 600.0
+            here.keeper.checking.mend_s = 600.0
             clock.start()
 
             with pytest.raises(CorruptError, match="8 such are not all mended after 600 s"):
@@ -255,7 +240,7 @@ def test_what_is_bad_everywhere_is_named_and_the_shard_is_given_up(tmp_path: Pat
             write_shard(store, *sealed(0, 7, 2))
             bad = chunks()[6]
             store.flips[body_key(7, 2, 0)] = 8 * bad.start
-            here.keeper.store = store
+            here.keeper.checking.store = store
             heard = await copied(here)
             spoil(here, bad.start)
             spoil(there, bad.start)
@@ -271,9 +256,9 @@ def test_what_is_bad_everywhere_is_named_and_the_shard_is_given_up(tmp_path: Pat
 def test_another_shard_of_that_step_on_the_durable_tier_mends_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two(tmp_path) as (here, _):
-            here.keeper.store = MemoryStore()
+            here.keeper.checking.store = MemoryStore()
             index, body = sealed(0, 7, 2, size=60_000)
-            write_shard(here.keeper.store, index, body)
+            write_shard(here.keeper.checking.store, index, body)
             here.stage(0, 7, 2)
             spoil(here, chunks()[1].start)
 
@@ -360,7 +345,7 @@ def test_a_store_that_fails_at_any_of_its_operations_leaves_the_shard_to_the_nex
             store = FaultyStore(MemoryStore())
             write_shard(store, *sealed(0, 7, 2))
             store.before = before
-            here.keeper.store = store
+            here.keeper.checking.store = store
             here.stage(0, 7, 2)
             path = spoil(here, chunks()[1].start, chunks()[6].start)
             try:

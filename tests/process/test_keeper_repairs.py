@@ -13,7 +13,7 @@ from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import REPAIR_BYTES_PER_S, Saving
 from orchestrator.protocol.ids import Rank
-from orchestrator.protocol.messages import Begin
+from orchestrator.protocol.messages import BadCopy, Begin, Holding
 from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, settled, two
 
 pytestmark = pytest.mark.process
@@ -48,7 +48,8 @@ async def resumed(tmp_path: Path) -> AsyncIterator[tuple[Node, Node, Saving]]:
             )
         )
         for rank in RANKS:
-            here.keeper.on_lacking(rank, THERE)
+            for hear in here.keeper.checking.on_lacking:
+                hear(BadCopy(THERE, rank, STEP, "it is no good"))
         yield here, there, saving
 
 
@@ -100,5 +101,20 @@ def test_a_bad_copy_that_can_not_be_replaced_is_not_sent_again_and_again(
 
             assert sent == list(RANKS)
             assert there.held == []
+
+    asyncio.run(scenario())
+
+
+def test_a_copy_that_came_in_place_of_another_is_told_to_be_another(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with resumed(tmp_path) as (here, there, saving):
+            await here.keeper.copy_to(THERE, RANK, STEP)
+            assert there.keeper.renewed() == ()
+
+            saving.resumed()
+            await settled(lambda: not saving._tasks)
+
+            assert there.keeper.renewed() == (Holding(RANK, STEP),), "rank 1 had none before"
+            assert there.keeper.holdings() == tuple(Holding(rank, STEP) for rank in RANKS)
 
     asyncio.run(scenario())

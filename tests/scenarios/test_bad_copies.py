@@ -6,7 +6,14 @@ import pytest
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import FailedCopy, Holding, PreparationFailed, ShardsHeld
+from orchestrator.protocol.messages import (
+    BadCopy,
+    FailedCopy,
+    Holding,
+    PreparationFailed,
+    Prepared,
+    ShardsHeld,
+)
 
 CORRUPT, UNREACHABLE = "corrupt", "unreachable"
 
@@ -45,6 +52,92 @@ def fail(cluster: Any, node: str, *copies: tuple[str, int, str]) -> Any:
     cluster.after(0.1).say(node, said)
     orders = [d for d in cluster.rest() if isinstance(d, StartGeneration)]
     return orders[0] if orders else None
+
+
+HELD_BY_ONE = tuple(Holding(Rank(rank), Step(5)) for rank in range(4))
+
+
+def mend(cluster: Any, node: str, *bad: tuple[str, int], generation: int | None = None) -> None:
+    """Have a node say that it mended its own, and which copies elsewhere were no good for that."""
+    found = tuple(BadCopy(NodeId(n), Rank(rank), Step(5), "xxh3-128 is 1: w") for n, rank in bad)
+    said = Prepared(
+        generation=cluster.state.generation if generation is None else generation,
+        step=Step(5),
+        own=2,
+        fetched=0,
+        durable=0,
+        seconds=0.1,
+        lacking=found,
+    )
+    cluster.after(0.1).say(node, said)
+
+
+def names(cluster: Any, node: str, *renewed: int) -> None:
+    """Have a node say that it holds step 5 of all ranks, of these since they were replaced."""
+    anew = tuple(Holding(Rank(rank), Step(5)) for rank in renewed)
+    held = ShardsHeld(generation=cluster.state.generation, holdings=HELD_BY_ONE, renewed=anew)
+    cluster.after(0.1).say(node, held)
+
+
+def holders(cluster: Any, rank: int) -> tuple[str, ...]:
+    found: tuple[str, ...] = cluster.state.holders(Step(5), Rank(rank))
+    return found
+
+
+def test_a_copy_that_another_node_found_bad_does_not_count_although_its_holder_names_it(
+    cluster: Any,
+) -> None:
+    mend(cluster, "node-0", ("node-1", 0))
+    assert (holders(cluster, 0), holders(cluster, 1)) == (("node-0",), ("node-0", "node-1"))
+
+    names(cluster, "node-1")
+    assert holders(cluster, 0) == ("node-0",)
+
+
+def test_nobody_is_told_to_start_from_a_copy_that_another_node_found_bad(cluster: Any) -> None:
+    cluster.join("node-1", incarnation=1)
+    mend(cluster, "node-0", ("node-1", 0))
+
+    order = fail(cluster, "node-0", ("node-0", 0, CORRUPT))
+
+    # Of shard 0, another replica's on the other node is left.
+    assert order.restore.step == 5
+    assert (order.restore.sources[0], order.restore.staged_as[0]) != ("node-1", 0)
+
+
+def test_a_copy_that_was_replaced_counts_again_also_when_it_is_said_once_more_that_it_was_bad(
+    cluster: Any,
+) -> None:
+    mend(cluster, "node-0", ("node-1", 0))
+
+    names(cluster, "node-1", 0)
+    assert holders(cluster, 0) == ("node-0", "node-1")
+
+    # As after a connection that was lost.
+    mend(cluster, "node-0", ("node-1", 0))
+    names(cluster, "node-1")
+    assert holders(cluster, 0) == ("node-0", "node-1")
+
+
+def test_a_bad_copy_that_its_holder_let_go_of_is_not_held_against_what_it_holds_later(
+    cluster: Any,
+) -> None:
+    mend(cluster, "node-0", ("node-1", 0))
+
+    cluster.say("node-1", ShardsHeld(generation=cluster.state.generation, holdings=HELD_BY_ONE[1:]))
+    names(cluster, "node-1")
+
+    assert holders(cluster, 0) == ("node-0", "node-1")
+
+
+def test_what_a_generation_that_is_over_found_bad_is_bad_in_the_next_one_too(cluster: Any) -> None:
+    before = cluster.state.generation
+    fail(cluster, "node-1", ("node-1", 2, UNREACHABLE))
+    assert cluster.state.generation > before
+
+    mend(cluster, "node-0", ("node-1", 0), generation=before)
+
+    assert holders(cluster, 0) == ("node-0",)
 
 
 def test_a_corrupt_copy_is_replaced_by_the_buddys_and_the_step_is_kept(cluster: Any) -> None:

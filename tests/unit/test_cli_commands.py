@@ -25,8 +25,8 @@ from orchestrator.core import journal
 from orchestrator.core.events import CheckpointJudged, CommitFailed, StopRequested
 from orchestrator.core.report import report
 from orchestrator.core.trust import Verdict
-from orchestrator.protocol.ids import Generation, Rank, Step
-from orchestrator.protocol.messages import DetectorFailed
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import BadCopy, DetectorFailed, MendedCopy, Prepared
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder
@@ -255,6 +255,36 @@ def test_a_checkpoint_is_described_with_every_verdict_and_what_kept_one_from_bei
     assert out.count("scrub found a bit in shard 1") == 2  # as why it is rejected, and as verdict
     assert why in told("describe", "checkpoint", "20")
     assert why not in out
+
+
+def test_what_was_bad_in_memory_or_on_the_way_is_told_with_what_was_found_and_whose_copy_it_was(
+    home: Path,
+) -> None:
+    cluster = killed_rank()
+    node, other, rank, step = NodeId("node-0"), NodeId("node-1"), Rank(0), Step(10)
+    cluster.say(
+        node,
+        Prepared(
+            generation=cluster.state.generation,
+            step=step,
+            own=2,
+            fetched=0,
+            durable=0,
+            seconds=0.1,
+            mended=(
+                MendedCopy(rank, NodeId(""), 1, 4096, "xxh3-128 is 1: w"),
+                MendedCopy(Rank(1), other, 2, 4096, "xxh3-128 is 2: v", other),
+            ),
+            lacking=(BadCopy(other, rank, step, "xxh3-128 is 3: w"),),
+        ),
+    )
+    write(cluster, home / "demo")
+
+    story = told("describe", "node", node)
+    assert "4.0 KiB, had gone bad in memory and came from the durable tier (xxh3-128 is 1" in story
+    assert "4.0 KiB, came damaged from node-1 and came from node-1 (xxh3-128 is 2" in story
+    assert "of rank 0, step 10 node-1 has no good copy (xxh3-128 is 3: w)" in story
+    assert "shard of rank 0 on node-1: xxh3-128 is 3: w" in told("describe", "checkpoint", "10")
 
 
 def test_what_a_rank_said_is_no_command_to_the_terminal(home: Path) -> None:

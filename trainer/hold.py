@@ -32,7 +32,7 @@ class Hold:
             digests: of each rank, None if it has none; alike everywhere, so that all wait or none.
             alive: is called now and then; it raises when orders have come.
         """
-        if self._over or not self._differ(digests):
+        if self._over or not differ(self._shards, digests):
             return
         deadline = time.monotonic() + HOLD_S
         while time.monotonic() < deadline:
@@ -40,7 +40,14 @@ class Hold:
             time.sleep(0.02)
         self._over = True
 
-    def _differ(self, digests: Digests) -> bool:
-        first: dict[int, Sequence[float]] = {}
-        told = ((s, d) for s, d in zip(self._shards, digests, strict=True) if d is not None)
-        return any(first.setdefault(shard, found) != found for shard, found in told)
+
+def differ(shards: Sequence[int], digests: Digests) -> bool:
+    """Return whether ranks that hold the same shard do not hold the same.
+
+    Args:
+        shards: of each rank, which it holds.
+        digests: of each rank, None if it has none.
+    """
+    first: dict[int, Sequence[float]] = {}
+    told = ((s, d) for s, d in zip(shards, digests, strict=True) if d is not None)
+    return any(first.setdefault(shard, found) != found for shard, found in told)

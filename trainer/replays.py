@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from trainer.sums import Sums
 from trainer.tracing import Trace
 
 MOMENT_S = 1e-6
+T = TypeVar("T", bound=Told)
 
 
 class Replays:
@@ -98,8 +100,15 @@ class Replays:
         if self._due and last:
             self._own, self._micro = self._probe.end(loss), micro
 
-    def differ(self, step: int, reporter: Told) -> bool:
-        """Compute another rank's micro-batch; return whether the step is to be thrown away."""
+    def differ(self, step: int, reporter: T, mended: Callable[[int, T], bool]) -> bool:
+        """Compute another rank's micro-batch; return whether the step is to be thrown away.
+
+        Args:
+            step: its number.
+            reporter: hears of it.
+            mended: is asked what differs if something does: it returns whether that was the state
+                of ranks, and no longer is.
+        """
         if not self._due:
             return False
         if not self._tested:
@@ -115,7 +124,8 @@ class Replays:
             )
         self._guard.tell(reporter)
         if found is not None:
-            self.ring.throw_away(step, found, reporter)
+            if not mended(step, reporter):
+                self.ring.throw_away(step, found, reporter)
             return True
         if not self._guard.stopped:
             self.ring.sound(step)

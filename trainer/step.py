@@ -28,6 +28,7 @@ from trainer.model import Llama
 from trainer.optim import Optimizer, global_norm, learning_rate
 from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
+from trainer.repair import Repairs
 from trainer.replay import halves
 from trainer.replays import Replays
 from trainer.shares import share_of
@@ -59,6 +60,14 @@ class Reporter(Protocol):
 
     def threw_away(self, step: int, *, because: str) -> None:
         """Hear that a step is computed again, and that nobody can be named for it."""
+
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        """Hear that a rank's state was wrong, and now is that of another one."""
+
+    def not_repaired(self, step: int, *, because: str) -> None:
+        """Hear that state differs, and why it stays so."""
 
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
@@ -103,6 +112,7 @@ READ_AT = COST_AT + 1
 SUMS_AT = READ_AT + readings.WORDS
 """And what the gradient adds up to, before ranks added up and after (trainer.sums)."""
 DIGESTS_AT = SUMS_AT + sums.WORDS
+GRADIENT_AT = DIGESTS_AT + 2 * SHARED.index("gradient")
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
 """Looks for nothing."""
@@ -132,6 +142,14 @@ class Unheard:
         """Ignore it."""
 
     def threw_away(self, step: int, *, because: str) -> None:
+        """Ignore it."""
+
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        """Ignore it."""
+
+    def not_repaired(self, step: int, *, because: str) -> None:
         """Ignore it."""
 
     def detector_failed(self, detector: str, reason: str) -> None:
@@ -206,10 +224,16 @@ class Training:
         self.injected = Injected(self.stages)
         self._guard = Guard("digests")
         self._watch: Watch | None = None
+        self.repairs: Repairs | None = None
+        self._samples_anew, self._anew = samples, False
+        """What to read a step from that is begun anew: what was read ahead of it is used up."""
         digest_share = detection.digest_share
         if digest_share and world.layout.dp_replicate > 1:
             held = self._held([shard.param for shard in self.optimizer.shards])
             self._watch = Watch(held, self._digest_period(digest_share))
+            if detection.repair:
+                of_state = GRADIENT_AT - DIGESTS_AT
+                self.repairs = Repairs(self, self._watch.period, of_state)
         self._replays: Replays | None = None
         if detection.replay_share and world.layout.readers > 1:
             self._replays = Replays(self, samples, detection.replay_share, watched=watched)
@@ -233,12 +257,18 @@ class Training:
             if self._replays is not None:
                 self._replays.doubts.forget()
         self._announce(reporter, RankPhase.DATA)
+        if self.repairs is not None:
+            self.repairs.begin(step)
         word: Word | None = None
         while True:
             losses, gradients = self._sound_gradients(step, reporter)
             word = word or say()
             self._announce(reporter, RankPhase.OPTIMIZER)
             rows, digests = self._exchange(step, word, losses, gradients, reporter)
+            told = [None if row[OFF_AT] else row[DIGESTS_AT:LOSSES_AT] for row in rows]
+            if self.repairs is not None and self.repairs.differ(step, told, reporter):
+                self._begin_anew()
+                continue
             # Every rank adds the same numbers in the same way: they report, and clip by, equal
             # bits, and are in doubt about the same steps.
             loss = math.fsum(loss for row in rows for loss in row[LOSSES_AT:]) / self.tokens
@@ -246,11 +276,11 @@ class Training:
             grad_norm = global_norm(rows[rank][0] for rank in replica)
             if not self._is_thrown_away(step, rows, loss, grad_norm, reporter):
                 break
+        self._anew = False
         if self._replays is not None:
             self._replays.done()
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
-            told = [None if row[OFF_AT] else row[DIGESTS_AT:LOSSES_AT] for row in rows]
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
         self.optimizer.step(step, grad_norm)
         self.warm = True
@@ -324,11 +354,25 @@ class Training:
     def _sound_gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
         """Return losses and gradients of a step in which nothing was found wrong so far."""
         losses, gradients = self._gradients(step, reporter)
-        while self._replays is not None and self._replays.differ(step, reporter):
+        while self._replays is not None and self._replays.differ(step, reporter, self._mended):
             # Thrown away before it moved anything; of a device that is wrong at times, it may
             # come out well now.
             losses, gradients = self._gradients(step, reporter)
         return losses, gradients
+
+    def _mended(self, step: int, reporter: Reporter) -> bool:
+        """Return whether ranks had other state, which is repaired: then nobody computed wrongly."""
+        mended = self.repairs is not None and self.repairs.state_differs(step, reporter)
+        if mended:
+            self._begin_anew()
+        return mended
+
+    def _begin_anew(self) -> None:
+        self._anew = True
+        if self._replays is not None:
+            self._replays.ring.again = True
+        for stage in self.stages:
+            parallel.let_go(stage)
 
     def _gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
         """Return losses as `_accumulate` does, and this rank's part of the whole gradient."""
@@ -360,6 +404,10 @@ class Training:
         reporter.digested(taken, self._guard.call(lambda: read(digests), {}))
         self._guard.tell(reporter)
 
+    def state(self) -> list[Held]:
+        """Return this rank's part of the state."""
+        return list(self._held())
+
     def _held(self, gradients: list[Tensor] | None = None) -> Iterator[Held]:
         """Yield this rank's part of the state, and of the gradient if it is there."""
         shards = self.optimizer.shards
@@ -371,11 +419,13 @@ class Training:
             yield Held("gradient", list(named))
 
     def _digest_period(self, share: float) -> int:
-        layout = self.world.layout
-        parameters = self.config.parameters
-        flops = 6.0 * parameters * self.tokens / layout.world_size
-        held = len(SHARED) * parameters / layout.shard_count
-        return period_of(held, flops, self.world.device.type, share)
+        held = len(SHARED) * self.config.parameters / self.world.layout.shard_count
+        return period_of(held, self._flops_each, self.world.device.type, share)
+
+    @property
+    def _flops_each(self) -> float:
+        """About how many operations a rank does in a step."""
+        return 6.0 * self.config.parameters * self.tokens / self.world.layout.world_size
 
     def _share(self, stage: Stage) -> None:
         """Share out the global batches of a stage."""
@@ -474,7 +524,8 @@ class Training:
     def _micro(self, step: int, indices: range) -> Micro:
         replays = self._replays
         if replays is None:
-            return self.micro(self.samples.batch(step, indices))
+            samples = self._samples_anew if self._anew else self.samples
+            return self.micro(samples.batch(step, indices))
         samples = replays.ring.samples if replays.ring.again else self.samples
         batch = samples.batch(step, indices)
         replays.readings.read(batch)

@@ -23,6 +23,7 @@ from orchestrator.protocol.messages import (
     RanksTroubled,
     RendezvousOffered,
     StateDiverged,
+    StateRepaired,
 )
 from orchestrator.protocol.rank import (
     DetectorOff,
@@ -33,6 +34,7 @@ from orchestrator.protocol.rank import (
     Offer,
     Probed,
     Reached,
+    Repaired,
     Seat,
     Staged,
     Troubled,
@@ -41,6 +43,8 @@ from orchestrator.protocol.rank import (
 log = logging.getLogger(__name__)
 ADDRESS_MAX = 256
 EVIDENCE_MAX = 2000
+TENSORS_MAX = 8
+"""Of which it is told by name what became of them."""
 
 
 class Hearing:
@@ -99,6 +103,8 @@ class Hearing:
                 )
             case Diverged():
                 self._say(said_of(message, seat.generation))
+            case Repaired():
+                self._say(_repaired(message, seat.generation))
             case DetectorOff(detector=detector, reason=reason):
                 self._say(
                     DetectorFailed(
@@ -162,4 +168,17 @@ def said_of(message: Diverged, generation: Generation) -> StateDiverged:
         ranks=message.ranks,
         evidence=message.evidence[:EVIDENCE_MAX],
         proven=message.proven,
+    )
+
+
+def _repaired(message: Repaired, generation: Generation) -> StateRepaired:
+    return StateRepaired(
+        generation=generation,
+        step=message.step,
+        ranks=message.ranks,
+        source=message.source,
+        tensors=tuple(name[:ADDRESS_MAX] for name in message.tensors[:TENSORS_MAX]),
+        count=len(message.tensors),
+        seconds=message.seconds,
+        problem=message.problem[:EVIDENCE_MAX],
     )

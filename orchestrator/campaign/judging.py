@@ -39,6 +39,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of a whole run: from the fault until it was noticed."""
     named: Named = "nobody"
     evidence: str = ""
+    unharmed: bool = False
+    """Whether the ranks went on with the bits of the twin, with nobody coming to their help."""
     baselines: dict[str, int | None] = {}
     """Of each, the same steps that it took; None if it noticed nothing."""
     steps: int = 0
@@ -48,8 +50,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:
     """Return the first step after which a rank had other bits than in the twin; None if none."""
     for clean, dirty in zip(twin, steps, strict=False):
-        pairs = zip(clean.of_ranks, dirty.of_ranks, strict=True)
-        if any(a.state != b.state for a, b in pairs):
+        if not _same(clean, dirty):
             return dirty.of_ranks[0].step
     return None
 
@@ -112,8 +113,14 @@ def judged(
         latency=fact.step + 1 - began,
         named=_named(fact.ranks, how.rank, proven=fact.proven),
         evidence=fact.evidence,
+        unharmed=_same(twin[len(steps) - 1], steps[-1]) if steps else False,
         baselines=rules,
     )
+
+
+def _same(clean: Seen, dirty: Seen) -> bool:
+    pairs = zip(clean.of_ranks, dirty.of_ranks, strict=True)
+    return all(one.state == other.state for one, other in pairs)
 
 
 def _began(

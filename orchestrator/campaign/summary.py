@@ -52,6 +52,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers that a release is judged by."""
 
     state_recall: Share
+    state_unharmed: Share
+    """Of what was noticed of state, but for checkpoints: after which ranks had, some steps later,
+    the bits that they would have had, without a restart."""
     persistent_compute_recall: Share
     intermittent_recall: Share
     oneshot_recall: Share
@@ -156,6 +159,7 @@ def campaign(
         intervals=INTERVALS,
         summary=Summary(
             state_recall=_recall(done, "state"),
+            state_unharmed=_unharmed(done),
             persistent_compute_recall=_recall(done, "persistent"),
             intermittent_recall=_recall(done, "intermittent"),
             oneshot_recall=_recall(done, "oneshot"),
@@ -177,6 +181,15 @@ def campaign(
 def _recall(results: Sequence[Result], group: Group) -> Share:
     effective = [r for r in results if r.group == group and r.effective]
     return share(sum(r.noticed for r in effective), len(effective))
+
+
+def _unharmed(results: Sequence[Result]) -> Share:
+    noticed = [
+        r
+        for r in results
+        if r.group == "state" and r.noticed and r.site not in ("staged", "copied")
+    ]
+    return share(sum(r.unharmed for r in noticed), len(noticed))
 
 
 def _row(results: Sequence[Result]) -> ClassRow:

@@ -12,6 +12,7 @@ from orchestrator.cli.tables import grid, in_json
 
 SUMMED: tuple[tuple[str, str], ...] = (
     ("State", "state_recall"),
+    ("State, of that repaired", "state_unharmed"),
     ("Persistent compute", "persistent_compute_recall"),
     ("Intermittent, p >= 0.1", "intermittent_recall"),
     ("One-shot", "oneshot_recall"),

@@ -205,7 +205,12 @@ def _watched() -> TrainingRun:
             "parallelism": {"dpReplicate": 3, "dpShard": 1},
             "trainer": {"model": "debug", "steps": 40, "seqLen": 64, "globalBatch": 3},
             "checkpoint": {"everySteps": 50, "memoryEverySteps": 5},
-            "detection": {"detectWithin": "3s", "digestShare": 1.0, "replayShare": 1.0},
+            "detection": {
+                "detectWithin": "3s",
+                "digestShare": 1.0,
+                "replayShare": 1.0,
+                "repair": False,
+            },
         },
     }
     return msgspec.convert(data, TrainingRun)

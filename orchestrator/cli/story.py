@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from orchestrator.cli import units
+from orchestrator.core import repairs
 from orchestrator.core.decisions import Decision, StartGeneration, WakeAt
 from orchestrator.core.events import (
     CheckpointCommitted,
@@ -55,6 +56,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
     StacksTaken,
     StateDiverged,
+    StateRepaired,
     WriteFailed,
 )
 
@@ -184,6 +186,10 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
         case StateDiverged(step=step, since=since, evidence=evidence):
             good = "no step is known to be good" if since is None else f"step {since} is good"
             return f"{name} found wrong state after step {step}, {good}: {evidence}"
+        case StateRepaired(step=step, problem=problem):
+            if problem:
+                return f"{name}: state differs before step {step}, and stays so: {problem}"
+            return f"{name}: {repairs.words(fact)}; {repairs.remedy(fact)}"
         case DetectorFailed():
             return off(fact)
         case RankProbed(rank=rank, speed=speed):

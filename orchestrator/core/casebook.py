@@ -9,6 +9,7 @@ from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import (
     CORRUPTION,
     LOST,
+    REPAIR,
     STRAGGLER,
     Cause,
     Finding,
@@ -22,10 +23,12 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
 
 RESTARTED = "controller-restart"
-UNBROKEN = (RESTARTED, STRAGGLER)
+UNBROKEN = (RESTARTED, STRAGGLER, REPAIR)
 """Kinds of incidents that broke nothing: the generation that they name goes on."""
 UNJUDGED = "ranks were training; whether they went on is not known yet"
 OUTLIVED = "training was not interrupted"
+MENDED = "repair by copy"
+"""The rung of the ladder below all others: ranks did it by themselves."""
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
 _SEVERITY[CORRUPTION] = 5
 """Which kind names an incident when several findings belong to it: the one that explains more."""
@@ -110,6 +113,9 @@ class Casebook:
             # Even if the same was found before: it may have been back since.
             for node in finding.nodes:
                 facts.give_up(state, node, finding.evidence)
+        if finding.kind == REPAIR:
+            self._note_repair(finding)
+            return
         if finding.kind == STRAGGLER:
             slowness.suspect(state, self._open(finding))
             return
@@ -131,6 +137,16 @@ class Casebook:
         else:
             incident = self._open(finding)
         self._want_generation(finding)
+
+    def _note_repair(self, finding: Finding) -> None:
+        """Enter that ranks repaired one of them: it is over, and cost the step that was begun."""
+        state = self._state
+        incident = self._open(finding)
+        incident.rung, incident.reason = MENDED, finding.detail
+        incident.decided_at = incident.resumed_at = state.now
+        incident.lost_steps = 1
+        incident.timeline.append(Note(at=state.now, text=finding.detail))
+        state.ledger.relabel(finding.since, finding.at, Bucket.LOST_WORK, incident.id)
 
     def _want_generation(self, finding: Finding) -> None:
         """Have the run brought back, in view of all that is known now."""

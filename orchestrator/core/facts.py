@@ -10,6 +10,7 @@ from orchestrator.core import (
     heritage,
     inspection,
     quarantine,
+    repairs,
     slowness,
 )
 from orchestrator.core.decisions import RestoreFrom
@@ -60,6 +61,7 @@ from orchestrator.protocol.messages import (
     ShardsWritten,
     StacksTaken,
     StateDiverged,
+    StateRepaired,
     StepReport,
     WriteFailed,
 )
@@ -225,6 +227,8 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
             state.save_failures.append((state.now, step, f"{node.id}: {reason}"))
         case DetectorFailed(detector=detector):
             state.detectors_off.setdefault(detector, fact)
+        case StateRepaired():
+            repairs.take(state, fact)
         case RankProbed():
             slowness.answer(state, fact)
         case FaultCarriedOut(index=index):

@@ -6,7 +6,7 @@ is under suspicion can be tested for hours once it is out of the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 import msgspec
@@ -119,20 +119,36 @@ def _guarded(
     """Take what is proven of too many nodes, with those of the last day, for a suspicion only."""
     if not fact.proven:
         return fact
-    proven = {node for told in before if told.proven for node in told.nodes}
-    lately = {
+    lately = proven_lately(state, before)
+    guilty = lately.union(fact.nodes)
+    if lately.issuperset(fact.nodes) or not too_many(state, guilty):
+        return fact
+    words = (
+        f"{fact.evidence}; so it is of {len(guilty)} nodes within a day, which rather speaks "
+        "against what looks for it: it is not taken as proven"
+    )
+    return msgspec.structs.replace(fact, proven=False, evidence=words)
+
+
+def proven_lately(state: RunState, told: Iterable[StateDiverged] | None = None) -> set[NodeId]:
+    """Return the nodes that are out since less than a day, as proven to have corrupted state.
+
+    Args:
+        state: of the run.
+        told: of what; None for all that was told.
+    """
+    told = state.divergences_told if told is None else told
+    proven = {node for each in told if each.proven for node in each.nodes}
+    return {
         node
         for node, known in state.quarantined.items()
         if node in proven and state.now - known.since < GUARD_S
     }
-    guilty = len(lately.union(fact.nodes))
-    if lately.issuperset(fact.nodes) or guilty <= max(1, int(len(state.nodes) * GUARD_SHARE)):
-        return fact
-    words = (
-        f"{fact.evidence}; so it is of {guilty} nodes within a day, which rather speaks against "
-        "what looks for it: it is not taken as proven"
-    )
-    return msgspec.structs.replace(fact, proven=False, evidence=words)
+
+
+def too_many(state: RunState, nodes: Collection[NodeId]) -> bool:
+    """Whether so many nodes can not all be at fault within a day."""
+    return len(nodes) > max(1, int(len(state.nodes) * GUARD_SHARE))
 
 
 def _continues(state: RunState, fact: StateDiverged) -> bool:

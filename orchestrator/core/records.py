@@ -17,6 +17,7 @@ from orchestrator.protocol.ids import (
     Serial,
     Step,
 )
+from orchestrator.protocol.messages import StateRepaired
 from orchestrator.protocol.rank import Speed
 
 
@@ -86,6 +87,16 @@ class Committed:
     neither did."""
     verdicts: set[Verdict] = field(default_factory=set)
     """What was found about it, in this life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What ranks repaired, or did not, and when that was told."""
+
+    at: Seconds
+    node: NodeId
+    """Whose rank it was; none if it was not repaired."""
+    fact: StateRepaired
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import msgspec
 import xxhash
 
-from orchestrator.core.incident import CORRUPTION, GROWTH, STRAGGLER, Finding, Incident
+from orchestrator.core.incident import CORRUPTION, GROWTH, REPAIR, STRAGGLER, Finding, Incident
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
@@ -35,7 +35,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "corrupt-shard": frozenset({"unrestorable"}),
     "full-disk": frozenset(),
     "slow-disk": frozenset(),
-    "flip-bit": frozenset({CORRUPTION}),
+    "flip-bit": frozenset({CORRUPTION, REPAIR}),
     "wrong-matmul": frozenset({CORRUPTION}),
 }
 """Kinds of incident by which each planned fault (faults.catalogue) may become known. Disk faults
@@ -51,6 +51,7 @@ WITNESSED = frozenset(
         "controller-restart",
         "planned",
         CORRUPTION,
+        REPAIR,
         GROWTH,
         STRAGGLER,
     }

@@ -24,6 +24,7 @@ from orchestrator.core.records import (
     Node,
     Occurrence,
     Quarantined,
+    Repair,
     Resize,
     Slow,
 )
@@ -240,6 +241,10 @@ class RunState:
     """What the present generation has to be ended for."""
     suspects: list[NodeId] = field(default_factory=list)
     """Who is suspected of it, the most suspected first, and was not said to be well since."""
+    repairs: list[Repair] = field(default_factory=list)
+    """Ranks whose state was wrong and was given that of others, in this life."""
+    unrepaired: Repair | None = None
+    """Why that was not done the last time that state differed."""
     divergences_told: list[StateDiverged] = field(default_factory=list)
     """All that was ever told of them: agents say it again when they reconnect."""
     devices: dict[Serial, DeviceKnown] = field(default_factory=dict)

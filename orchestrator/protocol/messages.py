@@ -322,6 +322,29 @@ class StateDiverged(_Message, frozen=True, kw_only=True):
     """Whether a replay elsewhere or a vote shows that it was these nodes; else it is a trigger."""
 
 
+class StateRepaired(_Message, frozen=True, kw_only=True):
+    """The state of a rank was not what most hold alike, which showed before a step used it.
+
+    It was given what the others hold, compared once more, and the step was begun anew.
+    """
+
+    generation: Generation
+    step: Step
+    """The step, which had moved nothing yet."""
+    ranks: tuple[Rank, ...] = ()
+    """Whose it was; none if it was not repaired."""
+    source: Rank = Rank(0)
+    """Who had what it was given."""
+    tensors: tuple[str, ...] = ()
+    """What it was given, the first of it; none if only a digest or the gradient differed."""
+    count: int = 0
+    """Tensors that it was given."""
+    seconds: float = 0.0
+    """Since the step began: they are spent again."""
+    problem: str = ""
+    """Why it was not repaired; "" if it was."""
+
+
 class DetectorFailed(_Message, frozen=True, kw_only=True):
     """What looks for wrong state raised, and is switched off; training goes on without it."""
 
@@ -390,6 +413,7 @@ Fact = (
     | RanksFinished
     | NodeUnusable
     | StateDiverged
+    | StateRepaired
     | DetectorFailed
     | RankProbed
     | StacksTaken

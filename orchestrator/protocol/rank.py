@@ -248,6 +248,24 @@ class Diverged(msgspec.Struct, frozen=True, kw_only=True, tag="diverged"):
     evidence: str
 
 
+class Repaired(msgspec.Struct, frozen=True, kw_only=True, tag="repaired"):
+    """From a rank: ranks found together that the state of one differs, and what they did."""
+
+    generation: Generation
+    step: Step
+    """Before which moved anything."""
+    ranks: tuple[Rank, ...] = ()
+    """Who had something else; none if nobody can say, or nothing was repaired."""
+    source: Rank = Rank(0)
+    """Whose state it has now."""
+    tensors: tuple[str, ...] = ()
+    """What was copied, by kind and name; none if the state was the same after all."""
+    seconds: float = 0.0
+    """That are spent again, for this."""
+    problem: str = ""
+    """Why it was not repaired; "" if it was."""
+
+
 class DetectorOff(msgspec.Struct, frozen=True, kw_only=True, tag="detector-off"):
     """From a rank: it goes on without something that looks for wrong state, since that raised."""
 
@@ -256,7 +274,18 @@ class DetectorOff(msgspec.Struct, frozen=True, kw_only=True, tag="detector-off")
     reason: str
 
 
-FromRank = Offer | Reached | Staged | Troubled | Finished | Died | Probed | Diverged | DetectorOff
+FromRank = (
+    Offer
+    | Reached
+    | Staged
+    | Troubled
+    | Finished
+    | Died
+    | Probed
+    | Diverged
+    | Repaired
+    | DetectorOff
+)
 
 _to_rank: msgspec.json.Decoder[ToRank] = msgspec.json.Decoder(ToRank)
 _from_rank: msgspec.json.Decoder[FromRank] = msgspec.json.Decoder(FromRank)

@@ -271,6 +271,9 @@ class Detection(_Section, frozen=True, kw_only=True):
     """About which part of a step's time goes into digests of the training state, by which ranks
     that hold the same are compared: with less, each part of the state is looked at more rarely.
     0: none. Of the embedded trainer, where there are replicas."""
+    repair: bool = True
+    """Whether a rank whose state differs from what most hold alike is given that before a step uses
+    it, where that is right; else, and where it is not, the run goes back and its node leaves."""
     replay_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     """About which part of a step's time goes into computing other ranks' micro-batches once more:
     with less, or if they are seen to take more, it is done more rarely. 0: never; 1: in every step,

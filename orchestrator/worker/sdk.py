@@ -45,6 +45,7 @@ from orchestrator.protocol.rank import (
     Offer,
     Probed,
     Reached,
+    Repaired,
     Restore,
     Seat,
     Speed,
@@ -380,6 +381,38 @@ class Worker:
             print(  # noqa: T201 - the rank's log
                 f"step {step} is thrown away and computed again: {because}", file=sys.stderr
             )
+
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        """Report that a rank held something else than most; one or two should tell.
+
+        Args:
+            step: that is begun anew for it, and has moved nothing.
+            rank: who.
+            source: whose state it was given, and holds now.
+            tensors: what it was given, by kind and name; none if the state was the same after all.
+            seconds: since the step began.
+        """
+        self._send(
+            Repaired(
+                generation=self._generation,
+                step=Step(step),
+                ranks=(Rank(rank),),
+                source=Rank(source),
+                tensors=tuple(tensors),
+                seconds=seconds,
+            )
+        )
+
+    def not_repaired(self, step: int, *, because: str) -> None:
+        """Report why state that differs stays so; what follows from that, digests say.
+
+        Args:
+            step: before which moved anything.
+            because: why, in words.
+        """
+        self._send(Repaired(generation=self._generation, step=Step(step), problem=because))
 
     def detector_failed(self, detector: str, reason: str) -> None:
         """Report that this rank goes on without something that looks for wrong state.

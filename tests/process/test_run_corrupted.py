@@ -1,4 +1,4 @@
-"""A real run notices by itself that bits of its state flipped, and goes back behind that."""
+"""A real run notices by itself that bits of its state flipped, and mends that or goes back."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 
 from orchestrator.core.events import Compared, Reported
 from orchestrator.core.report import Report
-from orchestrator.protocol.messages import Joined
+from orchestrator.core.standing import Act
+from orchestrator.protocol.messages import Joined, StateRepaired
 from orchestrator.worlds.devices import DeviceLedger
 from storage.local import LocalStore
 from tests import runfiles, tiny
@@ -17,21 +18,35 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
 STEPS = 40
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, **detection: Any) -> dict[str, Any]:
     return runfiles.fields(
         name,
         nodes={"count": 3, "ranksPerNode": 1, "spares": 1},
         parallelism={"dpReplicate": 3, "dpShard": 1},
         trainer={"model": tiny.MODEL, "steps": STEPS, "seqLen": 32, "globalBatch": 3},
         checkpoint={"everySteps": 50, "memoryEverySteps": 5},
-        detection={"detectWithin": "3s", "digestShare": 1.0, "replayShare": 1.0},
+        detection={"detectWithin": "3s", "digestShare": 1.0, "replayShare": 1.0, **detection},
     )
 
 
-def beside_its_twin(root: Path, fault: dict[str, Any]) -> tuple[Job, Report, Report]:
+FLIP = {
+    "when": {"step": 8},
+    "fault": "flip-bit",
+    "rank": 1,
+    "state": "exp_avg",
+    "element": 5,
+    "bit": 3,
+    "atStep": 18,
+}
+
+
+def beside_its_twin(
+    root: Path, fault: dict[str, Any], **detection: Any
+) -> tuple[Job, Report, Report]:
     """Run it with a fault and without; return the disturbed run and what both came to."""
     slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
-    disturbed, twin = Job(root / "d", run("d"), [slow, fault]), Job(root / "t", run("t"))
+    own = run("d", **detection)
+    disturbed, twin = Job(root / "d", own, [slow, fault]), Job(root / "t", run("t"))
     try:
         code, report = disturbed.conduct("--quiet", timeout_s=120)
         assert code == 0, report.reason
@@ -42,19 +57,36 @@ def beside_its_twin(root: Path, fault: dict[str, Any]) -> tuple[Job, Report, Rep
     return disturbed, report, undisturbed
 
 
-def test_a_bit_that_flips_in_one_of_three_replicas_costs_its_node_and_nothing_else(
+def test_a_bit_that_flips_in_one_of_three_replicas_is_mended_and_costs_one_step(
     tmp_path: Path,
 ) -> None:
-    flip = {
-        "when": {"step": 8},
-        "fault": "flip-bit",
-        "rank": 1,
-        "state": "exp_avg",
-        "element": 5,
-        "bit": 3,
-        "atStep": 18,
-    }
-    corrupted, report, undisturbed = beside_its_twin(tmp_path, flip)
+    # Before anybody has been slow for so long that it would be swapped.
+    flip = FLIP | {"state": "weights", "atStep": 11}
+    mended, report, undisturbed = beside_its_twin(tmp_path, flip)
+
+    facts = [
+        entry.event.fact
+        for entry in mended.entries()
+        if isinstance(entry.event, Reported) and isinstance(entry.event.fact, StateRepaired)
+    ]
+    assert {(f.ranks, f.source, f.count, f.problem) for f in facts} == {((1,), 0, 1, "")}
+    assert len({f.step for f in facts}) == 1
+    (incident,) = [i for i in report.incidents if i.kind == "state-repaired"]
+    assert (incident.rung, incident.lost_steps) == ("repair by copy", 1)
+    assert incident.suspects == ["rank 1", "node-1"]
+    assert report.faults[1].found_by == incident.id
+    assert report.final_state_digest == undisturbed.final_state_digest
+    assert report.losses == undisturbed.losses
+    assert (report.divergences, report.replicas_differ) == ([], [])
+    ledger = DeviceLedger(LocalStore(mended.folder.devices))
+    ledger.refresh()
+    assert [v.act for v in ledger.verdicts if v.incident == incident.id] == [Act.SUSPECTED]
+
+
+def test_where_nothing_is_to_be_mended_such_a_bit_costs_its_node_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    corrupted, report, undisturbed = beside_its_twin(tmp_path, FLIP, repair=False)
 
     (found,) = [e.event for e in corrupted.entries() if isinstance(e.event, Compared)]
     assert (found.fact.nodes, found.fact.ranks) == (("node-1",), (1,))

@@ -101,6 +101,14 @@ def test_a_step_that_was_thrown_away_before_it_moved_anything_is_noticed_at_once
     assert not judge(TWIN[:3], told(FIRST + 2, 1)).effective
 
 
+def test_what_goes_on_with_the_bits_of_its_twin_after_it_was_noticed_is_unharmed() -> None:
+    back = [TWIN[0], seen(FIRST + 1, state="x"), TWIN[2], TWIN[3]]
+
+    assert judge(back, told(FIRST + 2, 1)).unharmed
+    assert not judge(back[:2], told(FIRST + 2, 1)).unharmed
+    assert not judge(back).unharmed, "nobody noticed it: it was no repair"
+
+
 def test_of_two_detectors_the_one_that_saw_it_first_counts() -> None:
     steps = [seen(FIRST + n, state="x") for n in range(3)]
 
@@ -147,7 +155,16 @@ def results() -> list[Result]:
     base = {"name": "a", "group": "state"}
     rules = {"baselines": dict.fromkeys(flagged([], []))}
     return [
-        Result(number=0, effective=True, noticed=True, latency=0, named="exact", **base, **rules),
+        Result(
+            number=0,
+            effective=True,
+            noticed=True,
+            latency=0,
+            named="exact",
+            unharmed=True,
+            **base,
+            **rules,
+        ),
         Result(number=1, effective=True, noticed=True, latency=2, named="wrong", **base, **rules),
         Result(number=2, effective=True, noticed=False, **base, **rules),
         Result(number=3, effective=False, **base),
@@ -167,6 +184,7 @@ def test_a_summary_counts_what_was_effective_and_publishes_what_was_missed() -> 
 
     summary = found.summary
     assert (summary.state_recall.count, summary.state_recall.of) == (2, 3)
+    assert (summary.state_unharmed.count, summary.state_unharmed.of) == (1, 2)
     assert summary.oneshot_recall.value == 0.0
     assert summary.persistent_compute_recall.value is None
     assert (summary.culprit_exact.count, summary.culprit_exact.of) == (1, 2)

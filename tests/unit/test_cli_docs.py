@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.core.incident import CORRUPTION, GROWTH
+from orchestrator.core.casebook import MENDED
+from orchestrator.core.incident import CORRUPTION, GROWTH, REPAIR
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_every_kind_that_a_detector_can_emit_is_known() -> None:
     emitted = set().union(*map(words_in, (ROOT / "orchestrator/detect").glob("*.py")))
     emitted |= kinds_named_in(ROOT / "orchestrator/core/casebook.py")
     emitted |= kinds_named_in(ROOT / "orchestrator/policy/planned.py")
-    emitted |= {CORRUPTION, GROWTH}
+    emitted |= {CORRUPTION, GROWTH, REPAIR}
 
     assert emitted - NO_KINDS == KINDS
 
@@ -73,7 +74,7 @@ def test_every_rung_that_a_policy_can_take_is_explained_to_who_reads_an_incident
     rungs = set(re.findall(r'"([a-z -]{5,})"', function)) - {"start"}
 
     assert rungs
-    assert rungs | {"none", "stop"} == set(RUNGS)
+    assert rungs | {"none", "stop", MENDED} == set(RUNGS)
 
 
 @pytest.mark.parametrize("document", ["docs/runbook.md", "docs/glossary.md", "README.md"])

@@ -87,6 +87,15 @@ class Voice(Unheard):
         """Keep it like what ranks found that name nobody."""
         self.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=because)
 
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        """Keep it like what ranks found together, of who is proven to have held something else."""
+        del seconds
+        what = ", ".join(tensors) or "no state, after all"
+        words = f"before step {step}, rank {rank} was given that of rank {source}: {what}"
+        self.diverged(step - 1, since=step - 1, ranks=(rank,), proven=True, evidence=words)
+
     def looked_again(self, step: int, *, because: str) -> None:
         """Keep that a step was in doubt until the next answer."""
         del because
@@ -212,6 +221,8 @@ class TrialRank:
         if (replays := _replays(self._training)) is not None:
             replays.forget()
             replays.doubts.remember(self._known[order.snapshot])
+        if self._training.repairs is not None:
+            self._training.repairs.forget()
         how = order.injection
         if how is None:
             return Said()
@@ -283,6 +294,7 @@ class TrialRank:
                     undone.callback(replace(replays.ring, "samples", garbage))
             if not order.detectors:
                 undone.callback(replace(training, "_watch", None))
+                undone.callback(replace(training, "repairs", None))
                 undone.callback(replace(training, "_replays", None))
             yield
 

@@ -1,0 +1,247 @@
+"""Three replicas train, and the state of one goes bad in each of some ways.
+
+    python -m tests.programs.repaired FOLDER CUT SIZE WAY...
+
+A replica is SIZE ranks, that of the dimension CUT; the rank that goes bad is in the second.
+
+Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, a fingerprint of
+the state that it ends with, what was repaired, and what was not and why.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed import FileStore
+
+from orchestrator.protocol import runfile
+from orchestrator.protocol.layout import Layout
+from orchestrator.worker import RankPhase
+from tests.programs.doubted import (
+    CONFIG,
+    JOB,
+    REPLICAS,
+    STAGED,
+    TOKENS,
+    WaitsError,
+)
+from trainer import hold, parallel, readings, train
+from trainer.data import Samples
+from trainer.injected import flip_bit
+from trainer.prefetch import Prefetch
+from trainer.shares import Place, slices
+from trainer.step import Training, Unheard
+
+STEPS, AT = 6, 4
+BAD = 1
+"""The replica that goes bad, in its first rank."""
+LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
+REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
+WITHOUT_REPLAYS = runfile.Detection(digest_share=1.0, replay_share=0.0)
+IN_PARTS = runfile.Detection(digest_share=0.25, replay_share=0.0)
+"""In a step a fourth of the state is looked at."""
+LENGTH = 16
+"""Of samples: enough for all of the state to be looked at in a step, if it may take that long."""
+DETERMINISTIC = {"job": {"reduction": "deterministic"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "nothing, deterministic": DETERMINISTIC,
+    "a weight": {"flips": {AT: "weights"}},
+    "a weight, and replayed": {"flips": {AT: "weights"}, "detection": REPLAYING},
+    "a weight while it computes": {"flips": {AT: "weights"}, "late": True},
+    "a weight, deterministic": {"flips": {AT: "weights"}, "detection": REPLAYING} | DETERMINISTIC,
+    "a weight, read ahead": {"flips": {AT: "weights"}, "detection": WITHOUT_REPLAYS},
+    "a moment": {"flips": {AT: "exp_avg"}},
+    "the other moment": {"flips": {AT: "exp_avg_sq"}},
+    "in the first step, in parts": {"flips": {1: "weights"}, "detection": IN_PARTS},
+    "later, in parts": {"flips": {2: "weights"}, "detection": IN_PARTS},
+    "the sum of gradients": {"gradient": True},
+    "a digest": {"digest": True},
+    "the count of steps": {"counter": True},
+    "of one rank twice": {"flips": {AT: "weights", AT + 1: "exp_avg"}},
+    "of two ranks at once": {"flips": {AT: "weights"}, "both": True},
+    "what it was given": {"flips": {AT: "weights"}, "deaf": True},
+}
+
+
+class Heard(Unheard):
+    def __init__(self) -> None:
+        self.losses: list[str] = []
+        self.repairs: list[Any] = []
+        self.refused: list[Any] = []
+        self.accused: list[Any] = []
+        self.state = ""
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        if phase is RankPhase.WAITING:
+            raise WaitsError
+
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        assert seconds > 0
+        self.repairs.append([step, rank, source, list(tensors)])
+
+    def not_repaired(self, step: int, *, because: str) -> None:
+        self.refused.append([step, because])
+
+    def diverged(self, step: int, **told: object) -> None:
+        self.accused.append([step, told])
+
+    def step_done(self, step: int, *, loss: float, grad_norm: float, **_: object) -> None:
+        self.losses.append(f"{step} {loss.hex()} {grad_norm.hex()}")
+
+
+class Bad:
+    """What goes bad in one rank, and when: in step AT unless `flips` says otherwise."""
+
+    def __init__(self, training: Training, way: dict[str, Any]) -> None:
+        self._training, self._way, self.step = training, way, 0
+        self._left = dict(way.get("flips", {}))
+        self._undo = contextlib.ExitStack()
+        for name in ("late", "gradient", "digest", "counter", "deaf"):
+            if way.get(name):
+                getattr(self, f"_{name}")()
+
+    def begin(self, step: int) -> None:
+        self.step = step
+        if not self._way.get("late"):
+            self._strike()
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def _strike(self) -> None:
+        kind = self._left.pop(self.step, None)
+        if kind is not None:
+            held = next(each for each in self._training.state() if each.kind == kind)
+            # Two ranks that go bad do so in different ways.
+            flip_bit(held.tensors[2][1], self._training.world.rank, 22)
+
+    def _instead(self, owner: Any, name: str, other: Callable[..., Any]) -> None:
+        self._undo.enter_context(mock.patch.object(owner, name, other))
+
+    def _late(self) -> None:
+        real = self._training.loss
+
+        def computed(*args: Tensor) -> Tensor:
+            self._strike()
+            return real(*args)
+
+        self._instead(self._training, "loss", computed)
+
+    def _gradient(self) -> None:
+        real, left = self._training.optimizer.set_gradients, [AT]
+
+        def arrived(gradients: list[Tensor]) -> Tensor:
+            if self.step in left:
+                left.clear()
+                flip_bit(gradients[0], 3, 20)
+            return real(gradients)
+
+        self._instead(self._training.optimizer, "set_gradients", arrived)
+
+    def _digest(self) -> None:
+        real, left = self._training._digest, [AT]
+
+        def looked(*args: Any, **named: Any) -> Any:
+            found = real(*args, **named)
+            if self.step in left:
+                left.clear()
+                found["weights"] = found["weights"] + 1
+            return found
+
+        self._instead(self._training, "_digest", looked)
+
+    def _counter(self) -> None:
+        optimizer = self._training.optimizer
+        real = optimizer.step
+
+        def moved(number: int, grad_norm: float) -> None:
+            if number == AT - 1:
+                optimizer.set_steps(number + 5)
+            real(number, grad_norm)
+
+        self._instead(optimizer, "step", moved)
+
+    def _deaf(self) -> None:
+        """Have what it was given go bad at once."""
+        real = self._training.optimizer.set_steps
+
+        def counted(steps: int) -> None:
+            real(steps)
+            flip_bit(self._training.state()[0].tensors[2][1], 5, 22)
+
+        self._instead(self._training.optimizer, "set_steps", counted)
+
+
+def taken(name: str, world: parallel.World) -> dict[str, Any]:
+    way = WAYS[name]
+    own = {field: getattr(JOB, field) for field in JOB.__struct_fields__}
+    own |= {"global_batch": own["global_batch"] * world.layout.dp_shard, "seq_len": LENGTH}
+    job = runfile.Trainer(**own | way.get("job", {}))
+    config = STAGED if world.layout.pp > 1 else CONFIG
+    detection = way.get("detection", LOOKING)
+    training = Training(job, config, Samples(TOKENS, job), world, detection=detection)
+    if training._replays is not None:
+        training._replays.pace.fixed = True  # how busy the machine is does not matter here
+    first = BAD * world.layout.shard_count
+    bad = world.rank in ((first, 0) if way.get("both") else (first,))
+    gone = Bad(training, way) if bad else None
+    heard = Heard()
+    at, shards = world.position, world.layout.dp_shard
+    place = Place(at.dp_replicate, REPLICAS, at.dp_shard, shards)
+    ahead = slices(job, place, range(1, STEPS + 1))
+    with (
+        contextlib.suppress(WaitsError),
+        Prefetch(training.samples, ahead, 2, lambda: None, 30.0) as training.samples,
+    ):
+        for step in range(1, STEPS + 1):
+            if gone is not None:
+                gone.begin(step)
+            training.step(step, heard)
+    if gone is not None:
+        gone.close()
+    total = xxhash.xxh3_64()
+    for tensor in itertools.chain.from_iterable(shard[2:] for shard in training.optimizer.shards):
+        total.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    heard.state = total.hexdigest()
+    return vars(heard)
+
+
+def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:
+    train.warm_up()
+    readings.WITHIN_S = 60.0  # how busy the machine is does not matter here
+    hold.HOLD_S = 0.0
+    children = []
+    layout = Layout(dp_replicate=REPLICAS)._replace(**{cut: size})
+    for rank in range(layout.world_size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.set_num_threads(1)
+                world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
+                world.join(FileStore(str(folder / "meeting"), layout.world_size), 60.0)
+                found = {way: taken(way, world) for way in ways}
+                (folder / f"{rank}.json").write_text(json.dumps(found))
+                world.gather([0.0])  # nobody leaves while others still need it
+            except BaseException:  # noqa: BLE001 - the parent hears of it by the exit code
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:]))

@@ -1,0 +1,180 @@
+"""What becomes of a rank whose state went bad and was given what its twins hold."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from orchestrator.cli import story
+from orchestrator.cli.history import History
+from orchestrator.cli.incident import incident_lines
+from orchestrator.core.decisions import Decision, JudgeDevice
+from orchestrator.core.events import Compared, Reported
+from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.report import report
+from orchestrator.core.standing import Act, Proof, Standing
+from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.messages import StateDiverged, StateRepaired
+from tests.fleet import Fleet, begun, starts
+
+SECONDS = 0.3
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    found = begun(Fleet())
+    found.train(12)
+    found.hold(12)
+    found.after(1.0)
+    return found
+
+
+def repaired(
+    fleet: Fleet, rank: int = 2, *, step: int = 13, problem: str = "", count: int = 9
+) -> list[Decision]:
+    names = tuple(f"weights of layers.{n}" for n in range(min(count, 8)))
+    fact = StateRepaired(
+        generation=fleet.state.generation,
+        step=Step(step),
+        ranks=() if problem else (Rank(rank),),
+        source=Rank(0),
+        tensors=() if problem else names,
+        count=0 if problem else count,
+        seconds=SECONDS,
+        problem=problem,
+    )
+    return fleet.say("node-0", fact)
+
+
+def verdicts(decisions: Sequence[Decision]) -> list[tuple[str, Act, Proof]]:
+    orders = [d for d in decisions if isinstance(d, JudgeDevice)]
+    return [(order.device.serial, order.act, order.proof) for order in orders]
+
+
+def test_a_repair_is_an_incident_that_is_over_and_cost_one_step_and_no_restart(
+    fleet: Fleet,
+) -> None:
+    before = fleet.state.generation
+
+    decisions = repaired(fleet)
+
+    assert verdicts(decisions) == [("m1", Act.SUSPECTED, Proof.NONE)]
+    assert fleet.keep(decisions)
+    assert (fleet.state.generation, fleet.state.phase) == (before, RunPhase.TRAINING)
+    (incident,) = fleet.state.incidents
+    assert (incident.kind, incident.rung, incident.open) == (
+        "state-repaired",
+        "repair by copy",
+        False,
+    )
+    assert (incident.ranks, incident.nodes) == ((2,), ("node-1",))
+    assert fleet.state.ledger.totals(incident.id)[Bucket.LOST_WORK] == SECONDS * 1e6
+    assert (fleet.where("m1"), fleet.state.quarantined) == (Standing.SUSPECT, {})
+    assert all(budget.spent == 0 for budget in fleet.state.budgets.values())
+    (told,) = report(fleet.state).incidents
+    assert (told.lost_steps, told.false_alarm) == (1, False)
+
+
+def test_who_asks_is_told_what_was_done_about_it_and_what_that_cost(fleet: Fleet) -> None:
+    repaired(fleet)
+
+    text = "\n".join(incident_lines(0, fleet.state, History()))
+    assert "rank 2 did not hold what most do of weights of layers.0, weights of layers.1" in text
+    assert "weights of layers.7 and 1 more" in text
+    assert "it was given 9 tensors of rank 0, and digests of all are the same" in text
+    assert "nothing was paid" in text
+    assert "1 step done again" in text
+    assert "lost_work: steps that are done again" in text
+
+
+def test_two_ranks_that_tell_the_same_are_one_repair(fleet: Fleet) -> None:
+    fleet.keep(repaired(fleet))
+
+    assert verdicts(repaired(fleet)) == []
+    assert (len(fleet.state.incidents), len(fleet.state.repairs)) == (1, 1)
+
+
+def test_a_digest_that_differed_alone_is_told_as_that(fleet: Fleet) -> None:
+    repaired(fleet, count=0)
+
+    (incident,) = fleet.state.incidents
+    assert "other digests of its state or gradient than most" in incident.findings[0].evidence
+    assert "nothing had to be copied" in incident.reason
+
+
+def test_a_device_under_suspicion_that_is_caught_again_is_convicted_and_swapped_when_it_suits(
+    fleet: Fleet,
+) -> None:
+    fleet.keep(repaired(fleet))
+    fleet.train(3)
+
+    decisions = repaired(fleet, step=16)
+
+    assert verdicts(decisions) == [("m1", Act.CONVICTED, Proof.VOTE)]
+    fleet.keep(decisions)
+    assert fleet.where("m1") is Standing.QUARANTINED
+    assert "node-1" in fleet.state.drains, "nothing of it is wrong: it may choose the moment"
+    fleet.train(1)
+    fleet.hold(16)
+    fleet.train(1)
+    order = starts(fleet)[-1]
+    assert order.seats == ("node-0", "node-0", "node-2", "node-2")
+    assert order.restore is not None
+    assert order.restore.step == 16
+    assert fleet.state.incidents[-1].rung == "planned swap"
+
+
+def test_devices_of_many_nodes_that_are_caught_again_are_suspected_and_no_more(
+    fleet: Fleet,
+) -> None:
+    fleet.keep(repaired(fleet))
+    fleet.train(1)
+    fleet.keep(repaired(fleet, 0, step=14))
+    fleet.train(1)
+
+    assert verdicts(repaired(fleet, step=15)) == []
+    assert fleet.where("m1") is Standing.SUSPECT
+
+
+def test_nobody_starts_from_what_the_rank_had_staged_after_the_step_before(fleet: Fleet) -> None:
+    assert fleet.state.holders(Step(12), Rank(2)) == ("node-0", "node-1")
+
+    repaired(fleet, step=13)
+
+    assert fleet.state.holders(Step(12), Rank(2)) == ()
+    assert fleet.state.holders(Step(12), Rank(3)) == ("node-0", "node-1")
+    fleet.hold(12)
+    assert fleet.state.holders(Step(12), Rank(2)) == (), "also not if it is told again"
+
+
+def test_an_incident_says_why_state_that_differed_was_not_repaired(fleet: Fleet) -> None:
+    assert repaired(fleet, problem="rank 2 was repaired in step 9 already") == []
+    fact = StateDiverged(
+        generation=fleet.state.generation,
+        step=Step(12),
+        since=Step(11),
+        nodes=(NodeId("node-1"),),
+        ranks=(Rank(2),),
+        evidence="digests differ",
+        proven=True,
+    )
+
+    fleet.tell(Compared(at=fleet.at(), fact=fact))
+
+    (incident,) = fleet.state.incidents
+    assert incident.kind == "silent-corruption"
+    assert incident.findings[0].evidence.endswith(
+        "is the last that is known to be good; not repaired: rank 2 was repaired in step 9 already"
+    )
+
+
+def test_repairs_are_told_in_words(fleet: Fleet) -> None:
+    repaired(fleet)
+    repaired(fleet, step=14, problem="no majority")
+
+    told = [
+        story.words(entry.event)
+        for entry in fleet.entries
+        if isinstance(entry.event, Reported) and isinstance(entry.event.fact, StateRepaired)
+    ]
+    assert "node-0: before step 13 moved anything, rank 2 did not hold what most do" in told[0]
+    assert told[1] == "node-0: state differs before step 14, and stays so: no majority"

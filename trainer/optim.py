@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from orchestrator.protocol import runfile
 from trainer.tensor import speaks
@@ -55,6 +56,17 @@ def learning_rate(step: int, job: runfile.Trainer) -> float:
     return job.learning_rate * (FINAL_SHARE + (1.0 - FINAL_SHARE) * cosine)
 
 
+class Part(NamedTuple):
+    """Some numbers of one weight: its values, gradient and moments, of one shape."""
+
+    name: str
+    decays: bool
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
 class Optimizer:
     """AdamW on the local shards, as plain tensors: no collective is hidden in it.
 
@@ -67,6 +79,7 @@ class Optimizer:
         weights = itertools.chain.from_iterable(part.named_parameters() for part in parts)
         self.shards = [_shard_state(name, weight) for name, weight in weights]
         self._device = self.shards[0].param.device
+        self._fused = self._device.type == "cuda"
         matrices = [shard for shard in self.shards if shard.weight.ndim > 1]
         vectors = [shard for shard in self.shards if shard.weight.ndim <= 1]
         self._adamw = torch.optim.AdamW(
@@ -77,7 +90,7 @@ class Optimizer:
             lr=job.learning_rate,
             betas=BETAS,
             eps=EPSILON,
-            **{"fused" if self._device.type == "cuda" else "foreach": True},
+            **{"fused" if self._fused else "foreach": True},
         )
         self.set_steps(0)
 
@@ -116,17 +129,55 @@ class Optimizer:
     @torch.no_grad()
     def step(self, step: int, grad_norm: float) -> None:
         """Move the weights, for the step of this number (1-based), given the global norm."""
+        self._clip([shard.param for shard in self.shards], grad_norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate(step, self._job)
+        self._adamw.step()
+
+    @torch.no_grad()
+    def update(self, parts: Sequence[Part], step: int, grad_norm: float) -> None:
+        """Move parts of weights that are kept elsewhere, in place, to the bit as `step` does.
+
+        Args:
+            parts: with the gradient that the step was given, which is clipped here, too.
+            step: its number.
+            grad_norm: as there.
+        """
+        for decays in (True, False):
+            some = [part for part in parts if part.decays is decays]
+            if not some:
+                continue
+            params = [part.param for part in some]
+            for part in some:
+                part.param.grad = part.grad
+            self._clip(params, grad_norm)
+            adamw(
+                params,
+                [part.grad for part in some],
+                [part.exp_avg for part in some],
+                [part.exp_avg_sq for part in some],
+                [],
+                [torch.tensor(float(step - 1), device=self._device) for _ in some],
+                foreach=not self._fused,
+                fused=self._fused,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=learning_rate(step, self._job),
+                weight_decay=self._job.weight_decay if decays else 0.0,
+                eps=EPSILON,
+                maximize=False,
+            )
+
+    def _clip(self, params: list[Tensor], grad_norm: float) -> None:
         norm = torch.tensor(grad_norm, dtype=torch.float32)
         if not self._job.clip_norm / (norm + 1e-6) >= 1.0:  # else it would multiply all by 1
             nn.utils.clip_grads_with_norm_(
-                [shard.param for shard in self.shards],
+                params,
                 self._job.clip_norm,
                 norm.to(self._device, non_blocking=True),
                 foreach=True,
             )
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate(step, self._job)
-        self._adamw.step()
 
 
 def global_norm(squares: Iterable[float]) -> float:

@@ -32,6 +32,8 @@ from trainer.repair import Repairs
 from trainer.replay import halves
 from trainer.replays import Replays
 from trainer.shares import share_of
+from trainer.updates import Pace as UpdatesPace
+from trainer.updates import Updates
 from trainer.watch import Held, Watch, period_of, read
 
 
@@ -114,7 +116,7 @@ SUMS_AT = READ_AT + readings.WORDS
 DIGESTS_AT = SUMS_AT + sums.WORDS
 GRADIENT_AT = DIGESTS_AT + 2 * SHARED.index("gradient")
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
-UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0)
+UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0, update_share=0.0)
 """Looks for nothing."""
 
 
@@ -234,6 +236,11 @@ class Training:
             if detection.repair:
                 of_state = GRADIENT_AT - DIGESTS_AT
                 self.repairs = Repairs(self, self._watch.period, of_state)
+        self._updates: Updates | None = None
+        if share := detection.update_share:
+            whole = sum(shard.param.numel() for shard in self.optimizer.shards)
+            pace = UpdatesPace.of(share, self._flops_each, world.device.type, whole)
+            self._updates = Updates(self.optimizer, pace, world.rank)
         self._replays: Replays | None = None
         if detection.replay_share and world.layout.readers > 1:
             self._replays = Replays(self, samples, detection.replay_share, watched=watched)
@@ -282,7 +289,7 @@ class Training:
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
-        self.optimizer.step(step, grad_norm)
+        self._move(step, grad_norm, reporter)
         self.warm = True
         seconds = time.monotonic() - begun
         if self._replays is not None:
@@ -300,6 +307,15 @@ class Training:
             work=self._flops,
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
+
+    def _move(self, step: int, grad_norm: float, reporter: Reporter) -> None:
+        """Have the optimizer move the weights, and look at a part of that."""
+        updates = self._updates
+        if updates is not None:
+            updates.before(step)
+        self.optimizer.step(step, grad_norm)
+        if updates is not None:
+            updates.after(step, grad_norm, reporter)
 
     def _exchange(
         self, step: int, word: Word, losses: Tensor, gradients: list[Tensor], reporter: Reporter

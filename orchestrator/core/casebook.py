@@ -139,12 +139,12 @@ class Casebook:
         self._want_generation(finding)
 
     def _note_repair(self, finding: Finding) -> None:
-        """Enter that ranks repaired one of them: it is over, and cost the step that was begun."""
+        """Enter that ranks repaired one of them: it is over, and cost a step if one was begun."""
         state = self._state
         incident = self._open(finding)
         incident.rung, incident.reason = MENDED, finding.detail
         incident.decided_at = incident.resumed_at = state.now
-        incident.lost_steps = 1
+        incident.lost_steps = int(finding.since < finding.at)
         incident.timeline.append(Note(at=state.now, text=finding.detail))
         state.ledger.relabel(finding.since, finding.at, Bucket.LOST_WORK, incident.id)
 

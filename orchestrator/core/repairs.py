@@ -1,8 +1,10 @@
 """What is made of a rank whose state went bad, and was given what its twins hold before it counted.
 
-Nothing is lost but that step, so nothing is ended for it. Its device did it, or its memory: that
-stands in the device ledger as a suspicion, and of a device that was under suspicion already, or on
-probation, as a conviction by vote. Then its node gives up its seats when that costs least.
+Or of one that updated wrongly and saw it itself, since it did so a second time (`source` is its own
+rank, then). Nothing is lost but that step, so nothing is ended for it. Its device did it, or its
+memory: that stands in the device ledger as a suspicion, and of a device that was under suspicion
+already, or on probation, as a conviction by vote. Then its node gives up its seats when that costs
+least.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ AGAIN = (Standing.SUSPECT, Standing.PROBATION)
 def take(state: RunState, fact: StateRepaired) -> None:
     """Enter what ranks of this generation repaired, or did not; of two that tell, the first."""
     known = [*state.repairs, *([state.unrepaired] if state.unrepaired is not None else [])]
-    if any((k.fact.generation, k.fact.step) == (fact.generation, fact.step) for k in known):
+    if any(_same(each.fact, fact) for each in known):
         return
     if fact.problem:
         state.unrepaired = Repair(state.now, NodeId(""), fact)
@@ -31,7 +33,8 @@ def take(state: RunState, fact: StateRepaired) -> None:
     if len(ranks) != 1:
         return  # of whom, nobody can say: no more than digests, which are compared elsewhere
     node = state.seats[ranks[0]]
-    _distrust_copies(state, node, fact)
+    if ranks != (fact.source,):
+        _distrust_copies(state, node, fact)
     repair = Repair(state.now, node, fact)
     again = devices.nodes_in(state, *AGAIN)
     state.repairs.append(repair)
@@ -78,6 +81,14 @@ def why_not(state: RunState, step: Step) -> str:
     if known is None or (known.fact.generation, known.fact.step) != (state.generation, step + 1):
         return ""
     return f"; not repaired: {known.fact.problem}"
+
+
+def _same(one: StateRepaired, other: StateRepaired) -> bool:
+    """Whether two tell the same: of several ranks, each may have updated wrongly in one step."""
+    if one.problem or other.problem:
+        return (one.generation, one.step) == (other.generation, other.step)
+    marks = [(each.generation, each.step, each.ranks, each.source) for each in (one, other)]
+    return marks[0] == marks[1]
 
 
 def _distrust_copies(state: RunState, node: NodeId, fact: StateRepaired) -> None:

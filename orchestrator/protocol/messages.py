@@ -325,7 +325,8 @@ class StateDiverged(_Message, frozen=True, kw_only=True):
 class StateRepaired(_Message, frozen=True, kw_only=True):
     """The state of a rank was not what most hold alike, which showed before a step used it.
 
-    It was given what the others hold, compared once more, and the step was begun anew.
+    It was given what the others hold, compared once more, and the step was begun anew. Or it came
+    to other bits when it updated a part of its state a second time, and kept what came out twice.
     """
 
     generation: Generation
@@ -334,7 +335,7 @@ class StateRepaired(_Message, frozen=True, kw_only=True):
     ranks: tuple[Rank, ...] = ()
     """Whose it was; none if it was not repaired."""
     source: Rank = Rank(0)
-    """Who had what it was given."""
+    """Who had what it was given; the rank itself, if it has computed that."""
     tensors: tuple[str, ...] = ()
     """What it was given, the first of it; none if only a digest or the gradient differed."""
     count: int = 0

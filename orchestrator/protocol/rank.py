@@ -257,7 +257,7 @@ class Repaired(msgspec.Struct, frozen=True, kw_only=True, tag="repaired"):
     ranks: tuple[Rank, ...] = ()
     """Who had something else; none if nobody can say, or nothing was repaired."""
     source: Rank = Rank(0)
-    """Whose state it has now."""
+    """Whose state it has now; its own, if it has computed that again."""
     tensors: tuple[str, ...] = ()
     """What was copied, by kind and name; none if the state was the same after all."""
     seconds: float = 0.0

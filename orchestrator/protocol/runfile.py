@@ -271,6 +271,9 @@ class Detection(_Section, frozen=True, kw_only=True):
     """About which part of a step's time goes into digests of the training state, by which ranks
     that hold the same are compared: with less, each part of the state is looked at more rarely.
     0: none. Of the embedded trainer, where there are replicas."""
+    update_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.002
+    """About which part of a step's time goes into updating a part of the weights twice, another
+    part in each step: with less, each is more rarely. 0: none. Of the embedded trainer."""
     repair: bool = True
     """Whether a rank whose state differs from what most hold alike is given that before a step uses
     it, where that is right; else, and where it is not, the run goes back and its node leaves."""

@@ -390,7 +390,7 @@ class Worker:
         Args:
             step: that is begun anew for it, and has moved nothing.
             rank: who.
-            source: whose state it was given, and holds now.
+            source: whose state it was given, and holds now; itself, if it has computed it again.
             tensors: what it was given, by kind and name; none if the state was the same after all.
             seconds: since the step began.
         """

@@ -2,8 +2,8 @@
 
     python -m tests.bench.detection [--pairs 60] [--json]
 
-Three replicas of the `debug` model train on the CPU, in one world each for digests, for norms in
-which outliers would show, and for those and replays.
+Three replicas of the `debug` model train on the CPU, in one world each for digests, for updates
+that are done twice, for norms in which outliers would show, and for those and replays.
 Every other step is taken without; which comes first changes from pair to pair, so that drifts of
 the machine meet both alike. A step is as long as its slowest rank says. Digests are as by default.
 Replays, which by default come once in many steps, are measured in each and counted once in so many
@@ -107,11 +107,14 @@ def interval(values: list[float]) -> dict[str, float]:
 
 
 def total(parts: list[list[float]], apart: int) -> dict[str, float]:
-    """Return what digests, outliers and, once in `apart` steps, replays add."""
-    digests, outliers, replays = map(interval, parts)
+    """Return what digests, updates, outliers and, once in `apart` steps, replays add."""
+    digests, updates, outliers, replays = map(interval, parts)
     other = {"median": "median", "low": "high", "high": "low"}
     return {
-        name: digests[name] + outliers[name] + (replays[name] - outliers[other[name]]) / apart
+        name: digests[name]
+        + updates[name]
+        + outliers[name]
+        + (replays[name] - outliers[other[name]]) / apart
         for name in digests
     }
 
@@ -143,11 +146,18 @@ def steps_apart(cost: float) -> int:
 
 def measure(folder: Path, pairs: int) -> dict[str, Any]:
     """Return shares of a step's time, speeds, and how busy the machine was with anything."""
-    digests = added(run(replay_share=0.0), folder / "digests", pairs)
-    outliers = added(run(digest_share=0.0, replay_share=NEARLY_NEVER), folder / "norms", pairs)
-    replays = added(run(digest_share=0.0, replay_share=1.0), folder / "replays", pairs)
+    none = {"digest_share": 0.0, "update_share": 0.0, "replay_share": 0.0}
+    default = Detection()
+
+    def looking(name: str, **shares: float) -> Added:
+        return added(run(**none | shares), folder / name, pairs)
+
+    digests = looking("digests", digest_share=default.digest_share)
+    updates = looking("updates", update_share=default.update_share)
+    outliers = looking("norms", replay_share=NEARLY_NEVER)
+    replays = looking("replays", replay_share=1.0)
     apart = steps_apart(statistics.median(replays.step))
-    parts = {"digests": digests, "outliers": outliers, "replay": replays}
+    parts = {"digests": digests, "updates": updates, "outliers": outliers, "replay": replays}
     return {
         "overhead": total([part.step for part in parts.values()], apart),
         "overhead_processor": total([part.processor for part in parts.values()], apart),
@@ -172,7 +182,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    for name in ("overhead", "digests", "outliers", "replay"):
+    for name in ("overhead", "digests", "updates", "outliers", "replay"):
         for unit, one in (("time", found[name]), ("processor time", found[f"{name}_processor"])):
             told = f"{one['median']:+.2%} ({one['low']:+.2%} to {one['high']:+.2%})"
             print(f"{name} {told} of a step's {unit}")

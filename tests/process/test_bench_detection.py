@@ -25,11 +25,11 @@ def test_the_benchmark_of_detection_gives_an_interval_of_each_cost_and_their_sum
 
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    parts = ("overhead", "digests", "outliers", "replay")
+    parts = ("overhead", "digests", "updates", "outliers", "replay")
     for name in (f"{of}{unit}" for of in parts for unit in UNITS):
         assert -1 < found[name]["low"] <= found[name]["median"] <= found[name]["high"]
     assert 50 <= found["replay_every_steps"] <= 200
-    always = found["digests"]["median"] + found["outliers"]["median"]
+    always = sum(found[name]["median"] for name in ("digests", "updates", "outliers"))
     once = found["replay"]["median"] - found["outliers"]["median"]
     expected = always + once / found["replay_every_steps"]
     assert found["overhead"]["median"] == pytest.approx(expected)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.programs.repaired import AT, BAD, REPLICAS, WAYS
+from tests.programs.repaired import AT, BAD, REPLICAS, UPDATE, WAYS
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 Found = dict[str, list[dict[str, Any]]]
 WEIGHT = "weights of layers.0.attention.wq.weight"
 
@@ -24,7 +24,7 @@ def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
         env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -96,6 +96,17 @@ def test_a_rank_that_counts_steps_wrongly_is_told_the_count_with_the_state(found
     assert any(name.startswith("weights of") for name in tensors)
 
 
+def test_an_update_that_came_out_wrong_is_put_right_by_who_did_it_with_no_replica_asked(
+    found: Found,
+) -> None:
+    way = "an update, and nothing is compared"
+
+    assert came_to(found, way) == came_to(found, "nothing")
+    own = [[UPDATE, BAD, BAD, [WEIGHT]]]
+    assert [rank["repairs"] for rank in found[way]] == [[], own, []]
+    assert [rank["off"] + rank["accused"] for rank in found[way]] == [[]] * REPLICAS
+
+
 def test_what_ranks_were_brought_to_wrongly_is_repaired_in_the_first_step(found: Found) -> None:
     way = "in the first step, in parts"
 
@@ -133,8 +144,12 @@ def test_where_a_repair_would_not_be_right_it_is_said_why_and_left_to_the_run(
 def test_of_a_replica_of_several_ranks_the_one_is_repaired_that_went_bad(
     tmp_path: Path, cut: str
 ) -> None:
-    found = train(tmp_path, cut, 2, ["nothing", "a weight"])
+    update = "an update, and nothing is compared"
+    found = train(tmp_path, cut, 2, ["nothing", "a weight", update])
 
+    assert came_to(found, update) == came_to(found, "nothing")
+    assert [len(rank["repairs"]) for rank in found[update]] == [0, 0, 1, 0, 0, 0]
+    assert [rank["off"] for rank in found[update]] == [[]] * len(found[update])
     assert came_to(found, "a weight") == came_to(found, "nothing")
     told = [rank["repairs"] for rank in found["a weight"]]
     assert [len(each) for each in told] == [1, 0, 0, 0, 1, 0]

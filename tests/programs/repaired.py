@@ -53,6 +53,10 @@ IN_PARTS = runfile.Detection(digest_share=0.25, replay_share=0.0)
 LENGTH = 16
 """Of samples: enough for all of the state to be looked at in a step, if it may take that long."""
 DETERMINISTIC = {"job": {"reduction": "deterministic"}}
+UPDATING = runfile.Detection(digest_share=0.0, replay_share=0.0, update_share=1.0)
+"""All of them are updated twice in one of three steps, or of two."""
+UPDATE = 6
+"""A step in which one of two, and of three, is."""
 WAYS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "nothing, deterministic": DETERMINISTIC,
@@ -70,6 +74,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "the count of steps": {"counter": True},
     "of one rank twice": {"flips": {AT: "weights", AT + 1: "exp_avg"}},
     "of two ranks at once": {"flips": {AT: "weights"}, "both": True},
+    "an update, and nothing is compared": {"update": True, "detection": UPDATING},
     "what it was given": {"flips": {AT: "weights"}, "deaf": True},
 }
 
@@ -80,6 +85,7 @@ class Heard(Unheard):
         self.repairs: list[Any] = []
         self.refused: list[Any] = []
         self.accused: list[Any] = []
+        self.off: list[Any] = []
         self.state = ""
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
@@ -89,11 +95,14 @@ class Heard(Unheard):
     def repaired(
         self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
     ) -> None:
-        assert seconds > 0
+        assert (seconds > 0) is (rank != source)
         self.repairs.append([step, rank, source, list(tensors)])
 
     def not_repaired(self, step: int, *, because: str) -> None:
         self.refused.append([step, because])
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        self.off.append([detector, reason])
 
     def diverged(self, step: int, **told: object) -> None:
         self.accused.append([step, told])
@@ -109,7 +118,7 @@ class Bad:
         self._training, self._way, self.step = training, way, 0
         self._left = dict(way.get("flips", {}))
         self._undo = contextlib.ExitStack()
-        for name in ("late", "gradient", "digest", "counter", "deaf"):
+        for name in ("late", "gradient", "digest", "counter", "update", "deaf"):
             if way.get(name):
                 getattr(self, f"_{name}")()
 
@@ -171,6 +180,17 @@ class Bad:
             if number == AT - 1:
                 optimizer.set_steps(number + 5)
             real(number, grad_norm)
+
+        self._instead(optimizer, "step", moved)
+
+    def _update(self) -> None:
+        optimizer = self._training.optimizer
+        real = optimizer.step
+
+        def moved(number: int, grad_norm: float) -> None:
+            real(number, grad_norm)
+            if number == UPDATE:
+                flip_bit(optimizer.shards[2].param, 5, 20)
 
         self._instead(optimizer, "step", moved)
 

@@ -29,17 +29,24 @@ def fleet() -> Fleet:
 
 
 def repaired(
-    fleet: Fleet, rank: int = 2, *, step: int = 13, problem: str = "", count: int = 9
+    fleet: Fleet,
+    rank: int = 2,
+    *,
+    source: int = 0,
+    seconds: float = SECONDS,
+    step: int = 13,
+    problem: str = "",
+    count: int = 9,
 ) -> list[Decision]:
     names = tuple(f"weights of layers.{n}" for n in range(min(count, 8)))
     fact = StateRepaired(
         generation=fleet.state.generation,
         step=Step(step),
         ranks=() if problem else (Rank(rank),),
-        source=Rank(0),
+        source=Rank(source),
         tensors=() if problem else names,
         count=0 if problem else count,
-        seconds=SECONDS,
+        seconds=seconds,
         problem=problem,
     )
     return fleet.say("node-0", fact)
@@ -93,6 +100,28 @@ def test_two_ranks_that_tell_the_same_are_one_repair(fleet: Fleet) -> None:
     assert (len(fleet.state.incidents), len(fleet.state.repairs)) == (1, 1)
 
 
+def test_a_rank_that_updated_wrongly_and_saw_it_itself_is_a_repair_like_others(
+    fleet: Fleet,
+) -> None:
+    decisions = [
+        *repaired(fleet, rank=2, source=2, count=1, seconds=0.0),
+        *repaired(fleet, rank=1, source=1, count=0, seconds=0.0),
+    ]
+
+    assert verdicts(decisions) == [
+        ("m1", Act.SUSPECTED, Proof.NONE),
+        ("m0", Act.SUSPECTED, Proof.NONE),
+    ]
+    first, second = fleet.state.incidents
+    assert first.findings[0].evidence == (
+        "in step 13, rank 2 came to other bits when it updated a second time: weights of layers.0"
+    )
+    assert "of which a third time shows that the first was right" in second.findings[0].evidence
+    assert "what came out twice is kept" in first.reason
+    assert (first.lost_steps, sum(fleet.state.ledger.totals(first.id).values())) == (0, 0)
+    assert fleet.state.holders(Step(12), Rank(2)) == ("node-0", "node-1"), "it is sound"
+
+
 def test_a_digest_that_differed_alone_is_told_as_that(fleet: Fleet) -> None:
     repaired(fleet, count=0)
 
@@ -128,7 +157,7 @@ def test_devices_of_many_nodes_that_are_caught_again_are_suspected_and_no_more(
 ) -> None:
     fleet.keep(repaired(fleet))
     fleet.train(1)
-    fleet.keep(repaired(fleet, 0, step=14))
+    fleet.keep(repaired(fleet, 0, source=3, step=14))
     fleet.train(1)
 
     assert verdicts(repaired(fleet, step=15)) == []

@@ -94,6 +94,8 @@ class Voice(Unheard):
         del seconds
         what = ", ".join(tensors) or "no state, after all"
         words = f"before step {step}, rank {rank} was given that of rank {source}: {what}"
+        if rank == source:
+            words = f"in step {step}, rank {rank} computed once more: {what}"
         self.diverged(step - 1, since=step - 1, ranks=(rank,), proven=True, evidence=words)
 
     def looked_again(self, step: int, *, because: str) -> None:
@@ -295,6 +297,7 @@ class TrialRank:
             if not order.detectors:
                 undone.callback(replace(training, "_watch", None))
                 undone.callback(replace(training, "repairs", None))
+                undone.callback(replace(training, "_updates", None))
                 undone.callback(replace(training, "_replays", None))
             yield
 

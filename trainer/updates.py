@@ -1,0 +1,296 @@
+"""Computes a slice of each update twice, on other lanes of the device, and compares the bits.
+
+What the optimizer makes of a sharded state is on no other rank: if a unit gets it wrong there,
+every replica of layers takes that over, and nothing that is compared would show it. So in every
+step a part of the weights, another one each time, is updated once more from what the update found,
+in the opposite order of its numbers. If that came out otherwise it is done a third time, and what
+came out twice is kept. A fault that is always the same and on all lanes is not seen.
+
+Beside that, what is true of any state that AdamW has made must be true of it: second moments are
+not negative, and first moments are bounded by them, and thereby updates by the learning rate.
+
+Letters: N numbers of the slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.guard import Guard
+from trainer.optim import BETAS, Optimizer, Part, ShardState
+
+FLOPS_PER_WORD = {"cpu": 500.0, "cuda": 20_000.0}
+"""What it takes to update a number once more and to compare, in operations of training that the
+device could do meanwhile. A core needs some 16 ns for that (12 of them for AdamW), and does some 30
+GFLOPS in float32; a GPU moves 110 bytes for it at 3 TB/s, and does some 500 TFLOPS in bf16."""
+WORDS_MIN = 1 << 17
+"""Of fewer, calls take longer than numbers: then it is done more rarely, of so many."""
+ROOM = 1.01
+"""By which rounding may exceed the bound of moments: a few of 2**-24 in each of some 20 steps."""
+TINY = 1e-18
+"""First moments below this say nothing: their squares are below what a float32 can be."""
+TOLD_MAX = 8
+"""Repairs of a generation that are told: a unit that is always wrong is wrong in every step."""
+
+
+class Told(Protocol):
+    """Who hears of it; `trainer.step.Reporter`."""
+
+    def repaired(
+        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
+    ) -> None:
+        """Hear that an update came out wrong, and is right now; `source` is `rank`."""
+
+    def diverged(
+        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+    ) -> None:
+        """Hear that some ranks compute wrongly, or may do."""
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        """Hear that this rank goes on without a detector."""
+
+
+class Pace(NamedTuple):
+    """How much of an update is looked at."""
+
+    words: int
+    """Numbers at a time."""
+    apart: int
+    """Steps from one time to the next."""
+
+    @classmethod
+    def of(cls, share: float, flops: float, device: str, whole: int) -> Pace:
+        """Return the one that takes a share of the time of steps.
+
+        Args:
+            share: of the time, above 0.
+            flops: operations that a rank does in a step.
+            device: where it does them, `cpu` or `cuda`.
+            whole: all numbers that there are.
+
+        >>> Pace.of(0.002, 1.7e9, "cpu", 10**6), Pace.of(0.002, 1e12, "cpu", 10**8)
+        (Pace(words=131072, apart=20), Pace(words=4000000, apart=1))
+        """
+        words = share * flops / FLOPS_PER_WORD[device]
+        least = max(min(WORDS_MIN, whole), 1)
+        if words >= least:
+            return cls(int(words), 1)
+        return cls(least, math.ceil(least / words))
+
+
+def bound_of_moments(steps: int) -> float:
+    """Return how many times the root of the second moment the first one is at most.
+
+    By Cauchy and Schwarz, whatever the gradients were, of moments that began with 0. Of the number
+    of steps it depends for the first few; it is 1.165 for many.
+
+    >>> round(bound_of_moments(1), 3), round(bound_of_moments(1000), 3)
+    (0.447, 1.165)
+    """
+    first, second = BETAS
+    ratio = first * first / second
+    return (1 - first) / math.sqrt(1 - second) * math.sqrt((1 - ratio**steps) / (1 - ratio))
+
+
+class Updates:
+    """Those of one rank.
+
+    Args:
+        optimizer: whose.
+        pace: how much of it is looked at.
+        rank: this one.
+    """
+
+    def __init__(self, optimizer: Optimizer, pace: Pace, rank: int) -> None:
+        self._optimizer, self._rank = optimizer, rank
+        self._guard = Guard("updates")
+        self._sizes = [shard.param.numel() for shard in optimizer.shards]
+        self._total = sum(self._sizes)
+        self._words, self._apart = min(pace.words, self._total), pace.apart
+        self.period = math.ceil(self._total / max(self._words, 1)) * self._apart
+        """In so many steps, all of this rank's weights are looked at once."""
+        self._tested = False
+        self._found: list[Part] = []
+        """What the update of this step finds, of those that decay, and of the others."""
+        self._told = 0
+
+    @torch.no_grad()
+    def before(self, step: int) -> None:
+        """Remember what the update of a step finds, of the slice that is due."""
+        if step % self._apart == 0 and self._total:
+            self._found = self._guard.call(lambda: _joined(self._slice(step)), [])
+
+    @torch.no_grad()
+    def after(self, step: int, grad_norm: float, reporter: Told) -> None:
+        """Compare what the update has come to, and keep what comes out twice.
+
+        Args:
+            step: its number.
+            grad_norm: as the update was given it.
+            reporter: hears of it.
+        """
+        found, self._found = self._found, []
+        if found:
+            self._guard.call(lambda: self._test(found, step, grad_norm), None)
+            wrong = self._guard.call(lambda: self._settle(found, step, grad_norm), None)
+            if wrong is not None:
+                self._tell(step, wrong, reporter)
+            if math.isfinite(grad_norm) and self._told < TOLD_MAX:
+                broken = self._guard.call(lambda: self._broken(found, step), "")
+                if broken:
+                    self._told += 1
+                    reporter.diverged(
+                        step,
+                        since=max(step - self.period - 1, 0),
+                        ranks=(self._rank,),
+                        proven=False,
+                        evidence=broken,
+                    )
+        self._guard.tell(reporter)
+
+    def _test(self, found: list[Part], step: int, grad_norm: float) -> None:
+        """Find out if what comes out depends on where a number stands; if so, look no more."""
+        if self._tested:
+            return
+        self._tested = True
+        one, other = self._again(found, step, grad_norm), self._backwards(found, step, grad_norm)
+        third = self._again(found, step, grad_norm)
+        if _same(one, third) and not _same(one, other):
+            words = "numbers come out otherwise where they stand elsewhere: nothing is compared"
+            self._guard.give_up(words, tells=True)
+
+    def _settle(self, found: list[Part], step: int, grad_norm: float) -> list[str] | None:
+        """Return what was wrong and was put right; None if nothing came out otherwise.
+
+        Nothing, if the second time was the wrong one.
+
+        Raises:
+            RuntimeError: if it came out in three ways: whoever looks is no better than what it
+                looks at. Replicas, if there are some, say which.
+        """
+        slices = self._slice(step)
+        first, second = _joined(slices), self._backwards(found, step, grad_norm)
+        if _same(first, second):
+            return None
+        third = self._again(found, step, grad_norm)
+        if _same(first, third):
+            return []
+        if not _same(second, third):
+            raise RuntimeError(
+                "an update came out in three ways, and nobody can say which is right"
+            )
+        wrong = []
+        for group, right in zip(_grouped(slices), second, strict=True):
+            sizes = [part.param.numel() for part in group]
+            pieces = zip(*(torch.split(tensor, sizes) for tensor in _outcome(right)), strict=True)
+            for part, values in zip(group, pieces, strict=True):
+                pairs = list(zip(_outcome(part), values, strict=True))
+                if not all(_alike(now, value) for now, value in pairs):
+                    wrong.append(f"weights of {part.name}")
+                    for now, value in pairs:
+                        now.copy_(value)
+        return wrong
+
+    def _tell(self, step: int, wrong: list[str], reporter: Told) -> None:
+        self._told += 1
+        if self._told <= TOLD_MAX:
+            own = self._rank
+            reporter.repaired(step, rank=own, source=own, tensors=wrong, seconds=0.0)
+
+    def _broken(self, found: list[Part], step: int) -> str:
+        """Say what can not be true of what AdamW has made; "" if nothing."""
+        bound = bound_of_moments(step) * ROOM
+        slices = self._slice(step)
+        for before, part in zip(found, _joined(slices), strict=True):
+            allowed_N = part.exp_avg_sq * bound**2 + TINY**2
+            sound_N = (part.exp_avg.square() <= allowed_N) & part.param.isfinite()
+            # Numbers that were none before are the data's, or were told of.
+            if sound_N.all() or not all(each.isfinite().all() for each in before[2:]):
+                continue
+            where = next(
+                each.name
+                for each in slices
+                if each.decays is part.decays and not _sound(each, bound)
+            )
+            what = "its numbers are not finite"
+            if (part.exp_avg_sq < 0).any():
+                what = "second moments are negative"
+            elif part.param.isfinite().all():
+                what = "first moments are larger than second ones allow"
+            return f"in step {step}, {what}, of {int((~sound_N).sum())} numbers from {where} on"
+        return ""
+
+    def _slice(self, step: int) -> list[Part]:
+        """Return what is due in a step, in place; a piece of each weight that has part in it."""
+        first = step // self._apart * self._words % self._total
+        spans = [(first, first + self._words)]
+        if first + self._words > self._total:
+            spans = [(first, self._total), (0, first + self._words - self._total)]
+        parts, at = [], 0
+        for shard, size in zip(self._optimizer.shards, self._sizes, strict=True):
+            for begin, end in spans:
+                low, high = max(begin - at, 0), min(end - at, size)
+                if low < high:
+                    parts.append(_part(shard, low, high))
+            at += size
+        return parts
+
+    def _again(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
+        """Return what an update comes to, once more."""
+        parts = [Part(*part[:2], *(tensor.clone() for tensor in part[2:])) for part in found]
+        self._optimizer.update(parts, step, grad_norm)
+        return parts
+
+    def _backwards(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
+        """Return the same, computed in the opposite order: each number on another lane."""
+        parts = [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in found]
+        self._optimizer.update(parts, step, grad_norm)
+        return [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in parts]
+
+
+def _part(shard: ShardState, low: int, high: int) -> Part:
+    assert shard.param.grad is not None, f"no gradient for {shard.name}"
+    tensors = (shard.param, shard.param.grad, shard.exp_avg, shard.exp_avg_sq)
+    flat = (tensor.detach().view(-1)[low:high] for tensor in tensors)
+    return Part(shard.name, shard.weight.ndim > 1, *flat)
+
+
+def _grouped(parts: list[Part]) -> list[list[Part]]:
+    """Return those that decay, and the others, as far as there are some."""
+    groups = ([part for part in parts if part.decays is decays] for decays in (True, False))
+    return [group for group in groups if group]
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Return copies of parts, those in one that are updated alike: it takes a call for each."""
+    return [
+        Part("", group[0].decays, *map(torch.cat, zip(*(part[2:] for part in group), strict=True)))
+        for group in _grouped(parts)
+    ]
+
+
+def _same(some: list[Part], others: list[Part]) -> bool:
+    """Whether updates have come to the same bits."""
+    return all(
+        _alike(one, other)
+        for part, twin in zip(some, others, strict=True)
+        for one, other in zip(_outcome(part), _outcome(twin), strict=True)
+    )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def _sound(part: Part, bound: float) -> bool:
+    allowed_N = part.exp_avg_sq * bound**2 + TINY**2
+    return bool(((part.exp_avg.square() <= allowed_N) & part.param.isfinite()).all())
+
+
+def _outcome(part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    return part.param, part.exp_avg, part.exp_avg_sq

@@ -66,14 +66,16 @@ def main() -> None:
     options.add_argument("--generations", type=int, default=100)
     options.add_argument("--checkpoints", type=int, default=1000)
     options.add_argument("--upload-mib", type=int, default=256)
-    options.add_argument("--only-saving", action="store_true")
+    parts = options.add_mutually_exclusive_group()
+    parts.add_argument("--only-saving", action="store_true")
+    parts.add_argument("--all-but-saving", action="store_true")
     options.add_argument("--root", type=Path, default=None, help="folder on the disk to measure")
     options.add_argument("--json", action="store_true")
     chosen = options.parse_args()
     # torch says so of everything that it may still change.
     warnings.simplefilter("ignore")
     found: dict[str, float] = {}
-    for mib in (chosen.mib, *chosen.also):
+    for mib in () if chosen.all_but_saving else (chosen.mib, *chosen.also):
         suffix = "" if mib == chosen.mib else f"@{mib}"
         # What is large takes long, and differs less from round to round.
         rounds = chosen.rounds if mib <= PROCESS_MIB_MAX else max(chosen.rounds // 2, 1)

@@ -29,6 +29,7 @@ from orchestrator.server.deciding import Deciding, take_over
 from orchestrator.server.journal import AlreadyRunningError, inheritance, lock
 from orchestrator.server.metrics import Metrics, reading_token
 from orchestrator.server.snapshots import Snapshots
+from orchestrator.worlds import heap
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.devices import DeviceLedger, address
@@ -67,6 +68,8 @@ def main(folder: RunFolder, port: int) -> int:
     What can not be put on record is not carried out: with no room for it, the controller ends, and
     whoever keeps it alive starts another one, which decides from what is on record.
     """
+    # Whatever a commit or a retention takes is freed in other threads than those that go on.
+    heap.share_one()
     try:
         return _run(folder, port)
     except _DamagedError as error:

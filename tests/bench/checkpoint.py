@@ -82,8 +82,7 @@ def main() -> None:
         took = measure_size(mib, rounds, chosen.root)
         found |= {f"{name}{suffix}": value for name, value in took.items()}
     if not chosen.only_saving:
-        found |= fleet.measure_commits(chosen.ranks, chosen.generations)
-        found |= fleet.measure_listing(chosen.checkpoints)
+        found |= fleet.measure(chosen.ranks, chosen.generations, chosen.checkpoints)
         found |= upload.measure(chosen.upload_mib << 20, max(chosen.rounds // 2, 1))
     if chosen.json:
         print(json.dumps(found))

@@ -7,8 +7,10 @@ own vault. A commit reads neither body nor index of a shard, so there is only a 
 from __future__ import annotations
 
 import gc
+import json
 import queue
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,7 @@ from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Begin, Impression, Receipt, ShardsWritten
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import derive
+from orchestrator.worlds import heap
 from orchestrator.worlds.vault import Vault
 from storage.catalog import Catalog
 from storage.digest import sha256_hex
@@ -50,6 +53,18 @@ SETTLED_S = 600.0
 LISTED_SHARDS = 8
 WARM = 10
 """Generations after which memory should not grow any more."""
+
+
+def measure(ranks: int, generations: int, checkpoints: int) -> dict[str, float]:
+    """Return what a commit of so many ranks takes, and a choice among so many checkpoints.
+
+    In a process of its own, as a controller is: it is asked for its memory.
+    """
+    counts = [str(count) for count in (ranks, generations, checkpoints)]
+    command = [sys.executable, "-m", "tests.bench.saving.fleet", *counts]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    found: dict[str, float] = json.loads(told)
+    return found
 
 
 class Fleet:
@@ -116,6 +131,13 @@ class Fleet:
             )
             made.append(Written(Receipt(shard, BODY_BYTES + shard, digest), seen))
         return made
+
+
+def main() -> None:
+    """Measure, and print what was found as JSON."""
+    ranks, generations, checkpoints = map(int, sys.argv[1:])
+    heap.share_one()
+    print(json.dumps(measure_commits(ranks, generations) | measure_listing(checkpoints)))
 
 
 def measure_commits(ranks: int, generations: int) -> dict[str, float]:
@@ -191,3 +213,7 @@ def _resident() -> int:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,11 @@ LASTING: dict[str, str] = {
     "slow-disk": "1s",
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
-DRAWN = tuple(kind for kind in KINDS if kind not in ("flip-bit", "wrong-matmul"))
-"""Not what takes a spare for good each time: plans are drawn with as many as nodes are lost."""
+_TRAINERS = ("flip-bit", "wrong-matmul", "overload-rank", "stall-data")
+_LIKE_OTHERS = ("block-rank", "throttle-rank")
+DRAWN = tuple(kind for kind in KINDS if kind not in (*_TRAINERS, *_LIKE_OTHERS))
+"""Not what takes a spare for good each time: plans are drawn with as many as nodes are lost. Nor
+what only the embedded trainer can commit, or what shows as `spin-rank` and `slow-rank` do."""
 MARKED = ("exit-rank", "segfault-rank")
 """Kinds of which two near one step look like one fault that moves with the job: a poison step."""
 APART = 3

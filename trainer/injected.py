@@ -6,6 +6,7 @@ They know nothing of what looks for them, and that knows nothing of these.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,26 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol.rank import Misbehave
+from trainer.data import Batch, Batches
 from trainer.watch import Held
 
+FORWARDS = 3
+"""What a product costs with its two gradients, in forward products."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Injected:
     """What one rank was told to do wrong."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[nn.Module], samples: Batches) -> None:
+        self._parts, self._samples = parts, samples
         self._flips: list[Mapping[str, str | int | float]] = []
         self._step = 0
         self._chance = np.random.Generator(np.random.Philox(0))
 
     def take(self, order: Misbehave) -> None:
         """Take in an order of the agent, for the steps to come."""
-        if order.how == "flip-bit":
-            self._flips.append(order.options)
-        else:
-            self._spoil(order.options)
+        match order.how:
+            case "flip-bit":
+                self._flips.append(order.options)
+            case "wrong-matmul":
+                self._spoil(order.options)
+            case "overload-rank":
+                self._overload(float(order.options["times"]))
+            case "stall-data":
+                self._stall(order.options.get("delay"))
+            case _:
+                raise ValueError(f"unknown misbehaviour {order.how!r}")
 
     @torch.no_grad()
     def strike(self, step: int, held: Iterable[Held]) -> None:
@@ -74,6 +85,33 @@ class Injected:
             for name, module in part.named_modules():
                 if isinstance(module, nn.Linear) and wrong["tensor"] in ("", f"{name}.weight"):
                     module.register_forward_hook(spoiled)
+
+    def _overload(self, times: float) -> None:
+        """Have layers multiply again and again, and throw it away: work that nobody counts."""
+        due = 0.0
+
+        def again(module: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+            nonlocal due
+            due += FORWARDS * (times - 1)
+            with torch.no_grad():
+                while due >= 1:
+                    due -= 1
+                    module.forward(*given)
+
+        for part in self._parts:
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(again)
+
+    def _stall(self, delay_s: str | float | None) -> None:
+        """Have samples come late, or never: as from a disk, whoever reads them waits for them."""
+        read = self._samples.batch
+
+        def late(step: int, indices: range) -> Batch:
+            threading.Event().wait(None if delay_s is None else float(delay_s))
+            return read(step, indices)
+
+        self._samples.batch = late  # type: ignore[method-assign]
 
 
 def flip_bit(tensor: torch.Tensor, element: int, bit: int) -> None:

@@ -223,7 +223,7 @@ class Training:
         self._flops = 0.0
         self._waited = waiting.count()
         self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
-        self.injected = Injected(self.stages)
+        self.injected = Injected(self.stages, samples)
         self._guard = Guard("digests")
         self._watch: Watch | None = None
         self.repairs: Repairs | None = None

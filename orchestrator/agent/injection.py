@@ -167,6 +167,14 @@ class Injection:
             case "spin-rank":
                 how = "spin-holding-gil" if fault.hold_gil else "spin"
                 self._target(fault).control.send(Misbehave(how=how))
+            case "block-rank":
+                self._target(fault).control.send(Misbehave(how="block"))
+            case "throttle-rank":
+                self._target(fault).control.send(Misbehave(how="throttle", options=fault.slowdown))
+            case "overload-rank":
+                self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.slowdown))
+            case "stall-data":
+                self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.stall))
             case "flip-bit":
                 self._target(fault).control.send(Misbehave(how=fault.fault, options=fault.flip))
             case "wrong-matmul":

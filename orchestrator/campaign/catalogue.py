@@ -27,12 +27,17 @@ Group = Literal[
     "data",
     "detector",
     "live",
+    "hang",
+    "straggler",
 ]
 """What is summed up together. `state`: what ranks hold alike, and checkpoints; `persistent`,
 `intermittent` (p of 0.1 and more), `rare` and `oneshot`: what a rank computes, by how often it is
 wrong; `sum`: gradients behind a rank's products, so that the sum is wrong for all alike; `data`:
-tokens; `detector`: digests that are wrong themselves; `live`: whole runs with the controller."""
+tokens; `detector`: digests that are wrong themselves; `live`: whole runs with the controller;
+`hang` and `straggler`: whole runs as well, of what is a matter of time (campaign.timed)."""
 GROUPS: tuple[Group, ...] = get_args(Group)
+Blame = Literal["", "hardware", "workload"]
+"""Whether it is the device that is slow, or what it has to do; "" if neither was said."""
 
 SIGN, EXPONENT, TOP, LOW = "sign", "exponent", "top-mantissa", "low-mantissa"
 POSITIONS: dict[str, range] = {
@@ -89,7 +94,15 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: int = 0
     injection: Injection | None = None
     live: str = ""
-    """Of `live`: which kind of fault a whole run meets."""
+    """Of `live`, `hang` and `straggler`: which kind of fault a whole run meets."""
+    rank: Rank = Rank(0)
+    """Of `hang` and `straggler`: whose."""
+    step: int = 0
+    """And after which step."""
+    shape: dict[str, float | str | bool] = {}
+    """And the fields of a fault plan that it has besides."""
+    blame: Blame = ""
+    """Of `straggler`: what makes the rank slow."""
 
     @property
     def horizon(self) -> int:

@@ -1,4 +1,4 @@
-"""Exact confidence intervals of a share, and of a median.
+"""Exact confidence intervals of a share, of a median, and of other quantiles.
 
 A recall of 20 of 20 is no proof of 100 %: the interval says how far it is one.
 """
@@ -84,6 +84,40 @@ def of_median(values: Sequence[float], level: float = LEVEL) -> tuple[float, Int
         cut += 1
     cut = max(cut - 1, 0)
     return middle, Interval(ordered[cut], ordered[count - 1 - cut])
+
+
+class Quantile(NamedTuple):
+    """A quantile of some values, and between which of them it lies."""
+
+    value: float
+    low: float | None
+    """None, as of `high`, if there are too few values to say."""
+    high: float | None
+
+
+def of_quantile(values: Sequence[float], share: float, level: float = LEVEL) -> Quantile:
+    """Return below which value a share of all lies, with its interval, from their order alone.
+
+    Raises:
+        ValueError: without values.
+
+    >>> of_quantile([float(n) for n in range(1, 101)], 0.95)
+    Quantile(value=95.0, low=90.0, high=100.0)
+    >>> of_quantile([1.0, 2.0, 3.0], 0.95)
+    Quantile(value=3.0, low=2.0, high=None)
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("no values, expected at least one")
+    count, tail = len(ordered), (1 - level) / 2
+    # The value at place n (from 1) is above the quantile if fewer than n values are below it.
+    low = next(n for n in range(count + 1) if at_most(n, count, share) > tail)
+    high = next((n for n in range(1, count + 1) if at_most(n - 1, count, share) >= 1 - tail), None)
+    return Quantile(
+        value=ordered[max(math.ceil(share * count), 1) - 1],
+        low=None if low == 0 else ordered[low - 1],
+        high=None if high is None else ordered[high - 1],
+    )
 
 
 def _root(rising: Callable[[float], float]) -> float:

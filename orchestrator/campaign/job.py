@@ -23,6 +23,12 @@ def small(steps: int = STEPS) -> TrainingRun:
     return _run(trainer, {"detectWithin": "3s", "digestShare": 1.0, "replayShare": REPLAYS})
 
 
+def timed(steps: int) -> TrainingRun:
+    """Return a run whose steps take as long as some looks at them, for slow ranks to be seen."""
+    trainer = {"model": "debug", "seqLen": 128, "steps": steps}
+    return _run(trainer, {"detectWithin": "3s"})
+
+
 def usual() -> TrainingRun:
     """Return a run whose steps take long enough to be a measure, with detectors as by default."""
     return _run({"model": "debug", "seqLen": 128, "steps": STEPS}, {})

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from orchestrator.campaign.baselines import Seen, flagged
-from orchestrator.campaign.catalogue import Group, Trial
+from orchestrator.campaign.catalogue import Blame, Group, Trial
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.messages import StateDiverged
@@ -45,6 +45,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of each, the same steps that it took; None if it noticed nothing."""
     steps: int = 0
     """That were watched."""
+    expected: Blame = ""
+    """Of a slow rank: what makes it slow."""
+    verdict: Blame = ""
+    """And what it was said to be."""
+    accused: int = 0
+    """Of a run with a slow rank: how often a device was said to be slow."""
+    rightly: int = 0
+    """And how often it was that of the rank which had a slow one."""
+    false_kills: int = 0
+    """Of a run that is a trial: how often it was begun again for nothing."""
 
 
 def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:

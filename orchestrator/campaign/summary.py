@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
 
 from orchestrator.campaign.baselines import BASELINES
 from orchestrator.campaign.catalogue import GROUPS, Group
-from orchestrator.campaign.intervals import LEVEL, clopper_pearson, of_median
+from orchestrator.campaign.intervals import LEVEL, clopper_pearson, of_median, of_quantile
 from orchestrator.campaign.judging import Result
+from orchestrator.campaign.timed import WITHIN_STEPS
 
 INTERVALS = f"{LEVEL:.0%} intervals, Clopper-Pearson; that of overhead by order statistics"
 
@@ -36,6 +37,16 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True):
     high: float
     pairs: int
     """Stretches of steps with and without, taken in turn."""
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds within which 95 % are noticed, of those that are, and between what limits that is."""
+
+    value: float
+    low: float | None
+    high: float | None
+    """None, as of `low`, if there are too few to say."""
+    of: int
 
 
 class Clean(NamedTuple):
@@ -65,6 +76,22 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     culprit_exact: Share
     """Of what was noticed of state and compute, where there are three who hold the same."""
     overhead: Overhead | None
+    hang_recall: Share
+    hang_culprit_exact: Share
+    """Of all single ranks that stood still, noticed or not."""
+    hang_latency_p95_s: Latency | None
+    """From the fault until it was noticed; to be compared with the run's `detectWithin`."""
+    hang_false_kills_per_1000_steps: Share
+    """Of the steps of all runs with a rank that stood still or was slow: how often one was begun
+    again for nothing."""
+    straggler_recall: Share
+    """Of ranks with a slow device."""
+    straggler_within_20_steps: Share
+    """Of the same: how many were found so soon."""
+    straggler_precision: Share
+    """Of all devices that were said to be slow, also where none was: how many were."""
+    straggler_verdict_right: Share
+    """Of all slow ranks that were found and judged: how often device and work were told apart."""
 
 
 class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +109,8 @@ class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
     latency_max: int | None
     seconds_max: float | None
     """Of whole runs: until one was noticed."""
+    right: int | None
+    """Of slow ranks: how many were found to have what makes them slow; None of others."""
     baselines: dict[str, int]
     """How many of the effective ones each noticed."""
 
@@ -167,6 +196,9 @@ def campaign(
             false_triggers_per_1000_steps=per_thousand(clean.false_triggers, clean.steps),
             culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
             overhead=overhead(pairs),
+            **_of_hangs([r for r in done if r.group == "hang" and r.effective]),
+            hang_false_kills_per_1000_steps=_false_kills(done),
+            **_of_slow([r for r in done if r.group == "straggler" and r.effective]),
         ),
         by_class=rows,
         misses=dict(Counter(r.name for r in done if r.effective and not r.noticed)),
@@ -176,6 +208,47 @@ def campaign(
         },
         alarms=list(clean.alarms),
     )
+
+
+class _OfHangs(TypedDict):
+    hang_recall: Share
+    hang_culprit_exact: Share
+    hang_latency_p95_s: Latency | None
+
+
+def _of_hangs(hangs: Sequence[Result]) -> _OfHangs:
+    seconds = [r.seconds for r in hangs if r.noticed and r.seconds is not None]
+    return _OfHangs(
+        hang_recall=share(sum(r.noticed for r in hangs), len(hangs)),
+        hang_culprit_exact=share(sum(r.named == "exact" for r in hangs), len(hangs)),
+        hang_latency_p95_s=(
+            Latency(**of_quantile(seconds, 0.95)._asdict(), of=len(seconds)) if seconds else None
+        ),
+    )
+
+
+class _OfSlow(TypedDict):
+    straggler_recall: Share
+    straggler_within_20_steps: Share
+    straggler_precision: Share
+    straggler_verdict_right: Share
+
+
+def _of_slow(slow: Sequence[Result]) -> _OfSlow:
+    devices = [r for r in slow if r.expected == "hardware"]
+    soon = [r for r in devices if r.noticed and (r.latency or 0) <= WITHIN_STEPS]
+    judged = [r for r in slow if r.noticed and r.verdict]
+    return _OfSlow(
+        straggler_recall=share(sum(r.noticed for r in devices), len(devices)),
+        straggler_within_20_steps=share(len(soon), len(devices)),
+        straggler_precision=share(sum(r.rightly for r in slow), sum(r.accused for r in slow)),
+        straggler_verdict_right=share(sum(r.verdict == r.expected for r in judged), len(judged)),
+    )
+
+
+def _false_kills(results: Sequence[Result]) -> Share:
+    of_runs = [r for r in results if r.group in ("hang", "straggler")]
+    return per_thousand(sum(r.false_kills for r in of_runs), sum(r.steps for r in of_runs))
 
 
 def _recall(results: Sequence[Result], group: Group) -> Share:
@@ -206,6 +279,11 @@ def _row(results: Sequence[Result]) -> ClassRow:
         latency_median=float(np.median(latencies)) if latencies else None,
         latency_max=max(latencies, default=None),
         seconds_max=max((r.seconds for r in noticed if r.seconds is not None), default=None),
+        right=(
+            sum(r.verdict == r.expected for r in noticed)
+            if results[0].group == "straggler"
+            else None
+        ),
         baselines={
             name: sum(r.baselines.get(name) is not None for r in effective) for name in BASELINES
         },

@@ -1,4 +1,4 @@
-"""`holdfast campaign`: lets silent faults loose on a small run, and counts what is noticed."""
+"""`holdfast campaign`: lets faults loose that raise no error, and counts what is noticed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         ),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, max=100_000, help="How many faults.")] = 300,
+    classes: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="What to let loose: corruption, hang, straggler; as many trials of each.",
+        ),
+    ] = "corruption",
     seed: Annotated[int, typer.Option(min=0, help="Of everything that chance decides.")] = 0,
     clean_steps: Annotated[
         int, typer.Option(min=0, help="Steps without a fault, for false alarms.")
@@ -29,7 +36,7 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         typer.Option(min=0, help="Stretches with and without detectors, for overhead."),
     ] = 20,
     whole_runs: Annotated[
-        bool, typer.Option(help="Some trials are whole runs with the controller.")
+        bool, typer.Option(help="Some trials of corruption are whole runs with the controller.")
     ] = True,
     out: Annotated[
         Path | None,
@@ -48,7 +55,12 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 
     whole.require_option("--html", html)
     asked = campaigning.Asked(
-        trials=trials, seed=seed, clean_steps=clean_steps, pairs=pairs, whole_runs=whole_runs
+        trials=trials,
+        seed=seed,
+        clean_steps=clean_steps,
+        pairs=pairs,
+        whole_runs=whole_runs,
+        classes=campaigning.classes_of(classes),
     )
     folder = out if out is not None else Path(f"campaign-{seed}")
     told = campaigning.run(run_file, asked, folder, progress=sys.stderr)

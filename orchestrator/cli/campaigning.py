@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO, get_args
 
 import msgspec
 
-from orchestrator.campaign import catalogue, job
+from orchestrator.campaign import catalogue, job, timed
 from orchestrator.campaign.catalogue import Trial
 from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
 from orchestrator.campaign.costs import cost
@@ -24,6 +24,9 @@ from orchestrator.cli.errors import CliError, Exit
 from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.runfile import TrainingRun
 
+Kind = Literal["corruption", "hang", "straggler"]
+CORRUPTION: Kind = "corruption"
+KINDS: tuple[Kind, ...] = get_args(Kind)
 KEPT = "campaign.json"
 CLEAN_AT_ONCE = 100
 """Steps without a fault between two saves of what is known."""
@@ -37,6 +40,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     clean_steps: int
     pairs: int
     whole_runs: bool
+    classes: tuple[Kind, ...] = (CORRUPTION,)
 
 
 class Kept(msgspec.Struct, kw_only=True):
@@ -45,6 +49,7 @@ class Kept(msgspec.Struct, kw_only=True):
     seed: int
     trials: int
     whole_runs: bool
+    classes: tuple[Kind, ...] = (CORRUPTION,)
     run: TrainingRun
     results: list[Result] = []
     alarms: list[str] = []
@@ -74,8 +79,9 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
     room = Path(tempfile.mkdtemp(prefix="holdfast-campaign-"))
     try:
         work.strike(room / "trials")
-        work.rest(asked.clean_steps, room / "clean")
-        work.weigh(asked.pairs, room / "costs")
+        if CORRUPTION in asked.classes:
+            work.rest(asked.clean_steps, room / "clean")
+            work.weigh(asked.pairs, room / "costs")
         work.run_whole(room / "runs")
     finally:
         shutil.rmtree(room)
@@ -93,13 +99,7 @@ class _Work:
 
     def __init__(self, kept: Kept, file: Path, progress: TextIO) -> None:
         self._kept, self._file, self._progress = kept, file, progress
-        self._trials = catalogue.draw(
-            kept.seed,
-            kept.trials,
-            ranks=kept.run.world_size,
-            snapshots=len(SNAPSHOTS),
-            live=campaign_runs.KINDS if kept.whole_runs else (),
-        )
+        self._trials = _drawn(kept)
 
     def strike(self, folder: Path) -> None:
         """Conduct the trials within the small world that are not there yet."""
@@ -177,6 +177,37 @@ class _Work:
         self._progress.flush()
 
 
+def _drawn(kept: Kept) -> list[Trial]:
+    """Return the trials of all classes, as many of each as of any other."""
+    trials: list[Trial] = []
+    for place, kind in enumerate(kept.classes):
+        count = kept.trials * (place + 1) // len(kept.classes) - len(trials)
+        if kind == "corruption":
+            trials += catalogue.draw(
+                kept.seed,
+                count,
+                ranks=kept.run.world_size,
+                snapshots=len(SNAPSHOTS),
+                live=campaign_runs.KINDS if kept.whole_runs else (),
+            )
+        else:
+            trials += timed.draw(kind, kept.seed, count, ranks=job.RANKS, first=len(trials))
+    return trials
+
+
+def classes_of(text: str) -> tuple[Kind, ...]:
+    """Return the classes that `--classes` names, in their usual order. Raises CliError."""
+    named = [name.strip() for name in text.split(",")]
+    for name in named:
+        if name not in KINDS:
+            raise CliError(
+                f"--classes has {name!r}, expected some of {', '.join(KINDS)}",
+                "write for example `--classes hang,straggler`",
+                Exit.USAGE,
+            )
+    return tuple(kind for kind in KINDS if kind in named)
+
+
 def words(result: Result) -> str:
     """Return what came of a trial in a few words."""
     what = f"{result.name} ({result.site})" if result.site else result.name
@@ -185,7 +216,8 @@ def words(result: Result) -> str:
     if not result.noticed:
         return f"{what}: MISSED"
     after = f"{result.latency} steps" if result.seconds is None else f"{result.seconds:.1f} s"
-    return f"{what}: noticed after {after}, culprit {result.named}"
+    told = f", blamed on {result.verdict or 'nothing'}" if result.expected else ""
+    return f"{what}: noticed after {after}, culprit {result.named}{told}"
 
 
 def _own(run_file: Path) -> TrainingRun:
@@ -208,7 +240,13 @@ def _own(run_file: Path) -> TrainingRun:
 
 def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
     """Return what is known of this campaign. Raises CliError if the file is of another one."""
-    new = Kept(seed=asked.seed, trials=asked.trials, whole_runs=asked.whole_runs, run=target)
+    new = Kept(
+        seed=asked.seed,
+        trials=asked.trials,
+        whole_runs=asked.whole_runs,
+        classes=asked.classes,
+        run=target,
+    )
     if not file.exists():
         return new
     try:
@@ -219,7 +257,7 @@ def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
             "remove it to begin anew, or choose another --out",
             Exit.USAGE,
         ) from error
-    for name in ("seed", "trials", "whole_runs", "run"):
+    for name in ("seed", "trials", "whole_runs", "classes", "run"):
         if getattr(kept, name) != getattr(new, name):
             raise CliError(
                 f"{name} of the campaign that lies there is another one: {file}",

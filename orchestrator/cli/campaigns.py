@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html import escape
 
 from orchestrator.campaign.summary import Campaign, Overhead, Share
@@ -10,6 +11,16 @@ from orchestrator.cli.blocks import facts, section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.tables import grid, in_json
 
+TIMED = ("hang", "straggler")
+"""Groups of trials that are a matter of time."""
+ALWAYS = (
+    "state_recall",
+    "persistent_compute_recall",
+    "intermittent_recall",
+    "oneshot_recall",
+    "culprit_exact",
+)
+"""Of corruption, told also if there were no such trials."""
 SUMMED: tuple[tuple[str, str], ...] = (
     ("State", "state_recall"),
     ("State, of that repaired", "state_unharmed"),
@@ -17,6 +28,12 @@ SUMMED: tuple[tuple[str, str], ...] = (
     ("Intermittent, p >= 0.1", "intermittent_recall"),
     ("One-shot", "oneshot_recall"),
     ("Culprit named exactly", "culprit_exact"),
+    ("Hangs", "hang_recall"),
+    ("Culprit of hangs exact", "hang_culprit_exact"),
+    ("Slow devices", "straggler_recall"),
+    ("Found within 20 steps", "straggler_within_20_steps"),
+    ("Devices blamed rightly", "straggler_precision"),
+    ("Device or work told right", "straggler_verdict_right"),
 )
 
 
@@ -44,25 +61,58 @@ def page(told: Campaign) -> str:
     return pages.page(_head(told), parts)
 
 
+def _without_faults(told: Campaign) -> list[tuple[str, str]]:
+    return [
+        ("False alarms", _per_thousand(told.summary.false_alarms_per_1000_steps)),
+        ("False triggers", _per_thousand(told.summary.false_triggers_per_1000_steps)),
+        ("Overhead", overhead_words(told.summary.overhead)),
+    ]
+
+
+def _times(told: Campaign) -> Iterator[tuple[str, str]]:
+    """Yield what is told of runs with a rank that stood still or was slow, if there were any."""
+    latency = told.summary.hang_latency_p95_s
+    if latency is not None:
+        low, high = ("?" if s is None else f"{s:.1f}" for s in (latency.low, latency.high))
+        yield (
+            "95 % of hangs noticed within",
+            f"{latency.value:.1f} s ({low} to {high}), of {latency.of}",
+        )
+    killed = told.summary.hang_false_kills_per_1000_steps
+    if killed.of:
+        yield (
+            "Begun again for nothing",
+            f"{killed.count} in {killed.of} steps of these, at most {killed.high:.3f} per 1,000",
+        )
+
+
 def _head(told: Campaign) -> str:
     return f"campaign of seed {told.seed}: {told.done} of {told.trials} trials, {told.ranks} ranks"
 
 
 def _text(told: Campaign) -> list[str]:
     summary = told.summary
+    corrupted = not told.by_class or any(row.group not in TIMED for row in told.by_class)
     lines = [
         f"{_head(told)}; {told.intervals}",
         "",
         *facts(
             [
-                *((title, share_words(getattr(summary, name))) for title, name in SUMMED),
-                ("False alarms", _per_thousand(told.summary.false_alarms_per_1000_steps)),
-                ("False triggers", _per_thousand(told.summary.false_triggers_per_1000_steps)),
-                ("Overhead", overhead_words(summary.overhead)),
+                *(
+                    (title, share_words(getattr(summary, name)))
+                    for title, name in SUMMED
+                    if getattr(summary, name).of or (corrupted and name in ALWAYS)
+                ),
+                *_times(told),
+                *(_without_faults(told) if corrupted else ()),
             ]
         ),
         *section("By class", _classes(told).splitlines()),
-        *section("Noticed by baselines on the same trials", _baselines(told).splitlines()),
+        *(
+            section("Noticed by baselines on the same trials", _baselines(told).splitlines())
+            if corrupted
+            else ()
+        ),
         *section("Missed", [f"{count} of {name}" for name, count in told.misses.items()]),
         *section("Alarms without a fault", told.alarms[:8]),
     ]
@@ -105,11 +155,12 @@ def _classes(told: Campaign) -> str:
             "-" if row.latency_max is None else str(row.latency_max),
             "-" if row.seconds_max is None else f"{row.seconds_max:.1f}",
             str(row.exact.count),
+            "-" if row.right is None else str(row.right),
         ]
         for row in told.by_class
     ]
     titles = ["CLASS", "TRIALS", "NO TRACE", "NOTICED", "RECALL (%)", "LOW", "HIGH"]
-    titles += ["LATENCY (steps)", "MOST", "MOST (s)", "EXACT"]
+    titles += ["LATENCY (steps)", "MOST", "MOST (s)", "EXACT", "BLAMED RIGHT"]
     return grid(titles, rows)
 
 
@@ -118,6 +169,7 @@ def _baselines(told: Campaign) -> str:
     rows = [
         [row.name, str(row.recall.of), *(str(count) for count in row.baselines.values())]
         for row in told.by_class
+        if row.group not in TIMED
     ]
     seen = next(iter(told.baselines.values()))
     rows.append(["all", str(seen.of), *(str(share.count) for share in told.baselines.values())])

@@ -234,6 +234,11 @@ class Fleet:
         self.last_moved_at = max(self.last_moved_at, at)
         self.stopped_since = math.inf if math.isinf(self.stopped_since) else at
 
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks do the same, as far as is known."""
+        return self._row is not None
+
     def patient_R(self) -> npt.NDArray[np.bool_]:
         """Return which ranks announced a phase in which standing still is no hang."""
         return _PATIENT[np.clip(self.phase_R, 0, len(_PATIENT) - 1)]

@@ -165,7 +165,7 @@ def _times(own: float, others: list[float]) -> float:
 _CAUSES = {"hardware": Cause.HARDWARE, "workload": Cause.SOFTWARE, "unknown": Cause.UNKNOWN}
 _REASONS = {
     "hardware": "its device is slow; it is swapped for a spare if that pays",
-    "workload": "it has more to compute than its peers; nobody is to blame",
+    "workload": "it has more to compute than its peers, or waits for samples; nobody is to blame",
     "unknown": "whose fault it is can not be told; nothing is done",
 }
 

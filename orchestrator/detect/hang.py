@@ -1,9 +1,10 @@
 """Finds ranks that stand still, and tells the one that does from those that wait for it.
 
-Three levels, each with its own limit: a process that the kernel shows as stopped; a world in
-which nobody has moved for longer than two p99 steps plus `hang_s`; a phase of a recovery that
-takes far longer than it ever took in the same way. Announced phases (compiling, restoring, saving)
-may stand still for as long as their own limit allows.
+Four levels, each with its own limit: a process that the kernel shows as stopped; a world in
+which nobody has moved for longer than two p99 steps plus `hang_s`; few ranks whose samples do not
+come while all others wait for them, for longer than that, and far longer than it ever took there; a
+phase of a recovery that takes far longer than it ever took in the same way. Announced phases
+(compiling, restoring, saving) may stand still for as long as their own limit allows.
 
 Letters in array names: R ranks of the world.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,8 @@ from orchestrator.protocol.ramp import uneven
 
 LEARNED_FACTOR = 5.0
 """A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
+STARVED_FACTOR = 3.0
+"""Others may wait this many times as long for samples of a node as they ever did. Assumed."""
 STEPS_KNOWN_MIN = 3
 SPINNING_SHARE = 0.5
 """Of the time since it last moved, the part for which a rank used a processor."""
@@ -43,16 +47,66 @@ _RECOVERING = (
 )
 
 
+class _Starving(NamedTuple):
+    """Ranks whose samples do not come while all others wait for them; none if that is not so."""
+
+    ranks: tuple[Rank, ...]
+    since: Seconds
+    """When any of the others moved last."""
+    waited_s: float
+
+
 class Hang:
     """Progress is what counts, not the time in a phase."""
 
     name = "hang"
 
+    def __init__(self) -> None:
+        self._starving = _Starving((), Seconds(0.0), 0.0)
+        self._starved_s: dict[NodeId, float] = {}
+        """The longest for which others have waited for samples of each node, seconds."""
+
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return at most one finding: the ranks that hold up the rest."""
         if state.wanting or not state.seats or not isinstance(event, Telemetry | Tick):
             return []
-        return stopped(state) or standing_still(state) or stuck_recovery(state) or broken(state)
+        return (
+            stopped(state)
+            or standing_still(state)
+            or self._starved(state)
+            or stuck_recovery(state)
+            or broken(state)
+        )
+
+    def _starved(self, state: RunState) -> list[Finding]:
+        """Find ranks that show signs of life, and whose samples do not come.
+
+        How long a disk takes is learned for each node, also from a wait that was broken off: for a
+        slow one a run is begun again a few times at most, and that of another node is no excuse.
+        """
+        limit_s = step_limit_s(state)
+        now = starving(state)
+        before, self._starving = self._starving, now
+        if before.ranks and now.since != before.since:
+            self._learn(state, before)
+        if not now.ranks or limit_s is None:
+            return []
+        known_s = max(self._starved_s.get(state.seats[rank], 0.0) for rank in now.ranks)
+        limit_s = max(limit_s, STARVED_FACTOR * known_s)
+        if now.waited_s <= limit_s:
+            return []
+        self._learn(state, now)
+        words = (
+            f"samples do not come, and all others have waited in a collective for "
+            f"{now.waited_s:.1f} s, limit {limit_s:.1f} s"
+        )
+        return [_finding(state, now.ranks, now.since, words)]
+
+    def _learn(self, state: RunState, waited: _Starving) -> None:
+        for rank in waited.ranks:
+            if rank < len(state.seats):
+                node = state.seats[rank]
+                self._starved_s[node] = max(self._starved_s.get(node, 0.0), waited.waited_s)
 
 
 def stopped(state: RunState) -> list[Finding]:
@@ -90,6 +144,26 @@ def standing_still(state: RunState) -> list[Finding]:
         f"({state.timeouts.hang_s:g} s + 2 x p99 step {state.step_times.quantile(0.99):.2f} s)"
     )
     return [_finding(state, ranks, since, words)]
+
+
+def starving(state: RunState) -> _Starving:
+    """Return which ranks wait for samples, if they are few and all others wait for them."""
+    fleet = state.fleet
+    nobody = _Starving((), Seconds(0.0), 0.0)
+    # Asked at every tick: while all do the same, nobody waits for anybody.
+    if state.phase is not RunPhase.TRAINING or fleet.alike:
+        return nobody
+    reads_R = fleet.phase_R == RankPhase.DATA
+    count = int(reads_R.sum())
+    if not 0 < count <= len(reads_R) // 2:
+        return nobody  # a store that lets most of them wait is no rank's fault
+    done_R = fleet.phase_R == RankPhase.DONE
+    waits_R = ~reads_R & (fleet.entered_R > fleet.left_R) & ~fleet.patient_R()
+    if not bool((reads_R | waits_R | done_R).all()) or not bool(waits_R.any()):
+        return nobody
+    since = Seconds(float(fleet.moved_at_R[waits_R].max()))
+    ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(reads_R))
+    return _Starving(ranks, since, state.now - since)
 
 
 def step_limit_s(state: RunState) -> float | None:

@@ -10,7 +10,11 @@ FaultKind = Literal[
     "segfault-rank",
     "freeze-rank",
     "spin-rank",
+    "block-rank",
     "slow-rank",
+    "throttle-rank",
+    "overload-rank",
+    "stall-data",
     "kill-agent",
     "lose-node",
     "partition-node",
@@ -36,6 +40,7 @@ Extra = Literal[
     "atStep",
     "chance",
     "magnitude",
+    "times",
 ]
 EXTRAS: tuple[Extra, ...] = get_args(Extra)
 
@@ -55,7 +60,17 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "segfault-rank": Traits("rank", (), "SIGSEGV to a rank's process"),
     "freeze-rank": Traits("rank", ("for",), "SIGSTOP; with `for`, SIGCONT afterwards"),
     "spin-rank": Traits("rank", ("holdGil",), "endless loop; `holdGil` blocks all threads"),
+    "block-rank": Traits("rank", (), "the rank waits in a system call that never returns"),
     "slow-rank": Traits("rank", ("for", "share"), "the rank gets `share` of its time"),
+    "throttle-rank": Traits(
+        "rank", ("times",), "whatever the rank computes takes `times` as much of its processor"
+    ),
+    "overload-rank": Traits(
+        "rank", ("times",), "the rank has `times` as much to compute as it says"
+    ),
+    "stall-data": Traits(
+        "rank", ("delay",), "samples come `delay` later; without `delay` no more come at all"
+    ),
     "kill-agent": Traits("node", (), "SIGKILL to a node's agent"),
     "lose-node": Traits("node", ("for",), "agent, ranks and memory vanish; `for` gives it back"),
     "partition-node": Traits("node", ("for",), "the agent is alive but unreachable"),

@@ -18,9 +18,11 @@ from orchestrator.protocol.runfile import Duration, NonNegative, seconds
 
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Probability = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Times = Annotated[float, msgspec.Meta(gt=1, le=100)]
 SLOW_SHARE = 0.5
 FLIPPED_BIT = 20
 SLOW_DELAY = "200ms"
+SLOW_TIMES = 2.0
 
 
 class PlanError(ValueError):
@@ -66,7 +68,10 @@ class Fault(_Section, frozen=True, kw_only=True):
     share: Share | None = None
     """Of slow-rank: which part of its time the rank gets; default 0.5."""
     delay: Duration | None = None
-    """Of slow-disk: how much longer each operation takes; default 200ms."""
+    """Of slow-disk: how much longer each operation takes; default 200ms. Of stall-data: how much
+    longer the samples of a micro-batch take to read; without it they never come."""
+    times: Times | None = None
+    """Of throttle-rank and overload-rank: default 2."""
     state: Literal["weights", "exp_avg", "exp_avg_sq", "gradient"] | None = None
     """Of flip-bit: in what; default weights. `gradient` is the sum over all ranks."""
     tensor: str | None = None
@@ -115,6 +120,7 @@ class Fault(_Section, frozen=True, kw_only=True):
             self.at_step,
             self.chance,
             self.magnitude,
+            self.times,
         )
         return tuple(name for name, value in zip(EXTRAS, values, strict=True) if value is not None)
 
@@ -139,6 +145,16 @@ class Fault(_Section, frozen=True, kw_only=True):
             "chance": 1.0 if self.chance is None else self.chance,
             "magnitude": 1.0 if self.magnitude is None else self.magnitude,
         }
+
+    @property
+    def slowdown(self) -> dict[str, str | int | float]:
+        """What a rank is told that is to compute more slowly, or more."""
+        return {"times": SLOW_TIMES if self.times is None else self.times}
+
+    @property
+    def stall(self) -> dict[str, str | int | float]:
+        """What a rank is told whose samples come late, or never."""
+        return {"never": 1} if self.delay is None else {"delay": seconds(self.delay)}
 
     def describe(self) -> str:
         """Return it in words: `freeze-rank rank 2 at step 40`."""

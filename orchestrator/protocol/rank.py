@@ -124,9 +124,9 @@ class Misbehave(msgspec.Struct, frozen=True, kw_only=True, tag="misbehave"):
     """To a rank: fail in this way at your next phase change. Only a fault plan sends this."""
 
     how: str
-    """`exception`, `spin` or `spin-holding-gil`; or what the program in the rank takes itself."""
+    """One of `worker.misbehaviour`, or what the program in the rank takes itself."""
     options: dict[str, str | int | float] = {}
-    """Details of what the program takes itself."""
+    """Details, of what has any."""
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True, tag="probe"):

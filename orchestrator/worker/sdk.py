@@ -56,7 +56,7 @@ from orchestrator.protocol.rank import (
 from orchestrator.worker.beacon import BeaconWriter, DigestRecord, StepRecord
 from orchestrator.worker.errors import Aborted, MisconfiguredError, NotSupervisedError
 from orchestrator.worker.listening import Listener
-from orchestrator.worker.misbehaviour import misbehave
+from orchestrator.worker.misbehaviour import DETAILED, misbehave
 from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
 from orchestrator.worker.probing import measure
@@ -225,10 +225,10 @@ class Worker:
             raise Aborted(f"generation {self._generation} is over")
         while self._orders.misbehave:
             order = self._orders.misbehave.popleft()
-            if order.options:
+            if order.options and order.how not in DETAILED:
                 self._on_fault(order)
             else:
-                misbehave(order.how)
+                misbehave(order)
 
     def on_fault(self, callback: Callable[[Misbehave], None]) -> None:
         """Have `callback` called, on the main thread, with planned faults that only it can commit.

@@ -126,7 +126,7 @@ class Breaking:
                 world.controller_killed = True
             case "kill-rank" | "segfault-rank" | "exit-rank" if team:
                 team.end(rank, _DEATHS[fault.fault])
-            case "freeze-rank" | "spin-rank" if team:
+            case "freeze-rank" | "spin-rank" | "block-rank" if team:
                 team.freeze(rank, "T" if fault.fault == "freeze-rank" else "R")
                 self._later(fault, lambda: team.thaw(rank))
             case "slow-rank" if node:

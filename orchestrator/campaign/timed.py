@@ -14,7 +14,7 @@ from orchestrator.campaign.catalogue import Blame, Trial
 from orchestrator.protocol.ids import Rank
 
 Kind = Literal["hang", "straggler"]
-STEPS = 60
+STEPS = 50
 """Of a run."""
 FIRST, LAST = 12, 20
 """Steps after which a fault strikes: what is normal is known by then."""

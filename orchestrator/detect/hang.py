@@ -51,9 +51,14 @@ class _Starving(NamedTuple):
     """Ranks whose samples do not come while all others wait for them; none if that is not so."""
 
     ranks: tuple[Rank, ...]
+    nodes: tuple[NodeId, ...]
+    """Where they are: by the time that it is over, they may be elsewhere."""
     since: Seconds
     """When any of the others moved last."""
     waited_s: float
+
+
+_NOBODY = _Starving((), (), Seconds(0.0), 0.0)
 
 
 class Hang:
@@ -62,7 +67,7 @@ class Hang:
     name = "hang"
 
     def __init__(self) -> None:
-        self._starving = _Starving((), Seconds(0.0), 0.0)
+        self._starving = _NOBODY
         self._starved_s: dict[NodeId, float] = {}
         """The longest for which others have waited for samples of each node, seconds."""
 
@@ -88,25 +93,23 @@ class Hang:
         now = starving(state)
         before, self._starving = self._starving, now
         if before.ranks and now.since != before.since:
-            self._learn(state, before)
+            self._learn(before)
         if not now.ranks or limit_s is None:
             return []
-        known_s = max(self._starved_s.get(state.seats[rank], 0.0) for rank in now.ranks)
+        known_s = max(self._starved_s.get(node, 0.0) for node in now.nodes)
         limit_s = max(limit_s, STARVED_FACTOR * known_s)
         if now.waited_s <= limit_s:
             return []
-        self._learn(state, now)
+        self._learn(now)
         words = (
             f"samples do not come, and all others have waited in a collective for "
             f"{now.waited_s:.1f} s, limit {limit_s:.1f} s"
         )
         return [_finding(state, now.ranks, now.since, words)]
 
-    def _learn(self, state: RunState, waited: _Starving) -> None:
-        for rank in waited.ranks:
-            if rank < len(state.seats):
-                node = state.seats[rank]
-                self._starved_s[node] = max(self._starved_s.get(node, 0.0), waited.waited_s)
+    def _learn(self, waited: _Starving) -> None:
+        for node in waited.nodes:
+            self._starved_s[node] = max(self._starved_s.get(node, 0.0), waited.waited_s)
 
 
 def stopped(state: RunState) -> list[Finding]:
@@ -149,21 +152,21 @@ def standing_still(state: RunState) -> list[Finding]:
 def starving(state: RunState) -> _Starving:
     """Return which ranks wait for samples, if they are few and all others wait for them."""
     fleet = state.fleet
-    nobody = _Starving((), Seconds(0.0), 0.0)
     # Asked at every tick: while all do the same, nobody waits for anybody.
     if state.phase is not RunPhase.TRAINING or fleet.alike:
-        return nobody
+        return _NOBODY
     reads_R = fleet.phase_R == RankPhase.DATA
     count = int(reads_R.sum())
     if not 0 < count <= len(reads_R) // 2:
-        return nobody  # a store that lets most of them wait is no rank's fault
+        return _NOBODY  # a store that lets most of them wait is no rank's fault
     done_R = fleet.phase_R == RankPhase.DONE
     waits_R = ~reads_R & (fleet.entered_R > fleet.left_R) & ~fleet.patient_R()
     if not bool((reads_R | waits_R | done_R).all()) or not bool(waits_R.any()):
-        return nobody
+        return _NOBODY
     since = Seconds(float(fleet.moved_at_R[waits_R].max()))
     ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(reads_R))
-    return _Starving(ranks, since, state.now - since)
+    nodes = tuple(dict.fromkeys(state.seats[rank] for rank in ranks))
+    return _Starving(ranks, nodes, since, state.now - since)
 
 
 def step_limit_s(state: RunState) -> float | None:

@@ -3,10 +3,10 @@
 Twins hold the same shard in different replicas. When digests of a step differ, the step has not
 moved anything yet, so nothing of it counts so far; but steps before it do. Copying what most twins
 hold is therefore right only if no step that counts has used what is wrong: if all of the state was
-seen to be alike in the step before, or the world was brought to it right before this one. Of a
-state that is looked at a part at a time, what differs may have differed for a whole round, and what
-came of it is in the gradients of all ranks: then the run has to go back, and so it does whenever
-nobody can be named, or it happens to the same rank again. docs/adr/0017 has more of it.
+seen to be alike in the step before, or the run has only just begun. Of a state that is looked at a
+part at a time, what differs may have differed for a whole round, and what came of it is in the
+gradients of all ranks: then the run has to go back, and so it does whenever nobody can be named, or
+it happens to the same rank again. docs/adr/0017 has more of it.
 
 What was wrong with the gradient, or only with a digest, is gone when the step is begun anew.
 """
@@ -129,10 +129,12 @@ class Repairs:
         self._sound, self._last, self._over = None, {}, False
 
     def begin(self, step: int) -> None:
-        """Hear that a step begins; the first one does with what ranks were brought to."""
+        """Hear that a step begins."""
         self._begun = time.monotonic()
         if self._sound is None:
-            self._sound = step - 1
+            # From memory, each rank starts with what it staged itself: what differs there may have
+            # been used by steps before. Only what a run begins with is the same for certain.
+            self._sound = 0 if step == 1 else -1
 
     def differ(self, step: int, told: Digests, reporter: Told) -> bool:
         """Compare what ranks digested; return whether the step is to be begun anew.

@@ -3,8 +3,9 @@
 What the optimizer makes of a sharded state is on no other rank: if a unit gets it wrong there,
 every replica of layers takes that over, and nothing that is compared would show it. So in every
 step a part of the weights, another one each time, is updated once more from what the update found,
-in the opposite order of its numbers. If that came out otherwise it is done a third time, and what
-came out twice is kept. A fault that is always the same and on all lanes is not seen.
+in the opposite order of its numbers. If that came out otherwise it is done a third time, one place
+further on, and of each number what came out twice is kept. A fault that is always the same and on
+all lanes is not seen.
 
 Beside that, what is true of any state that AdamW has made must be true of it: second moments are
 not negative, and first moments are bounded by them, and thereby updates by the learning rate.
@@ -30,6 +31,8 @@ device could do meanwhile. A core needs some 16 ns for that (12 of them for Adam
 GFLOPS in float32; a GPU moves 110 bytes for it at 3 TB/s, and does some 500 TFLOPS in bf16."""
 WORDS_MIN = 1 << 17
 """Of fewer, calls take longer than numbers: then it is done more rarely, of so many."""
+WORDS_MAX = 1 << 21
+"""Some 80 bytes of memory are taken for each while it is looked at, beside the peak of training."""
 ROOM = 1.01
 """By which rounding may exceed the bound of moments: a few of 2**-24 in each of some 20 steps."""
 TINY = 1e-18
@@ -74,12 +77,12 @@ class Pace(NamedTuple):
             whole: all numbers that there are.
 
         >>> Pace.of(0.002, 1.7e9, "cpu", 10**6), Pace.of(0.002, 1e12, "cpu", 10**8)
-        (Pace(words=131072, apart=20), Pace(words=4000000, apart=1))
+        (Pace(words=131072, apart=20), Pace(words=2097152, apart=1))
         """
         words = share * flops / FLOPS_PER_WORD[device]
         least = max(min(WORDS_MIN, whole), 1)
         if words >= least:
-            return cls(int(words), 1)
+            return cls(min(int(words), WORDS_MAX), 1)
         return cls(least, math.ceil(least / words))
 
 
@@ -164,43 +167,48 @@ class Updates:
             words = "numbers come out otherwise where they stand elsewhere: nothing is compared"
             self._guard.give_up(words, tells=True)
 
-    def _settle(self, found: list[Part], step: int, grad_norm: float) -> list[str] | None:
-        """Return what was wrong and was put right; None if nothing came out otherwise.
+    def _settle(self, found: list[Part], step: int, grad_norm: float) -> _Outcome | None:
+        """Put right what two of three times come out otherwise; None if nothing came out otherwise.
 
-        Nothing, if the second time was the wrong one.
-
-        Raises:
-            RuntimeError: if it came out in three ways: whoever looks is no better than what it
-                looks at. Replicas, if there are some, say which.
+        Each number stands on another lane each time, so that one lane that is wrong is wrong about
+        three different numbers, and outvoted about each.
         """
         slices = self._slice(step)
         first, second = _joined(slices), self._backwards(found, step, grad_norm)
         if _same(first, second):
             return None
-        third = self._again(found, step, grad_norm)
-        if _same(first, third):
-            return []
-        if not _same(second, third):
-            raise RuntimeError(
-                "an update came out in three ways, and nobody can say which is right"
-            )
-        wrong = []
-        for group, right in zip(_grouped(slices), second, strict=True):
+        third = self._turned(found, step, grad_norm)
+        wrong: list[str] = []
+        undecided = 0
+        for group, *times in zip(_grouped(slices), first, second, third, strict=True):
+            votes = [_voted(*each) for each in zip(*map(_outcome, times), strict=True)]
+            undecided += sum(count for _, count in votes)
             sizes = [part.param.numel() for part in group]
-            pieces = zip(*(torch.split(tensor, sizes) for tensor in _outcome(right)), strict=True)
+            pieces = zip(*(torch.split(right, sizes) for right, _ in votes), strict=True)
             for part, values in zip(group, pieces, strict=True):
                 pairs = list(zip(_outcome(part), values, strict=True))
                 if not all(_alike(now, value) for now, value in pairs):
                     wrong.append(f"weights of {part.name}")
                     for now, value in pairs:
                         now.copy_(value)
-        return wrong
+        return _Outcome(wrong, undecided)
 
-    def _tell(self, step: int, wrong: list[str], reporter: Told) -> None:
+    def _tell(self, step: int, found: _Outcome, reporter: Told) -> None:
         self._told += 1
-        if self._told <= TOLD_MAX:
-            own = self._rank
-            reporter.repaired(step, rank=own, source=own, tensors=wrong, seconds=0.0)
+        if self._told > TOLD_MAX:
+            return
+        own = self._rank
+        if found.undecided:
+            reporter.diverged(
+                step,
+                since=step - 1,
+                ranks=(own,),
+                proven=False,
+                evidence=f"in step {step}, {found.undecided} numbers of an update came out in "
+                "three ways, and nobody can say which is right",
+            )
+        else:
+            reporter.repaired(step, rank=own, source=own, tensors=found.wrong, seconds=0.0)
 
     def _broken(self, found: list[Part], step: int) -> str:
         """Say what can not be true of what AdamW has made; "" if nothing."""
@@ -251,6 +259,30 @@ class Updates:
         parts = [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in found]
         self._optimizer.update(parts, step, grad_norm)
         return [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in parts]
+
+    def _turned(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
+        """Return the same, each number one place further on, and the last one first."""
+        parts = [Part(*part[:2], *(tensor.roll(1) for tensor in part[2:])) for part in found]
+        self._optimizer.update(parts, step, grad_norm)
+        return [Part(*part[:2], *(tensor.roll(-1) for tensor in part[2:])) for part in parts]
+
+
+class _Outcome(NamedTuple):
+    """What came of an update that did not come out the same twice."""
+
+    wrong: list[str]
+    """Weights that were put right; none if it was the second time that was wrong."""
+    undecided: int
+    """Numbers that came out in three ways, and are left as they were."""
+
+
+def _voted(first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, int]:
+    """Return what came out twice of each number, or the first if none did; and of how many."""
+    one, two, three = (each.view(torch.int32) for each in (first, second, third))
+    outvoted = (one != two) & (one != three)
+    undecided = outvoted & (two != three)
+    right = torch.where(outvoted & ~undecided, two, one)
+    return right.view(torch.float32), int(undecided.sum())
 
 
 def _part(shard: ShardState, low: int, high: int) -> Part:

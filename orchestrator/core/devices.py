@@ -8,7 +8,7 @@ ordered again by a successor, it is the same verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -236,6 +236,14 @@ def suspect(state: RunState, nodes: Sequence[NodeId], ranks: Sequence[Rank], evi
                 state.watched[device.serial] = 0
             if standing_of(state, device.serial) is Standing.HEALTHY:
                 _judge(state, device, node, Act.SUSPECTED, evidence)
+
+
+def stands(
+    state: RunState, node: NodeId, ranks: Sequence[Rank], standings: Collection[Standing]
+) -> bool:
+    """Whether a device that ranks of a node compute on stands so."""
+    used = _implicated(state, node, ranks)
+    return any(standing_of(state, device.serial) in standings for device in used)
 
 
 def break_down(state: RunState, node: Node, fact: NodeUnusable) -> None:

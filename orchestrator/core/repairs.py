@@ -36,10 +36,10 @@ def take(state: RunState, fact: StateRepaired) -> None:
     if ranks != (fact.source,):
         _distrust_copies(state, node, fact)
     repair = Repair(state.now, node, fact)
-    again = devices.nodes_in(state, *AGAIN)
+    again = devices.stands(state, node, ranks, AGAIN)
     state.repairs.append(repair)
     lately = {r.node for r in state.repairs if state.now - r.at < GUARD_S}
-    if node in again and not too_many(state, lately | proven_lately(state)):
+    if again and not too_many(state, lately | proven_lately(state)):
         devices.convict(state, (node,), ranks, Proof.VOTE, f"again, {words(fact)}")
     else:
         devices.suspect(state, (node,), ranks, words(fact))

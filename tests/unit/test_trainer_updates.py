@@ -124,6 +124,51 @@ def test_an_update_of_the_wrong_step_is_put_right() -> None:
     assert heard.repairs == [(3, ["weights of layer.weight", "weights of layer.bias"])]
 
 
+def test_a_lane_that_is_always_wrong_is_outvoted_about_each_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, _ = steps(None)
+    update, began = Optimizer.update, False
+
+    def one_lane_is_wrong(self: Optimizer, parts: Sequence[Any], *args: Any) -> None:
+        update(self, parts, *args)
+        if began:
+            for part in parts:
+                part.param.view(-1)[3::8] += 1.0
+
+    def begin(optimizer: Optimizer, step: int) -> None:
+        nonlocal began
+        if step == 2:
+            began = True
+        if began and step > 2:
+            with torch.no_grad():
+                optimizer.shards[0].param.view(-1)[3::8] += 1.0
+
+    monkeypatch.setattr(Optimizer, "update", one_lane_is_wrong)
+    found, heard = steps(10**9, begin)
+
+    assert same(found, plain)
+    assert (heard.off, heard.accused) == ([], [])
+    assert [step for step, _ in heard.repairs] == [2, 3, 4, 5, 6]
+
+
+def test_numbers_that_came_out_in_three_ways_stay_and_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update, times = Optimizer.update, iter(range(1, 10**6))
+
+    def never_the_same(self: Optimizer, parts: Sequence[Any], *args: Any) -> None:
+        update(self, parts, *args)
+        for part in parts:
+            part.param.view(-1)[:] += float(next(times))
+
+    monkeypatch.setattr(Optimizer, "update", never_the_same)
+    heard = steps(10**9)[1]
+
+    assert heard.repairs == []
+    assert "three ways" in heard.accused[0]
+
+
 def test_in_some_steps_each_number_is_looked_at_once() -> None:
     optimizer = Optimizer([Small()], runfile.Trainer(steps=STEPS))
     optimizer.set_gradients([torch.zeros_like(shard.param) for shard in optimizer.shards])

@@ -25,12 +25,14 @@ from torch import Tensor
 from trainer.guard import Guard
 from trainer.optim import BETAS, Optimizer, Part, ShardState
 
-FLOPS_PER_WORD = {"cpu": 500.0, "cuda": 20_000.0}
+FLOPS_PER_WORD = {"cpu": 2_000.0, "cuda": 20_000.0}
 """What it takes to update a number once more and to compare, in operations of training that the
-device could do meanwhile. A core needs some 16 ns for that (12 of them for AdamW), and does some 30
-GFLOPS in float32; a GPU moves 110 bytes for it at 3 TB/s, and does some 500 TFLOPS in bf16."""
-WORDS_MIN = 1 << 17
-"""Of fewer, calls take longer than numbers: then it is done more rarely, of so many."""
+device could do meanwhile. A busy core needed some 65 ns for that of `WORDS_MIN` at a time, and does
+some 30 GFLOPS in float32; a GPU moves 110 bytes for it at 3 TB/s, and does some 500 TFLOPS in bf16,
+which nobody has measured."""
+WORDS_MIN = 1 << 15
+"""Of fewer, calls take longer than numbers: then it is done more rarely, of so many. Of more,
+memory is taken from the system anew in each call."""
 WORDS_MAX = 1 << 21
 """Some 80 bytes of memory are taken for each while it is looked at, beside the peak of training."""
 ROOM = 1.01
@@ -77,7 +79,7 @@ class Pace(NamedTuple):
             whole: all numbers that there are.
 
         >>> Pace.of(0.002, 1.7e9, "cpu", 10**6), Pace.of(0.002, 1e12, "cpu", 10**8)
-        (Pace(words=131072, apart=20), Pace(words=2097152, apart=1))
+        (Pace(words=32768, apart=20), Pace(words=1000000, apart=1))
         """
         words = share * flops / FLOPS_PER_WORD[device]
         least = max(min(WORDS_MIN, whole), 1)

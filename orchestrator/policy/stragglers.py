@@ -2,8 +2,10 @@
 
 All ranks wait for the slowest, so a node that takes a tenth longer costs the whole world nearly a
 tenth. Nothing is lost by a swap at the right moment but the time of a restart. How long a device
-stays slow nobody knows; what was measured is taken to last for another hour, or to the end of the
-run if that comes sooner. Only what a probe found slow is swapped: more work is no node's fault.
+stays slow nobody knows, and most do so for minutes. So one is swapped once it has cost as much as a
+swap does: whoever waits for that, and no longer, loses at most twice what the best choice would
+have cost, however long it lasts. With hardly a step left it is kept. Only what a probe found slow
+is swapped: more work is no node's fault.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from orchestrator.policy.restarts import restart_s
 from orchestrator.policy.switches import STRAGGLER_SWAP, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
 
-HORIZON_S = 3_600.0
-"""For how long a slow device is expected to stay so. Assumed."""
 STILL = 0.5
 """Share of its slowness that a device has to have kept to be swapped for it. Half: what is between
 is as far from the one as from the other."""
@@ -40,10 +40,13 @@ class Worth(NamedTuple):
 
 
 def worth(state: RunState, slow: Slow) -> Worth:
-    """Return what to keep a slow node costs from now on, and what to swap it costs."""
+    """Return what to keep a slow node costs from now on, and what to swap it costs.
+
+    It is taken to stay slow for as long again as it has been found to be, in this generation.
+    """
     steps_left = state.run.spec.trainer.steps - state.reached_step
-    left_s = min(steps_left * state.step_times.quantile(0.5), HORIZON_S)
-    return Worth(keep_s=slow.share * left_s, swap_s=restart_s(state))
+    lasts_s = min(state.now - slow.since, steps_left * state.step_times.quantile(0.5))
+    return Worth(keep_s=slow.share * lasts_s, swap_s=restart_s(state))
 
 
 def found_slow(state: RunState) -> dict[NodeId, Slow]:
@@ -94,8 +97,8 @@ def reason(state: RunState, node: NodeId) -> str:
     cost = worth(state, slow)
     return (
         f"{node} is slow ({slow.incident}: {slow.ratio:.2f} times its peers' time): to keep it "
-        f"costs {100 * slow.share:.0f} % of every step, {cost.keep_s:.0f} s within "
-        f"{HORIZON_S / 3600:.0f} h or to the end, to swap it {cost.swap_s:.1f} s"
+        f"costs {100 * slow.share:.0f} % of every step, {cost.keep_s:.1f} s if that lasts as long "
+        f"again as it has, or to the end; to swap it {cost.swap_s:.1f} s"
     )
 
 

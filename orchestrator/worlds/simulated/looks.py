@@ -28,7 +28,8 @@ class Looks:
 
     Attributes:
         to_be_free: nodes that wait for the moment at which memory comes to have a newer step.
-        slow: nodes that were measured to be slow, and wait for the same if there is a spare.
+        slow: nodes that were measured to be slow, and from when on they may wait for the same if
+            there is a spare: who has not been slow for long is kept.
         told_at: when the controller was told anything by a look.
     """
 
@@ -43,7 +44,7 @@ class Looks:
         self._close_until = Seconds(0.0)
         self._broken_at: Seconds | None = None
         self.to_be_free: set[NodeId] = set()
-        self.slow: set[NodeId] = set()
+        self.slow: dict[NodeId, Seconds] = {}
 
     def looked(self) -> None:
         """Enter that somebody looks just now."""
@@ -75,7 +76,8 @@ class Looks:
         elif not _goes_well(team):
             # What there was to find has been found; the run waits, maybe for days, for a node.
             every_s = min(WAITING_LOOK_S, every_s)
-        return Seconds(self._looked_at + every_s)
+        soon = [at for at in self.slow.values() if at > self._cluster.now]
+        return Seconds(min([self._looked_at + every_s, *soon]))
 
     def _is_close(self, team: Team | None) -> bool:
         """Whether the controller has to see each moment, to find what it does not know yet."""
@@ -91,12 +93,16 @@ class Looks:
             # A restart that may choose its moment is waited for, and only while the world trains.
             return team is not None and (
                 not self.to_be_free.isdisjoint(team.ranks)
-                or (not self.slow.isdisjoint(team.ranks) and bool(self._idle(team)))
+                or (self._may_swap(team) and bool(self._idle(team)))
                 or self._can_grow(team)
             )
         if self._broken_at is None:
             self._broken_at = now
         return now - self._broken_at < FOUND_WITHIN_S
+
+    def _may_swap(self, team: Team) -> bool:
+        now = self._cluster.now
+        return any(now >= at and node in team.ranks for node, at in self.slow.items())
 
     def _can_grow(self, team: Team) -> bool:
         """Whether it has too few replicas, and nodes wait for the moment at which it has more."""

@@ -73,6 +73,8 @@ from orchestrator.worlds.simulated.view import News, Told, telemetry
 _BEFORE_S = 1e-6
 FOUND_STEPS = 16
 """Within which a rank that has become slow is found and measured."""
+WAITS_SHARE = 0.5
+"""Of the time after which a slow node has cost as much as a swap: then it is looked at closely."""
 ANSWERING_MAX = 64
 """Nodes that say where their ranks stand. Nothing is decided by it, and a month has many hangs."""
 LOADING, WAITING = ("next_batch (loader)",), ("all_reduce (collective)",)
@@ -426,8 +428,16 @@ class SimulatedWorld:
             )
             self.cluster.say([node], fact)
         suspect = self.cluster.nodes[order.nodes[0]]
-        if suspect.slow > min(node.slow for node in team.members) and self._swaps_slow:
-            self._looks.slow.add(suspect.id)
+        usual = min(node.slow for node in team.members)
+        if suspect.slow > usual and self._swaps_slow:
+            pays_after_s = self._restart_s() / (1 - usual / suspect.slow)
+            at = Seconds(self.now + WAITS_SHARE * pays_after_s)
+            self._looks.slow.setdefault(suspect.id, at)
+
+    def _restart_s(self) -> float:
+        p = self._profile
+        parts = (p.order, p.stop, p.seat, p.rendezvous, p.load, p.first_step)
+        return sum(part.value for part in parts)
 
     @property
     def _swaps_slow(self) -> bool:
@@ -505,7 +515,8 @@ class SimulatedWorld:
         compute_s: tuple[float, ...] = (own_s * slow,)
         if slow > usual:
             compute_s = tuple((own_s * np.array(slows)[self.team.place_R]).tolist())
-        self._looks.slow = {n for n in self._looks.slow if self.cluster.nodes[n].slow > usual}
+        still = {n: at for n, at in self._looks.slow.items() if self.cluster.nodes[n].slow > usual}
+        self._looks.slow = still
         if compute_s != self._compute_s:
             self._compute_s = compute_s
             # Whoever is slower than others is found within some steps, and measured after that.

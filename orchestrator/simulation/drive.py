@@ -105,17 +105,21 @@ class Simulation:
     def conduct(self, until: Seconds) -> bool:
         """Run to the end, at most until a moment; return whether it has ended by then."""
         self._world.look_at(until)
-        self._handle(ControllerStarted(at=self._world.now, incarnation=1))
+        self._outlive(ControllerStarted(at=self._world.now, incarnation=1))
         for event in self._world.events():
-            self._handle(event)
-            # Its successor may be killed in turn, before it is on record that it took over.
-            while self._killed or self._world.controller_killed:
-                self._succeed()
+            self._outlive(event)
             if self.controller.state.phase.final:
                 return True
             if self._world.now >= until:
                 return False
         return self.controller.state.phase.final
+
+    def _outlive(self, event: Event) -> None:
+        """Have an event handled, and another controller take over if this one is killed by that."""
+        self._handle(event)
+        # Its successor may be killed in turn, before it is on record that it took over.
+        while self._killed or self._world.controller_killed:
+            self._succeed()
 
     def _handle(self, event: Event) -> None:
         began_s = time.perf_counter()

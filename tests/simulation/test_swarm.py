@@ -141,6 +141,7 @@ def workers_of(session: int) -> list[int]:
         1834,  # a world that grows does not grow with who was just swapped
         2363,  # what was computed wrong after the last step makes nothing wrong
         2419,  # a commit is of the generation that a new one ends in the same breath
+        5446,  # who is killed before it is on record that it began is succeeded like any other
     ],
 )
 def test_what_a_seed_once_found_is_not_found_again(seed: int) -> None:

@@ -357,7 +357,10 @@ def look(state: RunState, event: Event) -> list[Decision]:
 
 
 def _said(state: RunState) -> Iterator[Decision]:
-    incident = state.incident.id if state.incident is not None else None
+    found = state.incident
+    if found is None and state.incidents and state.incidents[-1].detected_at == state.now:
+        found = state.incidents[-1]  # it came up just now, and was over at once
+    incident = found.id if found is not None else None
     for name in state.unsaid_verdicts:
         order = msgspec.structs.replace(state.judging_devices[name], incident=incident)
         state.judging_devices[name] = order

@@ -35,6 +35,9 @@ LEARNED_FACTOR = 5.0
 """A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
 STARVED_FACTOR = 3.0
 """Others may wait this many times as long for samples of a node as they ever did. Assumed."""
+STARVED_MIN_S = 10.0
+"""For which samples are waited for at least, however soon ranks that stand still are to be found: a
+source takes seconds now and then, and a restart would ask it once more."""
 STEPS_KNOWN_MIN = 3
 SPINNING_SHARE = 0.5
 """Of the time since it last moved, the part for which a rank used a processor."""
@@ -97,7 +100,7 @@ class Hang:
         if not now.ranks or limit_s is None:
             return []
         known_s = max(self._starved_s.get(node, 0.0) for node in now.nodes)
-        limit_s = max(limit_s, STARVED_FACTOR * known_s)
+        limit_s = max(limit_s, STARVED_MIN_S, STARVED_FACTOR * known_s)
         if now.waited_s <= limit_s:
             return []
         self._learn(now)

@@ -49,14 +49,14 @@ def trained(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def test_one_rank_whose_samples_do_not_come_is_named_as_soon_as_one_that_stands_still(
+def test_one_rank_whose_samples_do_not_come_is_named_after_ten_seconds(
     cluster: Cluster,
 ) -> None:
-    (found,) = starve(trained(cluster), 8)
+    (found,) = starve(trained(cluster), 12)
 
     assert found.kind == "hang"
     assert found.ranks == (2,)
-    assert found.detected_at - found.since < 7
+    assert 10 < found.detected_at - found.since < 11
     assert "samples do not come" in found.findings[0].evidence
     assert "data after step 8" in found.findings[0].evidence
 
@@ -82,14 +82,14 @@ def test_a_disk_that_was_slow_before_may_be_as_slow_again_and_another_one_may_no
 
     assert starve(cluster, 15) == []
     cluster.train(1)
-    (found,) = starve(cluster, 8, ranks=(0,))
+    (found,) = starve(cluster, 12, ranks=(0,))
     assert found.ranks == (0,)
 
 
 def test_a_rank_that_starved_the_world_once_has_more_time_after_the_restart(
     cluster: Cluster,
 ) -> None:
-    starve(trained(cluster), 8)
+    assert len(starve(trained(cluster), 12)) == 1
     cluster.go_on()
 
-    assert starve(cluster, 15) == []
+    assert starve(cluster, 25) == []

@@ -2,7 +2,8 @@
 
 Four levels, each with its own limit: a process that the kernel shows as stopped; a world in
 which nobody has moved for longer than two p99 steps plus `hang_s`; few ranks whose samples do not
-come while all others wait for them, for longer than that, and far longer than it ever took there; a
+come while all others wait for them, for ten seconds at least, longer than that and far longer than
+it ever took there; a
 phase of a recovery that takes far longer than it ever took in the same way. Announced phases
 (compiling, restoring, saving) may stand still for as long as their own limit allows.
 

@@ -11,11 +11,8 @@ were looked at again, who was said to be wrong, and which detectors were said to
 
 import contextlib
 import itertools
-import json
 import math
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import RankPhase
+from tests.programs import forked
 from trainer import digest, gradients, parallel, processors, readings, train
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
@@ -331,24 +328,8 @@ def take(training: Training, heard: Heard, loss: Loss, way: dict[str, Any], rank
 def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:
     train.warm_up()
     readings.WITHIN_S = 60.0  # how busy the machine is does not matter here
-    children = []
     layout = Layout(dp_replicate=REPLICAS)._replace(**dict.fromkeys(cut.split(","), size))
-    for rank in range(layout.world_size):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                torch.set_num_threads(1)
-                world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
-                world.join(FileStore(str(folder / "meeting"), layout.world_size), 60.0)
-                found = {way: taken(way, world) for way in ways}
-                (folder / f"{rank}.json").write_text(json.dumps(found))
-                world.gather([0.0])  # nobody leaves while others still need it
-            except BaseException:  # noqa: BLE001 - the parent hears of it by the exit code
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    return int(any(codes))
+    return forked.conduct(folder, layout, lambda world: {way: taken(way, world) for way in ways})
 
 
 if __name__ == "__main__":

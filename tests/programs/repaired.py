@@ -10,10 +10,7 @@ the state that it ends with, what was repaired, and what was not and why.
 
 import contextlib
 import itertools
-import json
-import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +19,11 @@ from unittest import mock
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed import FileStore
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import RankPhase
+from tests.programs import forked
 from tests.programs.doubted import (
     CONFIG,
     JOB,
@@ -244,24 +241,8 @@ def main(folder: Path, cut: str, size: int, ways: Sequence[str]) -> int:
     updates.FLOPS_PER_WORD["cpu"] = 500.0  # else not one of the few steps would have its turn
     readings.WITHIN_S = 60.0  # how busy the machine is does not matter here
     hold.HOLD_S = 0.0
-    children = []
     layout = Layout(dp_replicate=REPLICAS)._replace(**{cut: size})
-    for rank in range(layout.world_size):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                torch.set_num_threads(1)
-                world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
-                world.join(FileStore(str(folder / "meeting"), layout.world_size), 60.0)
-                found = {way: taken(way, world) for way in ways}
-                (folder / f"{rank}.json").write_text(json.dumps(found))
-                world.gather([0.0])  # nobody leaves while others still need it
-            except BaseException:  # noqa: BLE001 - the parent hears of it by the exit code
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    return int(any(codes))
+    return forked.conduct(folder, layout, lambda world: {way: taken(way, world) for way in ways})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Runs a sweep: one result file for each cell and seed, so that it can be resumed."""
+"""Runs a sweep: one result file for each experiment and seed, so that it can be resumed.
+
+A file is named by what was asked and not by its place in the grid, so that a grid with more values,
+or in another order, goes on with what is there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
+import xxhash
 
 from orchestrator import document
 from orchestrator.cli import experimenting, units, whole
@@ -33,10 +38,25 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
 
 
+class Key(NamedTuple):
+    """What tells one result from all others, in this grid and in any other."""
+
+    experiment: str
+    """Digest of all settings, those of `base` and the default ones too, and what they rest on."""
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Name of the file with the result."""
+        return f"run-{self.experiment}-seed-{self.seed:05d}.json"
+
+
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One cell of the grid."""
 
     cell: int
+    experiment: str
+    """Of the names of its result files: run-EXPERIMENT-seed-00000.json."""
     varied: dict[str, Any]
     seeds: int
     ettr: Estimate
@@ -66,38 +86,52 @@ def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
     asked, cells = sweep.parse(document.read(file), str(file))
     rests_on = {cell.number: experiment.inputs(cell.settings).digest() for cell in cells}
     out.mkdir(parents=True, exist_ok=True)
-    seeds = range(asked.first, asked.first + asked.seeds)
-    wanted = {(cell.number, seed): Task(cell.settings, seed) for cell in cells for seed in seeds}
-    found = _kept(out, wanted, rests_on)
-    tasks = [task for key, task in wanted.items() if key not in found]
+    names = {cell.number: name(cell.settings, rests_on[cell.number]) for cell in cells}
+    wanted = {
+        Key(names[cell.number], seed): _Wanted(Task(cell.settings, seed), rests_on[cell.number])
+        for cell in cells
+        for seed in range(asked.first, asked.first + asked.seeds)
+    }
+    found = _kept(out, wanted)
+
+    def told() -> Results:
+        rows = _rows(cells, names, found)
+        return Results(
+            sweep=asked.name, interval=INTERVAL, runs=len(wanted), done=len(found), rows=rows
+        )
+
+    tasks = [each.task for key, each in wanted.items() if key not in found]
     if found:
         progress.write(f"{units.count(len(found), 'run')} of {len(wanted)} are there already\n")
-    places = {(msgspec.json.encode(t.settings), t.seed): key for key, t in wanted.items()}
+    keys = {(msgspec.json.encode(e.task.settings), e.task.seed): key for key, e in wanted.items()}
     with contextlib.closing(experimenting.results(tasks, jobs=jobs)) as coming:
         for result in coming if tasks else ():
-            key = places[msgspec.json.encode(result.task.settings), result.task.seed]
+            key = keys[msgspec.json.encode(result.task.settings), result.task.seed]
             found[key] = result.outcome
-            whole.write(_place(out, *key), _encoded(result, rests_on[key[0]]))
+            whole.write(out / key.file, _encoded(result, wanted[key].rests_on))
             experimenting.tell(progress, len(found), len(wanted), result)
-            whole.write(
-                out / RESULTS, msgspec.json.encode(results(asked.name, cells, found, len(wanted)))
-            )
-    told = results(asked.name, cells, found, len(wanted))
-    whole.write(out / RESULTS, msgspec.json.encode(told))
-    return told
+            whole.write(out / RESULTS, msgspec.json.encode(told()))
+    results = told()
+    whole.write(out / RESULTS, msgspec.json.encode(results))
+    return results
 
 
-def results(
-    name: str, cells: Sequence[Cell], found: dict[tuple[int, int], Outcome], runs: int
-) -> Results:
+def name(settings: Settings, rests_on: str) -> str:
+    """Return what an experiment is called among results: a digest of all there is to say of it."""
+    # Sorted: rates by class may come in any order, and mean the same.
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode((settings, rests_on), order="sorted"))
+
+
+def _rows(cells: Sequence[Cell], names: dict[int, str], found: dict[Key, Outcome]) -> list[Row]:
     """Return what the runs that are there come to, by cell; cells without any are left out."""
     rows = []
     for cell in cells:
-        mine = [found[key] for key in sorted(found) if key[0] == cell.number]
+        mine = [found[key] for key in sorted(found) if key.experiment == names[cell.number]]
         if mine:
             rows.append(
                 Row(
                     cell=cell.number,
+                    experiment=names[cell.number],
                     varied=cell.varied,
                     seeds=len(mine),
                     ettr=estimate([each.ettr for each in mine]),
@@ -106,7 +140,7 @@ def results(
                     failed=sum(each.state == "Failed" for each in mine),
                 )
             )
-    return Results(sweep=name, interval=INTERVAL, runs=runs, done=len(found), rows=rows)
+    return rows
 
 
 def shown(told: Results, form: Told) -> str:
@@ -138,8 +172,11 @@ def value_words(value: object) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def _place(out: Path, cell: int, seed: int) -> Path:
-    return out / f"cell-{cell:04d}-seed-{seed:05d}.json"
+class _Wanted(NamedTuple):
+    """A result that the grid asks for."""
+
+    task: Task
+    rests_on: str
 
 
 def _encoded(result: Result, rests_on: str) -> bytes:
@@ -148,13 +185,11 @@ def _encoded(result: Result, rests_on: str) -> bytes:
     )
 
 
-def _kept(
-    out: Path, wanted: dict[tuple[int, int], Task], rests_on: dict[int, str]
-) -> dict[tuple[int, int], Outcome]:
+def _kept(out: Path, wanted: dict[Key, _Wanted]) -> dict[Key, Outcome]:
     """Return the results that are there and of the very experiment that is asked for."""
     found = {}
-    for key, task in wanted.items():
-        file = _place(out, *key)
+    for key, asked in wanted.items():
+        file = out / key.file
         if not file.exists():
             continue
         try:
@@ -165,8 +200,9 @@ def _kept(
                 "remove it to have it run again, or choose another --out",
                 Exit.USAGE,
             ) from error
-        same = (kept.settings, kept.rests_on) == (task.settings, rests_on[key[0]])
-        if same and kept.outcome.seed == task.seed:
+        # A name is easily given to another file, and what is in it counts.
+        same = (kept.settings, kept.rests_on) == (asked.task.settings, asked.rests_on)
+        if same and kept.outcome.seed == key.seed:
             found[key] = kept.outcome
     return found
 

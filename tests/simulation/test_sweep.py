@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.agent import linux
-from orchestrator.cli import plots, pool
+from orchestrator.cli import plots, pool, sweeping
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.document import BadFileError
 from orchestrator.faults.sections import ModelError
-from orchestrator.simulation.settings import SettingsError
+from orchestrator.simulation.settings import Settings, SettingsError
 from orchestrator.worlds.simulated import profiles
 from tests.journals import holdfast
 from tests.runs import HEEDING
@@ -51,27 +51,76 @@ def test_every_cell_is_run_with_every_seed_and_told_in_a_table(tmp_path: Path) -
         {"spares": 1, "saveEvery": "30s"},
     ]
     assert all(len(row["ettr"]["per_seed"]) == 2 for row in told["rows"])
-    assert sorted(f.name for f in (tmp_path / "spares").iterdir()) == [
-        "cell-0000-seed-00000.json", "cell-0000-seed-00001.json",
-        "cell-0001-seed-00000.json", "cell-0001-seed-00001.json", "results.json",
-    ]  # fmt: skip
+    files = {
+        f"run-{row['experiment']}-seed-0000{seed}.json" for row in told["rows"] for seed in "01"
+    }
+    assert {f.name for f in (tmp_path / "spares").iterdir()} == files | {"results.json"}
+    assert len(files) == 4
     assert page.read_text().count("<svg") == 1
+
+
+def runs_in(folder: Path) -> dict[str, bytes]:
+    """Return the results in a folder, by the names of their files."""
+    return {file.name: file.read_bytes() for file in folder.glob("run-*.json")}
 
 
 def test_what_is_there_is_not_run_again_unless_it_was_asked_otherwise(tmp_path: Path) -> None:
     file = written(tmp_path)
     first = holdfast("simulate", "sweep", str(file))
-    kept = {f.name: f.read_bytes() for f in (tmp_path / "spares").iterdir()}
-    (tmp_path / "spares" / "cell-0001-seed-00001.json").unlink()
+    kept = runs_in(tmp_path / "spares")
+    (tmp_path / "spares" / min(kept)).unlink()
 
     again = holdfast("simulate", "sweep", str(file))
     other = holdfast("simulate", "sweep", str(written(tmp_path, SMALL.replace("2000", "1000"))))
 
     assert "3 runs of 4 are there already" in again.stderr
     assert again.stdout == first.stdout
-    mine = json.loads((tmp_path / "spares" / "cell-0000-seed-00000.json").read_bytes())
     assert "are there already" not in other.stderr
-    assert mine != json.loads(kept["cell-0000-seed-00000.json"])
+    assert len(runs_in(tmp_path / "spares")) == 8
+
+
+def test_a_grid_that_grew_and_was_turned_around_goes_on_with_what_is_there(
+    tmp_path: Path,
+) -> None:
+    before = holdfast("simulate", "sweep", str(written(tmp_path)), "-o", "json")
+    kept = runs_in(tmp_path / "spares")
+    grown = SMALL.replace("days: 0.004, ", "").replace(
+        "{spares: [0, 1], saveEvery: [30s]}",
+        "{saveEvery: [20s, 30s], days: [0.003, 0.004], spares: [2, 1, 0]}",
+    )
+
+    after = holdfast("simulate", "sweep", str(written(tmp_path, grown)), "-o", "json")
+
+    assert "4 runs of 24 are there already" in after.stderr
+    assert kept.items() < runs_in(tmp_path / "spares").items()
+    was, is_now = (
+        {row["experiment"]: (row["varied"]["spares"], row["ettr"]) for row in told["rows"]}
+        for told in map(json.loads, (before.stdout, after.stdout))
+    )
+    assert was.items() < is_now.items()
+
+
+def test_an_experiment_is_named_by_all_that_it_is_and_not_by_the_order_it_is_said_in() -> None:
+    one = Settings(gpus=16, class_rates={"nic": 2, "gpu-fault": 3})
+    turned = Settings(class_rates={"gpu-fault": 3, "nic": 2}, gpus=16, days=54.0)
+    others = [Settings(gpus=16), Settings(gpus=16, class_rates={"nic": 3, "gpu-fault": 2})]
+
+    assert sweeping.name(one, "a") == sweeping.name(turned, "a")
+    assert len({sweeping.name(each, it) for each in (one, *others) for it in "ab"}) == 6
+
+
+def test_a_result_under_the_name_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    first = holdfast("simulate", "sweep", str(file), "-o", "json")
+    folder = tmp_path / "spares"
+    kept = runs_in(folder)
+    one, *_, other = sorted(kept)
+    (folder / one).write_bytes(kept[other])
+
+    again = holdfast("simulate", "sweep", str(file), "-o", "json")
+
+    assert "3 runs of 4 are there already" in again.stderr
+    assert again.stdout == first.stdout
 
 
 def test_an_interrupted_sweep_leaves_whole_results_only_and_goes_on(tmp_path: Path) -> None:
@@ -93,7 +142,7 @@ def test_an_interrupted_sweep_leaves_whole_results_only_and_goes_on(tmp_path: Pa
             sweep.wait(10)
         sweep.stderr.close()
 
-    left = sorted((tmp_path / "spares").glob("cell-*.json"))
+    left = sorted((tmp_path / "spares").glob("run-*.json"))
     assert 0 < len(left) < 120
     for each in left:
         assert json.loads(each.read_bytes())["outcome"]["ettr"] >= 0
@@ -231,14 +280,15 @@ def raising(error: Exception, number: int) -> None:
 
 def test_a_file_in_the_folder_that_is_no_result_is_named(tmp_path: Path) -> None:
     file = written(tmp_path)
-    (tmp_path / "spares").mkdir()
-    (tmp_path / "spares" / "cell-0000-seed-00000.json").write_text("{")
+    holdfast("simulate", "sweep", str(file))
+    torn = min((tmp_path / "spares").glob("run-*.json"))
+    torn.write_text("{")
 
     result = holdfast("simulate", "sweep", str(file))
 
     assert result.exit_code == 2
     assert "not the result of a run" in result.stderr
-    assert "cell-0000-seed-00000.json" in result.stderr
+    assert torn.name in result.stderr
 
 
 class Tags(HTMLParser):

@@ -1,5 +1,6 @@
 """Journals of scripted runs in run folders, and the command line called in this process."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from tests import runfiles
 from tests.conftest import Cluster
 
 SHORT = runfiles.text("short", trainer={"steps": 20})
+
+
+class Terminal(io.StringIO):
+    """Text that is taken for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def text(cluster: Cluster, run_id: str = "r") -> bytes:

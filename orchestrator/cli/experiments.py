@@ -78,7 +78,8 @@ def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
                 "choose the seed with --first, and leave --seeds out",
                 Exit.USAGE,
             )
-        found = [experimenting.journaled(read, asked.seeds[0], asked.journal)]
+        only = asked.seeds[0]
+        found = [experimenting.journaled(read, only, asked.journal, progress=progress)]
     else:
         found = experimenting.run(given, asked.seeds, jobs=asked.jobs, progress=progress)
     told = summary(read, found)

@@ -19,13 +19,21 @@ REAP_S = 5.0
 """A worker that was killed is gone long before."""
 
 
-def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[R, None, None]:
+def each(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    jobs: int,
+    begin: Callable[[], object] | None = None,
+) -> Generator[R, None, None]:
     """Yield what comes of each item, as it comes; whatever interrupts it ends all processes.
 
     Args:
         work: a function of a module, since it is called in other processes.
         items: what it is called with.
         jobs: processes at a time.
+        begin: called once in each process before anything else. It may hold shared memory, which
+            can be handed to a process at its start only.
 
     Raises:
         CliError: if a process was ended from outside.
@@ -35,7 +43,10 @@ def each(work: Callable[[T], R], items: Sequence[T], *, jobs: int) -> Generator[
     # Not forked: what a parent's threads hold at that moment, a child would hold for ever.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        min(jobs, len(items)), mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+        min(jobs, len(items)),
+        mp_context=context,
+        initializer=_begin,
+        initargs=(os.getpid(), begin),
     )
     try:
         tasks: list[Future[R]] = [pool.submit(work, item) for item in items]
@@ -64,7 +75,9 @@ def _nothing() -> None:
     pass
 
 
-def _end_with(parent: int) -> None:
+def _begin(parent: int, begin: Callable[[], object] | None) -> None:
     """Have the kernel end this process with the one that it works for, however that ends."""
     if sys.platform == "linux":
         linux.die_with(parent)
+    if begin is not None:
+        begin()

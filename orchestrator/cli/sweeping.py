@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from orchestrator import document
-from orchestrator.cli import experimenting, units, whole
+from orchestrator.cli import elapsing, experimenting, units, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.experimenting import Result, Task
@@ -104,12 +104,15 @@ def run(file: Path, out: Path, *, jobs: int, progress: TextIO) -> Results:
     if found:
         progress.write(f"{units.count(len(found), 'run')} of {len(wanted)} are there already\n")
     keys = {(msgspec.json.encode(e.task.settings), e.task.seed): key for key, e in wanted.items()}
-    with contextlib.closing(experimenting.results(tasks, jobs=jobs)) as coming:
-        for result in coming if tasks else ():
+    with (
+        elapsing.shown(progress, [task.settings.horizon_s for task in tasks]) as display,
+        contextlib.closing(experimenting.results(tasks, jobs=jobs, board=display.board)) as coming,
+    ):
+        for result in coming:
             key = keys[msgspec.json.encode(result.task.settings), result.task.seed]
             found[key] = result.outcome
             whole.write(out / key.file, _encoded(result, wanted[key].rests_on))
-            experimenting.tell(progress, len(found), len(wanted), result)
+            display.say(experimenting.line(len(found), len(wanted), result.outcome))
             whole.write(out / RESULTS, msgspec.json.encode(told()))
     results = told()
     whole.write(out / RESULTS, msgspec.json.encode(results))

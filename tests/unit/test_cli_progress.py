@@ -11,12 +11,7 @@ import pytest
 from orchestrator.cli import progress, units
 from orchestrator.cli.progress import Lines, Live, Quiet, progress_on
 from tests.conftest import Cluster
-from tests.journals import inject, killed_rank, succeeded
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.journals import Terminal, inject, killed_rank, succeeded
 
 
 def test_a_terminal_gets_a_display_a_pipe_gets_lines_and_quiet_gets_nothing(

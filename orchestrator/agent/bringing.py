@@ -103,4 +103,4 @@ class Bringing:
             # A thread can not be stopped: what it made meanwhile goes at once.
             running.add_done_callback(lambda _: self._files.remove_soon(path))
             raise
-        return replace(twin, rank=rank, path=path, slot=None, pins=0)
+        return replace(twin, rank=rank, path=path, slot=None, pins=0, staged_as=twin.rank)

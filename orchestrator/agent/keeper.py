@@ -166,9 +166,9 @@ class Keeper:
         """Drop what a generation abandons in which this node has no seat; see `begin`."""
         self._shelf.begin(generation, restore, ancestors)
 
-    def holds(self, rank: Rank, step: Step) -> bool:
-        """Whether a shard is held here."""
-        return self._shelf.find(rank, step) is not None
+    def holds(self, rank: Rank, step: Step, staged_as: Rank) -> bool:
+        """Whether the shard that a rank starts from is held here; see `prepare`."""
+        return self._held(rank, step, staged_as) is not None
 
     def seat(self, ranks: Iterable[Rank]) -> None:
         """Free the staging slots of all ranks but these, each as soon as nothing in it is needed.
@@ -299,6 +299,8 @@ class Keeper:
 
         What another rank staged has the same bytes if that has the same shard, of another replica;
         `staged_as` says who did. If it is here, it is copied: its slot is that rank's to write to.
+        What the rank itself staged is not taken then, if it is here: it may be the wrong state with
+        the right checksums.
 
         Raises:
             CorruptError: if the bytes do not match the index, and can not be mended; what was here
@@ -312,8 +314,8 @@ class Keeper:
             StorageError: if it was to come from the durable tier, and could not, or not in time.
         """
         began = self._shelf.lineage.generation
-        held = self._shelf.find(rank, step)
         as_rank = rank if staged_as is None else staged_as
+        held = self._held(rank, step, as_rank)
         twin = self._shelf.find(as_rank, step) if source and held is None else None
         tier: Tier = "own" if held or twin else "fetched" if source else "durable"
         try:
@@ -326,7 +328,7 @@ class Keeper:
                     fetched = await self._bringing.fetched(
                         NodeId(source), (as_rank, step), mend_s=timeout_s / 2
                     )
-                    shard = replace(fetched, rank=rank)
+                    shard = replace(fetched, rank=rank, staged_as=as_rank)
                 elif durable is not None:
                     shard = await self._reading.read(durable, (rank, step))
                 else:
@@ -369,6 +371,11 @@ class Keeper:
         await self._writing.turn(rank, timeout_s=timeout_s)
 
     # Inside -------------------------------------------------------------------------------
+
+    def _held(self, rank: Rank, step: Step, staged_as: Rank) -> Shard | None:
+        found = self._shelf.find(rank, step)
+        as_wanted = found is not None and staged_as in (rank, found.staged_as)
+        return found if as_wanted else None
 
     def _give_up(self, shard: Shard) -> None:
         """Drop what is of no use, and say so before anybody counts on it again."""

@@ -237,7 +237,7 @@ class Seating:
         pauses_s = iter(FETCH_AGAIN_S)
         while True:
             node = self._config.node
-            held = self._keeper.holds(rank, step)
+            held = self._keeper.holds(rank, step, staged_as)
             holder = node if held else NodeId(source)
             left_s = give_up_at - time.monotonic()
             try:

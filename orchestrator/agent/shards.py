@@ -100,6 +100,7 @@ class Shard:
         pins: how many are reading from the file.
         dropped: not found any more; gone once the last pin is.
         renewed: came in place of another of the same rank and step, which may have been no good.
+        staged_as: who staged it, if it was brought here as what another replica's rank staged.
     """
 
     rank: Rank
@@ -112,6 +113,7 @@ class Shard:
     pins: int = 0
     dropped: bool = False
     renewed: bool = False
+    staged_as: Rank | None = None
 
     @classmethod
     def of(cls, rank: Rank, index: str, path: Path, slot: int | None = None) -> Shard:

@@ -347,6 +347,11 @@ def checkpoint_lines(step: Step, state: RunState, history: History) -> list[str]
         for node, rank, what in sorted(bad)
     ]
     lines += section("Copies that were found bad by others", words)
+    wrong = [
+        f"what rank {rank} staged: its state may have been wrong before that"
+        for rank in sorted(state.distrusted.get(step, ()))
+    ]
+    lines += section("Copies that nobody starts from", wrong)
     return lines
 
 

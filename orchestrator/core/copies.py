@@ -64,10 +64,37 @@ def find_bad(state: RunState, fact: Prepared) -> None:
             state.holdings.discard(bad.step, bad.node, frozenset((bad.rank,)))
 
 
+def distrust(state: RunState, step: Step, rank: Rank) -> None:
+    """Count on no copy of what a rank staged after a step: it was wrong before it was staged.
+
+    Its checksums are right, so no node that has it finds anything, and it may be under way to one
+    that holds nothing of it yet. It is so of whoever holds it, for as long as the step is not
+    computed anew: its twins staged the right one.
+    """
+    state.distrusted.setdefault(step, set()).add(rank)
+    _strike_distrusted(state, step)
+
+
+def _strike_distrusted(state: RunState, step: Step) -> None:
+    for rank in sorted(state.distrusted.get(step, ())):
+        for node in state.holdings.of(step).holders(rank):
+            state.holdings.discard(step, node, frozenset((rank,)))
+
+
+def twins_of_distrusted(state: RunState, step: Step) -> dict[Rank, Rank]:
+    """Return as whose each shard is to be had, of which what the rank itself staged is wrong."""
+    bad = state.distrusted.get(step, set())
+    return {
+        rank: next((twin for twin in _twins(state, rank) if twin not in bad), rank)
+        for rank in sorted(bad)
+    }
+
+
 def hold(state: RunState, node: NodeId, holdings: Iterable[Holding]) -> None:
     """Enter what a node holds, as far as it counts."""
     bad = {(s, copy.rank) for s, _, copy in state.struck if _is_gone_from(node, copy)}
     bad |= {(s, rank) for (s, n, rank), what in state.bad_copies.items() if n == node and what}
+    bad |= {(s, rank) for s, wrong in state.distrusted.items() for rank in wrong}
     ranks: dict[Step, set[Rank]] = {}
     for holding in holdings:
         if (holding.step, holding.rank) not in bad:
@@ -93,6 +120,7 @@ def hold_together(state: RunState, held: CopiesHeld) -> None:
     for (step, holder, rank), what in state.bad_copies.items():
         if step == held.step and what:
             state.holdings.discard(step, holder, frozenset((rank,)))
+    _strike_distrusted(state, held.step)
 
 
 def counts(state: RunState, step: Step) -> bool:
@@ -141,8 +169,9 @@ def hold_verified(state: RunState, nodes: Iterable[NodeId], step: Step) -> None:
             if key[:2] == (step, node) and key[2] in ranks:
                 state.bad_copies[key] = ""
         # Nearly always its own memory had them, and it was only read.
-        if counting and not known.of(node).issuperset(ranks):
-            state.holdings.add(step, node, frozenset(ranks))
+        sound = frozenset(ranks) - state.distrusted.get(step, set())
+        if counting and not known.of(node).issuperset(sound):
+            state.holdings.add(step, node, sound)
             known = state.holdings.of(step)
 
 
@@ -167,6 +196,8 @@ def forget_beyond(state: RunState, kept: Step) -> None:
     state.condemned_memory = {step for step in state.condemned_memory if step <= kept}
     state.struck = {m: g for m, g in state.struck.items() if state.retained <= m[0] <= kept}
     state.bad_copies = {k: w for k, w in state.bad_copies.items() if state.retained <= k[0] <= kept}
+    wrong = state.distrusted
+    state.distrusted = {s: ranks for s, ranks in wrong.items() if state.retained <= s <= kept}
 
 
 def strained(state: RunState) -> frozenset[NodeId]:

@@ -246,7 +246,8 @@ def _tiers(plan: Restart) -> str:
     durable = plan.restore.sources.count(NodeId(""))
     twins = 0
     if plan.restore.staged_as:
-        moved = [rank for rank, other in enumerate(plan.restore.staged_as) if rank != other]
+        there = zip(plan.restore.staged_as, plan.restore.sources, strict=True)
+        moved = [rank for rank, (other, node) in enumerate(there) if node and rank != other]
         twins = len(moved)
         own -= sum(plan.restore.sources[rank] == plan.seats[rank] for rank in moved)
     tiers = (

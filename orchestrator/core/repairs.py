@@ -9,13 +9,13 @@ least.
 
 from __future__ import annotations
 
-from orchestrator.core import devices
+from orchestrator.core import copies, devices
 from orchestrator.core.quarantine import GUARD_S, proven_lately, too_many
 from orchestrator.core.records import Repair
 from orchestrator.core.standing import Proof, Standing
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Step
-from orchestrator.protocol.messages import FailedCopy, StateRepaired
+from orchestrator.protocol.messages import StateRepaired
 
 AGAIN = (Standing.SUSPECT, Standing.PROBATION)
 """A device that stands so, and is caught again, is convicted."""
@@ -34,7 +34,8 @@ def take(state: RunState, fact: StateRepaired) -> None:
         return  # of whom, nobody can say: no more than digests, which are compared elsewhere
     node = state.seats[ranks[0]]
     if ranks != (fact.source,):
-        _distrust_copies(state, node, fact)
+        # What is durable of it is compared with what other replicas staged (core.plausible).
+        copies.distrust(state, Step(fact.step - 1), ranks[0])
     repair = Repair(state.now, node, fact)
     again = devices.stands(state, node, ranks, AGAIN)
     state.repairs.append(repair)
@@ -89,15 +90,3 @@ def _same(one: StateRepaired, other: StateRepaired) -> bool:
         return (one.generation, one.step) == (other.generation, other.step)
     marks = [(each.generation, each.step, each.ranks, each.source) for each in (one, other)]
     return marks[0] == marks[1]
-
-
-def _distrust_copies(state: RunState, node: NodeId, fact: StateRepaired) -> None:
-    """Have nobody start from what the rank staged after the step before: it may be wrong there.
-
-    What is durable of it is compared with what other replicas staged (core.plausible).
-    """
-    step = Step(fact.step - 1)
-    for holder in {node, state.buddies.get(node, node)}:
-        copy = FailedCopy(rank=fact.ranks[0], node=holder, kind="corrupt")
-        state.struck.setdefault((step, holder, copy), state.generation)
-        state.holdings.discard(step, holder, frozenset(fact.ranks))

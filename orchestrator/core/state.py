@@ -148,6 +148,9 @@ class RunState:
     bad_copies: dict[tuple[Step, NodeId, Rank], str] = field(default_factory=dict)
     """Copies that another node found not to be what was staged, with what it found: of which step,
     in whose memory, of which rank. "" of those that were replaced since, or are gone."""
+    distrusted: dict[Step, set[Rank]] = field(default_factory=dict)
+    """Whose state may have been wrong already when it was staged: after which step, of which
+    ranks. Whoever holds a copy, it has the right checksums and the wrong numbers."""
     holdings: Holdings = field(init=False)
     retained: Step = Step(-1)
     cadence: Cadence = field(init=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from textwrap import shorten
 
-from orchestrator.core.copies import sources
+from orchestrator.core.copies import sources, twins_of_distrusted
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.incident import CORRUPTION, GROWTH
 from orchestrator.core.phases import RunPhase
@@ -56,6 +56,7 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
             step=state.found.step,
             sources=("",) * len(placement.seats),
             commit=state.found.key,
+            staged_as=_not_as_staged(state, placement, state.found.step),
         )
         return _restart(state, placement, restore)
     return _restart(state, placement, memory)
@@ -152,6 +153,17 @@ def _cut_otherwise(state: RunState) -> str:
         f"spec.nodes and spec.parallelism so that ranks / dpReplicate is {shards}, or choose "
         "another spec.checkpoint.uri to begin anew"
     )
+
+
+def _not_as_staged(state: RunState, placement: Placement, step: Step) -> tuple[Rank, ...]:
+    """Return as whose ranks are to have what the durable tier has; none for as their own.
+
+    What a node still holds saves it from reading that, but for what is wrong there.
+    """
+    others = twins_of_distrusted(state, step)
+    if not others:
+        return ()
+    return tuple(others.get(Rank(rank), Rank(rank)) for rank in range(len(placement.seats)))
 
 
 def newest_in_memory(state: RunState, placement: Placement) -> RestoreFrom | None:

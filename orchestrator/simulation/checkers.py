@@ -245,7 +245,7 @@ def _essence(state: RunState) -> dict[str, object]:
         "committing": state.committing,
         "marks": (state.lowest_mark, state.behind),
         "copies": {step: state.holdings.of(step).count_R().tolist() for step in state.holdings},
-        "condemned": (state.condemned_memory, state.struck, state.bad_copies),
+        "condemned": (state.condemned_memory, state.struck, state.bad_copies, state.distrusted),
         "unfit": state.unfit,
         "trust": (state.onsets, state.quarantined, state.suspects),
         "devices": (state.devices, [*state.judging_devices], state.watched, state.retesting),

@@ -325,6 +325,27 @@ def test_what_another_replica_staged_is_fetched_under_its_name_and_held_under_th
     asyncio.run(scenario())
 
 
+def test_what_a_rank_staged_itself_is_not_taken_if_it_is_to_have_what_another_one_staged(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            here.stage(0, 7, 2)
+            there.stage(OTHER, 7, 2)
+            here.begin(3, {THERE: there}, 7)
+            there.begin(3, {HERE: here}, 7)
+            own = file_of((await here.keeper.prepare(RANK, STEP, THERE))[0])
+
+            restore, tier = await here.keeper.prepare(RANK, STEP, THERE, staged_as=OTHER)
+
+            assert tier == "fetched"
+            assert file_of(restore) != own
+            assert file_of(restore).read_bytes() == sealed(OTHER, 7, 2)[1]
+            assert here.keeper.renewed() == (Holding(RANK, STEP),)
+
+    asyncio.run(scenario())
+
+
 def test_a_spoilt_shard_of_another_replica_is_not_copied_and_not_offered_any_more(
     tmp_path: Path,
 ) -> None:

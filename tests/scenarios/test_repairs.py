@@ -5,15 +5,16 @@ from collections.abc import Sequence
 import pytest
 
 from orchestrator.cli import story
+from orchestrator.cli.describe import checkpoint_lines
 from orchestrator.cli.history import History
 from orchestrator.cli.incident import incident_lines
 from orchestrator.core.decisions import Decision, JudgeDevice
-from orchestrator.core.events import Compared, Reported
+from orchestrator.core.events import Compared, CopiesHeld, Reported
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.report import report
 from orchestrator.core.standing import Act, Proof, Standing
 from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import StateDiverged, StateRepaired
+from orchestrator.protocol.messages import Holding, ShardsHeld, StateDiverged, StateRepaired
 from tests.fleet import Fleet, begun, starts
 
 SECONDS = 0.3
@@ -50,6 +51,19 @@ def repaired(
         problem=problem,
     )
     return fleet.say("node-0", fact)
+
+
+def diverged(fleet: Fleet) -> None:
+    fact = StateDiverged(
+        generation=fleet.state.generation,
+        step=Step(12),
+        since=Step(11),
+        nodes=(NodeId("node-1"),),
+        ranks=(Rank(2),),
+        evidence="digests differ",
+        proven=True,
+    )
+    fleet.tell(Compared(at=fleet.at(), fact=fact))
 
 
 def verdicts(decisions: Sequence[Decision]) -> list[tuple[str, Act, Proof]]:
@@ -173,21 +187,63 @@ def test_nobody_starts_from_what_the_rank_had_staged_after_the_step_before(fleet
     assert fleet.state.holders(Step(12), Rank(3)) == ("node-0", "node-1")
     fleet.hold(12)
     assert fleet.state.holders(Step(12), Rank(2)) == (), "also not if it is told again"
+    told = "\n".join(checkpoint_lines(Step(12), fleet.state, History()))
+    assert "what rank 2 staged: its state may have been wrong before that" in told
+
+
+def test_a_copy_of_it_that_was_under_way_is_not_counted_on_either_until_the_step_is_done_again(
+    fleet: Fleet,
+) -> None:
+    repaired(fleet, step=13)
+
+    fleet.hold(11)
+    fleet.hold(12)
+    generation = fleet.state.generation
+    fleet.tell(CopiesHeld(at=fleet.at(), generation=generation, step=Step(12), copied=True))
+
+    assert fleet.state.holders(Step(12), Rank(2)) == ()
+    fleet.train(1)
+    fleet.exit(2, step=13)
+    order = starts(fleet)[-1]
+    assert order.restore is not None
+    assert order.restore.step == 12
+    assert order.restore.staged_as == (0, 1, 0, 3), "its twin's, wherever it is"
+    fleet.resume()
+    assert fleet.state.holders(Step(12), Rank(2)) == ()
+
+
+def test_what_it_staged_is_as_good_as_any_once_the_step_was_computed_anew(fleet: Fleet) -> None:
+    repaired(fleet, step=13)
+    diverged(fleet)
+    fleet.found()
+    assert starts(fleet)[-1].restore is None
+    fleet.resume()
+    fleet.train(12)
+
+    fleet.hold(12)
+
+    assert fleet.state.holders(Step(12), Rank(2)) != ()
+
+
+def test_a_node_that_has_it_still_does_not_take_it_for_what_the_durable_tier_has(
+    fleet: Fleet,
+) -> None:
+    repaired(fleet, step=13)
+    own = tuple(Holding(Rank(rank), Step(12)) for rank in (2, 3))
+    fleet.say("node-1", ShardsHeld(generation=fleet.state.generation, holdings=own))
+    fleet.lose("node-0")
+    fleet.found(12)
+
+    order = starts(fleet)[-1]
+    assert order.restore is not None
+    assert (order.restore.step, set(order.restore.sources)) == (12, {""})
+    assert order.restore.staged_as == (0, 1, 0, 3)
+    assert fleet.state.incidents[-1].restored_from == "durable tier (4 ranks)"
 
 
 def test_an_incident_says_why_state_that_differed_was_not_repaired(fleet: Fleet) -> None:
     assert repaired(fleet, problem="rank 2 was repaired in step 9 already") == []
-    fact = StateDiverged(
-        generation=fleet.state.generation,
-        step=Step(12),
-        since=Step(11),
-        nodes=(NodeId("node-1"),),
-        ranks=(Rank(2),),
-        evidence="digests differ",
-        proven=True,
-    )
-
-    fleet.tell(Compared(at=fleet.at(), fact=fact))
+    diverged(fleet)
 
     (incident,) = fleet.state.incidents
     assert incident.kind == "silent-corruption"

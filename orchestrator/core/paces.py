@@ -29,6 +29,8 @@ class Paces:
         )
         self._step_R: npt.NDArray[np.int64] | None = None
         self._rate_R: npt.NDArray[np.float64] | None = None
+        self._time_R: npt.NDArray[np.float64] | None = None
+        self._slowest_s: tuple[tuple[int, ...], float] | None = None
         self.looks = 0
         """How many windows there have been."""
         self.alike = False
@@ -43,7 +45,8 @@ class Paces:
             # All are as fast as each other, or nobody measures it: there is nothing to compare.
             if self._rows:
                 self._rows.clear()
-            self._step_R = self._rate_R = None
+            self._step_R = None
+            self._forget()
             return
         step_R = np.broadcast_to(np.asarray(steps, np.int64), self._size)
         if self._step_R is not None and not bool((step_R > self._step_R).all()):
@@ -54,8 +57,12 @@ class Paces:
         compute_s_R = np.broadcast_to(np.asarray(compute_s, np.float64), self._size)
         work_R = np.broadcast_to(np.asarray(work, np.float64), self._size)
         self._rows.append((compute_s_R, work_R))
-        self._rate_R = None
+        self._forget()
         self.looks += 1
+
+    def _forget(self) -> None:
+        """Drop what follows from windows that there are no more."""
+        self._rate_R = self._time_R = self._slowest_s = None
 
     @property
     def full(self) -> bool:
@@ -77,6 +84,22 @@ class Paces:
         if self._rate_R is None:
             self._rate_R = middle(self.compute_s_WR() / self.work_WR())
         return self._rate_R
+
+    def time_R(self) -> npt.NDArray[np.float64]:
+        """Return seconds of computing in a step, the median of the windows, shape [R]."""
+        if self._time_R is None:
+            self._time_R = middle(self.compute_s_WR())
+        return self._time_R
+
+    def slowest_s(self, without: tuple[int, ...]) -> float:
+        """Return for how long the slowest of all ranks but some computes; 0 if there is no other.
+
+        Asked at every event while somebody is slow, and mostly the same.
+        """
+        if self._slowest_s is None or self._slowest_s[0] != without:
+            others_R = np.delete(self.time_R(), list(without))
+            self._slowest_s = (without, float(others_R.max()) if len(others_R) else 0.0)
+        return self._slowest_s[1]
 
 
 def middle(x_WR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

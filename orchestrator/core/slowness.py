@@ -202,6 +202,30 @@ def now(state: RunState, node: NodeId) -> float | None:
     )
 
 
+def shares(state: RunState, slows: list[Slow]) -> list[tuple[Slow, float]]:
+    """Return, the slowest first, what share of a step is gained without each as well.
+
+    Once it and all that are slower are gone, that is.
+
+    Args:
+        state: of the run.
+        slows: of nodes that have seats, at most one of each node.
+    """
+    if not slows or not state.paces.full:
+        # Of the first steps of a generation nobody knows: what was found in an older one counts.
+        return [(slow, slow.share) for slow in sorted(slows, key=lambda s: (-s.share, s.node))]
+    time_R, step_s = state.paces.time_R(), state.step_times.quantile(0.5)
+    ranks_of = {slow.node: list(state.ranks_of(slow.node)) for slow in slows}
+    time_s = {node: float(time_R[ranks].max()) for node, ranks in ranks_of.items()}
+    slows = sorted(slows, key=lambda slow: (-time_s[slow.node], slow.node))
+    others_s = state.paces.slowest_s(tuple(rank for ranks in ranks_of.values() for rank in ranks))
+    next_s = [max(time_s[slow.node], others_s) for slow in slows[1:]] + [others_s]
+    return [
+        (slow, min(max(time_s[slow.node] - then_s, 0.0) / step_s, 1.0) if step_s else 0.0)
+        for slow, then_s in zip(slows, next_s, strict=True)
+    ]
+
+
 def nodes_of(state: RunState, verdict: str, since: Seconds) -> dict[NodeId, Slow]:
     """Return what is known of nodes with a verdict, the newest each, unless they came back since.
 

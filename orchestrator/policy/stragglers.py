@@ -1,11 +1,11 @@
 """When a node with a slow device gives its seats to a spare: when what it costs exceeds the swap.
 
 All ranks wait for the slowest, so a node that takes a tenth longer costs the whole world nearly a
-tenth. Nothing is lost by a swap at the right moment but the time of a restart. How long a device
-stays slow nobody knows, and most do so for minutes. So one is swapped once it has cost as much as a
-swap does: whoever waits for that, and no longer, loses at most twice what the best choice would
-have cost, however long it lasts. With hardly a step left it is kept. Only what a probe found slow
-is swapped: more work is no node's fault.
+tenth, unless another is slower still. Nothing is lost by a swap at the right moment but the time of
+a restart. How long a device stays slow nobody knows, and most do so for minutes. So nodes are
+swapped once they have cost as much as a swap does: whoever waits for that, and no longer, loses at
+most twice what the best choice would have cost, however long it lasts. With hardly a step left they
+are kept. Only what a probe found slow is swapped: more work is no node's fault.
 """
 
 from __future__ import annotations
@@ -27,26 +27,50 @@ ASIDE_DAYS = 7
 """For how long who was found slow is the last to be taken. Assumed."""
 
 
-class Worth(NamedTuple):
-    """What it costs to keep a slow node, and to swap it, in seconds of the whole world."""
+class Group(NamedTuple):
+    """Slow nodes that leave together or not at all, and what either costs the whole world."""
 
+    slows: tuple[Slow, ...]
+    share: float
+    """Of every step, what they cost."""
     keep_s: float
     swap_s: float
 
     @property
     def pays(self) -> bool:
-        """Whether to swap it costs less."""
+        """Whether to swap them costs less than to keep them."""
         return self.keep_s > self.swap_s
 
 
-def worth(state: RunState, slow: Slow) -> Worth:
-    """Return what to keep a slow node costs from now on, and what to swap it costs.
+def groups(state: RunState) -> list[Group]:
+    """Return the slow nodes of the world, the slowest first, as they are worth a swap together.
 
-    It is taken to stay slow for as long again as it has been found to be, in this generation.
+    To be rid of the slowest brings nothing while another is hardly faster, and that one costs
+    nothing beside it: what a node costs is what is gained once it and all that are slower are gone.
+    So they gather, from the slowest on, until what they cost pays for a restart. Only the last
+    group may not pay yet.
     """
+    slows = [
+        slow
+        for slow in found_slow(state).values()
+        if slow.node in state.seated and _may_be_slow(state, slow)
+    ]
+    swap_s, found, first, share, keep_s = restart_s(state), [], 0, 0.0, 0.0
+    costs = slowness.shares(state, slows)
+    for count, (slow, own_share) in enumerate(costs, 1):
+        share += own_share
+        keep_s += own_share * _lasts_s(state, slow)
+        if keep_s > swap_s or count == len(costs):
+            together = tuple(slow for slow, _ in costs[first:count])
+            found.append(Group(together, share, keep_s, swap_s))
+            first, share, keep_s = count, 0.0, 0.0
+    return found
+
+
+def _lasts_s(state: RunState, slow: Slow) -> float:
+    """Return for how long a node is taken to stay slow: as long again as it has been found to."""
     steps_left = state.run.spec.trainer.steps - state.reached_step
-    lasts_s = min(state.now - slow.since, steps_left * state.step_times.quantile(0.5))
-    return Worth(keep_s=slow.share * lasts_s, swap_s=restart_s(state))
+    return min(state.now - slow.since, max(steps_left, 0) * state.step_times.quantile(0.5))
 
 
 def found_slow(state: RunState) -> dict[NodeId, Slow]:
@@ -68,17 +92,16 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
     ):
         return ()
     found = found_slow(state)
-    pays = [
-        slow for slow in found.values() if slow.node in state.seated and worth(state, slow).pays
-    ]
-    if not pays:
-        return ()
     better = sum(spare not in found for spare in state.spares())
     if not better:
         return ()
-    pays = [slow for slow in pays if _may_be_slow(state, slow)]
-    pays.sort(key=lambda slow: (-slow.share, slow.node))
-    return tuple(slow.node for slow in pays[:better])
+    nodes: list[NodeId] = []
+    for group in groups(state):
+        # A part of a group is worth nothing.
+        if not group.pays or len(nodes) + len(group.slows) > better:
+            break
+        nodes += [slow.node for slow in group.slows]
+    return tuple(nodes)
 
 
 def _may_be_slow(state: RunState, slow: Slow) -> bool:
@@ -93,13 +116,18 @@ def surely(state: RunState, node: NodeId) -> bool:
 
 def reason(state: RunState, node: NodeId) -> str:
     """Return why a slow node leaves, with the arithmetic."""
-    slow = found_slow(state)[node]
-    cost = worth(state, slow)
+    group = _group_of(state, node)
+    (slow,) = (slow for slow in group.slows if slow.node == node)
+    beside = [f" and {other.node}" for other in group.slows if other is not slow]
     return (
-        f"{node} is slow ({slow.incident}: {slow.ratio:.2f} times its peers' time): to keep it "
-        f"costs {100 * slow.share:.0f} % of every step, {cost.keep_s:.1f} s if that lasts as long "
-        f"again as it has, or to the end; to swap it {cost.swap_s:.1f} s"
+        f"{node} is slow ({slow.incident}: {slow.ratio:.2f} times its peers' time): to keep it"
+        f"{''.join(beside)} costs {100 * group.share:.0f} % of every step, {group.keep_s:.1f} s if "
+        f"that lasts as long again as it has, or to the end; to swap it {group.swap_s:.1f} s"
     )
+
+
+def _group_of(state: RunState, node: NodeId) -> Group:
+    return next(g for g in groups(state) if any(slow.node == node for slow in g.slows))
 
 
 def standing(state: RunState, node: NodeId) -> str:
@@ -110,11 +138,18 @@ def standing(state: RunState, node: NodeId) -> str:
     words = f"slow, {slow.ratio:.2f} times its peers' time ({slow.incident}); {slow.words}"
     if node not in state.seated:
         return f"{words}; a spare of last resort"
-    cost = worth(state, slow)
     if not _may_be_slow(state, slow):
         return f"{words}; kept: by now it is about as fast as its peers"
-    if not cost.pays:
-        return f"{words}; kept: that costs {cost.keep_s:.0f} s, a swap {cost.swap_s:.0f} s"
+    group = _group_of(state, node)
+    if not group.pays:
+        return f"{words}; kept: that costs {group.keep_s:.0f} s, a swap {group.swap_s:.0f} s"
     if node in leaving(state):
         return f"{words}; waiting for the next step in memory, to be swapped"
-    return f"{words}; waiting for a spare that is not slow"
+    return f"{words}; waiting for {_spares(group)}"
+
+
+def _spares(group: Group) -> str:
+    count = len(group.slows)
+    if count == 1:
+        return "a spare that is not slow"
+    return f"{count} spares that are not slow: {count} nodes are about as slow as each other"

@@ -162,3 +162,17 @@ def test_a_world_that_waits_is_looked_at_now_and_then_though_one_of_its_nodes_is
 
     waiting = [event for event in events if 1400.0 < event.at < 1500.0]
     assert 0 < len(waiting) <= 5
+
+
+def test_a_slow_node_that_is_kept_is_not_looked_at_closely_for_ever() -> None:
+    def slow_down_more_than_there_are_spares(world: SimulatedWorld) -> None:
+        world.settle()
+        for name in ("node-5", "node-6", "node-7"):
+            world.cluster.nodes[NodeId(name)].slow = 1.4
+        world.change_speed()
+
+    report_, events = conduct(slow_down_more_than_there_are_spares, 600.0)
+
+    assert {i.kind for i in report_.incidents} == {"straggler"}
+    later = [event for event in events if event.at > 1800.0]
+    assert len(later) < 30

@@ -28,8 +28,8 @@ class Looks:
 
     Attributes:
         to_be_free: nodes that wait for the moment at which memory comes to have a newer step.
-        slow: nodes that were measured to be slow, and from when on they may wait for the same if
-            there is a spare: who has not been slow for long is kept.
+        slow: nodes that were measured to be slow, and from when until when they may come to wait
+            for the same if there is a spare: who has not been slow for long is kept.
         told_at: when the controller was told anything by a look.
     """
 
@@ -44,7 +44,7 @@ class Looks:
         self._close_until = Seconds(0.0)
         self._broken_at: Seconds | None = None
         self.to_be_free: set[NodeId] = set()
-        self.slow: dict[NodeId, Seconds] = {}
+        self.slow: dict[NodeId, tuple[Seconds, Seconds]] = {}
 
     def looked(self) -> None:
         """Enter that somebody looks just now."""
@@ -76,7 +76,7 @@ class Looks:
         elif not _goes_well(team):
             # What there was to find has been found; the run waits, maybe for days, for a node.
             every_s = min(WAITING_LOOK_S, every_s)
-        soon = [at for at in self.slow.values() if at > self._cluster.now]
+        soon = [at for at, _ in self.slow.values() if at > self._cluster.now]
         return Seconds(min([self._looked_at + every_s, *soon]))
 
     def _is_close(self, team: Team | None) -> bool:
@@ -102,7 +102,7 @@ class Looks:
 
     def _may_swap(self, team: Team) -> bool:
         now = self._cluster.now
-        return any(now >= at and node in team.ranks for node, at in self.slow.items())
+        return any(at <= now < to and node in team.ranks for node, (at, to) in self.slow.items())
 
     def _can_grow(self, team: Team) -> bool:
         """Whether it has too few replicas, and nodes wait for the moment at which it has more."""

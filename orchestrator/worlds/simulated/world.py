@@ -73,8 +73,10 @@ from orchestrator.worlds.simulated.view import News, Told, telemetry
 _BEFORE_S = 1e-6
 FOUND_STEPS = 16
 """Within which a rank that has become slow is found and measured."""
-WAITS_SHARE = 0.5
-"""Of the time after which a slow node has cost as much as a swap: then it is looked at closely."""
+WAITS_TIMES, WAITED_TIMES = 0.5, 2.0
+"""Times as long as it takes until a slow node has cost as much as a swap: between the two it is
+looked at closely. That is if no other is as slow and restarts take what they should; who costs as
+much only later, as one that another has hidden, is seen whenever somebody looks."""
 ANSWERING_MAX = 64
 """Nodes that say where their ranks stand. Nothing is decided by it, and a month has many hangs."""
 LOADING, WAITING = ("next_batch (loader)",), ("all_reduce (collective)",)
@@ -431,8 +433,8 @@ class SimulatedWorld:
         usual = min(node.slow for node in team.members)
         if suspect.slow > usual and self._swaps_slow:
             pays_after_s = self._restart_s() / (1 - usual / suspect.slow)
-            at = Seconds(self.now + WAITS_SHARE * pays_after_s)
-            self._looks.slow.setdefault(suspect.id, at)
+            at = Seconds(self.now + WAITS_TIMES * pays_after_s)
+            self._looks.slow[suspect.id] = at, Seconds(self.now + WAITED_TIMES * pays_after_s)
 
     def _restart_s(self) -> float:
         p = self._profile
@@ -517,18 +519,17 @@ class SimulatedWorld:
             compute_s = tuple((own_s * np.array(slows)[self.team.place_R]).tolist())
         still = {n: at for n, at in self._looks.slow.items() if self.cluster.nodes[n].slow > usual}
         self._looks.slow = still
-        if compute_s != self._compute_s:
-            self._compute_s = compute_s
-            # Whoever is slower than others is found within some steps, and measured after that.
-            self._looks.look_closely(FOUND_STEPS * self._step_s if len(compute_s) > 1 else 0.0)
+        self._compute_s = compute_s
         self.team.set_speed(self._step_s)
 
     def _foresee(self, team: Team) -> None:
         """Look exactly when steps are done that something waits for."""
         if team is not self.team or team.pace is None:
             return
-        # Steps that are done are soon known.
+        # Steps that are done are soon known; whoever is slower than others is found within some.
         self._looks.look_soon()
+        if len(self._compute_s) > 1:
+            self._looks.look_closely(FOUND_STEPS * self._step_s)
         self.breaking.foresee(team)
         if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
             moment = team.pace.moment(team.raises_at)

@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 OUT ?= build/demo
+SEEDS ?= 1000
+# Every commit has worlds of its own, and always the same ones; 0 where there is no commit.
+FIRST ?= $(shell printf %d 0x0$$(git rev-parse HEAD 2>/dev/null | cut -c1-6))
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test swarm lint bench format clean
 
 setup: $(STAMP)
 
@@ -38,6 +41,10 @@ bench: setup
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+# Worlds that no test has tried. A seed that fails is named with the command that replays it.
+swarm: setup
+	$(BIN)/holdfast simulate swarm --first $(FIRST) --seeds $(SEEDS)
 
 lint: setup
 	$(BIN)/ruff check .

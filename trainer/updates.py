@@ -3,9 +3,12 @@
 What the optimizer makes of a sharded state is on no other rank: if a unit gets it wrong there,
 every replica of layers takes that over, and nothing that is compared would show it. So in every
 step a part of the weights, another one each time, is updated once more from what the update found,
-in the opposite order of its numbers. If that came out otherwise it is done a third time, one place
+in the opposite order of its numbers. If that came out otherwise it is done a third time, two places
 further on, and of each number what came out twice is kept. A fault that is always the same and on
 all lanes is not seen.
+
+That means something only where what comes out does not depend on where a number stands, which is
+found out at first (trainer/lanes.py).
 
 Beside that, what is true of any state that AdamW has made must be true of it: second moments are
 not negative, and first moments are bounded by them, and thereby updates by the learning rate.
@@ -15,6 +18,7 @@ Letters: N numbers of the slice.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -22,6 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from trainer import lanes
 from trainer.guard import Guard
 from trainer.optim import BETAS, Optimizer, Part, ShardState
 
@@ -141,7 +146,15 @@ class Updates:
         """
         found, self._found = self._found, []
         if found:
-            self._guard.call(lambda: self._test(found, step, grad_norm), None)
+            fault = self._guard.call(lambda: self._test(step), "")
+            if fault:
+                reporter.diverged(
+                    step,
+                    since=max(step - self.period - 1, 0),
+                    ranks=(self._rank,),
+                    proven=False,
+                    evidence=fault,
+                )
             wrong = self._guard.call(lambda: self._settle(found, step, grad_norm), None)
             if wrong is not None:
                 self._tell(step, wrong, reporter)
@@ -158,16 +171,15 @@ class Updates:
                     )
         self._guard.tell(reporter)
 
-    def _test(self, found: list[Part], step: int, grad_norm: float) -> None:
-        """Find out if what comes out depends on where a number stands; if so, look no more."""
+    def _test(self, step: int) -> str:
+        """Find out, once, if comparing means something; return what is wrong if a lane is."""
         if self._tested:
-            return
+            return ""
         self._tested = True
-        one, other = self._again(found, step, grad_norm), self._backwards(found, step, grad_norm)
-        third = self._again(found, step, grad_norm)
-        if _same(one, third) and not _same(one, other):
-            words = "numbers come out otherwise where they stand elsewhere: nothing is compared"
-            self._guard.give_up(words, tells=True)
+        said = lanes.look(self._optimizer, step)
+        if said.unlike:
+            self._guard.give_up(said.unlike, tells=True)
+        return said.fault
 
     def _settle(self, found: list[Part], step: int, grad_norm: float) -> _Outcome | None:
         """Put right what two of three times come out otherwise; None if nothing came out otherwise.
@@ -176,20 +188,21 @@ class Updates:
         three different numbers, and outvoted about each.
         """
         slices = self._slice(step)
-        first, second = _joined(slices), self._backwards(found, step, grad_norm)
-        if _same(first, second):
+        first, second = _joined(slices), lanes.backwards(self._optimizer, found, step, grad_norm)
+        if lanes.same(first, second):
             return None
-        third = self._turned(found, step, grad_norm)
+        third = lanes.turned(self._optimizer, found, step, grad_norm)
         wrong: list[str] = []
         undecided = 0
         for group, *times in zip(_grouped(slices), first, second, third, strict=True):
-            votes = [_voted(*each) for each in zip(*map(_outcome, times), strict=True)]
+            votes = [_voted(*each) for each in zip(*map(lanes.outcome, times), strict=True)]
             undecided += sum(count for _, count in votes)
-            sizes = [part.param.numel() for part in group]
-            pieces = zip(*(torch.split(right, sizes) for right, _ in votes), strict=True)
+            sizes = [_filled(part.param) for part in group]
+            pieces = zip(*(torch.split(most, sizes) for most, _ in votes), strict=True)
             for part, values in zip(group, pieces, strict=True):
-                pairs = list(zip(_outcome(part), values, strict=True))
-                if not all(_alike(now, value) for now, value in pairs):
+                right = (value[: part.param.numel()] for value in values)
+                pairs = list(zip(lanes.outcome(part), right, strict=True))
+                if not all(lanes.alike(now, value) for now, value in pairs):
                     wrong.append(f"weights of {part.name}")
                     for now, value in pairs:
                         now.copy_(value)
@@ -246,27 +259,10 @@ class Updates:
             for begin, end in spans:
                 low, high = max(begin - at, 0), min(end - at, size)
                 if low < high:
-                    parts.append(_part(shard, low, high))
+                    # So that it is known which lane each number was on.
+                    parts.append(_part(shard, low - low % lanes.LANES, high))
             at += size
         return parts
-
-    def _again(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
-        """Return what an update comes to, once more."""
-        parts = [Part(*part[:2], *(tensor.clone() for tensor in part[2:])) for part in found]
-        self._optimizer.update(parts, step, grad_norm)
-        return parts
-
-    def _backwards(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
-        """Return the same, computed in the opposite order: each number on another lane."""
-        parts = [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in found]
-        self._optimizer.update(parts, step, grad_norm)
-        return [Part(*part[:2], *(tensor.flip(0) for tensor in part[2:])) for part in parts]
-
-    def _turned(self, found: list[Part], step: int, grad_norm: float) -> list[Part]:
-        """Return the same, each number one place further on, and the last one first."""
-        parts = [Part(*part[:2], *(tensor.roll(1) for tensor in part[2:])) for part in found]
-        self._optimizer.update(parts, step, grad_norm)
-        return [Part(*part[:2], *(tensor.roll(-1) for tensor in part[2:])) for part in parts]
 
 
 class _Outcome(NamedTuple):
@@ -301,30 +297,28 @@ def _grouped(parts: list[Part]) -> list[list[Part]]:
 
 
 def _joined(parts: list[Part]) -> list[Part]:
-    """Return copies of parts, those in one that are updated alike: it takes a call for each."""
+    """Return copies of parts, those in one that are updated alike: it takes a call for each.
+
+    Each of them is on the lanes that it is on where it is, with nothing behind it that would shift
+    those of the next.
+    """
     return [
-        Part("", group[0].decays, *map(torch.cat, zip(*(part[2:] for part in group), strict=True)))
+        Part("", group[0].decays, *map(_on_lanes, zip(*(part[2:] for part in group), strict=True)))
         for group in _grouped(parts)
     ]
 
 
-def _same(some: list[Part], others: list[Part]) -> bool:
-    """Whether updates have come to the same bits."""
-    return all(
-        _alike(one, other)
-        for part, twin in zip(some, others, strict=True)
-        for one, other in zip(_outcome(part), _outcome(twin), strict=True)
-    )
+def _on_lanes(tensors: Sequence[Tensor]) -> Tensor:
+    filler = torch.zeros(lanes.LANES, device=tensors[0].device)
+    pairs = ((tensor, filler[: _filled(tensor) - tensor.numel()]) for tensor in tensors)
+    return torch.cat(list(itertools.chain.from_iterable(pairs)))
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+def _filled(tensor: Tensor) -> int:
+    """Return how many numbers a part takes with what is put behind it."""
+    return -(-tensor.numel() // lanes.LANES) * lanes.LANES
 
 
 def _sound(part: Part, bound: float) -> bool:
     allowed_N = part.exp_avg_sq * bound**2 + TINY**2
     return bool(((part.exp_avg.square() <= allowed_N) & part.param.isfinite()).all())
-
-
-def _outcome(part: Part) -> tuple[Tensor, Tensor, Tensor]:
-    return part.param, part.exp_avg, part.exp_avg_sq

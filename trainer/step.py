@@ -68,6 +68,9 @@ class Reporter(Protocol):
     ) -> None:
         """Hear that a rank's state was wrong, and now is that of another one."""
 
+    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
+        """Hear that a rank's state was wrong, and is about to be given that of another one."""
+
     def not_repaired(self, step: int, *, because: str) -> None:
         """Hear that state differs, and why it stays so."""
 
@@ -149,6 +152,9 @@ class Unheard:
     def repaired(
         self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
     ) -> None:
+        """Ignore it."""
+
+    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
         """Ignore it."""
 
     def not_repaired(self, step: int, *, because: str) -> None:
@@ -235,7 +241,7 @@ class Training:
             self._watch = Watch(held, self._digest_period(digest_share))
             if detection.repair:
                 of_state = GRADIENT_AT - DIGESTS_AT
-                self.repairs = Repairs(self, self._watch.period, of_state)
+                self.repairs = Repairs(self, self._watch.period, of_state, self._guard)
         self._updates: Updates | None = None
         if share := detection.update_share:
             whole = sum(shard.param.numel() for shard in self.optimizer.shards)

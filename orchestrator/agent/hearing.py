@@ -181,4 +181,5 @@ def _repaired(message: Repaired, generation: Generation) -> StateRepaired:
         count=len(message.tensors),
         seconds=message.seconds,
         problem=message.problem[:EVIDENCE_MAX],
+        begun=message.begun,
     )

@@ -5,15 +5,26 @@ from __future__ import annotations
 from orchestrator.cli import units
 from orchestrator.cli.blocks import section
 from orchestrator.cli.history import History
-from orchestrator.core.casebook import MENDED
-from orchestrator.core.incident import BUDGET_OF, Incident, rank_words
+from orchestrator.core.incident import (
+    BUDGET_OF,
+    BY_RANKS,
+    COPIED,
+    RECOMPUTED,
+    REDONE,
+    Incident,
+    rank_words,
+)
 from orchestrator.core.phases import Bucket
 from orchestrator.core.report import IncidentReport, incident_reports
 from orchestrator.core.state import RunState
 
 RUNGS = {
-    MENDED: "ranks saw it before a step used it, and brought each other back to the same state by "
-    "themselves; nothing had to be restarted",
+    COPIED: "ranks saw it before a step used it, and gave one of them what the others hold; "
+    "nothing had to be restarted",
+    REDONE: "ranks saw it before a step had moved anything, all hold the same, and computed that "
+    "step anew; nothing had to be restarted",
+    RECOMPUTED: "a rank computes a part of its update twice, on other lanes of its device; it came "
+    "out otherwise, was computed a third time, and what came out twice is kept",
     "none": "ranks went on training by themselves; nothing had to be restarted",
     "restart in place": "every node looks well, so ranks start again where they were, from warm "
     "processes, with the state that is in memory",
@@ -75,7 +86,7 @@ def _outcome(incident: Incident, state: RunState) -> str:
 
 def _payment(incident: Incident, state: RunState) -> str:
     """Say what was paid: a restart costs one of a budget, and nothing else does."""
-    if incident.rung in ("none", "stop", MENDED) or incident.cause not in BUDGET_OF:
+    if incident.rung in ("none", "stop", *BY_RANKS) or incident.cause not in BUDGET_OF:
         return "nothing was paid"
     return f"{'paid' if incident.rung else 'to be paid'} from the {_budget(incident, state)}"
 

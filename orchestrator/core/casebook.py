@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import facts, slowness
+from orchestrator.core import facts, repairs, slowness
 from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import (
     CORRUPTION,
@@ -27,8 +27,6 @@ UNBROKEN = (RESTARTED, STRAGGLER, REPAIR)
 """Kinds of incidents that broke nothing: the generation that they name goes on."""
 UNJUDGED = "ranks were training; whether they went on is not known yet"
 OUTLIVED = "training was not interrupted"
-MENDED = "repair by copy"
-"""The rung of the ladder below all others: ranks did it by themselves."""
 _SEVERITY = {"hang": 1, "crash": 2, "exception": 2, "node-silent": 3, "node-lost": 4}
 _SEVERITY[CORRUPTION] = 5
 """Which kind names an incident when several findings belong to it: the one that explains more."""
@@ -142,7 +140,7 @@ class Casebook:
         """Enter that ranks repaired one of them: it is over, and cost a step if one was begun."""
         state = self._state
         incident = self._open(finding)
-        incident.rung, incident.reason = MENDED, finding.detail
+        incident.rung, incident.reason = finding.rung, finding.detail
         incident.decided_at = incident.resumed_at = state.now
         incident.lost_steps = int(finding.since < finding.at)
         incident.timeline.append(Note(at=state.now, text=finding.detail))
@@ -191,6 +189,8 @@ class Casebook:
         )
         if finding.kind not in UNBROKEN and (restart := self._unjudged()) is not None:
             restart.reason = f"training did not outlive it: {incident.id}"
+        if finding.kind not in UNBROKEN and (left := repairs.break_off(state)) is not None:
+            incident.timeline.append(left)
         state.incidents.append(incident)
         self._known[incident.id] = {_identity(finding)}
         self._name(incident, finding)

@@ -447,6 +447,7 @@ def reset_for_generation(
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.exits_known = set()
     state.failed_preparation = ""
+    state.repairing = None
     state.diverged, state.suspects = [], []
     state.watched_to = restored
     state.offered = ""

@@ -47,6 +47,9 @@ CORRUPTION = "silent-corruption"
 REPAIR = "state-repaired"
 """Kind of a finding that says that the state of a rank was wrong, and is right again: nothing that
 counts has used it."""
+COPIED, REDONE, RECOMPUTED = "repair by copy", "redo of the step", "update computed again"
+BY_RANKS = (COPIED, REDONE, RECOMPUTED)
+"""The rungs of the ladder below all others: ranks did it by themselves, and nothing was ended."""
 GROWTH = "grow-back"
 """Kind of a finding that says that a world can have more replicas again."""
 STRAGGLER = "straggler"
@@ -78,6 +81,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Where it showed first, if nobody can be named; it accuses none of them."""
     detail: str = ""
     """Long evidence, such as a traceback."""
+    rung: str = ""
+    """What ranks did about it by themselves; "" if it is for a policy to decide."""
     measure: tuple[float, float] = (0.0, 0.0)
     """Of a straggler: times its peers' time that it takes, and the share of a step that costs."""
 

@@ -63,6 +63,8 @@ class Proof(StrEnum):
     """Others computed the same once more, and it came out otherwise."""
     VOTE = "vote"
     """A majority of those that hold the same has something else."""
+    SELF_CHECK = "self-check"
+    """It computed the same more than once, and came to other bits."""
     HARDWARE = "hardware"
     """Its own error counters, as the kernel reports them."""
     PREFLIGHT = "preflight"

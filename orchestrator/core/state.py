@@ -246,6 +246,8 @@ class RunState:
     """Who is suspected of it, the most suspected first, and was not said to be well since."""
     repairs: list[Repair] = field(default_factory=list)
     """Ranks whose state was wrong and was given that of others, in this life."""
+    repairing: Repair | None = None
+    """What a rank of this generation is about to be given, as long as nothing more is told."""
     unrepaired: Repair | None = None
     """Why that was not done the last time that state differed."""
     divergences_told: list[StateDiverged] = field(default_factory=list)

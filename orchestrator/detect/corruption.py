@@ -70,6 +70,7 @@ def _repair(state: RunState, repair: Repair) -> Finding:
         step=Step(fact.step - 1),
         evidence=repairs.words(fact),
         detail=repairs.remedy(fact),
+        rung=repairs.rung(fact),
     )
 
 

@@ -344,6 +344,8 @@ class StateRepaired(_Message, frozen=True, kw_only=True):
     """Since the step began: they are spent again."""
     problem: str = ""
     """Why it was not repaired; "" if it was."""
+    begun: bool = False
+    """Whether it is about to be, and nothing is known yet: whoever dies of it tells no more."""
 
 
 class DetectorFailed(_Message, frozen=True, kw_only=True):

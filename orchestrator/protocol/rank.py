@@ -264,6 +264,8 @@ class Repaired(msgspec.Struct, frozen=True, kw_only=True, tag="repaired"):
     """That are spent again, for this."""
     problem: str = ""
     """Why it was not repaired; "" if it was."""
+    begun: bool = False
+    """Whether it is about to be, and nothing is known yet."""
 
 
 class DetectorOff(msgspec.Struct, frozen=True, kw_only=True, tag="detector-off"):

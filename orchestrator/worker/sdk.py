@@ -405,6 +405,26 @@ class Worker:
             )
         )
 
+    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
+        """Report that a rank is about to be given what others hold: it may die of that.
+
+        Args:
+            step: before which moved anything.
+            rank: who.
+            source: whose state it is given.
+            tensors: what of it, by kind and name.
+        """
+        self._send(
+            Repaired(
+                generation=self._generation,
+                step=Step(step),
+                ranks=(Rank(rank),),
+                source=Rank(source),
+                tensors=tuple(tensors),
+                begun=True,
+            )
+        )
+
     def not_repaired(self, step: int, *, because: str) -> None:
         """Report why state that differs stays so; what follows from that, digests say.
 

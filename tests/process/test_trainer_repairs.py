@@ -14,6 +14,8 @@ from tests.programs.repaired import AT, BAD, REPLICAS, UPDATE, WAYS
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 Found = dict[str, list[dict[str, Any]]]
+DEADLY = "dies of it"
+"""Nothing can come behind it."""
 WEIGHT = "weights of layers.0.attention.wq.weight"
 
 
@@ -27,15 +29,17 @@ def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
         timeout=280,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == int(DEADLY in ways), done.stderr[-3000:]
     files = [folder / f"{rank}.json" for rank in range(REPLICAS * size)]
+    files = [file for file in files if DEADLY not in ways or file.exists()]
     ranks = [json.loads(file.read_bytes()) for file in files]
     return {way: [rank[way] for rank in ranks] for way in ways}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return train(tmp_path_factory.mktemp("repaired"), "tp", 1, WAYS)
+    ways = [way for way in WAYS if way != DEADLY]
+    return train(tmp_path_factory.mktemp("repaired"), "tp", 1, ways)
 
 
 def came_to(found: Found, way: str) -> list[tuple[str, list[str]]]:
@@ -124,6 +128,7 @@ def test_what_ranks_were_brought_to_wrongly_is_repaired_in_the_first_step(found:
         ("later, in parts", None, "a part of the state is looked at in each step, all of it in"),
         ("of one rank twice", AT + 1, f"rank {BAD} was repaired in step {AT} already"),
         ("of two ranks at once", AT, "fewer than 3 ranks hold it, or no majority"),
+        ("right after a restore", AT, "not all of the state was compared in the step before"),
         ("what it was given", AT, f"rank {BAD} does not hold what it was given by rank 0"),
     ],
 )
@@ -140,7 +145,46 @@ def test_where_a_repair_would_not_be_right_it_is_said_why_and_left_to_the_run(
     assert [len(rank["repairs"]) for rank in found[way]] == [wanted, 0, wanted]
 
 
-@pytest.mark.parametrize("cut", ["dp_shard", "pp"])
+@pytest.mark.parametrize("which", ["one after the other", "whoever looks"])
+def test_digests_that_want_one_rank_after_the_other_repaired_are_not_believed_any_more(
+    found: Found, which: str
+) -> None:
+    way = f"digests of all, {which}"
+
+    assert came_to(found, way) == came_to(found, "nothing"), "nothing was wrong, and nobody stopped"
+    copied = [[step, rank, source] for step, rank, source, _ in found[way][0]["repairs"]]
+    assert copied == [[AT, 1, 0], [AT + 1, 2, 0]]
+    assert [tensors for *_, tensors in found[way][2]["repairs"]] == [[], []]
+    off = [rank["off"] for rank in found[way]]
+    assert off[2] == []
+    assert off[0] == off[1]
+    ((detector, why),) = off[0]
+    assert detector == "digests"
+    assert "ranks 0, 1, 2 had other digests of the same state than their twins" in why
+    assert [rank["refused"] + rank["accused"] for rank in found[way]] == [[]] * REPLICAS
+
+
+def test_what_goes_bad_when_the_batch_has_just_changed_is_repaired_since_it_was_compared_before(
+    found: Found,
+) -> None:
+    way = "right after a ramp"
+
+    assert came_to(found, way) == came_to(found, "nothing, with a ramp")
+    assert found[way][0]["repairs"] == [[AT, BAD, 0, [WEIGHT]]]
+
+
+def test_a_rank_that_dies_while_it_is_given_what_others_hold_leaves_behind_that_it_was(
+    tmp_path: Path,
+) -> None:
+    found = train(tmp_path, "tp", 1, [DEADLY])
+
+    first, last = found[DEADLY]
+    assert first["begun"] == last["begun"] == [[AT, BAD, 0, [WEIGHT]]]
+    assert (first["repairs"], first["refused"]) == ([], [])
+    assert first["broken"]
+
+
+@pytest.mark.parametrize("cut", ["dp_shard", "pp", "tp"])
 def test_of_a_replica_of_several_ranks_the_one_is_repaired_that_went_bad(
     tmp_path: Path, cut: str
 ) -> None:

@@ -10,6 +10,7 @@ the state that it ends with, what was repaired, and what was not and why.
 
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
@@ -32,7 +34,7 @@ from tests.programs.doubted import (
     TOKENS,
     WaitsError,
 )
-from trainer import hold, parallel, readings, train, updates
+from trainer import hold, parallel, readings, repair, train, updates
 from trainer.data import Samples
 from trainer.injected import flip_bit
 from trainer.prefetch import Prefetch
@@ -47,9 +49,11 @@ REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
 WITHOUT_REPLAYS = runfile.Detection(digest_share=1.0, replay_share=0.0)
 IN_PARTS = runfile.Detection(digest_share=0.25, replay_share=0.0)
 """In a step a fourth of the state is looked at."""
+DETERMINISTIC = {"job": {"reduction": "deterministic"}}
 LENGTH = 16
 """Of samples: enough for all of the state to be looked at in a step, if it may take that long."""
-DETERMINISTIC = {"job": {"reduction": "deterministic"}}
+RAMP = {"batch_ramp": (runfile.BatchChange(tokens=(AT - 1) * 6 * LENGTH, global_batch=12),)}
+"""The batch is another one from step AT on."""
 UPDATING = runfile.Detection(digest_share=0.0, replay_share=0.0, update_share=1.0)
 """All of them are updated twice in one of three steps, or of two."""
 UPDATE = 6
@@ -72,6 +76,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "of one rank twice": {"flips": {AT: "weights", AT + 1: "exp_avg"}},
     "of two ranks at once": {"flips": {AT: "weights"}, "both": True},
     "an update, and nothing is compared": {"update": True, "detection": UPDATING},
+    "digests of all, one after the other": {"every": True, "mistaken": True},
+    "digests of all, whoever looks": {"every": True, "mistaken": True, "looks": True},
+    "right after a restore": {"flips": {AT: "weights"}, "forgets": True},
+    "nothing, with a ramp": {"job": RAMP, "detection": WITHOUT_REPLAYS},
+    "right after a ramp": {"flips": {AT: "weights"}, "job": RAMP, "detection": WITHOUT_REPLAYS},
+    "dies of it": {"flips": {AT: "weights"}, "dies": True},
     "what it was given": {"flips": {AT: "weights"}, "deaf": True},
 }
 
@@ -81,6 +91,8 @@ class Heard(Unheard):
         self.losses: list[str] = []
         self.repairs: list[Any] = []
         self.refused: list[Any] = []
+        self.begun: list[Any] = []
+        self.broken = ""
         self.accused: list[Any] = []
         self.off: list[Any] = []
         self.state = ""
@@ -94,6 +106,9 @@ class Heard(Unheard):
     ) -> None:
         assert (seconds > 0) is (rank != source)
         self.repairs.append([step, rank, source, list(tensors)])
+
+    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
+        self.begun.append([step, rank, source, list(tensors)])
 
     def not_repaired(self, step: int, *, because: str) -> None:
         self.refused.append([step, because])
@@ -115,7 +130,7 @@ class Bad:
         self._training, self._way, self.step = training, way, 0
         self._left = dict(way.get("flips", {}))
         self._undo = contextlib.ExitStack()
-        for name in ("late", "gradient", "digest", "counter", "update", "deaf"):
+        for name in ("late", "gradient", "digest", "counter", "update", "deaf", "mistaken", "dies"):
             if way.get(name):
                 getattr(self, f"_{name}")()
 
@@ -169,6 +184,29 @@ class Bad:
 
         self._instead(self._training, "_digest", looked)
 
+    def _mistaken(self) -> None:
+        """Have digests be wrong once: in step 3 of the first rank, then of the next one."""
+        wrong = [AT - 1 + self._training.world.rank]
+        own, whole, anew = self._training._digest, repair.digest, self._training._begin_anew
+
+        def looked(*args: Any, **named: Any) -> Any:
+            found = own(*args, **named)
+            if self.step in wrong:
+                found["weights"] = found["weights"] + 1
+            return found
+
+        def begun_anew() -> None:
+            wrong.clear() if self.step in wrong else None
+            anew()
+
+        self._instead(self._training, "_digest", looked)
+        self._instead(self._training, "_begin_anew", begun_anew)
+        if self._way.get("looks"):
+            self._instead(repair, "digest", lambda *args: whole(*args) + int(self.step in wrong))
+
+    def _dies(self) -> None:
+        self._instead(dist, "broadcast", lambda *_, **__: os._exit(7))
+
     def _counter(self) -> None:
         optimizer = self._training.optimizer
         real = optimizer.step
@@ -213,7 +251,7 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
     first = BAD * world.layout.shard_count
-    bad = world.rank in ((first, 0) if way.get("both") else (first,))
+    bad = way.get("every") or world.rank in ((first, 0) if way.get("both") else (first,))
     gone = Bad(training, way) if bad else None
     heard = Heard()
     at, shards = world.position, world.layout.dp_shard
@@ -226,7 +264,15 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
         for step in range(1, STEPS + 1):
             if gone is not None:
                 gone.begin(step)
-            training.step(step, heard)
+            if step == AT and way.get("forgets") and training.repairs is not None:
+                training.repairs.forget()
+            try:
+                training.step(step, heard)
+            except RuntimeError as error:
+                if not way.get("dies"):
+                    raise
+                heard.broken = str(error)
+                break
     if gone is not None:
         gone.close()
     total = xxhash.xxh3_64()

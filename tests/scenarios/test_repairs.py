@@ -38,6 +38,8 @@ def repaired(
     step: int = 13,
     problem: str = "",
     count: int = 9,
+    begun: bool = False,
+    node: str = "node-0",
 ) -> list[Decision]:
     names = tuple(f"weights of layers.{n}" for n in range(min(count, 8)))
     fact = StateRepaired(
@@ -49,8 +51,9 @@ def repaired(
         count=0 if problem else count,
         seconds=seconds,
         problem=problem,
+        begun=begun,
     )
-    return fleet.say("node-0", fact)
+    return fleet.say(node, fact)
 
 
 def diverged(fleet: Fleet) -> None:
@@ -130,6 +133,7 @@ def test_a_rank_that_updated_wrongly_and_saw_it_itself_is_a_repair_like_others(
     assert first.findings[0].evidence == (
         "in step 13, rank 2 came to other bits when it updated a second time: weights of layers.0"
     )
+    assert (first.rung, second.rung) == ("update computed again", "update computed again")
     assert "of which a third time shows that the first was right" in second.findings[0].evidence
     assert "what came out twice is kept" in first.reason
     assert (first.lost_steps, sum(fleet.state.ledger.totals(first.id).values())) == (0, 0)
@@ -142,6 +146,7 @@ def test_a_digest_that_differed_alone_is_told_as_that(fleet: Fleet) -> None:
     (incident,) = fleet.state.incidents
     assert "other digests of its state or gradient than most" in incident.findings[0].evidence
     assert "nothing had to be copied" in incident.reason
+    assert incident.rung == "redo of the step"
 
 
 def test_a_device_under_suspicion_that_is_caught_again_is_convicted_and_swapped_when_it_suits(
@@ -164,6 +169,47 @@ def test_a_device_under_suspicion_that_is_caught_again_is_convicted_and_swapped_
     assert order.restore is not None
     assert order.restore.step == 16
     assert fleet.state.incidents[-1].rung == "planned swap"
+
+
+def test_a_rank_that_sees_itself_again_that_it_updated_wrongly_is_convicted_of_what_it_saw(
+    fleet: Fleet,
+) -> None:
+    fleet.keep(repaired(fleet, rank=2, source=2, count=1, seconds=0.0))
+    fleet.train(3)
+
+    decisions = repaired(fleet, rank=2, source=2, count=1, seconds=0.0, step=16)
+
+    assert verdicts(decisions) == [("m1", Act.CONVICTED, Proof.SELF_CHECK)]
+
+
+def test_a_death_in_the_midst_of_a_repair_says_so_and_leaves_the_device_a_suspect(
+    fleet: Fleet,
+) -> None:
+    assert repaired(fleet, begun=True) == []
+    assert repaired(fleet, begun=True, node="node-1") == [], "two of them tell"
+    assert fleet.state.holders(Step(12), Rank(2)) == ()
+    assert fleet.state.incidents == []
+
+    decisions = fleet.exit(0, step=12)
+
+    (incident,) = fleet.state.incidents
+    assert incident.kind == "crash"
+    told = [note.text for note in incident.timeline]
+    assert any("it was being given that of rank 0, and nobody told the end" in t for t in told)
+    assert verdicts(decisions) == [("m1", Act.SUSPECTED, Proof.NONE)]
+    assert starts(fleet)[-1].restore.staged_as == (0, 1, 0, 3)  # type: ignore[union-attr]
+
+
+def test_a_repair_that_came_to_its_end_is_no_part_of_what_breaks_later(fleet: Fleet) -> None:
+    repaired(fleet, begun=True)
+    fleet.keep(repaired(fleet))
+    repaired(fleet, begun=True, node="node-1")
+
+    fleet.exit(0, step=12)
+
+    assert len(fleet.state.incidents) == 2
+    told = [note.text for note in fleet.state.incidents[-1].timeline]
+    assert not any("nobody told the end" in text for text in told)
 
 
 def test_devices_of_many_nodes_that_are_caught_again_are_suspected_and_no_more(
@@ -254,6 +300,7 @@ def test_an_incident_says_why_state_that_differed_was_not_repaired(fleet: Fleet)
 
 def test_repairs_are_told_in_words(fleet: Fleet) -> None:
     repaired(fleet)
+    repaired(fleet, step=14, begun=True)
     repaired(fleet, step=14, problem="no majority")
 
     told = [
@@ -262,4 +309,5 @@ def test_repairs_are_told_in_words(fleet: Fleet) -> None:
         if isinstance(entry.event, Reported) and isinstance(entry.event.fact, StateRepaired)
     ]
     assert "node-0: before step 13 moved anything, rank 2 did not hold what most do" in told[0]
-    assert told[1] == "node-0: state differs before step 14, and stays so: no majority"
+    assert told[1].endswith("; it is about to be given that of rank 0")
+    assert told[2] == "node-0: state differs before step 14, and stays so: no majority"

@@ -8,8 +8,7 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.core.casebook import MENDED
-from orchestrator.core.incident import CORRUPTION, GROWTH, REPAIR
+from orchestrator.core.incident import BY_RANKS, CORRUPTION, GROWTH, REPAIR
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ def test_every_rung_that_a_policy_can_take_is_explained_to_who_reads_an_incident
     rungs = set(re.findall(r'"([a-z -]{5,})"', function)) - {"start"}
 
     assert rungs
-    assert rungs | {"none", "stop", MENDED} == set(RUNGS)
+    assert rungs | {"none", "stop", *BY_RANKS} == set(RUNGS)
 
 
 @pytest.mark.parametrize("document", ["docs/runbook.md", "docs/glossary.md", "README.md"])

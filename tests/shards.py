@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.wire import Wire
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import BadCopy, MendedCopy
 from orchestrator.protocol.rank import Restore, Staged
@@ -161,6 +164,22 @@ class Clock:
         loop = asyncio.get_running_loop()
         real = loop.time
         loop.time = lambda: real() + self.ahead_s  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def damaged_on_the_way(patch: pytest.MonkeyPatch, *places: int) -> Iterator[None]:
+    """Flip a bit at each of these bytes of every body that comes as a whole."""
+    receive = Wire.receive_file
+
+    async def damaged(self: Wire, descriptor: int, size: int) -> None:
+        await receive(self, descriptor, size)
+        for place in places:
+            byte = os.pread(descriptor, 1, place)[0]
+            os.pwrite(descriptor, bytes([byte ^ 8]), place)
+
+    with patch.context() as context:
+        context.setattr(Wire, "receive_file", damaged)
+        yield
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,7 @@ import msgspec
 from storage.shard import encode_index
 from tests.shards import TOKEN, sealed
 
-PROTOCOL = b"holdfast peers 2"
+PROTOCOL = b"holdfast peers 3"
 HELLO = PROTOCOL + bytes(32)
 """What a caller says first; it need not draw well."""
 INDEX, BODY = (encode_index(sealed(0, 7, 2)[0]), bytes(sealed(0, 7, 2)[1]))

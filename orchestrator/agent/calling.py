@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.agent.files import remove
-from orchestrator.agent.frames import Ask, Done, Offer, Pick, Piece, cut_off, failed
+from orchestrator.agent.frames import UNNAMED, Ask, Done, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import greet
 from orchestrator.agent.shards import (
     CorruptError,
@@ -21,7 +21,7 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.agent.transfer import give, take
 from orchestrator.agent.wire import Wire, connect
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import NodeId, Rank, Step
 
 _IDLE_MAX = 16
 """Connections that are kept for later."""
@@ -64,9 +64,17 @@ class PeerClient:
         self._idle.clear()
 
     async def send(
-        self, address: str, shard: Shard, lineage: Lineage, *, bytes_per_s: float | None = None
+        self,
+        address: str,
+        shard: Shard,
+        lineage: Lineage,
+        *,
+        bytes_per_s: float | None = None,
+        sender: NodeId = UNNAMED,
     ) -> None:
         """Have another agent hold a copy of a shard, which the caller has pinned.
+
+        What of it comes damaged there is sent once more, chunk by chunk.
 
         It is sent as fast as it goes, or at a rate; then it is not sent again once the other one
         was ready for it: what is held back for others' sake must not come three times.
@@ -82,7 +90,7 @@ class PeerClient:
 
         await self._call(
             address,
-            lambda wire: give(wire, shard, lineage, bytes_per_s, ready),
+            lambda wire: give(wire, shard, lineage, bytes_per_s, ready, sender),
             may_again=lambda: not under_way,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -87,13 +87,20 @@ class Checking:
                 raise
             raise CorruptError(f"{shard.path.name} can not be read: {error}") from error
 
-    async def mend(self, shard: Shard, mend_s: float = math.inf, sender: NodeId = NO_NODE) -> None:
+    async def mend(
+        self,
+        shard: Shard,
+        mend_s: float = math.inf,
+        sender: NodeId = NO_NODE,
+        first: Sequence[Origin] = (),
+    ) -> None:
         """Look at a shard that nobody else looks at, and bring anew what of it is bad.
 
         Args:
             shard: whose file it is.
             mend_s: seconds that it may take.
             sender: who sent it so; "" if it lay here.
+            first: where to look before anywhere else.
 
         Raises:
             KeeperError: if it is not what was staged, and can not be made so; of the class that
@@ -102,7 +109,9 @@ class Checking:
         """
         in_thread = partial(self._pinned_in_thread, shard)
         within_s = min(mend_s, self.mend_s)
-        mending = Mending(shard, self._origins(), in_thread, within_s, sender)
+        asked = {origin.node for origin in first}
+        others = [origin for origin in self._origins() if origin.node not in asked]
+        mending = Mending(shard, [*first, *others], in_thread, within_s, sender)
         try:
             with self._shelf.pinned(shard):
                 await mending.look_and_mend()

@@ -9,7 +9,8 @@ passes like this, whether its holder offers it by itself (a copy) or was asked f
     taker   Done     all of it is here, verified, and a copy is held
 
 Who has a shard of which some bytes are bad says `Pick` for those, and hears `Piece` and the bytes:
-that they are good is for the taker to see.
+that they are good is for the taker to see. Who takes a copy that came damaged says it in place of
+`Done`, as often as it needs to: the giver has not let go of the shard yet.
 
 Before that a server says `Challenge` (greeting.py). Instead of what is expected, `Failed` may come:
 its sender hangs up after that. Only who finds damaged what it asked for says `Failed` and listens:
@@ -24,12 +25,13 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from orchestrator.agent.shards import ERRORS, KeeperError, Lineage, MalformedError, UnreachableError
-from orchestrator.protocol.ids import Rank, Step
+from orchestrator.protocol.ids import NodeId, Rank, Step
 
 FRAME_BYTES_MAX = 4096
 PICK_BYTES_MAX = 4 << 20
 """Of a shard, sent at a time: it is held in memory, and the loop copies it."""
 LENGTH = struct.Struct("<I")
+UNNAMED = NodeId("")
 NONCE_BYTES = PROOF_BYTES = 32
 _REASON_BYTES_MAX = 2000
 _BY_NAME = {error.__name__: error for error in ERRORS}
@@ -78,6 +80,8 @@ class Offer(Message, frozen=True, kw_only=True):
     index_bytes: Annotated[int, _Size]
     body_bytes: Annotated[int, _Size]
     lineage: Lineage | None = None
+    sender: NodeId = UNNAMED
+    """Of a copy: the node that it comes from; "" if that does not know its own name yet."""
 
 
 class Ready(Message, frozen=True):

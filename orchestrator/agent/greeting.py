@@ -22,7 +22,7 @@ from orchestrator.agent.frames import NONCE_BYTES, PROOF_BYTES, Challenge
 from orchestrator.agent.shards import KeeperError
 from orchestrator.agent.wire import Wire
 
-PROTOCOL = b"holdfast peers 2"
+PROTOCOL = b"holdfast peers 3"
 """What comes first on a connection. It changes with anything that is said after it."""
 WITHIN_S = 5.0
 """Who has not shown the token by then, or not said what it began to say, is hung up on."""

@@ -21,6 +21,7 @@ from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.checking import Checking
 from orchestrator.agent.durable import DurableShard
 from orchestrator.agent.files import Files
+from orchestrator.agent.frames import UNNAMED
 from orchestrator.agent.impressions import Written
 from orchestrator.agent.peers import PeerServer
 from orchestrator.agent.reading import Reading
@@ -102,7 +103,7 @@ class Keeper:
             new_file=partial(self._files.new, "copy"),
             threads=self._threads,
             on_copy=lambda generation, _: self.on_held(generation),
-            verify=self.checking.verified,
+            checking=self.checking,
             transfer_s=transfer_s,
         )
 
@@ -273,7 +274,15 @@ class Keeper:
                 async with asyncio.timeout(timeout_s):
                     address = await self._address(buddy)
                     lineage = self._shelf.lineage
-                    await self._client.send(address, shard, lineage, bytes_per_s=bytes_per_s)
+                    here = self._address_here
+                    names = (node for node, where in self._peers.items() if where == here)
+                    await self._client.send(
+                        address,
+                        shard,
+                        lineage,
+                        bytes_per_s=bytes_per_s,
+                        sender=next(names, UNNAMED),
+                    )
             except TimeoutError:
                 raise UnreachableError(f"{shard} is not on {buddy} after {timeout_s:g} s") from None
 

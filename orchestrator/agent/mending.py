@@ -18,7 +18,7 @@ from typing import Protocol
 import xxhash
 
 from orchestrator.agent.calling import PeerClient
-from orchestrator.agent.frames import PICK_BYTES_MAX
+from orchestrator.agent.frames import PICK_BYTES_MAX, Pick, Piece
 from orchestrator.agent.shards import (
     CorruptError,
     KeeperError,
@@ -28,6 +28,7 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.agent.transfer import look_at_file, write_all
+from orchestrator.agent.wire import Wire
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.messages import BadCopy, MendedCopy
 from storage.blob import BlobStore, get_small
@@ -76,6 +77,31 @@ class CopyElsewhere:
         """See `Origin.read`."""
         del index  # it sends no other shard than that of this rank and step
         return await self.client.pick(self.address, (shard.rank, shard.step), start, size)
+
+
+@dataclass(slots=True)
+class SentAgain:
+    """What its sender still has pinned, at the other end of the connection that it came by."""
+
+    node: NodeId
+    wire: Wire
+    broken: bool = False
+    """Whether bytes may be on the way that nobody takes: then nothing else can be said there."""
+
+    async def read(self, shard: Shard, index: ShardIndex, start: int, size: int) -> bytes:
+        """See `Origin.read`."""
+        del index  # it has offered no other
+        if self.broken:
+            raise UnreachableError(f"{self.wire.name} was not done with what it was asked for")
+        self.broken = True
+        try:
+            await self.wire.say(Pick(shard.rank, shard.step, start, size))
+            await self.wire.hear(Piece)
+            content = await self.wire.read(size)
+        except OSError as error:
+            raise UnreachableError(f"{self.wire.name}: {error}") from error
+        self.broken = False
+        return content
 
 
 @dataclass(slots=True)

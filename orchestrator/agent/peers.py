@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from orchestrator.agent.checking import Checking
 from orchestrator.agent.files import remove
 from orchestrator.agent.frames import Ask, Done, Message, Offer, Pick, Piece, cut_off, failed
 from orchestrator.agent.greeting import WITHIN_S, admit
+from orchestrator.agent.mending import SentAgain
 from orchestrator.agent.shards import (
     CorruptError,
     KeeperError,
@@ -30,7 +32,7 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.agent.transfer import give, read_piece, take
 from orchestrator.agent.wire import EndedError, Wire
-from orchestrator.protocol.ids import Generation, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class PeerServer:
         new_file: Callable[[Rank, Step], Path],
         threads: Executor,
         on_copy: Callable[[Generation, Shard], None],
-        verify: Callable[[Shard], Awaitable[object]],
+        checking: Checking,
         transfer_s: float,
     ) -> None:
         """Serve nobody yet.
@@ -78,8 +80,8 @@ class PeerServer:
             new_file: names a file for a copy.
             threads: where room is made for copies, and where they are verified.
             on_copy: called with the sender's generation for each copy that is held.
-            verify: called with a shard that came out damaged; drops it and raises CorruptError if
-                it is.
+            checking: looks at a shard that came out damaged elsewhere, and mends what came damaged
+                here.
             transfer_s: see the class.
         """
         self.transfer_s = transfer_s
@@ -90,7 +92,7 @@ class PeerServer:
         self._address = ""
         self._threads = threads
         self._on_copy = on_copy
-        self._verify = verify
+        self._checking = checking
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._callers: dict[Wire, _State] = {}
@@ -244,7 +246,7 @@ class PeerServer:
                 await give(wire, shard)
         except CorruptError:
             # A caller's word is not enough to drop anything; nor is it to be taken for wrong.
-            await self._verify(shard)
+            await self._checking.verified(shard)
             await wire.say(Done())
 
     async def _pick(self, wire: Wire, wanted: Pick) -> None:
@@ -267,9 +269,27 @@ class PeerServer:
         path = self._new_file(offer.rank, offer.step)
         shard, damaged = await take(wire, offer, path, self._threads)
         if damaged is not None:
-            remove(path)
-            raise damaged
+            await self._mend_or_refuse(wire, offer, shard, damaged)
         # Time has passed: this compares with what is known now.
         self._shelf.put(shard)
         self._on_copy(lineage.generation, shard)
         await wire.say(Done())
+
+    async def _mend_or_refuse(
+        self, wire: Wire, offer: Offer, shard: Shard, damaged: CorruptError
+    ) -> None:
+        """Have what came damaged sent once more, chunk by chunk; there is no file if it raises."""
+        sender = offer.sender or NodeId(wire.name)
+        log.warning("%s came damaged from %s: %s", shard, sender, damaged)
+        again = SentAgain(sender, wire)
+        try:
+            await self._checking.mend(shard, sender=sender, first=[again])
+        except BaseException as error:
+            remove(shard.path)
+            if isinstance(error, KeeperError | OSError):
+                raise damaged from error
+            raise
+        if again.broken:
+            # It is whole, from elsewhere, but its sender can not be told so, and offers it anew.
+            remove(shard.path)
+            raise UnreachableError(f"{sender} did not send once more what it was asked for")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
-from orchestrator.agent.frames import Done, Offer, Ready
+from orchestrator.agent.frames import UNNAMED, Done, Offer, Pick, Piece, Ready
 from orchestrator.agent.shards import (
     CorruptError,
     Lineage,
@@ -25,6 +25,7 @@ from orchestrator.agent.shards import (
     Shard,
 )
 from orchestrator.agent.wire import Wire
+from orchestrator.protocol.ids import NodeId
 from storage.errors import StorageError
 from storage.filling import Damage, file_reader, find_damage
 from storage.shard import ShardIndex, decode_index, describe
@@ -40,13 +41,16 @@ async def give(
     lineage: Lineage | None = None,
     bytes_per_s: float | None = None,
     on_ready: Callable[[], None] = lambda: None,
+    sender: NodeId = UNNAMED,
 ) -> None:
     """Offer a shard, which the caller has pinned, and send it; return once the taker is done.
 
-    It is sent as fast as it goes, or at a rate; `on_ready` is called when the taker wants it.
+    It is sent as fast as it goes, or at a rate; `on_ready` is called when the taker wants it. What
+    of it the taker wants once more is sent once more.
 
     Raises:
-        CorruptError: if the file is shorter than its index says.
+        CorruptError: if the file is shorter than its index says, or the taker has it damaged.
+        MalformedError: if the taker wants bytes of something else.
         NotHeldError: if there is no file.
         KeeperError: of the class that the taker said, if it does not want it.
         OSError: if the connection is lost.
@@ -59,6 +63,7 @@ async def give(
             index_bytes=len(index),
             body_bytes=shard.size,
             lineage=lineage,
+            sender=sender,
         )
         await wire.say(offer)
         await wire.hear(Ready)
@@ -71,7 +76,20 @@ async def give(
             await wire.hear(Done)
             raise
         # The file stays pinned until here: what was sent are its pages, not copies of them.
-        await wire.hear(Done)
+        while isinstance(said := await wire.hear(Done, Pick), Pick):
+            await _send_again(wire, descriptor, shard, said, bytes_per_s)
+
+
+async def _send_again(
+    wire: Wire, descriptor: int, shard: Shard, wanted: Pick, bytes_per_s: float | None
+) -> None:
+    known = (wanted.rank, wanted.step) == (shard.rank, shard.step)
+    if not known or wanted.start + wanted.size > shard.size:
+        raise MalformedError(f"{wire.name} said {wanted}, offered was {shard}, {shard.size} bytes")
+    await wire.say(Piece())
+    await wire.send_file(descriptor, wanted.size, wanted.start)
+    if bytes_per_s is not None:
+        await asyncio.sleep(wanted.size / bytes_per_s)
 
 
 async def _send(wire: Wire, descriptor: int, size: int, bytes_per_s: float | None) -> None:

@@ -1,9 +1,6 @@
 """Shards that another node's memory has and that come damaged: mended on arrival, or refused."""
 
 import asyncio
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,6 @@ import pytest
 
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.shards import CorruptError, UnreachableError
-from orchestrator.agent.wire import Wire
 from orchestrator.protocol.messages import Holding
 from storage.commit import write_shard
 from storage.errors import StorageUnavailableError
@@ -26,6 +22,7 @@ from tests.shards import (
     Node,
     chunks,
     content,
+    damaged_on_the_way,
     sealed,
     settled,
     spoil,
@@ -33,22 +30,6 @@ from tests.shards import (
 )
 
 pytestmark = pytest.mark.process
-
-
-@contextmanager
-def damaged_on_the_way(patch: pytest.MonkeyPatch, *places: int) -> Iterator[None]:
-    """Flip a bit at each of these bytes of every body that comes as a whole."""
-    receive = Wire.receive_file
-
-    async def damaged(self: Wire, descriptor: int, size: int) -> None:
-        await receive(self, descriptor, size)
-        for place in places:
-            byte = os.pread(descriptor, 1, place)[0]
-            os.pwrite(descriptor, bytes([byte ^ 8]), place)
-
-    with patch.context() as context:
-        context.setattr(Wire, "receive_file", damaged)
-        yield
 
 
 def picked(patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

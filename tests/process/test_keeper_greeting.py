@@ -38,7 +38,7 @@ def challenge(nonce: bytes, shown: bytes) -> bytes:
 UNHEARD = {
     "zeros": bytes(48),
     "the protocol before": b"holdfast" + bytes(32),
-    "the protocol to come": PROTOCOL[:-1] + b"3" + bytes(32),
+    "the protocol to come": PROTOCOL[:-1] + b"4" + bytes(32),
     "a web browser": b"GET /shards/0/7 HTTP/1.1\r\nAuthorization: Bearer x\r\n\r\n",
 }
 
@@ -52,7 +52,7 @@ def test_who_speaks_another_protocol_is_told_so_before_anything_else(
             end = await call(there.address, UNHEARD[how])
             answer = await end.hear()
             assert answer["kind"] == "StrangerError"
-            assert "'holdfast peers 2'" in answer["reason"]
+            assert "'holdfast peers 3'" in answer["reason"]
             assert await end.hear() == {}
             end.close()
 

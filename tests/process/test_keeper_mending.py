@@ -146,7 +146,7 @@ def test_who_looks_at_a_shard_that_is_being_mended_waits_for_the_one_that_mends_
             other = asyncio.create_task(
                 {
                     "asks for it": lambda: keeper.prepare(RANK, STEP, HERE),
-                    "finds it damaged": lambda: keeper._server._verify(shard),
+                    "finds it damaged": lambda: keeper._server._checking.verified(shard),
                     "has it copied": lambda: keeper.prepare(OTHER, STEP, HERE, staged_as=RANK),
                 }[second]()  # type: ignore[arg-type]
             )

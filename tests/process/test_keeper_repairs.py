@@ -62,7 +62,7 @@ def test_a_node_replaces_bad_copies_one_after_the_other_at_one_rate(
 
     async def watched(self: PeerClient, address: str, shard: Any, *more: Any, **rate: Any) -> None:
         nonlocal most
-        assert rate == {"bytes_per_s": REPAIR_BYTES_PER_S}
+        assert rate["bytes_per_s"] == REPAIR_BYTES_PER_S
         under_way.append(shard.rank)
         most = max(most, len(under_way))
         await send(self, address, shard, *more, **rate)

@@ -61,6 +61,7 @@ from orchestrator.worker.orders import Orders
 from orchestrator.worker.output import redirect
 from orchestrator.worker.probing import measure
 from orchestrator.worker.slot import Slot, Slots, restore_reader, restore_view
+from orchestrator.worker.staging import Copy, Seal, Staging
 
 Prepare = Callable[[JobAhead, Callable[[], None]], None]
 """Gets what every seat of a job needs ready on this node, such as data.
@@ -85,6 +86,7 @@ class Worker:
         self._orders = Orders(self._slots)
         self._stepped = False
         self._waited_s = 0.0
+        self._staging: Staging | None = None
         self.probe: Callable[[float], Speed] = measure
         self._on_fault: Callable[[Misbehave], None] = _unable
         self._listener = Listener(control, self._orders, on_failure=self.died)
@@ -120,6 +122,10 @@ class Worker:
             prepare: called while there is no seat, once it is known what one would be of.
         """
         self._listener.on_abort = None
+        if self._staging is not None:
+            # The next seat may name its slot as free. What nobody has waited for is of no use.
+            self._staging.join()
+            self._staging = None
         previous, self._orders.seat = self._orders.seat, None
         self._beacon.update(phase=RankPhase.WAITING)
         if previous is not None:
@@ -291,7 +297,13 @@ class Worker:
                 what `waiting` did not count, or 0 for not measured if that counted nothing.
             work: what this rank computed in it, in any unit that all ranks share, such as
                 floating-point operations; 0 if all ranks always compute the same.
+
+        Raises:
+            Aborted: if this generation is over.
+            MisconfiguredError: if the step has moved a state while that was copied; see `stage`.
         """
+        if self._staging is not None:
+            self._staging.require_waited(step)
         if compute_s is None:
             compute_s = max(seconds - self._waited_s, 0.0) if self._waited_s else 0.0
         self._waited_s = 0.0
@@ -477,6 +489,63 @@ class Worker:
         """Return a slot unused."""
         self._slots.give_back(slot.number)
 
+    def stage(
+        self,
+        slot: Slot,
+        copy: Copy,
+        seal: Seal,
+        *,
+        step: int,
+        durable: bool,
+        overlap: bool = False,
+    ) -> None:
+        """Fill a slot, digest what is in it, and hand it over to the agent; counts as a stall.
+
+        With `overlap` that is done in a thread, beside forward and backward of the next step. Then
+        call `await_copied` right before the next update, and before anything else that writes to
+        the state: what was not waited for is not handed over, and `step_done` refuses the step that
+        moved it. `copy` should let go of the interpreter's lock, or training stands still for it
+        all the same: numpy's and torch's copies do, that of a memoryview does not.
+
+        Args:
+            slot: to fill; it is the agent's from then on.
+            copy: copies the state into the slot's memory; nothing else may read the state there.
+            seal: digests it there and returns its index, such as `storage.shard.seal` makes one.
+            step: steps that the state has.
+            durable: whether it is meant for the durable tier, too.
+            overlap: whether to go on at once.
+
+        Raises:
+            MisconfiguredError: if the save before was not waited for.
+        """
+        generation = self._generation
+        begun = time.monotonic()
+        if self._staging is not None:
+            self._staging.require_waited(step)
+            self._staging.join()
+
+        def hand_over(index: str) -> None:
+            self.staged(slot, generation=generation, step=step, index=index, durable=durable)
+
+        staging = Staging(slot, step, copy, seal, hand_over)
+        staging.start()
+        self._staging = staging
+        if not overlap:
+            staging.wait()
+            staging.join()
+        self.stalled(time.monotonic() - begun)
+
+    def await_copied(self) -> None:
+        """Return once the state may be written to again that `stage` copies; counts as a stall.
+
+        Raises:
+            BaseException: what its `copy` raised.
+        """
+        if self._staging is not None:
+            begun = time.monotonic()
+            self._staging.wait()
+            self.stalled(time.monotonic() - begun)
+
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         """Hand a filled and digested slot over to the agent. Any thread."""
         if durable:
@@ -528,7 +597,13 @@ class Worker:
         return persisted
 
     def finished(self, step: int, lanes: tuple[int, int]) -> None:
-        """Report that all steps are done, with this rank's part of the state digest."""
+        """Report that all steps are done, with this rank's part of the state digest.
+
+        A save that is under way is waited for: whoever hears of the end has heard of its last save.
+        """
+        self.await_copied()
+        if self._staging is not None:
+            self._staging.join()
         self._beacon.update(phase=RankPhase.DONE)
         self._send(Finished(generation=self._generation, step=Step(step), lanes=lanes))
 

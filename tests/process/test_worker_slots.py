@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.protocol.ids import Generation
-from orchestrator.protocol.rank import Abort, Finished, Parked, Reached, Staged
+from orchestrator.protocol.rank import Abort, Died, Finished, Parked, Reached, Staged
 from tests.programs.played import slots_of, wait_for
 from tests.programs.supervised import Agent
 
@@ -39,6 +39,33 @@ def test_saving_is_skipped_and_training_goes_on_where_there_is_no_room(agent: Ag
     agent.hear(Finished)
 
     assert agent.rank.poll() is None
+
+
+def test_a_copy_beside_the_next_step_is_of_the_state_before_its_update(agent: Agent) -> None:
+    agent.seat(beside="waits", steps=2)
+
+    for step in (1, 2):
+        staged = agent.hear(Staged)
+        assert isinstance(staged, Staged)
+        assert staged.step == step
+        slot = agent.folder / f"rank-00000.slot-{staged.slot}"
+        assert slot.read_bytes()[:4] == step.to_bytes(4, "little")
+    agent.hear(Finished)
+    assert agent.beacon.read().stall_s > 0
+
+
+def test_a_copy_that_no_update_has_waited_for_is_refused_and_never_handed_over(
+    agent: Agent,
+) -> None:
+    agent.seat(beside="forgets", steps=2)
+
+    died = agent.hear(Died)
+
+    assert isinstance(died, Died)
+    assert died.misconfigured
+    assert "step 2 is over, and has moved the state of step 1" in died.message
+    assert "Worker.await_copied right before each update" in died.message
+    assert not [message for message in agent.heard if isinstance(message, Staged)]
 
 
 def stage_all(agent: Agent, generation: int = 1, **seat: object) -> None:

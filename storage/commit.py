@@ -262,7 +262,7 @@ def _fetch(
 
     starts = range(0, index.size, BLOCK_BYTES)
     with closing(parallel.ahead(read, starts, BLOCKS_AHEAD, joined=True)) as blocks:
-        verify_blocks(index, blocks, digested)
+        verify_blocks(index, blocks, digested, to_restore=True)
 
 
 def check_shard(store: BlobStore, manifest: Manifest, shard: int) -> None:

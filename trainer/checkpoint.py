@@ -1,10 +1,11 @@
 """Saves this rank's shard without holding training up, and continues from one.
 
-Saving has two halves: a copy of the state into a slot of shared memory, for which training waits,
-and its digests, made in a thread, after which the agent has it. No rank waits for another. A rank
-claims its slot while the step before is still under way, so that all of them can say whether they
-have one together with what they exchange in that step anyway, and then all save, or none; and all
-to the durable tier, or none.
+Saving has two halves: a copy of the state into a slot of shared memory, and its digests, after
+which the agent has it. A thread makes both beside the next step (trainer/staging.py); training
+waits, right before its next update, for what is not copied by then. No rank waits for another. A
+rank claims its slot while the step before is still under way, so that all of them can say whether
+they have one together with what they exchange in that step anyway, and then all save, or none; and
+all to the durable tier, or none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
+from trainer.staging import Copying, bytes_of
 from trainer.tensor import cut_dimension
 
 CUT_HINT = (
@@ -128,6 +129,8 @@ class Checkpointer:
         self._shards, self._world, self._stamp = shards, world, stamp
         self._plan = shard.plan(_chunk(s, state, world) for s in shards for state in STATES)
         self._thread: threading.Thread | None = None
+        self._copying: Copying | None = None
+        """The newest copy that nobody has waited for."""
         self._slot: Slot | None = None
         """Claimed, and not filled yet."""
 
@@ -160,8 +163,15 @@ class Checkpointer:
             return Readiness.NOT
         return Readiness.MEMORY if keeper.persisting else Readiness.DURABLE
 
-    def save(self, keeper: Keeper, step: int, *, durable: bool) -> bool:
+    def save(self, keeper: Keeper, step: int, *, durable: bool, overlap: bool = False) -> bool:
         """Copy the state after `step` steps, and have it digested and handed over in a thread.
+
+        Args:
+            keeper: who has a slot, and takes it once it is filled.
+            step: steps that the state has.
+            durable: whether it is meant for the durable tier, too.
+            overlap: copy in the thread as well. Then nothing may write to the state before
+                `await_copied` has returned.
 
         Returns:
             Whether it will be; see `claim`.
@@ -171,15 +181,39 @@ class Checkpointer:
         begun = time.monotonic()
         slot, self._slot = self._slot, None
         assert slot is not None
-        views = self._plan.views(slot.buffer)
-        for name, tensor in self._tensors():
-            views[name][:] = _bytes(tensor)
+        tensors = dict(self._tensors())
+        ordered = [tensors[chunk.name] for chunk in self._plan.chunks]
+        copying = Copying(self._plan, ordered, slot.buffer)
+        if not overlap:
+            copying.whole()
+        self._copying = copying
         self._thread = threading.Thread(
-            target=self._stage, args=(keeper, slot, step, durable), name="holdfast-stage"
+            target=self._stage, args=(copying, keeper, slot, step, durable), name="holdfast-stage"
         )
         self._thread.start()
         keeper.stalled(time.monotonic() - begun)
         return True
+
+    @property
+    def copying(self) -> bool:
+        """Whether there is a save whose copy was not waited for."""
+        return self._copying is not None
+
+    def await_copied(self, keeper: Keeper) -> float:
+        """Wait until the state may be written to, and count that as a stall; return the seconds.
+
+        Raises:
+            BaseException: what the copy raised, if it came to nothing: the rank can not read its
+                own state.
+        """
+        copying, self._copying = self._copying, None
+        if copying is None:
+            return 0.0
+        begun = time.monotonic()
+        copying.wait()
+        seconds = time.monotonic() - begun
+        keeper.stalled(seconds)
+        return seconds
 
     def settle(self) -> None:
         """Wait until the save under way is handed over; its slot is this process's until then."""
@@ -198,6 +232,7 @@ class Checkpointer:
                 as it was.
             ShardCorruptError: if a byte is not what was staged; the state is worthless then.
         """
+        self.settle()
         index = shard.decode_index(index_text.encode())
         self._require_ours(index)
         chunks = {chunk.name: chunk for chunk in index.chunks}
@@ -232,7 +267,14 @@ class Checkpointer:
             for state, tensor in zip(STATES, s[2:], strict=True):
                 yield f"{state}/{s.name}", tensor
 
-    def _stage(self, keeper: Keeper, slot: Slot, step: int, durable: bool) -> None:  # noqa: FBT001 - a thread's arguments
+    def _stage(
+        self,
+        copying: Copying,
+        keeper: Keeper,
+        slot: Slot,
+        step: int,
+        durable: bool,  # noqa: FBT001 - a thread's arguments
+    ) -> None:
         stamp = self._stamp
         meta = shard.ShardMeta(
             run_id=stamp.run_id,
@@ -243,7 +285,9 @@ class Checkpointer:
             shards=self._world.shards,
             extra=msgspec.to_builtins(stamp.cursor(step)),
         )
-        index = shard.encode_index(shard.seal(self._plan, slot.buffer, meta)).decode()
+        with copying.in_thread():
+            sealed = shard.seal(self._plan, slot.buffer, meta, copying.fill)
+        index = shard.encode_index(sealed).decode()
         keeper.staged(slot, generation=stamp.generation, step=step, index=index, durable=durable)
 
     def _require_ours(self, index: shard.ShardIndex) -> None:
@@ -330,7 +374,7 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
     """Return what this rank's part of a weight, or of a state of it, adds to the state digest."""
     offset, shape = _offset(s, world), s.weight.shape
     start = sum(at * math.prod(shape[i + 1 :]) for i, at in enumerate(offset))
-    words = np.frombuffer(_bytes(part), _WORDS[part.element_size()])
+    words = np.frombuffer(bytes_of(part), _WORDS[part.element_size()])
     by_columns = cut_dimension(s.weight) not in (None, 0)
     return partial_digest(
         f"{state}/{s.name}",
@@ -354,14 +398,7 @@ def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
             "be restored into, expected a contiguous one; have the model hold it as such"
         )
     arrived = tensor if on_host else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    read(_bytes(arrived))
+    read(bytes_of(arrived))
     if arrived is not tensor:
         with torch.no_grad():  # which is each thread's own matter
             tensor.copy_(arrived)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor; of a contiguous one on the CPU, its own memory."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    words: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return words.data

@@ -45,6 +45,10 @@ class Injected:
             case _:
                 raise ValueError(f"unknown misbehaviour {order.how!r}")
 
+    def is_due(self, step: int) -> bool:
+        """Whether some state is to be changed in a step."""
+        return any(step >= int(flip["atStep"]) for flip in self._flips)
+
     @torch.no_grad()
     def strike(self, step: int, held: Iterable[Held]) -> None:
         """Do what is due in `step` to the kinds of state that are at hand."""

@@ -80,6 +80,9 @@ class Stepping(Protocol):
     def state(self) -> list[Held]:
         """Return this rank's part of the state."""
 
+    def before_write(self) -> None:
+        """Have whoever copies the state be done with it."""
+
 
 class Vote(NamedTuple):
     """What twins come to who compared what they hold, or what they digested of it."""
@@ -348,6 +351,7 @@ class Repairs:
         Collective: ranks that hold something else exchange nothings, so that all of them were in as
         many collectives, which is how those are told apart that hang.
         """
+        self._training.before_write()
         world = self._training.world
         mine = world.shard == shard
         taking = mine and world.replica == found.outvoted

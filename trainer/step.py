@@ -233,6 +233,10 @@ class Training:
         self._guard = Guard("digests")
         self._watch: Watch | None = None
         self.repairs: Repairs | None = None
+        self.until_copied: Callable[[], float] = _at_once
+        """Called right before anything writes to the state: waits for whoever copies it for a save,
+        and returns for how many seconds. What evaluates or replays only reads it."""
+        self._held_up_s = 0.0
         self._samples_anew, self._anew = samples, False
         """What to read a step from that is begun anew: what was read ahead of it is used up."""
         digest_share = detection.digest_share
@@ -264,7 +268,8 @@ class Training:
         """
         begun, waited_s = time.monotonic(), self._waited.seconds
         self._waited.counter = reporter
-        self.injected.strike(step, self._held())
+        self._held_up_s = 0.0
+        self._strike(step)
         if (now := self._ramp.stage(step)) != self.stage:
             self._share(now)
             if self._replays is not None:
@@ -295,9 +300,11 @@ class Training:
         if self._watch is not None:
             self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
+        self.before_write()
         self._move(step, grad_norm, reporter)
         self.warm = True
-        seconds = time.monotonic() - begun
+        # Without what saves held it up for, which counts as a stall.
+        seconds = time.monotonic() - begun - self._held_up_s
         if self._replays is not None:
             self._replays.stepped(seconds)
             self._replays.pace.paid([row[COST_AT] for row in rows])
@@ -313,6 +320,16 @@ class Training:
             work=self._flops,
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
+
+    def _strike(self, step: int) -> None:
+        """Have happen to the state what a fault plan says, which is a write like others."""
+        if self.injected.is_due(step):
+            self.before_write()
+        self.injected.strike(step, self._held())
+
+    def before_write(self) -> None:
+        """Have whoever copies the state be done with it; for whoever is about to write to it."""
+        self._held_up_s += self.until_copied()
 
     def _move(self, step: int, grad_norm: float, reporter: Reporter) -> None:
         """Have the optimizer move the weights, and look at a part of that."""
@@ -585,3 +602,7 @@ class Training:
     def _announce(self, reporter: Reporter, phase: RankPhase, micro_batch: int = 0) -> None:
         # The first step allocates, and on a GPU compiles and tunes: it may take its time.
         reporter.phase(phase if self.warm else RankPhase.WARMING, micro_batch=micro_batch)
+
+
+def _at_once() -> float:
+    return 0.0

@@ -59,6 +59,7 @@ def train(worker: Worker, seat: Seat) -> None:
         worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
         checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
+        training.until_copied = until_copied(checkpointer, worker)
         if seat.restore is not None:
             feed.require_same(seat.restore.index)
             with worker.restore_reader(seat.restore) as read:
@@ -137,7 +138,21 @@ def _save(
         durable = False
     if durable or in_memory:
         worker.phase(RankPhase.CHECKPOINT)
-        checkpointer.save(worker, step, durable=durable)
+        checkpointer.save(worker, step, durable=durable, overlap=True)
+
+
+def until_copied(checkpointer: Checkpointer, worker: Worker) -> Callable[[], float]:
+    """Return what waits until the save under way has its copy, as a phase of its own."""
+
+    def wait() -> float:
+        if not checkpointer.copying:
+            return 0.0
+        worker.phase(RankPhase.CHECKPOINT)
+        seconds = checkpointer.await_copied(worker)
+        worker.phase(RankPhase.OPTIMIZER)
+        return seconds
+
+    return wait
 
 
 def _say_unready(

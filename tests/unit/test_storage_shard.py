@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from storage.digest import BLOCK_BYTES, blocks_of
 from storage.errors import ShardCorruptError, UnsupportedVersionError
 from storage.shard import (
     DATA_ALIGNMENT,
@@ -281,3 +282,21 @@ def test_what_threads_decode_is_known_to_msgspec_before_there_are_threads(folder
         for found in re.findall(r"decode\([^)]*type=[A-Z_]\w*", path.read_text())
     ]
     assert late == []
+
+
+def test_who_restores_is_told_of_the_header_and_of_chunks_and_not_of_crcs_beside_them() -> None:
+    layout = plan([chunk("param/w", "F32", (BLOCK_BYTES + 4096) // 4)])
+    body = bytearray(layout.size)
+    index = seal(layout, body, META)
+    first, second = index.crc32c
+    other = msgspec.structs.replace(index, crc32c=(first, second ^ 1))
+    in_header = msgspec.structs.replace(index, crc32c=(first ^ 1, second))
+
+    verify_blocks(other, blocks_of(body), to_restore=True)
+    with pytest.raises(ShardCorruptError, match="crc32c"):
+        verify_blocks(other, blocks_of(body))
+    with pytest.raises(ShardCorruptError, match="crc32c"):
+        verify_blocks(in_header, blocks_of(body), to_restore=True)
+    body[-1] ^= 1
+    with pytest.raises(ShardCorruptError, match="xxh3-128"):
+        verify_blocks(index, blocks_of(body), to_restore=True)

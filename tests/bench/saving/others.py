@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+
+from tests.bench.saving.computation import Computation
 
 State = dict[str, Tensor]
 BLOCK_BYTES = 16 << 20
@@ -117,17 +120,35 @@ class Dcp:
         self._clear()
         dcp.save(self._state, storage_writer=dcp.FileSystemWriter(self._folder))
 
-    def stall(self, kind: AsyncCheckpointerType) -> float:
-        """Save in the background; return the seconds until training may go on."""
+    def save_beside(
+        self, step: Computation, kind: AsyncCheckpointerType, stager: AsyncStager | None = None
+    ) -> tuple[float, float]:
+        """Save in the background, beside a step.
+
+        Args:
+            step: what is computed beside it.
+            kind: whether a thread writes or a process.
+            stager: of its own, if there is one; kept from save to save, as its docs advise.
+
+        Returns:
+            Seconds that training waits before the step and right before the next update, and that
+            the step took to compute.
+        """
         self._clear()
         writer = dcp.FileSystemWriter(self._folder)
         begun = time.perf_counter()
         saving: Any = dcp.async_save(
-            self._state, storage_writer=writer, async_checkpointer_type=kind
+            self._state, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager
         )
         stall_s = time.perf_counter() - begun
+        computed_s = step.compute()
+        if isinstance(saving, AsyncSaveResponse):
+            begun = time.perf_counter()
+            saving.staging_completion.result()
+            stall_s += time.perf_counter() - begun
+            saving = saving.upload_completion
         saving.result()
-        return stall_s
+        return stall_s, computed_s
 
     def load(self) -> None:
         """Load in place."""
@@ -140,3 +161,19 @@ class Dcp:
 
     def _clear(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def overlapping_stager(*, shared: bool) -> DefaultStager:
+    """Return DCP's stager with what it has for state in host memory: it copies in a thread.
+
+    Args:
+        shared: into shared memory, for a process that writes.
+    """
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=shared,
+            use_async_staging=True,
+            use_non_blocking_copy=False,
+        )
+    )

@@ -15,6 +15,7 @@ from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.rank import Staged
 from orchestrator.worker.slot import Slot, Slots, restore_reader
 from storage.manifest import body_key, generation_prefix
+from tests.bench.saving.computation import Computation
 from tests.bench.saving.node import RANK, Begin, Fetch, Node, Save
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.optim import ShardState
@@ -34,6 +35,14 @@ class Saved(NamedTuple):
     durable_s: float
     rank_core_s: float
     agent_core_s: float
+
+
+class Beside(NamedTuple):
+    """What a save beside a step took: seconds that training waited before it and right before the
+    next update, and that the step took to compute."""
+
+    stall_s: float
+    computed_s: float
 
 
 class Hand:
@@ -80,20 +89,35 @@ class Ours:
         self._generation = 0
         self._restores = 1 << 20
 
-    def save(self) -> Saved:
-        """Make a checkpoint; older ones are removed first. Each is of a new generation."""
-        self._remove()
-        self._generation += 1
-        self._node.ask(Begin(Generation(self._generation)))
-        self._hand.slots.begin(RANK, [0])
-        checkpointer = self._checkpointer()
+    def save(self, *, overlap: bool = False) -> Saved:
+        """Make a checkpoint; older ones are removed first. Each is of a new generation.
+
+        Args:
+            overlap: copy in the thread that digests, as the trainer does; then there is no stall
+                to speak of, since nothing is computed and no update comes.
+        """
+        checkpointer = self._begin()
         core_s, begun = time.process_time(), time.perf_counter()
-        assert checkpointer.save(self._hand, self._generation, durable=True)
+        assert checkpointer.save(self._hand, self._generation, durable=True, overlap=overlap)
         stall_s = time.perf_counter() - begun
         checkpointer.settle()
         core_s = time.process_time() - core_s
         agent = self._node.hear()
         return Saved(stall_s, time.perf_counter() - begun, core_s, agent.core_s)
+
+    def save_beside(self, step: Computation) -> Beside:
+        """Make a checkpoint beside a step, as the trainer does."""
+        checkpointer = self._begin()
+        begun = time.perf_counter()
+        assert checkpointer.save(self._hand, self._generation, durable=True, overlap=True)
+        stall_s = time.perf_counter() - begun
+        computed_s = step.compute()
+        begun = time.perf_counter()
+        checkpointer.await_copied(self._hand)
+        stall_s += time.perf_counter() - begun
+        checkpointer.settle()
+        self._node.hear()
+        return Beside(stall_s, computed_s)
 
     def restore(self) -> float:
         """Fill the state from the newest checkpoint, on another node; return the seconds."""
@@ -137,6 +161,13 @@ class Ours:
         """End the nodes."""
         for node in (self._node, self._other):
             node.close()
+
+    def _begin(self) -> Checkpointer:
+        self._remove()
+        self._generation += 1
+        self._node.ask(Begin(Generation(self._generation)))
+        self._hand.slots.begin(RANK, [0])
+        return self._checkpointer()
 
     def _checkpointer(self) -> Checkpointer:
         stamp = Stamp("bench", "of a benchmark", self._generation, START)

@@ -144,15 +144,20 @@ def measure_commits(ranks: int, generations: int) -> dict[str, float]:
     """Return seconds and bytes of a commit, and how memory grew from the tenth to the last.
 
     What Python's own allocator has handed out is counted as well: what grows without that is
-    memory that was freed, and that the C library keeps.
+    memory that was freed, and is kept because something else lies beside it. That comes to an end:
+    so growth is told from half of the generations on as well, and that of the most that there ever
+    was, within a commit.
     """
     fleet = Fleet(ranks)
-    taken, before, blocks_before = [], 0, 0
+    taken, before, blocks_before, most_before, half = [], 0, 0, 0, 0
     for step in range(1, generations + 1):
         seconds, size = fleet.commit(step)
         taken.append(seconds)
         if step == min(WARM, generations):
             before, blocks_before = _resident(), sys.getallocatedblocks()
+            most_before = _most()
+        if step == -(-generations // 2):
+            half = _resident()
     after = _resident()
     taken.sort()
     return {
@@ -161,6 +166,8 @@ def measure_commits(ranks: int, generations: int) -> dict[str, float]:
         "commit_record_mb": size / 1e6,
         "commit_memory_mb": after / 1e6,
         "commit_memory_growth": after / before - 1,
+        "commit_memory_growth_of_second_half": after / half - 1,
+        "commit_memory_growth_of_the_most": _most() / most_before - 1,
         "commit_blocks_growth": sys.getallocatedblocks() / blocks_before - 1,
     }
 
@@ -213,6 +220,11 @@ def _resident() -> int:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def _most() -> int:
+    """Return the most bytes of this process that ever were in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -46,20 +46,23 @@ class AsyncStager(TorchAsyncStager):
 
     Copies from an accelerator go to pinned memory on a stream of their own, and `async_save` then
     returns an `AsyncSaveResponse`: wait for its `staging_completion` before the optimizer's step.
-    Copies of what is in host memory are done when `async_save` returns.
+    Copies of what is in host memory are done when `async_save` returns, unless they are to overlap
+    with what is computed next: then they are made in a thread, and it is the same with them.
 
     Args:
         slots: buffers, each as large as the state, so many saves can be under way.
         wait_s: how long `stage` may hold training up if none is free; then the save fails, instead
             of taking more memory.
+        overlap: copy what is in host memory in a thread. If an optimizer's step does not wait for
+            `staging_completion`, what is saved is of two steps, and nothing will show it.
     """
 
     _synchronize_after_execute = False
 
-    def __init__(self, *, slots: int = 2, wait_s: float = 60.0) -> None:
+    def __init__(self, *, slots: int = 2, wait_s: float = 60.0, overlap: bool = False) -> None:
         if slots < 1 or wait_s < 0:
             raise ValueError(f"slots is {slots} and wait_s {wait_s}, expected 1 and 0, or more")
-        self._slots_max, self._wait_s = slots, wait_s
+        self._slots_max, self._wait_s, self._overlap = slots, wait_s, overlap
         self._slots: list[_Slot] = []
         self._thread: ThreadPoolExecutor | None = None
         self._stream: torch.Stream | None = None
@@ -77,21 +80,24 @@ class AsyncStager(TorchAsyncStager):
         on_device = any(part.device.type != "cpu" for part in local.values())
         view = self._free(sum(map(_room, local.values())), pinned=on_device)
         copies: dict[int, Tensor] = {}
+        pairs: list[tuple[Tensor, Tensor]] = []
         at = 0
-        with self._own_stream(on_device=on_device):
-            for tensor in tensors:
-                part = local[id(tensor)]
-                end = at + part.numel() * part.element_size()
-                copied = tensor_over(view[at:end], part.dtype, tuple(part.shape))
-                copied.copy_(part, non_blocking=on_device)
-                copies[id(tensor)] = _like(tensor, copied)
-                at += _room(part)
+        for tensor in tensors:
+            part = local[id(tensor)]
+            end = at + part.numel() * part.element_size()
+            copied = tensor_over(view[at:end], part.dtype, tuple(part.shape))
+            pairs.append((copied, part))
+            copies[id(tensor)] = _like(tensor, copied)
+            at += _room(part)
         staged: State = _replaced(state_dict, copies)
-        if not on_device:
-            return staged
-        assert self._stream is not None
-        assert self._thread is not None
-        return self._thread.submit(_after, self._stream.record_event(), staged, state_dict)
+        if on_device:
+            with self._own_stream() as stream:
+                _copy(pairs, non_blocking=True)
+            return self._in_thread.submit(_after, stream.record_event(), staged, state_dict)
+        if self._overlap:
+            return self._in_thread.submit(_copied, pairs, staged)
+        _copy(pairs)
+        return staged
 
     def synchronize_staging(self) -> None:
         """Do nothing: host memory is staged at once, and the rest has a future."""
@@ -129,19 +135,32 @@ class AsyncStager(TorchAsyncStager):
                 )
             time.sleep(POLL_S)
 
-    @contextmanager
-    def _own_stream(self, *, on_device: bool) -> Iterator[None]:
-        if not on_device:
-            yield
-            return
-        if self._stream is None:
-            self._stream = torch.Stream()
+    @property
+    def _in_thread(self) -> ThreadPoolExecutor:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="holdfast-stage")
+        return self._thread
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[torch.Stream]:
+        if self._stream is None:
+            self._stream = torch.Stream()
         # What is copied was computed on the stream that training is on.
         self._stream.wait_stream(torch.accelerator.current_stream())
         with self._stream:
-            yield
+            yield self._stream
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]], *, non_blocking: bool = False) -> None:
+    for copied, part in pairs:
+        copied.copy_(part, non_blocking=non_blocking)
+
+
+def _copied(pairs: list[tuple[Tensor, Tensor]], staged: State) -> State:
+    """Return what was staged once it is copied. For a thread, which records no gradients."""
+    with torch.no_grad():
+        _copy(pairs)
+    return staged
 
 
 def _after(arrived: torch.Event, staged: State, _source: State) -> State:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from storage import dcp, verdicts
 from storage.blob import BlobStore
+from storage.dcp import stager as stager_module
 from storage.errors import (
     BlobExistsError,
     ForeignCheckpointError,
@@ -460,6 +463,36 @@ def test_training_goes_on_while_a_staged_state_is_saved(tmp_path: Path) -> None:
 
     for step in range(4):
         assert (load(tmp_path, state, step=step)["w"] == step).all()
+
+
+def test_what_is_copied_beside_the_next_step_is_the_state_before_its_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_copy = threading.Event()
+    copy = stager_module._copy
+
+    def held_up(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        assert may_copy.wait(20)
+        copy(pairs)
+
+    monkeypatch.setattr(stager_module, "_copy", held_up)
+    store, stager = MemoryStore(), dcp.AsyncStager(overlap=True)
+    state = {"w": torch.ones(1000), "steps": [1]}
+    saving = torch_dcp.async_save(
+        state, checkpoint_id="1", storage_writer=dcp.StorageWriter(store), async_stager=stager
+    )
+    assert isinstance(saving, AsyncSaveResponse)
+    state["steps"][0] = 2  # what is no tensor is copied at once
+    assert not saving.staging_completion.done()
+    may_copy.set()
+    saving.staging_completion.result(20)
+    state["w"].zero_()
+    saving.upload_completion.result(20)
+    stager.close()
+
+    loaded = load(store, state, step=1)
+    assert torch.equal(loaded["w"], torch.ones(1000))
+    assert loaded["steps"] == [1]
 
 
 def test_a_tensor_of_an_unknown_kind_is_not_staged() -> None:

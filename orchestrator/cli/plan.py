@@ -82,6 +82,9 @@ def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         str, typer.Option(metavar="SPAN", help="Until a used hot spare is replaced.")
     ] = "6h",
     quantile: Annotated[float, typer.Option(help="Enough for this share of the time.")] = 0.99,
+    run_days: Annotated[
+        float, typer.Option("--days", min=0.001, help="Length of the run, to be enough all along.")
+    ] = 54.0,
     simulate: SimulateOption = 0,
     days: SimulatedDaysOption = 7.0,
     output: OutputOption = Output.TABLE,
@@ -90,7 +93,7 @@ def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     from orchestrator.cli import answers, planning
 
     site = planning.site(gpus=gpus, model=planning.faults(model), mtti=mtti, rates=rates)
-    answer = planning.spares(site, repair=repair, refill=refill, quantile=quantile)
+    answer = planning.spares(site, repair=repair, refill=refill, quantile=quantile, days=run_days)
     if simulate:
         from orchestrator.cli import beside
 

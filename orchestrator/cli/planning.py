@@ -6,8 +6,9 @@ Nothing is simulated here. A fault model gives means (`orchestrator.faults.expec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orchestrator.faults.expected import Expected, expected
 from orchestrator.faults.model import FaultModel
 from orchestrator.faults.quantities import span_s
 from orchestrator.policy import arithmetic
+from orchestrator.policy.arithmetic import Leaving
 
 REPAIRS = ("4h", "12h", "1d", "3d", "7d")
 """Of which a table is made while nobody says how long repairs take."""
@@ -31,6 +33,9 @@ arXiv 2602.00277), state from a peer's memory 5; the first step ends it."""
 STALL_S = 0.05
 """Assumed; ByteRobust's Table 8 has 0.01 to 0.04 s, others 0.2 to 13 s."""
 PER_DAY_LEAST = 1 / 365_250
+COUNTED_MAX = 10_000
+"""Nodes out at once on average; of more than that nobody has spares."""
+ALONG = 0.9
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0, 10.0)
 """Multiples of the best interval, to show what missing it costs."""
 
@@ -43,10 +48,19 @@ class Site:
     mtti_s: float
     means: Expected
     removals_per_day: float
+    together: bool
+    """Whether it is known how many leave at once; else they leave one by one."""
     known_from: str
     """Where the rates come from, in words."""
     removed: str
     """What takes nodes out of service, in words."""
+
+    @property
+    def leaving(self) -> list[Leaving]:
+        """By how many nodes leave at once, and for how long, as the fault model has it."""
+        if self.together:
+            return [Leaving(*each) for each in self.means.together]
+        return [Leaving(1, self.removals_per_day, self.means.out_s)]
 
     @property
     def given(self) -> dict[str, float]:
@@ -117,6 +131,7 @@ def site(*, gpus: int, model: FaultModel, mtti: str | None, rates: float) -> Sit
         mtti_s=arithmetic.DAY_S / per_day,
         means=means,
         removals_per_day=removals,
+        together=mtti is None and bool(means.together),
         known_from=words,
         removed=removed,
     )
@@ -146,7 +161,17 @@ def outage(site: Site, *, detect: str | None, restart: str | None, stall: str | 
     )
 
 
-def spares(site: Site, *, repair: str | None, refill: str, quantile: float) -> Answer:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """When spares are enough."""
+
+    quantile: float
+    """For this share of the time."""
+    days: float
+    """From the first to the last of so many days, with ALONG."""
+
+
+def spares(site: Site, *, repair: str | None, refill: str, quantile: float, days: float) -> Answer:
     """Return how many nodes are out at once. Raises CliError for options that can not be."""
     if not 0 < quantile < 1:
         raise CliError(
@@ -154,71 +179,97 @@ def spares(site: Site, *, repair: str | None, refill: str, quantile: float) -> A
             "0.99 is enough for all but one hour in a hundred",
             Exit.USAGE,
         )
+    if not 0 < days < inf:
+        raise CliError(f"--days is {days}, expected more than 0", "for example 54", Exit.USAGE)
+    asked = Asked(quantile=quantile, days=days)
     times_s = [(each, span_s(each)) for each in REPAIRS]
     if repair is not None:
         times_s = [(repair, _span("--repair", repair, least=1.0))]
-    elif site.means.out_s:
-        times_s.append(("model", site.means.out_s))
     refill_s = _span("--refill", refill, least=1.0)
-    rows = [_reserve(site, name, time_s, quantile) for name, time_s in times_s]
+    rows = [
+        _row(site, f"repair-{name}", [e._replace(out_s=time_s) for e in site.leaving], asked)
+        for name, time_s in times_s
+    ]
+    if repair is None and site.means.out_s:
+        rows.append(_row(site, "repair-model", site.leaving, asked))
     if repair is not None and rows[0]["spares"] is None:
+        most = min(site.cluster.nodes, COUNTED_MAX)
         raise CliError(
-            f"{rows[0]['mean_nodes']:.4g} nodes would be out on average, expected fewer than the "
-            f"{site.cluster.nodes} there are",
+            f"{rows[0]['mean_nodes']:.4g} nodes would be out on average, expected fewer than "
+            f"{most} of the {site.cluster.nodes} there are",
             "a shorter --repair, a longer --mtti or lower --rates",
             Exit.USAGE,
         )
-    rows.append(_hot(site, refill_s, quantile))
+    rows.append(_hot(site, refill_s, asked))
     return Answer(
         question="spares",
         headline=site.headline,
-        given=site.given | {"quantile": quantile, "refill_s": refill_s},
+        given=site.given | {"quantile": quantile, "refill_s": refill_s, "days": days},
         columns=(
             Column("FOR", "name"),
             Column("AWAY (h)", "away_s", lambda value: f"{value / HOUR_S:.1f}"),
             Column("MEAN (nodes)", "mean_nodes", lambda value: f"{value:.2f}"),
+            Column("ALONE (nodes)", "independent", text),
             Column(f"P{quantile * 100:g} (nodes)", "spares", text),
-            Column("METHOD", "method"),
+            Column("ALL ALONG (nodes)", "all_along", text),
         ),
         rows=rows,
         assumptions=(
             site.known_from,
             site.removed,
-            "repair: nodes leave independently of each other (Poisson, M/G/inf)",
-            f"hot: until a used one is replaced, {refill}; binomial (arXiv 2509.16293)",
-            "nodes that leave together (switch, power) count in the rate, not in the spread",
+            (
+                "nodes that leave together (switch, power, neighbours) do so as the model says"
+                if site.together
+                else "nodes leave one by one: --mtti says nothing of what takes several"
+            ),
+            "faults are independent of each other (compound Poisson, M/G/inf)",
+            f"all along: never too few in {days:g} days, in {ALONG:.0%} of such runs at least",
+            f"alone: for P{quantile * 100:g} if nodes left one by one (Poisson)",
+            f"hot: until a used one is replaced, {refill}; alone: binomial (arXiv 2509.16293)",
         ),
     )
 
 
-def _reserve(site: Site, name: str, away_s: float, quantile: float) -> Row:
-    """Return the row of one repair time; without spares if more nodes were out than there are."""
-    mean = site.removals_per_day * away_s / arithmetic.DAY_S
-    number = None
-    if mean < site.cluster.nodes:
-        number = arithmetic.spares_poisson(
-            removals_per_day=site.removals_per_day, out_s=away_s, quantile=quantile
-        )
-    return {
-        "name": f"repair-{name}",
+def _row(site: Site, name: str, leaving: Sequence[Leaving], asked: Asked) -> Row:
+    """Return how many are out at once; no number if there would be more than can be counted.
+
+    Args:
+        site: the job and what befalls it.
+        name: of the row.
+        leaving: by how many nodes leave at once, and for how long.
+        asked: what enough is.
+    """
+    per_day = sum(each.nodes * each.per_day for each in leaving)
+    mean = sum(each.nodes * each.per_day * each.out_s for each in leaving) / arithmetic.DAY_S
+    away_s = arithmetic.DAY_S * mean / per_day if per_day else leaving[0].out_s
+    nodes = site.cluster.nodes
+    row: Row = {
+        "name": name,
         "away_s": away_s,
         "mean_nodes": mean,
-        "spares": number,
-        "method": "poisson",
+        "independent": None,
+        "spares": None,
+        "all_along": None,
     }
+    if mean < min(nodes, COUNTED_MAX):
+        quantile, days = asked.quantile, asked.days
+        row["independent"] = arithmetic.spares_poisson(
+            removals_per_day=per_day, out_s=away_s, quantile=quantile
+        )
+        row["spares"] = arithmetic.spares_together(leaving, most=nodes, quantile=quantile)
+        row["all_along"] = arithmetic.spares_all_along(leaving, days=days, most=nodes)
+    return row | {"method": "compound"}
 
 
-def _hot(site: Site, refill_s: float, quantile: float) -> Row:
+def _hot(site: Site, refill_s: float, asked: Asked) -> Row:
+    """Return the row of spares that are replaced once they are used; alone: ByteRobust's way."""
     nodes = site.cluster.nodes
+    row = _row(site, "hot", [each._replace(out_s=refill_s) for each in site.leaving], asked)
     probability = 1 - exp(-site.removals_per_day * refill_s / arithmetic.DAY_S / nodes)
-    number = arithmetic.spares_binomial(machines=nodes, probability=probability, quantile=quantile)
-    return {
-        "name": "hot",
-        "away_s": refill_s,
-        "mean_nodes": nodes * probability,
-        "spares": number,
-        "method": "binomial",
-    }
+    row["independent"] = arithmetic.spares_binomial(
+        machines=nodes, probability=probability, quantile=asked.quantile
+    )
+    return row
 
 
 def interval(site: Site, outage: Outage) -> Answer:

@@ -48,7 +48,8 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         str, typer.Option(metavar="NAME|FILE", help="What things take.")
     ] = "measured",
     spares: Annotated[
-        int | None, typer.Option(help="Hot spare nodes; default enough for 99 % of the time.")
+        int | None,
+        typer.Option(help="Hot spare nodes; default enough all along, in nine runs of ten."),
     ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Replicas with a whole state each; default up to 8.")

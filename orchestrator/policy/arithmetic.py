@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import exp, expm1, inf, isfinite, lgamma, log, log1p, sqrt
+from typing import NamedTuple
 
 from orchestrator.protocol.ids import Seconds
 
 DAY_S = 86_400.0
 OUT_MAX = 1e6
 """Nodes out of service, on average; beyond it the sums of a double get coarse."""
+_LARGE = 1e200
+_ALL_BUT_ONE = 1 - 1e-12
 _EXPONENT_MAX = 700.0
 """Beyond it `exp` overflows; an ETTR there is zero to every digit that is shown."""
 
@@ -142,6 +145,116 @@ def spares_poisson(*, removals_per_day: float, out_s: float, quantile: float = 0
     return poisson_quantile(mean, quantile)
 
 
+class Leaving(NamedTuple):
+    """Faults that each take so many nodes out of service at once."""
+
+    nodes: int
+    per_day: float
+    out_s: float
+    """Mean time after which those of one fault are back, together."""
+
+
+def spares_together(leaving: Iterable[Leaving], *, most: int, quantile: float = 0.99) -> int:
+    """Return how many nodes are out of service at once, at most, for `quantile` of the time.
+
+    A switch, a line of power or a neighbour takes several nodes at once, and they come back at
+    once. Such faults are independent of each other, each present for a time that matters by its
+    mean alone (M/G/inf), so of those that take k nodes there are as many as Poisson says with mean
+    m_k = rate x time out, and the nodes away are N = sum of k x Poisson(m_k), a compound Poisson
+    with mean sum of k m_k and variance sum of k^2 m_k. Its masses follow from each other:
+    p_0 = exp(-sum of m_k), n p_n = sum of k m_k p_(n-k). With k = 1 alone it is `spares_poisson`.
+
+    Source: that N is compound Poisson, own derivation from M/G/inf; the recursion is Panjer's
+    (1981, Recursive evaluation of a family of compound distributions). Cost: `most` times the
+    number of sizes at the worst, a ms for thousands of nodes.
+
+    Args:
+        leaving: by how many nodes a fault takes, in any order.
+        most: nodes that there are; no more are ever out.
+        quantile: in (0, 1).
+
+    Raises:
+        ValueError: for what can not be.
+
+    >>> [spares_together([Leaving(1, n, DAY_S)], most=2048) for n in (1.0, 25.0)]
+    [4, 37]
+    >>> spares_together([Leaving(1, 9.0, DAY_S), Leaving(16, 1.0, DAY_S)], most=2048)
+    73
+    """
+    _require_share(quantile=quantile)
+    cumulated = _away(leaving, most)
+    return next((n for n, share in enumerate(cumulated) if share >= quantile), most)
+
+
+def spares_all_along(
+    leaving: Iterable[Leaving], *, days: float, most: int, probability: float = 0.9
+) -> int:
+    """Return how many spares are never too few in so many days, with `probability` or more.
+
+    Of N, which `spares_together` explains, s are too few at some time if they are at the beginning,
+    or if a fault takes N from s or less to more than s. Of the latter there are on average
+    days x sum over k of rate_k P(s - k < N <= s), since faults come whatever N is. With both added
+    up, the probability of too few is no less: it is bounded, as that of any of several is by their
+    sum. So the true one is smaller, the more so as one bad week has several such moments.
+
+    Source: own derivation, Boole's and Markov's inequalities.
+
+    Args:
+        leaving: by how many nodes a fault takes, in any order.
+        days: length of the run.
+        most: nodes that there are; no more are ever out.
+        probability: in (0, 1).
+
+    Raises:
+        ValueError: as `spares_together` does.
+
+    >>> spares_all_along([Leaving(1, 6.5, 93 * 3600.0)], days=54, most=2048)
+    44
+    """
+    _require_share(probability=probability)
+    _require(days=days)
+    known = tuple(leaving)
+    cumulated = _away(known, most)
+
+    def at_most(nodes: int) -> float:
+        return cumulated[min(nodes, len(cumulated) - 1)] if nodes >= 0 else 0.0
+
+    def risk(spares: int) -> float:
+        per_day = sum(
+            each.per_day * (at_most(spares) - at_most(spares - each.nodes)) for each in known
+        )
+        return 1.0 - at_most(spares) + days * per_day
+
+    return next((n for n in range(len(cumulated)) if risk(n) <= 1 - probability), most)
+
+
+def _away(leaving: Iterable[Leaving], most: int) -> list[float]:
+    """Return the probability that at most n nodes are out, for n from 0 until it is all but one.
+
+    At most up to n = `most`.
+    """
+    means: dict[int, float] = {}
+    for nodes, per_day, out_s in leaving:
+        if nodes < 1:
+            raise ValueError(f"a fault takes {nodes} nodes, expected 1 or more")
+        _require(per_day=per_day, out_s=out_s)
+        means[nodes] = means.get(nodes, 0.0) + per_day * out_s / DAY_S
+    pulls = [(nodes, nodes * mean) for nodes, mean in sorted(means.items()) if mean]
+    # Masses are in units of exp(log_unit): the first of many faults is no number of a double.
+    masses, log_unit = [1.0], -sum(means.values())
+    reached = [exp(log_unit)]
+    total = 1.0
+    while reached[-1] < _ALL_BUT_ONE and len(masses) <= most:
+        n = len(masses)
+        masses.append(sum(pull * masses[n - nodes] for nodes, pull in pulls if nodes <= n) / n)
+        total += masses[n]
+        if total > _LARGE:
+            masses, total = [mass / _LARGE for mass in masses], total / _LARGE
+            log_unit += log(_LARGE)
+        reached.append(min(total * exp(log_unit), 1.0))
+    return reached
+
+
 def poisson_quantile(mean: float, quantile: float) -> int:
     """Return how many of what happens `mean` times on average happen, at most, with a probability.
 
@@ -190,8 +303,7 @@ def _smallest(quantile: float, log_mass: Callable[[int], float], mean: float) ->
     Masses further from the mean than any quantile in a double are passed over: they would take
     long and add nothing. The variance must not exceed the mean.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile is {quantile:g}, expected more than 0 and less than 1")
+    _require_share(quantile=quantile)
     reach = 40 * sqrt(mean) + 40
     first, last = max(0, int(mean - reach)), int(mean + reach)
     reached = 0.0
@@ -200,6 +312,12 @@ def _smallest(quantile: float, log_mass: Callable[[int], float], mean: float) ->
         if reached >= quantile:
             return k
     return last
+
+
+def _require_share(**given: float) -> None:
+    for name, value in given.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value:g}, expected more than 0 and less than 1")
 
 
 def _require(**given: float) -> None:

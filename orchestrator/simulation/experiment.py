@@ -28,10 +28,12 @@ from orchestrator.faults.model import FaultModel
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.schedule import Schedule
 from orchestrator.policy import arithmetic
+from orchestrator.policy.arithmetic import Leaving
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import accounts
 from orchestrator.simulation.accounts import Charge, Moment
+from orchestrator.simulation.constants import PLANNED_OUT
 from orchestrator.simulation.drive import Checker, Simulation
 from orchestrator.simulation.effects import Chances, Effects
 from orchestrator.simulation.machines import Machines
@@ -44,7 +46,7 @@ from orchestrator.worlds.simulated.watching import Detectors, Watching
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 T = TypeVar("T")
-SPARES_QUANTILE = 0.99
+SPARES_PROBABILITY = 0.9
 LOOK_EVERY_S = 600.0
 """Between two looks at a world in which nothing is amiss; see `SimulatedWorld`."""
 NEVER_S = 1e12
@@ -64,21 +66,27 @@ class Inputs:
 
     @property
     def spares(self) -> int:
-        """Hot spare nodes: as asked for, or enough for most of the time."""
-        if self.settings.spares is not None:
-            return self.settings.spares
+        """Hot spare nodes: as asked for, or most probably enough from the first day to the last."""
+        settings = self.settings
+        if settings.spares is not None:
+            return settings.spares
         means = expected(
             self.model,
-            self.settings.cluster,
-            factor=self.settings.rates,
+            settings.cluster,
+            factor=settings.rates,
+            factors=settings.class_rates,
             step_s=self.profile.step.value,
         )
-        number = arithmetic.spares_poisson(
-            removals_per_day=means.removals_per_day + means.planned_per_day,
-            out_s=max(means.out_s * self.settings.repair, 1.0),
-            quantile=SPARES_QUANTILE,
+        operations = Leaving(1, means.planned_per_day, PLANNED_OUT.value)
+        return arithmetic.spares_all_along(
+            [
+                each._replace(out_s=settings.repair * each.out_s)
+                for each in (operations, *(Leaving(*each) for each in means.together))
+            ],
+            days=settings.days,
+            most=settings.nodes,
+            probability=SPARES_PROBABILITY,
         )
-        return min(number, self.settings.nodes)
 
     @property
     def care(self) -> Care:

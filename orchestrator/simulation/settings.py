@@ -86,7 +86,8 @@ class Settings(
     profile: str = "measured"
     """What things take: one that comes with holdfast, or the file of another."""
     spares: Annotated[int, msgspec.Meta(ge=0, le=GPUS_MAX // RANKS_PER_NODE)] | None = None
-    """Hot spare nodes; default enough for 99 % of the time, by the model's repairs."""
+    """Hot spare nodes; default enough from the first day to the last in nine runs of ten, by the
+    model's repairs."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=GPUS_MAX)] | None = None
     """Data-parallel replicas with a whole state each; default up to 8."""
     save_every: str | None = None

@@ -2,7 +2,7 @@
 
 from math import isclose
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -308,3 +308,21 @@ def test_every_packaged_profile_can_be_run_as_it_is_named(name: str) -> None:
     assert found.state == "Training"
     assert sum(found.ledger.values()) == pytest.approx(0.02 * 86_400)
     assert found.steps > 100
+
+
+@pytest.mark.parametrize(
+    ("changed", "spares"),
+    [
+        ({}, 58),
+        ({"days": 1.0}, 40),
+        ({"repair": 0.1}, 22),
+        ({"class_rates": {"gpu-fault": 0.0}}, 37),
+        ({"gpus": 512}, 8),
+        ({"gpus": 64, "rates": 1e6}, 8),
+        ({"spares": 3}, 3),
+    ],
+)
+def test_by_default_there_are_spares_for_what_takes_several_nodes_at_once(
+    changed: dict[str, Any], spares: int
+) -> None:
+    assert inputs(Settings(**changed)).spares == spares

@@ -56,10 +56,33 @@ def test_spares_for_the_model_say_how_many_are_out_on_average_and_at_most() -> N
     rows = answer("spares", "--gpus", "16384")
 
     assert rows["repair-1d"]["mean_nodes"] == pytest.approx(6.5, abs=0.1)
-    assert rows["repair-1d"]["spares"] == 13
+    assert (rows["repair-1d"]["independent"], rows["repair-1d"]["spares"]) == (13, 21)
     assert rows["repair-model"]["away_s"] == pytest.approx(93 * 3600, rel=0.01)
-    assert rows["hot"]["method"] == "binomial"
-    assert rows["hot"]["spares"] == 5
+    assert (rows["hot"]["independent"], rows["hot"]["spares"]) == (5, 8)
+
+
+def test_spares_that_are_enough_all_along_are_more_the_longer_a_run_is() -> None:
+    week, months = (
+        answer("spares", "--gpus", "16384", "--days", days)["repair-model"] for days in ("7", "54")
+    )
+
+    assert week["spares"] == months["spares"] == 46
+    assert week["all_along"] < months["all_along"] == 57
+
+
+def test_nodes_leave_one_by_one_if_nobody_says_what_takes_several() -> None:
+    row = answer("spares", "--mtti", "236m")["repair-1d"]
+
+    assert row["independent"] == row["spares"] == 13
+    assert "--mtti says nothing of what takes several" in told("spares", "--mtti", "236m")
+
+
+def test_spares_of_a_model_in_which_no_node_leaves_are_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINE.replace(" out: fan,", ""))
+
+    rows = answer("spares", "--model", str(tmp_path / "mine.yaml"), "--gpus", "80")
+
+    assert {row["spares"] for row in rows.values()} == {0}
 
 
 def test_a_higher_quantile_and_a_longer_repair_need_more_spares() -> None:
@@ -192,7 +215,9 @@ def test_any_options_are_answered_or_refused(
     for given_mtti in (mtti, None):
         try:
             site = planning.site(gpus=gpus * 8, model=LLAMA, mtti=given_mtti, rates=rates)
-            answers.append(planning.spares(site, repair=None, refill=repair, quantile=quantile))
+            answers.append(
+                planning.spares(site, repair=None, refill=repair, quantile=quantile, days=days)
+            )
             outage = planning.outage(site, detect=detect, restart=restart, stall=stall)
             answers.append(planning.interval(site, outage))
             answers.append(planning.ettr(site, outage, interval=interval, days=days))

@@ -18,6 +18,7 @@ from orchestrator.faults import draw as drawing
 from orchestrator.faults.arrivals import Clock
 from orchestrator.faults.cluster import Cluster
 from orchestrator.faults.draw import draw, replay, scaled_counts
+from orchestrator.faults.expected import expected
 from orchestrator.faults.model import FaultModel
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.schedule import NAMES, Schedule
@@ -100,6 +101,18 @@ def test_nodes_are_taken_out_six_times_a_day_and_need_the_published_spares(
         assert closed == pytest.approx(spares, abs=1)
         out = [out_at_once(at_s, repair_h * 3600.0) for at_s in taken]
         assert np.quantile(np.concatenate(out), 0.99) == pytest.approx(spares, abs=2)
+
+
+def test_as_many_nodes_leave_together_as_the_means_say(many: Sequence[Schedule]) -> None:
+    together = {each.nodes: each.per_day for each in expected(MODEL, LLAMA).together}
+    faults = [each.faults for each in many]
+    drawn_nodes = np.concatenate([f.nodes[(f.out_s > 0) & (f.at_s > 0)] for f in faults])
+    per_day = np.bincount(drawn_nodes) / (DAYS * len(many))
+
+    assert set(together) == set(range(1, 17)) == set(np.flatnonzero(per_day))
+    assert per_day[1] == pytest.approx(together[1], rel=0.02)
+    several = sum(rate for nodes, rate in together.items() if nodes > 1)
+    assert per_day[2:].sum() == pytest.approx(several, rel=0.15)
 
 
 def out_at_once(at_s: np.ndarray, repair_s: float) -> np.ndarray:

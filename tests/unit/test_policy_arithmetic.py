@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.policy.arithmetic import (
+    DAY_S,
+    Leaving,
     Outages,
     budget_ettr,
     daly_interval_s,
@@ -15,8 +17,10 @@ from orchestrator.policy.arithmetic import (
     outage_allowed_s,
     renewal_ettr,
     small_loss_ettr,
+    spares_all_along,
     spares_binomial,
     spares_poisson,
+    spares_together,
     young_interval_s,
 )
 
@@ -230,6 +234,59 @@ def test_a_quantile_is_the_first_that_covers_its_share(mean: float, quantile: fl
     assert mean * 0.9 - 5 <= spares <= mean + 6 * mean**0.5 + 6
 
 
+@given(mean=st.floats(0, 2000), quantile=st.floats(0.5, 0.9999))
+def test_nodes_that_leave_one_by_one_need_as_many_spares_by_either_formula(
+    mean: float, quantile: float
+) -> None:
+    alone = [Leaving(1, mean / 2, DAY_S), Leaving(1, mean, DAY_S / 2)]
+
+    found = spares_together(alone, most=10_000, quantile=quantile)
+
+    by_poisson = spares_poisson(removals_per_day=mean, out_s=DAY_S, quantile=quantile)
+    assert found == pytest.approx(by_poisson, abs=1)  # at a rounding either may be the first
+
+
+def test_nodes_that_leave_together_need_what_drawn_ones_do() -> None:
+    """Ones, pairs and dozens, drawn as often as a rate of each says that they are away at once."""
+    chance = np.random.Generator(np.random.Philox(7))
+    means = {1: 6.0, 2: 1.5, 12: 0.4}
+    drawn = sum(nodes * chance.poisson(mean, 200_000) for nodes, mean in means.items())
+    leaving = [Leaving(nodes, mean / 2, 2 * DAY_S) for nodes, mean in means.items()]
+
+    for quantile in (0.5, 0.9, 0.99, 0.999):
+        found = spares_together(leaving, most=500, quantile=quantile)
+        assert np.mean(drawn <= found) >= quantile - 0.002
+        assert np.mean(drawn <= found - 1) < quantile + 0.002
+
+
+def test_spares_that_are_promised_all_along_were_never_too_few_as_often_as_was_promised() -> None:
+    """Months in which nodes leave by ones and by dozens; away is what left and is not back yet."""
+    chance = np.random.Generator(np.random.Philox(11))
+    leaving = [Leaving(1, 4.0, 2 * DAY_S), Leaving(12, 0.05, 2 * DAY_S)]
+    spares = spares_all_along(leaving, days=20, most=500, probability=0.8)
+    enough = 0
+    for _ in range(400):
+        moments = []
+        for nodes, per_day, out_s in leaving:
+            # From long before, so that a month begins as it goes on.
+            at = chance.uniform(-30, 20, chance.poisson(50 * per_day))
+            back = at + chance.exponential(out_s / DAY_S, len(at))
+            moments += [(t, nodes) for t in at] + [(t, -nodes) for t in back]
+        at_s, changes = np.array(sorted(moments)).T
+        away = np.cumsum(changes)[at_s >= 0]
+        enough += bool(away.max() <= spares)
+
+    assert 0.8 <= enough / 400 < 0.97
+    assert spares > spares_together(leaving, most=500, quantile=0.8)
+
+
+def test_no_more_spares_are_asked_for_than_there_are_nodes() -> None:
+    often = [Leaving(16, 1e9, DAY_S)]
+
+    assert spares_together(often, most=64) == spares_all_along(often, days=1, most=64) == 64
+    assert spares_together([], most=64) == spares_all_along([], days=1, most=64) == 0
+
+
 def test_without_interruptions_only_saving_costs() -> None:
     assert renewal_ettr(interval_s=9, stall_s=1, outage_s=60, mtti_s=inf) == 0.9
     assert spares_poisson(removals_per_day=0, out_s=3600) == 0
@@ -248,6 +305,14 @@ def test_what_is_no_length_or_share_is_refused() -> None:
         spares_poisson(removals_per_day=1, out_s=1, quantile=1)
     with pytest.raises(ValueError, match="probability is 2"):
         spares_binomial(machines=3, probability=2)
+    with pytest.raises(ValueError, match="quantile is 0, expected"):
+        spares_together([], most=1, quantile=0)
+    with pytest.raises(ValueError, match="probability is 1, expected"):
+        spares_all_along([], days=1, most=1, probability=1)
+    with pytest.raises(ValueError, match="a fault takes 0 nodes"):
+        spares_together([Leaving(0, 1, 1)], most=1)
+    with pytest.raises(ValueError, match="per_day is -1"):
+        spares_together([Leaving(1, -1, 1)], most=1)
     with pytest.raises(ValueError, match="target is 7"):
         outage_allowed_s(7, 60)
     with pytest.raises(ValueError, match="machines is -1"):

@@ -161,16 +161,16 @@ def hold_verified(state: RunState, nodes: Iterable[NodeId], step: Step) -> None:
     known, counting = state.holdings.of(step), counts(state, step)
     for node in nodes:
         ranks = state.ranks_of(node)
-        for mark in tuple(state.struck):
+        for mark in tuple(state.struck) if state.struck else ():
             found, taker, copy = mark
             if found == step and (taker == node or (copy.node == node and copy.rank in ranks)):
                 del state.struck[mark]
         for key in state.bad_copies:
             if key[:2] == (step, node) and key[2] in ranks:
                 state.bad_copies[key] = ""
-        # Nearly always its own memory had them, and it was only read.
-        sound = frozenset(ranks) - state.distrusted.get(step, set())
-        if counting and not known.of(node).issuperset(sound):
+        # Nearly always its own memory had them, and it was only read: thousands of nodes say so.
+        if counting and not known.of(node).issuperset(ranks):
+            sound = frozenset(ranks) - state.distrusted.get(step, set())
             state.holdings.add(step, node, sound)
             known = state.holdings.of(step)
 
@@ -230,7 +230,7 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> Found | Non
     mute = [node for node in state.unfit if not state.nodes[node].serves]
     if copies.least(mute) == 0 and not _each_shard(state, copies, mute):
         return None
-    nodes, staged_as = list(seats), [Rank(rank) for rank in range(len(seats))]
+    nodes, twins = list(seats), {}
     cramped = {n for s, n, copy in state.struck if s == step and copy.kind == "no-room"}
     cut_off = {(n, c.node) for s, n, c in state.struck if s == step and c.kind == "unreachable"}
     # Memory that has spoilt one copy may have spoilt others.
@@ -243,14 +243,15 @@ def sources(state: RunState, seats: Sequence[NodeId], step: Step) -> Found | Non
             here = frozenset() if seat in spoilt else held
             lacking += [(seat, rank, here) for rank in own if rank not in held]
     there = _serving(state, copies, [rank for _, rank, _ in lacking])
-    own_all = True
     for seat, rank, here in lacking:
         found = _copy_of(state, rank, seat, here, there, cut_off)
         if found is None or seat in cramped:
             return None
-        nodes[rank], staged_as[rank] = found
-        own_all = own_all and staged_as[rank] == rank
-    return Found(tuple(nodes), () if own_all else tuple(staged_as))
+        nodes[rank], twin = found
+        if twin != rank:
+            twins[rank] = twin
+    every = map(Rank, range(len(seats)))
+    return Found(tuple(nodes), tuple(twins.get(rank, rank) for rank in every) if twins else ())
 
 
 def _each_shard(state: RunState, copies: Copies, mute: Sequence[NodeId]) -> bool:

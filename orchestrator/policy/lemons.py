@@ -60,16 +60,19 @@ def failures(state: RunState, node: NodeId) -> int:
 
 def standing(state: RunState, node: NodeId) -> str:
     """Return why a node is retired, in words; "" if it is not."""
-    if node not in retired(state):
+    # Asked of single nodes: what all the others did is beside the point.
+    if not enabled(state, LEMON_RETIREMENT) or (count := failures(state, node)) < LIMIT:
         return ""
-    return f"retired: {failures(state, node)} failures in {WINDOW_DAYS} days, limit {LIMIT}"
+    return f"retired: {count} failures in {WINDOW_DAYS} days, limit {LIMIT}"
 
 
 def repeated(state: RunState) -> Iterator[Occurrence]:
-    """Yield the faults that struck more than once, and one node only."""
-    for fault in state.occurrences.values():
-        if len(fault.generations) > 1 and len(fault.nodes) == 1:
-            yield fault
+    """Return the faults that struck more than once, and one node only."""
+    return (fault for fault in state.occurrences.values() if _is_repeated(fault))
+
+
+def _is_repeated(fault: Occurrence) -> bool:
+    return len(fault.generations) > 1 and len(fault.nodes) == 1
 
 
 def _tells(state: RunState, node: NodeId, incident: IncidentId, finding: Finding) -> bool:
@@ -81,5 +84,5 @@ def _tells(state: RunState, node: NodeId, incident: IncidentId, finding: Finding
     if not finding.signature:
         return False
     # One crash may be the job's fault; the same one again, here and nowhere else, is not.
-    same = (fault for fault in repeated(state) if node in fault.nodes)
-    return any((f.signature, f.step) == (finding.signature, finding.step) for f in same)
+    same = state.occurrences.get((finding.signature, finding.step))
+    return same is not None and _is_repeated(same) and node in same.nodes

@@ -40,10 +40,8 @@ def place(state: RunState) -> Placement | None:
     if not state.seats:
         return _first(state)
     gone = _gone(state)
-    if _undecided(state, gone):
-        return None
-    replicas = _replicas(state, gone)
-    if not replicas or shrinking.hope(state, gone, replicas) is not None:
+    replicas = _replicas_now(state, gone)
+    if not replicas:
         return None
     frame = shrinking.frame(state, gone, replicas)
     lemons, probation, doubted = retired(state), on_probation(state), suspected(state)
@@ -92,6 +90,14 @@ def _cold_since(state: RunState) -> dict[NodeId, Seconds]:
     """Return when the spares came that a world would have to wait for: the first is warm first."""
     cold = set(state.spares()).difference(shrinking.ready(state))
     return {node: state.nodes[node].here_since for node in cold}
+
+
+def _replicas_now(state: RunState, gone: Sequence[NodeId]) -> int:
+    """Return with how many replicas a restart goes on now, 0 while nodes are waited for."""
+    if _undecided(state, gone):
+        return 0
+    replicas = _replicas(state, gone)
+    return 0 if shrinking.hope(state, gone, replicas) is not None else replicas
 
 
 def _replicas(state: RunState, gone: Sequence[NodeId]) -> int:
@@ -143,7 +149,7 @@ def wait_for_nodes(state: RunState) -> Plan | None:
     such as a search of the durable tier, is not time that a node had to come.
     """
     starting = not state.seats
-    placed = _can_start(state) if starting else place(state) is not None
+    placed = _starting(state) > 0 if starting else _replicas_now(state, _gone(state)) > 0
     settled_at = Seconds(state.wanted_since + state.timeouts.form_s)
     if placed and not (starting and _spares_to_come(state) and state.now < settled_at):
         return None
@@ -200,11 +206,6 @@ def _first(state: RunState) -> Placement | None:
     nodes = sorted(state.spares(), key=lambda node: (node in probation, node in doubted))
     seats = _seats(state, nodes[:count])
     return Placement(seats=seats, replicas=len(seats) // state.shard_count())
-
-
-def _can_start(state: RunState) -> bool:
-    """Whether the first generation can have its seats; asked for whenever a node comes."""
-    return _starting(state) > 0
 
 
 def _starting(state: RunState) -> int:

@@ -138,7 +138,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     node = state.nodes.get(node_id)
     if node is None:
         node = Node(node_id, joined.incarnation, joined_at=state.now, here_since=state.now)
-        state.nodes[node_id] = node
+        state.know(node)
     seated = node_id in state.seated and not state.wanting
     was_lost = bool(node.lost)
     if joined.incarnation > node.incarnation:

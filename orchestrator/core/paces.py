@@ -27,8 +27,14 @@ class Paces:
         self._rows: deque[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = deque(
             maxlen=WINDOWS
         )
+        self._told: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+        """What the newest window was made of."""
+        self._alike_windows = 0
+        """How many windows in a row, up to the newest, were made of the same."""
         self._step_R: npt.NDArray[np.int64] | None = None
+        """Steps completed at the newest window, shape [R], or [1] if all had completed as many."""
         self._rate_R: npt.NDArray[np.float64] | None = None
+        self._ratio_R: npt.NDArray[np.float64] | None = None
         self._time_R: npt.NDArray[np.float64] | None = None
         self._slowest_s: tuple[tuple[int, ...], float] | None = None
         self.looks = 0
@@ -46,28 +52,40 @@ class Paces:
             if self._rows:
                 self._rows.clear()
             self._step_R = None
+            self._alike_windows = 0
             self._forget()
             return
-        step_R = np.broadcast_to(np.asarray(steps, np.int64), self._size)
+        step_R = np.asarray(steps, np.int64)
         if self._step_R is not None and not bool((step_R > self._step_R).all()):
             return
         if bool((step_R <= 0).any()):
             return
         self._step_R = step_R
-        compute_s_R = np.broadcast_to(np.asarray(compute_s, np.float64), self._size)
-        work_R = np.broadcast_to(np.asarray(work, np.float64), self._size)
-        self._rows.append((compute_s_R, work_R))
-        self._forget()
+        # A simulated rank is as slow as it was, for hours: one row is enough for such windows.
+        if self._alike_windows and self._told == (compute_s, work):
+            self._rows.append(self._rows[-1])
+        else:
+            self._told, self._alike_windows = (compute_s, work), 0
+            compute_s_R = np.broadcast_to(np.asarray(compute_s, np.float64), self._size)
+            work_R = np.broadcast_to(np.asarray(work, np.float64), self._size)
+            self._rows.append((compute_s_R, work_R))
+        self._alike_windows += 1
         self.looks += 1
+        if not self.as_at(self.looks - 1):
+            self._forget()
 
     def _forget(self) -> None:
         """Drop what follows from windows that there are no more."""
-        self._rate_R = self._time_R = self._slowest_s = None
+        self._rate_R = self._ratio_R = self._time_R = self._slowest_s = None
 
     @property
     def full(self) -> bool:
         """Whether there are as many windows as are kept."""
         return len(self._rows) == WINDOWS
+
+    def as_at(self, looks: int) -> bool:
+        """Whether each window is the same as every one was after so many looks: nothing is new."""
+        return self._alike_windows >= WINDOWS + self.looks - looks
 
     def compute_s_WR(self) -> npt.NDArray[np.float64]:
         """Return seconds of computing in each window, shape [W, R], oldest first; 0 unmeasured."""
@@ -84,6 +102,23 @@ class Paces:
         if self._rate_R is None:
             self._rate_R = middle(self.compute_s_WR() / self.work_WR())
         return self._rate_R
+
+    def ratio_R(self, peers_R: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return times the median of its peers' rate that each rank takes, shape [R].
+
+        Asked at every event of whoever was found slow, and the same until the next window.
+
+        Args:
+            peers_R: ranks with the same number are compared, shape [R]: the same each time.
+        """
+        if self._ratio_R is None:
+            rate_R = self.rate_R()
+            self._ratio_R = np.empty_like(rate_R)
+            for number in np.unique(peers_R):
+                of_group_R = peers_R == number
+                group_R = rate_R[of_group_R]
+                self._ratio_R[of_group_R] = group_R / np.median(group_R)
+        return self._ratio_R
 
     def time_R(self) -> npt.NDArray[np.float64]:
         """Return seconds of computing in a step, the median of the windows, shape [R]."""

@@ -42,7 +42,7 @@ def suspect(state: RunState, incident: Incident) -> None:
     incident.rung, incident.reason = "none", "slow, and not known why yet: it is being measured"
     incident.decided_at = incident.resumed_at = state.now
     ratio, share = finding.measure
-    state.slow[incident.id] = Slow(
+    slow = Slow(
         incident=incident.id,
         rank=finding.ranks[0],
         node=finding.nodes[0],
@@ -52,21 +52,24 @@ def suspect(state: RunState, incident: Incident) -> None:
         ratio=ratio,
         share=share,
     )
-    for old in list(state.slow)[:-SLOW_MAX]:
-        del state.slow[old]
+    state.slow[slow.incident] = state.slow_unjudged[slow.incident] = slow
+    for name in list(state.slow)[:-SLOW_MAX]:
+        old = state.slow.pop(name)
+        state.slow_unjudged.pop(name, None)
+        if state.slow_devices.get(old.node) is old:
+            del state.slow_devices[old.node]
 
 
 def look(state: RunState) -> list[Decision]:
     """Have suspects be measured, one after the other; give up on those that do not answer."""
-    if not state.slow:
+    if not state.slow_unjudged:
         return []
-    waiting = [slow for slow in state.slow.values() if not slow.verdict]
-    for slow in waiting:
+    for slow in list(state.slow_unjudged.values()):
         if slow.generation != state.generation:
             _close(state, slow, "unknown", "its generation ended before it was measured")
         elif slow.asked_at is not None and state.now > _answer_by(state, slow.asked_at):
             _close(state, slow, "unknown", "it was not measured in time")
-    waiting = [slow for slow in waiting if not slow.verdict]
+    waiting = list(state.slow_unjudged.values())
     if not waiting or any(slow.asked_at is not None for slow in waiting):
         return []
     return [_probe(state, waiting[0])]
@@ -120,7 +123,7 @@ def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
 
 def answer(state: RunState, fact: RankProbed) -> None:
     """Take in what a rank measured; judge once everybody has answered."""
-    slow = next((s for s in state.slow.values() if _asked(s, fact)), None)
+    slow = next((s for s in state.slow_unjudged.values() if _asked(s, fact)), None)
     if slow is None:
         return
     slow.answers[fact.rank] = fact.speed
@@ -129,11 +132,8 @@ def answer(state: RunState, fact: RankProbed) -> None:
 
 
 def _asked(slow: Slow, fact: RankProbed) -> bool:
-    return (
-        slow.incident == f"inc-{fact.number}"
-        and not slow.verdict
-        and (fact.rank == slow.rank or fact.rank in slow.peers)
-    )
+    asked = slow.incident == f"inc-{fact.number}"
+    return asked and (fact.rank == slow.rank or fact.rank in slow.peers)
 
 
 def _judge(state: RunState, slow: Slow) -> None:
@@ -172,6 +172,9 @@ _REASONS = {
 
 def _close(state: RunState, slow: Slow, verdict: str, words: str) -> None:
     slow.verdict, slow.words, slow.judged_at = verdict, words, state.now
+    del state.slow_unjudged[slow.incident]
+    if verdict == "hardware":
+        state.slow_devices[slow.node] = slow
     incident = next(i for i in reversed(state.incidents) if i.id == slow.incident)
     incident.cause, incident.reason = _CAUSES[verdict], f"{words}; {_REASONS[verdict]}"
     incident.timeline.append(Note(at=state.now, text=f"verdict {verdict}: {words}"))
@@ -192,14 +195,8 @@ def now(state: RunState, node: NodeId) -> float | None:
         return 1.0
     if not state.paces.full:
         return None
-    rate_R, number_R = state.paces.rate_R(), alike(state.run.layout, len(state.seats))
-    return max(
-        (
-            float(rate_R[rank] / np.median(rate_R[number_R == number_R[rank]]))
-            for rank in state.ranks_of(node)
-        ),
-        default=None,
-    )
+    ratio_R = state.paces.ratio_R(alike(state.run.layout, len(state.seats)))
+    return max((float(ratio_R[rank]) for rank in state.ranks_of(node)), default=None)
 
 
 def shares(state: RunState, slows: list[Slow]) -> list[tuple[Slow, float]]:
@@ -226,20 +223,16 @@ def shares(state: RunState, slows: list[Slow]) -> list[tuple[Slow, float]]:
     ]
 
 
-def nodes_of(state: RunState, verdict: str, since: Seconds) -> dict[NodeId, Slow]:
-    """Return what is known of nodes with a verdict, the newest each, unless they came back since.
+def slow_since(state: RunState, since: Seconds) -> dict[NodeId, Slow]:
+    """Return the nodes whose device was found to be slow, unless they came back after that.
 
     An agent that was started again has been somewhere: on a machine that was repaired, for one.
     """
-    found = {
-        slow.node: slow
-        for slow in state.slow.values()
-        if slow.verdict == verdict and slow.judged_at >= since
-    }
+    nodes = state.nodes
     return {
         node: slow
-        for node, slow in found.items()
-        if node in state.nodes and state.nodes[node].incarnation == slow.incarnation
+        for node, slow in state.slow_devices.items()
+        if slow.judged_at >= since and nodes[node].incarnation == slow.incarnation
     }
 
 

@@ -92,6 +92,9 @@ class RunState:
     behind: set[NodeId] = field(default_factory=set)
     """Those that are no further."""
     nodes: dict[NodeId, Node] = field(default_factory=dict)
+    """All that ever joined; kept up by `know`."""
+    seatless: set[NodeId] = field(default_factory=set)
+    """Those without a seat in the current world."""
     unfit: set[NodeId] = field(default_factory=set)
     """Those on which no generation may be started; kept up by `weigh`."""
     reborn: set[NodeId] = field(default_factory=set)
@@ -102,6 +105,10 @@ class RunState:
     """How long its ranks compute for the same work."""
     slow: dict[IncidentId, Slow] = field(default_factory=dict)
     """Ranks that were slower than their peers, by the incident that says so, the newest ones."""
+    slow_unjudged: dict[IncidentId, Slow] = field(default_factory=dict)
+    """Those of them of which nothing is known yet: looked through at every event."""
+    slow_devices: dict[NodeId, Slow] = field(default_factory=dict)
+    """The newest one of each node that was found to have a slow device."""
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
     incidents: list[Incident] = field(default_factory=list)
@@ -334,6 +341,7 @@ class RunState:
         before, kept_by = self.seated, self.buddies
         self.seats, self.buddies = seats, buddies
         self.seated = ranks_by_node(seats)
+        self.seatless = set(self.nodes.keys() - self.seated.keys())
         names = dict(zip(before, self.seated, strict=False))
         if list(before.values()) == list(self.seated.values()) and buddies == {
             names[node]: names.get(buddy) for node, buddy in kept_by.items()
@@ -351,9 +359,13 @@ class RunState:
 
     def spares(self) -> tuple[NodeId, ...]:
         """Return the usable nodes without a seat that are not cordoned or quarantined, sorted."""
-        # Nearly all have a seat: what is left after that is short.
-        free = self.nodes.keys() - self.seated.keys() - self.unfit
+        free = self.seatless - self.unfit
         return tuple(sorted(free - self.drains.keys() - self.quarantined.keys()))
+
+    def know(self, node: Node) -> None:
+        """Enter a node that has joined for the first time: it has no seat yet."""
+        self.nodes[node.id] = node
+        self.seatless.add(node.id)
 
     def weigh(self, node: Node) -> None:
         """Keep up whether a generation may be started on a node, after anything that decides it."""

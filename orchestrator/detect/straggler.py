@@ -73,6 +73,8 @@ class Straggler:
         self._looks = -1
         self._generation = Generation(0)
         self._marks: dict[Rank, _Mark] = {}
+        self._suspects: dict[Rank, float] = {}
+        """Who was slow at the newest look, ascending, and how slow."""
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return a finding for each rank that has become slow."""
@@ -81,22 +83,30 @@ class Straggler:
             return []
         if state.phase is not RunPhase.TRAINING or not paces.full or paces.looks == self._looks:
             return []
+        known = state.generation == self._generation and paces.as_at(self._looks)
         if state.generation != self._generation:
             self._generation, self._marks = state.generation, {}
         self._looks = paces.looks
+        if not known:
+            self._compare(state)
+        suspects = self._suspects
+        new = [rank for rank, ratio in suspects.items() if self._is_news(state, rank, ratio)]
+        for rank in new:
+            times = self._marks[rank].times if rank in self._marks else 0
+            self._marks[rank] = _Mark(True, times + 1, paces.looks + (COOL_LOOKS << times))
+        slowest_s, other_s = what_if_s(paces.compute_s_WR(), tuple(suspects)) if new else (0.0, 0.0)
+        gain_s = slowest_s - other_s
+        return [_finding(state, rank, suspects[rank], gain_s) for rank in new]
+
+    def _compare(self, state: RunState) -> None:
+        """Take in who is slow as of now, and who is no more."""
+        paces = state.paces
         rate_WR = rates(paces.compute_s_WR(), paces.work_WR())
         ratio_R, slow = stragglers(rate_WR, slowness.alike(state.run.layout, len(state.seats)))
         for rank, mark in self._marks.items():
             if ratio_R[rank] < RATIO_CLEAR:
                 self._marks[rank] = mark._replace(slow=False)
-        suspects = [Rank(int(rank)) for rank in slow]
-        new = [rank for rank in suspects if self._is_news(state, rank, float(ratio_R[rank]))]
-        for rank in new:
-            times = self._marks[rank].times if rank in self._marks else 0
-            self._marks[rank] = _Mark(True, times + 1, paces.looks + (COOL_LOOKS << times))
-        slowest_s, other_s = what_if_s(paces.compute_s_WR(), suspects) if new else (0.0, 0.0)
-        gain_s = slowest_s - other_s
-        return [_finding(state, rank, float(ratio_R[rank]), gain_s) for rank in new]
+        self._suspects = {Rank(int(rank)): float(ratio_R[rank]) for rank in slow}
 
     def _is_news(self, state: RunState, rank: Rank, ratio: float) -> bool:
         mark = self._marks.get(rank)

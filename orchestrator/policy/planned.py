@@ -56,9 +56,11 @@ class PlannedSwap:
 
     def observe(self, state: RunState, event: Event) -> Sequence[Finding]:
         """Return one finding when the moment has come, for all nodes that can be swapped."""
-        nodes = leaving(state) if (state.drains or state.slow) and trains(state) else ()
         # Nobody begins anew for what was measured before the world began, until that shows again.
-        nodes = tuple(n for n in nodes if n in state.drains or stragglers.surely(state, n))
+        known = stragglers.surely(state)
+        wanted = state.drains or (state.slow and known)
+        nodes = leaving(state) if wanted and trains(state) else ()
+        nodes = tuple(node for node in nodes if known or node in state.drains)
         if not nodes:
             self._moment.forget()
             return ()

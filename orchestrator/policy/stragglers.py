@@ -55,6 +55,8 @@ def groups(state: RunState) -> list[Group]:
         for slow in found_slow(state).values()
         if slow.node in state.seated and _may_be_slow(state, slow)
     ]
+    if not slows:
+        return []
     swap_s, found, first, share, keep_s = restart_s(state), [], 0, 0.0, 0.0
     costs = slowness.shares(state, slows)
     for count, (slow, own_share) in enumerate(costs, 1):
@@ -77,7 +79,7 @@ def found_slow(state: RunState) -> dict[NodeId, Slow]:
     """Return the nodes whose device was measured to be slow, lately."""
     if not state.slow or not enabled(state, STRAGGLER_SWAP):
         return {}
-    return slowness.nodes_of(state, "hardware", Seconds(state.now - ASIDE_DAYS * DAY_S))
+    return slowness.slow_since(state, Seconds(state.now - ASIDE_DAYS * DAY_S))
 
 
 def leaving(state: RunState) -> tuple[NodeId, ...]:
@@ -86,19 +88,18 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
     Not those that are known to be as fast as their peers by now; of the first steps of a generation
     nobody knows, and what is restarted for another reason takes along who was slow before it.
     """
-    # Asked at every event: that nobody with a seat was ever found slow is the cheaper half of it.
-    if not any(
-        slow.verdict == "hardware" and slow.node in state.seated for slow in state.slow.values()
-    ):
+    # Asked at every event: while all are as fast as each other, nobody is slow who was once.
+    if state.paces.alike or not any(node in state.seated for node in state.slow_devices):
+        return ()
+    paying = [group for group in groups(state) if group.pays]
+    if not paying:
         return ()
     found = found_slow(state)
     better = sum(spare not in found for spare in state.spares())
-    if not better:
-        return ()
     nodes: list[NodeId] = []
-    for group in groups(state):
+    for group in paying:
         # A part of a group is worth nothing.
-        if not group.pays or len(nodes) + len(group.slows) > better:
+        if len(nodes) + len(group.slows) > better:
             break
         nodes += [slow.node for slow in group.slows]
     return tuple(nodes)
@@ -109,9 +110,9 @@ def _may_be_slow(state: RunState, slow: Slow) -> bool:
     return ratio is None or ratio - 1 >= STILL * (slow.ratio - 1)
 
 
-def surely(state: RunState, node: NodeId) -> bool:
-    """Whether a node that was found slow is so in the present generation as well."""
-    return slowness.now(state, node) is not None
+def surely(state: RunState) -> bool:
+    """Whether it is known of the present generation, too, who is slow and who is not."""
+    return state.paces.alike or state.paces.full
 
 
 def reason(state: RunState, node: NodeId) -> str:

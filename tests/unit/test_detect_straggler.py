@@ -130,3 +130,32 @@ def test_what_a_rank_takes_for_its_work_follows_the_newest_windows() -> None:
         if paces.full:
             newest = [float(each) for each in range(step - WINDOWS + 1, step + 1)]
             assert paces.rate_R().tolist() == [np.median(newest) / 2, 2 * np.median(newest)]
+
+
+@given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.integers(1, 2 * WINDOWS))))
+def test_nothing_is_new_while_all_windows_are_what_all_of_them_were(spells: list) -> None:
+    paces = Paces(2)
+    windows = [times for times, count in spells for _ in range(count)]
+    for step, times in enumerate(windows, 1):
+        paces.observe((step,), (0.1, 0.1 * times), (0.0,))
+
+        now = windows[max(step - WINDOWS, 0) : step]
+        assert paces.compute_s_WR().tolist() == [[0.1, 0.1 * each] for each in now]
+        assert paces.rate_R().tolist() == [0.1, np.median([0.1 * each for each in now])]
+        for looks in range(max(step - WINDOWS, WINDOWS), step):
+            both = windows[looks - WINDOWS : looks] + now
+            assert paces.as_at(looks) == (len(set(both)) == 1)
+
+
+def test_what_is_told_again_after_all_were_alike_is_new() -> None:
+    paces = Paces(2)
+    for step in range(1, 2 * WINDOWS + 1):
+        paces.observe((step,), (0.1, 0.2), (0.0,))
+    looks = paces.looks
+    assert paces.as_at(looks - 1)
+
+    paces.observe((step + 1,), (0.1,), (0.0,))
+    for later in range(step + 2, step + 2 + WINDOWS):
+        paces.observe((later,), (0.1, 0.2), (0.0,))
+        assert not paces.as_at(looks)
+    assert paces.full

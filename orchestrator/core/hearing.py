@@ -28,7 +28,9 @@ class Hearing:
         self._voices: frozenset[NodeId] = frozenset()
         self._chorus_at = _NEVER
         self._others: set[NodeId] = set()
-        """Those that are not in the chorus."""
+        """Those that are not in the chorus, and not silent as far as is known."""
+        self._quiet: frozenset[NodeId] = frozenset()
+        """Those that are not in the chorus, and were silent when that was asked last."""
 
     def heard_at(self, node: NodeId) -> Seconds:
         """Return when a node was heard last, or somebody looked again: silence counts from here."""
@@ -44,6 +46,7 @@ class Hearing:
         """Enter that a node was heard just now."""
         if node not in self._voices:
             self._others.add(node)
+            self._quiet -= {node}
         self._heard_at[node] = self._spoke_at[node] = now
 
     @property
@@ -58,6 +61,7 @@ class Hearing:
         self._spoke_at.update(heard)
         if not heard.keys() <= self._voices:
             self._others |= heard.keys() - self._voices
+            self._quiet -= heard.keys()
 
     def hear_all(self, nodes: tuple[NodeId, ...], now: Seconds) -> None:
         """Enter that these nodes, all of which were heard before, were heard just now."""
@@ -68,18 +72,26 @@ class Hearing:
                     self.heard_at(node),
                     self.spoke_at(node),
                 )
-            self._chorus, self._voices = nodes, voices
+            self._voices = voices
             self._others = {node for node in self._heard_at if node not in voices}
-        self._chorus_at = now
+            self._quiet = frozenset()
+        # Also if it is the same in other words: to be told again in these is seen at once.
+        self._chorus, self._chorus_at = nodes, now
 
     def forgive(self, now: Seconds) -> None:
         """Count silence from now on: until then nobody was looking."""
         self._heard_at = dict.fromkeys(self._heard_at, now)
+        self._others |= self._quiet
+        self._quiet = frozenset()
 
     def silent(self, now: Seconds) -> frozenset[NodeId]:
         """Return the nodes that are silent."""
         limit_at = now - self._limit_s
-        quiet = frozenset(node for node in self._others if self._heard_at[node] < limit_at)
+        # Who is silent stays so until it is heard, maybe for days: only the others are looked at.
+        quiet = [node for node in self._others if self._heard_at[node] < limit_at]
+        if quiet:
+            self._others.difference_update(quiet)
+            self._quiet |= frozenset(quiet)
         if self._chorus_at >= limit_at:
-            return quiet
-        return quiet | {node for node in self._voices if self._heard_at[node] < limit_at}
+            return self._quiet
+        return self._quiet | {node for node in self._voices if self._heard_at[node] < limit_at}

@@ -109,12 +109,12 @@ class Looks:
         if len(team.seats) == self._ranks:
             return False
         # A slow node is better than none.
-        free = set(self._cluster.heard()).difference(team.ranks, self.to_be_free)
+        free = team.idle(self._cluster.heard()).difference(self.to_be_free)
         return len(free) >= self._nodes_more
 
-    def _idle(self, team: Team) -> set[NodeId]:
+    def _idle(self, team: Team) -> frozenset[NodeId]:
         """Return the nodes that have no seat, and that nobody wants to be free or knows as slow."""
-        return set(self._cluster.heard()).difference(team.ranks, self.to_be_free, self.slow)
+        return team.idle(self._cluster.heard()).difference(self.to_be_free, self.slow)
 
 
 def _goes_well(team: Team | None) -> bool:

@@ -108,8 +108,11 @@ class SimStore:
 
         What is older than the newest was read back by now, unless nobody does that.
         """
-        sound = [s for s in self._commits.values() if s.key not in self.barred]
-        candidates = [Candidate(s.step, s.epoch, self._trusted(s, newest)) for s in sound]
+        candidates = [
+            Candidate(stored.step, stored.epoch, self._trusted(key, stored, newest))
+            for key, stored in self._commits.items()
+            if key not in self.barred
+        ]
         stay = kept(candidates, self._ladder, restorable=(newest.step, newest.epoch))
         self._commits = {
             key: stored
@@ -117,9 +120,9 @@ class SimStore:
             if (where := (stored.step, stored.epoch)) >= stay.oldest or where in stay.reasons
         }
 
-    def _trusted(self, stored: Stored, newest: Stored) -> Trust:
-        known = self._trust.get(stored.key, Trust.WRITTEN)
-        if not self._scrubs or stored is newest or stored.key in self.corrupt:
+    def _trusted(self, key: str, stored: Stored, newest: Stored) -> Trust:
+        known = self._trust.get(key, Trust.WRITTEN)
+        if not self._scrubs or stored is newest or key in self.corrupt:
             return known
         return max(known, Trust.BYTES_VERIFIED)
 

@@ -95,7 +95,7 @@ class Team:
         self._cold: set[NodeId] = set()
         """Nodes that start a process before they are seated."""
         self._heard: tuple[NodeId, ...] = ()
-        self._unheard = frozenset(self.ranks)
+        self._unheard, self._idle = frozenset(self.ranks), frozenset[NodeId]()
         counts = [len(own) for own in self.ranks.values()]
         self.place_R = np.empty(len(order.seats), np.int64)
         self.place_R[np.fromiter(chain.from_iterable(self.ranks.values()), np.int64)] = np.repeat(
@@ -121,10 +121,21 @@ class Team:
         return self._order.buddies.get(node)
 
     def silent(self, heard: tuple[NodeId, ...]) -> frozenset[NodeId]:
-        """Return its nodes that are not heard; the same are, at nearly every look."""
-        if self._heard is not heard:
-            self._heard, self._unheard = heard, frozenset(self.ranks.keys() - frozenset(heard))
+        """Return its nodes that are not heard."""
+        self._compare(heard)
         return self._unheard
+
+    def idle(self, heard: tuple[NodeId, ...]) -> frozenset[NodeId]:
+        """Return the nodes that are heard and have no seat."""
+        self._compare(heard)
+        return self._idle
+
+    def _compare(self, heard: tuple[NodeId, ...]) -> None:
+        """Find out who of thousands is heard: the same are, at nearly every look."""
+        if self._heard is not heard:
+            self._heard, there = heard, frozenset(heard)
+            self._unheard = frozenset(self.ranks.keys() - there)
+            self._idle = there.difference(self.ranks)
 
     @property
     def marks(self) -> Iterable[int]:

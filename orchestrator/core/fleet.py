@@ -239,6 +239,13 @@ class Fleet:
         """Whether all ranks do the same, as far as is known."""
         return self._row is not None
 
+    def still_s(self, phase: RankPhase, now: Seconds) -> float | None:
+        """Return the longest that a rank in a phase has stood still, seconds; None if none is."""
+        if self._row is not None:
+            return now - self._row.moved_at if self._row.phase == phase else None
+        there_R = self._columns.phase_R == phase
+        return now - float(self._columns.moved_at_R[there_R].min()) if there_R.any() else None
+
     def patient_R(self) -> npt.NDArray[np.bool_]:
         """Return which ranks announced a phase in which standing still is no hang."""
         return _PATIENT[np.clip(self.phase_R, 0, len(_PATIENT) - 1)]

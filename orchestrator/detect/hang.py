@@ -5,7 +5,8 @@ which nobody has moved for longer than two p99 steps plus `hang_s`; few ranks wh
 come while all others wait for them, for ten seconds at least, longer than that and far longer than
 it ever took there; a
 phase of a recovery that takes far longer than it ever took in the same way. Announced phases
-(compiling, restoring, saving) may stand still for as long as their own limit allows.
+(compiling, restoring, saving) may stand still for as long as their own limit allows, which is
+learned for those that are alike each time (announced.py).
 
 Letters in array names: R ranks of the world.
 """
@@ -26,6 +27,7 @@ from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.detect import waiting
+from orchestrator.detect.announced import Announced
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import MARKS
@@ -71,6 +73,7 @@ class Hang:
     name = "hang"
 
     def __init__(self) -> None:
+        self._announced = Announced()
         self._starving = _NOBODY
         self._starved_s: dict[NodeId, float] = {}
         """The longest for which others have waited for samples of each node, seconds."""
@@ -79,9 +82,10 @@ class Hang:
         """Return at most one finding: the ranks that hold up the rest."""
         if state.wanting or not state.seats or not isinstance(event, Telemetry | Tick):
             return []
+        self._announced.observe(state)
         return (
             stopped(state)
-            or standing_still(state)
+            or standing_still(state, self._announced)
             or self._starved(state)
             or stuck_recovery(state)
             or broken(state)
@@ -127,7 +131,7 @@ def stopped(state: RunState) -> list[Finding]:
     return [_finding(state, ranks, since, words)]
 
 
-def standing_still(state: RunState) -> list[Finding]:
+def standing_still(state: RunState, announced: Announced) -> list[Finding]:
     """Find the culprit when no rank of a training world has moved for too long."""
     fleet = state.fleet
     limit_s = step_limit_s(state)
@@ -142,13 +146,19 @@ def standing_still(state: RunState) -> list[Finding]:
         return []
     patient_R = fleet.patient_R() & ~done_R
     # One rank that saves or compiles explains why all others wait for it.
-    if bool((patient_R & (idle_R <= patience_s(state))).any()):
-        return []
-    ranks = culprits(state)
+    present = [RankPhase(int(phase)) for phase in np.unique(fleet.phase_R[patient_R])]
+    limits_s = {phase: announced.limit_s(state, phase) for phase in present}
+    for phase, most_s in limits_s.items():
+        if bool((idle_R[fleet.phase_R == phase] <= most_s).any()):
+            return []
+    announced.broken_off()
+    ranks = culprits(state, patient_R)
     since = Seconds(float(fleet.moved_at_R.max()))
     words = (
         f"no rank moved for {state.now - since:.1f} s, limit {limit_s:.1f} s "
         f"({state.timeouts.hang_s:g} s + 2 x p99 step {state.step_times.quantile(0.99):.2f} s)"
+    ) + "".join(
+        f", {phase.name.lower()} may take {most_s:.1f} s" for phase, most_s in limits_s.items()
     )
     return [_finding(state, ranks, since, words)]
 
@@ -180,18 +190,17 @@ def step_limit_s(state: RunState) -> float | None:
     return state.timeouts.hang_s + 2 * state.step_times.quantile(0.99)
 
 
-def patience_s(state: RunState) -> float:
-    """Return how long an announced phase may stand still, seconds."""
-    return state.timeouts.warmup_s
-
-
-def culprits(state: RunState) -> tuple[Rank, ...]:
+def culprits(state: RunState, overdue_R: npt.NDArray[np.bool_] | None = None) -> tuple[Rank, ...]:
     """Return the ranks that the others wait for; all of them empty-handed if none stands out.
 
     Ranks blocked in a collective sleep; one that burns its processor is not waiting. Failing
     that, who has not entered the collective that the others wait in; if all have, who is
     somewhere else than most, since it entered another one; and if nobody counts collectives, who is
-    behind the others.
+    in a phase that it announced, or else behind the others.
+
+    Args:
+        state: of the run.
+        overdue_R: ranks that have been in a phase that they announced for longer than it may take.
     """
     fleet = state.fleet
     world = len(fleet.phase_R)
@@ -201,7 +210,8 @@ def culprits(state: RunState) -> tuple[Rank, ...]:
     place_R = fleet.step_R * len(RankPhase) + fleet.phase_R
     behind_R = place_R == place_R.min()
     earliest_R = fleet.moved_at_R <= fleet.moved_at_R.min() + state.timeouts.beat_s
-    for suspect_R in (spinning_R, *_apart(state), behind_R, earliest_R):
+    longer_R = np.zeros(world, np.bool_) if overdue_R is None else overdue_R
+    for suspect_R in (spinning_R, *_apart(state), longer_R, behind_R, earliest_R):
         count = int(suspect_R.sum())
         if 0 < count <= world // 2:
             return tuple(Rank(int(rank)) for rank in np.flatnonzero(suspect_R))

@@ -1,0 +1,73 @@
+"""How long ranks may stand still in a phase that they announced, as it was seen on this run.
+
+To save and to evaluate takes about as long each time, so once that is known, standing still there
+for far longer is a hang as anywhere else. What is announced and never alike has the limit of the
+run file: compiling and tuning (from a cache or not), restoring, the end of a run. So has what was
+not seen often enough, what a generation does for the first time, since its processes allocate for
+it, and what a world of another size does.
+"""
+
+from __future__ import annotations
+
+from orchestrator.core.fleet import StepTimes
+from orchestrator.core.phases import RunPhase
+from orchestrator.core.state import RunState
+from orchestrator.protocol.ids import Generation
+from orchestrator.protocol.phases import RankPhase
+
+LEARNED = (RankPhase.CHECKPOINT, RankPhase.EVALUATING)
+SPELLS_MIN = 5
+"""A phase that was seen less often has the limit of the run file."""
+FACTOR = 5.0
+"""Times the p99.9 of what was seen, as for phases of a recovery (NVRx's learned timeouts)."""
+FLOOR_S = 10.0
+"""However short it always was: a disk or a network takes seconds now and then."""
+
+
+class Announced:
+    """The phases of one run in which standing still is announced."""
+
+    def __init__(self) -> None:
+        self._spells: dict[RankPhase, float] = {}
+        """Of phases in which ranks are now, the longest that any of them has stood still."""
+        self._known: dict[RankPhase, StepTimes] = {}
+        self._begun: set[RankPhase] = set()
+        """Which the present generation has been through."""
+        self._generation, self._seats = Generation(0), 0
+
+    def observe(self, state: RunState) -> None:
+        """Take in where ranks are, at every look."""
+        if state.generation != self._generation:
+            if len(state.seats) != self._seats:
+                self._known = {}
+            self._generation, self._seats = state.generation, len(state.seats)
+            self._begun, self._spells = set(), {}
+        if state.phase is not RunPhase.TRAINING:
+            return
+        for phase in LEARNED:
+            still_s = state.fleet.still_s(phase, state.now)
+            if still_s is not None:
+                self._spells[phase] = max(self._spells.get(phase, 0.0), still_s)
+            elif phase in self._spells:
+                self._learn(phase)
+
+    def limit_s(self, state: RunState, phase: RankPhase) -> float:
+        """Return how long a rank may stand still in an announced phase, seconds."""
+        most_s = state.timeouts.warmup_s
+        known = self._known.get(phase)
+        if known is None or known.known < SPELLS_MIN or phase not in self._begun:
+            return most_s
+        least_s = max(FLOOR_S, state.timeouts.hang_s + 2 * state.step_times.quantile(0.99))
+        return min(max(FACTOR * known.quantile(0.999), least_s), most_s)
+
+    def broken_off(self) -> None:
+        """Hear that a world is ended for standing still.
+
+        What it took so far is learned: if it was only slow, it has more time the next time.
+        """
+        for phase in tuple(self._spells):
+            self._learn(phase)
+
+    def _learn(self, phase: RankPhase) -> None:
+        self._known.setdefault(phase, StepTimes()).learn(self._spells.pop(phase))
+        self._begun.add(phase)

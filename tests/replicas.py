@@ -24,6 +24,7 @@ def wide(
     spares: int = 0,
     least: int = 1,
     stages: int = 1,
+    off: tuple[str, ...] = (),
     **sections: Any,
 ) -> Cluster:
     """Return a run that trains with so many replicas of some nodes of one rank each."""
@@ -31,7 +32,7 @@ def wide(
         nodes={"count": replicas * nodes_each, "ranksPerNode": 1, "spares": spares},
         parallelism={"dpReplicate": replicas, "pp": stages},
         trainer={"steps": 1000, "globalBatch": 240, "microBatch": 1},
-        recovery={"minReplicas": least},
+        recovery={"minReplicas": least, "disable": list(off)},
         **sections,
     )
     cluster = Cluster(text)
@@ -67,9 +68,9 @@ def nodes(*numbers: int) -> tuple[str, ...]:
     return tuple(f"node-{number}" for number in numbers)
 
 
-def shrunk(wide: Wide) -> Cluster:
+def shrunk(wide: Wide, *off: str) -> Cluster:
     """Three of four replicas of one node, node-1 being gone."""
-    cluster = wide(4, 1)
+    cluster = wide(4, 1, off=off)
     cluster.lose("node-1")
     cluster.resume()
     cluster.train(3)

@@ -66,6 +66,10 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     detect_within: Annotated[
         str | None, typer.Option(metavar=SPAN, help="The run file's detection.detectWithin.")
     ] = None,
+    poison_after: Annotated[
+        str | None,
+        typer.Option(metavar=SPAN, help="A bug: the step reached then fails wherever it runs."),
+    ] = None,
     watch: Annotated[
         str | None,
         typer.Option(help="none, digests or both: what looks for silent corruption."),
@@ -111,6 +115,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         durable_every=durable_every,
         cadence=cadence,
         detect_within=detect_within,
+        poison_after=poison_after,
         watch=watch,
         off=without or [],
     )

@@ -18,6 +18,7 @@ from orchestrator.policy import devices, lemons, planned, shrinking, suspicion
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
+from orchestrator.policy.switches import MEMORY_FIRST, enabled
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.runfile import seconds
 
@@ -32,7 +33,8 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     placement = place(state)
     if placement is None:
         return None
-    memory = newest_in_memory(state, placement)
+    durable_only = not enabled(state, MEMORY_FIRST) and bool(state.sound_commits)
+    memory = None if durable_only else newest_in_memory(state, placement)
     step = memory.step if memory else None
     # Step 0 in memory is no more than the seed.
     if not step and (why := _nothing_of_ours(state)):

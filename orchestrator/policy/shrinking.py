@@ -28,7 +28,7 @@ from orchestrator.policy.arithmetic import DAY_S
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.planned import leaving
 from orchestrator.policy.restarts import restart_s
-from orchestrator.policy.switches import SHRINK, enabled
+from orchestrator.policy.switches import EXPECTED_LOSS, SHRINK, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.protocol.runfile import TrainingRun, seconds
 
@@ -86,6 +86,8 @@ def hope(state: RunState, gone: Collection[NodeId], replicas: int) -> Hope | Non
     twice what it could have, even if this one is not.
     """
     if not 0 < replicas < state.replicas or len(state.absences_s) < ABSENCES_MIN:
+        return None
+    if not enabled(state, EXPECTED_LOSS):
         return None
     # What is unusable or cordoned will not be back by itself, however soon others were.
     kept_out = state.quarantined.keys() | state.drains.keys()
@@ -227,6 +229,8 @@ def grows_at(state: RunState, replicas: int) -> Seconds:
     if not state.resizes:
         return Seconds(0.0)
     pays_after_s = _pays_after_s(state, state.replicas, replicas)
+    if not enabled(state, EXPECTED_LOSS) and pays_after_s < inf:
+        return Seconds(0.0)
     return Seconds(state.resizes[-1].at + pays_after_s * 2 ** undone(state))
 
 

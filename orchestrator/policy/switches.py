@@ -18,6 +18,8 @@ OVER_EVICTION = "over-eviction"
 SHRINK = "shrink"
 STRAGGLER_SWAP = "straggler-swap"
 CADENCE = "cadence"
+MEMORY_FIRST = "memory-first"
+EXPECTED_LOSS = "expected-loss"
 SWITCHABLE: dict[str, str] = {
     PLANNED_SWAP: "a node that is to be free is swapped for a spare when that costs least; without "
     "it, it is kept until it is lost",
@@ -39,6 +41,10 @@ SWITCHABLE: dict[str, str] = {
     "at once",
     "stop-poison": "a fault that moves with the job ends it; without it, only the budget does",
     "hang": "ranks that stand still are found; without it, only what ends or falls silent is",
+    MEMORY_FIRST: "a restart goes on from what nodes hold in memory if that is the newest state; "
+    "without it, from the durable tier, once that has a checkpoint",
+    EXPECTED_LOSS: "whether to wait for a node or to go on with fewer replicas, and when to grow "
+    "back, is up to which is expected to lose less; without it, both are done at once",
 }
 """What each of them does, and what happens without; the names stand in `spec.recovery.disable`."""
 

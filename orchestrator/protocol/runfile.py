@@ -314,7 +314,7 @@ class Recovery(_Section, frozen=True, kw_only=True):
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
     `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `cadence`,
-    `back-off`, `stop-poison`, `hang`."""
+    `back-off`, `stop-poison`, `hang`, `memory-first`, `expected-loss`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

@@ -218,7 +218,9 @@ class Effects:
             case "hang":
                 self._ranks.hang()
             case "jam":
-                self._ranks.jam(self._machines.in_job())
+                # One that is of a single node is where it comes from, each time.
+                own = self._classes[fault.kind].blast == "node"
+                self._ranks.jam(nodes if own else self._machines.in_job())
             case "save-fails":
                 self._fail_saves(fault.lasts_s)
             case "slow":

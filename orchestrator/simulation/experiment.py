@@ -25,11 +25,12 @@ from orchestrator.core.events import Event
 from orchestrator.faults.draw import draw, fitting_counts, replay
 from orchestrator.faults.expected import expected
 from orchestrator.faults.model import FaultModel
+from orchestrator.faults.quantities import span_s
 from orchestrator.faults.record import FaultRecord
 from orchestrator.faults.schedule import Schedule
 from orchestrator.policy import arithmetic
 from orchestrator.policy.arithmetic import Leaving
-from orchestrator.protocol.ids import NodeId, Seconds
+from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation import accounts
 from orchestrator.simulation.accounts import Charge, Moment
@@ -41,6 +42,7 @@ from orchestrator.simulation.settings import Care, Settings, SettingsError, care
 from orchestrator.simulation.signs import sign_of
 from orchestrator.simulation.wrong import wrong_for_s
 from orchestrator.worlds.simulated import profiles
+from orchestrator.worlds.simulated.flaws import Flaws
 from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.watching import Detectors, Watching
 from orchestrator.worlds.simulated.world import SimulatedWorld
@@ -108,6 +110,14 @@ class Inputs:
     def run_file(self) -> TrainingRun:
         """Return what the controller is asked to look after."""
         return run_file(self.settings, self.profile, self.care)
+
+    @property
+    def flaws(self) -> Flaws:
+        """What is wrong with the job itself."""
+        if self.settings.poison_after is None:
+            return Flaws()
+        steps = span_s(self.settings.poison_after) / self.profile.step.value
+        return Flaws(raises_at=Step(max(round(steps), 1)))
 
     def schedule(self, chance: np.random.Generator) -> Schedule:
         """Draw what befalls the job."""
@@ -299,6 +309,7 @@ def conduct(
         compose.check(run, "the experiment"),
         _uncopied(given.profile),
         chance=world_s,
+        flaws=given.flaws,
         look_every_s=LOOK_EVERY_S,
     )
     settings, habits = given.settings, given.profile.habits

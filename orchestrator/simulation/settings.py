@@ -100,6 +100,9 @@ class Settings(
     detect_within: str | None = None
     """`detection.detectWithin` of the run file, from which all its timeouts follow; default as the
     profile has it."""
+    poison_after: str | None = None
+    """A bug of the job's own: the step that is reached after so much training fails wherever it
+    runs; default none."""
     watch: Detectors | None = None
     """Which detectors of silent corruption watch the job: `none`, `digests` of state that replicas
     hold alike, or `both`, with the ring replay; default as the profile has it."""
@@ -133,7 +136,7 @@ class Settings(
                 f"gpus is {self.gpus}, expected a multiple of {RANKS_PER_NODE}",
                 "whole nodes of 8 GPUs",
             )
-        for name in ("save_every", "durable_every", "detect_within"):
+        for name in ("save_every", "durable_every", "detect_within", "poison_after"):
             if (given := getattr(self, name)) is not None:
                 _span(camel(name), given)
         if self.replicas is not None and (self.gpus % self.replicas):

@@ -8,6 +8,7 @@ from orchestrator import compose
 from orchestrator.core.events import ControllerStarted
 from orchestrator.core.records import Resize
 from orchestrator.policy import shrinking
+from orchestrator.policy.switches import EXPECTED_LOSS
 from orchestrator.protocol.ids import IncidentId, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from tests import runfiles
@@ -53,6 +54,20 @@ def test_a_world_does_not_grow_before_that_pays(wide: Wide) -> None:
     assert cluster.state.replicas == 4
     assert cluster.state.incidents[-1].kind == "grow-back"
     assert cluster.state.incidents[-1].lost_steps == 0
+
+
+def test_a_world_that_does_not_weigh_what_it_loses_grows_as_soon_as_it_can(wide: Wide) -> None:
+    cluster = shrunk(wide, EXPECTED_LOSS)
+    cluster.join("node-1", incarnation=2)
+    step = cluster.state.reached_step
+
+    cluster.after(0.2).beat(step=step)
+    hold(cluster, step + 1)
+    cluster.after(0.1).beat(step=step + 1, report=True)
+    hold(cluster, step + 1)
+
+    assert cluster.now < shrinking.grows_at(shrunk(wide).state, 4)
+    assert cluster.state.replicas == 4
 
 
 def test_one_restart_that_was_stuck_does_not_put_off_growing_in_proportion(wide: Wide) -> None:

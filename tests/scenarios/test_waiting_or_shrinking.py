@@ -2,14 +2,15 @@
 
 from orchestrator.core.decisions import WakeAt
 from orchestrator.core.events import NodeDisconnected
+from orchestrator.policy.switches import EXPECTED_LOSS
 from orchestrator.protocol.ids import NodeId
 from tests.conftest import Cluster
 from tests.replicas import Wide, drain, hold, started, started_none
 
 
-def blinking(wide: Wide) -> Cluster:
+def blinking(wide: Wide, *off: str) -> Cluster:
     """Four replicas of one node; one that had no seat was lost three times, and soon back."""
-    cluster = wide(4, 1, spares=1)
+    cluster = wide(4, 1, spares=1, off=off)
     cluster.exit(0)
     cluster.resume()
     cluster.train(3)
@@ -31,6 +32,14 @@ def test_a_node_that_is_known_to_be_back_soon_is_waited_for(wide: Wide) -> None:
     (reason,) = [d.reason for d in waiting if "waiting up to" in d.reason]
     assert "node-1: nodes that were lost came back after 0.1 s, the median of 3" in reason
     assert len(started(back).seats) == 4
+
+
+def test_a_run_that_does_not_weigh_what_it_loses_shrinks_at_once(wide: Wide) -> None:
+    cluster = blinking(wide, EXPECTED_LOSS)
+
+    order = started(cluster.lose("node-1"))
+
+    assert len(order.seats) == 3
 
 
 def test_a_node_that_is_not_back_soon_after_all_is_not_waited_for_any_longer(wide: Wide) -> None:

@@ -4,9 +4,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.core.decisions import CommitCheckpoint, EndRun, RetainMemory, StartGeneration
+from orchestrator.core.decisions import (
+    CommitCheckpoint,
+    EndRun,
+    RetainMemory,
+    SearchCheckpoints,
+    StartGeneration,
+)
 from orchestrator.core.events import CommitFailed, ControllerStarted, NodeDisconnected
 from orchestrator.core.phases import RunPhase
+from orchestrator.policy.switches import MEMORY_FIRST
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import (
     Holding,
@@ -16,6 +23,7 @@ from orchestrator.protocol.messages import (
 )
 from tests.conftest import Cluster
 from tests.journals import SHORT, answer, be_done, write_step
+from tests.runfiles import text
 
 
 @pytest.fixture
@@ -34,6 +42,37 @@ def rejected() -> Cluster:
     cluster.resume()
     cluster.train(10)
     return cluster
+
+
+@pytest.mark.parametrize("off", [(), (MEMORY_FIRST,)])
+def test_what_memory_holds_counts_unless_the_run_goes_by_the_durable_tier_alone(
+    off: tuple[str, ...],
+) -> None:
+    cluster = Cluster(text("short", trainer={"steps": 20}, recovery={"disable": list(off)}))
+    cluster.start()
+    cluster.train(10)
+    cluster.hold(10)
+    before = cluster.exit(1, step=10)
+    cluster.resume()
+    write_step(cluster, 10)
+    answer(cluster, 10)
+    cluster.train(5)
+    cluster.hold(15)
+
+    after = cluster.exit(1, step=15)
+
+    # While the durable tier has nothing, memory is all there is.
+    assert [d.restore.step for d in before if isinstance(d, StartGeneration) and d.restore] == [10]
+    if off:
+        assert [d for d in after if isinstance(d, SearchCheckpoints)]
+        assert not [d for d in after if isinstance(d, StartGeneration)]
+        (order,) = [d for d in cluster.found(10) if isinstance(d, StartGeneration)]
+        assert order.restore is not None
+        assert (order.restore.step, order.restore.commit != "") == (10, True)
+    else:
+        (order,) = [d for d in after if isinstance(d, StartGeneration)]
+        assert order.restore is not None
+        assert (order.restore.step, order.restore.commit) == (15, "")
 
 
 def test_a_run_does_not_succeed_on_a_checkpoint_that_was_rejected(rejected: Cluster) -> None:

@@ -14,7 +14,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.faults.model import Detect, Effect, Notice
 from orchestrator.policy.arithmetic import renewal_ettr
 from orchestrator.simulation.checkers import Invariants
-from orchestrator.simulation.experiment import Outcome, conduct, inputs
+from orchestrator.simulation.experiment import Inputs, Outcome, conduct, inputs
 from orchestrator.simulation.settings import Settings
 from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
 from orchestrator.worlds.simulated import profiles
@@ -308,6 +308,40 @@ def test_every_packaged_profile_can_be_run_as_it_is_named(name: str) -> None:
     assert found.state == "Training"
     assert sum(found.ledger.values()) == pytest.approx(0.02 * 86_400)
     assert found.steps > 100
+
+
+@pytest.mark.parametrize("off", [(), ("stop-poison",)])
+def test_a_step_that_fails_wherever_it_runs_ends_the_run_or_burns_the_rest(
+    off: tuple[str, ...],
+) -> None:
+    found = conduct(given({}, minutes=20, poison_after="10m", off=off), 0)
+
+    assert 290 < found.steps < 300
+    if off:
+        assert found.state != "Failed"
+        assert found.ledger["over"] == 0
+        assert found.ledger["backoff"] + found.ledger["lost_work"] > 300
+    else:
+        assert found.state == "Failed"
+        assert "the fault moves with the job, not with a node" in found.reason
+        assert found.ledger["over"] > 500
+
+
+def test_a_node_that_nobody_can_name_hangs_the_run_until_its_group_has_left() -> None:
+    """Of eight nodes one has the loose cable, and what it does comes again at the same place."""
+    cable = compose.read_model(ROOT / "deploy" / "examples" / "loose-cable.yaml")
+    assert cable.lemons is not None
+    model = msgspec.structs.replace(
+        cable, lemons=msgspec.structs.replace(cable.lemons, share=1 / 8)
+    )
+    incidents = {}
+    for off in ((), ("over-eviction",)):
+        asked = Settings(gpus=64, days=0.1, rates=20, spares=2, off=off)
+        found = conduct(Inputs(settings=asked, model=model, record=None, profile=BRISK), 0)
+        incidents[off] = found.incidents["broken-collective"]
+
+    assert incidents[()] <= 4
+    assert incidents["over-eviction",] > 3 * incidents[()]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         str | None,
         typer.Option(help="none, digests or both: what looks for silent corruption."),
     ] = None,
+    false_alarms: Annotated[
+        float, typer.Option(help="Of what looks for it, per step; each names a healthy node.")
+    ] = 0.0,
     without: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +120,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         detect_within=detect_within,
         poison_after=poison_after,
         watch=watch,
+        false_alarms=false_alarms,
         off=without or [],
     )
     asked = experiments.Asked(

@@ -31,9 +31,11 @@ from orchestrator.simulation.wrong import WrongNumbers
 from orchestrator.worlds.simulated.flaws import Death
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.profile import Habits
+from orchestrator.worlds.simulated.watching import Watch
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 SUSPECTED, RELAPSED = "false-eviction", "relapse"
+FALSE_ALARM = "false-alarm"
 ABORTED = Death(-6)
 ENDED = Death(-15)
 """Somebody ends the job, to start it again."""
@@ -133,6 +135,20 @@ class Effects:
     def silent(self) -> dict[str, int]:
         """How many silent corruptions there were of each kind, noticed by detectors or missed."""
         return dict(sorted(self._wrong.kinds.items()))
+
+    def raise_alarms(self, moments: Sequence[float], watch: Watch) -> None:
+        """Have detectors of silent corruption name a healthy node at some moments, seconds."""
+        for moment in moments:
+            self._world.cluster.agenda.at(Seconds(moment), partial(self._alarm, watch))
+
+    def _alarm(self, watch: Watch) -> None:
+        self._world.settle()
+        node = self._machines.anybody()
+        if node is not None:
+            now = self._world.now
+            struck = Struck(at=now, name=FALSE_ALARM, sort="mistaken", nodes=(node.id,))
+            self.log.append(struck)
+            self._wrong.alarm(node, struck, watch)
 
     # One fault ------------------------------------------------------------------------------------
 

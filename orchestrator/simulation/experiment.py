@@ -119,6 +119,14 @@ class Inputs:
         steps = span_s(self.settings.poison_after) / self.profile.step.value
         return Flaws(raises_at=Step(max(round(steps), 1)))
 
+    def alarms(self, chance: np.random.Generator) -> list[float]:
+        """Draw when detectors name a node that is healthy, seconds."""
+        horizon_s = self.settings.horizon_s
+        steps = horizon_s / self.profile.step.value
+        count = chance.poisson(self.settings.false_alarms * steps)
+        moments: list[float] = np.sort(chance.uniform(0, horizon_s, count)).tolist()
+        return moments
+
     def schedule(self, chance: np.random.Generator) -> Schedule:
         """Draw what befalls the job."""
         settings, step_s = self.settings, self.profile.step.value
@@ -252,6 +260,13 @@ def inputs(settings: Settings) -> Inputs:
         record=record,
         profile=_watched(profile.scaled(gpus=settings.gpus), settings.watch),
     )
+    habits = found.profile.habits
+    silent = None if habits is None else habits.silent
+    if settings.false_alarms and (silent is None or silent.watching.value == "none"):
+        raise SettingsError(
+            f"falseAlarms is {settings.false_alarms:g}, and nothing watches for corruption",
+            "leave it out, or choose what watches with `watch`",
+        )
     compose.check(found.run_file(), "the experiment")
     return found
 
@@ -298,8 +313,8 @@ def conduct(
         checkers: asked at every event, which takes a month of many nodes far longer.
     """
     began = _Clocks()
-    streams = np.random.SeedSequence(seed).spawn(5)
-    faults, befalling, repairs, world_s, silent = (
+    streams = np.random.SeedSequence(seed).spawn(6)
+    faults, befalling, repairs, world_s, silent, alarming = (
         np.random.Generator(np.random.PCG64(stream)) for stream in streams
     )
     run = given.run_file()
@@ -326,6 +341,8 @@ def conduct(
         habits=habits,
         chances=Chances(befalling, silent),
     )
+    if habits is not None and habits.silent is not None:
+        effects.raise_alarms(given.alarms(alarming), habits.silent)
     observer = Observer(effects)
     simulation = Simulation(run, world, checkers=[observer, *checkers], record=record, keep=False)
     with _uncollected():

@@ -17,7 +17,7 @@ from orchestrator.simulation.struck import Struck
 from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.node import SimNode
 from orchestrator.worlds.simulated.profile import Habits
-from orchestrator.worlds.simulated.watching import HOLDERS_MIN, Seen
+from orchestrator.worlds.simulated.watching import HOLDERS_MIN, Seen, Watch
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 SDC_FOUND_S = 14_400.0
@@ -76,6 +76,15 @@ class WrongNumbers:
         self._world.corruption.corrupt(node.id, habit)
         if kind == "oneshot":
             self._world.corruption.heal(node.id)
+
+    def alarm(self, node: SimNode, struck: Struck, watch: Watch) -> None:
+        """Have a detector name a healthy node, as proven; nobody knows that it is."""
+        if node.id in self._nodes:
+            return
+        self._nodes[node.id] = (struck, Absence(-1, constants.SUSPECTED_OUT.value))
+        every = watch.digest_every if watch.watching.value == "digests" else watch.replay_every
+        self._world.corruption.corrupt(node.id, Habit(watch.tell.seconds, round(every.value)))
+        self._world.corruption.heal(node.id)
 
     def _draw(self) -> tuple[CorruptionKind | None, Seen | None]:
         """Draw the kind of a corruption, and how detectors see it; None if they never do."""

@@ -15,7 +15,7 @@ from orchestrator.faults.model import Detect, Effect, Notice
 from orchestrator.policy.arithmetic import renewal_ettr
 from orchestrator.simulation.checkers import Invariants
 from orchestrator.simulation.experiment import Inputs, Outcome, conduct, inputs
-from orchestrator.simulation.settings import Settings
+from orchestrator.simulation.settings import Settings, SettingsError
 from orchestrator.simulation.signs import OF_EFFECT, SIGNS, sign_of
 from orchestrator.worlds.simulated import profiles
 from tests.experiments import BRISK, constant, given
@@ -308,6 +308,34 @@ def test_every_packaged_profile_can_be_run_as_it_is_named(name: str) -> None:
     assert found.state == "Training"
     assert sum(found.ledger.values()) == pytest.approx(0.02 * 86_400)
     assert found.steps > 100
+
+
+def test_a_false_alarm_costs_a_swap_and_the_way_back_behind_it() -> None:
+    asked = Settings(
+        gpus=64, days=0.1, spares=8, rates=0, watch="both", false_alarms=0.003, replicas=4
+    )
+
+    alarmed = conduct(inputs(asked), 0)
+    quiet = conduct(inputs(msgspec.structs.replace(asked, false_alarms=0.0)), 0)
+
+    alarms = alarmed.by_class["false-alarm"]
+    assert alarms > 2
+    assert alarmed.interruptions["mistaken"] == alarms
+    assert alarmed.incidents["silent-corruption"] == alarmed.spares["swaps"] == alarms
+    assert alarmed.rungs["roll back before the onset"] == alarms
+    assert alarmed.lost_steps >= alarms
+    assert "false-alarm" not in quiet.by_class
+    assert quiet.interruptions["mistaken"] == 0
+
+
+@pytest.mark.parametrize(
+    "changed", [{"watch": "none"}, {"profile": "byterobust-like"}], ids=["nothing", "unknown"]
+)
+def test_no_false_alarms_are_asked_of_what_does_not_watch(changed: dict[str, Any]) -> None:
+    asked = Settings(**{"gpus": 64, "false_alarms": 1e-4, **changed})
+
+    with pytest.raises(SettingsError, match="nothing watches for corruption"):
+        inputs(asked)
 
 
 @pytest.mark.parametrize("off", [(), ("stop-poison",)])

@@ -6,10 +6,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.wire import Wire
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
@@ -219,3 +221,16 @@ async def settled(
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(pause_s)
+
+
+def picked(patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list to which each piece that is asked for by itself will be added."""
+    pieces: list[tuple[int, int]] = []
+    pick = PeerClient.pick
+
+    async def counted(self: PeerClient, address: str, wanted: Any, start: int, size: int) -> bytes:
+        pieces.append((start, size))
+        return await pick(self, address, wanted, start, size)
+
+    patch.setattr(PeerClient, "pick", counted)
+    return pieces

@@ -23,6 +23,7 @@ from tests.shards import (
     chunks,
     content,
     damaged_on_the_way,
+    picked,
     sealed,
     settled,
     spoil,
@@ -30,19 +31,6 @@ from tests.shards import (
 )
 
 pytestmark = pytest.mark.process
-
-
-def picked(patch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Return a list to which each piece that is asked for by itself will be added."""
-    pieces: list[tuple[int, int]] = []
-    pick = PeerClient.pick
-
-    async def counted(self: PeerClient, address: str, wanted: Any, start: int, size: int) -> bytes:
-        pieces.append((start, size))
-        return await pick(self, address, wanted, start, size)
-
-    patch.setattr(PeerClient, "pick", counted)
-    return pieces
 
 
 def test_of_a_shard_that_is_damaged_on_the_way_only_what_is_bad_comes_once_more(

@@ -27,6 +27,7 @@ from tests.shards import (
     Node,
     chunks,
     content,
+    picked,
     sealed,
     settled,
     spoil,
@@ -47,15 +48,8 @@ async def copied(here: Node) -> Heard:
 def test_a_chunk_that_went_bad_in_memory_comes_from_the_buddy_and_nothing_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    picked: list[tuple[int, int]] = []
+    pieces = picked(monkeypatch)
     monkeypatch.setattr(mending, "PICK_BYTES_MAX", piece)
-    pick = PeerClient.pick
-
-    async def counted(self: PeerClient, address: str, wanted: Any, start: int, size: int) -> bytes:
-        picked.append((start, size))
-        return await pick(self, address, wanted, start, size)
-
-    monkeypatch.setattr(PeerClient, "pick", counted)
 
     async def scenario() -> None:
         async with two(tmp_path) as (here, there):
@@ -74,7 +68,7 @@ def test_a_chunk_that_went_bad_in_memory_comes_from_the_buddy_and_nothing_else_d
             assert f"index says {bad.xxh3_128}: {bad.name}" in copy.what
             assert heard.lacking == []
             places = range(bad.start, bad.end, piece)
-            assert picked == [(place, min(piece, bad.end - place)) for place in places]
+            assert pieces == [(place, min(piece, bad.end - place)) for place in places]
 
     asyncio.run(scenario())
 

@@ -1,36 +1,21 @@
 """A step that stands out is computed once more elsewhere: it was a device, or it is the data."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.programs.doubted import AT, REPLICAS, WAYS, WRONG
+from tests.programs.forked import found_by
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
 Found = dict[str, list[dict[str, Any]]]
 
 
-def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
+def train(folder: Path, cut: str, size: int, ways: Collection[str]) -> Found:
     """Return what each rank found, by rank, of some ways in which numbers may be wrong."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.doubted", str(folder), cut, str(size), *ways],
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks_each = size ** len(cut.split(","))
-    files = [folder / f"{rank}.json" for rank in range(REPLICAS * ranks_each)]
-    ranks = [json.loads(file.read_bytes()) for file in files]
-    return {way: [rank[way] for rank in ranks] for way in ways}
+    return found_by("doubted", folder, cut, size, ways, replicas=REPLICAS)
 
 
 @pytest.fixture(scope="module")

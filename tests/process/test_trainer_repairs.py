@@ -1,15 +1,12 @@
 """A rank whose state goes bad is given what its twins hold, if no step that counts has used it."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.programs.forked import found_by
 from tests.programs.repaired import AT, BAD, REPLICAS, UPDATE, WAYS
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
@@ -19,21 +16,9 @@ DEADLY = "dies of it"
 WEIGHT = "weights of layers.0.attention.wq.weight"
 
 
-def train(folder: Path, cut: str, size: int, ways: Iterable[str]) -> Found:
+def train(folder: Path, cut: str, size: int, ways: Collection[str]) -> Found:
     """Return what each rank found, by rank, of some ways in which state may go bad."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.programs.repaired", str(folder), cut, str(size), *ways],
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == int(DEADLY in ways), done.stderr[-3000:]
-    files = [folder / f"{rank}.json" for rank in range(REPLICAS * size)]
-    files = [file for file in files if DEADLY not in ways or file.exists()]
-    ranks = [json.loads(file.read_bytes()) for file in files]
-    return {way: [rank[way] for rank in ranks] for way in ways}
+    return found_by("repaired", folder, cut, size, ways, replicas=REPLICAS, dies=DEADLY in ways)
 
 
 @pytest.fixture(scope="module")

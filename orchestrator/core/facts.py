@@ -259,14 +259,15 @@ def _take_together(
     if not names and fact.generation != state.generation:
         return
     known = state.nodes
-    nodes = [known[name] for name in names or state.seated if name in known]
-    state.hearing.hear_many([node.id for node in nodes], state.now)
-    if not nodes or fact.generation != state.generation:
+    # Whoever has a seat is known: of thousands, nobody need be looked up for that.
+    who = [name for name in names if name in known] if names else list(state.seated)
+    state.hearing.hear_many(who, state.now)
+    if not who or fact.generation != state.generation:
         return
     match fact:
         case Reached(mark=mark):
             generation = fact.generation
-            for node in nodes:
+            for node in map(known.__getitem__, who):
                 if node.generation == generation and node.mark < mark:
                     node.mark = mark
                 elif node.generation != generation:
@@ -274,15 +275,15 @@ def _take_together(
             _find_lowest(state)
         case Prepared(step=step, reads=reads):
             _count_reads(
-                state, f"{len(nodes)} nodes in generation {fact.generation}", reads * len(nodes)
+                state, f"{len(who)} nodes in generation {fact.generation}", reads * len(who)
             )
-            copies.hold_verified(state, (node.id for node in nodes), step)
+            copies.hold_verified(state, who, step)
         case RanksTroubled():
-            said = dict.fromkeys([node.id for node in nodes], (state.now, fact.message))
+            said = dict.fromkeys(who, (state.now, fact.message))
             state.troubled = said | state.troubled
         case ShardsWritten():
             # All receipts are in one of them: whoever wrote a shard, it is there.
-            _take(state, nodes[0], fact)
+            _take(state, known[who[0]], fact)
 
 
 def _reach(node: Node, generation: Generation, mark: int) -> None:
@@ -489,13 +490,14 @@ def _moved(state: RunState, node: Node) -> None:
 
 def _find_lowest(state: RunState) -> None:
     known, generation = state.nodes, state.generation
-    world = [known[name] for name in state.seated]
+    world = map(known.__getitem__, state.seated)
     marks = [node.mark if node.generation == generation else 0 for node in world]
     lowest = state.lowest_mark = min(marks)
     if marks.count(lowest) == len(marks):
         state.behind = set(state.seated)
     else:
-        state.behind = {n.id for n, mark in zip(world, marks, strict=True) if mark == lowest}
+        marked = zip(state.seated, marks, strict=True)
+        state.behind = {name for name, mark in marked if mark == lowest}
 
 
 def _mark_of(state: RunState, name: NodeId) -> int:

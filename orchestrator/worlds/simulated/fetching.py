@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import compress
+from operator import ne
 from typing import Literal, NamedTuple
 
 from orchestrator.protocol.ids import NodeId, Rank, Step
@@ -28,8 +30,10 @@ def apart(order: Begin) -> frozenset[NodeId]:
     """Return the nodes some of whose shards are not as they staged them themselves: mostly few."""
     if not order.sources or (order.sources == order.seats and not order.staged_as):
         return frozenset()
-    columns = zip(order.ranks, order.seats, order.sources, _staged_as(order), strict=True)
-    return frozenset(s for rank, s, source, other in columns if (s, rank) != (source, other))
+    elsewhere = frozenset(compress(order.seats, map(ne, order.seats, order.sources)))
+    if not order.staged_as:
+        return elsewhere
+    return elsewhere.union(compress(order.seats, map(ne, order.ranks, order.staged_as)))
 
 
 def _staged_as(order: Begin) -> tuple[Rank, ...]:

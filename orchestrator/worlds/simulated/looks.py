@@ -15,6 +15,7 @@ from orchestrator.worlds.simulated.team import Team
 FOUND_WITHIN_S, WAITING_LOOK_S = 120.0, 30.0
 """A generation that broke is looked at every moment for so long, and after that now and then."""
 _ROUNDING = 1e-6
+_NEVER_YET = Seconds(float("-inf"))
 
 
 class Looks:
@@ -86,7 +87,8 @@ class Looks:
             return True
         # For so long that the controller can not but know.
         within_s = 3 * self._timeouts.silence_s
-        if any(now - since < within_s for since in self._cluster.unexplained.values()):
+        # Asked at every look, of all that were ever lost and are not back: the newest will do.
+        if now - max(self._cluster.unexplained.values(), default=_NEVER_YET) < within_s:
             return True
         if _goes_well(team):
             self._broken_at = None

@@ -54,6 +54,8 @@ GROWTH = "grow-back"
 """Kind of a finding that says that a world can have more replicas again."""
 STRAGGLER = "straggler"
 """Kind of a finding that says that a rank is slow: training goes on, and waits for it."""
+UNRESTORABLE = "unrestorable"
+"""Kind of a finding that says that what a recovery was to go on from is no good."""
 LOST = ("node-lost", "node-silent")
 """Kinds of findings that take a node out of the world."""
 Likeness = tuple[str, str, Step]

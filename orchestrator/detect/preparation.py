@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.core.events import Event
-from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.incident import UNRESTORABLE, Cause, Finding
 from orchestrator.core.state import RunState
 
 
@@ -23,7 +23,7 @@ class Preparation:
             Finding(
                 at=state.now,
                 since=state.phase_since,
-                kind="unrestorable",
+                kind=UNRESTORABLE,
                 cause=Cause.STORAGE,
                 step=state.start_step,
                 evidence=f"state of step {state.start_step} can not be restored: "

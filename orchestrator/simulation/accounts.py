@@ -2,7 +2,8 @@
 
 Faults are the ground truth of an experiment, and only here they meet what the controller made of
 them: an incident is laid at the door of the newest fault before it that is of one of its nodes or
-of no node, or else of the newest one.
+of no node, or else of the newest one; and one that nothing good was found to recover from, at that
+of the incident which was to be recovered from.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from math import inf
 import msgspec
 import numpy as np
 
-from orchestrator.core.incident import STRAGGLER, Incident
+from orchestrator.core.incident import STRAGGLER, UNRESTORABLE, Incident
 from orchestrator.core.ledger import Ledger
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
@@ -61,13 +62,24 @@ def causes(state: RunState, log: Sequence[Struck]) -> dict[IncidentId, Struck | 
     at_s = np.array([at for at, _ in known])
     slowed = [struck for struck in log if struck.sort == "slow" and struck.nodes]
     found: dict[IncidentId, Struck | None] = {}
+    before: Incident | None = None
     for incident in state.incidents:
+        last, before = before, incident
+        if incident.kind == UNRESTORABLE and last is not None and _recovers(last, incident):
+            # No other fault: what the recovery from it was to go on from was no good.
+            found[incident.id] = found[last.id]
+            continue
         if incident.kind in _OF_SLOW and (slow := _slowed(incident, slowed)) is not None:
             found[incident.id] = slow
             continue
         end = int(np.searchsorted(at_s, incident.detected_at + 1e-6, side="right"))
         found[incident.id] = _cause(incident, faults[:end])
     return found
+
+
+def _recovers(last: Incident, incident: Incident) -> bool:
+    """Whether nothing was recovered from yet when the next incident was found."""
+    return last.resumed_at is None or last.resumed_at > incident.detected_at
 
 
 def _known_at(struck: Struck) -> float:

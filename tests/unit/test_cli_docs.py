@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.core.incident import BY_RANKS, CORRUPTION, GROWTH, REPAIR
+from orchestrator.core.incident import BY_RANKS, CORRUPTION, GROWTH, REPAIR, UNRESTORABLE
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_every_kind_that_a_detector_can_emit_is_known() -> None:
     emitted = set().union(*map(words_in, (ROOT / "orchestrator/detect").glob("*.py")))
     emitted |= kinds_named_in(ROOT / "orchestrator/core/casebook.py")
     emitted |= kinds_named_in(ROOT / "orchestrator/policy/planned.py")
-    emitted |= {CORRUPTION, GROWTH, REPAIR}
+    emitted |= {CORRUPTION, GROWTH, REPAIR, UNRESTORABLE}
 
     assert emitted - NO_KINDS == KINDS
 

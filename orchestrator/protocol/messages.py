@@ -617,7 +617,10 @@ _to_agent: msgspec.json.Decoder[ToAgent] = msgspec.json.Decoder(ToAgent)
 
 def read_from_agent(text: bytes | str) -> FromAgent:
     """Decode a fact or beat. Raises msgspec.DecodeError if it is neither."""
-    return _from_agent.decode(text)
+    try:
+        return _from_agent.decode(text)
+    except (UnicodeDecodeError, RecursionError) as error:  # which msgspec lets pass as they are
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def read_to_agent(text: bytes | str) -> ToAgent:

@@ -177,14 +177,28 @@ def test_a_node_that_comes_back_is_told_again_where_it_belongs(side: Side) -> No
     assert (first.generation, first.seats) == (second.generation, second.seats)
 
 
-@pytest.mark.parametrize("garbage", ["", "{}", '{"type": "Nonsense"}', "[1, 2", "\x00" * 64])
-def test_garbage_costs_its_sender_the_connection_and_nobody_else(side: Side, garbage: str) -> None:
+GARBAGE = [
+    "",
+    "{}",
+    '{"type": "Nonsense"}',
+    "[1, 2",
+    "\x00" * 64,
+    b'{"type": "\xff"}',
+    '{"a":' * 5000,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_costs_its_sender_the_connection_and_nobody_else(
+    side: Side, garbage: str | bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     with dial(side) as bad, dial(side) as good:
         bad.send(garbage)
 
         expect_close(bad)
         say(good, joined("node-0"))
         hear(good, Welcome)
+    assert "an agent sent what is no message" in caplog.text
 
 
 def test_a_message_beyond_the_cap_is_not_taken(side: Side) -> None:

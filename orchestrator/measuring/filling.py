@@ -84,7 +84,9 @@ def _renewed(constant: Constant, taken: Taken, gpus: int, source: str) -> Consta
         for point in constant.points
         if point.origin != "measured" and point.gpus > gpus
     ]
-    return Constant.through(points) if len(points) > 1 else _measured(taken, source)
+    if len(points) > 1:
+        return Constant.through(points, constant.varies)
+    return _measured(taken, source)
 
 
 def _first(taken: Taken, gpus: int, source: str) -> Point:

@@ -171,7 +171,12 @@ def profile_words(given: Inputs) -> dict[str, Any]:
 
 def _told(known: Mapping[str, Constant]) -> dict[str, Any]:
     return {
-        name: {"value_s": constant.value, "origin": constant.origin, "source": constant.source}
+        name: {
+            "value_s": constant.value,
+            "origin": constant.origin,
+            "source": constant.source,
+            **({"varies": msgspec.to_builtins(constant.varies)} if constant.varies else {}),
+        }
         for name, constant in known.items()
     }
 

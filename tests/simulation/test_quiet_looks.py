@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from orchestrator import compose
-from orchestrator.core.events import CopiesHeld, Reported, Telemetry, Together
+from orchestrator.core.events import CheckpointCommitted, CopiesHeld, Reported, Telemetry, Together
 from orchestrator.core.report import Report, report
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.messages import ShardsHeld
@@ -24,7 +25,7 @@ UNTIL_S = Seconds(2400.0)
 Fault = Callable[[SimulatedWorld], None]
 
 
-def run_of(nodes: int, least: int | None = None) -> TrainingRun:
+def run_of(nodes: int, least: int | None = None, durable: int = 60) -> TrainingRun:
     text: dict[str, Any] = {
         "apiVersion": "holdfast.dev/v1alpha1",
         "kind": "TrainingRun",
@@ -33,7 +34,7 @@ def run_of(nodes: int, least: int | None = None) -> TrainingRun:
             "nodes": {"count": nodes, "ranksPerNode": 2, "spares": 2},
             "parallelism": {"dpReplicate": nodes // 4},
             "trainer": {"steps": 1_000_000, "globalBatch": 2 * nodes},
-            "checkpoint": {"everySteps": 60, "memoryEverySteps": 6, "keepLast": 2},
+            "checkpoint": {"everySteps": durable, "memoryEverySteps": 6, "keepLast": 2},
             "detection": {"detectWithin": "10s", "warmupLimit": "600s"},
             "recovery": {
                 "hardwareBudget": 100,
@@ -47,9 +48,13 @@ def run_of(nodes: int, least: int | None = None) -> TrainingRun:
 
 
 def conduct(
-    fault: Fault | None, look_every_s: float, nodes: int = NODES, least: int | None = None
+    fault: Fault | None,
+    look_every_s: float,
+    nodes: int = NODES,
+    least: int | None = None,
+    durable: int = 60,
 ) -> tuple[Report, Any]:
-    run = run_of(nodes, least)
+    run = run_of(nodes, least, durable)
     world = SimulatedWorld(
         run,
         compose.check(run, "the run of a test"),
@@ -176,3 +181,29 @@ def test_a_slow_node_that_is_kept_is_not_looked_at_closely_for_ever() -> None:
     assert {i.kind for i in report_.incidents} == {"straggler"}
     later = [event for event in events if event.at > 1800.0]
     assert len(later) < 30
+
+
+def test_saves_that_are_due_before_the_last_one_is_durable_take_turns_at_the_tier() -> None:
+    write_s = profiles.packaged("measured").write.value
+
+    _, events = conduct(None, 0.0, nodes=8, durable=6)
+
+    commits = [event for event in events if isinstance(event, CheckpointCommitted)]
+    assert len(commits) > 0.9 * UNTIL_S / write_s
+    for one, other in pairwise(commits):
+        assert other.at - one.at >= write_s - 8.0  # a look is up to a step late
+        assert other.step > one.step
+
+
+def test_restarts_of_one_run_differ_as_the_profile_says_and_with_one_seed_never() -> None:
+    def lose_thrice(world: SimulatedWorld) -> None:
+        for number, name in enumerate(("node-3", "node-7", "node-11")):
+            gone = partial(world.cluster.lose, world.cluster.nodes[NodeId(name)], back=True)
+            world.cluster.agenda.after(300.0 * number, gone)
+
+    once, _ = conduct(lose_thrice, 600.0)
+    again, _ = conduct(lose_thrice, 600.0)
+
+    took = [incident.first_step_after_s for incident in once.incidents]
+    assert len(set(took)) == 3
+    assert took == [incident.first_step_after_s for incident in again.incidents]

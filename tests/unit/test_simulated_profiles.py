@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -208,6 +209,7 @@ def test_every_class_of_the_fault_model_is_of_a_kind_that_habits_know() -> None:
     assert kinds["sdc-false-alarm"] == "sdc"
 
 
+GUESS = {"origin": "assumed", "source": "a guess"}
 SOUND = profiles.plain(profiles.packaged("llama-like"))
 
 
@@ -255,6 +257,9 @@ def setting(path: str, value: Any) -> Any:
         ("constants/seat/points/0/value", "0s", "expected more than 0s, growing", "ascending"),
         ("constants/seat/points/1/gpus", 16_385, "no more than with the power of 8", "far enough"),
         ("constants/seat/points/0/value", 37, "points[0]: value is 37 without a unit", "unit"),
+        ("constants/stop/varies", {"sigma": 3.0, **GUESS}, "stop.varies.sigma is 3, expect", "0.2"),
+        ("constants/stop/varies", {"sigma": 0.0, **GUESS}, "more than 0 and at most 2", "0.2"),
+        ("constants/stop/varies", {"sigma": 0.1}, "missing required field `origin`", "explain"),
         ("habits/spares/value", "hot", "habits.spares.value is 'hot', expected one of", "profiles"),
         ("habits/spares/value", "requeue", "habits.requeue is missing", "scheduler"),
         ("habits/localise/gpu", {}, "there is no kind of fault 'gpu'", "there are: hang"),
@@ -270,6 +275,17 @@ def test_a_bad_profile_is_refused_with_what_is_wrong_where_and_what_to_do(
 
     assert said in message
     assert hint in advice
+
+
+def test_what_varies_does_so_around_its_mean_and_at_every_size() -> None:
+    rendezvous = profiles.packaged("measured").scaled(gpus=40_000).rendezvous
+    chance = np.random.Generator(np.random.Philox(0))
+
+    drawn = np.array([rendezvous.drawn(chance) for _ in range(4_000)])
+
+    assert rendezvous.varies is not None
+    assert drawn.mean() == pytest.approx(rendezvous.value, rel=0.02)
+    assert np.log(drawn).std() == pytest.approx(rendezvous.varies.sigma, rel=0.05)
 
 
 def test_a_profile_without_some_constants_is_refused_naming_them() -> None:

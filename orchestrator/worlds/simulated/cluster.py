@@ -98,9 +98,10 @@ class Cluster:
 
     def lasts(self, constant: Constant) -> float:
         """Return how long something takes this time, seconds."""
+        takes_s = constant.drawn(self._chance)
         if self.in_step:
-            return constant.value
-        return constant.value * float(1 + self._jitter * self._chance.random())
+            return takes_s
+        return takes_s * float(1 + self._jitter * self._chance.random())
 
     def later(self, takes: Constant, act: Act) -> None:
         """Have something happen once it has had its time."""

@@ -11,6 +11,7 @@ from math import exp, log
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 from orchestrator.faults.model import FaultClass
 from orchestrator.faults.quantities import span_s
@@ -33,6 +34,19 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     samples: int = 0
 
 
+class Varies(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """By how much one time differs from the next: a lognormal, which leaves the mean as it is."""
+
+    sigma: float
+    """Standard deviation of the logarithm: 0.2 for 95 % between two thirds and one and a half."""
+    origin: Origin
+    source: str
+
+    def draw(self, chance: np.random.Generator) -> float:
+        """Return what a time is multiplied by; 1 on average."""
+        return float(np.exp(self.sigma * (chance.standard_normal() - self.sigma / 2)))
+
+
 class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One number, seconds unless its name says otherwise."""
 
@@ -44,6 +58,12 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of how many it is the median; 0 unless it was measured."""
     points: tuple[Point, ...] = ()
     """By ascending size, none smaller than the one before; empty if it does not depend on size."""
+    varies: Varies | None = None
+    """Of a job, from one time to the next; None if it always takes the same."""
+
+    def drawn(self, chance: np.random.Generator) -> float:
+        """Return what it takes this time."""
+        return self.value if self.varies is None else self.value * self.varies.draw(chance)
 
     def at(self, gpus: int) -> Constant:
         """Return the constant of a job of so many GPUs: a power law from point to point.
@@ -65,13 +85,13 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self._like(value, origin if between else "assumed", words, 0)
 
     @classmethod
-    def through(cls, points: Sequence[Point]) -> Constant:
+    def through(cls, points: Sequence[Point], varies: Varies | None = None) -> Constant:
         """Return the constant with these points, two or more; its own value is that at GPUS."""
         first = points[0]
-        return cls(first.value, first.origin, first.source, 0, tuple(points)).at(GPUS)
+        return cls(first.value, first.origin, first.source, 0, tuple(points), varies).at(GPUS)
 
     def _like(self, value: float, origin: Origin, source: str, samples: int) -> Constant:
-        return Constant(value, origin, source, samples, self.points)
+        return Constant(value, origin, source, samples, self.points, self.varies)
 
 
 _WEAKNESS: dict[Origin, int] = {"measured": 0, "published": 1, "assumed": 2}

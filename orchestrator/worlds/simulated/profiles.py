@@ -27,12 +27,15 @@ from orchestrator.worlds.simulated.profile import (
     Kind,
     Point,
     Profile,
+    Varies,
 )
 from orchestrator.worlds.simulated.watching import Origin, Watch
 
 PACKAGED = Path(__file__).parent / "profiles"
 POWER_MAX = 8
 """Of the size of a job with which something may grow: no algorithm of ours is worse."""
+SIGMA_MAX = 2.0
+"""Of the logarithm of times: one in forty takes seven times the mean."""
 _SPAN_HINT = "write a number with its unit, such as 5ms, 17s, 10m or 2h"
 _ORIGIN_HINT = "say for each number whether it is measured, published or assumed, and its source"
 
@@ -60,6 +63,8 @@ class ConstantEntry(Section, frozen=True, kw_only=True):
     """Of how many it is the median, if it was measured."""
     points: Annotated[tuple[ConstantAtSize, ...], msgspec.Meta(max_length=16)] = ()
     """At two sizes or more; a power law between them."""
+    varies: Varies | None = None
+    """By how much one time differs from the next; without it, not at all."""
 
 
 class ChoiceEntry(Section, frozen=True, kw_only=True):
@@ -217,9 +222,14 @@ def span(value_s: float) -> str:
 
 
 def _entry(constant: Constant) -> dict[str, Any]:
-    if constant.points:
-        return {"points": [_sourced(point, gpus=point.gpus) for point in constant.points]}
-    return _sourced(constant)
+    told: dict[str, Any] = (
+        {"points": [_sourced(point, gpus=point.gpus) for point in constant.points]}
+        if constant.points
+        else _sourced(constant)
+    )
+    if constant.varies is not None:
+        told["varies"] = msgspec.to_builtins(constant.varies)
+    return told
 
 
 def _sourced(number: Constant | Point, **size: int) -> dict[str, Any]:
@@ -270,6 +280,7 @@ def _habits(entry: HabitsEntry, where: str) -> Habits:
 
 
 def _constant(entry: ConstantEntry, name: str, where: str) -> Constant:
+    _require_bounded(entry.varies, name, where)
     if (entry.value is None) == (not entry.points):
         found = "neither" if entry.value is None else "both"
         raise BadFileError(
@@ -282,7 +293,7 @@ def _constant(entry: ConstantEntry, name: str, where: str) -> Constant:
             raise BadFileError(f"{name} has no `{absent}`: {where}", _ORIGIN_HINT)
         value = _seconds(entry.value, name, where)
         _require_samples(entry.origin, entry.samples, name, where)
-        return Constant(value, entry.origin, entry.source, entry.samples)
+        return Constant(value, entry.origin, entry.source, entry.samples, (), entry.varies)
     if entry.origin or entry.source or entry.samples:
         raise BadFileError(
             f"{name} has points, and an origin, source or samples beside them: {where}",
@@ -303,7 +314,7 @@ def _constant(entry: ConstantEntry, name: str, where: str) -> Constant:
             )
         )
     _require_growth(points, name, where)
-    return Constant.through(points)
+    return Constant.through(points, entry.varies)
 
 
 def _seconds(given: str | float | None, name: str, where: str) -> float:
@@ -324,6 +335,15 @@ def _require_samples(origin: Origin, samples: int, name: str, where: str) -> Non
             f"{name}: origin is {origin} and samples is {samples}, expected samples with what was "
             f"measured, and with nothing else: {where}",
             "of how many measurements is it the median?",
+        )
+
+
+def _require_bounded(varies: Varies | None, name: str, where: str) -> None:
+    if varies is not None and not 0 < varies.sigma <= SIGMA_MAX:
+        raise BadFileError(
+            f"{name}.varies.sigma is {varies.sigma:g}, expected more than 0 and at most "
+            f"{SIGMA_MAX:g}: {where}",
+            "0.2 has 95 % of times between two thirds and one and a half of the mean",
         )
 
 

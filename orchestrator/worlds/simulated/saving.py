@@ -79,13 +79,25 @@ class Saving:
         for step in self._due(self.cadence.memory, done)[-SAVES_MAX:]:
             self._stage(step, min(pace.moment(step), now))
         for step in self._due(self.cadence.durable, done)[-1:]:
-            write_s = self._cluster.lasts(self._cluster.profile.write) + self._cluster.store.delay_s
-            at = min(pace.moment(step), now) + write_s
-            self._writes.append(_Pending(Seconds(at), Save(step, self._team.generation)))
+            self._queue_write(step, min(pace.moment(step), now))
         self._seen = Step(max(self._seen, done))
         self._owes_last = self._owes_last and done < self._steps
         self._copy(now)
         self._write(now)
+
+    def _queue_write(self, step: Step, at: Seconds) -> None:
+        """Have a state become durable: one at a time has all of the tier's bandwidth.
+
+        Of those that wait for it only the newest is still in memory when its turn comes.
+        """
+        save = Save(step, self._team.generation)
+        before = [pending for pending in self._writes if pending.at > at]
+        if len(before) > 1:
+            self._writes[self._writes.index(before[-1])] = _Pending(before[-1].at, save)
+            return
+        begins = max((at, *(pending.at for pending in before)))
+        write_s = self._cluster.lasts(self._cluster.profile.write) + self._cluster.store.delay_s
+        self._writes.append(_Pending(Seconds(begins + write_s), save))
 
     def _due(self, every: int, done: Step) -> list[Step]:
         first = (self._seen // every + 1) * every

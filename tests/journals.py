@@ -6,13 +6,18 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from orchestrator import compose
 from orchestrator.cli.commands import app
 from orchestrator.core import journal
 from orchestrator.core.decisions import CommitCheckpoint, Decision
 from orchestrator.core.events import CheckpointCommitted, FaultInjected
 from orchestrator.protocol.ids import NodeId, Step
 from orchestrator.protocol.messages import RanksFinished, Receipt, ShardsWritten
+from orchestrator.server.counts import Counts
+from orchestrator.server.journal import JournalFile
+from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.folder import RunFolder
+from orchestrator.worlds.told import Told
 from tests import runfiles
 from tests.conftest import Cluster
 
@@ -37,6 +42,22 @@ def write(cluster: Cluster, root: Path) -> RunFolder:
     folder = RunFolder(root)
     folder.logs.mkdir(parents=True)
     folder.journal.write_bytes(text(cluster))
+    return folder
+
+
+def write_decided(cluster: Cluster, root: Path, snapshot_at: int) -> RunFolder:
+    """Put it there as a controller does, with a snapshot taken after the event of that number."""
+    folder = RunFolder(root)
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    controller, told, counts = compose.controller(cluster.run), Told(), Counts()
+    file = JournalFile(folder.journal, cluster.run)
+    for entry in cluster.entries:
+        told.add(file.append(entry.event, controller.handle(entry.event)))
+        counts.take(entry.event, entry.decisions)
+        if entry.seq == snapshot_at:
+            kept = Snapshots(folder.snapshot, cluster.run.metadata.name)
+            kept.take(controller, file, told.entries(), counts)
+    file.close()
     return folder
 
 

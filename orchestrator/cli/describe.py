@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from orchestrator.cli import devices, listing, runs, story, units
+from orchestrator.cli import devices, listing, runs, story, units, window
 from orchestrator.cli.blocks import facts, ledger_lines, section
 from orchestrator.cli.checkpoints import condition, why_untrusted
 from orchestrator.cli.errors import CliError, Exit, unknown
@@ -53,7 +53,8 @@ def describe(what: str, name: str | None, run: str | None) -> tuple[str, Journal
         raise CliError(f"two runs are named, {name!r} and {run!r}", "name the run once", Exit.USAGE)
     folder = runs.folder_of(name if what == "run" and name is not None else run)
     history = History()
-    follower = Follower(folder, lambda entry: history.take(entry, follower.state))
+    # Of a node or a checkpoint all that ever happened is told; of an incident, what did meanwhile.
+    follower = Follower(folder, history.take if what in ("node", "checkpoint") else None)
     state, damage = runs.state_of(follower)
     name = name.partition("/")[2] or name if name else None  # `get -o name` prints kind/name
     where = folder.root.name
@@ -62,7 +63,9 @@ def describe(what: str, name: str | None, run: str | None) -> tuple[str, Journal
             case "run":
                 lines = run_lines(follower, state)
             case "incident":
-                lines = incident_lines(_incident_named(state, name, where), state, history)
+                index = _incident_named(state, name, where)
+                damage = _look_back(folder, state, index, history) or damage
+                lines = incident_lines(index, state, history)
             case "node":
                 lines = node_lines(_node_named(state, name, where), state, history)
             case _:
@@ -72,6 +75,20 @@ def describe(what: str, name: str | None, run: str | None) -> tuple[str, Journal
         runs.require_whole(damage)
         raise
     return units.printable("\n".join(lines)), damage
+
+
+def _look_back(
+    folder: RunFolder, state: RunState, index: int, history: History
+) -> JournalError | None:
+    """Take in what happened in the time of an incident; return what is wrong with that part."""
+    incident = state.incidents[index]
+    end = state.now if incident.resumed_at is None else incident.resumed_at
+    try:
+        for entry in window.entries(folder.journal, incident.since, end):
+            history.take(entry)
+    except JournalError as error:
+        return error
+    return None
 
 
 # A run ----------------------------------------------------------------------------------------

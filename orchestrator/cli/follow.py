@@ -2,6 +2,9 @@
 
 The events are fed to a controller of our own, whose decisions nobody carries out; its state is
 what there is to show. This works while the run is live, while everything is dead, and years later.
+After weeks a journal takes long to read. Who asks for the state only gets it from the newest
+snapshot beside it and from what came after, as a successor does; and from the whole of the journal
+where there is none, or one of another program.
 """
 
 from __future__ import annotations
@@ -11,20 +14,29 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 from orchestrator import compose
-from orchestrator.core import journal
+from orchestrator.core import journal, snapshot
 from orchestrator.core.controller import Controller
 from orchestrator.core.journal import Entry, Header, JournalError, JournalVersionError
+from orchestrator.core.snapshot import SnapshotError
 from orchestrator.core.state import RunState
+from orchestrator.server import snapshots
+from orchestrator.server.journal import seek
 from orchestrator.worlds.folder import RunFolder
 
 
 class Follower:
     """Knows what the journal of a run says, up to the last call of `poll`.
 
+    Args:
+        folder: of the run.
+        on_entry: called with each entry, from the first one on; without, what a snapshot knows is
+            taken from there.
+
     Attributes:
         header: whose journal it is; None while there is none.
         controller: ours, fed with every event so far; None while there is no journal.
-        entries: events taken in so far.
+        entries: events taken in so far, or known from a snapshot.
+        skipped: events of those that were known from a snapshot.
         torn: what is wrong with the end of the journal; while a run is live that is usually a
             line that is being written.
     """
@@ -37,7 +49,7 @@ class Follower:
     def _forget(self) -> None:
         self.header: Header | None = None
         self.controller: Controller | None = None
-        self.entries = 0
+        self.entries = self.skipped = 0
         self.torn = ""
         self._offset = 0
         self._inode = 0
@@ -90,7 +102,22 @@ class Follower:
         else:
             self._take_entry(record, number)
         self._offset += len(raw)
+        if isinstance(record, Header) and self._on_entry is None:
+            self._skip(record, file)
         return True
+
+    def _skip(self, header: Header, file: BinaryIO) -> None:
+        """Go on from the newest snapshot, if there is one of this journal."""
+        try:
+            taken = snapshots.read(self.folder.snapshot, header.run.metadata.name)
+            seek(file, taken.mark)
+            self.controller = snapshot.restore(taken.body, compose.controller(header.run))
+        except (SnapshotError, EOFError, OSError):
+            # It saves time and says nothing that the journal does not: whatever is wrong with it.
+            file.seek(self._offset)
+            return
+        self.entries = self.skipped = taken.mark.seq
+        self._offset = taken.mark.offset
 
     def _take_header(self, header: Header, number: int) -> None:
         if self.header is not None:

@@ -24,8 +24,6 @@ from orchestrator.core.events import (
     StopRequested,
 )
 from orchestrator.core.journal import Entry
-from orchestrator.core.phases import RunPhase
-from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     Joined,
@@ -57,44 +55,42 @@ class History:
     """Milestones of a run, in the order in which they became known.
 
     Attributes:
-        phases: (when, phase) of every change of phase.
         commits: the order that published each checkpoint, by step.
         verdicts: what was put on record about checkpoints, oldest first.
     """
 
     def __init__(self) -> None:
-        self.phases: list[tuple[Seconds, RunPhase]] = []
         self.commits: dict[Step, CommitCheckpoint] = {}
         self.verdicts: list[CheckpointJudged] = []
         self._lines: list[tuple[Seconds, NodeId | None, str]] = []
 
-    def take(self, entry: Entry, state: RunState | None) -> None:
-        """Take in an entry, after the follower's controller did."""
-        assert state is not None, "an entry comes after the header"
-        if not self.phases or self.phases[-1][1] is not state.phase:
-            self.phases.append((state.now, state.phase))
+        self._now = Seconds(0.0)
+
+    def take(self, entry: Entry) -> None:
+        """Take in an entry, after those before it."""
         event = entry.event
+        self._now = Seconds(max(event.at, self._now))
         if isinstance(event, CheckpointJudged):
             self.verdicts.append(event)
         if isinstance(event, _TOLD) or (
             isinstance(event, Reported) and isinstance(event.fact, _TOLD_FACTS)
         ):
-            self._add(state.now, story.node(event), units.first_line(story.words(event)))
+            self._add(story.node(event), units.first_line(story.words(event)))
         if isinstance(event, DrainRequested | DrainCancelled):
             for node in event.nodes:
-                self._add(state.now, node, units.first_line(story.words(event)))
+                self._add(node, units.first_line(story.words(event)))
         for decision in entry.decisions:
             if isinstance(decision, CommitCheckpoint):
                 self.commits[decision.step] = decision
             if isinstance(decision, FenceNode | DisconnectNode | JudgeDevice | PreflightDevices):
-                self._add(state.now, decision.node, story.decision(decision))
+                self._add(decision.node, story.decision(decision))
             if isinstance(decision, StartGeneration):
                 world = ", ".join(dict.fromkeys(decision.seats))
-                self._add(state.now, "", f"generation {decision.generation} ordered on {world}")
+                self._add("", f"generation {decision.generation} ordered on {world}")
 
-    def _add(self, at: Seconds, node: str, text: str) -> None:
+    def _add(self, node: str, text: str) -> None:
         if len(self._lines) < LINES_MAX:
-            self._lines.append((at, NodeId(node) if node else None, text))
+            self._lines.append((self._now, NodeId(node) if node else None, text))
 
     def of_node(self, node: NodeId) -> list[Line]:
         """Return what happened to one node."""
@@ -102,6 +98,4 @@ class History:
 
     def between(self, start: Seconds, end: Seconds) -> list[Line]:
         """Return what happened from `start` to `end`, both included."""
-        lines = [(at, text) for at, _, text in self._lines if start <= at <= end]
-        lines += [(at, f"run is {phase}") for at, phase in self.phases if start <= at <= end]
-        return sorted(lines, key=lambda line: line[0])
+        return [(at, text) for at, _, text in self._lines if start <= at <= end]

@@ -177,6 +177,7 @@ def _timeline(incident: Incident, state: RunState, history: History) -> list[str
     lines = [(note.at, _short(note.text, incident)) for note in incident.timeline]
     known = {text for _, text in lines}
     lines += [(at, text) for at, text in history.between(incident.since, end) if text not in known]
+    lines += [(at, f"run is {phase}") for at, phase in state.phases if incident.since <= at <= end]
     lines += [
         (at, f"planned fault: {text}")
         for at, text, _ in state.injected.values()

@@ -6,7 +6,7 @@ from orchestrator.core import facts, patience
 from orchestrator.core.decisions import Decision, EndRun
 from orchestrator.core.incident import Note
 from orchestrator.core.phases import PHASE_OF_MARK, RunPhase, require
-from orchestrator.core.state import RunState, decide
+from orchestrator.core.state import PHASES_MAX, RunState, decide
 from orchestrator.core.trust import trusted
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.messages import MARKS
@@ -20,6 +20,10 @@ def enter(state: RunState, phase: RunPhase, *, whole: bool = False) -> None:
     patience.learn(state, whole=whole)
     state.phase = require(state.phase, phase)
     state.phase_since, state.unseen_s = state.now, 0.0
+    if state.phases and state.phases[-1][0] == state.now:
+        state.phases.pop()
+    state.phases.append((state.now, phase))
+    del state.phases[:-PHASES_MAX]
 
 
 def advance(state: RunState) -> None:

@@ -55,6 +55,8 @@ from orchestrator.protocol.timeouts import Timeouts
 D = TypeVar("D", bound=Decision)
 STEP_LOG_LENGTH = 200_000
 ABSENCES_MAX = 32
+PHASES_MAX = 10_000
+"""Phases that are remembered: those of more than a thousand restarts."""
 COMMITS_MAX = 1000
 """Checkpoints that are remembered: older ones were deleted (spec.checkpoint.keepLast)."""
 
@@ -68,6 +70,10 @@ class RunState:
     now: Seconds = Seconds(0.0)
     phase: RunPhase = RunPhase.GATHERING
     phase_since: Seconds = Seconds(0.0)
+    phases: list[tuple[Seconds, RunPhase]] = field(
+        default_factory=lambda: [(Seconds(0.0), RunPhase.GATHERING)]
+    )
+    """Every phase, the last PHASES_MAX of them, and since when; none that was over at once."""
     incarnation: int = 0
     """Controllers that this run has had."""
     took_over_at: Seconds = Seconds(0.0)

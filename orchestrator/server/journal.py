@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from orchestrator import compose
 from orchestrator.core import heritage, journal
@@ -196,13 +196,28 @@ def _behind(mark: Mark, header: bytes, path: Path) -> journal.Rest:
     with file:
         if file.read(len(header)) != header:
             raise MarkError("is of a journal with another header")
-        file.seek(mark.begin)
-        line = file.read(mark.offset - mark.begin)
-        if len(line) < mark.offset - mark.begin:
-            raise LostJournalError(f"ends before event {mark.seq}, which was on record: {path}")
-        entry, problem = journal.read_line(line)
-        if not isinstance(entry, journal.Entry):
-            raise MarkError(f"is of event {mark.seq}, which the journal does not have: {problem}")
-        if (entry.seq, line[:CHECKSUM_BYTES].decode()) != (mark.seq, mark.checksum):
-            raise MarkError(f"is of another event {mark.seq} than the journal has")
+        try:
+            seek(file, mark)
+        except EOFError:
+            raise LostJournalError(
+                f"ends before event {mark.seq}, which was on record: {path}"
+            ) from None
         return journal.read_rest(file.read(), 0, mark.seq)
+
+
+def seek(file: BinaryIO, mark: Mark) -> None:
+    """Go to a mark in a journal, behind the line that was the last when it was made.
+
+    Raises:
+        EOFError: if the journal ends before that.
+        MarkError: if it has another line there.
+    """
+    file.seek(mark.begin)
+    line = file.read(mark.offset - mark.begin)
+    if len(line) < mark.offset - mark.begin:
+        raise EOFError
+    entry, problem = journal.read_line(line)
+    if not isinstance(entry, journal.Entry):
+        raise MarkError(f"is of event {mark.seq}, which the journal does not have: {problem}")
+    if (entry.seq, line[:CHECKSUM_BYTES].decode()) != (mark.seq, mark.checksum):
+        raise MarkError(f"is of another event {mark.seq} than the journal has")

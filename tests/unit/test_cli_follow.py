@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cli.follow import Follower
-from orchestrator.core import journal
+from orchestrator.core import journal, snapshot
 from orchestrator.core.phases import RunPhase
 from orchestrator.worlds.folder import RunFolder
+from tests import runfiles
 from tests.conftest import Cluster
-from tests.journals import killed_rank, succeeded, text, write
+from tests.journals import killed_rank, succeeded, text, write, write_decided
 
 
 def test_a_journal_that_does_not_exist_yet_is_nothing_to_show(tmp_path: Path) -> None:
@@ -34,6 +35,81 @@ def test_a_follower_stands_where_the_controller_stood(tmp_path: Path) -> None:
     assert state.losses == cluster.state.losses
     assert follower.entries == len(cluster.entries)
     assert follower.torn == ""
+
+
+def test_what_a_snapshot_knows_is_not_read_from_the_journal_again(tmp_path: Path) -> None:
+    cluster = killed_rank()
+    follower = Follower(write_decided(cluster, tmp_path, 40))
+
+    follower.poll()
+
+    assert follower.controller is not None
+    assert follower.skipped == 40
+    assert follower.entries == len(cluster.entries)
+    assert snapshot.take(follower.controller) == snapshot.take(cluster.controller)
+
+
+def test_whoever_wants_every_entry_gets_them_from_the_first_on(tmp_path: Path) -> None:
+    cluster = killed_rank()
+    seen: list[int] = []
+    follower = Follower(write_decided(cluster, tmp_path, 40), lambda entry: seen.append(entry.seq))
+
+    follower.poll()
+
+    assert seen == [entry.seq for entry in cluster.entries]
+    assert follower.skipped == 0
+
+
+def damaged(folder: RunFolder) -> None:
+    data = bytearray(folder.snapshot.read_bytes())
+    data[-20] ^= 1
+    folder.snapshot.write_bytes(data)
+
+
+def of_another_journal(folder: RunFolder) -> None:
+    folder.journal.write_bytes(text(succeeded(run=runfiles.text())))
+
+
+def of_lines_that_were_lost(folder: RunFolder) -> None:
+    with folder.journal.open("rb") as file:
+        kept = b"".join(file.readline() for _ in range(30))
+    folder.journal.write_bytes(kept)
+
+
+@pytest.mark.parametrize("spoil", [damaged, of_another_journal, of_lines_that_were_lost])
+def test_a_snapshot_that_is_of_no_use_is_passed_over_and_the_journal_is_read(
+    tmp_path: Path, spoil: Callable[[RunFolder], None]
+) -> None:
+    folder = write_decided(killed_rank(), tmp_path / "run", 40)
+    spoil(folder)
+    (tmp_path / "alone").mkdir()
+    alone = RunFolder(tmp_path / "alone")
+    alone.journal.write_bytes(folder.journal.read_bytes())
+    follower, whole = Follower(folder), Follower(alone)
+
+    follower.poll()
+    whole.poll()
+
+    assert follower.controller is not None
+    assert whole.controller is not None
+    assert follower.skipped == 0
+    assert snapshot.take(follower.controller) == snapshot.take(whole.controller)
+
+
+def test_a_journal_that_goes_on_behind_its_snapshot_is_followed(tmp_path: Path) -> None:
+    cluster = killed_rank()
+    follower = Follower(write_decided(cluster, tmp_path, 40))
+    follower.poll()
+    known = len(cluster.entries)
+    cluster.train(5)
+    with follower.folder.journal.open("ab") as file:
+        file.write(b"".join(map(journal.line, cluster.entries[known:])))
+
+    follower.poll()
+
+    assert follower.controller is not None
+    assert follower.entries == len(cluster.entries)
+    assert snapshot.take(follower.controller) == snapshot.take(cluster.controller)
 
 
 DATA = text(killed_rank())

@@ -17,6 +17,7 @@ from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.told import Told
 from tests.conftest import Cluster
+from tests.journals import write_decided
 
 SNAPSHOT_AT = 40
 """Event after which it is taken."""
@@ -25,7 +26,6 @@ SNAPSHOT_AT = 40
 @pytest.fixture
 def folder(tmp_path: Path, cluster: Cluster) -> RunFolder:
     """The folder of a run in which a rank was killed, with a snapshot that is not the newest."""
-    folder = RunFolder(tmp_path)
     cluster.start()
     cluster.train(10)
     cluster.tell(CheckpointCommitted(at=cluster.at(), step=Step(5), epoch=Generation(1), key="5"))
@@ -34,17 +34,8 @@ def folder(tmp_path: Path, cluster: Cluster) -> RunFolder:
     cluster.exit(2)
     cluster.resume()
     cluster.train(20)
-    controller, told, counts = compose.controller(cluster.run), Told(), Counts()
-    file = JournalFile(folder.journal, cluster.run)
-    for entry in cluster.entries:
-        told.add(file.append(entry.event, controller.handle(entry.event)))
-        counts.take(entry.event, entry.decisions)
-        if entry.seq == SNAPSHOT_AT:
-            kept = Snapshots(folder.snapshot, cluster.run.metadata.name)
-            kept.take(controller, file, told.entries(), counts)
-    file.close()
     assert len(cluster.entries) > SNAPSHOT_AT + 20
-    return folder
+    return write_decided(cluster, tmp_path, SNAPSHOT_AT)
 
 
 def replayed(taken: TakenOver) -> int:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from orchestrator.protocol.ramp import Change, Ramp
-from orchestrator.worker import MisconfiguredError, Slot
+from orchestrator.worker import MisconfiguredError, SaveStuckError, Slot
 from storage import filling, parallel, shard
 from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
-from trainer.staging import Copying, bytes_of
+from trainer.staging import Copying, GivenUpError, bytes_of
 from trainer.tensor import cut_dimension
 
 CUT_HINT = (
@@ -104,6 +104,12 @@ class Keeper(Protocol):
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         """Hand over a filled slot."""
 
+    def give_back(self, slot: Slot) -> None:
+        """Take back a slot of which nothing is needed, and to which nobody writes any more."""
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        """Count a save that comes to nothing; training goes on."""
+
     def stalled(self, seconds: float) -> None:
         """Count seconds for which training waited."""
 
@@ -122,15 +128,35 @@ class Readiness(IntEnum):
     DURABLE = 2
 
 
-class Checkpointer:
-    """This rank's shard: every weight's part and what the optimizer remembers of it."""
+class _Save(NamedTuple):
+    """One whose copy was not waited for."""
 
-    def __init__(self, shards: list[ShardState], world: World, stamp: Stamp) -> None:
+    copying: Copying
+    step: int
+    begun: float
+
+
+class Checkpointer:
+    """This rank's shard: every weight's part and what the optimizer remembers of it.
+
+    Args:
+        shards: weights and their states.
+        world: of the rank.
+        stamp: what its checkpoints belong to.
+        within_s: a save that is not copied so long after it was begun is given up.
+    """
+
+    def __init__(
+        self, shards: list[ShardState], world: World, stamp: Stamp, *, within_s: float = 60.0
+    ) -> None:
         self._shards, self._world, self._stamp = shards, world, stamp
+        self._within_s = within_s
         self._plan = shard.plan(_chunk(s, state, world) for s in shards for state in STATES)
         self._thread: threading.Thread | None = None
         self._copying: Copying | None = None
-        """The newest copy that nobody has waited for."""
+        """What the thread is at."""
+        self._unwaited: _Save | None = None
+        """The newest whose copy nobody has waited for."""
         self._slot: Slot | None = None
         """Claimed, and not filled yet."""
 
@@ -186,9 +212,13 @@ class Checkpointer:
         copying = Copying(self._plan, ordered, slot.buffer)
         if not overlap:
             copying.whole()
-        self._copying = copying
+        self._copying, self._unwaited = copying, _Save(copying, step, begun)
+        # A daemon: a copy that is stuck keeps no process from ending.
         self._thread = threading.Thread(
-            target=self._stage, args=(copying, keeper, slot, step, durable), name="holdfast-stage"
+            target=self._stage,
+            args=(copying, keeper, slot, step, durable),
+            name="holdfast-stage",
+            daemon=True,
         )
         self._thread.start()
         keeper.stalled(time.monotonic() - begun)
@@ -197,28 +227,57 @@ class Checkpointer:
     @property
     def copying(self) -> bool:
         """Whether there is a save whose copy was not waited for."""
-        return self._copying is not None
+        return self._unwaited is not None
 
-    def await_copied(self, keeper: Keeper) -> float:
+    def await_copied(
+        self, keeper: Keeper, alive: Callable[[int], object] = lambda _: None
+    ) -> float:
         """Wait until the state may be written to, and count that as a stall; return the seconds.
+
+        A copy that is stuck, or not made in time, is given up: that save is abandoned, and this
+        rank has none of that step.
+
+        Args:
+            keeper: hears of it.
+            alive: called now and then, with how many pieces of the copy have moved.
 
         Raises:
             BaseException: what the copy raised, if it came to nothing: the rank can not read its
-                own state.
+                own state. Or what `alive` did.
         """
-        copying, self._copying = self._copying, None
-        if copying is None:
+        save, self._unwaited = self._unwaited, None
+        if save is None:
             return 0.0
         begun = time.monotonic()
-        copying.wait()
+        copied = save.copying.wait(save.begun + self._within_s, alive)
         seconds = time.monotonic() - begun
         keeper.stalled(seconds)
+        if not copied:
+            reason = (
+                f"{save.copying.place} of {self._plan.size} bytes were copied after "
+                f"{begun + seconds - save.begun:.1f} s, for {seconds:.1f} s of which the next "
+                f"update had waited; expected all of them within {self._within_s:g} s"
+            )
+            keeper.abandoned(save.step, generation=self._stamp.generation, reason=reason)
         return seconds
 
     def settle(self) -> None:
-        """Wait until the save under way is handed over; its slot is this process's until then."""
-        if self._thread is not None:
-            self._thread.join()
+        """Wait until the save under way is over; its slot is this process's until then.
+
+        Raises:
+            SaveStuckError: if nothing of it moves any more.
+        """
+        if self._thread is None or self._copying is None:
+            return
+        moved = -1
+        while self._thread.is_alive():
+            if self._copying.moved == moved:
+                raise SaveStuckError(
+                    f"a thread that saves is stuck at byte {self._copying.place} of "
+                    f"{self._plan.size} for {self._within_s:g} s"
+                )
+            moved = self._copying.moved
+            self._thread.join(self._within_s)
 
     def restore(self, index_text: str, read: filling.Read) -> int:
         """Fill the state from a shard, verifying what arrived in it, and return its steps.
@@ -285,8 +344,12 @@ class Checkpointer:
             shards=self._world.shards,
             extra=msgspec.to_builtins(stamp.cursor(step)),
         )
-        with copying.in_thread():
-            sealed = shard.seal(self._plan, slot.buffer, meta, copying.fill)
+        try:
+            with copying.in_thread():
+                sealed = shard.seal(self._plan, slot.buffer, meta, copying.fill)
+        except GivenUpError:
+            keeper.give_back(slot)
+            return
         index = shard.encode_index(sealed).decode()
         keeper.staged(slot, generation=stamp.generation, step=step, index=index, durable=durable)
 

@@ -4,15 +4,17 @@ From the update of a step to the update of the next one nothing writes to the st
 backward only read it. So a thread copies and digests it meanwhile, and whoever is about to write to
 it waits for the copy first (`Copying.wait`), and for nothing else. While nobody waits, each piece
 is digested as soon as it is copied, in a core's cache; once somebody does, all that is left is
-copied before any more of it is digested.
+copied before any more of it is digested. Nobody waits for ever: a copy that does not get on, or is
+late, is given up, and what it still reads of the state goes nowhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,16 @@ from torch import Tensor
 from storage.shard import ShardPlan
 
 Bytes = npt.NDArray[np.uint8]
+
+STILL_S = 5.0
+"""A copy of which nothing moves for so long is stuck. Half of the least for which a rank may stand
+still while it saves (`FLOOR_S` of orchestrator/detect/announced.py): so the save is given up before
+the rank is taken to hang."""
+_POLL_S = 0.02
+
+
+class GivenUpError(Exception):
+    """Whoever waited for this copy has gone on without it, and the state may be another by now."""
 
 
 class Copying:
@@ -45,6 +57,10 @@ class Copying:
         self._source: Bytes | None = None
         """The bytes of the tensor that is being copied."""
         self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._given_up = False
+        """Never once it is over, nor is it ever over after that."""
+        self._moved = 0
         self._error: BaseException | None = None
         # A stream of its own: on the one that training is on, copies would come after all that is
         # in line there, forward and backward of the next step for one.
@@ -61,14 +77,20 @@ class Copying:
         try:
             with self._own_stream():
                 yield
+        except GivenUpError:
+            raise  # nobody waits for it any more
         except BaseException as error:
             self._error = error
-            raise
-        finally:
             self._over.set()
+            raise
 
     def fill(self, place: int, memory: memoryview) -> None:
-        """Copy what belongs into a piece of the body; all that is left, if somebody waits."""
+        """Copy what belongs into a piece of the body; all that is left, if somebody waits.
+
+        Raises:
+            GivenUpError: if whoever waited for it has gone on.
+        """
+        self._moved += 1
         hurried = self.waited_for.is_set()
         self._through(len(self._body) if hurried else place + len(memory))
 
@@ -76,16 +98,48 @@ class Copying:
         """Copy all of it now."""
         self._through(len(self._body))
 
-    def wait(self) -> None:
-        """Return once nothing of the state is needed any more.
+    @property
+    def moved(self) -> int:
+        """Grows with each piece that is copied or about to be digested."""
+        return self._moved
+
+    @property
+    def place(self) -> int:
+        """Up to which byte of the body it is copied, about."""
+        return self._at
+
+    def wait(self, deadline: float, alive: Callable[[int], object] = lambda _: None) -> bool:
+        """Return once the state may be written to, and whether there is a copy of it as it was.
+
+        There is none after `deadline`, by `time.monotonic`, nor if nothing moved for `STILL_S`: the
+        copy is given up then. It is read on for a moment, and what is read goes nowhere.
+
+        Args:
+            deadline: until when it is waited for.
+            alive: called now and then, with how many pieces have moved; what it raises, this
+                raises.
 
         Raises:
             BaseException: what the copy raised, if it came to nothing.
         """
         self.waited_for.set()
-        self._over.wait()
+        moved, since = self._moved, time.monotonic()
+        while not self._over.wait(_POLL_S):
+            now, pieces = time.monotonic(), self._moved - moved
+            if pieces:
+                moved, since = moved + pieces, now
+            if now > min(deadline, since + STILL_S) and self._give_up():
+                return False
+            alive(pieces)
         if self._error is not None:
             raise self._error
+        return True
+
+    def _give_up(self) -> bool:
+        """Have it be of no use from now on; False if it is over."""
+        with self._lock:
+            self._given_up = not self._over.is_set()
+            return self._given_up
 
     def _through(self, end: int) -> None:
         """Copy what is not copied yet of the body's bytes before `end`."""
@@ -97,13 +151,20 @@ class Copying:
             until = min(stop, end)
             copy_piece(self._body[self._at : until], self._source[self._at - start : until - start])
             self._at = until
+            self._moved += 1
+            if self._given_up:
+                raise GivenUpError
             if until == stop:
                 self._source = None
                 self._left.popleft()
         self._note_over()
 
     def _note_over(self) -> None:
-        if not self._left:
+        if self._left:
+            return
+        with self._lock:
+            if self._given_up:
+                raise GivenUpError
             self._over.set()
 
     @contextlib.contextmanager

@@ -58,7 +58,9 @@ def train(worker: Worker, seat: Seat) -> None:
         )
         worker.on_fault(training.injected.take)
         stamp = stamp_of(seat.run_id, seat.generation, job, feed.samples)
-        checkpointer = Checkpointer(training.optimizer.shards, world, stamp)
+        checkpointer = Checkpointer(
+            training.optimizer.shards, world, stamp, within_s=seat.save_within_s
+        )
         training.until_copied = until_copied(checkpointer, worker)
         if seat.restore is not None:
             feed.require_same(seat.restore.index)
@@ -148,9 +150,16 @@ def until_copied(checkpointer: Checkpointer, worker: Worker) -> Callable[[], flo
         if not checkpointer.copying:
             return 0.0
         worker.phase(RankPhase.CHECKPOINT)
-        seconds = checkpointer.await_copied(worker)
+        seconds = checkpointer.await_copied(worker, alive)
         worker.phase(RankPhase.OPTIMIZER)
         return seconds
+
+    def alive(pieces: int) -> None:
+        # A rank whose copy gets on does not hang, however long that takes.
+        if pieces:
+            worker.phase(RankPhase.CHECKPOINT)
+        else:
+            worker.check()
 
     return wait
 

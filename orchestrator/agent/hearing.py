@@ -26,6 +26,7 @@ from orchestrator.protocol.messages import (
     StateRepaired,
 )
 from orchestrator.protocol.rank import (
+    Abandoned,
     DetectorOff,
     Died,
     Diverged,
@@ -75,7 +76,7 @@ class Hearing:
         self._parking, self._saving = parking, saving
         self._say, self._start = say, start
 
-    def heard(  # noqa: C901 - one case per message
+    def heard(  # noqa: C901, PLR0912 - one case per message
         self, live: LiveRank, message: FromRank
     ) -> None:
         """Take in what a process says; only news of the present generation counts."""
@@ -91,6 +92,8 @@ class Hearing:
                 self._reached(seat.rank, mark)
             case Staged():
                 self._staged(live, seat.rank, message)
+            case Abandoned(step=step, reason=reason):
+                self._saving.abandoned(seat.rank, step, reason)
             case Troubled(message=text):
                 self._say(
                     RanksTroubled(

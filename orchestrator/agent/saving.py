@@ -151,6 +151,10 @@ class Saving:
                 self._say(fact)
             self._tell(rank, staged.step)
 
+    def abandoned(self, rank: Rank, step: Step, reason: str) -> None:
+        """Take note that a rank stages nothing of a step that others may have staged."""
+        self._fail(step, f"rank {rank}: {reason}")
+
     def relieve(self, after_s: float) -> None:
         """Have each rank without a free slot for so long give up a step that does not get safe.
 

@@ -309,6 +309,7 @@ class Seating:
             log=str(Path(self._config.logs) / f"rank-{rank:05d}.log"),
             abort_within_s=terms.timeouts.abort_s,
             persist_within_s=terms.timeouts.persist_s,
+            save_within_s=terms.timeouts.save_s,
             collective_timeout_s=terms.timeouts.collective_s,
         )
 

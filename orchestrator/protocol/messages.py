@@ -274,9 +274,10 @@ class ShardsWritten(_Message, frozen=True, kw_only=True):
 
 
 class WriteFailed(_Message, frozen=True, kw_only=True):
-    """This node could not write what it owes for `step`.
+    """This node could not write what it owes for `step`, or a rank of it could not stage it.
 
-    It tries again while nothing newer is due, so `ShardsWritten` may follow; said once per step.
+    It tries again to write while nothing newer is due, so `ShardsWritten` may follow; said once per
+    step.
     """
 
     generation: Generation

@@ -69,6 +69,8 @@ class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):
     """A rank that has not left its world this long after `Abort` is killed."""
     persist_within_s: float = 60.0
     """At its end, a rank waits this long for its last state to become durable."""
+    save_within_s: float = 60.0
+    """A save that is not copied so long after it was begun is given up."""
     collective_timeout_s: float = 600.0
     """Back-stop of a collective; longer than every detector, so that it decides nothing."""
 
@@ -188,6 +190,14 @@ class Staged(msgspec.Struct, frozen=True, kw_only=True, tag="staged"):
     """Whether this step is due on the durable tier too."""
 
 
+class Abandoned(msgspec.Struct, frozen=True, kw_only=True, tag="abandoned"):
+    """From a rank: of `step` I stage nothing after all; I train on."""
+
+    generation: Generation
+    step: Step
+    reason: str
+
+
 class Troubled(msgspec.Struct, frozen=True, kw_only=True, tag="troubled"):
     """From a rank: a collective failed under me; I wait to be told where to go."""
 
@@ -280,6 +290,7 @@ FromRank = (
     Offer
     | Reached
     | Staged
+    | Abandoned
     | Troubled
     | Finished
     | Died

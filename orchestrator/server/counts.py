@@ -13,9 +13,11 @@ from orchestrator.core.events import (
     CheckpointJudged,
     CommitFailed,
     Event,
+    Reported,
 )
 from orchestrator.core.journal import Entry
 from orchestrator.protocol.ids import Generation, Step
+from orchestrator.protocol.messages import WriteFailed
 
 
 class Counts(msgspec.Struct):
@@ -27,6 +29,8 @@ class Counts(msgspec.Struct):
     bytes: int = 0
     ordered: dict[str, int] = {}
     """Bytes of checkpoints whose commit was ordered and is not answered yet, by step and epoch."""
+    failing: str = ""
+    """Step and epoch of the newest save that nodes say they could not stage or write."""
 
     def take(self, event: Event, decisions: Iterable[Decision]) -> None:
         """Take in an event and what was decided then, in the order of the journal."""
@@ -38,6 +42,10 @@ class Counts(msgspec.Struct):
                 self.failures += 1
                 if not event.again:
                     self.ordered.pop(_key(step, epoch), None)
+            case Reported(fact=WriteFailed(step=step, generation=generation)):
+                # Each node says so of its own shards; it is one save.
+                self.failures += self.failing != _key(step, generation)
+                self.failing = _key(step, generation)
             case CheckpointJudged(verdict=verdict):
                 self.damages += not verdict.good
             case CheckpointFound(rejected=rejected):

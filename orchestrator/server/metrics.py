@@ -179,7 +179,7 @@ def _checkpoints(state: RunState, counts: Counts) -> Iterator[Family]:
     for name, help_, count in (
         ("bytes_total", "Bytes of the bodies of committed checkpoints.", counts.bytes),
         ("commits_total", "Checkpoints that were committed.", counts.commits),
-        ("failures_total", "Commits that failed, or were given up.", counts.failures),
+        ("failures_total", "Saves and commits that failed, or were given up.", counts.failures),
         (
             "verify_failures_total",
             "Checkpoints that were found bad, by a scrub, a verdict or a search.",

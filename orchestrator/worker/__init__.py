@@ -9,6 +9,7 @@ from orchestrator.worker.errors import (
     MisconfiguredError,
     NotSupervisedError,
     PeerLostError,
+    SaveStuckError,
 )
 from orchestrator.worker.listening import LEAVE_SHARE
 from orchestrator.worker.sdk import Worker
@@ -26,6 +27,7 @@ __all__ = [
     "PeerLostError",
     "RankPhase",
     "Restore",
+    "SaveStuckError",
     "Seat",
     "Slot",
     "Worker",

@@ -28,6 +28,15 @@ class MisconfiguredError(Exception):
         self.hint = hint
 
 
+class SaveStuckError(Exception):
+    """A thread of this process writes to a slot and does not get on: nobody may be given that slot.
+
+    The process has to end; another one takes its seat.
+    """
+
+    hint = "Look at the memory and the devices of this node; its log has what the thread was at."
+
+
 class NotSupervisedError(Exception):
     """The process was not started by an agent."""
 

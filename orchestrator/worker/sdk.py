@@ -35,6 +35,7 @@ from orchestrator.protocol.rank import (
     CONTROL_FD_VARIABLE,
     MEMORY_VARIABLE,
     STAND_BY_VARIABLE,
+    Abandoned,
     DetectorOff,
     Died,
     Diverged,
@@ -504,8 +505,11 @@ class Worker:
         With `overlap` that is done in a thread, beside forward and backward of the next step. Then
         call `await_copied` right before the next update, and before anything else that writes to
         the state: what was not waited for is not handed over, and `step_done` refuses the step that
-        moved it. `copy` should let go of the interpreter's lock, or training stands still for it
-        all the same: numpy's and torch's copies do, that of a memoryview does not.
+        moved it. `copy` should let go of the interpreter's lock, or training stands still for all
+        of it: numpy's and torch's copies do, that of a memoryview does not.
+
+        A copy that is not made in time (`Seat.save_within_s`) is given up, and so is a save before
+        which another one is still under way: they are counted, and training goes on.
 
         Args:
             slot: to fill; it is the agent's from then on.
@@ -520,31 +524,51 @@ class Worker:
         """
         generation = self._generation
         begun = time.monotonic()
-        if self._staging is not None:
-            self._staging.require_waited(step)
-            self._staging.join()
+        assert self.seat is not None, "no seat taken"
+        within_s, before = self.seat.save_within_s, self._staging
+        if before is not None:
+            before.require_waited(step)
+            if not before.ends(0.0 if before.given_up else within_s):
+                self.give_back(slot)
+                reason = f"the save of step {before.step} is not over yet"
+                self.abandoned(step, generation=generation, reason=reason)
+                return
 
         def hand_over(index: str) -> None:
             self.staged(slot, generation=generation, step=step, index=index, durable=durable)
 
-        staging = Staging(slot, step, copy, seal, hand_over)
+        def give_back() -> None:
+            self.give_back(slot)
+
+        staging = Staging(slot, step, copy, seal, hand_over, give_back, within_s=within_s)
         staging.start()
         self._staging = staging
-        if not overlap:
-            staging.wait()
-            staging.join()
+        if not overlap and self._wait_for(staging):
+            staging.ends(within_s)
         self.stalled(time.monotonic() - begun)
 
     def await_copied(self) -> None:
         """Return once the state may be written to again that `stage` copies; counts as a stall.
 
+        A copy that is not made in time is given up: of that step nothing is handed over, which is
+        counted, and training goes on.
+
         Raises:
+            Aborted: if this generation is over.
             BaseException: what its `copy` raised.
         """
         if self._staging is not None:
             begun = time.monotonic()
-            self._staging.wait()
+            self._wait_for(self._staging)
             self.stalled(time.monotonic() - begun)
+
+    def _wait_for(self, staging: Staging) -> bool:
+        known = staging.given_up
+        copied = staging.wait(self.check)
+        if not copied and not known:
+            reason = f"the state of step {staging.step} was not copied in time"
+            self.abandoned(staging.step, generation=self._generation, reason=reason)
+        return copied
 
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         """Hand a filled and digested slot over to the agent. Any thread."""
@@ -558,6 +582,18 @@ class Worker:
                 index=index,
                 durable=durable,
             )
+        )
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        """Say that of a step nothing is handed over after all; it is counted. Any thread.
+
+        Args:
+            step: of the save.
+            generation: that it was begun in.
+            reason: why, in words.
+        """
+        self._send(
+            Abandoned(generation=Generation(generation), step=Step(step), reason=reason[:2000])
         )
 
     def stalled(self, seconds: float) -> None:
@@ -599,11 +635,12 @@ class Worker:
     def finished(self, step: int, lanes: tuple[int, int]) -> None:
         """Report that all steps are done, with this rank's part of the state digest.
 
-        A save that is under way is waited for: whoever hears of the end has heard of its last save.
+        A save that is under way is waited for, if it is not stuck: whoever hears of the end has
+        heard of its last save.
         """
         self.await_copied()
-        if self._staging is not None:
-            self._staging.join()
+        if self._staging is not None and self.seat is not None:
+            self._staging.ends(self.seat.save_within_s)
         self._beacon.update(phase=RankPhase.DONE)
         self._send(Finished(generation=self._generation, step=Step(step), lanes=lanes))
 

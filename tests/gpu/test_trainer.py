@@ -65,6 +65,12 @@ class Agent:
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         self.index = index
 
+    def give_back(self, slot: Slot) -> None:
+        raise AssertionError(slot.number)
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        raise AssertionError(reason)
+
     def stalled(self, seconds: float) -> None:
         assert seconds >= 0
 

@@ -21,12 +21,13 @@ from orchestrator.core.events import (
     CheckpointJudged,
     CommitFailed,
     Event,
+    Reported,
 )
 from orchestrator.core.ledger import micros
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.trust import Verdict
-from orchestrator.protocol.ids import Generation, Seconds, Step
-from orchestrator.protocol.messages import Receipt
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.messages import Receipt, WriteFailed
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.counts import Counts
 from orchestrator.server.metrics import Metrics, Watched, reading_token
@@ -125,7 +126,20 @@ def test_checkpoints_are_counted_from_what_is_on_record_and_from_what_comes_then
     )
     ten = {"step": Step(10), "epoch": Generation(1)}
     failed = CommitFailed(at=at(1), **ten, reason="slow", again=True)
-    seen = watched((failed, [order]), (CheckpointCommitted(at=at(2), **ten, key="a"), []))
+    # Two nodes say of one save that it failed, and one of the next.
+    lost = [
+        Reported(
+            at=at(0),
+            node=NodeId(node),
+            fact=WriteFailed(generation=Generation(1), step=Step(step), reason="full"),
+        )
+        for node, step in (("node-0", 4), ("node-1", 4), ("node-1", 8))
+    ]
+    seen = watched(
+        *((one, []) for one in lost),
+        (failed, [order]),
+        (CheckpointCommitted(at=at(2), **ten, key="a"), []),
+    )
     seen.handle(CheckpointCommitted(at=at(5), step=Step(20), epoch=Generation(1), key="b"))
     seen.handle(
         CheckpointJudged(
@@ -137,7 +151,7 @@ def test_checkpoints_are_counted_from_what_is_on_record_and_from_what_comes_then
     found = samples(Metrics(seen).text().decode())
 
     assert found["checkpoint_commits_total", ""] == 2
-    assert found["checkpoint_failures_total", ""] == 1
+    assert found["checkpoint_failures_total", ""] == 3
     assert found["checkpoint_bytes_total", ""] == 1000
     assert found["checkpoint_verify_failures_total", ""] == 2
     assert found["checkpoint_step", ""] == 10

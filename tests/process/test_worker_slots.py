@@ -2,8 +2,8 @@
 
 import pytest
 
-from orchestrator.protocol.ids import Generation
-from orchestrator.protocol.rank import Abort, Died, Finished, Parked, Reached, Staged
+from orchestrator.protocol.ids import Generation, Step
+from orchestrator.protocol.rank import Abandoned, Abort, Died, Finished, Parked, Reached, Staged
 from tests.programs.played import slots_of, wait_for
 from tests.programs.supervised import Agent
 
@@ -66,6 +66,20 @@ def test_a_copy_that_no_update_has_waited_for_is_refused_and_never_handed_over(
     assert "step 2 is over, and has moved the state of step 1" in died.message
     assert "Worker.await_copied right before each update" in died.message
     assert not [message for message in agent.heard if isinstance(message, Staged)]
+
+
+def test_a_copy_that_is_late_is_given_up_and_told_and_training_goes_on(agent: Agent) -> None:
+    agent.seat(beside="is late", steps=2, save_within_s=0.2)
+
+    said: list[object] = []
+    while not said or not isinstance(said[-1], Finished):
+        said.append(agent.hear(object))
+
+    abandoned = [message for message in said if isinstance(message, Abandoned)]
+    assert abandoned[0].step == 1
+    assert "not copied in time" in abandoned[0].reason
+    assert 1 not in [message.step for message in said if isinstance(message, Staged)]
+    assert said[-1] == Finished(generation=Generation(1), step=Step(2), lanes=(1, 2))
 
 
 def stage_all(agent: Agent, generation: int = 1, **seat: object) -> None:

@@ -67,9 +67,14 @@ def train_beside_copies(worker, seat):
     state, computed = bytearray(4), threading.Event()
     for step in range(1, seat.job["steps"] + 1):
         worker.phase(RankPhase.FORWARD)
-        computed.set()
-        if seat.job["beside"] == "waits":
+        late = seat.job["beside"] == "is late" and step == 2
+        if not late:
+            computed.set()
+        if seat.job["beside"] != "forgets":
             worker.await_copied()
+        if late:
+            computed.set()
+            assert worker._staging.ends(20)
         state[:] = step.to_bytes(4, "little")
         worker.step_done(step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=0.005)
         computed = threading.Event()
@@ -163,6 +168,7 @@ class Agent:
         rank: int = 0,
         log: str = "",
         abort_within_s: float = 1.0,
+        save_within_s: float = 60.0,
         **job: object,
     ) -> None:
         self.send(
@@ -177,6 +183,7 @@ class Agent:
                 free_slots=(0, 1),
                 log=log,
                 abort_within_s=abort_within_s,
+                save_within_s=save_within_s,
             )
         )
 

@@ -53,6 +53,12 @@ class Agent:
         assert (slot.number, generation) == (0, 1)
         self.index = index
 
+    def give_back(self, slot: Slot) -> None:
+        raise AssertionError(slot.number)
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        raise AssertionError(reason)
+
     def stalled(self, seconds: float) -> None:
         self.stalled_s += seconds
 

@@ -1,5 +1,6 @@
 """A state is copied beside the next step, and nothing writes to it before that is done."""
 
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.rank import Misbehave
-from orchestrator.worker import RankPhase, Slot
+from orchestrator.worker import Aborted, RankPhase, SaveStuckError, Slot
 from storage.digest import PASS_BYTES, Lanes
 from storage.filling import memory_reader
 from storage.shard import Chunk, plan
@@ -43,6 +44,8 @@ class Rank(Unheard):
         self.handed: dict[int, str] = {}
         self.phases: list[RankPhase] = []
         self.stalls: list[float] = []
+        self.given_back: list[int] = []
+        self.given_up: dict[int, str] = {}
 
     def slot(self, size: int) -> Slot:
         self.slots.append(Slot(len(self.slots), self.folder / f"slot-{len(self.slots)}", size))
@@ -51,11 +54,21 @@ class Rank(Unheard):
     def staged(self, slot: Slot, *, generation: int, step: int, index: str, durable: bool) -> None:
         self.handed[step] = index
 
+    def give_back(self, slot: Slot) -> None:
+        self.given_back.append(slot.number)
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        assert generation == STAMP.generation
+        self.given_up[step] = reason
+
     def stalled(self, seconds: float) -> None:
         self.stalls.append(seconds)
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         self.phases.append(phase)
+
+    def check(self) -> None:
+        """It is never told to leave."""
 
 
 class Gate:
@@ -211,7 +224,7 @@ def test_who_waits_has_the_rest_copied_before_more_of_it_is_digested() -> None:
 
     copying.fill(0, memoryview(body)[:PASS_BYTES])
     assert not any(layout.views(body)["s/1"]), "nobody waits: piece by piece"
-    waiting = threading.Thread(target=copying.wait)
+    waiting = threading.Thread(target=copying.wait, args=(math.inf,))
     waiting.start()
     assert copying.waited_for.wait(BOUND_S)
     copying.fill(PASS_BYTES, memoryview(body)[PASS_BYTES:][:PASS_BYTES])
@@ -220,6 +233,158 @@ def test_who_waits_has_the_rest_copied_before_more_of_it_is_digested() -> None:
     assert not waiting.is_alive()
     for number, tensor in enumerate(tensors):
         assert bytes(layout.views(body)[f"s/{number}"]) == tensor.numpy().tobytes()
+
+
+def held_back(trained: Trained, within_s: float) -> Checkpointer:
+    """Have saves be given up that are not copied so long after they were begun."""
+    checkpointer = trained.checkpointer
+    checkpointer._within_s = within_s
+    return checkpointer
+
+
+def test_a_copy_that_is_late_is_given_up_counted_and_handed_over_to_nobody(
+    trained: Trained, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.step(1)
+    gate = Gate(monkeypatch)
+    checkpointer = held_back(trained, 0.05)
+
+    trained.save(1)
+    assert gate.begun.wait(BOUND_S)
+    trained.step(2)  # it waits for no longer than that, though nobody opens the gate
+    assert list(rank.given_up) == [1]
+    assert "bytes were copied after" in rank.given_up[1]
+    assert not checkpointer.save(rank, 2, durable=False, overlap=True), "the thread is stuck"
+    assert not rank.given_back, "it may still write there"
+
+    gate.open()
+    checkpointer._within_s = BOUND_S
+    checkpointer.settle()
+
+    assert rank.given_back == [0]
+    assert rank.handed == {}
+    checkpointer.save(rank, 2, durable=False, overlap=True)
+    trained.step(3)
+    checkpointer.settle()
+    assert list(rank.handed) == [2], "what comes next is saved as if nothing had been"
+    assert list(rank.given_up) == [1]
+
+
+def test_a_copy_of_which_nothing_moves_is_given_up_long_before_its_time_is_over(
+    trained: Trained, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "STILL_S", 0.05)
+    trained.step(1)
+    gate = Gate(monkeypatch)
+
+    trained.save(1)
+    assert gate.begun.wait(BOUND_S)
+    trained.step(2)
+    gate.open()
+    trained.checkpointer.settle()
+
+    assert list(rank.given_up) == [1]
+    assert rank.handed == {}
+
+
+def test_a_copy_that_gets_on_is_waited_for_and_shows_that_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staging, "STILL_S", 0.5)
+    size = 12 * PASS_BYTES
+    chunk = Chunk(fqn="w", state="s", dtype="U8", shape=(size,), global_shape=(size,), offset=(0,))
+    layout = plan([chunk])
+    body = bytearray(layout.size)
+    copying = Copying(layout, [torch.ones(size, dtype=torch.uint8)], memoryview(body))
+    seen: list[int] = []
+    turns = iter(range(0, layout.size, PASS_BYTES))
+
+    def one_more(pieces: int) -> None:
+        seen.append(pieces)
+        start = next(turns)
+        copying.waited_for.clear()  # in the pieces of one whom nobody hurries
+        copying.fill(start, memoryview(body)[start : start + PASS_BYTES])
+
+    assert copying.wait(math.inf, one_more)
+
+    assert seen[0] == 0
+    assert all(seen[1:])
+    assert bytes(body[-size:]) == bytes([1]) * size
+
+
+def test_a_rank_that_is_told_to_leave_does_not_wait_for_a_copy(
+    trained: Trained, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.step(1)
+    gate = Gate(monkeypatch)
+    trained.save(1)
+    assert gate.begun.wait(BOUND_S)
+
+    def leave(_: int) -> None:
+        raise Aborted("generation 1 is over")
+
+    with pytest.raises(Aborted):
+        trained.checkpointer.await_copied(rank, leave)
+    gate.open()
+    trained.checkpointer.settle()
+
+    assert list(rank.handed) == [1], "the state was not written to, so the copy is good"
+
+
+def test_a_thread_that_is_stuck_lets_its_process_take_no_other_seat(
+    trained: Trained, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.step(1)
+    gate = Gate(monkeypatch)
+    checkpointer = held_back(trained, 0.05)
+    trained.save(1)
+    assert gate.begun.wait(BOUND_S)
+
+    with pytest.raises(SaveStuckError, match="stuck at byte"):
+        checkpointer.settle()
+    gate.open()
+    checkpointer._within_s = BOUND_S
+    checkpointer.settle()
+
+    assert list(rank.handed) == [1]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_killed_at_any_piece_of_a_copy_has_handed_nothing_over_and_has_the_save_before(
+    trained: Trained, rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained.step(1)
+    trained.save(1)
+    trained.checkpointer.settle()
+    lanes, before = trained.checkpointer.lanes(1), rank.slots[0].buffer
+    trained.step(2)
+    copy, killed = staging.copy_piece, 0
+
+    for number in range(len(list(trained.checkpointer.chunks)) + 1):
+        left = [number]
+
+        def kill(target: Any, source: Any, left: list[int] = left) -> None:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            copy(target, source)
+
+        monkeypatch.setattr(staging, "copy_piece", kill)
+        dying = Checkpointer(trained.training.optimizer.shards, trained.training.world, STAMP)
+        assert dying.save(rank, 2, durable=True, overlap=True)
+        dying.settle()
+        killed += 2 not in rank.handed
+
+    assert killed == number > 20
+    assert list(rank.handed) == [1, 2], "only the one that was not killed"
+    monkeypatch.setattr(staging, "copy_piece", copy)
+    other = Trained(trained.training.world, rank)
+    assert other.checkpointer.restore(rank.handed[1], memory_reader(before)) == 1
+    assert other.checkpointer.lanes(1) == lanes
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

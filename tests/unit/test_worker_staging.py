@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.worker import MisconfiguredError, Slot
+from orchestrator.worker import Aborted, MisconfiguredError, SaveStuckError, Slot
 from orchestrator.worker.staging import Staging
 
 BOUND_S = 20.0
@@ -19,7 +19,12 @@ class Program:
         self.slot = Slot(0, folder / "slot", 4096)
         self.let, self.sealed = threading.Event(), threading.Event()
         self.handed: list[str] = []
-        self.staging = Staging(self.slot, 1, self.copy, self.seal, self.handed.append)
+        self.given_back = threading.Event()
+        self.staging = self.save()
+
+    def save(self, **more: float) -> Staging:
+        hand_over, give_back = self.handed.append, self.given_back.set
+        return Staging(self.slot, 1, self.copy, self.seal, hand_over, give_back, **more)
 
     def copy(self, buffer: memoryview) -> None:
         assert self.let.wait(BOUND_S)
@@ -79,7 +84,8 @@ def test_a_copy_that_fails_is_told_to_who_waits_and_sealed_by_nobody(program: Pr
     def broken() -> bytes:
         raise ValueError("no such tensor")
 
-    staging = Staging(program.slot, 1, lambda _: broken(), program.seal, program.handed.append)
+    program.copy = lambda _: broken()  # type: ignore[method-assign,assignment]
+    staging = program.save()
     staging.start()
 
     with pytest.raises(ValueError, match="no such tensor"):
@@ -87,3 +93,36 @@ def test_a_copy_that_fails_is_told_to_who_waits_and_sealed_by_nobody(program: Pr
     staging.join()
     assert not program.handed
     assert not program.sealed.is_set()
+
+
+def test_a_copy_that_is_late_is_given_up_and_its_slot_is_free_once_nobody_writes_there(
+    program: Program,
+) -> None:
+    staging = program.save(within_s=0.05)
+    staging.start()
+
+    assert not staging.wait()
+    assert not staging.wait()
+    staging.require_waited(2)
+    assert not program.given_back.is_set(), "the copy is still being made"
+    with pytest.raises(SaveStuckError, match="saves step 1 is not done"):
+        staging.join()
+    program.let.set()
+
+    assert staging.ends(BOUND_S)
+    assert program.given_back.is_set()
+    assert not program.handed
+    assert not program.sealed.is_set()
+
+
+def test_who_is_told_to_leave_does_not_wait_for_a_copy(program: Program) -> None:
+    def leave() -> None:
+        raise Aborted("generation 1 is over")
+
+    program.staging.start()
+    with pytest.raises(Aborted):
+        program.staging.wait(leave)
+    program.let.set()
+    program.staging.join()
+
+    assert not program.handed, "nobody has waited for it"

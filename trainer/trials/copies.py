@@ -81,6 +81,12 @@ class Desk:
         del slot, generation, step, durable
         self.index = index
 
+    def give_back(self, slot: Slot) -> None:
+        """Nobody waits here, so that nothing is given up."""
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        """Likewise."""
+
     def stalled(self, seconds: float) -> None:
         """Training waits for nobody here."""
 

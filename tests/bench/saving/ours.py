@@ -66,6 +66,12 @@ class Hand:
         )
         self._node.say(Save(message))
 
+    def give_back(self, slot: Slot) -> None:
+        raise AssertionError(slot.number)
+
+    def abandoned(self, step: int, *, generation: int, reason: str) -> None:
+        raise AssertionError(reason)
+
     def stalled(self, seconds: float) -> None:
         del seconds  # it is measured from outside
 
@@ -119,9 +125,18 @@ class Ours:
         self._node.hear()
         return Beside(stall_s, computed_s)
 
-    def restore(self) -> float:
-        """Fill the state from the newest checkpoint, on another node; return the seconds."""
+    def forget(self) -> None:
+        """Have the other node forget what it restored before, as one that is new to it has none.
+
+        Its agent gives the memory back in a thread, which takes a core for 0.1 s for each GiB.
+        """
         self._restores += 2
+        self._other.ask(Begin(Generation(self._restores - 1)))
+        while any(self._other.memory.iterdir()):
+            time.sleep(SAMPLE_S)
+
+    def restore(self) -> float:
+        """Fill the state from the newest checkpoint, on a node without it; return the seconds."""
         order = Fetch(
             Step(self._generation), Generation(self._generation), Generation(self._restores)
         )

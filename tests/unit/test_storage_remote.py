@@ -2,13 +2,13 @@
 
 import hashlib
 import threading
-import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from storage.address import open_store
+from storage.digest import crc32c
 from storage.errors import (
     BlobExistsError,
     StorageError,
@@ -17,7 +17,7 @@ from storage.errors import (
     StorageUnavailableError,
 )
 from storage.manifest import body_key, commit_key, index_key
-from storage.parts import crc32_words
+from storage.parts import crc32c_words
 from storage.remote import S3Store
 from tests.buckets import CREDENTIALS, Server
 
@@ -34,8 +34,8 @@ def test_a_large_blob_goes_up_in_parts_and_takes_its_key_once(s3: Server) -> Non
     where = {"Bucket": store._bucket, "Key": store._root + BODY}
     found = s3.client.call_s3("head_object", **where, ChecksumMode="ENABLED")
     assert found["ETag"].strip('"').endswith("-3")
-    sums = [zlib.crc32(data[at : at + 5 * MIB]) for at in range(0, len(data), 5 * MIB)]
-    assert found["ChecksumCRC32"].startswith(crc32_words(b"".join(s.to_bytes(4) for s in sums)))
+    sums = [crc32c(data[at : at + 5 * MIB]) for at in range(0, len(data), 5 * MIB)]
+    assert found["ChecksumCRC32C"].startswith(crc32c_words(b"".join(s.to_bytes(4) for s in sums)))
     assert store.size(BODY) == len(data)
     assert store.get(BODY, 5 * MIB - 2, 4) == data[5 * MIB - 2 : 5 * MIB + 2]
     with pytest.raises(BlobExistsError, match=BODY):

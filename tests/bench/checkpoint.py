@@ -78,6 +78,7 @@ RATIOS = {
     "save_dcp_over_ours": ("dcp_save", "save"),
     "restore_over_raw": ("raw_read", "restore"),
     "restore_over_raw_past_the_cache": ("raw_read_direct", "restore"),
+    "restore_over_raw_into_new_memory": ("raw_read_new", "restore"),
     "restore_dcp_over_ours": ("dcp_load", "restore"),
 }
 """Of medians of seconds: which over which. `save_over_raw` is a share of raw's speed."""
@@ -201,6 +202,9 @@ def one_round(
     os.sync()
     row["raw_read"], _ = timed(raw.read)
     row["raw_read_direct"], _ = timed(raw.read_past_the_cache)
+    evict(raw.file)
+    row["raw_read_new"], _ = timed(raw.read_into_new_memory)
+    ours.forget()
     row["restore"] = ours.restore()
     row["dcp_load"], _ = timed(dcp.load)
     return row

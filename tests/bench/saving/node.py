@@ -128,8 +128,6 @@ class Agent:
             case Save(staged):
                 await self._save(staged)
             case Fetch(step, epoch, generation):
-                # Forget first what an earlier one has brought here.
-                self._keeper.begin(Generation(generation - 1), {}, None)
                 self._keeper.begin(generation, {}, step)
                 where = DurableShard(store=self._store, commit=commit_key(step, epoch), shard=0)
                 restore, tier = await self._keeper.prepare(RANK, step, "", where)

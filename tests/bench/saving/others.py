@@ -82,12 +82,17 @@ class Raw:
         """The same without the page cache."""
         self._read(os.O_RDONLY | os.O_DIRECT)
 
-    def _read(self, flags: int) -> None:
+    def read_into_new_memory(self) -> None:
+        """Read them into memory that nobody has touched yet, as a process has that begins anew."""
+        self._read(os.O_RDONLY, memoryview(mmap.mmap(-1, len(self._memory))))
+
+    def _read(self, flags: int, memory: memoryview | None = None) -> None:
+        memory = self._memory if memory is None else memory
         descriptor = os.open(self.file, flags)
         try:
             done = 0
-            while done < len(self._memory):
-                piece = self._memory[done : done + BLOCK_BYTES]
+            while done < len(memory):
+                piece = memory[done : done + BLOCK_BYTES]
                 # Past the cache only whole blocks are read, and the file ends with one.
                 done += os.preadv(descriptor, [piece], done)
         finally:

@@ -14,6 +14,7 @@ from orchestrator.core.controller import Controller
 from orchestrator.detect.corruption import Corruption
 from orchestrator.detect.exits import Exits
 from orchestrator.detect.hang import Hang
+from orchestrator.detect.links import Links
 from orchestrator.detect.preparation import Preparation
 from orchestrator.detect.silence import Silence
 from orchestrator.detect.straggler import Straggler
@@ -139,6 +140,7 @@ def controller(run: TrainingRun) -> Controller:
         Corruption(),
         Hang(),
         Straggler(),
+        Links(),
         PlannedSwap(),
         GrowBack(),
     )

@@ -18,6 +18,7 @@ from orchestrator.protocol.messages import (
     FaultCarriedOut,
     FaultDue,
     Holding,
+    LinkTimed,
     NodeUnusable,
     RankExited,
     RankProbed,
@@ -114,8 +115,8 @@ class Account:
     # Facts --------------------------------------------------------------------------------------
 
     def keep(self, fact: Fact) -> None:
-        """Keep a fact for repetition. What `Joined` carries anyway is not kept."""
-        if isinstance(fact, Reached | RendezvousOffered | ShardsHeld):
+        """Keep a fact for repetition. What `Joined` carries, or is soon said anew, is not kept."""
+        if isinstance(fact, Reached | RendezvousOffered | ShardsHeld | LinkTimed):
             return
         key, standing = _key(fact)
         kept = self._standing if standing else self._facts

@@ -185,6 +185,8 @@ class Injection:
                 self._last(_slow(self._target(fault), fault.runs_share, fault.lasts_s))
             case "partition-node":
                 self._last(self._partition(fault.lasts_s))
+            case "slow-link":
+                self._last(self._slow_link(fault.drag, fault.lasts_s))
             case "kill-agent":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "lose-node":
@@ -224,6 +226,12 @@ class Injection:
         await asyncio.sleep(lasts_s)
         self._keeper.unreachable = False
         self._channel.set_reachable(on=True)
+
+    async def _slow_link(self, times: float, lasts_s: float | None) -> None:
+        self._keeper.drag = times
+        if lasts_s is not None:
+            await asyncio.sleep(lasts_s)
+            self._keeper.drag = 1.0
 
     def _lose_node(self, lasts_s: float | None) -> None:
         if lasts_s is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -57,6 +58,7 @@ class Keeper:
         on_freed: called when a staging slot may be written again: tell its rank, if it has a seat.
         checking: looks at shards before they are used, and says what it found.
         unreachable: True refuses peers, calls none, and breaks off what is under way.
+        drag: times as long as sending a copy takes, by a fault plan.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Keeper:
         self.on_held: Callable[[Generation], None] = lambda _: None
         self.on_freed: Callable[[Rank, int], None] = lambda _, __: None
         self._host, self._address_here = host, ""
+        self.drag = 1.0
         cores = os.cpu_count() or 1
         self._threads = ThreadPoolExecutor(max(cores, 2), "holdfast-verify")
         self._files = Files(memory, self._threads)
@@ -253,10 +256,13 @@ class Keeper:
         *,
         timeout_s: float = 60.0,
         bytes_per_s: float | None = None,
-    ) -> None:
+    ) -> tuple[int, float]:
         """Have another node hold a copy, too; it tells the controller itself.
 
         With a rate it takes so much longer, and no more of the network than that.
+
+        Returns:
+            Bytes of the shard, and seconds until all of it was there and verified.
 
         Raises:
             NotHeldError: if the shard is not held here.
@@ -276,6 +282,7 @@ class Keeper:
                     lineage = self._shelf.lineage
                     here = self._address_here
                     names = (node for node, where in self._peers.items() if where == here)
+                    began = time.monotonic()
                     await self._client.send(
                         address,
                         shard,
@@ -283,8 +290,11 @@ class Keeper:
                         bytes_per_s=bytes_per_s,
                         sender=next(names, UNNAMED),
                     )
+                    if self.drag > 1:
+                        await asyncio.sleep((self.drag - 1) * (time.monotonic() - began))
             except TimeoutError:
                 raise UnreachableError(f"{shard} is not on {buddy} after {timeout_s:g} s") from None
+            return shard.size, time.monotonic() - began
 
     async def prepare(
         self,

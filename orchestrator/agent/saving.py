@@ -15,6 +15,7 @@ import msgspec
 from orchestrator.agent.durable import DurableTier
 from orchestrator.agent.impressions import of_index
 from orchestrator.agent.keeper import Keeper
+from orchestrator.agent.links import LinkTimes
 from orchestrator.agent.owed import Owed
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.shards import KeeperError, NotHeldError, StaleError
@@ -71,7 +72,7 @@ class Saving:
         self.tier: DurableTier | None = None
         self._node = node
         self._ranks, self._keeper, self._say = ranks, keeper, say
-        self._owed = Owed()
+        self._owed, self._links = Owed(), LinkTimes(say)
         self._generation = Generation(0)
         self._buddy: NodeId | None = None
         self._begun: Begin | None = None
@@ -138,7 +139,7 @@ class Saving:
         if staged.generation != self._generation:
             return
         if self._buddy is not None:
-            self._start(self._copy(self._buddy, rank, staged.step))
+            self._start(self._copy(self._buddy, rank, staged.step, timed=True))
         if not staged.durable:
             return
         self._due = max(self._due, staged.step)
@@ -191,11 +192,15 @@ class Saving:
         *,
         pauses_s: tuple[float, ...] = COPY_AGAIN_S,
         bytes_per_s: float | None = None,
+        timed: bool = False,
     ) -> None:
+        """Copy a shard. Timed, if nothing of it can be there before."""
         address = self._begun.peers.get(buddy, "") if self._begun is not None else ""
         for wait_s in (*pauses_s, None):
             try:
-                await self._keeper.copy_to(buddy, rank, step, bytes_per_s=bytes_per_s)
+                size, took_s = await self._keeper.copy_to(
+                    buddy, rank, step, bytes_per_s=bytes_per_s
+                )
             except (NotHeldError, StaleError) as error:
                 # Nobody needs it any more, here or there.
                 log.info("rank %d, step %d is not copied to %s: %s", rank, step, buddy, error)
@@ -206,6 +211,8 @@ class Saving:
                     await asyncio.sleep(wait_s)
             else:
                 self._copied[rank] = (address, step)
+                if timed:
+                    self._links.copied(self._generation, buddy, size, took_s)
                 return
 
     def _line_up(self, rank: Rank, staged: Staged) -> None:

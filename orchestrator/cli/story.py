@@ -40,6 +40,7 @@ from orchestrator.protocol.messages import (
     FaultDue,
     Holding,
     Joined,
+    LinkTimed,
     MendedCopy,
     NodeUnusable,
     Preflighted,
@@ -195,6 +196,8 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
         case RankProbed(rank=rank, speed=speed):
             told = f"{speed.operations / 1e9:.3g} Gop/s, {speed.copied / 1e9:.3g} GB/s"
             return f"rank {rank} on {name} measured {speed.problem or told}"
+        case LinkTimed(to=to, bytes_per_s=rate):
+            return f"copies from {name} reach {to} with {rate / 1e6:.3g} MB/s"
         case StacksTaken(stacks=stacks, problem=problem):
             seen = sum(len(stack.ranks) for stack in stacks)
             missing = f"; not of all: {problem}" if problem else ""

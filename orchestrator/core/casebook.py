@@ -10,6 +10,7 @@ from orchestrator.core.incident import (
     CORRUPTION,
     LOST,
     REPAIR,
+    SLOW_LINK,
     STRAGGLER,
     Cause,
     Finding,
@@ -23,7 +24,7 @@ from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
 
 RESTARTED = "controller-restart"
-UNBROKEN = (RESTARTED, STRAGGLER, REPAIR)
+UNBROKEN = (RESTARTED, STRAGGLER, SLOW_LINK, REPAIR)
 """Kinds of incidents that broke nothing: the generation that they name goes on."""
 UNJUDGED = "ranks were training; whether they went on is not known yet"
 OUTLIVED = "training was not interrupted"
@@ -111,11 +112,7 @@ class Casebook:
             # Even if the same was found before: it may have been back since.
             for node in finding.nodes:
                 facts.give_up(state, node, finding.evidence)
-        if finding.kind == REPAIR:
-            self._note_repair(finding)
-            return
-        if finding.kind == STRAGGLER:
-            slowness.suspect(state, self._open(finding))
+        if self._broke_nothing(finding):
             return
         if finding.generation not in (None, state.generation):
             # What came of it is decided already; who was part of it is worth knowing all the same.
@@ -135,6 +132,25 @@ class Casebook:
         else:
             incident = self._open(finding)
         self._want_generation(finding)
+
+    def _broke_nothing(self, finding: Finding) -> bool:
+        """Enter what training goes on after as if nothing was; return whether it is that."""
+        if finding.kind == REPAIR:
+            self._note_repair(finding)
+        elif finding.kind == STRAGGLER:
+            slowness.suspect(self._state, self._open(finding))
+        elif finding.kind == SLOW_LINK:
+            self._note_link(finding)
+        else:
+            return False
+        return True
+
+    def _note_link(self, finding: Finding) -> None:
+        """Enter that the way to a node is slow: for somebody to look at, training goes on."""
+        incident = self._open(finding)
+        incident.rung = "none"
+        incident.decided_at = incident.resumed_at = self._state.now
+        incident.reason = finding.detail
 
     def _note_repair(self, finding: Finding) -> None:
         """Enter that ranks repaired one of them: it is over, and cost a step if one was begun."""

@@ -54,6 +54,8 @@ GROWTH = "grow-back"
 """Kind of a finding that says that a world can have more replicas again."""
 STRAGGLER = "straggler"
 """Kind of a finding that says that a rank is slow: training goes on, and waits for it."""
+SLOW_LINK = "slow-link"
+"""Kind of a finding that says that the way between two nodes is slow: training goes on."""
 UNRESTORABLE = "unrestorable"
 """Kind of a finding that says that what a recovery was to go on from is no good."""
 LOST = ("node-lost", "node-silent")
@@ -86,7 +88,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     rung: str = ""
     """What ranks did about it by themselves; "" if it is for a policy to decide."""
     measure: tuple[float, float] = (0.0, 0.0)
-    """Of a straggler: times its peers' time that it takes, and the share of a step that costs."""
+    """Of a straggler: times its peers' time that it takes, and the share of a step that costs. Of a
+    slow link: times the usual time, and the share of a step that it costs at most."""
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):

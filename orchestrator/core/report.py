@@ -12,7 +12,15 @@ from collections.abc import Iterable
 import msgspec
 import xxhash
 
-from orchestrator.core.incident import CORRUPTION, GROWTH, REPAIR, STRAGGLER, Finding, Incident
+from orchestrator.core.incident import (
+    CORRUPTION,
+    GROWTH,
+    REPAIR,
+    SLOW_LINK,
+    STRAGGLER,
+    Finding,
+    Incident,
+)
 from orchestrator.core.phases import Bucket
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import why_not
@@ -32,6 +40,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "throttle-rank": frozenset({STRAGGLER}),
     "overload-rank": frozenset({STRAGGLER}),
     "stall-data": frozenset({"hang", STRAGGLER}),
+    "slow-link": frozenset({SLOW_LINK}),
     "kill-agent": frozenset({"node-lost", "node-silent"}),
     "lose-node": frozenset({"node-lost", "node-silent"}),
     "partition-node": frozenset({"node-silent", "node-lost", "broken-collective"}),
@@ -58,6 +67,7 @@ WITNESSED = frozenset(
         REPAIR,
         GROWTH,
         STRAGGLER,
+        SLOW_LINK,
     }
 )
 """Kinds of incident that rest on something that happened."""

@@ -18,6 +18,7 @@ FaultKind = Literal[
     "kill-agent",
     "lose-node",
     "partition-node",
+    "slow-link",
     "kill-controller",
     "corrupt-shard",
     "full-disk",
@@ -74,6 +75,9 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "kill-agent": Traits("node", (), "SIGKILL to a node's agent"),
     "lose-node": Traits("node", ("for",), "agent, ranks and memory vanish; `for` gives it back"),
     "partition-node": Traits("node", ("for",), "the agent is alive but unreachable"),
+    "slow-link": Traits(
+        "node", ("for", "times"), "copies to its buddy take `times` as long; collectives do not"
+    ),
     "kill-controller": Traits("controller", (), "SIGKILL to the controller"),
     "corrupt-shard": Traits("node", (), "bits flip in the newest checkpoint"),
     "full-disk": Traits("node", ("for",), "writes to the durable tier get ENOSPC"),

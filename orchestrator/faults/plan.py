@@ -23,6 +23,7 @@ SLOW_SHARE = 0.5
 FLIPPED_BIT = 20
 SLOW_DELAY = "200ms"
 SLOW_TIMES = 2.0
+SLOW_LINK_TIMES = 10.0
 
 
 class PlanError(ValueError):
@@ -71,7 +72,7 @@ class Fault(_Section, frozen=True, kw_only=True):
     """Of slow-disk: how much longer each operation takes; default 200ms. Of stall-data: how much
     longer the samples of a micro-batch take to read; without it they never come."""
     times: Times | None = None
-    """Of throttle-rank and overload-rank: default 2."""
+    """Of throttle-rank and overload-rank: default 2. Of slow-link: default 10."""
     state: Literal["weights", "exp_avg", "exp_avg_sq", "gradient"] | None = None
     """Of flip-bit: in what; default weights. `gradient` is the sum over all ranks."""
     tensor: str | None = None
@@ -150,6 +151,11 @@ class Fault(_Section, frozen=True, kw_only=True):
     def slowdown(self) -> dict[str, str | int | float]:
         """What a rank is told that is to compute more slowly, or more."""
         return {"times": SLOW_TIMES if self.times is None else self.times}
+
+    @property
+    def drag(self) -> float:
+        """Times as long as copies take on a slow link."""
+        return SLOW_LINK_TIMES if self.times is None else self.times
 
     @property
     def stall(self) -> dict[str, str | int | float]:

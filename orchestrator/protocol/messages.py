@@ -368,6 +368,15 @@ class RankProbed(_Message, frozen=True, kw_only=True):
     speed: Speed
 
 
+class LinkTimed(_Message, frozen=True, kw_only=True):
+    """How fast copies of this node's shards reach its buddy, the median of the last few."""
+
+    generation: Generation
+    to: NodeId
+    bytes_per_s: float
+    copies: int
+
+
 class StacksTaken(_Message, frozen=True, kw_only=True):
     """Where the ranks of this node stand, as the controller asked."""
 
@@ -420,6 +429,7 @@ Fact = (
     | StateRepaired
     | DetectorFailed
     | RankProbed
+    | LinkTimed
     | StacksTaken
     | Preflighted
     | FaultDue

@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.agent import links
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.ranks import Ranks
 from orchestrator.agent.saving import REPAIR_BYTES_PER_S, Saving
 from orchestrator.protocol.ids import Rank
-from orchestrator.protocol.messages import BadCopy, Begin, Holding
-from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, settled, two
+from orchestrator.protocol.messages import BadCopy, Begin, Fact, Holding, LinkTimed
+from tests.shards import GENERATION, HERE, RANK, STEP, THERE, Node, settled, stage, two
 
 pytestmark = pytest.mark.process
 
@@ -22,7 +23,9 @@ RANKS = (RANK, Rank(1))
 
 
 @contextlib.asynccontextmanager
-async def resumed(tmp_path: Path) -> AsyncIterator[tuple[Node, Node, Saving]]:
+async def resumed(
+    tmp_path: Path, say: Callable[[Fact], None] = lambda _: None
+) -> AsyncIterator[tuple[Node, Node, Saving]]:
     """A node whose ranks train again, of whose shards the buddy was found to have bad copies."""
     work = tmp_path / "work"
     work.mkdir()
@@ -31,7 +34,7 @@ async def resumed(tmp_path: Path) -> AsyncIterator[tuple[Node, Node, Saving]]:
             here.stage(rank, STEP, GENERATION)
         nursery = Nursery("tests.programs.steps:main", work / "nursery.log")
         ranks = Ranks(nursery, memory=work, idle_log=work / "parked.log")
-        saving = Saving(HERE, ranks, here.keeper, lambda _: None)
+        saving = Saving(HERE, ranks, here.keeper, say)
         saving.begin(
             Begin(
                 order="b",
@@ -118,3 +121,35 @@ def test_a_copy_that_came_in_place_of_another_is_told_to_be_another(tmp_path: Pa
             assert there.keeper.holdings() == tuple(Holding(rank, STEP) for rank in RANKS)
 
     asyncio.run(scenario())
+
+
+def test_how_fast_what_is_staged_reaches_the_buddy_is_told_and_a_fault_plan_can_drag_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "LEAST_BYTES", 1)
+    said: list[Fact] = []
+    size = 0
+
+    async def slowly(_self: PeerClient, _to: str, shard: Any, *_more: Any, **_rate: Any) -> None:
+        nonlocal size
+        size = shard.size
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(PeerClient, "send", slowly)
+
+    async def scenario() -> None:
+        async with resumed(tmp_path, said.append) as (here, _, saving):
+            here.keeper.drag = 5.0
+            for step in range(1, links.COPIES + 1):
+                staged = stage(here.memory, RANK, STEP + step, GENERATION)
+                here.keeper.staged(RANK, staged)
+                saving.save(RANK, staged)
+                await settled(lambda: not saving._tasks)
+
+    asyncio.run(scenario())
+
+    (told,) = said
+    assert isinstance(told, LinkTimed)
+    assert (told.generation, told.to, told.copies) == (GENERATION, THERE, links.COPIES)
+    # It takes no less than it has to; how much more is the machine's business.
+    assert 0 < told.bytes_per_s <= size / (5 * 0.01)

@@ -8,13 +8,20 @@ import pytest
 
 from orchestrator.cli.commands import app
 from orchestrator.cli.incident import RUNBOOK, RUNGS
-from orchestrator.core.incident import BY_RANKS, CORRUPTION, GROWTH, REPAIR, UNRESTORABLE
+from orchestrator.core.incident import (
+    BY_RANKS,
+    CORRUPTION,
+    GROWTH,
+    REPAIR,
+    SLOW_LINK,
+    UNRESTORABLE,
+)
 from orchestrator.core.report import INFERRED, WITNESSED
 
 ROOT = Path(__file__).parents[2]
 KINDS = WITNESSED | INFERRED
 NO_KINDS = {"corruption", "proven", "exits", "preparation", "silence", "unknown", "g"}
-NO_KINDS |= {"gradient", "rank", "s", "x"}
+NO_KINDS |= {"gradient", "links", "rank", "s", "x"}
 """Words in the detectors that are no kinds of incident: their own names, formats, and evidence."""
 WORD = re.compile(r"[a-z]+(-[a-z]+)*")
 
@@ -53,7 +60,7 @@ def test_every_kind_that_a_detector_can_emit_is_known() -> None:
     emitted = set().union(*map(words_in, (ROOT / "orchestrator/detect").glob("*.py")))
     emitted |= kinds_named_in(ROOT / "orchestrator/core/casebook.py")
     emitted |= kinds_named_in(ROOT / "orchestrator/policy/planned.py")
-    emitted |= {CORRUPTION, GROWTH, REPAIR, UNRESTORABLE}
+    emitted |= {CORRUPTION, GROWTH, REPAIR, SLOW_LINK, UNRESTORABLE}
 
     assert emitted - NO_KINDS == KINDS
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from orchestrator.agent import linux
+from orchestrator.agent.hardware import meet
 from orchestrator.agent.memory import Memory, MemoryInUseError
 from orchestrator.agent.node import Node
 from orchestrator.agent.nursery import Nursery
@@ -66,7 +67,9 @@ def main() -> int:
 
 async def _live(config: AgentConfig, memory: Memory) -> int:
     nursery = Nursery(config.entrypoint, Path(config.work) / "warm.log")
-    node = Node(config, memory, nursery)
+    # On a machine of several nodes, its GPUs are none of theirs.
+    boards = () if config.kernel_shared else meet()
+    node = Node(config, memory, nursery, boards)
     loop = asyncio.get_running_loop()
     for number in ENDING:
         loop.add_signal_handler(number, node.end, 0, f"told to by {number.name}")

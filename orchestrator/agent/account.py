@@ -19,6 +19,7 @@ from orchestrator.protocol.messages import (
     FaultDue,
     Holding,
     LinkTimed,
+    NodeAiling,
     NodeUnusable,
     RankExited,
     RankProbed,
@@ -197,7 +198,7 @@ def _key(fact: Fact) -> tuple[Hashable, bool]:
     match fact:
         case FaultDue(index=index) | FaultCarriedOut(index=index):
             return (kind, index), True
-        case NodeUnusable():
+        case NodeUnusable() | NodeAiling():
             return kind, True
         case RankExited(pid=pid):
             return (kind, pid), False

@@ -32,6 +32,8 @@ class Gpu(NamedTuple):
     uuid: str
     """Stays with the board wherever it is plugged; "" if the driver does not say it."""
     model: str
+    number: str = ""
+    """Its maker's serial number, which is printed on the board; "" if nobody said."""
 
 
 class Gpus(NamedTuple):
@@ -76,18 +78,24 @@ def own_devices(gpus: Gpus, folders: Iterable[str]) -> Devices:
     return Devices(addresses, disks_of(Path(folder) for folder in folders))
 
 
-def gpus_of(ranks: int, environ: Mapping[str, str], root: Path = GPUS) -> Gpus:
+def gpus_of(
+    ranks: int, environ: Mapping[str, str], root: Path = GPUS, boards: Iterable[Gpu] = ()
+) -> Gpus:
     """Return the GPUs that a node's ranks use, one each.
 
     Where CUDA goes by numbers in an order of its own, which of several they are can not be told
     from outside: then none is.
+
+    Args:
+        ranks: how many the node has.
+        environ: what they are started with.
+        root: where the driver shows its GPUs.
+        boards: GPUs as its library tells of them, which knows more.
     """
-    try:
-        folders = sorted(root.iterdir())
-        texts = [(folder / "information").read_text("utf-8", "replace") for folder in folders]
-    except OSError:
-        return Gpus()  # no driver of NVIDIA's, so no GPU that it could tell of
-    there = [_gpu(pci_address(f.name), text) for f, text in zip(folders, texts, strict=True)]
+    shown = {gpu.address: gpu for gpu in _shown(root)}
+    there = [gpu for _, gpu in sorted((shown | {gpu.address: gpu for gpu in boards}).items())]
+    if not there:
+        return Gpus()
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     by_place = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(there) == 1
     if visible is None and len(there) <= ranks:
@@ -105,6 +113,15 @@ def gpus_of(ranks: int, environ: Mapping[str, str], root: Path = GPUS) -> Gpus:
         problem=f"which of {len(there)} GPUs are this node's is not known; hint: set "
         "CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES by UUID"
     )
+
+
+def _shown(root: Path) -> list[Gpu]:
+    try:
+        folders = sorted(root.iterdir())
+        texts = [(folder / "information").read_text("utf-8", "replace") for folder in folders]
+    except OSError:
+        return []  # no driver of NVIDIA's, so no GPU that it could tell of
+    return [_gpu(pci_address(f.name), text) for f, text in zip(folders, texts, strict=True)]
 
 
 def _gpu(address: str, text: str) -> Gpu:

@@ -8,8 +8,9 @@ an id in it makes many machines one: then somebody has to state who they are.
 Where several nodes are one machine, as in a local run, what a verdict is about is that machine, and
 yet one of its nodes can not stand for the others: each is the machine under its own name.
 
-A GPU is its UUID, which the driver tells and which stays with the board. What can not be found out
-is left out, with the reason: an identity is never guessed.
+A GPU is its UUID, which the driver tells and which stays with the board. Its maker's serial number
+is told beside it, where the driver's library knows one: several GPUs may be on one board. What can
+not be found out is left out, with the reason: an identity is never guessed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def identity(
     for place, gpu in enumerate(gpus.own):
         if gpu.uuid:
             local_rank = place if gpus.ordered else -1
-            devices.append(Device(Serial(gpu.uuid), "gpu", "driver", gpu.model, local_rank))
+            model = f"{gpu.model}, board {gpu.number}" if gpu.number else gpu.model
+            devices.append(Device(Serial(gpu.uuid), "gpu", "driver", model, local_rank))
         else:
             problems.append(f"the driver tells no UUID of GPU {gpu.address}")
     if gpus.problem:

@@ -10,20 +10,20 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.agent import linux, pulse
 from orchestrator.agent.account import Account
 from orchestrator.agent.channel import Channel, RefusedError
-from orchestrator.agent.devices import gpus_of, own_devices
+from orchestrator.agent.devices import Gpu, gpus_of
 from orchestrator.agent.durable import DurableTier
+from orchestrator.agent.hardware import Hardware
 from orchestrator.agent.hearing import Hearing
-from orchestrator.agent.identity import blamed, identity
+from orchestrator.agent.identity import identity
 from orchestrator.agent.injection import Injection
 from orchestrator.agent.keeper import Keeper
-from orchestrator.agent.kernel import Judge, KernelLog, read_table
 from orchestrator.agent.memory import Memory
 from orchestrator.agent.nursery import Nursery
 from orchestrator.agent.parking import Parking
@@ -45,7 +45,6 @@ from orchestrator.protocol.messages import (
     Farewell,
     Fence,
     Inspect,
-    NodeUnusable,
     Preflight,
     Probe,
     Retain,
@@ -82,9 +81,12 @@ class Node:
         config: who it is.
         memory: its claimed folder in shared memory.
         nursery: forks its ranks.
+        boards: the GPUs of its machine, as far as the driver's library tells of them.
     """
 
-    def __init__(self, config: AgentConfig, memory: Memory, nursery: Nursery) -> None:
+    def __init__(
+        self, config: AgentConfig, memory: Memory, nursery: Nursery, boards: Sequence[Gpu] = ()
+    ) -> None:
         self._config, self._memory, self._nursery = config, memory, nursery
         self._account = Account()
         self._keeper = Keeper(memory.path, token=config.token, host=config.host)
@@ -98,8 +100,8 @@ class Node:
             welcomed=self._welcomed,
             obey=self._obey,
         )
-        self._gpus = gpus_of(config.ranks, os.environ)
-        self._identity = identity(config, self._gpus)
+        gpus = gpus_of(config.ranks, os.environ, boards=boards)
+        self._identity = identity(config, gpus)
         if self._identity.unknown:
             log.warning("not all devices of this node are known: %s", self._identity.unknown)
         self._voice = Voice(
@@ -142,9 +144,7 @@ class Node:
             tier=lambda: self._tier,
             say=self._voice.say,
         )
-        devices = own_devices(self._gpus, (config.work, config.logs))
-        self._judge = Judge(read_table(), devices, shared=config.kernel_shared)
-        self._kernel = KernelLog(Path(config.kernel_log), self._judge)
+        self._hardware = Hardware(config, gpus, self._identity, self._voice.say)
         self._testing = DaemonThreads(1, "preflight")
         self._terms: Welcome | None = None
         self._tier: DurableTier | None = None
@@ -167,7 +167,7 @@ class Node:
             self._entering.cancel()
         self._injection.close()
         self._saving.close()
-        self._kernel.close()
+        self._hardware.close()
         self._inspector.close()
         self._testing.shutdown()
         # Before the ranks are ended: none is born any more that nobody would know of.
@@ -226,10 +226,8 @@ class Node:
         pulse.collect(self._account, self._ranks)
         if beat:
             self._saving.relieve(self._limits.silence_s)
-        if beat and (why := self._kernel.look()):
-            log.error("unusable: %s", why)
-            serial = blamed(self._identity, self._gpus, *self._judge.blamed)
-            self._voice.say(NodeUnusable(reason=why, serial=serial))
+        if beat:
+            self._hardware.look(now)
         if beat and self._channel.connected:
             self._voice.beat()
         elif beat:

@@ -19,6 +19,7 @@ from orchestrator.cli.reporting import fault_line
 from orchestrator.cli.tables import grid
 from orchestrator.core import watching
 from orchestrator.core.journal import JournalError
+from orchestrator.core.records import Node
 from orchestrator.core.report import fault_reports, reduction
 from orchestrator.core.state import RunState
 from orchestrator.policy import shrinking
@@ -308,6 +309,7 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
             ]
         ),
         *section("Devices", devices.of_node(state, node)),
+        *section("What its hardware says", _symptoms(node)),
         *section(
             "In its memory",
             [f"step {step}: shards of ranks {', '.join(map(str, r))}" for step, r in held.items()],
@@ -321,6 +323,14 @@ def node_lines(node_id: NodeId, state: RunState, history: History) -> list[str]:
             [f"{units.clock(at)}  {text}" for at, text in history.of_node(node_id)],
         ),
     ]
+
+
+def _symptoms(node: Node) -> list[str]:
+    told = [
+        f"{symptom.words}{'; to be swapped for a spare' if symptom.drain else ''}"
+        for symptom in node.symptoms
+    ]
+    return told + [f"not all of it is read: {why}" for why in node.unread]
 
 
 # A checkpoint ---------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from orchestrator.core.journal import Entry
 from orchestrator.protocol.ids import NodeId, Seconds, Step
 from orchestrator.protocol.messages import (
     Joined,
+    NodeAiling,
     NodeUnusable,
     Preflighted,
     PreparationFailed,
@@ -41,6 +42,7 @@ LINES_MAX = 100_000
 _TOLD = ControllerStarted | FaultInjected | Inherited | NodeDisconnected | NodeLost | StopRequested
 _TOLD_FACTS = (
     Joined
+    | NodeAiling
     | NodeUnusable
     | Preflighted
     | PreparationFailed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.core import facts, repairs, slowness
+from orchestrator.core import facts, repairs, slowness, symptoms
 from orchestrator.core.events import Event, Telemetry
 from orchestrator.core.incident import (
     CORRUPTION,
@@ -220,6 +220,7 @@ class Casebook:
         """Enter a finding with the nodes that it names; what was announced tells nothing of one."""
         state = self._state
         mark = (finding.kind, finding.signature, finding.step)
+        symptoms.attach(state, incident, finding.nodes)
         for node in finding.nodes:
             if node not in state.drains:
                 found = state.named.setdefault(node, {}).setdefault(incident.id, {})

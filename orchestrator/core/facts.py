@@ -12,6 +12,7 @@ from orchestrator.core import (
     quarantine,
     repairs,
     slowness,
+    symptoms,
 )
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
@@ -47,6 +48,7 @@ from orchestrator.protocol.messages import (
     Fact,
     FaultCarriedOut,
     Joined,
+    NodeAiling,
     NodeUnusable,
     Preflighted,
     PreparationFailed,
@@ -184,6 +186,9 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
         devices.break_down(state, node, fact)
         node.unusable = fact.reason
         state.weigh(node)
+        return
+    if isinstance(fact, NodeAiling):
+        symptoms.take(state, node, fact)
         return
     if isinstance(fact, StateDiverged):
         # Also one of an older generation: this one may continue what it is about.

@@ -17,7 +17,7 @@ from orchestrator.protocol.ids import (
     Serial,
     Step,
 )
-from orchestrator.protocol.messages import StateRepaired
+from orchestrator.protocol.messages import StateRepaired, Symptom
 from orchestrator.protocol.rank import Speed
 
 
@@ -44,6 +44,10 @@ class Node:
     """Evidence that it is here, and what it ran in this generation is gone; "" while it is not."""
     unusable: str = ""
     """Why it must not be used any more; "" while it may."""
+    symptoms: tuple[Symptom, ...] = ()
+    """What its hardware says of itself, as its agent told last."""
+    unread: tuple[str, ...] = ()
+    """Why not all of its hardware is read; none if it is."""
     finished: bool = False
     devices: tuple[Device, ...] = ()
     """What it is made of, as far as its agent could tell."""

@@ -14,6 +14,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.core import symptoms
 from orchestrator.core.decisions import Decision, ProbeRanks
 from orchestrator.core.incident import STRAGGLER, Cause, Incident, Note
 from orchestrator.core.records import Slow
@@ -171,6 +172,8 @@ _REASONS = {
 
 
 def _close(state: RunState, slow: Slow, verdict: str, words: str) -> None:
+    if told := symptoms.words(state, slow.node):
+        words = f"{words}; its hardware says: {told}"
     slow.verdict, slow.words, slow.judged_at = verdict, words, state.now
     del state.slow_unjudged[slow.incident]
     if verdict == "hardware":

@@ -122,6 +122,8 @@ class RunState:
     """How many of them are over, from the first one on without a gap."""
     named: dict[NodeId, dict[IncidentId, dict[Likeness, Finding]]] = field(default_factory=dict)
     """What each incident found about a node that was not cordoned; the first of what is alike."""
+    ailed: dict[NodeId, list[Seconds]] = field(default_factory=dict)
+    """When the hardware of nodes came to say that they are to be drained."""
     lost_in: dict[IncidentId, set[NodeId]] = field(default_factory=dict)
     """Nodes that each incident lost."""
     wanting: bool = True

@@ -4,6 +4,15 @@ A lemon passes its tests: what tells is that it fails again. A node that has fai
 window than a sound one ever would is retired. It gets a seat only if no other node is free, and
 gives it up at the next restart at which one is. Nothing condemns it: it is better than no node.
 Repairs take nothing back: nodes come from them as likely to fail as before, or more (SuperBench).
+
+Of the seven signals by which Kokolis et al. (arXiv 2410.21680) tell lemons, those count that one
+run can see. Its failures with other nodes of the world (multi_node_node_fails; of a run of one node
+single_node_node_fails) and how often it was taken out (out_count): being lost, silent or unusable,
+alone. Its Xids (xid_cnt), as far as a table says that they matter: a node that is unusable for them
+is lost, and one that is to be drained for what its hardware says counts as having failed. What is
+not seen from within a run: repair tickets (in part: the device ledger bars what was convicted),
+which users avoid it (excl_jobid_count), and its rate in runs of one node against that of others
+(single_node_node_failure_rate).
 """
 
 from __future__ import annotations
@@ -45,14 +54,20 @@ def retired(state: RunState) -> frozenset[NodeId]:
     if not enabled(state, LEMON_RETIREMENT):
         return frozenset()
     # Nearly no node was named by so many, and only of those there is anything to look at.
-    often = [node for node, named in state.named.items() if len(named) >= LIMIT]
+    often = [
+        node
+        for node, named in state.named.items()
+        if len(named) + len(state.ailed.get(node, ())) >= LIMIT
+    ]
+    often += [node for node in state.ailed if node not in state.named]
     return frozenset(node for node in often if failures(state, node) >= LIMIT)
 
 
 def failures(state: RunState, node: NodeId) -> int:
-    """Return how many incidents within the window tell against a node."""
+    """Return how many incidents within the window tell against a node, its hardware's included."""
     since = state.now - WINDOW_DAYS * DAY_S
-    return sum(
+    ailed = sum(at >= since for at in state.ailed.get(node, ()))
+    return ailed + sum(
         any(f.at >= since and _tells(state, node, incident, f) for f in found.values())
         for incident, found in state.named.get(node, {}).items()
     )

@@ -302,6 +302,28 @@ class NodeUnusable(_Message, frozen=True, kw_only=True):
     """Which of its devices the error of the hardware is of; "" if it is none, or not known."""
 
 
+class Symptom(msgspec.Struct, frozen=True, array_like=True):
+    """Something that a node's hardware says of itself, and that holds now."""
+
+    name: str
+    """In the agent's table of signals."""
+    device: str
+    """As the kernel names it; "" if it does not."""
+    serial: Serial
+    """Of which of its devices; "" if it is none, or not known."""
+    drain: bool
+    """Whether the node is to give its seats to a spare for it, when that costs least."""
+    words: str
+
+
+class NodeAiling(_Message, frozen=True, kw_only=True):
+    """What this node's hardware says of itself now; what is not named is over."""
+
+    symptoms: tuple[Symptom, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Why not all of the hardware is read; none if it is."""
+
+
 class StateDiverged(_Message, frozen=True, kw_only=True):
     """The training state is not what it should be, and nothing raised an error.
 
@@ -425,6 +447,7 @@ Fact = (
     | WriteFailed
     | RanksFinished
     | NodeUnusable
+    | NodeAiling
     | StateDiverged
     | StateRepaired
     | DetectorFailed

@@ -195,6 +195,13 @@ def _nodes(state: RunState) -> Iterator[Family]:
     yield "nodes", "Nodes, by condition.", ("state",), _rows(rows)
     quarantined = [(node, 1) for node in sorted(state.quarantined)]
     yield "node_quarantined", "1 for each node in quarantine.", ("node",), _rows(quarantined)
+    symptoms = Counter(s.name for node in state.nodes.values() for s in node.symptoms)
+    help_ = "Nodes' devices of which the hardware says so now, by signal."
+    yield "symptoms", help_, ("signal",), _rows(sorted(symptoms.items()))
+    unread = sum(bool(node.unread) for node in state.nodes.values())
+    yield "nodes_unread", "Nodes of which not all hardware is read.", (), _one(unread)
+    off = len(state.detectors_off)
+    yield "detectors_off", "Detectors that raised, and are switched off.", (), _one(off)
     connected = sum(node.connected for node in state.nodes.values())
     standings = Counter(device.standing for device in state.devices.values())
     rows = [(one, standings[one]) for one in Standing if one is not Standing.HEALTHY]

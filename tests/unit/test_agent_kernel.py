@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.agent.devices import Devices, Gpus, disks_of, gpus_of, own_devices
-from orchestrator.agent.kernel import BadTableError, Judge, KernelLog, read_table
+from orchestrator.agent.kernel import KernelLog
+from orchestrator.agent.signals import BadTableError, Judge, read_table
 
 OFF_THE_BUS = "NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', GPU has fallen off the bus."
 PAGE_FAULT = "NVRM: Xid (PCI:0000:3b:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault"
@@ -77,7 +78,7 @@ def test_what_no_disk_of_the_node_failed_to_read_or_write_takes_no_node_out(
     judge: Judge, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert [judge.hear(text, float(at)) for at in range(50)] == [""] * 50
-    assert caplog.messages[0].startswith("kernel: disk")
+    assert caplog.messages[0].startswith("hardware: disk")
 
 
 def test_what_is_said_of_a_gpu_that_is_not_the_nodes_is_only_noted() -> None:
@@ -163,7 +164,7 @@ def test_whose_rank_computes_on_a_gpu_is_known_where_cuda_counts_as_the_bus_does
 
     by_bus = gpus_of(2, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, tmp_path)
     assert by_bus.ordered
-    assert [tuple(gpu) for gpu in by_bus.own] == [
+    assert [gpu[:3] for gpu in by_bus.own] == [
         ("0000:3b:00", "GPU-aa11", "NVIDIA H100"),
         ("0000:86:00", "", "NVIDIA H100"),
     ]

@@ -1,0 +1,116 @@
+"""What this node's hardware says of itself, whoever reads it, told to the controller."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError as LateError
+from pathlib import Path
+
+from orchestrator.agent.devices import Devices, Gpu, Gpus, own_devices
+from orchestrator.agent.gauges import Gauges
+from orchestrator.agent.identity import Identity, blamed
+from orchestrator.agent.kernel import KernelLog
+from orchestrator.agent.nvml import Nvml
+from orchestrator.agent.signals import Judge, NoDevicesError, Probe, read_table
+from orchestrator.agent.sysfs import Sysfs
+from orchestrator.agent.threads import DaemonThreads
+from orchestrator.protocol.agent import AgentConfig
+from orchestrator.protocol.messages import Fact, NodeAiling, NodeUnusable, Symptom
+
+log = logging.getLogger(__name__)
+SYMPTOMS_MAX = 64
+"""That are told; a node of which more holds is told by these."""
+MEET_S = 5.0
+"""How long a driver may take to say which GPUs there are before the agent goes on without."""
+
+
+def meet(within_s: float = MEET_S) -> tuple[Gpu, ...]:
+    """Return the GPUs of this machine, as far as the driver's library tells of them in time."""
+    threads = DaemonThreads(1, "meet-gpus")
+    try:
+        return threads.submit(Nvml().boards).result(timeout=within_s)
+    except NoDevicesError:
+        return ()
+    except LateError:
+        log.warning("the driver has not said which GPUs there are for %g s", within_s)
+        return ()
+    except Exception as error:  # noqa: BLE001 - of a library; whatever it is, ranks are to be started
+        log.warning("the driver does not say which GPUs there are: %s", error)
+        return ()
+    finally:
+        threads.shutdown()
+
+
+class Hardware:
+    """One node's.
+
+    Args:
+        config: of its agent.
+        gpus: of its ranks.
+        identity: what it is made of.
+        say: says a fact to the controller, again on every connection.
+        probes: what reads the hardware beside the kernel's log; None for all there are.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        gpus: Gpus,
+        identity: Identity,
+        say: Callable[[Fact], None],
+        probes: Sequence[Probe] | None = None,
+    ) -> None:
+        self._gpus, self._identity, self._say = gpus, identity, say
+        devices = own_devices(gpus, (config.work, config.logs))
+        self._judge = Judge(read_table(), devices, shared=config.kernel_shared)
+        self._kernel = KernelLog(Path(config.kernel_log), self._judge)
+        if probes is None:
+            probes = _probes(config, gpus, devices, listens=bool(self._kernel.degraded))
+        self._gauges = Gauges(probes, self._judge)
+        # What nodes that share a kernel are told of it is noted, and no more.
+        self._tells = not config.kernel_shared
+        # An agent before this one may have told of something.
+        self._told = NodeAiling() if config.incarnation == 1 else None
+
+    def look(self, now: float) -> None:
+        """Say what is new. Never waits."""
+        for why in filter(None, (self._kernel.look(), self._gauges.look(now))):
+            log.error("unusable: %s", why)
+            serial = blamed(self._identity, self._gpus, *self._judge.blamed)
+            self._say(NodeUnusable(reason=why, serial=serial))
+            self._gauges.close()
+        if self._tells and (self._told is not None or self._gauges.answered):
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        symptoms = tuple(
+            Symptom(
+                name=symptom.name,
+                device=symptom.device,
+                serial=blamed(self._identity, self._gpus, symptom.own, symptom.device),
+                drain=symptom.action == "drain",
+                words=symptom.words,
+            )
+            for symptom in self._judge.symptoms(now)[:SYMPTOMS_MAX]
+        )
+        unread = self._gauges.blind()
+        if self._kernel.degraded:
+            unread = (f"kernel's log: {self._kernel.degraded}", *unread)
+        ailing = NodeAiling(symptoms=symptoms, unread=unread)
+        if ailing != self._told:
+            self._told = ailing
+            self._say(ailing)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._kernel.close()
+        self._gauges.close()
+
+
+def _probes(config: AgentConfig, gpus: Gpus, devices: Devices, *, listens: bool) -> list[Probe]:
+    expected = len(gpus.own) or bool(gpus.problem)
+    nvml = Nvml(events=listens, expected=expected)
+    if config.kernel_shared:
+        return [nvml] if expected else []
+    return [nvml, Sysfs(devices.disks)]

@@ -1,114 +1,110 @@
-"""Computes what is known beforehand: whether a machine that was convicted gets it right now.
-
-Products of matrices of small whole numbers are exact in floating point, whatever the order in which
-they are added up, so their digests are constants, the same on every sound processor. They are
-scaled by powers of two, which changes no digit: faults depend on the range of what is computed.
-The numbers come from a counter, with whole-number arithmetic, not from a generator of the library
-under test.
+"""Computes what is known beforehand: whether a device that was convicted gets it right now.
 
 That every answer is right shows little: tests miss more than half of the devices that corrupt
 (AEGIS, SDCHunter, OSDI 2026). So who passes is on probation, and no more.
 
-On the machine's processors only: an agent has no torch, so it has no test for GPUs.
+An agent has no torch, so a GPU is tested by a program of the trainer, which sees that GPU only.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Serial
 from orchestrator.protocol.messages import Preflighted
+from orchestrator.protocol.preflight import Came
+from orchestrator.worker.golden import CASES, Case, wrong_answers
 
-SCALES = (-40, -20, 0, 20, 40)
-"""Powers of two by which the left factor is multiplied. Source: reference, D0."""
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_FOLD = np.uint64(0xBF58476D1CE4E5B9)
-_SHIFT = np.uint64(33)
-_WHOLE_MAX = 15
-"""Factors are whole numbers up to this: of 1024 products of two, the sum is below 2**24, so it is
-exact in float32."""
-
-
-class Case(NamedTuple):
-    """One product, and the xxh3-64 of its bytes at scale 1."""
-
-    name: str
-    shape: tuple[int, int, int]
-    """Rows, inner, columns."""
-    golden: str
+START_S = 180.0
+"""How long a program that imports torch and wakes a GPU may take beside what it was told to."""
+TOLD_MAX = 500
+"""Characters that are told of what a program complained of, the last ones."""
+PROGRAM = (sys.executable, "-P", "-m", "trainer.preflight")
 
 
-CASES = (
-    Case("float32", (64, 64, 64), "1eb748348cfdacb6"),
-    Case("float32", (96, 1024, 48), "fadb49a306112e1d"),
-    Case("float32", (1, 512, 257), "d72072b80c230b72"),
-    Case("float64", (64, 64, 64), "aca448632308d60a"),
-    Case("float64", (128, 256, 33), "524c7c1c43b51223"),
-)
+def preflight(
+    devices: Sequence[Device],
+    serials: Sequence[Serial],
+    within_s: float,
+    program: Sequence[str] = PROGRAM,
+) -> Preflighted:
+    """Have each device compute every case at every scale, again and again, for some time.
 
+    Each is computed once at least, however little time there is, until one is wrong: the device
+    that got it wrong is the only one that is told of then.
 
-def preflight(devices: Sequence[Device], serials: Sequence[Serial], within_s: float) -> Preflighted:
-    """Compute every case at every scale, again and again, until time is up or one is wrong.
-
-    Each is computed once at least, however little time there is.
+    Args:
+        devices: of this node.
+        serials: of those that are to compute.
+        within_s: seconds, shared among them.
+        program: tests a GPU, given its UUID and for how many seconds.
     """
     asked = tuple(serials)
-    kinds = {device.kind for device in devices if device.serial in asked}
-    if kinds != {"machine"}:
-        problem = "there is no test for GPUs here" if "gpu" in kinds else "none of them is here"
-        return Preflighted(serials=asked, compared=0, problem=problem)
+    known = [device for device in devices if device.serial in asked]
+    if not known:
+        return Preflighted(serials=asked, compared=0, problem="none of them is here")
+    compared = 0
+    for device in sorted(known, key=lambda device: device.kind != "machine"):
+        share_s = within_s / len(known)
+        if device.kind == "machine":
+            came = _on_machine(share_s)
+        else:
+            came = _on_gpu(device.serial, share_s, program)
+        compared += came.compared
+        if came.problem:
+            words = f"{device.kind} {device.serial}: {came.problem}"
+            return Preflighted(serials=asked, compared=compared, problem=words)
+        if came.wrong:
+            return Preflighted(serials=(device.serial,), compared=compared, wrong=came.wrong)
+    return Preflighted(serials=asked, compared=compared)
+
+
+def _on_machine(within_s: float) -> Came:
     deadline = time.monotonic() + within_s
     compared = 0
     while True:
-        for wrong in _answers():
+        for wrong in wrong_answers(CASES, product):
             compared += 1
             if wrong:
-                return Preflighted(serials=asked, compared=compared, wrong=wrong)
+                return Came(compared=compared, wrong=wrong)
         if time.monotonic() >= deadline:
-            return Preflighted(serials=asked, compared=compared)
-
-
-def _answers() -> Iterator[str]:
-    """Yield for each answer what is wrong with it, "" if nothing is."""
-    for case in CASES:
-        for scale in SCALES:
-            found = digest(product(case, scale), scale)
-            yield (
-                f"a product of {case.shape} in {case.name}, scaled by 2**{scale}, has digest "
-                f"{found}, expected {case.golden}"
-                if found != case.golden
-                else ""
-            )
+            return Came(compared=compared)
 
 
 def product(case: Case, scale: int) -> npt.NDArray[np.floating]:
-    """Return the product of a case, with its left factor scaled."""
-    rows, inner, columns = case.shape
+    """Return the product of a case, with its left factor scaled, as this processor computes it."""
+    left, right = case.factors()
     dtype = np.dtype(case.name)
-    left = whole(rows * inner, 1).reshape(rows, inner).astype(dtype)
-    right = whole(inner * columns, 2).reshape(inner, columns).astype(dtype)
-    found: npt.NDArray[np.floating] = (left * dtype.type(2.0**scale)) @ right
+    scaled = left.astype(dtype) * dtype.type(2.0**scale)
+    found: npt.NDArray[np.floating] = scaled @ right.astype(dtype)
     return found
 
 
-def digest(found: npt.NDArray[np.floating], scale: int) -> str:
-    """Return the digest of a product as it would be at scale 1."""
-    # A sum of nothing but zeros may be a negative one, by the order in which they are added up.
-    exact = found * found.dtype.type(2.0**-scale) + found.dtype.type(0.0)
-    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(exact).tobytes())
-
-
-def whole(count: int, stream: int) -> npt.NDArray[np.int64]:
-    """Return whole numbers of a stream, from -15 to 15, by hashing a counter."""
-    counter = np.arange(count, dtype=np.uint64) + np.uint64(stream << 40)
-    mixed = (counter + np.uint64(1)) * _MIX
-    mixed = (mixed ^ (mixed >> _SHIFT)) * _FOLD
-    mixed ^= mixed >> _SHIFT
-    return (mixed % np.uint64(2 * _WHOLE_MAX + 1)).astype(np.int64) - _WHOLE_MAX
+def _on_gpu(serial: Serial, within_s: float, program: Sequence[str]) -> Came:
+    limit_s = within_s + START_S
+    try:
+        done = subprocess.run(
+            [*program, serial, f"{within_s:g}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Came(problem=f"its test has not ended within {limit_s:g} s")
+    except OSError as error:
+        return Came(problem=f"its test can not be started: {error}")
+    try:
+        # By what it says, not by its exit code, which whoever reaps orphans may have taken.
+        return msgspec.json.decode(done.stdout.rstrip().rpartition(b"\n")[2], type=Came)
+    except msgspec.DecodeError:
+        said = done.stderr.decode("utf-8", "replace").strip()[-TOLD_MAX:]
+        return Came(problem=f"its test ended without an answer: {said or 'it said nothing'}")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from orchestrator.agent.preflight import CASES, SCALES
 from orchestrator.protocol.ids import Serial
 from orchestrator.protocol.messages import Beat, Joined, Preflight, Preflighted
+from orchestrator.worker.golden import CASES, SCALES
 from tests.programs.played import Agent, Controller
 
 pytestmark = pytest.mark.process

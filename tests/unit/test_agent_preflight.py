@@ -1,26 +1,32 @@
 """What a machine computes before it is let in again, and what is said of it."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from orchestrator.agent import preflight as tested
-from orchestrator.agent.preflight import CASES, SCALES, Case, digest, preflight, product, whole
+from orchestrator.agent.preflight import preflight, product
 from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Serial
+from orchestrator.worker.golden import CASES, GPU_CASES, SCALES, Case, digest, whole
 
 MACHINE = Device(Serial("m-1"), "machine", "stated")
 GPU = Device(Serial("GPU-1"), "gpu", "driver")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_the_digests_are_those_of_whole_numbers_multiplied_exactly(case: Case) -> None:
-    rows, inner, columns = case.shape
-    left = whole(rows * inner, 1).reshape(rows, inner)
-    right = whole(inner * columns, 2).reshape(inner, columns)
+    left, right = case.factors()
     exact = np.einsum("ij,jk->ik", left, right)
 
-    assert np.abs(exact).max() < 2**24
-    assert digest(exact.astype(case.name), 0) == case.golden
+    small = case.name == "bfloat16"
+    assert np.abs(exact).max() <= (2**8 if small else 2**24)
+    assert digest(exact.astype("float32" if small else case.name), 0) == case.golden
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_processor_comes_to_them_at_every_scale(case: Case) -> None:
     for scale in SCALES:
         assert digest(product(case, scale), scale) == case.golden
 
@@ -47,15 +53,50 @@ def test_one_bit_of_one_answer_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
     assert came.compared == SCALES.index(20) + 1
 
 
-@pytest.mark.parametrize(
-    ("serial", "problem"),
-    [("GPU-1", "no test for GPUs"), ("m-2", "none of them is here")],
-)
-def test_what_can_not_be_tested_here_is_said(serial: str, problem: str) -> None:
-    came = preflight([MACHINE, GPU], [Serial(serial)], within_s=0.0)
+def test_what_is_not_here_is_not_tested() -> None:
+    came = preflight([MACHINE, GPU], [Serial("m-2")], within_s=0.0)
 
-    assert came.compared == 0
+    assert (came.compared, came.problem) == (0, "none of them is here")
+
+
+def says(text: str) -> tuple[str, ...]:
+    """A program that says something at its end, whatever it is asked."""
+    return sys.executable, "-c", f"print({text!r})"
+
+
+def test_a_gpu_that_gets_one_wrong_is_the_only_one_that_is_told_of() -> None:
+    program = says('a word first\n{"compared": 3, "wrong": "a product"}')
+
+    came = preflight(
+        [GPU, MACHINE], [Serial("m-1"), Serial("GPU-1")], within_s=0.0, program=program
+    )
+
+    assert (came.serials, came.wrong, came.problem) == (("GPU-1",), "a product", "")
+    assert came.compared == len(CASES) * len(SCALES) + 3
+
+
+@pytest.mark.parametrize(
+    ("program", "problem"),
+    [
+        (says('{"problem": "torch sees no such GPU"}'), "gpu GPU-1: torch sees no such GPU"),
+        (says("Segmentation fault"), "its test ended without an answer: it said nothing"),
+        ((sys.executable, "-c", "raise SystemExit('no torch')"), "without an answer: no torch"),
+        (("/nowhere/python",), "its test can not be started: "),
+    ],
+)
+def test_a_gpu_whose_test_comes_to_nothing_is_neither_right_nor_wrong(
+    program: tuple[str, ...], problem: str
+) -> None:
+    came = preflight([GPU], [Serial("GPU-1")], within_s=0.0, program=program)
+
+    assert (came.serials, came.compared, came.wrong) == (("GPU-1",), 0, "")
     assert problem in came.problem
+
+
+def test_the_program_computes_where_it_is_told_to() -> None:
+    came = preflight([Device(Serial("cpu"), "gpu", "driver")], [Serial("cpu")], within_s=0.0)
+
+    assert (came.compared, came.wrong, came.problem) == (len(GPU_CASES) * len(SCALES), "", "")
 
 
 def test_the_numbers_are_whole_small_and_of_both_signs() -> None:

@@ -6,7 +6,7 @@ happens to a checkpoint after its commit is told by verdicts, records that are o
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 
 import msgspec
 
@@ -62,6 +62,8 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     epoch: int
     reason: str
+    sound: bool = False
+    """Whether no more is wrong with it than that it is trusted less far than was asked for."""
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +107,7 @@ class Catalog:
         self,
         *,
         before_step: int | None = None,
+        at_least: Trust = Trust.WRITTEN,
         run_id: str | None = None,
         model: str | None = None,
     ) -> tuple[Manifest | None, list[Rejection]]:
@@ -114,6 +117,7 @@ class Catalog:
 
         Args:
             before_step: consider only earlier steps; for a corruption with a known onset.
+            at_least: of what is trusted less far by verdicts nothing is read.
             run_id: accept only this run's; None accepts any.
             model: accept only this fingerprint; None accepts any.
 
@@ -126,14 +130,11 @@ class Catalog:
                 not read what is newer. Falling back to an older checkpoint, or to none, because of
                 a slow network or missing permissions would throw work away.
         """
-        barred = self.barred()
 
-        def why_not(record: Callable[[], CommitRecord], where: Where) -> str:
-            if where in barred:
-                return verdicts.reason_of(self.store, barred[where])
-            return self._why_not(record(), run_id=run_id, model=model)
+        def why_not(record: CommitRecord) -> str:
+            return self._why_not(record, run_id=run_id, model=model)
 
-        return self._first(why_not, before_step)
+        return self._first(why_not, before_step, at_least)
 
     def newest_trusted(
         self,
@@ -160,17 +161,11 @@ class Catalog:
         Raises:
             StorageUnavailableError, StorageRefusedError: as `newest_verified`.
         """
-        known = self.standings()
 
-        def why_not(record: Callable[[], CommitRecord], where: Where) -> str:
-            standing = known.get(where, Standing())
-            if standing.barred:
-                return verdicts.reason_of(self.store, standing.barred)
-            if standing.trust < at_least:
-                return f"{standing.trust.words}, expected {at_least.words}"
-            return _why_foreign(record(), run_id=run_id, model=model)
+        def why_not(record: CommitRecord) -> str:
+            return _why_foreign(record, run_id=run_id, model=model)
 
-        return self._first(why_not, before_step)
+        return self._first(why_not, before_step, at_least)
 
     def quarantine(self, step: int, epoch: int, reason: str) -> str:
         """Bar a checkpoint from being resumed from, and return the verdict's key.
@@ -335,20 +330,29 @@ class Catalog:
 
     def _first(
         self,
-        why_not: Callable[[Callable[[], CommitRecord], Where], str],
+        why_not: Callable[[CommitRecord], str],
         before_step: int | None,
+        at_least: Trust,
     ) -> tuple[Manifest | None, list[Rejection]]:
-        """Return the newest that nothing speaks against; only what is asked for is read."""
+        """Return the newest that nothing speaks against; of others no record is read."""
+        known = self.standings()
         rejections: list[Rejection] = []
         for entry in self._entries():
             (step, epoch), _ = entry
             if before_step is not None and step >= before_step:
                 continue
-            record = cache(partial(self._record, entry))
-            reason = why_not(record, entry[0])
-            if not reason:
-                return record().manifest, rejections
-            rejections.append(Rejection(step=step, epoch=epoch, reason=reason))
+            standing = known.get((step, epoch), Standing())
+            sound = not standing.barred and standing.trust < at_least
+            if standing.barred:
+                reason = verdicts.reason_of(self.store, standing.barred)
+            elif sound:
+                reason = f"{standing.trust.words}, expected {at_least.words}"
+            else:
+                record = self._record(entry)
+                reason = why_not(record)
+                if not reason:
+                    return record.manifest, rejections
+            rejections.append(Rejection(step=step, epoch=epoch, reason=reason, sound=sound))
         return None, rejections
 
     def _record(self, entry: tuple[Where, int | None]) -> CommitRecord:

@@ -144,7 +144,7 @@ def is_due(record: CommitRecord, standing: Standing, *, again: bool) -> bool:
     """Return whether a scrub reads a checkpoint: not if it is barred, or verified already."""
     if record.superseded or standing.barred:
         return False
-    return again or standing.trust is Trust.WRITTEN
+    return again or not standing.read_back
 
 
 def _judge(catalog: Catalog, manifest: Manifest, damages: list[Damage]) -> None:

@@ -37,7 +37,7 @@ class Trust(IntEnum):
     STATE_VERIFIED = 2
     """The state is plausible: finite, in step with itself, not the one before it once more."""
     COMPUTE_VERIFIED = 3
-    """What computed it was found to compute right, and nothing was found wrong for long enough."""
+    """What computed it was found to compute right after it, and nothing was found wrong before."""
 
     @property
     def kind(self) -> str:
@@ -80,6 +80,14 @@ class Standing:
     trust: Trust = Trust.WRITTEN
     barred: str = ""
     keys: tuple[str, ...] = ()
+
+    @property
+    def read_back(self) -> bool:
+        """Whether every byte was read back: of a higher level it need not have been."""
+        return any(
+            found is not None and found[2] == Trust.BYTES_VERIFIED.kind
+            for found in map(parse_verdict_key, self.keys)
+        )
 
     @property
     def kind(self) -> str:

@@ -21,6 +21,7 @@ from orchestrator.core.events import (
 from orchestrator.core.invariants import violations
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
+from orchestrator.core.trust import Verdict
 from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import (
@@ -138,7 +139,14 @@ class Cluster:
             ),
         )
 
-    def found(self, step: int | None = None, rejected: tuple[str, ...] = ()) -> list[Decision]:
+    def found(
+        self,
+        step: int | None = None,
+        rejected: tuple[str, ...] = (),
+        *,
+        graded: bool = False,
+        ungraded: tuple[str, ...] = (),
+    ) -> list[Decision]:
         return self.tell(
             CheckpointFound(
                 at=self.at(),
@@ -146,6 +154,8 @@ class Cluster:
                 epoch=None if step is None else self.state.generation,
                 key="" if step is None else f"commits/{step}",
                 rejected=rejected,
+                grade=Verdict.COMPUTE_VERIFIED if graded else None,
+                ungraded=ungraded,
             )
         )
 
@@ -172,6 +182,7 @@ class Cluster:
         heard: tuple[str, ...] | None = None,
         loss: float = 2.0,
         digests: tuple[tuple[Step, str], ...] = (),
+        replayed: int = 0,
     ) -> list[Decision]:
         """Telemetry of all ranks; those not `moving` show no sign of life."""
         world = len(self.state.seats) or self.run.world_size
@@ -190,6 +201,7 @@ class Cluster:
                 stall_s=0.0,
                 reports=(StepReport(Step(step), loss, 1.0, 100, 0.1),) if report else (),
                 digests=digests,
+                replayed=Step(replayed),
             )
         )
 

@@ -53,7 +53,8 @@ class SimulatedJob:
     operations: list[dict[str, Any]] = field(default_factory=list)
     """What operators ask for: `{at: seconds, drain: [node], within: span, reason: text}`, or
     `{at: seconds, uncordon: [node]}`; or what nobody asked for: `{at: seconds, corrupt: node,
-    found: span, every: steps, proven: whether, named: [node]}`; or verdicts about a device:
+    found: span, every: steps, proven: whether, named: [node]}`; or that nobody resumes from a
+    checkpoint: `{at: seconds, quarantine: step, reason: text}`; or verdicts about a device:
     `{at: seconds, device: serial, acts: [act], by: who, days_ago: days, reason: text}`."""
     devices: dict[str, str] = field(default_factory=dict)
     """By node, the serial of its machine."""
@@ -77,6 +78,7 @@ class SimulatedJob:
             profile,
             chance=np.random.Generator(np.random.Philox(0)),
             faults=plan.drawn(),
+            replay_every=options.get("replay_every", 0),
             flaws=Flaws(
                 "vocabulary is 10, expected 20" if options.get("refuse") else "",
                 None if raises_at is None else Step(raises_at),
@@ -93,6 +95,8 @@ class SimulatedJob:
                 self._judge_in_time(**operation)
             elif "corrupt" in operation:
                 self._corrupt_in_time(**operation)
+            elif "quarantine" in operation:
+                self._quarantine_in_time(**operation)
             else:
                 self._ask_in_time(**operation)
         simulation = Simulation(
@@ -166,6 +170,13 @@ class SimulatedJob:
         habit = Habit(seconds(found), every, proven, who)
         do = partial(world.corruption.corrupt, NodeId(corrupt), habit)
         world.cluster.agenda.at(Seconds(at), do)
+
+    def _quarantine_in_time(self, *, at: float, quarantine: int, reason: str) -> None:
+        world = self.world
+        assert world is not None
+        store = world.cluster.store
+        bar = partial(store.bar, Step(quarantine), f"quarantined: {reason}")
+        world.cluster.agenda.at(Seconds(at), bar)
 
     def drain(self, *nodes: str) -> tuple[int, Report]:
         """Run it; once it trains, have nodes be free of it."""

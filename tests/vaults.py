@@ -152,8 +152,10 @@ class Tier:
         assert isinstance(answer, kind), answer
         return answer
 
-    def search(self, vault: Vault, onsets: Sequence[Onset] = ()) -> CheckpointFound:
-        vault.search(self.told.put, onsets=onsets)
+    def search(
+        self, vault: Vault, onsets: Sequence[Onset] = (), *, graded: bool = False
+    ) -> CheckpointFound:
+        vault.search(self.told.put, onsets=onsets, graded=graded)
         return self.answer(CheckpointFound)
 
     def steps(self) -> list[int]:

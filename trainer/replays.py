@@ -33,6 +33,10 @@ class Replays:
         samples: of all ranks.
         share: of the time of a step, that they may take.
         watched: whether they come in every step, whatever they take.
+
+    Attributes:
+        passed: how much further on the rank is whose last micro-batch came out the same here, if
+            there was a replay in this step and none of any rank came out otherwise; else 0.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Replays:
         pipeline = training.pipeline
         self._trace = Trace(self._guard, pipeline.numbers) if pipeline is not None else None
         self._due = self._tested = False
-        self._number = 0
+        self._number = self.passed = 0
         self._micro: Micro | None = None
         self._took_s = self._cost = 0.0
         """Seconds of the replay in this step, and what it came to in the last one."""
@@ -65,6 +69,7 @@ class Replays:
 
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
+        self.passed = 0
         self.ring.begin(step, self.pace.longest)
         self.doubts.begin()
         self.readings.begin(step)
@@ -129,6 +134,7 @@ class Replays:
             return True
         if not self._guard.stopped:
             self.ring.sound(step)
+            self.passed = shift
             self._took_s = time.monotonic() - begun
         return False
 

@@ -295,10 +295,8 @@ class Training:
             if not self._is_thrown_away(step, rows, loss, grad_norm, reporter):
                 break
         self._anew = False
-        if self._replays is not None:
-            self._replays.done()
+        self._say_what_was_found(step, digests, reporter)
         if self._watch is not None:
-            self._report(Taken(step=Step(step), period=self._watch.period), digests, reporter)
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
         self.before_write()
         self._move(step, grad_norm, reporter)
@@ -320,6 +318,18 @@ class Training:
             work=self._flops,
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
+
+    def _say_what_was_found(
+        self, step: int, digests: dict[Kind, Tensor], reporter: Reporter
+    ) -> None:
+        """Report what a step is about to move, and whether other ranks came to it, too."""
+        replayed = 0
+        if self._replays is not None:
+            self._replays.done()
+            replayed = self._replays.passed
+        if self._watch is not None or replayed:
+            period = self._watch.period if self._watch is not None else 1
+            self._report(Taken(step=Step(step), period=period, shift=replayed), digests, reporter)
 
     def _strike(self, step: int) -> None:
         """Have happen to the state what a fault plan says, which is a write like others."""

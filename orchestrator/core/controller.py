@@ -20,6 +20,7 @@ from orchestrator.core import (
     patience,
     saving,
     slowness,
+    vouching,
 )
 from orchestrator.core.casebook import UNBROKEN, Casebook
 from orchestrator.core.decisions import (
@@ -108,6 +109,7 @@ class Controller:
         decisions += slowness.look(state)
         decisions += self._hang_up(event)
         decisions += saving.save(state)
+        decisions += vouching.grade(state)
         decisions += self._pacing.look()
         course.advance(state)
         if isinstance(event, StopRequested):
@@ -221,5 +223,6 @@ class Controller:
         decisions += saving.judge_again(state)
         # Not by the phase: nodes that are not back yet may have moved it on.
         if state.asked_at is not None:
-            decisions.append(self._recovery.search("asked again by the next controller"))
+            words = "asked again by the next controller"
+            decisions.append(self._recovery.search(words, graded=vouching.asked(state)))
         return decisions + drains.wake(state)

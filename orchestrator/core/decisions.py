@@ -7,6 +7,8 @@ decisions of that event, so that it is the same in every replay.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from orchestrator.core.standing import Act, Actor, DeviceVerdict, Proof
@@ -87,6 +89,9 @@ class SearchCheckpoints(_Decision, frozen=True, kw_only=True):
     """Counts the searches of a run; its answer names it."""
     onsets: tuple[Onset, ...] = ()
     """What came after these is not trusted: it is kept, and passed over now and ever after."""
+    graded: Literal[True] | msgspec.UnsetType = msgspec.UNSET
+    """True: one that is compute verified comes before newer ones that are not. Else it is not in
+    the journal, so that those from before there was such a thing replay to the same bytes."""
 
 
 class CommitCheckpoint(_Decision, frozen=True, kw_only=True):

@@ -44,11 +44,16 @@ def find(state: RunState, found: CheckpointFound) -> None:
     if found.step is not None and all(known.key != found.key for known in state.commits):
         assert found.epoch is not None
         state.know_commits([Committed(found.step, found.epoch, found.key, state.now)])
+    if found.grade is not None:
+        for known in (known for known in state.commits if known.key == found.key):
+            known.verdicts.add(found.grade)
     for known in state.commits:
         # What was committed while it searched, it may not have seen.
         unseen = state.asked_at is not None and known.at >= state.asked_at
         # One that is not trusted was passed over for that, readable or not.
         good = trusted(state.onsets, known.step, known.epoch)
+        # So was one with a lesser grade than was asked for, unread.
+        good = good and (found.grade is None or found.grade in known.verdicts)
         if good and not unseen and (found.step is None or known.step > found.step):
             known.rejected = known.rejected or "unreadable when it was needed"
     state.judge_commits()

@@ -42,6 +42,8 @@ class CommitLeft(msgspec.Struct, frozen=True, array_like=True):
     step: Step
     epoch: Generation
     key: str
+    verdicts: tuple[Verdict, ...] = ()
+    """What was found for it."""
 
 
 class DeviceKnown(msgspec.Struct, frozen=True, array_like=True):
@@ -159,6 +161,12 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     digests: tuple[tuple[Step, str], ...] = ()
     """Of the state that a step began with, and of its gradient, in hex, if all who hold a part of
     it had the same."""
+    parts: tuple[tuple[Step, str], ...] = ()
+    """What those digests are made of (detect.votes.parts_of_world), for whoever computes the steps
+    once more, long after."""
+    replayed: Step = Step(0)
+    """Newest step of which the last micro-batch of every rank came out the same when another rank
+    computed it once more; 0 if there is none that was not told before."""
 
 
 class Compared(_Event, frozen=True, kw_only=True):
@@ -176,6 +184,10 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """Commit record, "" if there is none."""
     rejected: tuple[str, ...] = ()
     """For each newer one: which it was and why it can not be used."""
+    grade: Verdict | None = None
+    """compute-verified, if such a one was asked for and there is one."""
+    ungraded: tuple[str, ...] = ()
+    """For each newer one that is not, if that was asked for: which, and how far it is trusted."""
     foreign: str = ""
     """What is there of another run; "" if nothing is."""
     reads: int = 0

@@ -13,6 +13,7 @@ from orchestrator.core import (
     repairs,
     slowness,
     symptoms,
+    vouching,
 )
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.events import (
@@ -344,6 +345,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
     )
     state.fleet.join(event.entered, event.left)
     state.paces.observe(event.steps, event.compute_s, event.work)
+    vouching.enter(state, event.replayed)
     first = max(state.reached_step, state.start_step) + 1
     if event.reports and event.reports[-1].step >= first:
         due = state.cadence.due(first, event.reports[-1].step)
@@ -462,6 +464,7 @@ def reset_for_generation(
     state.written, state.committing, state.commit_at, state.votes = {}, {}, {}, {}
     state.start_step = state.reached_step = restored
     heritage.continue_from(state, restore)
+    vouching.continue_from(state, restore)
     state.kept[state.generation] = kept
     state.reborn = set()
     for node in state.nodes.values():

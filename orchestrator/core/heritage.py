@@ -25,7 +25,10 @@ def left_by(former: RunState, at: Seconds) -> list[Inherited]:
     All losses that it knew: where its end was does not say where the next one will go on.
     """
     losses = sorted(former.losses.items())
-    commits = tuple(CommitLeft(c.step, c.epoch, c.key) for c in former.commits)
+    commits = tuple(
+        CommitLeft(c.step, c.epoch, c.key, tuple(sorted(v for v in c.verdicts if v.good)))
+        for c in former.commits
+    )
     starts = range(0, max(len(losses), 1), LOSSES_MAX)
     return [
         Inherited(
@@ -62,7 +65,9 @@ def inherit(state: RunState, left: Inherited) -> None:
     devices.inherit(state, left)
     # Without what was found wrong with them: the durable tier is asked anew.
     state.commits, state.sound_commits = [], set()
-    state.know_commits(Committed(c.step, c.epoch, c.key, state.now) for c in left.commits)
+    state.know_commits(
+        Committed(c.step, c.epoch, c.key, state.now, verdicts=set(c.verdicts)) for c in left.commits
+    )
 
 
 def continue_from(state: RunState, restore: RestoreFrom | None) -> None:

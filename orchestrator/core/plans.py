@@ -43,6 +43,8 @@ class Search:
     """Ask the durable tier what it has."""
 
     reason: str
+    graded: bool = False
+    """Whether what is compute verified comes before what is newer."""
     at: Seconds | None = None
     """Not before this; None for at once."""
 

@@ -53,6 +53,7 @@ def diverge(state: RunState, told: StateDiverged, proof: Proof) -> None:
     # What is being searched for is looked for by what was known before.
     state.found = state.asked_at = None
     if now_wrong:
+        state.replays_vouch_for = min(state.replays_vouch_for, good)
         state.holdings.drop(step for step in state.holdings if step > good)
         for step in [step for step in state.losses if step > good]:
             del state.losses[step]

@@ -90,7 +90,7 @@ class Committed:
     """Why it is not to be resumed from: a search passed it over, or a verdict bars it; "" if
     neither did."""
     verdicts: set[Verdict] = field(default_factory=set)
-    """What was found about it, in this life."""
+    """What was found about it; of former lives, what was found for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import eq
 
+import msgspec
+
 from orchestrator.core import course, devices, facts, inspection, patience, quarantine
 from orchestrator.core.decisions import (
     Decision,
@@ -116,14 +118,19 @@ class Recovery:
         if state.asked_at is not None:
             return []
         if plan.at is None or state.now >= plan.at:
-            return [self.search(plan.reason)]
+            return [self.search(plan.reason, graded=plan.graded)]
         if plan.at == self._waking:
             return []
         self._waking = plan.at
         return [decide(state, WakeAt, plan.reason, at=plan.at)]
 
-    def search(self, reason: str) -> SearchCheckpoints:
-        """Return the order to search the durable tier, from now on."""
+    def search(self, reason: str, *, graded: bool = False) -> SearchCheckpoints:
+        """Return the order to search the durable tier, from now on.
+
+        Args:
+            reason: why.
+            graded: whether what is compute verified comes before what is newer.
+        """
         self._state.asked_at = self._state.now
         self._state.searches += 1
         return decide(
@@ -132,6 +139,7 @@ class Recovery:
             reason,
             number=self._state.searches,
             onsets=tuple(self._state.onsets),
+            graded=graded or msgspec.UNSET,
         )
 
     def _restart(self, plan: Restart) -> list[Decision]:

@@ -185,6 +185,13 @@ class RunState:
     nothing that they have not."""
     judging: dict[tuple[Step, Generation, Verdict], str] = field(default_factory=dict)
     """Verdicts that were ordered and are not on record yet, and why."""
+    replayed: Step = Step(0)
+    """Newest step of the present generation in which every rank's last micro-batch came out the
+    same elsewhere; 0 before the first."""
+    rounds: int = 0
+    """How many such steps were told of in this generation."""
+    replays_vouch_for: Step = Step(0)
+    """Up to here they do for the states of the present lineage; 0 for none."""
     committing: dict[Step, Generation] = field(default_factory=dict)
     commit_at: dict[Step, Seconds] = field(default_factory=dict)
     """Steps whose commit failed for a while: when it is tried again."""

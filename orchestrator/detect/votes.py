@@ -27,6 +27,7 @@ NAMED_MAX = 4
 EVIDENCE_MAX = 2000
 """Characters of evidence: as many as an agent tells."""
 
+_WORDS = 1 << 64
 Votes = npt.NDArray[np.uint64]
 
 
@@ -127,6 +128,53 @@ def _ranks(ranks: Sequence[Rank]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
+def parts_of_world(votes: dict[Kind, Votes], layout: Layout) -> str:
+    """Return two sums of each shared kind, in hex, by which two computations of a step compare.
+
+    The first is of the digests of all shards; in the second, each counts as many times as its place
+    among them says, from 1 on. So what differs in one shard alone tells which (`parting`). 0 stands
+    for a kind that was not taken; "" for all, if one shard's digest of a kind is unknown.
+    """
+    first = [layout.rank_of(shard) for shard in range(layout.shard_count)]
+    places = np.arange(1, len(first) + 1, dtype=np.uint64)
+    sums: list[int] = []
+    for kind in SHARED:
+        values = votes[kind][first] if kind in votes else np.zeros_like(places)
+        if kind in votes and not values.all():
+            return ""
+        sums += [int(values.sum(dtype=np.uint64)), int((values * places).sum(dtype=np.uint64))]
+    return "".join(f"{each:0{HEX_DIGITS}x}" for each in sums)
+
+
+def parting(one: str, other: str, layout: Layout) -> dict[Kind, tuple[int, ...]]:
+    """Return in what two computations of a step differ: by kind, in which shards.
+
+    Args:
+        one: what `parts_of_world` returned.
+        other: of the other computation, cut in the same way.
+        layout: of both.
+
+    Returns:
+        Of each kind that differs, its shard, if it is one alone, or none, if it is not known to be.
+        A kind that one of them did not take does not differ.
+    """
+    found: dict[Kind, tuple[int, ...]] = {}
+    for place, kind in enumerate(SHARED):
+        (a, placed_a), (b, placed_b) = _sums(one, place), _sums(other, place)
+        if (a, placed_a) == (b, placed_b) or not (placed_a and placed_b):
+            continue
+        by, placed = (a - b) % _WORDS, (placed_a - placed_b) % _WORDS
+        shards = range(layout.shard_count)
+        alone = [shard for shard in shards if by and (shard + 1) * by % _WORDS == placed]
+        found[kind] = tuple(alone) if len(alone) == 1 else ()
+    return found
+
+
+def _sums(parts: str, place: int) -> tuple[int, int]:
+    at = 2 * HEX_DIGITS * place
+    return int(parts[at : at + HEX_DIGITS], 16), int(parts[at + HEX_DIGITS :][:HEX_DIGITS], 16)
+
+
 def of_world(votes: dict[Kind, Votes], layout: Layout) -> str:
     """Return the digest of the whole state, of which each shard counts once; "" if one is unknown.
 
@@ -141,4 +189,4 @@ def of_world(votes: dict[Kind, Votes], layout: Layout) -> str:
         if not values.all():
             return ""
         total += sum(values.tolist())
-    return f"{total & ((1 << 64) - 1):0{HEX_DIGITS}x}"
+    return f"{total % _WORDS:0{HEX_DIGITS}x}"

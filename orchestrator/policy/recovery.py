@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from textwrap import shorten
 
+from orchestrator.core import vouching
 from orchestrator.core.copies import sources, twins_of_distrusted
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.incident import CORRUPTION, GROWTH
@@ -14,7 +15,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
-from orchestrator.policy import devices, lemons, planned, shrinking, suspicion
+from orchestrator.policy import devices, lemons, planned, shrinking, suspicion, vouched
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
@@ -33,35 +34,57 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     placement = place(state)
     if placement is None:
         return None
-    durable_only = not enabled(state, MEMORY_FIRST) and bool(state.sound_commits)
-    memory = None if durable_only else newest_in_memory(state, placement)
+    memory = _from_memory(state, placement)
     step = memory.step if memory else None
     # Step 0 in memory is no more than the seed.
     if not step and (why := _nothing_of_ours(state)):
         return End(state="Failed", reason=why)
-    newest_commit = max(state.sound_commits, default=Step(-1))
-    if memory is not None and memory.step >= newest_commit:
-        return _restart(state, placement, memory)
+    best, commit = memory, max(state.sound_commits, default=Step(-1))
+    vouched_for = _from_memory(state, placement, up_to=vouched.in_memory(state))
+    graded = vouched.committed(state)
+    if vouched_for is not None or graded is not None:
+        best, commit = vouched_for, Step(-1) if graded is None else graded
+    if best is not None and best.step >= commit:
+        return _restart(state, placement, best)
     if state.search_failure:
         return _without_durable(state, placement, memory)
     if state.found is None:
-        if not state.seats:
-            return Search(reason="looking for a checkpoint of an earlier life of this run")
-        return Search(
-            reason=f"memory has {_words(step)}, the newest commit is step {newest_commit}; "
-            "searching the durable tier"
-        )
-    if state.found.step is not None and (step is None or state.found.step > step):
+        return _search(state, step, commit)
+    found = state.found.step
+    better = state.found.grade is not None and best is not vouched_for
+    if found is not None and (best is None or found > best.step or better):
         if why := _cut_otherwise(state):
             return End(state="Failed", reason=why)
         restore = RestoreFrom(
-            step=state.found.step,
+            step=found,
             sources=("",) * len(placement.seats),
             commit=state.found.key,
-            staged_as=_not_as_staged(state, placement, state.found.step),
+            staged_as=_not_as_staged(state, placement, found),
         )
         return _restart(state, placement, restore)
-    return _restart(state, placement, memory)
+    return _restart(state, placement, best)
+
+
+def _from_memory(
+    state: RunState, placement: Placement, *, up_to: Step | None = None
+) -> RestoreFrom | None:
+    """Return the newest step in memory, unless a run does without; see `newest_in_memory`."""
+    if not enabled(state, MEMORY_FIRST) and state.sound_commits:
+        return None
+    return newest_in_memory(state, placement, up_to=up_to)
+
+
+def _search(state: RunState, memory: Step | None, commit: Step) -> Search:
+    """Ask the durable tier, if that may have more than memory has."""
+    if not state.seats:
+        return Search(reason="looking for a checkpoint of an earlier life of this run")
+    graded = vouching.asked(state)
+    kind = "checkpoint that is compute verified" if vouched.committed(state) else "commit"
+    return Search(
+        reason=f"memory has {_words(memory)}, the newest {kind} is step {commit}; "
+        "searching the durable tier",
+        graded=graded,
+    )
 
 
 def _without_durable(state: RunState, placement: Placement, memory: RestoreFrom | None) -> Plan:
@@ -168,9 +191,19 @@ def _not_as_staged(state: RunState, placement: Placement, step: Step) -> tuple[R
     return tuple(others.get(Rank(rank), Rank(rank)) for rank in range(len(placement.seats)))
 
 
-def newest_in_memory(state: RunState, placement: Placement) -> RestoreFrom | None:
-    """Return the newest step of which every seat can have its shard from some node's memory."""
+def newest_in_memory(
+    state: RunState, placement: Placement, *, up_to: Step | None = None
+) -> RestoreFrom | None:
+    """Return the newest step of which every seat can have its shard from some node's memory.
+
+    Args:
+        state: of the run.
+        placement: who has which seat.
+        up_to: this one at most, and none that is no more than the seed; None for any.
+    """
     for step in sorted(state.holdings, reverse=True):
+        if up_to is not None and not 0 < step <= up_to:
+            continue
         if step not in state.condemned_memory and (found := sources(state, placement.seats, step)):
             return RestoreFrom(step=step, sources=found.nodes, staged_as=found.staged_as)
     return None
@@ -204,6 +237,7 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
                 f"; {', '.join(placement.evicted)} may be at fault, the second time within "
                 f"{suspicion.AGAIN_S / 60:.0f} min, and may be well: put aside, not condemned"
             )
+        reason += vouched.why(state, restore)
         if restore is None or restore.commit:
             reason += "".join(f"; passed over {text}" for text in _rejections(state))
     return Restart(

@@ -37,7 +37,8 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     period: int = 1
     """State is digested piece by piece, each once in so many steps."""
     shift: int = 0
-    """`replay` is of the rank so many further on, counted around the world; 0: none was done."""
+    """Not 0: this rank came to the same as the rank so many further on did, of whose group of ranks
+    it computed the last micro-batch of this step once more, and all others did likewise."""
     discarded: bool = False
     """Whether the step was thrown away, before it moved anything."""
 

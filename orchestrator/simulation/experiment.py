@@ -290,6 +290,12 @@ def _watched(profile: Profile, asked: Detectors | None) -> Profile:
     return msgspec.structs.replace(profile, habits=msgspec.structs.replace(habits, silent=silent))
 
 
+def _replay_every(profile: Profile) -> int:
+    """Return after how many steps ranks compute each other's micro-batches once more; 0: never."""
+    silent = None if profile.habits is None else profile.habits.silent
+    return silent.replay_every.value if silent and silent.watching.value == "both" else 0
+
+
 def _uncopied(profile: Profile) -> Profile:
     """Return a profile without copies to buddies, if its system has none."""
     if profile.habits is None or profile.habits.buddies.value == "kept":
@@ -326,6 +332,7 @@ def conduct(
         chance=world_s,
         flaws=given.flaws,
         look_every_s=LOOK_EVERY_S,
+        replay_every=_replay_every(given.profile),
     )
     settings, habits = given.settings, given.profile.habits
     world.cluster.forgetful = given.care.forgets

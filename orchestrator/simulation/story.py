@@ -80,7 +80,7 @@ def _values(record: msgspec.Struct) -> str:
         f"{field.name}={_value(value)}"
         for field in msgspec.structs.fields(record)
         if field.name not in skipped
-        and (value := getattr(record, field.name)) not in ("", (), None)
+        and (value := getattr(record, field.name)) not in ("", (), None, msgspec.UNSET)
     ]
     return f" ({', '.join(told)})" if told else ""
 

@@ -247,8 +247,8 @@ class AgentWorld:
             case SetCadence(generation=generation, node=node, cadence=cadence):
                 said = SaveEvery(order=order, generation=generation, cadence=cadence)
                 self._links.send(node, said)
-            case SearchCheckpoints(number=number, onsets=onsets):
-                self._vault.search(self.know, number, onsets)
+            case SearchCheckpoints(number=number, onsets=onsets, graded=graded):
+                self._vault.search(self.know, number, onsets, graded=graded is True)
             case AbandonCheckpoint(reason=reason):
                 log.warning("%s", reason)
             case JudgeCheckpoint():

@@ -68,6 +68,11 @@ class Compared(NamedTuple):
     states: tuple[tuple[Step, str], ...]
     """The digest of the whole state at each step at which all agreed."""
     diverged: tuple[StateDiverged, ...]
+    parts: tuple[tuple[Step, str], ...]
+    """What those digests are made of (votes.parts_of_world)."""
+    replayed: Step
+    """The newest step of which every rank said that what it computed once more came out the same;
+    0 if there is none."""
 
 
 class Ballots:
@@ -106,7 +111,7 @@ class Ballots:
         Args:
             look: whether this is one of the looks that a step waits for: one comes with each beat.
         """
-        states, diverged = [], []
+        states, parts, diverged, replayed = [], [], [], Step(0)
         for taken, box in list(self._ready(look=look)):
             del self._boxes[taken]
             self._close(taken, box)
@@ -118,11 +123,14 @@ class Ballots:
                     self._said.add(fact.nodes)
                     diverged.append(fact)
                 continue
+            if taken.shift and not box.missing:
+                replayed = max(replayed, taken.step)
             # Of a part of the state, which part depends on how many replicas there are.
-            whole = not box.missing and not taken.discarded and taken.period == 1
+            whole = box.votes and not box.missing and not taken.discarded and taken.period == 1
             if digest := votes.of_world(box.votes, self._layout) if whole else "":
                 states.append((taken.step, digest))
-        return Compared(tuple(states), tuple(diverged))
+                parts.append((taken.step, votes.parts_of_world(box.votes, self._layout)))
+        return Compared(tuple(states), tuple(diverged), tuple(parts), replayed)
 
     def _ready(self, *, look: bool) -> Iterator[tuple[Taken, _Box]]:
         late = len(self._boxes) - self.pending_max

@@ -30,6 +30,9 @@ class Columns:
         self.ballots = Ballots()
         """What of these beats is compared."""
         self._digests: list[tuple[Step, str]] = []
+        self._parts: list[tuple[Step, str]] = []
+        self._replayed = Step(0)
+        """Newest step that all ranks said to have come out the same elsewhere, until it is told."""
         self._uncomparable: DetectorFailed | None = None
         """Why digests of this generation are not compared any more."""
         self._told = False
@@ -50,7 +53,7 @@ class Columns:
         """Forget what an older generation said; steps count from `restored` on."""
         self._generation, self._size = generation, world_size
         self.reported = restored
-        self._reports, self._digests = [], []
+        self._reports, self._digests, self._parts, self._replayed = [], [], [], Step(0)
         self._uncomparable, self._told = None, False
         self._stall_s_R, self._stalls, self._rows = {}, {}, {}
         self._paces = {}
@@ -88,11 +91,13 @@ class Columns:
         """
         if self._uncomparable is None:
             try:
-                states, diverged = self.ballots.count(look=look)
+                states, diverged, parts, replayed = self.ballots.count(look=look)
             except Exception as error:  # noqa: BLE001 - a broken detector must not stop training
                 self._compare_no_more(error)
             else:
                 self._digests += states
+                self._parts += parts
+                self._replayed = max(self._replayed, replayed)
                 for fact in diverged:
                     yield Compared(at=at, fact=fact)
         if self._uncomparable is not None and not self._told:
@@ -180,8 +185,10 @@ class Columns:
             work=work,
             reports=tuple(self._reports),
             digests=tuple(self._digests),
+            parts=tuple(self._parts),
+            replayed=self._replayed,
         )
-        self._reports, self._digests = [], []
+        self._reports, self._digests, self._parts, self._replayed = [], [], [], Step(0)
         self._stalled_s = 0.0
         self._clear()
         return event

@@ -31,13 +31,14 @@ from orchestrator.worlds.lane import Lane
 from orchestrator.worlds.scrubbing import Scrubber
 from storage.address import open_store
 from storage.blob import BlobStore, Sweepable
-from storage.catalog import Catalog
+from storage.catalog import Catalog, Rejection
 from storage.commit import commit, newest_epoch
 from storage.errors import StorageError, StorageUnavailableError
 from storage.leases import Leases
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.retention import Ladder
 from storage.scrub import DAMAGES_TOLD, Examined
+from storage.verdicts import Trust
 from storage.wrappers import CountingStore, RetryingStore
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,14 @@ class Vault:
         """Delete nothing until a later generation than the present one commits."""
         self._guard.hold(self._generation)
 
-    def search(self, tell: Tell, number: int = 0, onsets: Sequence[Onset] = ()) -> None:
+    def search(
+        self,
+        tell: Tell,
+        number: int = 0,
+        onsets: Sequence[Onset] = (),
+        *,
+        graded: bool = False,
+    ) -> None:
         """Find the newest verified checkpoint; answered by CheckpointFound or SearchFailed.
 
         What came after a silent corruption is barred first, for good: also from whoever searches
@@ -112,6 +120,7 @@ class Vault:
             tell: takes the answer.
             number: of the search; its answer names it.
             onsets: of the corruptions that are known.
+            graded: whether one that is compute verified comes before newer ones that are not.
         """
         generation = self._generation
         going, earlier = self._guard.hold(generation), self._commits.latest()
@@ -123,7 +132,7 @@ class Vault:
         def work() -> None:
             try:
                 earlier.wait(self._limits.commit_s)
-                tell(self._look(generation, number, going, onsets))
+                tell(self._look(generation, number, going, onsets, graded=graded))
             finally:
                 self._searching.release()
 
@@ -202,10 +211,12 @@ class Vault:
         number: int,
         going: frozenset[_Where],
         onsets: Sequence[Onset],
+        *,
+        graded: bool,
     ) -> Event:
         try:
             bar(Catalog(self._store), onsets)
-            return self._find(generation, number, going)
+            return self._find(generation, number, going, graded=graded)
         except Exception as error:  # noqa: BLE001 - the same
             hint = getattr(error, "hint", type(error).__name__)
             again = isinstance(error, StorageError) and error.retryable
@@ -213,12 +224,19 @@ class Vault:
             return self._failed(generation, number, why, again=again)
 
     def _find(
-        self, generation: Generation, number: int, going: frozenset[_Where]
+        self, generation: Generation, number: int, going: frozenset[_Where], *, graded: bool
     ) -> CheckpointFound:
         name = self._run.metadata.name
         store = CountingStore(self._store)
         catalog = Catalog(store)
-        found, rejections = catalog.newest_verified(run_id=name)
+        found, rejections = None, list[Rejection]()
+        if graded:
+            found, rejections = catalog.newest_verified(
+                run_id=name, at_least=Trust.COMPUTE_VERIFIED
+            )
+        grade = Verdict.COMPUTE_VERIFIED if found is not None else None
+        if found is None:
+            found, rejections = catalog.newest_verified(run_id=name)
         if found is not None and (found.step, found.epoch) in going:
             # Every newer one was rejected, and this one was let go before anybody searched.
             raise StorageUnavailableError(f"{describe(found)} is just being deleted")
@@ -233,7 +251,9 @@ class Vault:
             step=Step(found.step) if found else None,
             epoch=Generation(found.epoch) if found else None,
             key=commit_key(found.step, found.epoch) if found else "",
-            rejected=tuple(f"step {r.step}, epoch {r.epoch}: {r.reason}" for r in rejections),
+            rejected=tuple(_words(r) for r in rejections if not r.sound),
+            grade=grade,
+            ungraded=tuple(_words(r) for r in rejections if r.sound),
             foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
             reads=store.reads,
             shards=found.shards if found else 0,
@@ -319,6 +339,10 @@ class Vault:
         swept = self._opened.sweep_old(LEFT_OVER_S)
         if swept:
             log.info("removed %d unfinished files of dead writers", len(swept))
+
+
+def _words(passed_over: Rejection) -> str:
+    return f"step {passed_over.step}, epoch {passed_over.epoch}: {passed_over.reason}"
 
 
 def bar(catalog: Catalog, onsets: Sequence[Onset]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core.decisions import JudgeCheckpoint
 from orchestrator.core.events import Reported
 from orchestrator.core.report import Report
 from orchestrator.protocol.messages import FaultCarriedOut
@@ -179,6 +180,23 @@ def test_a_node_that_missed_a_generation_comes_back_to_what_that_one_has_done(jo
     assert len(restored) == 4
     ((_, saved_by),) = set(restored)
     assert saved_by == 2
+
+
+def test_checkpoints_from_before_a_replay_that_came_out_well_are_compute_verified(
+    job: Start,
+) -> None:
+    options = {"steps": 60, "step_s": 0.02, "save_every": 5, "durable_every": 20}
+    one = job(trainer__options=options | {"replay_every": 15})
+
+    code, report = one.conduct()
+
+    assert code == 0
+    assert_whole(report)
+    judged = [d for entry in one.entries() for d in entry.decisions]
+    verdicts = [(d.step, d.verdict) for d in judged if isinstance(d, JudgeCheckpoint)]
+    assert verdicts == [(20, "compute-verified"), (40, "compute-verified")]
+    # Nothing was computed once more after the last step.
+    assert [c.step for c in report.checkpoints] == [20, 40, 60]
 
 
 def test_a_loss_of_all_memory_falls_back_to_the_durable_tier(job: Start) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.programs.doubted import AT, REPLICAS, WAYS, WRONG
+from tests.programs.doubted import AT, REPLICAS, STEPS, WAYS, WRONG
 from tests.programs.forked import found_by
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(150)]
@@ -31,10 +31,37 @@ def losses(found: Found, way: str) -> list[str]:
     return text
 
 
-@pytest.mark.parametrize("way", ["nothing stands out", "always replayed", "deterministic"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "nothing stands out",
+        "always replayed",
+        "always replayed, and nothing digested",
+        "deterministic",
+    ],
+)
 def test_looking_changes_no_bit_and_says_nothing_of_steps_as_usual(found: Found, way: str) -> None:
     assert losses(found, way) == losses(found, "nothing looks")
     assert [(r["again"], r["diverged_"], r["off"]) for r in found[way]] == [([], [], [])] * REPLICAS
+
+
+@pytest.mark.parametrize(
+    ("way", "steps"),
+    [
+        ("always replayed", range(2, STEPS + 1)),
+        ("always replayed, and nothing digested", range(2, STEPS + 1)),
+        # Thrown away in one of them, and come out the same then.
+        ("a little off once, and replayed", range(2, STEPS + 1)),
+        # None is due but the first, which is a test of itself.
+        ("nothing stands out", [2]),
+        ("other bits each time", []),
+        ("another processor", []),
+    ],
+)
+def test_ranks_say_in_which_steps_they_came_to_the_same_as_others(
+    found: Found, way: str, steps: Collection[int]
+) -> None:
+    assert [rank["replayed"] for rank in found[way]] == [list(steps)] * REPLICAS
 
 
 @pytest.mark.parametrize(

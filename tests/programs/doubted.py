@@ -6,7 +6,8 @@ A replica is SIZE ranks, that of the dimension CUT, or of each of several that a
 one that is wrong is in the first.
 
 Each rank leaves FOLDER/RANK.json: of each way, losses of all steps as exact text, which steps
-were looked at again, who was said to be wrong, and which detectors were said to be off.
+were looked at again, who was said to be wrong, which detectors were said to be off, and in which
+steps it said that what it computed for another rank came out the same.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.digests import Kind, Taken
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import RankPhase
 from tests.programs import forked
@@ -48,6 +50,7 @@ LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
 REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
 """They come in every step."""
 BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
+UNDIGESTED = runfile.Detection(digest_share=0.0, replay_share=1.0)
 INTERLEAVED = {"pipeline_schedule": "interleaved"}
 WAYS: dict[str, dict[str, Any]] = {
     "nothing looks": {"detection": BLIND},
@@ -68,6 +71,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "detection": BLIND,
     },
     "always replayed": {"detection": REPLAYING},
+    "always replayed, and nothing digested": {"detection": UNDIGESTED},
     "a little off once, and replayed": {
         "factor": 1.001,
         "ranks": {WRONG},
@@ -161,11 +165,17 @@ class Heard(Unheard):
         self.diverged_: list[Any] = []
         self.off: list[tuple[str, str]] = []
         self.thrown: list[tuple[int, str]] = []
+        self.replayed: list[int] = []
         self.waits = 0
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         if phase is RankPhase.WAITING:
             raise WaitsError
+
+    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
+        del digests
+        if taken.shift:
+            self.replayed.append(taken.step)
 
     def looked_again(self, step: int, *, because: str) -> None:
         self.again.append(step)

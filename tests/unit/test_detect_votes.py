@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from orchestrator.detect.votes import EVIDENCE_MAX, Votes, dissents, of_world, verdict
+from orchestrator.detect.votes import (
+    EVIDENCE_MAX,
+    Votes,
+    dissents,
+    of_world,
+    parting,
+    parts_of_world,
+    verdict,
+)
 from orchestrator.protocol.digests import Digests, Kind, Taken, column
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.layout import Layout
@@ -25,6 +33,32 @@ def rows(taken: Taken, *values: int, first: int = 0) -> Digests:
 def test_replicas_that_agree_have_nothing_to_say() -> None:
     assert dissents(votes(1, 2, 1, 2, 1, 2), LAYOUT) == []
     assert of_world(votes(1, 2, 1, 2, 1, 2), LAYOUT) == f"{3:016x}"
+
+
+def all_kinds(**changed: tuple[int, ...]) -> dict[Kind, Votes]:
+    """Digests of three replicas of two shards: 5 and 2^64 - 3 of every kind, but for these."""
+    usual = (5, 2**64 - 3) * 3
+    kinds = ("weights", "exp_avg", "exp_avg_sq", "gradient")
+    return {kind: np.array(changed.get(kind, usual), np.uint64) for kind in kinds}  # type: ignore[misc]
+
+
+def test_what_differs_of_a_step_is_told_by_kind_and_by_shard_if_it_is_one_alone() -> None:
+    right = parts_of_world(all_kinds(), LAYOUT)
+    one = all_kinds(exp_avg=(5, 7) * 3, gradient=(6, 7) * 3)
+
+    assert parting(right, right, LAYOUT) == {}
+    assert parting(right, parts_of_world(one, LAYOUT), LAYOUT) == {"exp_avg": (1,), "gradient": ()}
+    swapped = parts_of_world(all_kinds(weights=(2**64 - 3, 5) * 3), LAYOUT)
+    assert parting(swapped, right, LAYOUT) == {"weights": ()}
+
+
+def test_what_was_not_taken_or_is_not_known_of_all_shards_does_not_differ() -> None:
+    right = parts_of_world(all_kinds(), LAYOUT)
+    without = all_kinds()
+    del without["gradient"]
+
+    assert parting(right, parts_of_world(without, LAYOUT), LAYOUT) == {}
+    assert parts_of_world(all_kinds(weights=(5, 0) * 3), LAYOUT) == ""
 
 
 def test_two_of_three_name_the_third_with_its_node_and_what_each_had() -> None:
@@ -108,11 +142,27 @@ def test_a_step_is_compared_once_all_ranks_have_said_what_they_had() -> None:
     ballots.begin(Generation(1), LAYOUT, SEATS)
 
     ballots.take([rows(taken, 1, 2, 1)])
-    assert ballots.count() == ((), ())
+    assert ballots.count()[:2] == ((), ())
     ballots.take([rows(taken, 2, 1, 2, first=3)])
 
-    assert ballots.count() == (((3, f"{3:016x}"),), ())
-    assert ballots.count() == ((), ())
+    assert ballots.count()[:2] == (((3, f"{3:016x}"),), ())
+    assert ballots.count()[:2] == ((), ())
+
+
+def test_a_replay_counts_once_every_rank_has_said_that_its_own_came_out_the_same() -> None:
+    ballots = Ballots()
+    ballots.begin(Generation(1), LAYOUT, SEATS)
+    passed = Taken(step=Step(7), shift=2)
+    ballots.take([Digests(passed, tuple(map(Rank, range(5))), ("",) * 7)])
+    ballots.take([Digests(Taken(step=Step(9)), tuple(map(Rank, range(6))), ("",) * 7)])
+    assert ballots.count().replayed == 0
+
+    ballots.take([Digests(passed, (Rank(5),), ("",) * 7)])
+
+    assert ballots.count() == ((), (), (), 7)
+    for _ in range(PATIENCE + 2):
+        ballots.take([Digests(Taken(step=Step(11), shift=2), (Rank(0),), ("",) * 7)])
+        assert ballots.count().replayed == 0
 
 
 def test_a_divergence_is_told_once_though_every_later_step_shows_it() -> None:
@@ -121,7 +171,7 @@ def test_a_divergence_is_told_once_though_every_later_step_shows_it() -> None:
 
     for step in (3, 4):
         ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 1, 9)])
-    states, diverged = ballots.count()
+    states, diverged, *_ = ballots.count()
 
     assert states == ()
     assert [fact.step for fact in diverged] == [2]
@@ -133,13 +183,13 @@ def test_a_step_is_compared_without_who_said_nothing_of_it_for_some_beats() -> N
 
     ballots.take([rows(taken, 1, 2, 1, 2, 8)])
     for _ in range(PATIENCE):
-        assert ballots.count(look=False) == ((), ())
-        assert ballots.count() == ((), ())
-    _, diverged = ballots.count()
+        assert ballots.count(look=False)[:2] == ((), ())
+        assert ballots.count()[:2] == ((), ())
+    _, diverged, *_ = ballots.count()
 
     assert [fact.ranks for fact in diverged] == [(4,)]
     ballots.take([rows(taken, 7, first=5)])
-    assert [ballots.count() for _ in range(PATIENCE + 2)] == [((), ())] * (PATIENCE + 2)
+    assert [ballots.count()[:2] for _ in range(PATIENCE + 2)] == [((), ())] * (PATIENCE + 2)
 
 
 def test_however_many_steps_come_with_one_beat_all_are_compared_by_all_ranks() -> None:
@@ -148,7 +198,7 @@ def test_however_many_steps_come_with_one_beat_all_are_compared_by_all_ranks() -
     taken = [Taken(step=Step(step)) for step in range(200)]
 
     ballots.take([rows(one, 1, 2, 1, 2) for one in taken])
-    assert ballots.count(look=False) == ((), ())
+    assert ballots.count(look=False)[:2] == ((), ())
     ballots.take([rows(one, 1, 2, first=4) for one in taken])
 
     assert len(ballots.count().states) == 200
@@ -160,7 +210,7 @@ def test_no_more_steps_wait_than_there_is_memory_for() -> None:
     ballots.pending_max = 2
 
     ballots.take([rows(Taken(step=Step(step)), 1, 2, 1, 2, 8) for step in range(3)])
-    _, diverged = ballots.count(look=False)
+    _, diverged, *_ = ballots.count(look=False)
 
     assert [fact.since for fact in diverged] == [0]
 

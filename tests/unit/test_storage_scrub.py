@@ -46,6 +46,15 @@ def test_every_chunk_that_is_damaged_is_named_not_only_the_first() -> None:
         assert str(damage).startswith("expected xxh3-128 ")
 
 
+def test_what_computed_right_was_not_read_back_for_that() -> None:
+    store = MemoryStore()
+    committed(store, 10)
+    Catalog(store).judge(10, 1, Trust.COMPUTE_VERIFIED.kind, "replayed")
+
+    assert [one.step for one in scrub_all(Catalog(store))] == [10]
+    assert list(scrub_all(Catalog(store))) == []
+
+
 BODY, INDEX = body_key(10, 1, 0), index_key(10, 1, 0)
 
 

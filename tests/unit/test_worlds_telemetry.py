@@ -46,6 +46,26 @@ def test_two_nodes_fill_their_own_ranks_and_the_rest_stays_unknown() -> None:
     assert event.heard == ("n0",)
 
 
+def test_a_replay_is_told_once_and_not_of_an_older_generation() -> None:
+    columns = started()
+    columns.ballots.begin(Generation(1), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
+    passed = Digests(Taken(step=Step(9), shift=1), tuple(map(Rank, range(4))), ("",) * 7)
+
+    def told() -> list[int]:
+        columns.take(NodeId("n0"), beat((0, 1, 2, 3)))
+        assert list(columns.compared(Seconds(1.0))) == []
+        return [event.replayed for event in [columns.telemetry(Seconds(1.0))] if event]
+
+    columns.take(NodeId("n0"), beat((0, 1, 2, 3), digests=(passed,)))
+    assert told() == [9]
+    assert told() == [0]
+    columns.take(NodeId("n0"), beat((0, 1, 2, 3), digests=(passed,)))
+    columns.begin(Generation(2), Step(0), 4)
+    columns.ballots.begin(Generation(2), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
+    columns.take(NodeId("n0"), beat((0, 1, 2, 3), digests=(passed,)))
+    assert told() == [0]
+
+
 def test_ranks_that_are_not_in_a_row_have_their_own_places_as_well() -> None:
     columns = started()
 

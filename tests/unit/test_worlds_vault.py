@@ -18,8 +18,10 @@ from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
+from storage import verdicts
 from storage.errors import StorageRefusedError
 from storage.manifest import COMMITS, VERDICTS, commit_key
+from storage.verdicts import Trust
 from tests.conftest import Cluster
 from tests.vaults import LAYOUT, WITHIN_S, Gate, Tier
 
@@ -71,6 +73,28 @@ def test_what_came_after_a_silent_corruption_is_barred_for_good_and_not_deleted(
     assert tier.search(vault, onsets).step == 70
     assert tier.store.keys(VERDICTS) == verdicts
     assert commit_key(80, 1) in tier.store.keys(COMMITS)
+
+
+def test_what_is_compute_verified_comes_before_what_is_newer_if_that_is_asked_for(
+    tier: Tier,
+) -> None:
+    vault = tier.open()
+    for step in (40, 60, 80):
+        tier.commit(vault, step, epoch=1)
+    assert tier.search(vault, graded=True).grade is None
+    for step in (40, 60):
+        verdicts.add(tier.store, step, 1, Trust.COMPUTE_VERIFIED.kind, "replayed")
+
+    found = tier.search(vault, graded=True)
+    assert (found.step, found.grade, found.rejected) == (60, "compute-verified", ())
+    assert found.ungraded == ("step 80, epoch 1: written, expected compute verified",)
+
+    verdicts.add(tier.store, 60, 1, verdicts.QUARANTINED, "by hand")
+    found = tier.search(vault, graded=True)
+    assert (found.step, found.grade) == (40, "compute-verified")
+    assert found.rejected == ("step 60, epoch 1: quarantined: by hand",)
+    found = tier.search(vault)
+    assert (found.step, found.grade) == (80, None)
 
 
 def test_a_search_tells_how_many_shards_a_checkpoint_has_and_who_asked(tier: Tier) -> None:

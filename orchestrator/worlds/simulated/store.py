@@ -12,7 +12,7 @@ from orchestrator.core.events import (
     CommitFailed,
     SearchFailed,
 )
-from orchestrator.core.trust import Onset, why_not
+from orchestrator.core.trust import Onset, Verdict, why_not
 from orchestrator.protocol import runfile
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from storage.manifest import commit_key
@@ -103,6 +103,11 @@ class SimStore:
         else:
             self.barred.setdefault(key, order.reason)
 
+    def bar(self, step: Step, reason: str) -> None:
+        """Have nobody resume from the checkpoints of a step any more."""
+        keys = [stored.key for stored in self._commits.values() if stored.step == step]
+        self.barred |= dict.fromkeys(keys, reason)
+
     def _retain(self, newest: Stored) -> None:
         """Delete what need not be kept, by the rule of `storage.catalog`.
 
@@ -127,33 +132,51 @@ class SimStore:
         return max(known, Trust.BYTES_VERIFIED)
 
     def search(
-        self, number: int, at: Seconds, onsets: Sequence[Onset] = ()
+        self, number: int, at: Seconds, onsets: Sequence[Onset] = (), *, graded: bool = False
     ) -> CheckpointFound | SearchFailed:
         """Return the newest sound checkpoint, and what was passed over, to whoever asked.
 
-        What came after a silent corruption is barred first, for good.
+        What came after a silent corruption is barred first, for good. If that is asked for, what is
+        compute verified comes before what is newer.
         """
         if self.down:
             return SearchFailed(at=at, reason=OUTAGE, again=True, number=number)
         for stored in self._commits.values():
             if why := why_not(onsets, stored.step, stored.epoch):
                 self.barred[stored.key] = why
-        rejected = []
-        found = None
-        for stored in sorted(self._commits.values(), reverse=True):
-            why = self.barred.get(stored.key) or "digest differs" * (stored.key in self.corrupt)
-            if not why:
-                found = stored
-                break
-            rejected.append(f"step {stored.step}, epoch {stored.epoch}: {why}")
+        found = rejected = ungraded = None
+        if graded:
+            found, rejected, ungraded = self._newest(Trust.COMPUTE_VERIFIED)
+        grade = Verdict.COMPUTE_VERIFIED if found is not None else None
+        if found is None:
+            found, rejected, ungraded = self._newest(Trust.WRITTEN)
         return CheckpointFound(
             at=at,
             step=found.step if found else None,
             epoch=found.epoch if found else None,
             key=found.key if found else "",
-            rejected=tuple(rejected),
+            rejected=tuple(rejected or ()),
+            grade=grade,
+            ungraded=tuple(ungraded or ()),
             reads=1 + len(self._commits),
             shards=found.shards if found else 0,
             epoch_seen=self._epoch_seen,
             number=number,
         )
+
+    def _newest(self, at_least: Trust) -> tuple[Stored | None, list[str], list[str]]:
+        """Return the newest one that may be taken; what is wrong with newer ones, or lacking."""
+        rejected: list[str] = []
+        ungraded: list[str] = []
+        for stored in sorted(self._commits.values(), reverse=True):
+            name = f"step {stored.step}, epoch {stored.epoch}"
+            trust = self._trust.get(stored.key, Trust.WRITTEN)
+            if why := self.barred.get(stored.key):
+                rejected.append(f"{name}: {why}")
+            elif trust < at_least:
+                ungraded.append(f"{name}: {trust.words}, expected {at_least.words}")
+            elif stored.key in self.corrupt:
+                rejected.append(f"{name}: digest differs")
+            else:
+                return stored, rejected, ungraded
+        return None, rejected, ungraded

@@ -39,6 +39,8 @@ class News(NamedTuple):
     watched_s: float
     compute_s: tuple[float, ...]
     """Seconds of a step that each rank computes; one number for all of them, if it is the same."""
+    replayed: Step
+    """As `Telemetry` has it."""
 
 
 class _Columns(NamedTuple):
@@ -87,6 +89,7 @@ def telemetry(team: Team | None, at: Seconds, news: News, told: Told) -> Telemet
         reports=news.reports,
         since_step_s=news.since_step_s,
         watched_s=news.watched_s,
+        replayed=news.replayed,
     )
 
 

@@ -45,7 +45,6 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
-from orchestrator.core.trust import Onset
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.policy.switches import PLANNED_SWAP, STRAGGLER_SWAP
 from orchestrator.protocol.cadence import Cadence
@@ -98,6 +97,8 @@ class SimulatedWorld:
         jitter: by which share times differ between nodes; 0 for not at all, and for speed.
         flaws: what is wrong with the job itself; default nothing.
         look_every_s: seconds between two looks while nothing is amiss; default once a beat.
+        replay_every: steps between two in which ranks compute each other's last micro-batches once
+            more; default they never do.
 
     Attributes:
         cluster: the machines.
@@ -118,6 +119,7 @@ class SimulatedWorld:
         jitter: float = 0.0,
         flaws: Flaws | None = None,
         look_every_s: float = 0.0,
+        replay_every: int = 0,
     ) -> None:
         nodes = run.spec.nodes
         names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
@@ -134,6 +136,7 @@ class SimulatedWorld:
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
         self._reported, self._told = Step(0), Told()
+        self._replay_every = replay_every
         self._looks = Looks(self.cluster, timeouts, look_every_s, run)
         self._step_s = profile.step.value
         self._compute_s: tuple[float, ...] = (0.0,)
@@ -204,14 +207,15 @@ class SimulatedWorld:
             case SetCadence(generation=generation, node=node, cadence=cadence):
                 change = partial(self._save_every, generation=generation, cadence=cadence)
                 cluster.send([cluster.nodes[node]], change)
-            case SearchCheckpoints(number=number, onsets=onsets):
-                cluster.later(self._profile.search, partial(self._search, number, onsets))
+            case SearchCheckpoints():
+                cluster.later(self._profile.search, partial(self._search, decision))
             case CommitCheckpoint():
                 cluster.later(self._profile.commit, partial(self._commit, decision))
             case AbandonCheckpoint():
                 pass
             case JudgeCheckpoint():
-                cluster.later(self._profile.commit, partial(self._judge, decision))
+                # Nobody waits for it, so nothing is drawn: a run comes out the same without.
+                cluster.agenda.after(self._profile.commit.value, partial(self._judge, decision))
             case CarryOutFault(index=index, node=node):
                 cluster.later(self._profile.order, partial(self.breaking.carry_out, index, node))
             case ProbeRanks():
@@ -350,8 +354,19 @@ class SimulatedWorld:
         stall_s = saves * self._profile.stall.value
         trains = team is not None and team.training
         compute_s = self._compute_s if trains else (0.0,)
-        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s(), compute_s)
+        replayed = self._replayed(reports)
+        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s(), compute_s, replayed)
         return telemetry(team, self.now, news, self._told)
+
+    def _replayed(self, reports: Sequence[StepReport]) -> Step:
+        """Return the newest of some steps in which there was a replay; 0 if there was none.
+
+        It comes out well until somebody tells that it did not: what errs at times mostly does not.
+        """
+        if not reports or not self._replay_every:
+            return Step(0)
+        newest = reports[-1].step // self._replay_every * self._replay_every
+        return Step(newest if newest >= reports[0].step else 0)
 
     def _reports(self, first: int, last: Step) -> tuple[StepReport, ...]:
         """Return what there is to tell of steps, both ends included."""
@@ -494,8 +509,11 @@ class SimulatedWorld:
     def _commit(self, order: CommitCheckpoint) -> None:
         self.cluster.emit(self.cluster.store.commit(order, self._generation, self.now))
 
-    def _search(self, number: int, onsets: Sequence[Onset]) -> None:
-        self.cluster.emit(self.cluster.store.search(number, self.now, onsets))
+    def _search(self, order: SearchCheckpoints) -> None:
+        found = self.cluster.store.search(
+            order.number, self.now, order.onsets, graded=order.graded is True
+        )
+        self.cluster.emit(found)
 
     # What holds it up -----------------------------------------------------------------------------
 

@@ -12,7 +12,15 @@ from orchestrator.agent.gauges import Gauges
 from orchestrator.agent.identity import Identity, blamed
 from orchestrator.agent.kernel import KernelLog
 from orchestrator.agent.nvml import Nvml
-from orchestrator.agent.signals import Judge, NoDevicesError, Probe, read_table
+from orchestrator.agent.signals import (
+    BadTableError,
+    Judge,
+    NoDevicesError,
+    Probe,
+    Signal,
+    overridden,
+    read_table,
+)
 from orchestrator.agent.sysfs import Sysfs
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.protocol.agent import AgentConfig
@@ -63,7 +71,8 @@ class Hardware:
     ) -> None:
         self._gpus, self._identity, self._say = gpus, identity, say
         devices = own_devices(gpus, (config.work, config.logs))
-        self._judge = Judge(read_table(), devices, shared=config.kernel_shared)
+        table, self._untabled = _table(config.signals)
+        self._judge = Judge(table, devices, shared=config.kernel_shared)
         self._kernel = KernelLog(Path(config.kernel_log), self._judge)
         if probes is None:
             probes = _probes(config, gpus, devices, listens=bool(self._kernel.degraded))
@@ -94,7 +103,7 @@ class Hardware:
             )
             for symptom in self._judge.symptoms(now)[:SYMPTOMS_MAX]
         )
-        unread = self._gauges.blind()
+        unread = (*self._untabled, *self._gauges.blind())
         if self._kernel.degraded:
             unread = (f"kernel's log: {self._kernel.degraded}", *unread)
         ailing = NodeAiling(symptoms=symptoms, unread=unread)
@@ -106,6 +115,19 @@ class Hardware:
         """Read nothing any more."""
         self._kernel.close()
         self._gauges.close()
+
+
+def _table(file: str) -> tuple[tuple[Signal, ...], tuple[str, ...]]:
+    """Return the table, with entries of a file in place of ours, and why not if they are not."""
+    ours = read_table()
+    if not file:
+        return ours, ()
+    try:
+        return overridden(ours, read_table(Path(file))), ()
+    except (BadTableError, OSError) as error:
+        # The run was started with it, so it was one then. Ours is better than none.
+        log.error("the table of signals is ours: %s", error)  # noqa: TRY400 - names the file
+        return ours, (f"table of signals: {error}",)
 
 
 def _probes(config: AgentConfig, gpus: Gpus, devices: Devices, *, listens: bool) -> list[Probe]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from orchestrator.agent.signals import BadTableError, read_table
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.follow import Follower
 from orchestrator.core.state import RunState
@@ -24,6 +25,7 @@ from storage.commit import latest_commit
 from storage.errors import StorageError, UnsupportedUriError
 
 LEDGER = "spec.recovery.deviceLedger"
+SIGNALS = "spec.detection.signals"
 LEDGER_S = 5.0
 """For so long it is waited for to take a verdict."""
 TOKEN_BYTES = 32
@@ -70,6 +72,7 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
         _require_store(run.spec.checkpoint.uri, "spec.checkpoint.uri", "checkpoints")
     if run.spec.recovery.device_ledger is not None:
         _opened(run.spec.recovery.device_ledger, LEDGER)
+    _keep_signals(folder, run.spec.detection.signals)
     _write(folder.run_file, msgspec.json.encode(run))
     if plan is None:
         folder.plan_file.unlink(missing_ok=True)
@@ -81,6 +84,21 @@ def _fill(folder: RunFolder, run: TrainingRun, plan: FaultPlan | None) -> None:
     folder.stop_request.unlink(missing_ok=True)
     for path in folder.requests.glob("*"):
         path.unlink()  # of a former life; its controllers are gone
+
+
+def _keep_signals(folder: RunFolder, file: str | None) -> None:
+    """Have agents find what is different in the table of signals, whatever becomes of the file."""
+    if file is None:
+        folder.signals.unlink(missing_ok=True)
+        return
+    try:
+        read_table(Path(file))
+        _write(folder.signals, Path(file).read_bytes())
+    except BadTableError as error:
+        raise CliError(f"{SIGNALS}: {error}", error.hint, Exit.USAGE) from error
+    except OSError as error:
+        hint = BadTableError.hint
+        raise CliError(f"{SIGNALS}: {error.strerror}: {file}", hint, Exit.USAGE) from error
 
 
 def _require_ours(folder: RunFolder) -> None:

@@ -46,6 +46,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     the same reason the machine's identity is none of a node's: its name belongs to it."""
     serial: str = ""
     """Of this node's machine, if whoever started the agent states it (spec.nodes.serials)."""
+    signals: str = ""
+    """File with entries of a table of signals that take the place of ours; "" for none."""
     host: str = "127.0.0.1"
     """Address on which other nodes reach this one."""
 

@@ -281,6 +281,10 @@ class Detection(_Section, frozen=True, kw_only=True):
     """About which part of a step's time goes into computing other ranks' micro-batches once more:
     with less, or if they are seen to take more, it is done more rarely. 0: never; 1: in every step,
     whatever it takes. Of the embedded trainer on CPUs, without pp."""
+    signals: str | None = None
+    """A file whose entries take the place of those of the same name in the table that says what
+    follows from what hardware says of itself (orchestrator/agent/signals.yaml), code by code where
+    they have codes, or are added to it. It is read when the run is started."""
 
 
 class Recovery(_Section, frozen=True, kw_only=True):

@@ -55,6 +55,8 @@ class RunFolder:
         """`EvaluationLine` for each evaluation, by the same."""
         self.nodes = self.root / "nodes"
         self.checkpoints = self.root / "checkpoints"
+        self.signals = self.root / "signals.yaml"
+        """What is different in the table of signals of this run (spec.detection.signals)."""
         self.devices = self.root / "devices"
         """Verdicts about devices, of a run with a fault plan (worlds.devices)."""
 

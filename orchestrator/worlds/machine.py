@@ -189,6 +189,7 @@ class Machine:
             # All nodes are this one machine: a line of its kernel would take out every one of them.
             kernel_shared=True,
             serial=self._run.spec.nodes.serials.get(node, ""),
+            signals="" if self._run.spec.detection.signals is None else str(self._folder.signals),
         )
 
     def close(self) -> None:

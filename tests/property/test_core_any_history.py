@@ -22,9 +22,10 @@ from orchestrator.core.facts import world_mark
 from orchestrator.core.ledger import Bucket, Ledger
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol import messages
-from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Step
+from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Serial, Step
 from orchestrator.protocol.messages import (
     FailedCopy,
+    NodeAiling,
     NodeUnusable,
     PreparationFailed,
     RanksTroubled,
@@ -32,6 +33,7 @@ from orchestrator.protocol.messages import (
     RendezvousOffered,
     ShardsWritten,
     StateDiverged,
+    Symptom,
 )
 from tests.conftest import Cluster
 
@@ -67,6 +69,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("silent"), NODES, st.integers(1, 80)),
     st.tuples(st.just("drain"), NODES, st.none() | st.floats(0, 100)),
     st.tuples(st.just("uncordon"), NODES),
+    st.tuples(st.just("ail"), NODES, st.dictionaries(st.sampled_from("ab"), st.booleans())),
     st.tuples(
         st.just("diverge"),
         st.none() | st.integers(0, 30),
@@ -157,6 +160,12 @@ def act(cluster: Any, action: tuple[Any, ...]) -> None:  # noqa: C901, PLR0912, 
             )
         case ("uncordon", node):
             cluster.tell(DrainCancelled(at=cluster.at(), nodes=(NodeId(node),), by="ann"))
+        case ("ail", node, told) if node in state.nodes:
+            symptoms = tuple(
+                Symptom(name=name, device="x", serial=Serial(""), drain=drain, words=name)
+                for name, drain in sorted(told.items())
+            )
+            cluster.say(node, NodeAiling(symptoms=symptoms))
         case ("diverge", since, nodes, proven, ago) if "node-0" in state.nodes:
             cluster.say(
                 "node-0",

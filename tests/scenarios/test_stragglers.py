@@ -9,8 +9,8 @@ from orchestrator.core.events import Telemetry
 from orchestrator.core.incident import Cause, Incident
 from orchestrator.core.phases import RunPhase
 from orchestrator.policy import stragglers
-from orchestrator.protocol.ids import NodeId, Rank, Step
-from orchestrator.protocol.messages import RankProbed, StepReport
+from orchestrator.protocol.ids import NodeId, Rank, Serial, Step
+from orchestrator.protocol.messages import NodeAiling, RankProbed, StepReport, Symptom
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import Speed
 
@@ -264,3 +264,21 @@ def test_a_detector_of_stragglers_that_raises_is_switched_off_and_training_goes_
 
     assert cluster.controller.disabled == {"straggler": "ZeroDivisionError: division by zero"}
     assert cluster.state.incidents == []
+
+
+def test_what_the_hardware_of_a_slow_node_says_stands_beside_the_verdict_and_changes_none(
+    cluster: Any,
+) -> None:
+    order = suspected(cluster)
+    words = "gpu-throttled of 0000:3b:00: its clocks are held down since it is hot"
+    hot = Symptom(
+        name="gpu-throttled", device="0000:3b:00", serial=Serial("GPU-1"), drain=False, words=words
+    )
+
+    cluster.say(order.nodes[0], NodeAiling(symptoms=(hot,)))
+    answer(cluster, order, 1.0)
+
+    incident = cluster.state.incidents[-1]
+    assert incident.cause is Cause.SOFTWARE
+    assert f"its hardware says: {words}" in incident.reason
+    assert f"hardware of {order.nodes[0]}: {words}" in [note.text for note in incident.timeline]

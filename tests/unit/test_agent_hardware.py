@@ -159,3 +159,14 @@ def test_what_is_told_fits_into_a_message(tmp_path: Path) -> None:
 
     assert len(msgspec.json.encode(told.facts[-1])) < 2000
     assert [s.name for s in told.facts[-1].symptoms] == ["gpu-hot", "gpu-slowdown", "gpu-throttled"]
+
+
+def test_a_table_that_is_damaged_by_now_is_told_of_and_ours_counts(tmp_path: Path) -> None:
+    table = tmp_path / "signals.yaml"
+    table.write_text("signals: [", encoding="utf-8")
+    told = Told(tmp_path, Nvml(Recorded("remap-failed")), signals=str(table))
+
+    told.look(3 * ONCE)
+
+    assert told.facts[0].unread[0].startswith("table of signals: no table of signals: ")
+    assert isinstance(told.facts[1], NodeUnusable)

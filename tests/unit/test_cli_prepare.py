@@ -20,6 +20,7 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import inheritance
 from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder, former_journals
 from storage.manifest import commit_key
+from tests import runfiles
 from tests.conftest import RUN, Cluster
 from tests.journals import commit, killed_rank, succeeded, text, write
 
@@ -304,3 +305,37 @@ def test_a_journal_is_put_aside_behind_all_others_whatever_became_of_those(
             "journal.10",
             "journal.2",
         ]
+
+
+def test_a_table_of_signals_goes_along_with_the_run_whatever_becomes_of_its_file(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "ours.yaml"
+    table = "signals: [{name: fan, pattern: fan, text: fan}]"
+    file.write_text(table, encoding="utf-8")
+    asked = runfiles.text(detection={"signals": str(file)})
+    with prepared(tmp_path / "run", text=asked) as folder:
+        assert folder.signals.read_text(encoding="utf-8") == table
+
+    with prepared(tmp_path / "other", text=runfiles.text()) as folder:
+        assert not folder.signals.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (None, "spec.detection.signals: No such file or directory: "),
+        ("signals: [{name: x, pattern: '('}]", "spec.detection.signals: no table of signals: "),
+    ],
+)
+def test_a_table_of_signals_that_is_none_is_refused(
+    tmp_path: Path, table: str | None, says: str
+) -> None:
+    file = tmp_path / "ours.yaml"
+    if table is not None:
+        file.write_text(table, encoding="utf-8")
+
+    error = refused(tmp_path / "run", text=runfiles.text(detection={"signals": str(file)}))
+
+    assert str(error).startswith(says)
+    assert error.code is Exit.USAGE

@@ -28,6 +28,7 @@ from orchestrator.protocol.messages import (
     MARKS,
     PROTOCOL_VERSION,
     Fact,
+    GroupCounts,
     Holding,
     Joined,
     RankExited,
@@ -181,13 +182,21 @@ class Cluster:
         report: bool = False,
         heard: tuple[str, ...] | None = None,
         loss: float = 2.0,
+        seconds: float = 0.1,
         digests: tuple[tuple[Step, str], ...] = (),
         replayed: int = 0,
+        groups: tuple[GroupCounts, ...] = (),
     ) -> list[Decision]:
         """Telemetry of all ranks; those not `moving` show no sign of life."""
         world = len(self.state.seats) or self.run.world_size
         self.progress += 1
         known = self.state.fleet.progress_R
+        entered = [0] * world if groups else [-1]
+        left = list(entered)
+        for row in groups:
+            for rank, came, went in zip(row.ranks, row.entered, row.left, strict=True):
+                entered[rank] += came
+                left[rank] += went
         return self.tell(
             Telemetry(
                 at=self.at(),
@@ -199,9 +208,12 @@ class Cluster:
                 states=states or "S" * world,
                 cpu_s=(0.0,) * world,
                 stall_s=0.0,
-                reports=(StepReport(Step(step), loss, 1.0, 100, 0.1),) if report else (),
+                reports=(StepReport(Step(step), loss, 1.0, 100, seconds),) if report else (),
                 digests=digests,
                 replayed=Step(replayed),
+                entered=tuple(entered),
+                left=tuple(left),
+                groups=groups,
             )
         )
 

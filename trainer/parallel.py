@@ -30,9 +30,10 @@ from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from orchestrator.protocol import runfile
+from orchestrator.protocol.groups import ALL, connection, name_of
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
-from trainer import pairs
+from trainer import groups, pairs, waiting
 from trainer.abandoned import Abandoned
 from trainer.shares import Place
 
@@ -73,6 +74,7 @@ class World:
         replica: which copy of the model this rank works on.
         shard: which of `shards` parts of that copy is its own.
         place: where this rank stands among those that train on different data.
+        groups: names of the groups in which it waits for others, but for that of all ranks.
     """
 
     def __init__(self, rank: int, layout: Layout, device: torch.device) -> None:
@@ -83,6 +85,7 @@ class World:
         self.place = Place(self.replica, layout.dp_replicate, at.dp_shard, layout.dp_shard)
         self.mesh: DeviceMesh | None = None
         self.context: dist.ProcessGroup | None = None
+        self.groups: list[str] = []
         self._store: Store | None = None
         self._others = _sockets()
         self._broken, self._left = threading.Event(), threading.Event()
@@ -120,8 +123,36 @@ class World:
             # Not a dimension of the mesh: weights are sharded over dpShard and cp as over one.
             rows = ranks.view(-1, layout.cp, layout.tp).transpose(1, 2).reshape(-1, layout.cp)
             # Everybody makes all groups, or ranks count them differently.
-            groups = {tuple(members): dist.new_group(members) for members in rows.tolist()}
-            self.context = next(g for members, g in groups.items() if self.rank in members)
+            made = {tuple(members): dist.new_group(members) for members in rows.tolist()}
+            self.context = next(g for members, g in made.items() if self.rank in members)
+        self.groups = list(self._call_groups(names))
+
+    def _call_groups(self, names: tuple[str, ...]) -> Iterator[str]:
+        """Have waits in each group be counted apart; yield what they are called."""
+        assert self.mesh is not None
+        assert dist.group.WORLD is not None
+        groups.call(dist.group.WORLD, ALL)
+        called = {name.partition("@")[0]: self.mesh[name].get_group() for name in names}
+        if self.context is not None:
+            called["cp"] = self.context
+        for kind, group in called.items():
+            if group.size() == 1:
+                continue  # nobody is waited for
+            members = dist.get_process_group_ranks(group)
+            links: dict[tuple[str, int], str] = {}
+            if kind == "pp":
+                for place, other in enumerate(members):
+                    links["send", place] = connection(kind, self.rank, other)
+                    links["recv", place] = connection(kind, other, self.rank)
+            name = name_of(kind, members)
+            groups.call(group, name, links)
+            yield name
+            # Stages tell their neighbours only, of which the first and the last one may be, too.
+            at = group.rank()
+            for place in dict.fromkeys(((at - 1) % group.size(), (at + 1) % group.size())):
+                yield from (links[way, place] for way in ("send", "recv") if links)
+            if kind in ("tp", "cp") and self.device.type == "cpu":
+                groups.wait_in_python(group)
 
     @property
     def twins(self) -> dist.ProcessGroup:
@@ -182,6 +213,7 @@ class World:
             dist.destroy_process_group()
         else:
             _forget_half_formed()
+        groups.forget()
         mesh, self.mesh = self.mesh, None
         if mesh is not None:
             _forget_groups(mesh)
@@ -219,6 +251,8 @@ def form(worker: Worker, seat: Seat, job: runfile.Trainer, layout: Layout) -> It
         Aborted: if this rank was told to leave.
         MisconfiguredError: if there is no such device.
     """
+    # Nobody counts before the first step: a process that is new would have counted less by then.
+    waiting.count().counter = None
     world = World(seat.rank, layout, device_of(job.device, seat.local_rank))
     worker.on_abort(world.break_out)
     try:
@@ -260,6 +294,7 @@ def alone(store: Store | None = None, device: str = "cpu") -> Iterator[World]:
         mesh, world.mesh = world.mesh, None
         world.close()
         dist.destroy_process_group()
+        groups.forget()
         if mesh is not None:
             _forget_groups(mesh)
 

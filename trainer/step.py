@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.digests import SHARED, Kind, Taken
+from orchestrator.protocol.groups import ALL
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
@@ -43,10 +44,10 @@ class Reporter(Protocol):
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Hear what the rank does from now on."""
 
-    def entered_collective(self) -> None:
-        """Count a collective that this rank waits in from now on."""
+    def entered_collective(self, group: str | None = ALL) -> None:
+        """Count a collective of a group that this rank waits in from now on."""
 
-    def left_collective(self) -> None:
+    def left_collective(self, group: str | None = ALL) -> None:
         """Count a collective that is over."""
 
     def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
@@ -129,10 +130,10 @@ class Unheard:
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Ignore it."""
 
-    def entered_collective(self) -> None:
+    def entered_collective(self, group: str | None = ALL) -> None:
         """Ignore it."""
 
-    def left_collective(self) -> None:
+    def left_collective(self, group: str | None = ALL) -> None:
         """Ignore it."""
 
     def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:

@@ -43,6 +43,7 @@ def train(worker: Worker, seat: Seat) -> None:
         open_log(seat, job.trainer, world.device) as note,
     ):
         kernels.keep_in(seat.cache_dir)
+        worker.in_groups(world.groups)
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
         feed = Feed(job, seat.cache_dir, worker.check)

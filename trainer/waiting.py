@@ -11,14 +11,17 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from orchestrator.protocol.groups import ALL
+from trainer import groups
+
 
 class Counter(Protocol):
     """Who counts collectives."""
 
-    def entered_collective(self) -> None:
-        """Count one that is entered."""
+    def entered_collective(self, group: str | None = ALL) -> None:
+        """Count one that is entered, of the group of that name."""
 
-    def left_collective(self) -> None:
+    def left_collective(self, group: str | None = ALL) -> None:
         """Count one that is left."""
 
 
@@ -43,13 +46,13 @@ class Waited:
         if self._on is not work:
             self._on = work
             if self.counter is not None:
-                self.counter.entered_collective()
+                self.counter.entered_collective(groups.of(work))
 
     def leave(self) -> None:
         """Leave the collective that was entered."""
-        self._on = None
-        if self.counter is not None:
-            self.counter.left_collective()
+        work, self._on = self._on, None
+        if self.counter is not None and work is not None:
+            self.counter.left_collective(groups.of(work))
 
 
 _waited = Waited()
@@ -72,7 +75,7 @@ def count() -> Waited:
     """Count waits for all collectives of this process from now on; return the count.
 
     Sharding, pipelines and whoever calls `torch.distributed` wait here, and only here: there is no
-    other place to count all of them.
+    other place to count all of them. So do layers that are cut (`groups.wait_in_python`).
     """
     dist.Work.wait = _timed  # type: ignore[assignment, method-assign]
     return _waited

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterable
+from statistics import median
 
 from orchestrator.protocol.digests import Digests, Taken, column
 from orchestrator.protocol.ids import Generation, Rank, Step
@@ -33,6 +34,8 @@ from orchestrator.protocol.messages import (
 FACTS_MAX = 256
 """Facts of one generation that are kept; beyond that the oldest give way."""
 REPORTS_MAX = 16_384
+PACE = 9
+"""Of how many of the newest steps the median is how long one takes."""
 DIGESTS_MAX = 512
 """Steps of which digests are kept while there is nobody to send them to."""
 CLEARED, SEATED, FORMED = MARKS.index("cleared"), MARKS.index("seated"), MARKS.index("formed")
@@ -70,6 +73,8 @@ class Account:
         self._known = Step(0)
         self._unsent = 0
         """How many of the newest reports have not been sent on this connection."""
+        self.stood: dict[Rank, int] = {}
+        """Where ranks stood still when it was said on this connection: their signs of life."""
 
     # Marks --------------------------------------------------------------------------------------
 
@@ -147,6 +152,7 @@ class Account:
         """Take note that the controller has the steps up to `known`; all beyond are not sent."""
         self.confirm(known)
         self._unsent = sum(report.step > known for report in self._reports)
+        self.stood = {}
 
     def confirm(self, known: Step) -> None:
         """Take note that the controller has the steps up to `known`."""
@@ -161,6 +167,11 @@ class Account:
         missing = (report.step for report in self._reports if report.step > self._known)
         first = min(missing, default=None)
         return tuple(h for h in holdings if first is None or h.step < first)
+
+    def step_s(self) -> float:
+        """Return how long a step takes: the median of the newest ones, 0 before the first."""
+        newest = [self._reports[-n].seconds for n in range(1, min(len(self._reports), PACE) + 1)]
+        return median(newest) if newest else 0.0
 
     def unsent(self) -> tuple[StepReport, ...]:
         """Return the reports that have not been sent on this connection; from now on they have."""

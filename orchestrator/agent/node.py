@@ -56,7 +56,7 @@ from orchestrator.protocol.rank import (
     JobAhead,
     SlotFreed,
 )
-from orchestrator.protocol.timeouts import Timeouts, derive
+from orchestrator.protocol.timeouts import DEFAULTS, Timeouts
 from storage.errors import UnsupportedUriError
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,6 @@ EXIT_ABANDONED = 69
 """EX_UNAVAILABLE: no controller for very long, and no rank moves either."""
 EXIT_REFUSED = 77
 """EX_NOPERM: the controller does not take our token."""
-DEFAULTS = derive(10.0, 600.0)
-"""Bounds to go by before a controller has said which."""
 LOOK_S = 0.5
 """Beacons are read at least this often; they keep 256 steps, so none of 2 ms is missed."""
 SWEEP_S = 2.0
@@ -252,7 +250,7 @@ class Node:
         """Take the terms of the run; say again what may have been lost with the last connection."""
         if self._terms is None or self._terms.checkpoint_uri != terms.checkpoint_uri:
             self._open_tier(terms.checkpoint_uri)
-        self._terms = terms
+        self._terms, self._voice.limits = terms, terms.timeouts
         self._ranks.foresee(JobAhead(job=terms.job, cache_dir=str(self._seating.cache)))
         self._voice.repeat(terms.steps_known)
 

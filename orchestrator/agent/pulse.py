@@ -10,7 +10,7 @@ from orchestrator.agent.account import SEATED, Account
 from orchestrator.agent.live import LiveRank
 from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.ids import Generation, Rank
-from orchestrator.protocol.messages import Beat, StepReport
+from orchestrator.protocol.messages import Beat, GroupCounts, StepReport
 from orchestrator.worker.beacon import StepRecord
 
 DIGITS = 4
@@ -39,7 +39,7 @@ def collect_from(account: Account, live: LiveRank) -> None:
     )
 
 
-def beat(account: Account, ranks: Ranks) -> Beat:
+def beat(account: Account, ranks: Ranks, groups: tuple[GroupCounts, ...] = ()) -> Beat:
     """Return how the ranks of the present generation are; counts its step reports as sent."""
     rows = []
     seated = ranks.seated()
@@ -65,6 +65,7 @@ def beat(account: Account, ranks: Ranks) -> Beat:
         left=columns[10],
         reports=account.unsent(),
         digests=account.unsent_digests(),
+        groups=groups,
     )
 
 

@@ -7,8 +7,9 @@ leave a hole in the history of the run: that step is not computed again.
 from __future__ import annotations
 
 import os
+import time
 
-from orchestrator.agent import pulse
+from orchestrator.agent import counts, pulse
 from orchestrator.agent.account import FINISHED, Account
 from orchestrator.agent.channel import Channel
 from orchestrator.agent.identity import Identity
@@ -17,6 +18,7 @@ from orchestrator.agent.ranks import Ranks
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import PROTOCOL_VERSION, Fact, Joined, ShardsHeld
+from orchestrator.protocol.timeouts import DEFAULTS
 
 
 class Voice:
@@ -29,6 +31,9 @@ class Voice:
         keeper: what it holds.
         channel: carries it.
         identity: what the node is made of.
+
+    Attributes:
+        limits: of the run.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Voice:
         self._config, self._identity = config, identity
         self._account, self._ranks, self._keeper = account, ranks, keeper
         self._channel = channel
+        self.limits = DEFAULTS
 
     def joined(self, peer_address: str) -> Joined:
         """Return the first message of a connection: everything, but nothing ahead of its steps."""
@@ -93,4 +99,7 @@ class Voice:
 
     def beat(self) -> None:
         """Say how the ranks are, with the steps that have not been said."""
-        self._channel.send(pulse.beat(self._account, self._ranks))
+        after_s = counts.stood_s(self._account, self.limits)
+        beacons = {rank: live.beacon for rank, live in self._ranks.seated().items()}
+        groups = counts.untold(self._account, beacons, time.monotonic_ns(), after_s)
+        self._channel.send(pulse.beat(self._account, self._ranks, groups))

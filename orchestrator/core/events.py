@@ -15,6 +15,7 @@ from orchestrator.protocol.ids import Generation, NodeId, Seconds, Serial, Step
 from orchestrator.protocol.messages import (
     DetectorFailed,
     Fact,
+    GroupCounts,
     Prepared,
     RanksTroubled,
     Reached,
@@ -167,6 +168,8 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     replayed: Step = Step(0)
     """Newest step of which the last micro-batch of every rank came out the same when another rank
     computed it once more; 0 if there is none that was not told before."""
+    groups: tuple[GroupCounts, ...] = ()
+    """In which collectives ranks of nodes stand, of which one has not moved for long."""
 
 
 class Compared(_Event, frozen=True, kw_only=True):

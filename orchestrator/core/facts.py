@@ -344,6 +344,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
         cpu_s=event.cpu_s,
     )
     state.fleet.join(event.entered, event.left)
+    state.fleet.count(event.groups)
     state.paces.observe(event.steps, event.compute_s, event.work)
     vouching.enter(state, event.replayed)
     first = max(state.reached_step, state.start_step) + 1

@@ -14,9 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.protocol.ids import Rank, Seconds, Step
+from orchestrator.protocol.messages import GroupCounts
 from orchestrator.protocol.phases import RankPhase
 
 _PATIENT = np.array([phase.patient for phase in RankPhase])
+
+
+GROUPS_MAX = 16
+"""Process groups that are kept for each rank of the world: a beacon has room for as many."""
 
 
 class _Columns:
@@ -62,10 +67,13 @@ class Fleet:
         """Of all ranks, if it is newer than the columns."""
         self.last_moved_at = at
         self.stopped_since = math.inf
+        self._groups_max = GROUPS_MAX * world_size
         self.entered_R = np.full(world_size, -1, np.int64)
         """Collectives entered, -1 if it never said."""
         self.left_R = np.full(world_size, -1, np.int64)
         """Collectives left; one less while it waits in one."""
+        self.groups: dict[tuple[str, tuple[Rank, ...]], GroupCounts] = {}
+        """Collectives by process group, of ranks that stood still when it was said; newest last."""
 
     # Columns --------------------------------------------------------------------------------------
 
@@ -167,6 +175,14 @@ class Fleet:
         known_R = entered_R >= 0
         np.copyto(self.entered_R, entered_R, where=known_R)
         np.copyto(self.left_R, np.asarray(left, np.int64), where=known_R)
+
+    def count(self, rows: tuple[GroupCounts, ...]) -> None:
+        """Take in in which collectives ranks stand; a node says the same groups every time."""
+        for row in rows:
+            key = row.group, row.ranks
+            if self.groups.pop(key, None) is None and len(self.groups) >= self._groups_max:
+                continue  # more than anybody has: it is not worth memory without end
+            self.groups[key] = row
 
     def _array(
         self, name: str, column: tuple[float, ...], kind: type[np.generic]

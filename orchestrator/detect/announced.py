@@ -12,6 +12,7 @@ from __future__ import annotations
 from orchestrator.core.fleet import StepTimes
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
+from orchestrator.detect.stepping import Deadline
 from orchestrator.protocol.ids import Generation
 from orchestrator.protocol.phases import RankPhase
 
@@ -51,14 +52,24 @@ class Announced:
             elif phase in self._spells:
                 self._learn(phase)
 
-    def limit_s(self, state: RunState, phase: RankPhase) -> float:
-        """Return how long a rank may stand still in an announced phase, seconds."""
+    def deadline(self, state: RunState, phase: RankPhase) -> Deadline:
+        """Return how long a rank may stand still in an announced phase."""
         most_s = state.timeouts.warmup_s
         known = self._known.get(phase)
-        if known is None or known.known < SPELLS_MIN or phase not in self._begun:
-            return most_s
+        if phase not in LEARNED:
+            return Deadline(most_s, "default, it is never alike")
+        if known is None or known.known < SPELLS_MIN:
+            seen = known.known if known is not None else 0
+            return Deadline(most_s, f"default, seen {seen} times, {SPELLS_MIN} are needed")
+        if phase not in self._begun:
+            return Deadline(most_s, "default, for the first time in this generation")
+        usual_s = known.quantile(0.999)
         least_s = max(FLOOR_S, state.timeouts.hang_s + 2 * state.step_times.quantile(0.99))
-        return min(max(FACTOR * known.quantile(0.999), least_s), most_s)
+        return Deadline(
+            min(max(FACTOR * usual_s, least_s), most_s),
+            f"learned: {FACTOR:g} x p99.9 {usual_s:.2f} s of {known.known} times, "
+            f"within {least_s:.1f} and {most_s:g} s",
+        )
 
     def broken_off(self) -> None:
         """Hear that a world is ended for standing still.

@@ -81,6 +81,18 @@ class StepReport(msgspec.Struct, frozen=True, array_like=True):
     seconds: float
 
 
+class GroupCounts(msgspec.Struct, frozen=True, array_like=True):
+    """How many collectives of a process group ranks of this node have entered and left."""
+
+    group: str
+    """Its name (protocol.groups): ranks that name the same one are in one."""
+    ranks: tuple[Rank, ...]
+    entered: tuple[int, ...]
+    """By each of `ranks`."""
+    left: tuple[int, ...]
+    """One less than entered by who waits in one."""
+
+
 class Beat(_Message, frozen=True, kw_only=True):
     """Periodic telemetry of one node. Columns are ordered like `ranks`."""
 
@@ -108,6 +120,9 @@ class Beat(_Message, frozen=True, kw_only=True):
     reports: tuple[StepReport, ...] = ()
     digests: tuple[Digests, ...] = ()
     """Those that were not said before, ascending."""
+    groups: tuple[GroupCounts, ...] = ()
+    """Said of all ranks of the node once any of them has not moved for long: nobody needs it of
+    ranks that move, and of those it would be most of what is said."""
 
 
 class Reached(_Message, frozen=True, kw_only=True):

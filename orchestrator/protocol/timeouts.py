@@ -150,3 +150,7 @@ def validate(t: Timeouts) -> None:
 
 def _within(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
+
+
+DEFAULTS = derive(10.0, 600.0)
+"""Bounds for agents to go by before a controller has said which."""

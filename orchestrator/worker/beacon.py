@@ -5,6 +5,8 @@ current copy of a rank that was stopped, at any instruction, is whole. The copy 
 at may be written anew meanwhile by a rank that runs; a checksum tells, and the reader looks again.
 A ring behind the two copies keeps the last completed steps, so that a slow reader, or one that
 comes after the rank's death, misses none of them; another keeps the digests of the last steps.
+Collectives are also counted for each process group, in words of their own: who asks in which one a
+rank stands asks for a rank that does not move.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +26,8 @@ from orchestrator.protocol.digests import KINDS, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535435
-"""'HOLDFST5'; changes with the layout."""
+MAGIC = 0x484F4C4446535436
+"""'HOLDFST6'; changes with the layout."""
 _HEAD_BYTES = 32
 """Four words: the magic number, the current copy (0 or 1), the steps ever recorded, the digests."""
 _MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD, _DIGESTED_WORD = range(4)
@@ -34,7 +37,16 @@ _STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a 
 _DIGESTS = struct.Struct(f"<Qqqqqqq{len(KINDS)}Q")
 """Its number among all ever recorded, generation, the fields of Taken, one word per kind."""
 _COPY_AT = (64, 64 + 128)
-_RING_AT = 512
+GROUPS_MAX = 16
+"""Process groups whose collectives are counted one by one; what is in others counts in the sum."""
+GROUP_NAME_MAX = 24
+"""Bytes of a group's name, in UTF-8."""
+_COUNTS_AT = 320
+"""For each group two words: collectives entered, and left."""
+_GROUP = struct.Struct(f"<q{GROUP_NAME_MAX}s")  # the generation that it is of, its name
+_GROUPS_AT = _COUNTS_AT + GROUPS_MAX * 16
+_GROUP_BYTES = 40
+_RING_AT = 1280
 _ENTRY_BYTES = 64
 RING_STEPS = 256
 _DIGESTS_AT = _RING_AT + RING_STEPS * _ENTRY_BYTES
@@ -87,6 +99,14 @@ class StepRecord(NamedTuple):
     seconds: float
 
 
+class GroupCount(NamedTuple):
+    """How many collectives of a process group a rank has entered, and how many it has left."""
+
+    group: str
+    entered: int
+    left: int
+
+
 class DigestRecord(NamedTuple):
     """What a rank digested at one step."""
 
@@ -111,6 +131,7 @@ class BeaconWriter:
         self._page = _map(path)
         self._words = _words(self._page)
         self._current = 0
+        self._counts = _counts(self._page)
         self._recorded = self._digested = 0
         self._now = _NOTHING
         self._flip()
@@ -126,6 +147,35 @@ class BeaconWriter:
     def now(self) -> Reading:
         """What was last written."""
         return self._now
+
+    def groups(self, names: Sequence[str]) -> None:
+        """Have collectives of these groups counted from 0 on, of the first `GROUPS_MAX` at most.
+
+        Raises:
+            ValueError: if a name is longer than `GROUP_NAME_MAX` bytes, or empty.
+        """
+        for name in names:
+            if not 0 < len(name.encode()) <= GROUP_NAME_MAX:
+                raise ValueError(
+                    f"name of a group is {name!r}, expected 1 to {GROUP_NAME_MAX} bytes of UTF-8"
+                )
+        for slot in range(GROUPS_MAX):
+            self._counts[2 * slot] = self._counts[2 * slot + 1] = 0
+            name = names[slot] if slot < len(names) else ""
+            content = _GROUP.pack(self._now.generation, name.encode())
+            _put(self._page, _GROUPS_AT + slot * _GROUP_BYTES, content)
+
+    def enter(self, slot: int | None) -> None:
+        """Count a collective as entered, also of the group that has this place, if any has."""
+        if slot is not None:
+            self._counts[2 * slot] += 1
+        self.update(collectives=self._now.collectives + 1)
+
+    def leave(self, slot: int | None) -> None:
+        """Count a collective as left, likewise."""
+        if slot is not None:
+            self._counts[2 * slot + 1] += 1
+        self.update(left=self._now.left + 1)
 
     def record(self, step: StepRecord) -> None:
         """Append a completed step to the ring, the oldest giving way."""
@@ -159,6 +209,7 @@ class BeaconReader:
     def __init__(self, path: Path) -> None:
         self._page = _map(path)
         self._words = _words(self._page)
+        self._counts = _counts(self._page)
         self._seen = self._seen_digests = 0
 
     def read(self) -> Reading:
@@ -183,6 +234,22 @@ class BeaconReader:
                     Generation(generation), Rank(rank), RankPhase(phase), Step(step), *others
                 )
         raise BeaconError(f"beacon was torn at {LOOKS_MAX} looks, expected a whole copy")
+
+    def groups(self, generation: Generation) -> list[GroupCount]:
+        """Return the counts of each group that the rank has named in a generation.
+
+        Each number is whole; that they are of one moment is so only while the rank does not move.
+        """
+        found = []
+        for slot in range(GROUPS_MAX):
+            fields = _get(self._page, _GROUPS_AT + slot * _GROUP_BYTES, _GROUP)
+            if fields is None or fields[0] != generation:
+                continue
+            name = fields[1].rstrip(b"\0").decode(errors="replace")
+            if name:
+                entered, left = self._counts[2 * slot], self._counts[2 * slot + 1]
+                found.append(GroupCount(name, entered, left))
+        return found
 
     def new_steps(self) -> list[StepRecord]:
         """Return the steps recorded since the last call, oldest first.
@@ -224,6 +291,7 @@ class BeaconReader:
     def close(self) -> None:
         """Unmap the page; the file stays, its owner removes it."""
         self._words.release()
+        self._counts.release()
         self._page.close()
 
 
@@ -256,6 +324,11 @@ def _words(page: mmap.mmap) -> memoryview:
     `struct` would not do: it goes byte by byte, and clears what it is about to write.
     """
     return memoryview(page)[:_HEAD_BYTES].cast("Q")
+
+
+def _counts(page: mmap.mmap) -> memoryview:
+    """Return the counts of groups, as words likewise."""
+    return memoryview(page)[_COUNTS_AT:_GROUPS_AT].cast("Q")
 
 
 def _put(page: mmap.mmap, at: int, content: bytes) -> None:

@@ -22,12 +22,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
+from orchestrator.protocol.groups import ALL
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.rank import (
@@ -54,7 +55,7 @@ from orchestrator.protocol.rank import (
     Troubled,
     frame,
 )
-from orchestrator.worker.beacon import BeaconWriter, DigestRecord, StepRecord
+from orchestrator.worker.beacon import GROUPS_MAX, BeaconWriter, DigestRecord, StepRecord
 from orchestrator.worker.errors import Aborted, MisconfiguredError, NotSupervisedError
 from orchestrator.worker.listening import Listener
 from orchestrator.worker.misbehaviour import DETAILED, misbehave
@@ -87,6 +88,8 @@ class Worker:
         self._orders = Orders(self._slots)
         self._stepped = False
         self._waited_s = 0.0
+        self._slots_of: dict[str, int] = {}
+        """Where the beacon counts the collectives of each group."""
         self._staging: Staging | None = None
         self.probe: Callable[[float], Speed] = measure
         self._on_fault: Callable[[Misbehave], None] = _unable
@@ -148,6 +151,7 @@ class Worker:
             collectives=0,
             left=0,
         )
+        self.in_groups(())
         return seat
 
     @property
@@ -254,25 +258,52 @@ class Worker:
             self._announce_stepped()  # restored behind the last step: there is none to take
         self.check()
 
-    def entered_collective(self) -> None:
-        """Count one collective entered; names the rank that never joined when others hang."""
-        self._beacon.update(collectives=self._beacon.now.collectives + 1)
+    def in_groups(self, names: Iterable[str]) -> None:
+        """Say in which process groups this rank is from now on, until its next seat.
 
-    def left_collective(self) -> None:
+        Their collectives are counted from 0 on, so all members say so at the same place of the
+        program. Beyond the first few, or without names, collectives are counted all the same, only
+        in less detail.
+
+        Args:
+            names: of each group one that every member gives it, and nobody who is in another one:
+                such as `tp@4`, with the first rank of those that are in it. The group of all ranks
+                needs none. One with `>` in it is a connection, over which one rank sends and the
+                other receives: who waits for that has nothing to say in who is at fault.
+
+        Raises:
+            ValueError: if a name is longer than a beacon has room for.
+        """
+        told = list(dict.fromkeys((ALL, *names)))
+        self._beacon.groups(told)
+        self._slots_of = {name: slot for slot, name in enumerate(told[:GROUPS_MAX])}
+
+    def entered_collective(self, group: str | None = ALL) -> None:
+        """Count one collective entered; names the rank that never joined when others hang.
+
+        Args:
+            group: whose it is, one of `in_groups`; None if that is not known.
+        """
+        self._beacon.enter(self._slots_of.get(group) if group is not None else None)
+
+    def left_collective(self, group: str | None = ALL) -> None:
         """Count one collective left: until then, this rank waits in it for who has not entered."""
-        self._beacon.update(left=self._beacon.now.left + 1)
+        self._beacon.leave(self._slots_of.get(group) if group is not None else None)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self, group: str | None = ALL) -> Iterator[None]:
         """Count the time in this block as waiting for peers, not as computing.
 
         Put it around each collective: who is slow is told by who lets the others wait, and who
         hangs by who has not entered what the others wait in.
+
+        Args:
+            group: whose collective it is, one of `in_groups`; without it, one of all ranks.
         """
         begun = time.monotonic()
-        self.entered_collective()
+        self.entered_collective(group)
         yield
-        self.left_collective()
+        self.left_collective(group)
         self._waited_s += time.monotonic() - begun
 
     def step_done(

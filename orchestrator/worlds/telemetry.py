@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from orchestrator.core.events import Compared, Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
-from orchestrator.protocol.messages import Beat, DetectorFailed, StepReport
+from orchestrator.protocol.messages import Beat, DetectorFailed, GroupCounts, StepReport
 from orchestrator.worlds.ballots import Ballots
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class Columns:
             return
         self._enter(beat)
         self._join(beat)
+        for row in beat.groups:
+            self._count(row)
         if len(beat.compute_s) == len(beat.work) == len(beat.ranks):
             self._paces[node] = (beat.ranks, beat.compute_s, beat.work)
         told = (beat.ranks, beat.stall_s)
@@ -143,6 +145,12 @@ class Columns:
             if 0 <= rank < self._size:
                 self._entered[rank], self._left[rank] = came, went
 
+    def _count(self, row: GroupCounts) -> None:
+        """Enter in which collective of a group ranks stand, unless that is nonsense."""
+        inside = row.ranks and min(row.ranks) >= 0 and max(row.ranks) < self._size
+        if inside and len(row.entered) == len(row.left) == len(row.ranks):
+            self._groups.append(row)
+
     def _row(self, ranks: tuple[Rank, ...]) -> slice | None:
         """Return where these ranks lie in the columns; None if that is not one place after another.
 
@@ -187,6 +195,7 @@ class Columns:
             digests=tuple(self._digests),
             parts=tuple(self._parts),
             replayed=self._replayed,
+            groups=tuple(self._groups),
         )
         self._reports, self._digests, self._parts, self._replayed = [], [], [], Step(0)
         self._stalled_s = 0.0
@@ -219,6 +228,7 @@ class Columns:
         self._entered = [-1] * self._size
         self._left = [-1] * self._size
         self._cpu_s = [0.0] * self._size
+        self._groups: list[GroupCounts] = []
 
 
 def _column(values: list[V]) -> tuple[V, ...]:

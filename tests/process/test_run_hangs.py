@@ -9,15 +9,22 @@ from tests.runs import Job, steps_job
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize("phase", ["DATA", "BACKWARD"])
+@pytest.mark.parametrize(
+    ("phase", "options", "where"),
+    [
+        ("DATA", (), "is in none after 11, others wait in 12"),
+        ("BACKWARD", ("pairs",), "has entered 11 of pair@2 and rank 3 waits there in 12"),
+    ],
+    ids=["a loader that waits for itself", "a collective of two that one leaves out"],
+)
 def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
-    tmp_path: Path, phase: str
+    tmp_path: Path, phase: str, options: tuple[str, ...], where: str
 ) -> None:
-    """A loader that waits for itself; a collective that one rank leaves out."""
-    lockstep = tmp_path / "lockstep"
-    lockstep.mkdir()
+    folders = {name: tmp_path / name for name in ("lockstep", *options)}
+    for folder in folders.values():
+        folder.mkdir()
     run = steps_job(
-        trainer__options__lockstep=str(lockstep),
+        **{f"trainer__options__{name}": str(folder) for name, folder in folders.items()},
         trainer__options__stuck_rank=2,
         trainer__options__stuck_in=phase,
     )
@@ -28,7 +35,7 @@ def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
     (found,) = report.incidents
     assert found.kind == "hang"
     assert found.suspects == ["rank 2", "node-1"]
-    assert "is in none after 11, others wait in 12" in found.evidence[0]
+    assert where in found.evidence[0]
     assert found.detected_after_s < 10
     (lonely,) = (stack for stack in found.stacks if 2 in stack.ranks)
     assert lonely.ranks == (2,)

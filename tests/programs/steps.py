@@ -6,7 +6,8 @@ Its state is three numbers: how many steps it has, which shard it is, which gene
 garbage, spawn, stubborn, raise_at, linger_s, nap_at and nap_s, gate_at and gate, restore_s,
 await_persisted, replay_every (steps between two that ranks say to have come out the same when they
 were computed once more), busy (blocks to hash in a step), busier_rank and busier (how many times as
-many), stuck_rank and stuck_in (a phase).
+many), stuck_rank and stuck_in (a phase), lockstep (a folder where all ranks wait for each other in
+every step) and pairs (one where each waits for its neighbour first).
 """
 
 import atexit
@@ -59,10 +60,7 @@ def train(worker: Worker, seat: Seat) -> None:
     print(f"pid {os.getpid()} generation {seat.generation} rank {seat.rank}", flush=True)
     if options.get("refuse"):
         raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
-    if seat.rank == 0:
-        worker.offer(f"127.0.0.1:{20_000 + seat.generation}")
-    worker.rendezvous(30)
-    worker.reached("formed")
+    _form(worker, seat, options)
     step = _restored(worker, seat)
     worker.reached("restored")
     _misbehave(options)
@@ -82,9 +80,7 @@ def train(worker: Worker, seat: Seat) -> None:
         if seat.rank == options.get("stuck_rank") and seat.generation == 1 and step == STUCK_AT:
             worker.phase(RankPhase[options["stuck_in"]])
             threading.Event().wait()  # a loader that waits for itself, a collective never entered
-        if options.get("lockstep"):
-            with worker.waiting():
-                _await_others(worker, seat, step, Path(options["lockstep"]))
+        _keep_step(worker, seat, step, options)
         _replay(worker, step, options)
         seconds = time.monotonic() - begun if compute_s else 0.005
         worker.step_done(
@@ -123,13 +119,41 @@ def _replay(worker: Worker, step: int, options: dict[str, Any]) -> None:
         worker.digested(Taken(step=Step(step), shift=1), {})
 
 
-def _await_others(worker: Worker, seat: Seat, step: int, folder: Path) -> None:
+def _form(worker: Worker, seat: Seat, options: dict[str, Any]) -> None:
+    if seat.rank == 0:
+        worker.offer(f"127.0.0.1:{20_000 + seat.generation}")
+    worker.rendezvous(30)
+    if options.get("pairs"):
+        worker.in_groups([_pair(seat)])
+    worker.reached("formed")
+
+
+def _keep_step(worker: Worker, seat: Seat, step: int, options: dict[str, Any]) -> None:
+    """Wait for the neighbour, and then for everybody, if that is wanted."""
+    if pairs := options.get("pairs"):
+        with worker.waiting(_pair(seat)):
+            _await_others(worker, seat, step, Path(pairs), _neighbours(seat))
+    if lockstep := options.get("lockstep"):
+        with worker.waiting():
+            _await_others(worker, seat, step, Path(lockstep), range(seat.world_size))
+
+
+def _neighbours(seat: Seat) -> range:
+    first = seat.rank // 2 * 2
+    return range(first, first + 2)
+
+
+def _pair(seat: Seat) -> str:
+    return f"pair@{_neighbours(seat).start}"
+
+
+def _await_others(worker: Worker, seat: Seat, step: int, folder: Path, ranks: range) -> None:
     """Be held up by the slowest rank, as by a collective; a rank that is told to leaves."""
     mine = folder / f"{seat.generation}.{seat.rank}"
     mine.write_text(str(step))
     while True:
         worker.check()
-        files = [folder / f"{seat.generation}.{rank}" for rank in range(seat.world_size)]
+        files = [folder / f"{seat.generation}.{rank}" for rank in ranks]
         # A file that is being replaced reads as empty for a moment.
         steps = [int(file.read_text() or 0) if file.exists() else 0 for file in files]
         if min(steps) >= step:

@@ -1,10 +1,15 @@
 """Whoever did not enter the collective that the others wait in is named, and nobody else."""
 
+import math
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.detect.waiting import culprits, minority
+from orchestrator.detect.waiting import culprits, culprits_among, gathered, minority
+from orchestrator.protocol.groups import ALL
+from orchestrator.protocol.layout import Layout
+from tests.meshes import DIMENSIONS, Mesh, Run
 
 Program = list[int]
 """Which group each collective of the job is of, in the order in which every member enters it."""
@@ -86,3 +91,32 @@ def test_a_minority_is_fewer_than_half_and_fewer_than_any_other(keys: list[int])
         assert [rank for rank, key in enumerate(keys) if key == odd] == found
         assert 2 * len(found) < len(keys)
         assert all(keys.count(other) > len(found) for other in set(keys) - {odd})
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> Mesh:
+    """Draw a world of up to 16 ranks, cut in up to five dimensions."""
+    sizes: list[int] = []
+    for _ in range(5):
+        sizes.append(draw(st.sampled_from([n for n in (1, 2, 3) if n * math.prod(sizes) <= 16])))
+    return Mesh(Layout(*draw(st.permutations(sizes))))
+
+
+@given(meshes(), st.data())
+def test_of_any_mesh_it_is_who_stopped_wherever_in_its_step_and_nobody_else(
+    mesh: Mesh, data: st.DataObject
+) -> None:
+    if mesh.size == 1:
+        return
+    within = [kind for kind in DIMENSIONS if kind != "pp"]
+    # All of a pipeline can not meet before a micro-batch has gone through it.
+    kinds = data.draw(st.lists(st.sampled_from([*within, *[ALL] * (mesh.layout.pp == 1)])))[:4]
+    micro_batches = data.draw(st.integers(1, 3))
+    programs = [mesh.schedule(rank, kinds, micro_batches) for rank in range(mesh.size)]
+    stuck = data.draw(st.integers(0, mesh.size - 1))
+    at = data.draw(st.integers(0, len(programs[stuck]) - 1))
+    run = Run(mesh, programs, {stuck: at})
+
+    counts, _ = gathered(data.draw(st.permutations(run.told())), mesh.size)
+
+    assert culprits_among(counts, mesh.size).tolist() == [stuck]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from orchestrator.core.events import Telemetry
-from orchestrator.detect import hang
+from orchestrator.detect import awaited
 from orchestrator.protocol.phases import RankPhase
 from tests.replicas import Wide
 
@@ -28,7 +28,7 @@ def test_who_takes_less_of_a_batch_is_not_who_never_entered_what_the_others_wait
 
     wait(cluster, 26, 27, 27, 26, 27, 27, 26, 27, 27)
 
-    assert hang.culprits(cluster.state) == ()
+    assert awaited.culprits(cluster.state) == ()
 
 
 def test_who_never_entered_what_its_own_replica_waits_in_is_named_in_an_uneven_world(
@@ -38,7 +38,7 @@ def test_who_never_entered_what_its_own_replica_waits_in_is_named_in_an_uneven_w
 
     wait(cluster, *(14,) * 7, 13, *(14,) * 2, *(13,) * 8)
 
-    assert hang.culprits(cluster.state) == (7,)
+    assert awaited.culprits(cluster.state) == (7,)
 
 
 def test_where_all_take_the_same_who_entered_fewer_than_any_is_named(wide: Wide) -> None:
@@ -46,4 +46,4 @@ def test_where_all_take_the_same_who_entered_fewer_than_any_is_named(wide: Wide)
 
     wait(cluster, *(30,) * 5, 29, 30, 30)
 
-    assert hang.culprits(cluster.state) == (5,)
+    assert awaited.culprits(cluster.state) == (5,)

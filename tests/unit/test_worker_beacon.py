@@ -17,6 +17,8 @@ from orchestrator.agent import linux
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.worker.beacon import (
+    GROUP_NAME_MAX,
+    GROUPS_MAX,
     PAGE_BYTES,
     RING_STEPS,
     BeaconError,
@@ -95,6 +97,50 @@ def test_every_update_is_a_sign_of_life(page: Path) -> None:
         writer.update(phase=RankPhase.FORWARD)
 
     assert reader.read().progress == before + 3
+
+
+def test_collectives_are_counted_for_each_group_and_in_all(page: Path) -> None:
+    writer, reader = BeaconWriter(page), BeaconReader(page)
+    writer.update(generation=Generation(4))
+    writer.groups(["all", "tp@2"])
+
+    for slot in (0, 1, 1, None):
+        writer.enter(slot)
+    writer.leave(1)
+
+    assert reader.groups(Generation(4)) == [("all", 1, 0), ("tp@2", 2, 1)]
+    assert (reader.read().collectives, reader.read().left) == (4, 1)
+    assert reader.groups(Generation(3)) == []
+
+
+def test_groups_of_a_new_generation_count_from_0_on(page: Path) -> None:
+    writer, reader = BeaconWriter(page), BeaconReader(page)
+    writer.groups(["all", "tp@2"])
+    writer.enter(1)
+    writer.update(generation=Generation(1))
+
+    assert reader.groups(Generation(1)) == []
+    writer.groups(["all"])
+    assert reader.groups(Generation(1)) == [("all", 0, 0)]
+
+
+def test_of_more_groups_than_there_is_room_for_the_first_are_named(page: Path) -> None:
+    writer, reader = BeaconWriter(page), BeaconReader(page)
+    writer.record(record(1))
+
+    writer.groups([f"group@{n}" for n in range(99)])
+    for slot in range(GROUPS_MAX):
+        writer.enter(slot)
+
+    assert len(reader.groups(Generation(0))) == GROUPS_MAX
+    assert reader.read().collectives == GROUPS_MAX
+    assert [each.step for each in reader.new_steps()] == [1]
+
+
+@pytest.mark.parametrize("name", ["", "x" * (GROUP_NAME_MAX + 1)])
+def test_a_group_whose_name_has_no_room_is_refused(page: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expected 1 to 24 bytes"):
+        BeaconWriter(page).groups([name])
 
 
 def consistent(reading: Reading, before: Reading) -> bool:

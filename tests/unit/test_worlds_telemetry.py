@@ -4,7 +4,7 @@ from orchestrator.core.fleet import Fleet
 from orchestrator.protocol.digests import Digests, Taken
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.messages import Beat, DetectorFailed, StepReport
+from orchestrator.protocol.messages import Beat, DetectorFailed, GroupCounts, StepReport
 from orchestrator.worlds.telemetry import Columns
 
 
@@ -64,6 +64,22 @@ def test_a_replay_is_told_once_and_not_of_an_older_generation() -> None:
     columns.ballots.begin(Generation(2), Layout(dp_replicate=4), (NodeId("n0"),) * 4)
     columns.take(NodeId("n0"), beat((0, 1, 2, 3), digests=(passed,)))
     assert told() == [0]
+
+
+def test_counts_of_groups_are_passed_on_once_and_nonsense_is_not() -> None:
+    columns = started()
+    sound = GroupCounts("tp@0", (Rank(0), Rank(1)), (7, 6), (6, 6))
+    beyond = GroupCounts("tp@0", (Rank(3), Rank(4)), (7, 6), (6, 6))
+    short = GroupCounts("tp@0", (Rank(0), Rank(1)), (7,), (6, 6))
+
+    columns.take(NodeId("n0"), beat((0, 1), groups=(beyond, sound, short)))
+    event = columns.telemetry(Seconds(1.0))
+    columns.take(NodeId("n0"), beat((0, 1)))
+    later = columns.telemetry(Seconds(2.0))
+
+    assert event is not None
+    assert later is not None
+    assert (event.groups, later.groups) == ((sound,), ())
 
 
 def test_ranks_that_are_not_in_a_row_have_their_own_places_as_well() -> None:

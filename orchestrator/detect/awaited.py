@@ -1,0 +1,162 @@
+"""Whom the ranks of a world that stands still wait for.
+
+Letters in array names: G groups, R ranks of the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.core.fleet import Fleet
+from orchestrator.core.state import RunState
+from orchestrator.detect import waiting
+from orchestrator.protocol.groups import ALL
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.phases import RankPhase
+from orchestrator.protocol.ramp import uneven
+
+SPINNING_SHARE = 0.5
+"""Of the time since it last moved, the part for which a rank used a processor."""
+TOLD_MAX = 4
+"""Members of a group that are named when somebody is said to wait with them."""
+
+
+def culprits(state: RunState, overdue_R: npt.NDArray[np.bool_] | None = None) -> tuple[Rank, ...]:
+    """Return the ranks that the others wait for; all of them empty-handed if none stands out.
+
+    Ranks blocked in a collective sleep; one that burns its processor is not waiting. Failing
+    that, who has not entered the collective that the others wait in; if all have, who is
+    somewhere else than most, since it entered another one; and if nobody counts collectives, who is
+    in a phase that it announced, or else behind the others.
+
+    Args:
+        state: of the run.
+        overdue_R: ranks that have been in a phase that they announced for longer than it may take.
+    """
+    fleet = state.fleet
+    world = len(fleet.phase_R)
+    idle_R = np.maximum(state.now - fleet.moved_at_R, 1e-6)
+    spinning_R = (fleet.cpu_s_R - fleet.cpu_at_move_s_R) / idle_R > SPINNING_SHARE
+    spinning_R &= fleet.phase_R != RankPhase.DONE
+    place_R = fleet.step_R * len(RankPhase) + fleet.phase_R
+    behind_R = place_R == place_R.min()
+    earliest_R = fleet.moved_at_R <= fleet.moved_at_R.min() + state.timeouts.beat_s
+    longer_R = np.zeros(world, np.bool_) if overdue_R is None else overdue_R
+    for suspect_R in (spinning_R, *_apart(state), longer_R, behind_R, earliest_R):
+        count = int(suspect_R.sum())
+        if 0 < count <= world // 2:
+            return tuple(Rank(int(rank)) for rank in np.flatnonzero(suspect_R))
+    return ()
+
+
+def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
+    """Yield who never joined what others wait in, and who is where few are, as far as is known."""
+    fleet = state.fleet
+    # Who is done waits for the others in no collective.
+    counts_R = (fleet.entered_R >= 0) & (fleet.phase_R != RankPhase.DONE)
+    if not bool(counts_R.any()):
+        return
+    world = len(counts_R)
+    alike_R = stages(state.run.layout, world)
+    if (counts := _groups(fleet, counts_R)) is not None:
+        waits_R = counts_R & (fleet.entered_R > fleet.left_R)
+        elsewhere_R = waits_R & ~_mask(counts.rank[counts.waits], world)
+        yield _mask(waiting.culprits_among(counts, world, elsewhere_R), world)
+        # Who waits for nobody at all, if it is not known what the others wait in.
+        yield counts_R & ~waits_R
+    else:
+        yield _mask(_of_one_count(state, alike_R, counts_R), world)
+    if not alike_R.any():
+        # Several stages of a pipeline are never at the same place.
+        yield _mask(waiting.minority(fleet.step_R * len(RankPhase) + fleet.phase_R), world)
+
+
+def _groups(fleet: Fleet, counts_R: npt.NDArray[np.bool_]) -> waiting.Counts | None:
+    """Return what ranks have counted for each process group; None if they tell none apart."""
+    if all(group == ALL for group, _ in fleet.groups):
+        return None
+    counts, _ = waiting.gathered(fleet.groups.values(), len(counts_R))
+    return counts.where(counts_R[counts.rank])
+
+
+def _of_one_count(
+    state: RunState, alike_R: npt.NDArray[np.int64], counts_R: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return who never joined, of ranks that count all their collectives as one sequence."""
+    if uneven(state.run, state.replicas):
+        # A replica that computes more enters more of them for good: its ranks tell of each other.
+        alike_R = alike_R * state.replicas + replicas(state.run.layout, len(counts_R))
+    member_GR = (alike_R == np.unique(alike_R)[:, None]) & counts_R
+    entered_GR, left_GR = (
+        np.broadcast_to(column_R, member_GR.shape)
+        for column_R in (state.fleet.entered_R, state.fleet.left_R)
+    )
+    return waiting.culprits(entered_GR, left_GR, member_GR)
+
+
+def _mask(ranks: npt.NDArray[np.int64], world: int) -> npt.NDArray[np.bool_]:
+    mask_R = np.zeros(world, np.bool_)
+    mask_R[ranks] = True
+    return mask_R
+
+
+@lru_cache(maxsize=4)
+def stages(layout: Layout, world: int) -> npt.NDArray[np.int64]:
+    """Return the stage of the pipeline of each rank, shape [R]: those of one take equal steps."""
+    return np.array([layout.position(rank).pp for rank in range(world)], np.int64)
+
+
+@lru_cache(maxsize=4)
+def replicas(layout: Layout, world: int) -> npt.NDArray[np.int64]:
+    """Return the replica of each rank, shape [R]: its ranks always take equal shares."""
+    return np.array([layout.replica_of(rank) for rank in range(world)], np.int64)
+
+
+def collective(state: RunState, rank: Rank) -> str:
+    """Say how many collectives a rank has entered and left, and in which others wait."""
+    entered, left = int(state.fleet.entered_R[rank]), int(state.fleet.left_R[rank])
+    if entered < 0:
+        return ""
+    if told := _in_groups(state.fleet, rank):
+        return told
+    there = f"waits in collective {entered}" if entered > left else f"is in none after {left}"
+    waits_R = state.fleet.entered_R > state.fleet.left_R
+    most = int(state.fleet.entered_R[waits_R].max(initial=-1))
+    return f", {there}" + (f", others wait in {most}" if most > entered else "")
+
+
+def _in_groups(fleet: Fleet, rank: Rank) -> str:
+    """Say the same by process group, of one in which others wait for it; "" if there is none."""
+    if all(group == ALL for group, _ in fleet.groups):
+        return ""
+    counts, names = waiting.gathered(fleet.groups.values(), len(fleet.entered_R))
+    mine_M = counts.rank == rank
+    where = [names[group] for group in counts.group[mine_M & counts.waits]]
+    there = f", waits in {where[0]}" if where else ", is in no collective"
+    behind: list[tuple[int, int]] = []
+    for group in counts.group[mine_M]:
+        here_M = counts.group == group
+        entered = int(counts.entered[mine_M & here_M][0])
+        if (here_M & counts.waits & (counts.entered > entered)).any():
+            behind.append((int(here_M.sum()), int(group)))
+    if not behind:
+        return there
+    # In the smallest of them those wait that nobody else stands between.
+    _, group = min(behind)
+    here_M = counts.group == group
+    entered = int(counts.entered[mine_M & here_M][0])
+    ahead_M = here_M & counts.waits & (counts.entered > entered)
+    ranks = list(map(str, counts.rank[ahead_M]))
+    others = ", ".join(ranks[:TOLD_MAX])
+    if len(ranks) > TOLD_MAX:
+        others += f" and {len(ranks) - TOLD_MAX} more"
+    one = len(ranks) == 1
+    return (
+        f"{there}, has entered {entered} of {names[group]} and rank{'' if one else 's'} {others} "
+        f"wait{'s' if one else ''} there in {int(counts.entered[ahead_M].max())}"
+    )

@@ -1,0 +1,64 @@
+"""Live ranks of a model cut in several dimensions count what they wait in, group by group."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.agent.warm import Warm
+from orchestrator.detect.waiting import culprits_among, gathered
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.messages import GroupCounts
+from orchestrator.protocol.rank import Misbehave
+from tests.programs.seated import World, a_world
+
+pytestmark = pytest.mark.process
+SIZES = {"dim": 32, "layers": 2, "heads": 8, "kvHeads": 4, "ffnDim": 48, "vocab": 1280}
+TRAINER = {"model": SIZES, "steps": 10_000, "seqLen": 16, "globalBatch": 4, "microBatch": 1}
+
+
+def told(world: World) -> list[GroupCounts]:
+    return [
+        GroupCounts(group, (Rank(rank),), (entered,), (left,))
+        for rank, member in world.ranks.items()
+        for group, entered, left in member.beacon.groups(member.beacon.read().generation)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cut", "stuck", "groups"),
+    [
+        (
+            {"dpReplicate": 1, "dpShard": 2, "tp": 2},
+            2,
+            {0: {"all", "shard@0", "tp@0"}, 3: {"all", "shard@1", "tp@2"}},
+        ),
+        (
+            {"dpReplicate": 1, "dpShard": 1, "pp": 2, "tp": 2},
+            1,
+            {2: {"all", "pp@0", "pp 0>2", "pp 2>0", "tp@2"}},
+        ),
+        (
+            {"dpReplicate": 2, "dpShard": 1, "cp": 2},
+            3,
+            {1: {"all", "replicate@1", "shard@0", "cp@0"}},
+        ),
+    ],
+)
+def test_a_rank_that_never_enters_the_next_collective_is_who_the_counts_name(
+    warm: Warm, cut: dict[str, int], stuck: int, groups: dict[int, set[str]]
+) -> None:
+    job: dict[str, Any] = {
+        "trainer": TRAINER,
+        "parallelism": cut,
+        "checkpoint": {"everySteps": 10_000, "memoryEverySteps": 10_000},
+    }
+    with a_world(warm, parked=4, job=job) as world:
+        world.until(lambda: world.step() >= 2)
+        world.ranks[stuck].send(Misbehave(how="block"))
+        world.until(world.still)
+        counts, names = gathered(told(world), world.size)
+
+        assert culprits_among(counts, world.size).tolist() == [stuck]
+        assert sorted(set(counts.rank[counts.waits].tolist()) | {stuck}) == [0, 1, 2, 3]
+        for rank, expected in groups.items():
+            assert {names[group] for group in counts.group[counts.rank == rank]} == expected

@@ -1,0 +1,118 @@
+"""Who is named of ranks in several process groups, case by case."""
+
+from typing import NamedTuple
+
+import pytest
+
+from orchestrator.detect.waiting import culprits_among, gathered
+from orchestrator.protocol.groups import ALL
+from orchestrator.protocol.ids import Rank
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.messages import GroupCounts
+from tests.meshes import Do, Mesh, Run
+
+TP_2_DP_2 = Layout(dp_shard=2, tp=2)
+PP_2_TP_2 = Layout(pp=2, tp=2)
+PP_4 = Layout(pp=4)
+FULL = Layout(dp_replicate=2, pp=2, dp_shard=2, tp=2)
+
+
+class Case(NamedTuple):
+    layout: Layout
+    kinds: tuple[str, ...]
+    rank: int
+    before: Do
+    """The first of these is what it never comes to."""
+    at: dict[int, str]
+    """In what some of the others wait by then."""
+
+
+CASES = {
+    "before tp: its neighbour waits in tp, the others in dp for both": Case(
+        TP_2_DP_2, ("tp", "dp_shard"), 2, ("meet", "tp@2"),
+        {3: "tp@2", 0: "dp_shard@0", 1: "dp_shard@1"},
+    ),
+    "before dp: who holds the same cut waits in dp, their neighbours in tp, one round later": Case(
+        TP_2_DP_2, ("tp", "dp_shard"), 1, ("meet", "dp_shard@1"),
+        {3: "dp_shard@1", 0: "tp@0", 2: "tp@2"},
+    ),
+    "before all: everybody waits there": Case(
+        TP_2_DP_2, ("tp",), 3, ("meet", "all"), {0: "all", 1: "all", 2: "all"}
+    ),
+    "the first stage before it sends: stages wait for the ones before them": Case(
+        PP_4, (), 0, ("send", "pp 0>1"), {1: "pp 0>1", 2: "pp 1>2", 3: "pp 2>3"}
+    ),
+    "the last stage before it sends back: stages wait for the ones behind them": Case(
+        PP_4, (), 3, ("send", "pp 3>2"), {0: "pp 1>0", 1: "pp 2>1", 2: "pp 3>2"}
+    ),
+    "a stage before tp: both its neighbours wait, in different things": Case(
+        PP_2_TP_2, ("tp",), 2, ("meet", "tp@2"), {3: "tp@2", 0: "pp 2>0", 1: "pp 3>1"}
+    ),
+    "in five dimensions before tp": Case(
+        FULL, ("tp", "dp_shard", "dp_replicate"), 13, ("meet", "tp@12"), {12: "tp@12"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_who_stopped_is_named_and_not_who_waits_for_it(case: Case) -> None:
+    mesh = Mesh(case.layout)
+    programs = [mesh.schedule(rank, case.kinds, 2) for rank in range(mesh.size)]
+    run = Run(mesh, programs, {case.rank: programs[case.rank].index(case.before)})
+    counts, names = gathered(run.told(), mesh.size)
+    waits = dict(
+        zip(
+            counts.rank[counts.waits].tolist(),
+            [names[group] for group in counts.group[counts.waits]],
+            strict=True,
+        )
+    )
+
+    assert {rank: waits[rank] for rank in case.at} == case.at
+    assert case.rank not in waits
+    assert culprits_among(counts, mesh.size).tolist() == [case.rank]
+
+
+def test_nobody_is_named_while_everybody_goes_on() -> None:
+    mesh = Mesh(FULL)
+    run = Run(mesh, [mesh.schedule(r, ("tp", "dp_shard"), 2) for r in range(mesh.size)], {})
+
+    counts, _ = gathered(run.told(), mesh.size)
+
+    assert run.done()
+    assert culprits_among(counts, mesh.size).tolist() == []
+
+
+def test_what_a_node_said_last_counts() -> None:
+    ranks = Rank(0), Rank(1)
+    before = GroupCounts("tp@0", ranks, (3, 2), (2, 2))
+    after = GroupCounts("tp@0", ranks, (4, 5), (4, 4))
+
+    counts, names = gathered([before, GroupCounts(ALL, ranks, (1, 1), (1, 1)), after], 2)
+
+    assert names == ["tp@0", ALL]
+    assert dict(zip(counts.rank.tolist(), counts.entered.tolist(), strict=False)) == {0: 1, 1: 1}
+    assert counts.entered[counts.group == 0].tolist() == [4, 5]
+    assert culprits_among(counts, 2).tolist() == [0]
+
+
+def test_who_waits_in_what_nobody_tells_apart_is_not_at_fault_as_far_as_is_known() -> None:
+    ranks = tuple(map(Rank, range(4)))
+    counts, _ = gathered([GroupCounts(ALL, ranks, (8, 8, 7, 7), (7, 7, 7, 7))], 4)
+    elsewhere = counts.rank == 3
+
+    assert culprits_among(counts, 4).tolist() == [2, 3]
+    assert culprits_among(counts, 4, elsewhere).tolist() == [2]
+
+
+def test_who_sends_is_waited_for_and_who_receives_is_not_to_blame_whatever_it_counted() -> None:
+    """A stage that waits for a gradient has been sent more activations than it has waited for."""
+    one, two = Rank(0), Rank(1)
+    told = [
+        GroupCounts("pp 0>1", (one, two), (3, 2), (3, 2)),
+        GroupCounts("pp 1>0", (one, two), (2, 2), (2, 2)),
+        GroupCounts("pp 1>2", (two, Rank(2)), (2, 3), (2, 2)),
+        GroupCounts("pp 2>1", (two, Rank(2)), (1, 1), (0, 1)),
+    ]
+
+    assert culprits_among(gathered(told, 3)[0], 3).tolist() == []

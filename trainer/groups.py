@@ -1,0 +1,143 @@
+"""Which process group a collective is of, which torch's works do not say.
+
+Collectives are asked for in two ways. Sharding, pipelines and whoever calls `torch.distributed` go
+through methods of a group in Python, and what those return is noted with the group's name. Layers
+that are cut (`tp`, `cp`), and compiled ones, ask for them in C++ by a group's name, and wait there:
+such a name stands for a group in between, whose works are waited for in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+
+_METHODS = (
+    "broadcast",
+    "allreduce",
+    "allreduce_coalesced",
+    "reduce",
+    "allgather",
+    "allgather_coalesced",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "alltoall",
+    "barrier",
+    "send",
+    "recv",
+    "recv_anysource",
+    # As they are called up to torch 2.12, and from then on.
+    "_allgather_base",
+    "all_gather_single",
+    "allgather_into_tensor_coalesced",
+    "all_gather_single_coalesced",
+    "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced",
+    "reduce_scatter_single_coalesced",
+    "alltoall_base",
+    "all_to_all_single",
+)
+_MESSAGES = ("send", "recv")
+Links = Mapping[tuple[str, int], str]
+"""Names of connections: by `send` or `recv`, and the other one's place in the group."""
+
+_names: dict[str, str] = {}
+"""What groups are called, by the names that torch gives them."""
+_links: dict[str, Links] = {}
+"""What connections within them are called."""
+_of: WeakKeyDictionary[dist.Work, str] = WeakKeyDictionary()
+_between: list[dist.ProcessGroup] = []
+"""Torch does not keep them."""
+
+
+def of(work: dist.Work) -> str | None:
+    """Return the name of the group whose collective it is; None if it has none."""
+    return _of.get(work)
+
+
+def call(group: dist.ProcessGroup, name: str, links: Links | None = None) -> None:
+    """Have collectives of a group be told apart from others, as long as this world stands."""
+    _names[group.group_name] = name
+    if links is not None:
+        _links[group.group_name] = links
+
+
+def wait_in_python(group: dist.ProcessGroup) -> None:
+    """Have those be counted, too, that are asked for in C++ by the name of a group on CPUs."""
+    between = _Between(group)
+    _unregister_process_group(group.group_name)
+    _register_process_group(group.group_name, between)
+    _between.append(between)
+
+
+def forget() -> None:
+    """Forget the groups of a world, once it is destroyed."""
+    for known in (_names, _links, _between):
+        known.clear()
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    method = getattr(dist.ProcessGroup, name)
+
+    def noting(self: dist.ProcessGroup, *args: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        work = method(self, *args, **named)
+        group = self.group_name
+        called = _names.get(group)
+        if name in _MESSAGES and group in _links:
+            called = _links[group].get((name, args[1]))
+        if called is not None and work is not None:
+            _of[work] = called
+        return work
+
+    return noting
+
+
+class _Waited(dist.Work):
+    """A work that is waited for in Python, whoever waits."""
+
+    def __init__(self, work: dist.Work) -> None:
+        super().__init__()
+        self._work = work
+
+    def wait(self, timeout: timedelta = timedelta()) -> bool:
+        """Wait as for the work itself."""
+        return dist.Work.wait(self._work, timeout)
+
+
+class _Between(dist.ProcessGroup):
+    """Passes everything on to a group, and is found wherever torch has noted that one."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
+        self._group = group
+        self._set_group_name(group.group_name)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._group
+
+    def __hash__(self) -> int:
+        return hash(self._group)
+
+
+def _passing(name: str) -> Callable[..., _Waited]:
+    def passing(self: _Between, *args: Any) -> _Waited:  # noqa: ANN401 - whatever it takes
+        return _Waited(getattr(self._group, name)(*args))
+
+    return passing
+
+
+def _install(names: Iterable[str]) -> None:
+    for name in names:
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, _noting(name))
+            # All of them: what is not in Python there is taken for what was just put in its place.
+            setattr(_Between, name, _passing(name))
+
+
+_install(_METHODS)

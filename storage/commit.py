@@ -5,6 +5,7 @@ exclusive put is the moment at which the checkpoint comes to be. FORMAT.md has t
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 
@@ -49,6 +50,8 @@ from storage.shard import (
 )
 from storage.shard import describe as describe_shard
 
+CRC_DIGITS_MAX = 11
+"""Bytes that the sum of a block takes in an index, with its comma."""
 BLOCKS_AHEAD = 4
 """Of 16 MiB each, that are read at a time: a single stream of object storage is slow."""
 
@@ -56,7 +59,8 @@ BLOCKS_AHEAD = 4
 def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardReceipt:
     """Make a staged shard durable and return what the manifest needs of it.
 
-    The body is verified on the way: of what was damaged between staging and here nothing stays.
+    The body is verified on the way: of what was damaged between staging and here nothing stays. In
+    the same pass its blocks are summed: the index that is stored has all CRCs, a staged one not.
     Writing the same shard again is fine, so that a caller that was stopped half-way starts over.
 
     Args:
@@ -70,15 +74,16 @@ def write_shard(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardRecei
         StorageFullError: if there is no room.
         UnstorableError: if the index is larger than any reader takes; nothing is stored.
     """
-    encoded = encode_index(index)
-    if len(encoded) > INDEX_BYTES_MAX:
+    size = len(encode_index(index)) + CRC_DIGITS_MAX * -(-index.size // BLOCK_BYTES)
+    if size > INDEX_BYTES_MAX:
         raise UnstorableError(
-            f"index has {len(encoded)} bytes, may have {INDEX_BYTES_MAX}, with "
+            f"index has {size} bytes, may have {INDEX_BYTES_MAX}, with "
             f"{len(index.chunks)} tensors and the values beside them: {describe_shard(index)}"
         )
     where = (index.step, index.epoch, index.shard)
     # The body goes first: an index that is there promises that its body is.
-    _put_body(store, index, body)
+    index = _put_body(store, index, body)
+    encoded = encode_index(index)
     try:
         store.put(index_key(*where), encoded)
     except BlobExistsError:
@@ -286,22 +291,17 @@ def body_blocks(store: BlobStore, index: ShardIndex) -> Iterator[bytes]:
     return parallel.ahead(read, range(0, index.size, BLOCK_BYTES), BLOCKS_AHEAD)
 
 
-def _put_body(store: BlobStore, index: ShardIndex, body: Buffer) -> None:
-    """Store a body, verified; a large one is verified while the store takes it."""
-    key, check = body_key(index.step, index.epoch, index.shard), partial(verify, index, body)
-    verified = parallel.begin(check) if index.size > BLOCK_BYTES else None
-    if verified is None:
-        check()
+def _put_body(store: BlobStore, index: ShardIndex, body: Buffer) -> ShardIndex:
+    """Store a body, verified; return its index with the CRCs of all blocks."""
+    key, verified = body_key(index.step, index.epoch, index.shard), _verified(index, body)
     try:
         store.put(key, byte_view(body)[: index.size])
     except BlobExistsError:
-        if verified is not None:
-            verified.result()
-        _require_same_body(store, index)
-        return
+        summed = verified.result()
+        _require_same_body(store, summed)
+        return summed
     try:
-        if verified is not None:
-            verified.result()
+        return verified.result()
     except ShardCorruptError as corrupt:
         # No index leads to it, so nobody has read it.
         try:
@@ -312,6 +312,15 @@ def _put_body(store: BlobStore, index: ShardIndex, body: Buffer) -> None:
                 f"{corrupt}; what was stored of it could not be deleted: {error}"
             ) from corrupt
         raise
+
+
+def _verified(index: ShardIndex, body: Buffer) -> Future[ShardIndex]:
+    """Verify a body at once; a large one in a thread, while the store takes it."""
+    if index.size > BLOCK_BYTES:
+        return parallel.begin(partial(verify, index, body))
+    done: Future[ShardIndex] = Future()
+    done.set_result(verify(index, body))
+    return done
 
 
 def _require_size(store: BlobStore, index: ShardIndex) -> None:

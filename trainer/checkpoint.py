@@ -292,7 +292,7 @@ class Checkpointer:
             ShardCorruptError: if a byte is not what was staged; the state is worthless then.
         """
         self.settle()
-        index = shard.decode_index(index_text.encode())
+        index = shard.decode_index(index_text.encode(), staged=True)
         self._require_ours(index)
         chunks = {chunk.name: chunk for chunk in index.chunks}
         # The largest first, so that no thread has one to read when all others are done.

@@ -54,7 +54,7 @@ class Feed:
         Raises:
             MisconfiguredError: naming source and files, as far as this node can tell.
         """
-        index = shard.decode_index(index_text.encode())
+        index = shard.decode_index(index_text.encode(), staged=True)
         found = self.samples.sources
         digests = index.extra.get("digests")
         expected = digests if isinstance(digests, list) else [str(index.extra.get("data"))]

@@ -35,7 +35,15 @@ from storage.blob import BlobStore, get_small
 from storage.errors import StorageError
 from storage.filling import HEADER, Damage, file_reader, find_chunk_damage, find_header_damage
 from storage.manifest import body_key, index_key
-from storage.shard import INDEX_BYTES_MAX, ShardIndex, StagedChunk, describe, plan
+from storage.shard import (
+    INDEX_BYTES_MAX,
+    ShardIndex,
+    StagedChunk,
+    as_staged,
+    decode_index,
+    describe,
+    plan,
+)
 
 log = logging.getLogger(__name__)
 WHAT_MAX = 500
@@ -119,10 +127,10 @@ class DurableCopy:
 
         def read() -> bytes:
             where = (index.step, index.epoch, index.shard)
-            # An index that is there promises its body, and one with these bytes has no other.
+            # An index that is there promises its body, and one that says the same has no other.
             if self._same != shard.index:
                 found = get_small(self.store, index_key(*where), INDEX_BYTES_MAX)
-                if found != shard.index.encode():
+                if as_staged(decode_index(found)) != as_staged(index):
                     raise NotHeldError(f"durable is another than {shard}: {index_key(*where)}")
                 self._same = shard.index
             return self.store.get(body_key(*where), start, size)

@@ -338,6 +338,6 @@ def _remove(path: Path) -> None:
 
 def _decode(text: bytes) -> ShardIndex:
     try:
-        return decode_index(text)
+        return decode_index(text, staged=True)
     except StorageError as error:
         raise MalformedError(str(error)) from error

@@ -109,7 +109,8 @@ class Writing:
 
 
 def _write_shard(store: BlobStore, shard: Shard) -> Written:
-    index, body = decode_index(shard.index.encode()), map_file(shard.path, shard.size)
+    index = decode_index(shard.index.encode(), staged=True)
+    body = map_file(shard.path, shard.size)
     receipt = write_shard(store, index, body)
     written = Receipt(receipt.shard, receipt.size, receipt.index_digest)
     return Written(written, of_shard(index, body))

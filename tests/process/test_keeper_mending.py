@@ -12,6 +12,7 @@ from orchestrator.agent.frames import PICK_BYTES_MAX
 from orchestrator.agent.shards import CorruptError
 from orchestrator.protocol.messages import Holding
 from storage.commit import write_shard
+from storage.digest import BLOCK_BYTES
 from storage.errors import StorageUnavailableError
 from storage.faulty import FaultyStore
 from storage.manifest import body_key
@@ -243,6 +244,25 @@ def test_what_is_bad_everywhere_is_named_and_the_shard_is_given_up(tmp_path: Pat
                 await here.keeper.prepare(RANK, STEP, HERE)
 
             assert (here.keeper.holdings(), here.held, heard.mended) == ((), [], [])
+
+    asyncio.run(scenario())
+
+
+def test_a_shard_of_several_blocks_is_the_same_one_on_the_durable_tier(tmp_path: Path) -> None:
+    """What was written has sums of blocks that what was staged has not."""
+    size = BLOCK_BYTES + (1 << 20)
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, _):
+            here.keeper.checking.store = MemoryStore()
+            index, body = sealed(0, 7, 2, size=size)
+            write_shard(here.keeper.checking.store, index, body)
+            here.stage(0, 7, 2, size=size)
+            path = spoil(here, index.chunks[0].start)
+
+            assert (await here.keeper.prepare(RANK, STEP, HERE))[1] == "own"
+
+            assert path.read_bytes() == body
 
     asyncio.run(scenario())
 

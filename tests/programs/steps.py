@@ -181,7 +181,7 @@ def _restored(worker: Worker, seat: Seat) -> int:
         return 0
     worker.phase(RankPhase.RESTORING)
     time.sleep(seat.job["trainer"]["options"].get("restore_s", 0))
-    index = decode_index(seat.restore.index.encode())
+    index = decode_index(seat.restore.index.encode(), staged=True)
     words = open_views(index, worker.restore_view(seat.restore))["param/w"].cast("q")
     assert words[0] == seat.restore.step, (words[0], seat.restore.step)
     assert words[1] == _shard(seat)

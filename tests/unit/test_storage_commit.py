@@ -20,7 +20,7 @@ from storage.commit import (
     pour_body,
     write_shard,
 )
-from storage.digest import BLOCK_BYTES, PASS_BYTES
+from storage.digest import BLOCK_BYTES, PASS_BYTES, block_crcs
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
@@ -49,7 +49,17 @@ from storage.manifest import (
     verdict_key,
 )
 from storage.memory import MemoryStore
-from storage.shard import INDEX_BYTES_MAX, Chunk, ShardIndex, ShardMeta, plan, seal
+from storage.shard import (
+    INDEX_BYTES_MAX,
+    Chunk,
+    ShardIndex,
+    ShardMeta,
+    as_staged,
+    decode_index,
+    index_digest,
+    plan,
+    seal,
+)
 
 CHUNK = Chunk(fqn="w", state="param", dtype="F32", shape=(8,), global_shape=(16,), offset=(0,))
 LAYOUT = plan([CHUNK])
@@ -105,6 +115,19 @@ def test_a_body_is_poured_in_order_from_little_memory() -> None:
 
     assert poured == body
     assert len(rooms) == BLOCKS_AHEAD * BLOCK_BYTES // PASS_BYTES < index.size // PASS_BYTES
+
+
+def test_what_is_stored_has_the_sums_of_all_blocks_and_can_be_written_again() -> None:
+    store, (index, body) = MemoryStore(), large(5 << 20)
+
+    receipts = [write_shard(store, index, body) for _ in range(2)]
+
+    key = index_key(index.step, index.epoch, index.shard)
+    stored = decode_index(store.get(key))
+    assert list(stored.crc32c) == block_crcs(body)
+    assert len(stored.crc32c) == 2
+    assert as_staged(stored) == index
+    assert {receipt.index_digest for receipt in receipts} == {index_digest(stored)}
 
 
 def test_room_that_can_not_be_had_ends_a_pouring_with_what_says_so() -> None:

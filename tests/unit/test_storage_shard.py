@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from storage.digest import BLOCK_BYTES, blocks_of
+from storage.digest import BLOCK_BYTES, block_crcs, blocks_of
 from storage.errors import ShardCorruptError, UnsupportedVersionError
 from storage.shard import (
     DATA_ALIGNMENT,
@@ -19,6 +19,7 @@ from storage.shard import (
     Chunk,
     ShardIndex,
     ShardMeta,
+    as_staged,
     decode_index,
     encode_index,
     index_digest,
@@ -187,9 +188,11 @@ def test_a_body_of_several_blocks_is_verified_in_pieces() -> None:
     layout = plan([chunk("param/w", "U8", 40 * 1024 * 1024), chunk("param/v", "U8", 100)])
     buffer = bytearray(layout.size)
     index = seal(layout, buffer, META)
-    assert len(index.crc32c) == 3
 
-    verify(index, buffer)
+    summed = verify(index, buffer)
+    assert len(index.crc32c) == 1, "of the block with the header"
+    assert list(summed.crc32c) == block_crcs(buffer)
+    assert as_staged(summed) == index
     buffer[-200] ^= 0x80
     with pytest.raises(ShardCorruptError, match="param/w"):
         verify(index, buffer)
@@ -250,6 +253,23 @@ def test_an_index_that_contradicts_itself_is_refused(change: dict[str, object]) 
         decode_index(msgspec.json.encode(tampered))
 
 
+def test_an_index_that_is_staged_has_fewer_crcs_and_is_none_that_was_written() -> None:
+    layout = plan([chunk("param/w", "U8", 2 * BLOCK_BYTES)])
+    body = bytearray(layout.size)
+    index = seal(layout, body, META)
+    summed = verify(index, body)
+
+    assert decode_index(encode_index(summed)) == summed
+    assert decode_index(encode_index(summed), staged=True) == summed
+    assert decode_index(encode_index(index), staged=True) == index
+    with pytest.raises(ShardCorruptError, match="contradicts itself"):
+        decode_index(encode_index(index))
+    for crcs in ((), summed.crc32c[:2], (*summed.crc32c, 0)):
+        other = encode_index(msgspec.structs.replace(index, crc32c=crcs))
+        with pytest.raises(ShardCorruptError, match="contradicts itself"):
+            decode_index(other, staged=True)
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"{}"])
 def test_what_is_no_index_is_refused(data: bytes) -> None:
     with pytest.raises(ShardCorruptError, match="does not decode"):
@@ -287,7 +307,7 @@ def test_what_threads_decode_is_known_to_msgspec_before_there_are_threads(folder
 def test_who_restores_is_told_of_the_header_and_of_chunks_and_not_of_crcs_beside_them() -> None:
     layout = plan([chunk("param/w", "F32", (BLOCK_BYTES + 4096) // 4)])
     body = bytearray(layout.size)
-    index = seal(layout, body, META)
+    index = verify(seal(layout, body, META), body)
     first, second = index.crc32c
     other = msgspec.structs.replace(index, crc32c=(first, second ^ 1))
     in_header = msgspec.structs.replace(index, crc32c=(first ^ 1, second))

@@ -139,7 +139,7 @@ class Agent:
         self._keeper.staged(RANK, staged)
         step, generation = staged.step, staged.generation
         receipt, _ = await self._keeper.write(self._store, RANK, step, generation)
-        index: ShardIndex = decode_index(staged.index.encode())
+        index: ShardIndex = decode_index(staged.index.encode(), staged=True)
         manifest = make_manifest(
             [
                 ShardReceipt(

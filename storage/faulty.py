@@ -25,6 +25,8 @@ class FaultyStore:
         inner: the store that does the work.
         sleep: how to wait, in seconds; the simulator passes its own clock's.
         full: every put finds the disk full.
+        read_only: every put finds the file system mounted to be read alone.
+        expired: every operation is refused, since credentials have expired.
         slow_s: seconds that every operation takes on top.
         down: every operation goes unanswered.
         busy: so many operations to come are answered with 503, too many requests; none is done.
@@ -46,6 +48,8 @@ class FaultyStore:
     inner: BlobStore
     sleep: Callable[[float], None] = time.sleep
     full: bool = False
+    read_only: bool = False
+    expired: bool = False
     slow_s: float = 0.0
     down: bool = False
     busy: int = 0
@@ -125,6 +129,8 @@ class FaultyStore:
         self.before(operation, key)
         if self.slow_s > 0:
             self.sleep(self.slow_s)
+        if self.expired:
+            raise StorageRefusedError(f"credentials have expired, {operation} is refused: {key}")
         if self.down:
             raise StorageUnavailableError(f"no answer to {operation}: {key}")
         if self.busy > 0:
@@ -134,6 +140,8 @@ class FaultyStore:
     def _refuse(self, key: str) -> None:
         if self.full:
             raise StorageFullError(f"no space left on the device: {key}")
+        if self.read_only:
+            raise StorageRefusedError(f"Read-only file system: {key}")
         if self.conflicts > 0:
             self.conflicts -= 1
             raise StorageUnavailableError(f"another request is at the key, put is 409: {key}")

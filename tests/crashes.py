@@ -375,6 +375,8 @@ FAULTS: dict[str, Callable[[FaultyStore], object]] = {
     "done, and the answer is lost": lambda store: setattr(store, "lose_confirmation", True),
     "torn after 40 bytes, and no answer": lambda store: setattr(store, "tear_at", 40),
     "no space left, for good": lambda store: setattr(store, "full", True),
+    "read-only file system, for good": lambda store: setattr(store, "read_only", True),
+    "credentials have expired, for good": lambda store: setattr(store, "expired", True),
     "shows late": lambda store: setattr(store, "late", lambda _key: True),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import secrets
 import statistics
 import time
@@ -11,13 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from storage.address import open_store
 from storage.commit import write_shard
+from storage.digest import Buffer
+from storage.parts import CHECKSUM
 from storage.shard import Chunk, ShardIndex, ShardMeta, plan, seal
 from tests.bench.saving.others import State
 from tests.bench.saving.ours import make_state
@@ -44,6 +47,7 @@ def measure(size: int, rounds: int) -> dict[str, float]:
             "upload_ours": partial(write_shard, store, *shard),
             "upload_dcp": partial(_dcp, state, server, bucket),
             "upload_server": partial(_flood, server, bucket, shard[1]),
+            "upload_server_parts": partial(_flood_parts, server, bucket, shard[1]),
         }
         for turn in range(rounds + 1):
             for name, way in ways.items():
@@ -62,6 +66,8 @@ def measure(size: int, rounds: int) -> dict[str, float]:
         "upload_dcp_over_ours": found["upload_dcp_s"] / found["upload_ours_s"],
         "upload_dcp_over_server_busy": found["upload_dcp_s"] / ours_busy_s,
         "upload_ours_over_server": found["upload_server_s"] / found["upload_ours_s"],
+        "upload_ours_over_server_parts": found["upload_server_parts_s"] / found["upload_ours_s"],
+        "upload_dcp_over_server_parts": found["upload_dcp_s"] / found["upload_server_parts_s"],
     }
 
 
@@ -103,19 +109,62 @@ def _dcp(state: State, server: Server, bucket: str) -> None:
 
 def _flood(server: Server, bucket: str, body: bytearray) -> None:
     """Put the same bytes as objects of a part's size, with nothing to sign, hash or copy."""
-    where = urlsplit(server.endpoint)
-    view = memoryview(body)
+    for piece in _sent(server, f"/{bucket}/{secrets.token_hex(8)}", body, "{path}-{number}"):
+        assert piece
+
+
+def _flood_parts(server: Server, bucket: str, body: bytearray) -> None:
+    """Put them as parts of one object, in the cheapest way that there is for a client.
+
+    Nobody who uploads in parts can take less: there is nothing to sign, sum, hash or copy, no part
+    is looked at before it is sent, and there is not even a mark that says whose object it is.
+    """
+    path = f"/{bucket}/{secrets.token_hex(8)}"
+    # Else this server sums all of it by an algorithm of its own choice once it is complete.
+    begun = _ask(server, "POST", f"{path}?uploads", sums=CHECKSUM).decode()
+    (upload,) = re.findall("<UploadId>(.+)</UploadId>", begun)
+    tags = _sent(server, path, body, f"{{path}}?partNumber={{number}}&uploadId={quote(upload)}")
+    parts = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>{tag}</ETag></Part>"
+        for number, tag in enumerate(tags, 1)
+    )
+    whole = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+    _ask(server, "POST", f"{path}?uploadId={quote(upload)}", whole)
+
+
+def _sent(server: Server, path: str, body: bytearray, name: str) -> list[str]:
+    """Put pieces of a part's size, several at a time; return what the server calls each."""
+    view, tags = memoryview(body), {}
 
     def put(start: int) -> None:
-        connection = http.client.HTTPConnection(where.hostname or "", where.port)
-        try:
-            piece = view[start : start + PART_BYTES]
-            connection.request("PUT", f"/{bucket}/{secrets.token_hex(8)}", body=piece)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == http.HTTPStatus.OK, answer.status
-        finally:
-            connection.close()
+        number = start // PART_BYTES + 1
+        to = name.format(path=path, number=number)
+        piece = view[start : start + PART_BYTES]
+        tags[number] = _ask(server, "PUT", to, piece, header="ETag").decode()
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
         list(threads.map(put, range(0, len(view), PART_BYTES)))
+    return [tags[number] for number in sorted(tags)]
+
+
+def _ask(
+    server: Server,
+    method: str,
+    path: str,
+    body: Buffer | None = None,
+    *,
+    header: str = "",
+    sums: str = "",
+) -> bytes:
+    """Make a request on a connection of its own; return the answer, or one of its headers."""
+    where = urlsplit(server.endpoint)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port)
+    try:
+        headers = {"x-amz-checksum-algorithm": sums} if sums else {}
+        connection.request(method, path, body=body, headers=headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        assert answer.status == http.HTTPStatus.OK, (answer.status, content)
+        return (answer.getheader(header) or "").encode() if header else content
+    finally:
+        connection.close()

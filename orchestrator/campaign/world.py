@@ -24,7 +24,7 @@ from orchestrator.protocol.ids import Generation, Rank, Seconds, Step
 from orchestrator.protocol.messages import Beat, StateDiverged
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.protocol.trials import Order, Return, Said, Setup
+from orchestrator.protocol.trials import Order, Resume, Return, Said, Setup
 from orchestrator.worker import beacon
 from orchestrator.worker.beacon import BeaconReader
 from orchestrator.worlds.machine import node_names
@@ -89,6 +89,11 @@ class _Ear:
             found.append(event.fact)
         return found
 
+    def parts(self, at: Seconds) -> tuple[tuple[Step, str], ...]:
+        """Return what was told of steps in which all ranks digested the same, as a journal does."""
+        told = self._columns.telemetry(at)
+        return told.parts if told is not None else ()
+
     def close(self) -> None:
         """Let go of the beacons."""
         for page in self._beacons:
@@ -145,7 +150,7 @@ class LiveWorld:
         Raises:
             WorldBrokenError: if one of them does not.
         """
-        if isinstance(order, Return):
+        if isinstance(order, Return | Resume):
             self._ear.begin(order.generation)
             self._told = []
         text = self._encode(order) + b"\n"
@@ -169,6 +174,20 @@ class LiveWorld:
         """Return what the detectors found since the last time; `at` is in seconds, or steps."""
         told, self._told = self._told, []
         return Heard(told + self._ear.listen(Seconds(at)), [fact.step + 1 for fact in told])
+
+    def parts(self, at: float) -> dict[Step, str]:
+        """Return of each step since the last time what its digests are made of, as in a journal.
+
+        Raises:
+            WorldBrokenError: if ranks that hold the same came to other bits: this world can not say
+                what is right.
+        """
+        heard = self.listen(at)
+        if heard.found:
+            raise WorldBrokenError(
+                f"its own ranks do not come to the same bits: {heard.found[0].evidence}", self._log
+            )
+        return dict(self._ear.parts(Seconds(at)))
 
     @property
     def _log(self) -> Path:

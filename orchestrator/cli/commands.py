@@ -222,6 +222,33 @@ def replay(run: RunArgument = None) -> None:
 
 
 @app.command()
+def bisect(
+    run: RunArgument = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="STEP or STEP@EPOCH that is good, or `seed`; default the newest that is compute "
+            "verified.",
+        ),
+    ] = None,
+    output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Compute steps once more on this machine; say which first had other digests in the run.
+
+    Needs torch. Exit code 6 if one had.
+    """
+    from orchestrator.cli import bisect
+
+    found = bisect.bisect(run, since, quiet=quiet)
+    typer.echo(bisect.told(found, output))
+    if found.step is not None:
+        raise typer.Exit(Exit.DAMAGED)
+
+
+@app.command()
 def logs(
     run: RunArgument = None,
     rank: Annotated[int, typer.Option(help="Whose output.")] = 0,

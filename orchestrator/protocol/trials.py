@@ -50,6 +50,17 @@ class Return(_Order, frozen=True, kw_only=True, tag="return"):
     """Its steps count from the snapshot's."""
 
 
+class Resume(_Order, frozen=True, kw_only=True, tag="resume"):
+    """Be in the state of a checkpoint; nothing is wrong from now on."""
+
+    store: str
+    """Address of the store."""
+    commit: str
+    """Key of its commit record."""
+    generation: Generation
+    """That digests belong to from now on."""
+
+
 class Step(_Order, frozen=True, kw_only=True, tag="step"):
     """Take so many steps, or fewer, if one never comes out the same twice."""
 
@@ -69,7 +80,7 @@ class Quiet(_Order, frozen=True, kw_only=True, tag="quiet"):
     """How often all ranks are given tokens that no text has; 0: never."""
 
 
-Order = Train | Return | Step | Quiet
+Order = Train | Return | Resume | Step | Quiet
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

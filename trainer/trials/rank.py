@@ -8,6 +8,7 @@ is noticed, and no start of a process.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import socket
 import time
@@ -25,11 +26,27 @@ from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.ids import Step as StepNumber
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.rank import Diverged
-from orchestrator.protocol.trials import Order, Quiet, Return, Said, Setup, Step, StepRow, Train
+from orchestrator.protocol.trials import (
+    Order,
+    Quiet,
+    Resume,
+    Return,
+    Said,
+    Setup,
+    Step,
+    StepRow,
+    Train,
+)
 from orchestrator.worker import Aborted, RankPhase
 from orchestrator.worker.beacon import BeaconWriter, DigestRecord
+from storage.address import open_store
+from storage.commit import fetch_index, pour_body
 from storage.errors import StorageError
+from storage.filling import memory_reader
+from storage.manifest import read_manifest
+from storage.shard import encode_index
 from trainer import hold, parallel, readings
+from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, Batches, Samples, open_data
 from trainer.job import read_job
 from trainer.outliers import Outliers
@@ -206,6 +223,8 @@ class TrialRank:
                     self._known[number] = replays.doubts.remembered()
             case Return():
                 said = self._return(order)
+            case Resume():
+                said = self._resume(order)
             case Step(steps=steps):
                 said = Said(rows=self._steps(steps))
             case Quiet():
@@ -233,6 +252,21 @@ class TrialRank:
         if how.rank == self._rank or how.site == "delivered":
             entered = striking(self._training, how, snapshot.step)
             self._voice.striking = self._wrong.enter_context(entered)
+        return Said()
+
+    def _resume(self, order: Resume) -> Said:
+        store = open_store(order.store)
+        manifest = read_manifest(store, order.commit)
+        index = fetch_index(store, manifest, self._world.shard)
+        body = io.BytesIO()
+        pour_body(store, index, lambda _, piece: body.write(piece))
+        # What it was saved as says whose it is; who asks for it has seen to that.
+        stamp = self._stamp._replace(run_id=manifest.run_id, generation=manifest.epoch)
+        checkpointer = Checkpointer(self._training.optimizer.shards, self._world, stamp)
+        text = encode_index(index).decode()
+        self._done = checkpointer.restore(text, memory_reader(body.getbuffer()))
+        self._training.optimizer.set_steps(self._done)
+        self._voice.generation = order.generation
         return Said()
 
     def _reload(self, how: Injection) -> Said:

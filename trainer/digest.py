@@ -18,6 +18,7 @@ finds accidents, not attackers. Source: multilinear hashing (Lemire, Kaser, The 
 from __future__ import annotations
 
 import functools
+import threading
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ PIECE_WORDS = 1 << 20
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 _WORD = torch.int32
+_own = threading.local()
 
 
 def digest(tensor: Tensor, name: str, start: int = 0) -> Tensor:
@@ -51,10 +53,11 @@ def digest(tensor: Tensor, name: str, start: int = 0) -> Tensor:
         are: int64 wraps around.
     """
     flat = tensor.detach().contiguous().reshape(-1)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for at in range(0, flat.numel(), PIECE_WORDS):
-        total += _share(flat[at : at + PIECE_WORDS], name, start + at)
-    return total
+    pieces = torch.split(flat, PIECE_WORDS) if flat.numel() > PIECE_WORDS else (flat,)
+    if not flat.numel():
+        return torch.zeros((), dtype=torch.int64, device=flat.device)
+    shares = (_share(piece, name, start + PIECE_WORDS * at) for at, piece in enumerate(pieces))
+    return functools.reduce(torch.add, shares)
 
 
 def unsigned(digest: int) -> int:
@@ -86,7 +89,7 @@ def _words(flat: Tensor) -> Tensor:
 
 def _on_host(words: npt.NDArray[np.int32], name: str, first: int) -> int:
     """Add up block by block, so that products never leave the cache: one pass over the tensor."""
-    keys, scratch, offsets = _keys_in_block(), np.empty(BLOCK, np.int64), _offsets()
+    keys, scratch, offsets = _keys_in_block(), _scratch(), _offsets()
     total, at = 0, 0
     while at < words.size:
         block, place = divmod(first + at, BLOCK)
@@ -114,6 +117,14 @@ def _on_device(words: Tensor, name: str, first: int) -> Tensor:
     padded = torch.nn.functional.pad(wide, (place, blocks * BLOCK - place - words.numel()))
     sums = (padded.view(blocks, BLOCK) * keys).sum(1)
     return (sums * block_keys).sum()
+
+
+def _scratch() -> npt.NDArray[np.int64]:
+    """Return room for a block, of this thread: memory of that size is the system's each time."""
+    if not hasattr(_own, "scratch"):
+        _own.scratch = np.empty(BLOCK, np.int64)
+    found: npt.NDArray[np.int64] = _own.scratch
+    return found
 
 
 @functools.lru_cache(maxsize=1)

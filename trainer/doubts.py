@@ -8,6 +8,10 @@ it is found out who was wrong, and the step is thrown away.
 
 Which ranks stand out goes over with what ranks tell each other in every step, so that all of them
 look again, or none.
+
+The loss and the gradient of the whole world are there in every step anyway. What a rank has come to
+by itself takes a look at all of its gradient, for which there are turns. If the whole stands out in
+between, the step is computed again by everybody, and looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from trainer.guard import Guard
 from trainer.outliers import Outliers
 from trainer.pipeline import Micro
 from trainer.ring import TELLERS, Ring, Stepping, Told
+from trainer.turns import Turns
 
 QUIET, OFF = 0.0, -1.0
 """What a rank says if nothing stands out, and if it does not look any more."""
@@ -43,12 +48,17 @@ class Doubts:
     Args:
         training: whose steps they are about.
         ring: who computes once more.
+        turns: in which steps it looks at its own gradient.
     """
 
-    def __init__(self, training: Stepping, ring: Ring) -> None:
-        self._training, self._ring = training, ring
+    def __init__(self, training: Stepping, ring: Ring, turns: Turns) -> None:
+        self._training, self._ring, self._turns = training, ring, turns
         self._guard = Guard("outliers")
-        self._norms = Norms(self._guard, each=not training.adds_up_in_place)
+        self._norms = Norms(self._guard, turns, each=not training.adds_up_in_place)
+        self.due = False
+        """Whether this rank looks at its own gradient in this step."""
+        self._why = ""
+        """Why this step is computed again, if that is only because nobody had looked at it."""
         self._own, self._whole = Outliers(), Outliers()
         self._values: list[float] = []
         self.put_in: PutIn | None = None
@@ -62,7 +72,7 @@ class Doubts:
         """Compare later steps with none before: they are of another kind, or another state."""
         self._own.forget()
         self._whole.forget()
-        self._looks = AT_ONCE
+        self._looks, self._why = AT_ONCE, ""
 
     def remembered(self) -> tuple[Outliers, Outliers]:
         """Return what later steps are compared with, for `remember`."""
@@ -72,19 +82,20 @@ class Doubts:
         """Go on as when that was `remembered`."""
         self._own, self._whole = map(copy.copy, known)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
+        self.due = self._looking and (self._ring.again or step % self._turns.every == 0)
         self._norms.begin()
         self._values, self._micro, self.put_in = [], None, None
 
     def before(self, model: nn.Module, *, last: bool) -> None:
         """Look at the gradient of the micro-batch that comes next."""
-        if self._looking:
+        if self.due:
             self._norms.before(model, last=last)
 
     def after(self, loss: Tensor, micro: Micro) -> None:
         """Take note of a micro-batch of this rank."""
-        if self._looking:
+        if self.due:
             self._norms.after(loss)
             self._micro = micro
 
@@ -95,27 +106,42 @@ class Doubts:
         """
         if not self._looking:
             return OFF if self._guard.off else QUIET
-        return self._guard.call(self._largest_factor, OFF)
+        return self._guard.call(self._largest_factor, OFF) if self.due else QUIET
 
-    def doubted(self, words: Sequence[float], loss: float, grad_norm: float) -> str:
-        """Return why a step is to be computed once more; "" if it is not.
+    def differ(
+        self, step: int, words: Sequence[float], loss: float, grad_norm: float, reporter: Told
+    ) -> bool:
+        """Have a step that stands out be computed once more; return whether it is thrown away.
 
         Args:
-            words: of all ranks.
+            step: its number.
+            words: of all ranks, so that all come to the same.
             loss: of the global batch.
             grad_norm: of its gradient.
-
-        Returns:
-            The same on every rank.
+            reporter: hears of it.
         """
+        why, before = self._doubted(words, loss, grad_norm), self._why
+        self._guard.tell(reporter)
+        if why and not self.due:
+            self._why, self._ring.again = why, True
+            return True
+        self._why = ""
+        if why:
+            return self._compare(step, why, loss, grad_norm, reporter)
+        if before and self._training.world.rank < TELLERS:
+            reporter.threw_away(step, because=f"{before}, and not when it was computed again")
+        return False
+
+    def _doubted(self, words: Sequence[float], loss: float, grad_norm: float) -> str:
+        """Return why a step is to be computed once more, alike on every rank; "" if it is not."""
         if OFF in words:
             self._guard.stop()
-        if not self._looking or not self._values:
+        if not self._looking:
             return ""
         whole = [loss, grad_norm]
         out = self._whole.standing_out(whole)
         self._usual = []
-        if words[self._training.world.rank] == QUIET:
+        if self.due and words[self._training.world.rank] == QUIET:
             self._usual.append((self._own, self._values))
         if not out:
             self._usual.append((self._whole, whole))
@@ -136,15 +162,13 @@ class Doubts:
         said += [_words(names[at], self._whole.times_usual(whole, at)) for at in out]
         return "; ".join(said[:SHOWN_MAX])
 
-    def differ(self, step: int, why: str, loss: float, grad_norm: float, reporter: Told) -> bool:
+    def _compare(self, step: int, why: str, loss: float, grad_norm: float, reporter: Told) -> bool:
         """Compute all of another replica's step; return whether it is to be thrown away."""
         layout = self._training.world.layout
         # Ranks of a replica meet in every pass, so they compute as many: those of one other.
         unit = layout.shard_count if layout.dp_replicate > 1 else self._ring.chain.together
         shift = unit * (1 + step % (layout.world_size // unit - 1))
-        own = self._guard.call(
-            lambda: _fingerprint(torch.tensor(self._values, dtype=torch.float64)), _nothing()
-        )
+        own = self._guard.call(lambda: _fingerprint(self._values), _nothing())
         found = self._ring.compare(
             self._guard, own, lambda of: self._replay(step, of, reporter), shift
         )
@@ -171,10 +195,6 @@ class Doubts:
         """Look at nothing any more, on all ranks: what is computed once more shows nothing."""
         self._guard.give_up(reason, tells=self._training.world.rank < TELLERS)
 
-    def tell(self, reporter: Told) -> None:
-        """Say once if this rank does not look any more."""
-        self._guard.tell(reporter)
-
     @property
     def _looking(self) -> bool:
         # Not in the first step of a process, which makes what gradients are looked at on; and not
@@ -186,7 +206,7 @@ class Doubts:
         return processors.repeat(training.world.device) and not stopped
 
     def _largest_factor(self) -> float:
-        self._values = values = self._norms.found().tolist()
+        self._values = values = self._norms.found()
         self.put_in = self._norms.put_in()
         out = self._own.standing_out(values)
         return max((self._own.times_usual(values, at) for at in out), default=QUIET)
@@ -208,9 +228,10 @@ class Doubts:
         return self._guard.call(lambda: _fingerprint(self._norms.found()), _nothing())
 
 
-def _fingerprint(values: Tensor) -> Tensor:
+def _fingerprint(values: Sequence[float]) -> Tensor:
     # What is no number has many forms, of which nobody promises which one comes out.
-    return digest(torch.where(values.isnan(), math.nan, values), "step")
+    numbers = [math.nan if math.isnan(value) else value for value in values]
+    return digest(torch.tensor(numbers, dtype=torch.float64), "step")
 
 
 def _nothing() -> Tensor:

@@ -5,16 +5,20 @@ Letters: W weights of this rank.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 
 from trainer.digest import digest
 from trainer.guard import Guard
 from trainer.optim import local
+from trainer.turns import Turns
 
 
 class Probe:
@@ -74,42 +78,68 @@ class PutIn(NamedTuple):
     """Sum over weights of the size of each one's sum."""
 
 
+class _Group:
+    """Weights that FSDP adds up together, and which of their gradients have come by.
+
+    Args:
+        size: how many there are.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._came: list[tuple[int, Tensor]] = []
+
+    def take(self, place: int, gradient: Tensor) -> bool:
+        """Take in the gradient of a weight; return whether it was the last one."""
+        self._came.append((place, gradient))
+        return len(self._came) == self._size
+
+    def all(self) -> list[tuple[int, Tensor]]:
+        """Return what has come by, and let go of it."""
+        came, self._came = self._came, []
+        return came
+
+
 class Norms:
     """Norms of what the micro-batches of a step have added up to on this rank, by weight.
 
     And the sum of its numbers: two passes over a gradient that was just made, and so much cheaper
-    than a digest.
+    than a digest. To ask for a small weight takes as long as to look at it, so those that FSDP adds
+    up together are looked at together, right before it does.
 
     Args:
         guard: as of a `Probe`.
+        turns: of what this is a part.
         each: whether micro-batches are not added up in the weights' own gradients, so that each
             is looked at; else the last shows what all of them came to.
     """
 
-    def __init__(self, guard: Guard, *, each: bool) -> None:
-        self._guard, self._each = guard, each
-        self._hooked: set[int] = set()
+    def __init__(self, guard: Guard, turns: Turns, *, each: bool) -> None:
+        self._guard, self._turns, self._each = guard, turns, each
+        self._groups: list[_Group] = []
+        self._hooks: list[RemovableHandle] = []
         self._norms: dict[int, list[Tensor]] = {}
         self._sums: list[Tensor] = []
         self._losses: list[Tensor] = []
-        self._active = False
 
     def begin(self) -> None:
         """Begin with a step, or with one that is computed once more."""
-        self._norms, self._sums, self._losses, self._active = {}, [], [], False
+        self._norms, self._sums, self._losses = {}, [], []
+        self._unhook()
 
     def before(self, model: nn.Module, *, last: bool) -> None:
         """Look at the next backward pass, if it shows something."""
-        self._guard.call(lambda: self._hook_to(model), None)
-        self._active = (last or self._each) and not self._guard.off
+        self._finish()
+        if last or self._each:
+            self._guard.call(lambda: self._hook_to(model), None)
 
     def after(self, loss: Tensor) -> None:
         """Take note of the loss of a micro-batch."""
-        self._active = False
+        self._finish()
         self._losses.append(loss.detach())
 
-    def found(self) -> Tensor:
-        """Return the sum of losses, then the norm of each weight's gradient; float64, [1 + W].
+    def found(self) -> list[float]:
+        """Return the sum of losses, then the norm of each weight's gradient; 1 + W.
 
         Raises:
             RuntimeError: if there are no gradients, whatever has kept them from being looked at.
@@ -117,9 +147,11 @@ class Norms:
         if not self._norms:
             raise RuntimeError("no gradient has come by")
         passes = [norm for place in sorted(self._norms) for norm in self._norms[place]]
-        norms_W = torch.stack(passes).double().view(len(self._norms), -1).square().sum(1).sqrt()
+        norms_W = torch.stack(passes).double().view(len(self._norms), -1)
+        if norms_W.shape[1] > 1:
+            norms_W = norms_W.square().sum(1).sqrt()
         losses = torch.stack(self._losses).double().sum()
-        return torch.cat((losses.view(1), norms_W))
+        return [float(losses), *norms_W.flatten().tolist()]
 
     def put_in(self) -> PutIn | None:
         """Return what there is to say of the gradients, for `trainer.sums`; None if nothing."""
@@ -130,28 +162,52 @@ class Norms:
         return PutIn(float(sums.sum()), float(norms.norm()), float(sums.abs().sum()))
 
     def _hook_to(self, model: nn.Module) -> None:
-        for place, (_, weight) in enumerate(_whole_weights(model)):
-            if id(weight) not in self._hooked:
-                self._hooked.add(id(weight))
-                weight.register_post_accumulate_grad_hook(self._hook(place))  # type: ignore[no-untyped-call]
+        with self._turns.looking():
+            place = 0
+            for weights in _whole_weights_by_group(model):
+                group = _Group(len(weights))
+                self._groups.append(group)
+                for weight in weights:
+                    hook = self._hook(group, place)
+                    self._hooks.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+                    place += 1
 
-    def _hook(self, place: int) -> Callable[[Tensor], None]:
+    def _finish(self) -> None:
+        """Look at what groups have of which some weights had no part in the pass; let go of all."""
+        for group in self._groups:
+            self._guard.call(partial(self._look, group), None)
+        self._unhook()
+
+    def _unhook(self) -> None:
+        # Called in each pass, hooks take longer than to be put there once in a while.
+        for hook in self._hooks:
+            hook.remove()
+        self._groups, self._hooks = [], []
+
+    def _hook(self, group: _Group, place: int) -> Callable[[Tensor], None]:
         def take(weight: Tensor) -> None:
-            if self._active:
-                self._guard.call(lambda: self._add(place, weight), None)
+            self._guard.call(lambda: self._take(group, place, weight), None)
 
         return take
 
-    def _add(self, place: int, weight: Tensor) -> None:
+    def _take(self, group: _Group, place: int, weight: Tensor) -> None:
         assert weight.grad is not None
-        gradient = local(weight.grad)
-        self._norms.setdefault(place, []).append(torch.linalg.vector_norm(gradient))
-        self._sums.append(gradient.sum(dtype=torch.float32))
+        if group.take(place, local(weight.grad)):
+            self._look(group)
+
+    def _look(self, group: _Group) -> None:
+        if not (came := group.all()):
+            return
+        with self._turns.looking():
+            norms = torch._foreach_norm([gradient for _, gradient in came])  # noqa: SLF001 - torch's own name
+            for (place, gradient), norm in zip(came, norms, strict=True):
+                self._norms.setdefault(place, []).append(norm)
+                self._sums.append(gradient.sum(dtype=torch.float32))
 
 
 def drop(parts: Sequence[nn.Module]) -> None:
     """Forget gradients that ranks have not added up."""
-    for fsdp in (each for part in parts for each in _fsdp_weights(part)):
+    for fsdp in (each for part in parts for group in _fsdp_groups(part) for each in group):
         fsdp.unsharded_accumulated_grad = None
         if hasattr(fsdp, "_unsharded_param"):
             fsdp._unsharded_param.grad = None  # noqa: SLF001 - the public name asks for its data
@@ -162,14 +218,21 @@ def _whole_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
     FSDP makes them with the first forward pass, and keeps the tensors for the life of the model.
     """
-    for number, fsdp in enumerate(_fsdp_weights(model)):
-        yield str(number), fsdp.unsharded_param
+    weights = itertools.chain.from_iterable(_whole_weights_by_group(model))
+    for number, weight in enumerate(weights):
+        yield str(number), weight
 
 
-def _fsdp_weights(model: nn.Module) -> Iterator[Any]:
+def _whole_weights_by_group(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    for group in _fsdp_groups(model):
+        yield [fsdp.unsharded_param for fsdp in group]
+
+
+def _fsdp_groups(model: nn.Module) -> Iterator[list[Any]]:
+    """Yield FSDP's own of each weight, those together that are added up together."""
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
         state: Any = module._get_fsdp_state()  # noqa: SLF001 - no public name has them
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
-        yield from (w for group in groups if group is not None for w in group.fsdp_params)
+        yield from (group.fsdp_params for group in groups if group is not None)

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from trainer.data import Batch
 from trainer.guard import Guard
-from trainer.replay import halves, joined
+from trainer.replay import joined, split
 from trainer.ring import Ring, Told
 
 OFF, LATE = -1.0, -2.0
@@ -79,7 +80,7 @@ class Readings:
             return (LATE,) * WORDS
 
         def both() -> tuple[float, ...]:
-            return tuple(halves(torch.stack((_signed(self._own), reading.result()))).tolist())
+            return (*split(self._own.intdigest()), *split(reading.result()))
 
         return self._guard.call(both, (OFF,) * WORDS)
 
@@ -125,14 +126,15 @@ class Readings:
         readers = len(chain.ranks) // chain.together
         return chain.together * (1 + step % (readers - 1))
 
-    def _digest(self, step: int, of: int) -> Tensor:
+    def _digest(self, step: int, of: int) -> int:
         total = xxhash.xxh3_64()
-        for indices in self._ring.share(of):
+        for indices in stretches(self._ring.share(of)):
             _add(total, self._ring.samples.batch(step, indices))
-        return _signed(total)
+        return total.intdigest()
 
     def _digest_or_nothing(self, step: int, of: int) -> Tensor:
-        return self._guard.call(lambda: self._digest(step, of), torch.zeros((), dtype=torch.int64))
+        found = self._guard.call(lambda: self._digest(step, of), 0)
+        return torch.tensor(found - (1 << 64) if found >> 63 else found)
 
 
 class _Reading:
@@ -143,10 +145,10 @@ class _Reading:
         read: does it.
     """
 
-    def __init__(self, step: int, read: Callable[[], Tensor]) -> None:
+    def __init__(self, step: int, read: Callable[[], int]) -> None:
         self.step = step
         self._read = read
-        self._result: Tensor | Exception | None = None
+        self._result: int | Exception | None = None
         self._thread = threading.Thread(target=self._run, name="readings", daemon=True)
         self._thread.start()
 
@@ -163,7 +165,7 @@ class _Reading:
             self._thread.join(0.05)
         return not self.busy
 
-    def result(self) -> Tensor:
+    def result(self) -> int:
         """Return what was read.
 
         Raises:
@@ -181,12 +183,23 @@ class _Reading:
             self._result = error
 
 
+def stretches(shares: Sequence[range]) -> list[range]:
+    """Return micro-batches, those that follow each other as one: each has to be asked for.
+
+    >>> stretches([range(4, 6), range(6, 8), range(12, 14)])
+    [range(4, 8), range(12, 14)]
+    """
+    found: list[range] = []
+    for share in shares:
+        if found and found[-1].stop == share.start:
+            share = range(found.pop().start, share.stop)  # noqa: PLW2901 - it is longer now
+        found.append(share)
+    return found
+
+
 def _add(total: xxhash.xxh3_64, batch: Batch) -> None:
-    total.update(batch.inputs.tobytes())
-    total.update(batch.targets.tobytes())
-    total.update(repr(batch.cuts).encode())
-
-
-def _signed(total: xxhash.xxh3_64) -> Tensor:
-    number = total.intdigest()
-    return torch.tensor(number - (1 << 64) if number >> 63 else number)
+    """Add samples, one after the other: the same in whatever batches they were read."""
+    for inputs, targets, cuts in zip(batch.inputs, batch.targets, batch.cuts, strict=True):
+        total.update(np.ascontiguousarray(inputs).data)
+        total.update(np.ascontiguousarray(targets).data)
+        total.update(repr(cuts).encode())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -138,13 +138,15 @@ class Repairs:
 
     Args:
         training: whose state.
-        period: in so many steps, all of it is looked at once.
+        period: says in how many steps up to one all of it was looked at.
         of_state: so many of the numbers that a rank says of a step are about state; those behind
             them are about its gradient.
         digests: guards what ranks say of a step.
     """
 
-    def __init__(self, training: Stepping, period: int, of_state: int, digests: Guard) -> None:
+    def __init__(
+        self, training: Stepping, period: Callable[[int], int], of_state: int, digests: Guard
+    ) -> None:
         self._training, self._period, self._of_state = training, period, of_state
         self._guard, self._digests_guard = Guard("repairs"), digests
         layout = training.world.layout
@@ -181,7 +183,7 @@ class Repairs:
         """
         rows = [row for row in told if row is not None]
         if not differ(self._shards, told):
-            if self._period == 1 and len(rows) == len(told):
+            if self._period(step) == 1 and len(rows) == len(told):
                 self._sound = step
             return False
         if len(rows) < len(told):
@@ -306,9 +308,10 @@ class Repairs:
         last = self._last.get(rank)
         if last is not None and step - last <= AGAIN_STEPS:
             return shard, f"rank {rank} was repaired in step {last} already"
-        if not right and self._period > 1:
+        period = self._period(step)
+        if not right and period > 1:
             return shard, (
-                f"a part of the state is looked at in each step, all of it in {self._period}: what "
+                f"a part of the state is looked at in each step, all of it in {period}: what "
                 "differs may have done so before, and is in the gradients of all ranks since"
             )
         if not right:

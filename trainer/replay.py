@@ -31,6 +31,11 @@ def halves(digests: Tensor) -> Tensor:
     return torch.stack((low, high), -1).double().flatten()
 
 
+def split(digest: int) -> tuple[float, float]:
+    """Return a digest in [0, 2**64) as `halves` does."""
+    return float(digest % HALF), float(digest // HALF)
+
+
 def joined(low: float, high: float) -> int:
     """Return the digest that went over as two float64."""
     return int(high) * HALF + int(low)

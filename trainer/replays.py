@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -20,7 +21,10 @@ from trainer.replay import Pace
 from trainer.ring import Ring, Stepping, Told
 from trainer.sums import Sums
 from trainer.tracing import Trace
+from trainer.turns import Turns
 
+COSTS = 2
+"""Numbers that a rank says in a step of what it takes it to look: a replay, and its own norms."""
 MOMENT_S = 1e-6
 T = TypeVar("T", bound=Told)
 
@@ -32,7 +36,8 @@ class Replays:
         training: whose steps they are of.
         samples: of all ranks.
         share: of the time of a step, that they may take.
-        watched: whether they come in every step, whatever they take.
+        norms: of the time of a step, that norms and sums of this rank's own gradient may take.
+        watched: whether both come in every step, whatever they take.
 
     Attributes:
         passed: how much further on the rank is whose last micro-batch came out the same here, if
@@ -40,11 +45,18 @@ class Replays:
     """
 
     def __init__(
-        self, training: Stepping, samples: Batches, share: float, *, watched: bool = False
+        self,
+        training: Stepping,
+        samples: Batches,
+        share: float,
+        norms: float,
+        *,
+        watched: bool = False,
     ) -> None:
         self._training = training
         self.ring = Ring(training, samples)
-        self.doubts = Doubts(training, self.ring)
+        self.turns = Turns(1.0 if watched else norms, 1)
+        self.doubts = Doubts(training, self.ring, self.turns)
         self.readings = Readings(self.ring)
         layout = training.world.layout
         by_itself = layout.tp == 1 and layout.pp == 1
@@ -71,7 +83,7 @@ class Replays:
         """Begin to compute a step, or begin anew."""
         self.passed = 0
         self.ring.begin(step, self.pace.longest)
-        self.doubts.begin()
+        self.doubts.begin(step)
         self.readings.begin(step)
         # Not in the first step of a process, which makes what gradients are looked at on.
         regular = step % self.pace.every == 0 or not self._tested
@@ -141,12 +153,28 @@ class Replays:
     def done(self) -> None:
         """Hear that a step is over, and moves something."""
         self.ring.done()
-        self.doubts.done()
+        with self._counted():
+            self.doubts.done()
 
-    def stepped(self, seconds: float) -> None:
-        """Hear for how long a step took; what a replay in it has cost is said in the next one."""
+    def stepped(self, seconds: float, spent_s: float) -> None:
+        """Hear for how long a step took; what a replay in it has cost is said in the next one.
+
+        Args:
+            seconds: from its begin to its end.
+            spent_s: of this thread's processor time.
+        """
         self._cost = self._took_s / max(seconds - self._took_s, MOMENT_S)
         self._took_s = 0.0
+        self.turns.stepped(spent_s)
+
+    def agree(self, costs: Sequence[Sequence[float]]) -> None:
+        """Hear `COSTS` numbers of each rank, of what looks take it: all come as often as that says.
+
+        Of a step that counts, once it is over.
+        """
+        replays, looks = zip(*costs, strict=True)
+        self.pace.paid(replays)
+        self.turns.agree(looks)
 
     def words(
         self, step: int, part: Sequence[Tensor], alive: Callable[[], None]
@@ -158,9 +186,15 @@ class Replays:
             part: of the gradient, that this rank moves weights by.
             alive: is called now and then while this waits.
         """
-        doubt = self.doubts.word()
-        sums = self.sums.words(self.doubts.put_in, part)
-        return doubt, self._cost, *self.readings.words(step, alive), *sums
+        with self._counted():
+            doubt = self.doubts.word()
+            sums = self.sums.words(self.doubts.put_in, part)
+        costs = (self._cost, self.turns.word())
+        return doubt, *costs, *self.readings.words(step, alive), *sums
+
+    def _counted(self) -> contextlib.AbstractContextManager[None]:
+        """Count a block as looking, if it is this step's turn."""
+        return self.turns.looking() if self.doubts.due else contextlib.nullcontext()
 
     def _test(self, step: int, reporter: Told) -> None:
         """Find out if bits mean anything here: if a micro-batch comes out the same twice.

@@ -31,8 +31,9 @@ from trainer.pipeline import Micro, Pipeline
 from trainer.reduction import Reduction
 from trainer.repair import Repairs
 from trainer.replay import halves
-from trainer.replays import Replays
+from trainer.replays import COSTS, Replays
 from trainer.shares import share_of
+from trainer.turns import Turns
 from trainer.updates import Pace as UpdatesPace
 from trainer.updates import Updates
 from trainer.watch import Held, Watch, period_of, read
@@ -110,10 +111,12 @@ WORD_AT = 2
 """Where what a rank says begins in what it sends to all: behind a sum of squares and a mark."""
 OFF_AT = WORD_AT + len(Word._fields)
 """And behind that, whether it digests nothing any more; then doubts, digests and losses."""
-DOUBT_AT = OFF_AT + 1
-"""What it says of its own numbers in this step (trainer.doubts), and what its replay cost."""
-COST_AT = DOUBT_AT + 1
-READ_AT = COST_AT + 1
+DIGESTING_AT = OFF_AT + 1
+"""What digesting takes it (trainer.turns)."""
+DOUBT_AT = DIGESTING_AT + 1
+"""What it says of its own numbers in this step (trainer.doubts), and what such looks cost it."""
+COSTS_AT = DOUBT_AT + 1
+READ_AT = COSTS_AT + COSTS
 """And which samples it was handed, and another one should have been (trainer.readings)."""
 SUMS_AT = READ_AT + readings.WORDS
 """And what the gradient adds up to, before ranks added up and after (trainer.sums)."""
@@ -240,10 +243,8 @@ class Training:
         self._held_up_s = 0.0
         self._samples_anew, self._anew = samples, False
         """What to read a step from that is begun anew: what was read ahead of it is used up."""
-        digest_share = detection.digest_share
-        if digest_share and world.layout.dp_replicate > 1:
-            held = self._held([shard.param for shard in self.optimizer.shards])
-            self._watch = Watch(held, self._digest_period(digest_share))
+        if detection.digest_share and world.layout.dp_replicate > 1:
+            self._watch = self._watch_of(detection.digest_share)
             if detection.repair:
                 of_state = GRADIENT_AT - DIGESTS_AT
                 self.repairs = Repairs(self, self._watch.period, of_state, self._guard)
@@ -254,7 +255,9 @@ class Training:
             self._updates = Updates(self.optimizer, pace, world.rank)
         self._replays: Replays | None = None
         if detection.replay_share and world.layout.readers > 1:
-            self._replays = Replays(self, samples, detection.replay_share, watched=watched)
+            self._replays = Replays(
+                self, samples, detection.replay_share, detection.norm_share, watched=watched
+            )
 
     def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:
         """Take optimizer step `step` (1-based) together with the other ranks, and report it.
@@ -268,6 +271,7 @@ class Training:
             What each rank said; every rank gets the same answer.
         """
         begun, waited_s = time.monotonic(), self._waited.seconds
+        spent_s = time.thread_time()
         self._waited.counter = reporter
         self._held_up_s = 0.0
         self._strike(step)
@@ -301,12 +305,11 @@ class Training:
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
         self.before_write()
         self._move(step, grad_norm, reporter)
-        self.warm = True
         # Without what saves held it up for, which counts as a stall.
         seconds = time.monotonic() - begun - self._held_up_s
-        if self._replays is not None:
-            self._replays.stepped(seconds)
-            self._replays.pace.paid([row[COST_AT] for row in rows])
+        if self.warm:
+            self._count(step, rows, seconds, time.thread_time() - spent_s)
+        self.warm = True
         rate = learning_rate(step, self.job)
         self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
         reporter.step_done(
@@ -329,8 +332,17 @@ class Training:
             self._replays.done()
             replayed = self._replays.passed
         if self._watch is not None or replayed:
-            period = self._watch.period if self._watch is not None else 1
+            period = self._watch.period(step) if self._watch is not None else 1
             self._report(Taken(step=Step(step), period=period, shift=replayed), digests, reporter)
+
+    def _count(self, step: int, rows: list[list[float]], seconds: float, spent_s: float) -> None:
+        """Hear what a step took, and what ranks said that looking takes: it keeps to its share."""
+        if self._watch is not None:
+            self._watch.agree(step, [row[DIGESTING_AT] for row in rows])
+            self._watch.turns.stepped(spent_s)
+        if self._replays is not None:
+            self._replays.agree([row[COSTS_AT:READ_AT] for row in rows])
+            self._replays.stepped(seconds, spent_s)
 
     def _strike(self, step: int) -> None:
         """Have happen to the state what a fault plan says, which is a write like others."""
@@ -366,7 +378,8 @@ class Training:
                 step, gradients, lambda: self._announce(reporter, RankPhase.DATA)
             )
             self._announce(reporter, RankPhase.OPTIMIZER)
-        own_words = [self.samples.mark, *word, self._guard.off, *words]
+        digesting = self._watch.turns.word() if self._watch is not None else 0.0
+        own_words = [self.samples.mark, *word, self._guard.off, digesting, *words]
         said = torch.tensor(own_words, dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
@@ -392,10 +405,8 @@ class Training:
         added = [row[SUMS_AT:DIGESTS_AT] for row in rows]
         if self._replays.sums.differ(step, added, reporter):
             return True
-        doubts = self._replays.doubts
-        why = doubts.doubted([row[DOUBT_AT] for row in rows], loss, grad_norm)
-        doubts.tell(reporter)
-        return bool(why) and doubts.differ(step, why, loss, grad_norm, reporter)
+        words = [row[DOUBT_AT] for row in rows]
+        return self._replays.doubts.differ(step, words, loss, grad_norm, reporter)
 
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
@@ -437,10 +448,17 @@ class Training:
             return losses, self.reduction.finish()
         return losses, self.optimizer.take_gradients()
 
+    def settle(self) -> None:
+        """Look as often as now from now on, whatever it takes."""
+        if self._watch is not None:
+            self._watch.turns.settle()
+        if self._replays is not None:
+            self._replays.turns.settle()
+
     def look_at_the_end(self, steps: int, reporter: Reporter) -> None:
         """Report digests of all that the run ends with, after its last step."""
         if self._watch is not None:
-            taken = Taken(step=Step(steps + 1), period=self._watch.period)
+            taken = Taken(step=Step(steps + 1), period=self._watch.period(steps + 1))
             self._report(taken, self._digest(steps + 1, list(self._held()), whole=True), reporter)
 
     def _digest(self, step: int, held: list[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
@@ -468,9 +486,12 @@ class Training:
             named = zip((shard.name for shard in shards), gradients, strict=True)
             yield Held("gradient", list(named))
 
-    def _digest_period(self, share: float) -> int:
-        held = len(SHARED) * self.config.parameters / self.world.layout.shard_count
-        return period_of(held, self._flops_each, self.world.device.type, share)
+    def _watch_of(self, share: float) -> Watch:
+        words = len(SHARED) * self.config.parameters / self.world.layout.shard_count
+        device = self.world.device.type
+        period = period_of(words, self._flops_each, device, share)
+        held = self._held([shard.param for shard in self.optimizer.shards])
+        return Watch(held, Turns(share, period, measured=device == "cpu"))
 
     @property
     def _flops_each(self) -> float:

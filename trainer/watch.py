@@ -19,11 +19,15 @@ from orchestrator.protocol.digests import Kind, Taken
 from orchestrator.protocol.ids import Step
 from trainer.digest import PIECE_WORDS, digest, unsigned
 from trainer.guard import Guard
+from trainer.turns import Turns
 
-FLOPS_PER_WORD = {"cpu": 40.0, "cuda": 600.0}
-"""What a word costs, in operations of training that the device could do meanwhile. A core reads
-2 GB/s of words and does some 30 GFLOPS in float32; a GPU reads 1.5 TB/s unfused, and does some
-500 TFLOPS in bf16, hence a little over 1,000: half of it, since nobody reaches that."""
+FLOPS_PER_WORD = {"cpu": 60.0, "cuda": 600.0}
+"""What a word costs, in operations of training that the device could do meanwhile, until that is
+measured. A core reads 3 GB/s of words and does some 45 GFLOPS in float32; a GPU reads 1.5 TB/s
+unfused, and does some 500 TFLOPS in bf16, hence a little over 1,000: half of it, since nobody
+reaches that."""
+CALL_WORDS = 20_000
+"""What takes as long to be asked for as so many words to be digested: a piece, of any size."""
 
 
 class Held(NamedTuple):
@@ -53,46 +57,69 @@ class Hears(Protocol):
 
 
 class Watch:
-    """What is digested when: each piece once in `period` steps.
+    """What is digested when: each piece once in as many steps as `turns` say.
 
     Args:
         held: the state as it is now; tensors of later calls have the same sizes.
-        period: in so many steps; the same on every rank.
+        turns: the same on every rank.
     """
 
-    def __init__(self, held: Iterable[Held], period: int) -> None:
-        pieces = list(_pieces(held))
-        self.period = period
-        self._slots: list[list[_Piece]] = [[] for _ in range(self.period)]
-        loads = [0] * self.period
+    def __init__(self, held: Iterable[Held], turns: Turns) -> None:
         # The largest first, each to the emptiest slot: the same on everybody who has the same.
-        for piece in sorted(pieces, key=lambda piece: -piece.words):
+        self._pieces = sorted(_pieces(held), key=lambda piece: -piece.words)
+        self.turns = turns
+        self._changed_at, self._before = 0, 0
+        """After which step turns came to be others, and how many steps they were apart before."""
+        self._slots = self._cut()
+
+    def _cut(self) -> list[list[_Piece]]:
+        slots: list[list[_Piece]] = [[] for _ in range(self.turns.every)]
+        loads = [0] * len(slots)
+        for piece in self._pieces:
             slot = loads.index(min(loads))
-            self._slots[slot].append(piece)
-            loads[slot] += piece.words
+            slots[slot].append(piece)
+            loads[slot] += piece.words + CALL_WORDS
+        return slots
+
+    def period(self, step: int) -> int:
+        """Return in how many steps up to this one each piece was looked at at least once."""
+        period = len(self._slots)
+        return period + self._before if step <= self._changed_at + period else period
+
+    def agree(self, step: int, costs: Sequence[float]) -> None:
+        """Hear what ranks said that looking takes; from the next step on, hold to their share."""
+        before = self.period(step)
+        if self.turns.agree(costs):
+            self._changed_at, self._before = step, before
+            self._slots = self._cut()
 
     def look(self, step: int, held: Iterable[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
         """Return the digests that are due before `step` moves the weights, or of everything.
 
         Scalars, int64: on a GPU nobody has waited for them.
         """
+        with self.turns.looking():
+            return self._look(step, held, whole=whole)
+
+    def _look(self, step: int, held: Iterable[Held], *, whole: bool) -> dict[Kind, Tensor]:
         tensors = {each.kind: each.tensors for each in held}
-        found: dict[Kind, Tensor] = {}
-        slots = self._slots if whole else [self._slots[step % self.period]]
+        found: dict[Kind, list[Tensor]] = {}
+        slots = self._slots if whole else [self._slots[step % len(self._slots)]]
         for piece in (piece for slot in slots for piece in slot):
             if piece.kind not in tensors:
                 continue
             tensor = tensors[piece.kind][piece.place][1].reshape(-1)
             part = tensor[piece.start : piece.start + piece.words]
             share = digest(part, f"{piece.kind}/{piece.name}", piece.start)
-            found[piece.kind] = found[piece.kind] + share if piece.kind in found else share
-        return found
+            found.setdefault(piece.kind, []).append(share)
+        return {kind: torch.stack(shares).sum() for kind, shares in found.items()}
 
 
 def period_of(words: float, flops: float, device: str, share: float) -> int:
     """Return in how many steps all is to be looked at once, to take that share of their time.
 
-    Follows from the job alone: all ranks of a world must come to the same.
+    As long as nobody has measured it. Follows from the job alone: all ranks of a world must come to
+    the same.
 
     Args:
         words: that a rank holds.
@@ -101,7 +128,7 @@ def period_of(words: float, flops: float, device: str, share: float) -> int:
         share: of the time of a step, above 0.
 
     >>> period_of(4e6, 6e9, "cpu", 0.01)
-    3
+    4
     """
     return max(math.ceil(words * FLOPS_PER_WORD[device] / (share * flops)), 1)
 
@@ -158,7 +185,7 @@ class Watched:
         kinds = tuple(each.kind for each in held)
         if self._watch is None or kinds != self._kinds:
             # The first step of an optimizer makes its state.
-            self._watch, self._kinds = Watch(held, self._period), kinds
+            self._watch, self._kinds = Watch(held, Turns.fixed(self._period)), kinds
         return read(self._watch.look(step, held))
 
     def _held(self) -> Iterator[Held]:

@@ -10,7 +10,8 @@ from orchestrator.campaign.world import LiveWorld
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.trials import Quiet, Return, Train
 
-WARM_STEPS = 3
+WARM_STEPS = 64
+"""In which looks that cost more than their share come to be as rare as they stay."""
 STRETCH_STEPS = 8
 """In which every detector that does not look at each step has been at work."""
 

@@ -18,9 +18,10 @@ STEPS = 40_000
 
 
 def small(steps: int = STEPS) -> TrainingRun:
-    """Return a run of three replicas with a tiny Llama, every digest at every step."""
+    """Return a run of three replicas with a tiny Llama, all digests and norms at every step."""
     trainer = {"model": MODEL, "seqLen": 32, "warmupSteps": 40, "steps": steps}
-    return _run(trainer, {"detectWithin": "3s", "digestShare": 1.0, "replayShare": REPLAYS})
+    shares = {"digestShare": 1.0, "normShare": 1.0, "replayShare": REPLAYS}
+    return _run(trainer, {"detectWithin": "3s", **shares})
 
 
 def timed(steps: int) -> TrainingRun:

@@ -285,6 +285,11 @@ class Detection(_Section, frozen=True, kw_only=True):
     """A file whose entries take the place of those of the same name in the table that says what
     follows from what hardware says of itself (orchestrator/agent/signals.yaml), code by code where
     they have codes, or are added to it. It is read when the run is started."""
+    norm_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.005
+    """About which part of a step's time goes into a look of each rank at its own gradient before
+    ranks add up: at norms of weights that stand out, and at what all of it adds up to. If it is
+    seen to take more, it is done in fewer steps, in one of 8 at least; 1: in every step, whatever
+    it takes. The loss and norm of the whole are looked at in every step. Off where replays are."""
 
 
 class Recovery(_Section, frozen=True, kw_only=True):

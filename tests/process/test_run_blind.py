@@ -48,7 +48,7 @@ def test_a_detector_that_raises_on_one_rank_is_said_to_be_off_and_changes_no_bit
         "replay": [["replays", "RuntimeError: no digest today"]],
         "samples": [
             ["replays", "OSError: no samples range(1, 2) of step 3"],
-            ["readings", "OSError: no samples range(0, 1) of step 3"],
+            ["readings", "OSError: no samples range(0, 2) of step 3"],
         ],
     }
     for each in (*sighted, *blind, chance):

@@ -228,6 +228,28 @@ def test_what_comes_out_the_same_everywhere_is_the_data_and_the_run_goes_on(foun
         assert (rank["again"], rank["diverged_"], rank["off"]) == ([AT], [], [])
 
 
+def test_what_stands_out_while_no_rank_looks_at_itself_is_computed_again_and_looked_at_then(
+    found: Found,
+) -> None:
+    once, always = "huge once, between turns", "huge always, between turns"
+
+    assert losses(found, once) == losses(found, "nothing looks")
+    assert losses(found, always) == losses(found, "huge always, and nothing looks")
+    assert [rank["again"] for rank in found[once]] == [[]] * REPLICAS
+    assert [rank["again"] for rank in found[always]] == [[AT]] * REPLICAS
+    assert not any(
+        rank["diverged_"] or rank["off"] for way in (once, always) for rank in found[way]
+    )
+    assert not any(rank["thrown"] for rank in found[always])
+    *told, silent = (rank["thrown"] for rank in found[once])
+    assert silent == []
+    for thrown in told:
+        ((step, because),) = thrown
+        assert step == AT
+        assert because.startswith("the loss is ")
+        assert because.endswith(" times as large as usual, and not when it was computed again")
+
+
 def test_a_rank_that_can_not_look_says_so_and_all_go_on_without(found: Found) -> None:
     assert losses(found, "blind") == losses(found, "nothing looks")
     off = [rank["off"] for rank in found["blind"]]

@@ -45,9 +45,9 @@ TOKENS = Tokens(np.arange(2048, dtype=np.uint32) * 7 % 16, "d16e57000000", 63)
 JOB = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=6, warmup_steps=1, micro_batch=1)
 OWN = JOB.global_batch // REPLICAS
 """Micro-batches of a rank."""
-LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
+LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001, norm_share=1.0)
 """Replays that are due never come."""
-REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
+REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0, norm_share=1.0)
 """They come in every step."""
 BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
 UNDIGESTED = runfile.Detection(digest_share=0.0, replay_share=1.0)
@@ -64,6 +64,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "job": {"reduction": "deterministic"},
     },
     "huge always": {"factor": 1e6, "ranks": set(range(REPLICAS)), "always": True},
+    "huge once, between turns": {"factor": 1e6, "ranks": {WRONG}, "turns": 4},
+    "huge always, between turns": {
+        "factor": 1e6,
+        "ranks": set(range(REPLICAS)),
+        "always": True,
+        "turns": 4,
+    },
     "huge always, and nothing looks": {
         "factor": 1e6,
         "ranks": set(range(REPLICAS)),
@@ -301,6 +308,8 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
         deliver_wrong(training, loss, way["sums"])
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
+        if "turns" in way:
+            training._replays.turns.every = way["turns"]
     place = Place(world.position.dp_replicate, REPLICAS, 0, 1)
     ahead = slices(job, place, range(1, STEPS + 1)) if way.get("ahead") else ()
     with Prefetch(training.samples, ahead, 2, lambda: None, 30.0) as read_ahead:

@@ -47,7 +47,7 @@ BAD = 1
 LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001)
 REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0)
 WITHOUT_REPLAYS = runfile.Detection(digest_share=1.0, replay_share=0.0)
-IN_PARTS = runfile.Detection(digest_share=0.25, replay_share=0.0)
+IN_PARTS = runfile.Detection(digest_share=0.65, replay_share=0.0)
 """In a step a fourth of the state is looked at."""
 DETERMINISTIC = {"job": {"reduction": "deterministic"}}
 LENGTH = 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orchestrator.protocol import runfile
-from trainer.replay import Pace, every, halves, joined, known_good, of_itself
+from trainer.replay import Pace, every, halves, joined, known_good, of_itself, split
 from trainer.shares import Place, Share, share_of
 
 
@@ -21,6 +21,7 @@ def test_digests_survive_the_way_through_floating_point() -> None:
 
     found = [joined(low, high) for low, high in zip(row[::2], row[1::2], strict=True)]
     assert found == [digest % (1 << 64) for digest in digests]
+    assert row == [half for digest in found for half in split(digest)]
 
 
 def shares(batch: int, replicas: int, shards: int) -> list[Share]:

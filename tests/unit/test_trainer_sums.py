@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.gradients import PutIn
-from trainer.sums import explained, total
+from trainer.sums import explained, runs, total
 
 
 def added_up(parts: list[torch.Tensor], order: np.random.Generator) -> torch.Tensor:
@@ -72,3 +72,13 @@ def test_one_number_that_is_off_by_a_thousandth_of_all_is_seen() -> None:
 
     assert abs(total(came_out) - math.fsum(map(total, parts))) > bound
     assert off < 1.0, "which is less than what a single number is, as a rule"
+
+
+def test_what_lies_behind_each_other_in_memory_is_added_up_as_one() -> None:
+    flat, apart = torch.arange(12.0), torch.full((3,), 7.0)
+    part = [flat[:4].view(2, 2), flat[4:9], flat[9:], apart, flat[:3], flat[4:8].view(2, 2).t()]
+
+    found = [each.tolist() for each in runs(part)]
+
+    assert found == [flat.tolist(), apart.tolist(), [0.0, 1.0, 2.0], [4.0, 6.0, 5.0, 7.0]]
+    assert list(runs([])) == []

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from orchestrator.protocol.digests import Kind, Taken
+from trainer.digest import digest
 from trainer.injected import flip_bit
+from trainer.turns import Turns
 from trainer.watch import Held, Watch, Watched, period_of, read
 
 
@@ -46,7 +48,7 @@ def test_replicas_of_a_program_have_the_same_digests_until_a_bit_flips_in_one() 
 
 def test_each_piece_is_looked_at_once_in_a_period() -> None:
     held = [Held("weights", [("a", torch.ones(30)), ("b", torch.ones(20)), ("c", torch.ones(9))])]
-    watch = Watch(held, 3)
+    watch = Watch(held, Turns.fixed(3))
 
     seen = [read(watch.look(step, held)).get("weights", 0) for step in (1, 2, 3)]
 
@@ -55,6 +57,23 @@ def test_each_piece_is_looked_at_once_in_a_period() -> None:
     assert read(watch.look(4, held)) == read(watch.look(1, held))
 
 
-@pytest.mark.parametrize(("share", "period"), [(1.0, 1), (0.01, 7)])
+def test_no_piece_is_out_of_sight_for_longer_than_is_said_while_turns_change() -> None:
+    held = [Held("weights", [(str(n), torch.full((40 + n,), 1.0 + n)) for n in range(23)])]
+    watch, seen = Watch(held, Turns(0.5, 4)), {str(n): 0 for n in range(23)}
+    for step in range(1, 120):
+        slot = watch._slots[step % len(watch._slots)]
+        names = {piece.name for piece in slot}
+        due = ((name, tensor) for name, tensor in held[0].tensors if name in names)
+        shares = [digest(tensor, f"weights/{name}") for name, tensor in due]
+        assert read(watch.look(step, held)) == read({"weights": torch.stack(shares).sum()})
+        seen |= dict.fromkeys(names, step)
+        assert step - min(seen.values()) < max(watch.period(step), 4)
+        costs = {20: 5.5, 30: 8.0, 60: 1.0, 90: 4.0}.get(step, 0.0)
+        watch.agree(step, [costs] * 3)
+
+    assert watch.period(119) == 8
+
+
+@pytest.mark.parametrize(("share", "period"), [(1.0, 1), (0.01, 10)])
 def test_less_time_makes_a_longer_period(share: float, period: int) -> None:
     assert period_of(1e6, 6e8, "cpu", share) == period

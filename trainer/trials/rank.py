@@ -218,6 +218,8 @@ class TrialRank:
         match order:
             case Train(steps=steps, snapshot=number):
                 said = Said(rows=self._steps(steps))
+                # Nor what is noticed after one snapshot on how long it is since the other.
+                self._training.settle()
                 self._snapshots[number] = copies.take(self._training, self._done)
                 if (replays := _replays(self._training)) is not None:
                     self._known[number] = replays.doubts.remembered()

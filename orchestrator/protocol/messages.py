@@ -19,7 +19,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MESSAGE_MAX_BYTES = 8 << 20
 
 

@@ -24,6 +24,13 @@ def told(world: World) -> list[GroupCounts]:
     ]
 
 
+def named(world: World) -> tuple[list[int], list[int]]:
+    """Return who is at fault by the counts, and who waits."""
+    counts, _ = gathered(told(world), world.size)
+    waits = sorted(set(counts.rank[counts.waits].tolist()))
+    return culprits_among(counts, world.size).tolist(), waits
+
+
 @pytest.mark.parametrize(
     ("cut", "stuck", "groups"),
     [
@@ -47,6 +54,7 @@ def told(world: World) -> list[GroupCounts]:
 def test_a_rank_that_never_enters_the_next_collective_is_who_the_counts_name(
     warm: Warm, cut: dict[str, int], stuck: int, groups: dict[int, set[str]]
 ) -> None:
+    others = [rank for rank in range(4) if rank != stuck]
     job: dict[str, Any] = {
         "trainer": TRAINER,
         "parallelism": cut,
@@ -55,10 +63,9 @@ def test_a_rank_that_never_enters_the_next_collective_is_who_the_counts_name(
     with a_world(warm, parked=4, job=job) as world:
         world.until(lambda: world.step() >= 2)
         world.ranks[stuck].send(Misbehave(how="block"))
-        world.until(world.still)
+        # On a busy machine a rank may stand still on its way to a collective as well.
+        world.until(lambda: world.still() and named(world) == ([stuck], others))
         counts, names = gathered(told(world), world.size)
 
-        assert culprits_among(counts, world.size).tolist() == [stuck]
-        assert sorted(set(counts.rank[counts.waits].tolist()) | {stuck}) == [0, 1, 2, 3]
         for rank, expected in groups.items():
             assert {names[group] for group in counts.group[counts.rank == rank]} == expected

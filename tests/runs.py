@@ -128,7 +128,7 @@ class Job:
         """Start it, and wait until it trains."""
         self.start("--quiet")
         reached = Path(self.run["spec"]["trainer"]["options"]["lockstep"]) / "1.0"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not reached.exists() or int(reached.read_text() or 0) < 10:
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)

@@ -49,6 +49,9 @@ class Links:
         fact = event.fact
         if fact.generation != state.generation or event.node not in state.seated:
             return []
+        # What no agent of ours says must neither fill the memory nor switch this detector off.
+        if fact.to not in state.nodes or not fact.bytes_per_s > 0:
+            return []
         if self._generation != state.generation:
             self._generation = state.generation
             self._rates, self._slow, self._told = {}, {}, set()

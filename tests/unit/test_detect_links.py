@@ -83,6 +83,25 @@ def test_what_is_slow_now_and_then_or_not_much_or_everywhere_is_nobodys_fault() 
     assert told(cluster) == []
 
 
+def test_a_rate_that_can_not_be_and_a_node_that_nobody_knows_switch_nothing_off() -> None:
+    cluster = ring()
+    hear(cluster, {}, rounds=1)
+    for to, rate in (("node-3", 0.0), ("node-3", -1.0), ("node-99", 1.0)):
+        for _ in range(IN_A_ROW):
+            fact = LinkTimed(
+                generation=cluster.state.generation,
+                to=NodeId(to),
+                bytes_per_s=rate,
+                copies=COPIES,
+            )
+            cluster.say("node-2", fact)
+
+    assert told(cluster) == []
+    assert cluster.controller.disabled == {}
+    hear(cluster, {RING[2]: USUAL / 8})
+    assert len(told(cluster)) == 1
+
+
 def test_a_new_generation_begins_to_count_anew_and_words_of_the_old_one_say_nothing() -> None:
     cluster = ring()
     hear(cluster, {RING[2]: USUAL / 8}, rounds=IN_A_ROW - 1)

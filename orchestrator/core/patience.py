@@ -25,15 +25,23 @@ def learn(state: RunState, *, whole: bool) -> None:
     """
     kind = _kind(state)
     known_s = state.phase_times.get(kind)
-    if known_s is None and not whole:
-        return
     spent_s = state.now - state.phase_since + state.unseen_s
-    state.phase_times[kind] = max(known_s or 0.0, spent_s)
+    if whole:
+        state.broken_off.pop(kind, None)
+    else:
+        state.broken_off[kind] = max(state.broken_off.get(kind, 0.0), spent_s)
+    if whole or known_s is not None:
+        state.phase_times[kind] = max(known_s or 0.0, spent_s)
 
 
 def longest_s(state: RunState) -> float | None:
     """Return the longest that the present phase has taken so far, seconds; None if never seen."""
     return state.phase_times.get(_kind(state))
+
+
+def broken_off_s(state: RunState) -> float:
+    """Return how long the present phase has taken in vain since it last came to its end, or 0."""
+    return state.broken_off.get(_kind(state), 0.0)
 
 
 def forgive(state: RunState, gap_s: float) -> None:

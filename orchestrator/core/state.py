@@ -249,6 +249,8 @@ class RunState:
     """In which way the present generation came to be: what its phases take depends on it."""
     phase_times: dict[tuple[RunPhase, str], float] = field(default_factory=dict)
     """Longest time a phase has taken so far, in each way of coming back, seconds."""
+    broken_off: dict[tuple[RunPhase, str], float] = field(default_factory=dict)
+    """The same of those that were broken off since one came to its end."""
     end_state: str = ""
     end_reason: str = ""
     injected: dict[int, tuple[Seconds, str, str]] = field(default_factory=dict)

@@ -34,6 +34,9 @@ from orchestrator.protocol.phases import RankPhase
 
 LEARNED_FACTOR = 5.0
 """A phase of a recovery may take this many times its longest so far (NVRx's learned timeouts)."""
+AGAIN_FACTOR = 2.0
+"""What was broken off may take so many times as long when it is tried again, until it came to its
+end once."""
 STARVED_FACTOR = 3.0
 """Others may wait this many times as long for samples of a node as they ever did. Assumed."""
 STARVED_MIN_S = 10.0
@@ -213,8 +216,16 @@ def stuck_recovery(state: RunState) -> list[Finding]:
 def recovery_deadline(state: RunState) -> Deadline:
     """Return how long the present phase of a recovery may take.
 
-    What was never seen in this way is announced by its ranks, and has the time of what is.
+    What was never seen in this way is announced by its ranks, and has the time of what is. What was
+    broken off may need more than any rule knows of, and has more each time, or a run whose bucket
+    is slow would be begun again for ever.
     """
+    before_s = patience.broken_off_s(state)
+    words = f"{AGAIN_FACTOR:g} x {before_s:.2f} s, after which it was broken off before"
+    return max(_usual_deadline(state), Deadline(AGAIN_FACTOR * before_s, words))
+
+
+def _usual_deadline(state: RunState) -> Deadline:
     t = state.timeouts
     if state.phase is RunPhase.STOPPING:
         return Deadline(t.abort_s + t.terminate_s + t.kill_s + t.form_s, "default, to end ranks")

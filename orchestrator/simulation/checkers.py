@@ -35,7 +35,7 @@ from orchestrator.policy import shrinking
 from orchestrator.policy.devices import on_probation
 from orchestrator.policy.lemons import retired
 from orchestrator.policy.suspicion import most
-from orchestrator.protocol.ids import Generation, NodeId, Step
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import StateDiverged, StepReport
 from orchestrator.protocol.runfile import TrainingRun
 from storage.manifest import parse_commit_key
@@ -197,6 +197,31 @@ class Invariants:
             steps = map(Step, told) if self._loss_of is not None else ()
             wrong = [s for s in steps if self._loss_of and state.losses[s] != self._loss_of(s)]
             assert not wrong, f"wrong loss of steps {wrong[:10]}"
+
+
+class Liveness:
+    """Once faults have stopped, a run has to come to rest: it is not begun again without end.
+
+    Args:
+        calm_at: when they have stopped.
+        most: generations that may begin after that.
+    """
+
+    def __init__(self, calm_at: Seconds, most: int) -> None:
+        self._calm_at, self._most = calm_at, most
+        self._begun: set[Generation] = set()
+
+    def __call__(self, controller: Controller, event: Event, decisions: Sequence[Decision]) -> None:
+        """Raise AssertionError if there were too many."""
+        del event
+        state = controller.state
+        if state.now > self._calm_at:
+            starts = (each for each in decisions if isinstance(each, StartGeneration))
+            self._begun |= {each.generation for each in starts}
+        assert len(self._begun) <= self._most, (
+            f"begun again {len(self._begun)}x since the last fault, and still "
+            f"{state.phase} at step {state.reached_step}: {state.incidents[-1].reason}"
+        )
 
 
 class Redelivery:

@@ -103,6 +103,36 @@ def test_a_phase_that_was_broken_off_for_being_slow_has_more_time_when_it_comes_
     assert cluster.state.phase is RunPhase.TRAINING
 
 
+@pytest.mark.parametrize("slow", ["", "cleared", "seated", "formed", "restored"])
+def test_what_takes_longer_than_its_limit_has_twice_as_long_until_it_comes_to_its_end(
+    cluster: Any, slow: str
+) -> None:
+    cluster.start()
+    restart_in_place(cluster)
+    tried = 1
+
+    while not came_to_its_end(cluster, slow, 4 * cluster.state.timeouts.warmup_s):
+        tried += 1
+        assert tried < 12, "it is begun again for ever"
+
+    assert tried > 2
+    assert "after which it was broken off before" in cluster.state.incidents[-1].reason
+    cluster.resume()
+    assert cluster.state.phase is RunPhase.TRAINING
+    assert cluster.state.broken_off.keys().isdisjoint(cluster.state.phase_times)
+
+
+def came_to_its_end(cluster: Any, slow: str, needs_s: float) -> bool:
+    """Recover; the phase after a mark takes so long each time. Return whether it was let to."""
+    for mark in ("", "cleared", "seated", "formed", "restored"):
+        if mark:
+            cluster.after(0.05).reach(mark)
+        if mark == slow:
+            phase = RankPhase.RESTORING if slow in {"formed", "restored"} else RankPhase.WAITING
+            return not starts(linger(cluster, needs_s, phase))
+    raise AssertionError(slow)
+
+
 def test_what_is_broken_off_early_is_not_known_for_that(cluster: Any) -> None:
     cluster.start()
     restart_in_place(cluster)

@@ -88,3 +88,18 @@ def test_a_report_of_an_exit_that_comes_twice_changes_nothing(cluster: Any) -> N
 
     assert isinstance(cluster.entries[-1].event.fact, RankExited)
     assert (cluster.state.generation, cluster.state.seats[1]) == (Generation(2), NodeId("node-0"))
+
+
+def test_a_run_that_is_begun_again_too_often_once_faults_have_stopped_is_found(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    cluster.train(10)
+    calm_at = cluster.now
+    decisions = cluster.after(0.1).exit(1)
+    told = (cluster.controller, cluster.entries[-1].event, decisions)
+
+    checkers.Liveness(calm_at, 1)(*told)
+    checkers.Liveness(cluster.now, 0)(*told)
+    with pytest.raises(AssertionError, match="begun again 1x since the last fault"):
+        checkers.Liveness(calm_at, 0)(*told)

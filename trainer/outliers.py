@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,10 @@ LOSS, NORM = (8.0, 1.25), (15.0, 4.0)
 fault (tiny Llama, micro-batches of one sequence of 32 tokens) the largest losses were at 3.8
 deviations and 1.16 times; 24 gradients of weights of 150,000 were beyond 10 deviations, and 4 times
 was exceeded by one beyond 12 and none beyond 15."""
+NEWEST = 4
+"""A number has to be as many times the largest of so many steps, too, the last that there were:
+those of some weights grow to 30 times what they began with while a run learns, and where numbers
+are looked at in every eighth step, most of what there is to compare with is of long ago."""
 FRESH_FOR = 8
 """Steps for which medians are good: of many numbers they take as long as the norms themselves."""
 ABOVE_KNOWN = 2.0
@@ -36,7 +41,8 @@ class Outliers:
     """Looks at the same numbers of one step after the other: a loss, then norms of gradients.
 
     A number stands out if it is not finite, or if it is too many times the median of the steps
-    before, and its logarithm too many deviations above it (`LOSS`, `NORM`). What stands out is not
+    before, and of the largest of the `NEWEST` of them, and its logarithm too many deviations above
+    that median (`LOSS`, `NORM`). What stands out is not
     admitted to what later steps are compared with, or it would hide the next one. If it turns out
     to be true, it stands out no more for a while unless it is `ABOVE_KNOWN` times as large: where
     numbers rise for good, they are admitted then.
@@ -94,7 +100,9 @@ class Outliers:
         if self._limits is None:
             limits_K = _limits(np.stack(self._logs))
             self._limits = limits_K if self._known is None else np.maximum(limits_K, self._known)
-        return self._limits
+        newest_K = np.stack(self._logs[-NEWEST:]).max(0)
+        times_K: npt.NDArray[np.float64] = newest_K + np.log(_rules(len(newest_K))[:, 1])
+        return np.maximum(self._limits, times_K)
 
 
 def _limits(logs_SK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -103,9 +111,15 @@ def _limits(logs_SK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return _unless_nothing(largest_K, largest_K + math.log(EARLY))
     usual_K = np.median(logs_SK, 0)
     spread_K = _NORMAL * np.median(np.abs(logs_SK - usual_K), 0)
-    rules_K = np.array([LOSS, *[NORM] * (len(usual_K) - 1)])
+    rules_K = _rules(len(usual_K))
     limits_K: npt.NDArray[np.float64] = np.log(rules_K[:, 1])
     return _unless_nothing(usual_K, usual_K + np.maximum(rules_K[:, 0] * spread_K, limits_K))
+
+
+@lru_cache(maxsize=4)
+def _rules(count: int) -> npt.NDArray[np.float64]:
+    """Return deviations and times of each number of a step, shape [K, 2]."""
+    return np.array([LOSS, *[NORM] * (count - 1)])
 
 
 def _unless_nothing(

@@ -58,7 +58,7 @@ def test_numbers_that_are_always_the_same_have_no_spread_and_still_some_room() -
 def test_numbers_that_rise_for_good_are_looked_at_a_few_times_and_then_known() -> None:
     known, looks = used_to(), 0
     for step in range(400):
-        values = [5.0, 1.0 + step]
+        values = [5.0, 50.0 * (1 + step)]
         if known.standing_out(values):
             looks += 1
             known.let_be(values)
@@ -93,3 +93,17 @@ def test_how_many_times_the_usual_may_be_more_than_there_are_numbers_for() -> No
     known.admit([5.0, 0.0])
 
     assert known.times_usual([5.0, 1e12], 1) == math.inf
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_numbers_that_grow_as_a_run_learns_do_not_stand_out_where_they_are_seldom_looked_at(
+    seed: int,
+) -> None:
+    chance, known = np.random.default_rng(seed), Outliers()
+    # As seen of a weight: from 0.005 to 0.14 while a run learns, the first steps looked at in turn.
+    for step in [*range(18), *range(18, 400, 8)]:
+        grown = 1 + 30 / (1 + math.exp((100 - step) / 12))
+        values = [5.0, grown * float(np.exp(chance.normal(0.0, 0.15)))]
+
+        assert known.standing_out(values) == [], f"at step {step}"
+        known.admit(values)

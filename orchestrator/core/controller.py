@@ -217,10 +217,7 @@ class Controller:
         """Record the predecessor's death and repeat what it may have ordered in vain."""
         state = self.state
         self._casebook.note_restart(incarnation, since=self._heard_before)
-        decisions: list[Decision] = [
-            saving.commit_decision(state, step) for step in sorted(state.committing)
-        ]
-        decisions += saving.judge_again(state)
+        decisions = saving.commit_again(state) + saving.judge_again(state)
         # Not by the phase: nodes that are not back yet may have moved it on.
         if state.asked_at is not None:
             words = "asked again by the next controller"

@@ -102,6 +102,17 @@ def judge_again(state: RunState) -> list[Decision]:
     ]
 
 
+def commit_again(state: RunState) -> list[Decision]:
+    """Return the orders of commits that have no answer, which may be lost.
+
+    What was found to be corrupt meanwhile is not ordered again: nothing that it was to be made of
+    is remembered. If it was committed all the same, who looks for checkpoints does not trust it.
+    """
+    for step in state.committing.keys() - state.written.keys():
+        del state.committing[step]
+    return [commit_decision(state, step) for step in sorted(state.committing)]
+
+
 def commit_decision(state: RunState, step: Step) -> CommitCheckpoint:
     """Return the order to commit a step that is being committed."""
     reports = state.written[step]

@@ -80,6 +80,8 @@ RATIOS = {
     "restore_over_raw_past_the_cache": ("raw_read_direct", "restore"),
     "restore_over_raw_into_new_memory": ("raw_read_new", "restore"),
     "restore_dcp_over_ours": ("dcp_load", "restore"),
+    "restore_of_rank_over_raw": ("raw_read", "restore_of_rank"),
+    "restore_of_rank_dcp_over_ours": ("dcp_load", "restore_of_rank"),
 }
 """Of medians of seconds: which over which. `save_over_raw` is a share of raw's speed."""
 
@@ -205,7 +207,7 @@ def one_round(
     evict(raw.file)
     row["raw_read_new"], _ = timed(raw.read_into_new_memory)
     ours.forget()
-    row["restore"] = ours.restore()
+    row["restore"], row["restore_of_rank"] = ours.restore()
     row["dcp_load"], _ = timed(dcp.load)
     return row
 

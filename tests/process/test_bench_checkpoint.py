@@ -18,7 +18,7 @@ RATIOS = {
     *("stall_dcp_overlapped_over_ours", "stall_dcp_process_overlapped_over_ours"),
     *("compute_beside_copy", "compute_beside_copy_dcp_process_overlapped"),
     *("save_over_raw", "save_over_raw_past_the_cache", "save_dcp_over_ours"),
-    *("restore_over_raw", "restore_dcp_over_ours"),
+    *("restore_over_raw", "restore_dcp_over_ours", "restore_of_rank_over_raw"),
 }
 ONCE = {
     *("commit_s", "commit_record_mb", "list_s", "choose_s"),

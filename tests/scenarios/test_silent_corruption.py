@@ -24,6 +24,7 @@ from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import Receipt, ShardsWritten, StateDiverged
 from tests import runfiles
 from tests.conftest import Cluster
+from tests.journals import write_step
 
 DAY_S = 86_400.0
 
@@ -88,6 +89,20 @@ def test_a_state_is_trusted_if_no_onset_of_its_generation_or_a_later_one_is_befo
         [Onset(Step(0), Generation(1))], Step(5), Generation(1)
     )
     assert why_not(onsets, Step(9), Generation(2)) == ""
+
+
+def test_a_successor_does_not_order_the_commit_of_what_was_found_corrupt_before_it_was_answered(
+    cluster: Any,
+) -> None:
+    trained(cluster)
+    assert write_step(cluster, 12) == [12]
+    diverge(cluster, "node-1", since=7, proven=True)
+
+    orders = cluster.after(0.1).tell(ControllerStarted(at=cluster.at(), incarnation=2))
+
+    assert [d for d in orders if isinstance(d, CommitCheckpoint)] == []
+    commit(cluster, 12)
+    assert "nothing after step 7 is trusted" in cluster.state.commits[-1].rejected
 
 
 def test_a_node_that_is_proven_to_corrupt_is_out_at_once_and_the_run_goes_back_before_the_onset(

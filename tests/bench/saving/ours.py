@@ -135,8 +135,13 @@ class Ours:
         while any(self._other.memory.iterdir()):
             time.sleep(SAMPLE_S)
 
-    def restore(self) -> float:
-        """Fill the state from the newest checkpoint, on a node without it; return the seconds."""
+    def restore(self) -> tuple[float, float]:
+        """Fill the state from the newest checkpoint, on a node without it.
+
+        Returns:
+            The seconds, and how many of them the rank itself takes: its agent reads and verifies
+            before that, beside the start of the rank's process and without it.
+        """
         order = Fetch(
             Step(self._generation), Generation(self._generation), Generation(self._restores)
         )
@@ -144,9 +149,11 @@ class Ours:
         begun = time.perf_counter()
         restore = self._other.ask(order).restore
         assert restore is not None
+        prepared = time.perf_counter()
         with restore_reader(restore.path) as read:
             assert checkpointer.restore(restore.index, read) == order.step
-        return time.perf_counter() - begun
+        over = time.perf_counter()
+        return over - begun, over - prepared
 
     def memory_over_state(self) -> float:
         """Return the most memory that a save takes beside the state, as a share of it."""

@@ -157,8 +157,12 @@ class Slow:
     """Of a step, what all lose by it."""
     asked_at: Seconds | None = None
     """When it was told to measure itself; None if it was not yet."""
+    number: int = 0
+    """Of that order."""
     peers: tuple[Rank, ...] = ()
     answers: dict[Rank, Speed] = field(default_factory=dict)
+    again: bool = False
+    """Whether it is measured for the second time."""
     verdict: str = ""
     """hardware, workload or unknown; "" while it is not known."""
     words: str = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,9 @@ def look(state: RunState) -> list[Decision]:
 
 
 def _probe(state: RunState, slow: Slow) -> Decision:
-    slow.asked_at, slow.peers = state.now, _peers(state, slow.rank)
+    state.probes += 1
+    slow.asked_at, slow.number = state.now, state.probes
+    slow.peers = slow.peers if slow.again else _peers(state, slow.rank)
     ranks = (slow.rank, *slow.peers)
     hang_s = state.timeouts.hang_s
     return decide(
@@ -85,7 +88,7 @@ def _probe(state: RunState, slow: Slow) -> Decision:
         ProbeRanks,
         f"rank {slow.rank} on {slow.node} is {slow.ratio:.2f} times as slow as its peers: is it "
         f"the device? measured beside rank {' and rank '.join(map(str, slow.peers)) or 'nobody'}",
-        number=int(slow.incident.removeprefix("inc-")),
+        number=slow.number,
         ranks=ranks,
         nodes=tuple(state.seats[rank] for rank in ranks),
         within_s=min(PROBE_S, PROBE_SHARE * hang_s),
@@ -133,7 +136,7 @@ def answer(state: RunState, fact: RankProbed) -> None:
 
 
 def _asked(slow: Slow, fact: RankProbed) -> bool:
-    asked = slow.incident == f"inc-{fact.number}"
+    asked = slow.asked_at is not None and slow.number == fact.number
     return asked and (fact.rank == slow.rank or fact.rank in slow.peers)
 
 
@@ -144,23 +147,53 @@ def _judge(state: RunState, slow: Slow) -> None:
     if problems or not others:
         _close(state, slow, "unknown", "; ".join(problems) or "there was nobody to compare it with")
         return
-    times = [
-        _times(own.operations, [other.operations for other in others]),
-        _times(own.copied, [other.copied for other in others]),
-    ]
-    words = (
-        f"measured: {own.operations / 1e9:.3g} Gop/s and {own.copied / 1e9:.3g} GB/s, its peers "
-        f"{times[0]:.2f} and {times[1]:.2f} times as much"
-    )
-    if max(times) - 1 >= EXPLAINED * (slow.ratio - 1):
-        _close(state, slow, "hardware", words)
+    all_of_them = (own, *others)
+    elapsed = _Times.of([(speed.operations, speed.copied) for speed in all_of_them])
+    busy = _Times.of([(speed.busy_operations, speed.busy_copied) for speed in all_of_them])
+    needed = EXPLAINED * (slow.ratio - 1)
+    told = busy or elapsed
+    if told is None:
+        _close(state, slow, "unknown", "nothing could be measured")
+    elif busy is not None and busy.most - 1 >= needed:
+        _close(state, slow, "hardware", f"measured in processor time: {busy.words}")
+    elif elapsed is None or elapsed.most - 1 < needed:
+        words = f"measured: {told.words}: its device is as fast as theirs"
+        _close(state, slow, "workload", words)
+    elif busy is not None and not slow.again:
+        # Ranks and other programs that want the same cores have them in turn: who had less of them
+        # for a second may have more in the next. A device that is stopped or shared has not.
+        slow.again, slow.asked_at, slow.answers = True, None, {}
     else:
-        _close(state, slow, "workload", f"{words}: its device is as fast as theirs")
+        twice = " twice" if slow.again else ""
+        _close(state, slow, "hardware", f"measured{twice}: {elapsed.words}")
 
 
-def _times(own: float, others: list[float]) -> float:
+class _Times(NamedTuple):
+    """How a rank's speed compares with its peers'."""
+
+    most: float
+    """Times as much as it that they get done, of what it is slowest at."""
+    words: str
+
+    @classmethod
+    def of(cls, speeds: list[tuple[float, float]]) -> _Times | None:
+        """Return that of the first one, by operations and by bytes copied; None if unmeasured."""
+        (operations, copied), *others = speeds
+        computes = _times(operations, [each for each, _ in others])
+        copies = _times(copied, [each for _, each in others])
+        if computes is None and copies is None:
+            return None
+        computes, copies = computes or 1.0, copies or 1.0
+        words = (
+            f"{operations / 1e9:.3g} Gop/s and {copied / 1e9:.3g} GB/s, its peers {computes:.2f} "
+            f"and {copies:.2f} times as much"
+        )
+        return cls(max(computes, copies), words)
+
+
+def _times(own: float, others: list[float]) -> float | None:
     usual = median(others)
-    return usual / own if own > 0 and usual > 0 else 1.0
+    return usual / own if own > 0 and usual > 0 else None
 
 
 _CAUSES = {"hardware": Cause.HARDWARE, "workload": Cause.SOFTWARE, "unknown": Cause.UNKNOWN}

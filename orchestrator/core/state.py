@@ -115,6 +115,8 @@ class RunState:
     """Those of them of which nothing is known yet: looked through at every event."""
     slow_devices: dict[NodeId, Slow] = field(default_factory=dict)
     """The newest one of each node that was found to have a slow device."""
+    probes: int = 0
+    """How often ranks were told to measure themselves."""
     step_times: StepTimes = field(default_factory=StepTimes)
     ledger: Ledger = field(default_factory=Ledger)
     incidents: list[Incident] = field(default_factory=list)

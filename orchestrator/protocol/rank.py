@@ -234,6 +234,9 @@ class Speed(msgspec.Struct, frozen=True, array_like=True):
     """Bytes copied from memory to memory, per second."""
     problem: str = ""
     """Why it could not be measured."""
+    busy_operations: float = 0.0
+    """The same per second of a processor's time: what else runs on it does not count."""
+    busy_copied: float = 0.0
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag="probed"):

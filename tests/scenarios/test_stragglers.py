@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.core.decisions import ProbeRanks, StartGeneration
@@ -62,14 +63,26 @@ def suspected(cluster: Any, slow: float = 1.2) -> ProbeRanks:
 
 
 def answer(cluster: Any, order: ProbeRanks, slow: float, **named: Any) -> None:
-    """Have the first of those that are measured be so many times as slow as the others."""
+    """Have the first of those that are measured be so many times as slow as the others.
+
+    On a processor that is what a wall clock shows; `busy` is how slow it is in processor time.
+    """
     for rank, node in zip(order.ranks, order.nodes, strict=True):
         times = slow if rank == order.ranks[0] else 1.0
         speed = Speed(1e12 / times, 1e11 / times, named.get("problem", ""))
+        if busy := named.get("busy"):
+            times = busy if rank == order.ranks[0] else 1.0
+            speed = msgspec.structs.replace(
+                speed, busy_operations=2e12 / times, busy_copied=2e11 / times
+            )
         cluster.say(
             node,
             RankProbed(generation=order.generation, number=order.number, rank=rank, speed=speed),
         )
+
+
+def probes(cluster: Any) -> list[ProbeRanks]:
+    return [d for d in cluster.decisions if isinstance(d, ProbeRanks)]
 
 
 def incident(cluster: Any) -> Incident:
@@ -126,6 +139,47 @@ def test_more_work_than_anybody_counted_is_reported_and_nobody_is_blamed(cluster
     assert "nobody is to blame" in incident(cluster).reason
     assert len(starts(cluster)) == 1
     assert stragglers.standing(cluster.state, NodeId("node-1")) == ""
+
+
+def test_a_device_that_is_slow_in_processor_time_is_blamed_though_others_had_less_of_their_cores(
+    cluster: Any,
+) -> None:
+    answer(cluster, suspected(cluster), 0.8, busy=1.2)
+
+    assert incident(cluster).cause is Cause.HARDWARE
+    assert "measured in processor time: 1.67e+03 Gop/s" in incident(cluster).reason
+    assert len(probes(cluster)) == 1
+
+
+@pytest.mark.parametrize(("then", "cause"), [(1.2, Cause.HARDWARE), (1.0, Cause.SOFTWARE)])
+def test_a_processor_that_is_slow_by_the_wall_clock_alone_is_measured_twice_before_it_is_blamed(
+    cluster: Any, then: float, cause: Cause
+) -> None:
+    first = suspected(cluster)
+    answer(cluster, first, 1.2, busy=1.0)
+    assert incident(cluster).cause is Cause.UNKNOWN
+    train(cluster, 1, 1.2)
+    second = probes(cluster)[-1]
+    assert (second.ranks, second.nodes) == (first.ranks, first.nodes)
+    answer(cluster, first, 1.2, busy=1.0)  # what is said again is no answer to the second order
+    assert incident(cluster).cause is Cause.UNKNOWN
+
+    answer(cluster, second, then, busy=1.0)
+
+    assert incident(cluster).cause is cause
+    assert len(probes(cluster)) == 2
+
+
+def test_what_measured_nothing_at_all_is_nobodys_fault(cluster: Any) -> None:
+    order = suspected(cluster)
+    for rank, node in zip(order.ranks, order.nodes, strict=True):
+        nothing = RankProbed(
+            generation=order.generation, number=order.number, rank=rank, speed=Speed(0.0, 0.0)
+        )
+        cluster.say(node, nothing)
+
+    assert incident(cluster).cause is Cause.UNKNOWN
+    assert "nothing could be measured" in incident(cluster).reason
 
 
 @pytest.mark.parametrize("problem", ["no memory", ""])

@@ -1,0 +1,79 @@
+"""How fast a processor is, whoever else wants it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from orchestrator.protocol.rank import Misbehave
+from orchestrator.worker import probing
+from orchestrator.worker.misbehaviour import misbehave
+
+STRETCH_S = 0.4
+
+
+@pytest.fixture
+def throttle() -> Iterator[Callable[[float], None]]:
+    before = signal.getsignal(signal.SIGPROF)
+    yield lambda times: misbehave(Misbehave(how="throttle", options={"times": times}))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+@pytest.fixture
+def _rival() -> Iterator[None]:
+    """Another program that always wants the core that this thread is on, and no other."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    yield
+    other.kill()
+    other.wait()
+    os.sched_setaffinity(0, allowed)
+
+
+def work() -> None:
+    sum(range(2000))
+
+
+def test_a_throttled_processor_shows_by_as_much_as_it_is_slow(
+    throttle: Callable[[float], None],
+) -> None:
+    plain = max(probing.rate(work, STRETCH_S).busy for _ in range(3))
+
+    throttle(1.5)
+    slow = max(probing.rate(work, STRETCH_S).busy for _ in range(3))
+
+    assert 1.25 < plain / slow < 1.8
+
+
+@pytest.mark.usefixtures("_rival")
+def test_another_program_on_the_same_core_does_not_show_in_processor_time() -> None:
+    found = [probing.rate(work, STRETCH_S) for _ in range(3)]
+
+    # Half of a core at most; its time counts as if it had all of it.
+    assert all(each.elapsed < 0.8 * each.busy for each in found)
+    assert max(each.busy for each in found) < 1.3 * min(each.busy for each in found)
+
+
+def test_a_process_that_is_stopped_shows_by_the_wall_clock_and_not_in_processor_time() -> None:
+    def nap() -> None:
+        work()
+        time.sleep(0.001)
+
+    found = probing.rate(nap, STRETCH_S)
+
+    assert found.elapsed < 0.7 * found.busy
+
+
+def test_a_measurement_keeps_to_its_time_and_measures_both_in_both_ways() -> None:
+    begun = time.monotonic()
+    speed = probing.measure(0.5)
+
+    assert time.monotonic() - begun < 1.0  # 0.42 s, and what a busy machine adds
+    assert min(speed.operations, speed.copied, speed.busy_operations, speed.busy_copied) > 0
+    assert speed.busy_operations >= 0.9 * speed.operations

@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.overhead
 	$(BIN)/python -m tests.bench.false_alarms
 	$(BIN)/python -m tests.bench.hangs
+	$(BIN)/python -m tests.bench.stragglers
 	$(BIN)/python -m tests.bench.copy
 	$(BIN)/python -m tests.bench.checkpoint
 	$(BIN)/python -m tests.bench.controller

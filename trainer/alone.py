@@ -38,7 +38,7 @@ from trainer.step import Training, Unheard
 class Printed(Unheard):
     """Reports steps on standard output."""
 
-    def step_done(
+    def step_done(  # noqa: PLR0913 - what there is to tell of a step
         self,
         step: int,
         *,
@@ -47,10 +47,11 @@ class Printed(Unheard):
         tokens: int,
         seconds: float,
         compute_s: float | None = None,
+        busy_s: float = 0.0,
         work: float = 0.0,
     ) -> None:
         """Print a line that a benchmark can read."""
-        del grad_norm, tokens, compute_s, work
+        del grad_norm, tokens, compute_s, busy_s, work
         print(  # noqa: T201 - it is what this program is for
             f"step {step} at {time.monotonic():.6f} loss {loss.hex()} took {seconds:.6f}",
             flush=True,

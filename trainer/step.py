@@ -79,7 +79,7 @@ class Reporter(Protocol):
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
 
-    def step_done(
+    def step_done(  # noqa: PLR0913 - what there is to tell of a step
         self,
         step: int,
         *,
@@ -88,6 +88,7 @@ class Reporter(Protocol):
         tokens: int,
         seconds: float,
         compute_s: float | None = None,
+        busy_s: float = 0.0,
         work: float = 0.0,
     ) -> None:
         """Hear that a step is complete."""
@@ -167,7 +168,7 @@ class Unheard:
     def detector_failed(self, detector: str, reason: str) -> None:
         """Ignore it."""
 
-    def step_done(
+    def step_done(  # noqa: PLR0913 - what there is to tell of a step
         self,
         step: int,
         *,
@@ -176,6 +177,7 @@ class Unheard:
         tokens: int,
         seconds: float,
         compute_s: float | None = None,
+        busy_s: float = 0.0,
         work: float = 0.0,
     ) -> None:
         """Ignore it."""
@@ -307,8 +309,9 @@ class Training:
         self._move(step, grad_norm, reporter)
         # Without what saves held it up for, which counts as a stall.
         seconds = time.monotonic() - begun - self._held_up_s
+        busy_s = time.thread_time() - spent_s
         if self.warm:
-            self._count(step, rows, seconds, time.thread_time() - spent_s)
+            self._count(step, rows, seconds, busy_s)
         self.warm = True
         rate = learning_rate(step, self.job)
         self._note(Figures(step, loss, grad_norm, rate, self.tokens, seconds, self._flops))
@@ -319,6 +322,7 @@ class Training:
             tokens=self.tokens,
             seconds=seconds,
             compute_s=self._computed_s(seconds - (self._waited.seconds - waited_s)),
+            busy_s=self._busy_s(busy_s),
             work=self._flops,
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
@@ -411,6 +415,15 @@ class Training:
     def _computed_s(self, seconds: float) -> float:
         """Return for how long this rank computed, 0 for not known: a GPU waits by itself."""
         return max(seconds, 0.0) if self.world.device.type == "cpu" else 0.0
+
+    def _busy_s(self, seconds: float) -> float:
+        """Return what computing took of the processor, of what this thread took; 0 for not known.
+
+        A wait for peers takes next to nothing. Threads that torch has beside this one may spin for
+        work that they do not have, so that nobody knows what computing took.
+        """
+        alone = self.world.device.type == "cpu" and torch.get_num_threads() == 1
+        return seconds if alone else 0.0
 
     def _sound_gradients(self, step: int, reporter: Reporter) -> tuple[Tensor, list[Tensor]]:
         """Return losses and gradients of a step in which nothing was found wrong so far."""

@@ -27,7 +27,8 @@ class LiveRank:
         broken: whether it said so before anybody told it to leave or to end.
         log_from: size of its log when it got its seat.
         out: set when it has left, or ended.
-        pace: seconds that it computed, and what, in one of its newest steps.
+        pace: seconds that it computed, processor seconds of that, and what, in one of its newest
+            steps.
         gone: set when it has ended, and what it left behind is reaped.
     """
 
@@ -44,7 +45,7 @@ class LiveRank:
         self.log_from = 0
         self.out = asyncio.Event()
         self.gone = asyncio.Event()
-        self.pace = (0.0, 0.0)
+        self.pace = (0.0, 0.0, 0.0)
         self._counted: Reading | None = None
         self._page = page
 
@@ -64,10 +65,11 @@ class LiveRank:
         """Take note of how long it computed, on average, in the steps since it was last asked."""
         before = self._counted
         if before is None or before.generation != reading.generation:
-            self.pace, self._counted = (0.0, 0.0), reading
+            self.pace, self._counted = (0.0, 0.0, 0.0), reading
         elif (steps := reading.step - before.step) > 0:
             spent_s, done = reading.compute_s - before.compute_s, reading.work - before.work
-            self.pace, self._counted = (spent_s / steps, done / steps), reading
+            busy_s = reading.busy_s - before.busy_s
+            self.pace, self._counted = (spent_s / steps, busy_s / steps, done / steps), reading
 
     def take(self, seat: Seat) -> None:
         """Give it a seat."""

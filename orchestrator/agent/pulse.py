@@ -60,9 +60,10 @@ def beat(account: Account, ranks: Ranks, groups: tuple[GroupCounts, ...] = ()) -
         cpu_s=columns[5],
         stall_s=columns[6],
         compute_s=columns[7],
-        work=columns[8],
-        entered=columns[9],
-        left=columns[10],
+        busy_s=columns[8],
+        work=columns[9],
+        entered=columns[10],
+        left=columns[11],
         reports=account.unsent(),
         digests=account.unsent_digests(),
         groups=groups,
@@ -86,6 +87,7 @@ class _Row(NamedTuple):
     cpu_s: float = 0.0
     stall_s: float = 0.0
     compute_s: float = 0.0
+    busy_s: float = 0.0
     work: float = 0.0
     entered: int = -1
     left: int = -1
@@ -101,7 +103,7 @@ def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
     taken = reading.generation == generation
     if taken:
         live.keep_pace(reading)
-    compute_s, work = live.pace if taken else (0.0, 0.0)
+    compute_s, busy_s, work = live.pace if taken else (0.0, 0.0, 0.0)
     return _Row(
         rank,
         phase=int(reading.phase),
@@ -111,6 +113,7 @@ def _row(rank: Rank, live: LiveRank, generation: Generation) -> _Row:
         cpu_s=cpu_s,
         stall_s=_finite(reading.stall_s),
         compute_s=_short(compute_s),
+        busy_s=_short(busy_s),
         work=_short(work),
         entered=reading.collectives if taken else -1,
         left=reading.left if taken else -1,

@@ -151,6 +151,8 @@ class Telemetry(_Event, frozen=True, kw_only=True):
     compute_s: tuple[float, ...] = (0.0,)
     """Seconds of a step that each rank computed, without waiting: of the newest steps, on average;
     0 if not measured."""
+    busy_s: tuple[float, ...] = (0.0,)
+    """Processor seconds of that; 0 if not known, or something else than a processor computes."""
     work: tuple[float, ...] = (0.0,)
     """What each rank computed in one of them, in a unit that all share; 0 if not said."""
     reports: tuple[StepReport, ...] = ()

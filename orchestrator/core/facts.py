@@ -345,7 +345,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
     )
     state.fleet.join(event.entered, event.left)
     state.fleet.count(event.groups)
-    state.paces.observe(event.steps, event.compute_s, event.work)
+    state.paces.observe(event.steps, event.compute_s, event.work, event.busy_s)
     vouching.enter(state, event.replayed)
     first = max(state.reached_step, state.start_step) + 1
     if event.reports and event.reports[-1].step >= first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -12,6 +13,11 @@ from orchestrator.protocol.stacks import Stack
 
 ROW_MIN = 3
 """So many ranks in a row are named by the first and the last of them."""
+
+
+Clock = Literal["wall", "processor"]
+"""What tells how long a rank computes: a wall clock, without what it waits for peers, or the
+processor time that it spends. A rank that does not get its core is slow by the first alone."""
 
 
 class Cause(StrEnum):
@@ -90,6 +96,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     measure: tuple[float, float] = (0.0, 0.0)
     """Of a straggler: times its peers' time that it takes, and the share of a step that costs. Of a
     slow link: times the usual time, and the share of a step that it costs at most."""
+    clock: Clock = "wall"
+    """Of a straggler: by which of them it is slow."""
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from orchestrator.core.incident import Clock
 from orchestrator.core.trust import Verdict
 from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import (
@@ -155,6 +156,8 @@ class Slow:
     """Times its peers' time for the same work."""
     share: float
     """Of a step, what all lose by it."""
+    clock: Clock
+    """By which it is slow."""
     asked_at: Seconds | None = None
     """When it was told to measure itself; None if it was not yet."""
     number: int = 0

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from orchestrator.core import symptoms
 from orchestrator.core.decisions import Decision, ProbeRanks
-from orchestrator.core.incident import STRAGGLER, Cause, Incident, Note
+from orchestrator.core.incident import STRAGGLER, Cause, Clock, Incident, Note
 from orchestrator.core.records import Slow
 from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
@@ -53,6 +53,7 @@ def suspect(state: RunState, incident: Incident) -> None:
         since=finding.since,
         ratio=ratio,
         share=share,
+        clock=finding.clock,
     )
     state.slow[slow.incident] = state.slow_unjudged[slow.incident] = slow
     for name in list(state.slow)[:-SLOW_MAX]:
@@ -80,7 +81,7 @@ def look(state: RunState) -> list[Decision]:
 def _probe(state: RunState, slow: Slow) -> Decision:
     state.probes += 1
     slow.asked_at, slow.number = state.now, state.probes
-    slow.peers = slow.peers if slow.again else _peers(state, slow.rank)
+    slow.peers = slow.peers if slow.again else _peers(state, slow.rank, slow.clock)
     ranks = (slow.rank, *slow.peers)
     hang_s = state.timeouts.hang_s
     return decide(
@@ -110,7 +111,7 @@ def alike(layout: Layout, world_size: int) -> npt.NDArray[np.int64]:
     return numbers
 
 
-def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
+def _peers(state: RunState, rank: Rank, clock: Clock) -> tuple[Rank, ...]:
     """Return peers of a rank that are neither fast nor slow, on other nodes where there are."""
     number_R = alike(state.run.layout, len(state.seats))
     suspects = {slow.rank for slow in state.slow.values() if slow.generation == state.generation}
@@ -119,7 +120,7 @@ def _peers(state: RunState, rank: Rank) -> tuple[Rank, ...]:
     others = np.flatnonzero(others_R)
     if not len(others) or not state.paces.full:
         return ()
-    rate = state.paces.rate_R()[others]
+    rate = state.paces.rate_R(state.paces.known(clock))[others]
     here = np.isin(others, state.ranks_of(state.seats[rank]))
     order = np.lexsort((others, np.abs(rate - np.median(rate)), here))
     return tuple(Rank(int(each)) for each in others[order[:PEERS_PROBED]])
@@ -151,12 +152,12 @@ def _judge(state: RunState, slow: Slow) -> None:
     elapsed = _Times.of([(speed.operations, speed.copied) for speed in all_of_them])
     busy = _Times.of([(speed.busy_operations, speed.busy_copied) for speed in all_of_them])
     needed = EXPLAINED * (slow.ratio - 1)
-    told = busy or elapsed
+    told, in_processor = busy or elapsed, slow.clock == "processor" and busy is not None
     if told is None:
         _close(state, slow, "unknown", "nothing could be measured")
     elif busy is not None and busy.most - 1 >= needed:
         _close(state, slow, "hardware", f"measured in processor time: {busy.words}")
-    elif elapsed is None or elapsed.most - 1 < needed:
+    elif in_processor or elapsed is None or elapsed.most - 1 < needed:
         words = f"measured: {told.words}: its device is as fast as theirs"
         _close(state, slow, "workload", words)
     elif busy is not None and not slow.again:
@@ -221,18 +222,20 @@ def is_straggler(incident: Incident) -> bool:
     return incident.findings[0].kind == STRAGGLER
 
 
-def now(state: RunState, node: NodeId) -> float | None:
+def now(state: RunState, slow: Slow) -> float | None:
     """Return how slow a node is by the last windows; None if this generation has too few.
 
-    Times the median of its peers that its slowest rank takes, the median over windows, from 0.
+    Times the median of its peers that its slowest rank takes, the median over windows, from 0, by
+    the clock that it was found by.
     What was measured once is as old as that; a device that was hot may have cooled down.
     """
     if state.paces.alike:
         return 1.0
     if not state.paces.full:
         return None
-    ratio_R = state.paces.ratio_R(alike(state.run.layout, len(state.seats)))
-    return max((float(ratio_R[rank]) for rank in state.ranks_of(node)), default=None)
+    clock = state.paces.known(slow.clock)
+    ratio_R = state.paces.ratio_R(alike(state.run.layout, len(state.seats)), clock)
+    return max((float(ratio_R[rank]) for rank in state.ranks_of(slow.node)), default=None)
 
 
 def shares(state: RunState, slows: list[Slow]) -> list[tuple[Slow, float]]:
@@ -272,13 +275,17 @@ def slow_since(state: RunState, since: Seconds) -> dict[NodeId, Slow]:
     }
 
 
-def explained(state: RunState, rank: Rank) -> float:
-    """Return how slow a rank was, at most, when its device was measured to be fast; or 1."""
+def explained(state: RunState, rank: Rank, clock: Clock) -> float:
+    """Return how slow a rank was, at most, when its device was measured to be fast; or 1.
+
+    By that clock, or by processor time: who has more to compute takes longer by either.
+    """
     return max(
         (
             slow.ratio
             for slow in state.slow.values()
             if (slow.rank, slow.generation, slow.verdict) == (rank, state.generation, "workload")
+            and slow.clock in (clock, "processor")
         ),
         default=1.0,
     )

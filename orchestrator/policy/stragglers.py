@@ -106,7 +106,7 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
 
 
 def _may_be_slow(state: RunState, slow: Slow) -> bool:
-    ratio = slowness.now(state, slow.node)
+    ratio = slowness.now(state, slow)
     return ratio is None or ratio - 1 >= STILL * (slow.ratio - 1)
 
 

@@ -19,7 +19,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -115,6 +115,8 @@ class Beat(_Message, frozen=True, kw_only=True):
     compute_s: tuple[float, ...] = ()
     """Seconds of a step spent computing, without waiting for peers: of the newest steps, on
     average; 0 if not measured."""
+    busy_s: tuple[float, ...] = ()
+    """Processor seconds of that; 0 if not known, or something else than a processor computes."""
     work: tuple[float, ...] = ()
     """What was computed in one of them, in a unit that all ranks share; 0 if not said."""
     reports: tuple[StepReport, ...] = ()

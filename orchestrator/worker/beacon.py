@@ -26,13 +26,13 @@ from orchestrator.protocol.digests import KINDS, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535436
-"""'HOLDFST6'; changes with the layout."""
+MAGIC = 0x484F4C4446535437
+"""'HOLDFST7'; changes with the layout."""
 _HEAD_BYTES = 32
 """Four words: the magic number, the current copy (0 or 1), the steps ever recorded, the digests."""
 _MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD, _DIGESTED_WORD = range(4)
 _SUM_BYTES = 4
-_BODY = struct.Struct("<qqqqqqqqqddd")
+_BODY = struct.Struct("<qqqqqqqqqdddd")
 _STEP = struct.Struct("<Qqqddqd")  # its number among all ever recorded, then a StepRecord
 _DIGESTS = struct.Struct(f"<Qqqqqqq{len(KINDS)}Q")
 """Its number among all ever recorded, generation, the fields of Taken, one word per kind."""
@@ -83,6 +83,8 @@ class Reading(NamedTuple):
     """Seconds that saving has kept training waiting, since this process began."""
     compute_s: float
     """Seconds spent computing in steps, without waiting for peers, since this process began."""
+    busy_s: float
+    """Processor seconds of that; 0 if nobody said, or something else than a processor computes."""
     work: float
     """What was computed in them, in any unit that all ranks use."""
 
@@ -120,6 +122,7 @@ _NOTHING = Reading(
     *(Generation(0), Rank(-1), RankPhase.STARTING, Step(0), 0, 0, 0, 0, 0),
     stall_s=0.0,
     compute_s=0.0,
+    busy_s=0.0,
     work=0.0,
 )
 

@@ -306,7 +306,7 @@ class Worker:
         self.left_collective(group)
         self._waited_s += time.monotonic() - begun
 
-    def step_done(
+    def step_done(  # noqa: PLR0913 - what there is to tell of a step
         self,
         step: int,
         *,
@@ -315,6 +315,7 @@ class Worker:
         tokens: int,
         seconds: float,
         compute_s: float | None = None,
+        busy_s: float = 0.0,
         work: float = 0.0,
     ) -> None:
         """Report optimizer step `step` (1-based) complete.
@@ -327,6 +328,9 @@ class Worker:
             seconds: that the step took.
             compute_s: seconds of it that this rank computed, without waiting for peers; without it,
                 what `waiting` did not count, or 0 for not measured if that counted nothing.
+            busy_s: processor seconds that computing took it, on all threads that share in that; 0
+                if they are not known, or if something else than a processor computes. Other
+                programs on the same cores change `compute_s`, and these hardly.
             work: what this rank computed in it, in any unit that all ranks share, such as
                 floating-point operations; 0 if all ranks always compute the same.
 
@@ -344,6 +348,7 @@ class Worker:
             step=Step(step),
             micro_batch=0,
             compute_s=now.compute_s + compute_s,
+            busy_s=now.busy_s + busy_s,
             work=now.work + work,
         )
         self._beacon.record(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from orchestrator.core.events import Compared, Telemetry
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
@@ -16,6 +16,15 @@ from orchestrator.worlds.ballots import Ballots
 
 log = logging.getLogger(__name__)
 V = TypeVar("V")
+
+
+class _Paces(NamedTuple):
+    """What ranks of a node computed in a step, and for how long, as a beat says it."""
+
+    ranks: tuple[Rank, ...]
+    compute_s: tuple[float, ...]
+    busy_s: tuple[float, ...]
+    work: tuple[float, ...]
 
 
 class Columns:
@@ -39,9 +48,7 @@ class Columns:
         """Whether that was passed on."""
         self._heard: set[NodeId] = set()
         self._stall_s_R: dict[Rank, float] = {}
-        self._paces: dict[
-            NodeId, tuple[tuple[Rank, ...], tuple[float, ...], tuple[float, ...]]
-        ] = {}
+        self._paces: dict[NodeId, _Paces] = {}
         """What each node said last of what its ranks computed in a step, and for how long."""
         self._stalls: dict[NodeId, tuple[tuple[Rank, ...], tuple[float, ...]]] = {}
         """What each node said last of how long its ranks have stalled."""
@@ -69,8 +76,8 @@ class Columns:
         self._join(beat)
         for row in beat.groups:
             self._count(row)
-        if len(beat.compute_s) == len(beat.work) == len(beat.ranks):
-            self._paces[node] = (beat.ranks, beat.compute_s, beat.work)
+        if len(beat.compute_s) == len(beat.busy_s) == len(beat.work) == len(beat.ranks):
+            self._paces[node] = _Paces(beat.ranks, beat.compute_s, beat.busy_s, beat.work)
         told = (beat.ranks, beat.stall_s)
         if self._stalls.get(node) != told:
             self._stalls[node] = told
@@ -176,7 +183,7 @@ class Columns:
         """Return everything since the last tick as one event; None if nobody was heard."""
         if not self._heard and not self._reports:
             return None
-        compute_s, work = self._computed()
+        compute_s, busy_s, work = self._computed()
         event = Telemetry(
             at=at,
             generation=self._generation,
@@ -190,6 +197,7 @@ class Columns:
             entered=_column(self._entered),
             left=_column(self._left),
             compute_s=compute_s,
+            busy_s=busy_s,
             work=work,
             reports=tuple(self._reports),
             digests=tuple(self._digests),
@@ -202,14 +210,14 @@ class Columns:
         self._clear()
         return event
 
-    def _computed(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def _computed(self) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
         """Return seconds that each rank computed in its last step, and what; 0 where unknown."""
-        compute_s, work = [0.0] * self._size, [0.0] * self._size
-        for ranks, seconds, done in self._paces.values():
-            for rank, rank_s, rank_work in zip(ranks, seconds, done, strict=True):
+        compute_s, busy_s, work = ([0.0] * self._size for _ in range(3))
+        for paces in self._paces.values():
+            for rank, *of_rank in zip(*paces, strict=True):
                 if 0 <= rank < self._size:
-                    compute_s[rank], work[rank] = rank_s, rank_work
-        return _column(compute_s), _column(work)
+                    compute_s[rank], busy_s[rank], work[rank] = of_rank
+        return _column(compute_s), _column(busy_s), _column(work)
 
     def flush(self, at: Seconds) -> Iterator[Telemetry | Compared]:
         """Yield what there is ahead of the tick, if it has steps in it."""

@@ -64,6 +64,16 @@ def test_a_rank_that_gets_half_of_its_time_is_measured_and_its_device_is_blamed(
     assert report.state == "Succeeded"
 
 
+def test_a_rank_whose_processor_is_throttled_is_found_by_what_it_takes_of_that(
+    tmp_path: Path,
+) -> None:
+    faults = [{"when": {"step": 20}, "fault": "throttle-rank", "rank": 1, "times": 1.5}]
+    found, _ = judged(tmp_path, "hardware", faults)
+
+    assert "for the same work in processor time" in found.evidence[0]
+    assert "measured in processor time" in found.reason
+
+
 def test_a_rank_with_twice_the_work_is_reported_and_nobody_is_blamed(tmp_path: Path) -> None:
     found, _ = judged(tmp_path, "software", [], busier_rank=1, busier=2)
 

@@ -76,7 +76,9 @@ def train(worker: Worker, seat: Seat) -> None:
             time.sleep(0.001)
         if step == options.get("raise_at"):
             raise ArithmeticError(f"step {step} does not work out")
+        busy_s = time.thread_time()
         compute_s = _compute(seat, options)
+        busy_s = time.thread_time() - busy_s if compute_s else 0.0
         if seat.rank == options.get("stuck_rank") and seat.generation == 1 and step == STUCK_AT:
             worker.phase(RankPhase[options["stuck_in"]])
             threading.Event().wait()  # a loader that waits for itself, a collective never entered
@@ -84,7 +86,13 @@ def train(worker: Worker, seat: Seat) -> None:
         _replay(worker, step, options)
         seconds = time.monotonic() - begun if compute_s else 0.005
         worker.step_done(
-            step, loss=1.0 / step, grad_norm=1.0, tokens=8, seconds=seconds, compute_s=compute_s
+            step,
+            loss=1.0 / step,
+            grad_norm=1.0,
+            tokens=8,
+            seconds=seconds,
+            compute_s=compute_s,
+            busy_s=busy_s,
         )
         if step < options["steps"]:
             _save_if_due(worker, seat, step)

@@ -24,8 +24,10 @@ def train(cluster: Any, steps: int, slow: float = 1.0) -> None:
     train_all(cluster, steps, {SLOW: slow})
 
 
-def train_all(cluster: Any, steps: int, slow: dict[Rank, float]) -> None:
-    """The same with more than one."""
+def train_all(
+    cluster: Any, steps: int, slow: dict[Rank, float], busy: dict[Rank, float] | None = None
+) -> None:
+    """The same with more than one; `busy` is how slow they are in processor time, if known."""
     world = len(cluster.state.seats)
     first = cluster.state.reached_step + 1
     for step in range(first, first + steps):
@@ -33,13 +35,16 @@ def train_all(cluster: Any, steps: int, slow: dict[Rank, float]) -> None:
         cluster.progress += 1
         ranks = [Rank(rank) for rank in range(world)]
         compute_s = tuple(0.4 * slow.get(rank, 1 + 0.002 * rank) for rank in ranks)
+        busy_s: tuple[float, ...] = (0.0,)
+        if busy is not None:
+            busy_s = tuple(0.3 * busy.get(rank, 1 + 0.002 * rank) for rank in ranks)
         report = StepReport(Step(step), 2.0, 1.0, 100, STEP_S)
         cluster.tell(
             Telemetry(
                 at=cluster.at(), generation=cluster.state.generation,
                 heard=tuple(sorted(cluster.state.nodes)), phases=(int(RankPhase.FORWARD),),
                 steps=(step,), progress=(cluster.progress,), states="S", cpu_s=(0.0,),
-                stall_s=0.0, compute_s=compute_s, reports=(report,),
+                stall_s=0.0, compute_s=compute_s, busy_s=busy_s, reports=(report,),
             )
         )  # fmt: skip
 
@@ -167,6 +172,56 @@ def test_a_processor_that_is_slow_by_the_wall_clock_alone_is_measured_twice_befo
     answer(cluster, second, then, busy=1.0)
 
     assert incident(cluster).cause is cause
+    assert len(probes(cluster)) == 2
+
+
+def test_a_rank_that_is_slow_in_processor_time_alone_is_found_and_judged_by_that(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    train_all(cluster, 12, {}, {})
+    train_all(cluster, 12, {}, {SLOW: 1.2})
+    (order,) = probes(cluster)
+    assert "1.20 times as long as its peers for the same work in processor time" in (
+        incident(cluster).findings[0].evidence
+    )
+
+    answer(cluster, order, 1.3, busy=1.0)
+
+    assert incident(cluster).cause is Cause.SOFTWARE, "whatever the wall clock says"
+
+
+def test_a_rank_that_is_slow_by_both_clocks_is_found_once_and_by_processor_time(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    train_all(cluster, 12, {}, {})
+    train_all(cluster, 40, {SLOW: 1.3}, {SLOW: 1.2})
+
+    (found,) = cluster.state.incidents
+    assert found.findings[0].clock == "processor"
+    assert found.findings[0].measure[0] == pytest.approx(1.2, abs=0.01)
+
+
+def test_a_rank_that_does_not_get_its_core_is_found_by_the_wall_clock(cluster: Any) -> None:
+    cluster.start()
+    train_all(cluster, 12, {}, {})
+    train_all(cluster, 12, {SLOW: 1.3}, {})
+
+    assert incident(cluster).findings[0].clock == "wall"
+
+
+def test_a_device_that_turns_slow_where_more_work_was_found_is_measured_again(
+    cluster: Any,
+) -> None:
+    cluster.start()
+    train_all(cluster, 12, {}, {})
+    train_all(cluster, 12, {SLOW: 1.3}, {})
+    answer(cluster, probes(cluster)[0], 1.0, busy=1.0)
+    assert incident(cluster).cause is Cause.SOFTWARE
+
+    train_all(cluster, 12, {SLOW: 1.3}, {SLOW: 1.2})
+
     assert len(probes(cluster)) == 2
 
 

@@ -210,7 +210,7 @@ def test_every_entry_is_handed_on_once_and_after_the_state_took_it_in(tmp_path: 
 def _newer_header(lines: list[bytes]) -> bytes:
     record, _ = journal.read_line(lines[0])
     assert isinstance(record, journal.Header)
-    return journal.line(journal.Header(version=3, run_id="r", run=record.run))
+    return journal.line(journal.Header(version=journal.VERSION + 1, run_id="r", run=record.run))
 
 
 def _new_kind_of_event(lines: list[bytes]) -> bytes:
@@ -221,7 +221,7 @@ def _new_kind_of_event(lines: list[bytes]) -> bytes:
 @pytest.mark.parametrize(
     ("line", "made", "says"),
     [
-        (0, _newer_header, "line 1: version 3, expected 2"),
+        (0, _newer_header, f"line 1: version {journal.VERSION + 1}, expected {journal.VERSION}"),
         (1, _new_kind_of_event, "line 2: a line of another version: "),
     ],
     ids=["version", "event"],

@@ -5,11 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.core.paces import WINDOWS, Paces, middle
+from orchestrator.core.paces import STEPS, WINDOWS, Paces, middle
 from orchestrator.core.slowness import alike
-from orchestrator.detect.straggler import RATIO_MIN, rates, stragglers, what_if_s
+from orchestrator.detect.straggler import (
+    RATIO_MIN,
+    Suspicion,
+    rates,
+    stragglers,
+    suspects,
+    what_if_s,
+)
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.layout import Layout
+from tests.bench.stragglers import Kind, World
 
 
 def noisy(ranks: int, noise: float, seed: int, slow: dict[int, float] | None = None) -> np.ndarray:
@@ -49,6 +57,40 @@ def test_a_rank_that_is_slow_once_is_not_found() -> None:
     assert found(rate) == []
     rate[1, 3] *= 3.0
     assert found(rate) == [3]
+
+
+def test_a_rank_is_slow_now_that_is_so_in_the_newest_windows_and_in_all_three_of_three() -> None:
+    rate = noisy(8, 0.01, 0)
+    rate[-3:, 3] *= 1.2
+    groups = np.zeros(8, np.int64)
+
+    assert stragglers(rate, groups)[1].tolist() == []
+    ratio, slow = stragglers(rate, groups, newest=3)
+    assert slow.tolist() == [3]
+    assert ratio[3] == pytest.approx(1.2, abs=0.03)
+    rate[-2, 3] /= 1.2
+    assert stragglers(rate, groups, newest=3)[1].tolist() == []
+
+
+@pytest.mark.parametrize(("beat", "within"), [(1, 20), (2, 20), (4, 20), (10, 40)])
+@pytest.mark.parametrize("peers", [3, 8, 64])
+def test_a_rank_that_takes_a_sixth_longer_is_found_within_twenty_steps_or_three_beats(
+    beat: int, within: int, peers: int
+) -> None:
+    rng = np.random.Generator(np.random.Philox(7))
+    after = [World(Kind(beat, 0.02, True, peers), rng).found_after(1.15) for _ in range(40)]
+
+    assert sum(steps <= within for steps in after) >= 38
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("beat", [1, 4])
+def test_ranks_that_are_alike_are_hardly_ever_suspected(beat: int, *, heavy: bool) -> None:
+    rng = np.random.Generator(np.random.Philox(7))
+
+    found = [World(Kind(beat, 0.05, heavy, peers), rng).suspicions(3000) for peers in (3, 8, 64)]
+
+    assert sum(found) <= 1
 
 
 def test_of_two_ranks_nobody_can_say_which_one_is_slow() -> None:
@@ -114,6 +156,47 @@ def test_windows_are_looks_at_which_every_rank_has_taken_a_step() -> None:
     assert paces.compute_s_WR().shape == paces.work_WR().shape == (WINDOWS, 3)
     paces.observe((99,), (0.1,), (0.0,))  # all alike: what was before says nothing any more
     assert not paces.full
+
+
+@pytest.mark.parametrize(("each", "windows"), [(1, 10), (2, 5), (3, 4), (4, 3), (10, 3)])
+def test_as_many_windows_tell_who_is_slow_as_cover_ten_steps_and_three_at_least(
+    each: int, windows: int
+) -> None:
+    paces = Paces(2)
+    for look in range(1, 2 * WINDOWS + 1):
+        paces.observe((look * each, look * each), (1.0, float(look)), (0.0,))
+        covered = (look - 1) * each + 1  # of the first nobody knows how many steps it is of
+        assert paces.full == (look >= 3 and covered >= STEPS)
+
+    assert paces.newest == windows
+    assert paces.steps == windows * each
+    looks = range(2 * WINDOWS - windows + 1, 2 * WINDOWS + 1)
+    assert paces.rate_R().tolist() == paces.time_R().tolist() == [1.0, np.median(looks)]
+
+
+def test_processor_time_is_known_once_every_rank_says_it_in_each_of_the_newest_windows() -> None:
+    paces, groups = Paces(4), np.zeros(4, np.int64)
+
+    def look(*busy_s: float) -> None:
+        step = paces.looks + 1
+        paces.observe((step,), (1.0, 1.1, 1.0, 1.02), (0.0,), busy_s)
+
+    for _ in range(WINDOWS):
+        look(0.5, 0.0, 0.5, 0.5)
+    assert paces.clocks == ("wall",)
+    for _ in range(WINDOWS):
+        look(0.5, 0.5, 0.5, 0.75)
+    assert paces.clocks == ("wall", "processor")
+    assert paces.rate_R("processor").tolist() == [0.5, 0.5, 0.5, 0.75]
+    assert paces.ratio_R(groups, "processor").tolist() == [1.0, 1.0, 1.0, 1.5]
+
+    most, found = suspects(paces, groups)
+
+    assert most.tolist() == pytest.approx([1.0, 1.1, 1.0, 1.5])
+    assert found == {
+        1: Suspicion(pytest.approx(1.1), "wall"),
+        3: Suspicion(1.5, "processor"),
+    }
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, WINDOWS])

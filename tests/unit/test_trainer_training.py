@@ -1,6 +1,7 @@
 """The steps that a world of one takes, against plain torch and against each other."""
 
 import math
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,14 +33,24 @@ def job(**changes: object) -> runfile.Trainer:
 class Recorder(Unheard):
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
+        self.busy_s: list[float] = []
 
     def step_done(
-        self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float, **_: object
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        tokens: int,
+        seconds: float,
+        busy_s: float = 0.0,
+        **_: object,
     ) -> None:
         assert step == len(self.steps) + 1
         assert tokens == 64
         assert seconds > 0
         self.steps.append((loss, grad_norm))
+        self.busy_s.append(busy_s)
 
 
 @pytest.fixture
@@ -54,6 +65,23 @@ def train(world: parallel.World, trainer: runfile.Trainer, steps: int) -> list[t
     for step in range(1, steps + 1):
         training.step(step, recorder)
     return recorder.steps
+
+
+def test_a_step_tells_what_it_took_of_the_processor_unless_threads_beside_it_may_spin(
+    world: parallel.World,
+) -> None:
+    training, recorder = Training(job(), CONFIG, Samples(SAMPLES_OF, job()), world), Recorder()
+    training.step(1, recorder)
+    before_s = time.thread_time()
+    training.step(2, recorder)
+    spent_s = time.thread_time() - before_s
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    training.step(3, recorder)
+    torch.set_num_threads(threads)
+
+    assert 0.5 * spent_s < recorder.busy_s[1] <= spent_s
+    assert recorder.busy_s[2] == 0.0
 
 
 def test_steps_are_those_of_plain_torch(world: parallel.World) -> None:

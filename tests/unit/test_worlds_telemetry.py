@@ -46,6 +46,18 @@ def test_two_nodes_fill_their_own_ranks_and_the_rest_stays_unknown() -> None:
     assert event.heard == ("n0",)
 
 
+def test_what_ranks_computed_and_what_that_took_of_their_processors_is_in_columns() -> None:
+    columns = started()
+
+    columns.take(NodeId("n0"), beat((0, 1), compute_s=(0.5, 0.6), busy_s=(0.4, 0.3), work=(1, 1)))
+    columns.take(NodeId("n1"), beat((2, 3), compute_s=(0.7, 0.8), busy_s=(0.2, 0.1), work=(1, 1)))
+    event = columns.telemetry(Seconds(1.0))
+
+    assert event is not None
+    assert (event.compute_s, event.busy_s) == ((0.5, 0.6, 0.7, 0.8), (0.4, 0.3, 0.2, 0.1))
+    assert event.work == (1,)
+
+
 def test_a_replay_is_told_once_and_not_of_an_older_generation() -> None:
     columns = started()
     columns.ballots.begin(Generation(1), Layout(dp_replicate=4), (NodeId("n0"),) * 4)

@@ -135,7 +135,7 @@ class Voice(Unheard):
             it.struck += 1
         self._beacon.digest(DigestRecord(self.generation, taken, tuple(values.values())))
 
-    def step_done(
+    def step_done(  # noqa: PLR0913 - what there is to tell of a step
         self,
         step: int,
         *,
@@ -144,10 +144,11 @@ class Voice(Unheard):
         tokens: int,
         seconds: float,
         compute_s: float | None = None,
+        busy_s: float = 0.0,
         work: float = 0.0,
     ) -> None:
         """Keep what a step came to."""
-        del step, tokens, seconds, compute_s, work
+        del step, tokens, seconds, compute_s, busy_s, work
         self.loss, self.grad_norm = loss, grad_norm
 
 

@@ -13,16 +13,11 @@ from orchestrator.core.standing import Act, DeviceVerdict, Proof, Standing
 from orchestrator.protocol.devices import Device
 from orchestrator.protocol.ids import NodeId, Serial
 from orchestrator.worlds.devices import DeviceLedger, address_of_all_runs, key_of
-from orchestrator.worlds.folder import HOME_VARIABLE
 from storage.local import LocalStore
 from tests.conftest import Cluster
 from tests.journals import holdfast, refused, told, write
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def convict(serial: str = "m-1", *, at: float = 1.7e9, root: Path | None = None) -> None:

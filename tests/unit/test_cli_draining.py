@@ -14,20 +14,14 @@ import pytest
 from orchestrator.core.events import DrainCancelled, DrainRequested
 from orchestrator.protocol.ids import NodeId, Seconds
 from orchestrator.worlds import requests
-from orchestrator.worlds.folder import HOME_VARIABLE
 from orchestrator.worlds.requests import Inbox, Request
 from tests.conftest import Cluster
 from tests.journals import holdfast, succeeded, text, write
 
+pytestmark = pytest.mark.usefixtures("home")
+
 DRAIN = Request(ask="drain", nodes=(NodeId("node-0"),), by="ann", reason="DIMM", within_s=60.0)
 FREE = Request(ask="uncordon", nodes=(NodeId("node-0"),), by="ann")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    return tmp_path / "home"
 
 
 class Live:

@@ -18,21 +18,17 @@ from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.ids import Seconds
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import inheritance
-from orchestrator.worlds.folder import HOME_VARIABLE, RunFolder, former_journals
+from orchestrator.worlds.folder import RunFolder, former_journals
 from storage.manifest import commit_key
 from tests import runfiles
 from tests.conftest import RUN, Cluster
 from tests.journals import commit, killed_rank, succeeded, text, write
 
+pytestmark = pytest.mark.usefixtures("home")
+
 PLAN = compose.parse(
     "kind: FaultPlan\nfaults: [{when: {step: 12}, fault: kill-rank, rank: 1}]", FaultPlan, "plan"
 )
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def run(text: str = RUN) -> TrainingRun:
@@ -189,6 +185,7 @@ def test_a_plan_that_was_damaged_is_not_taken_for_another_plan(
 
 
 def test_a_name_that_can_not_be_registered_leaves_no_folder(home: Path, tmp_path: Path) -> None:
+    home.rmdir()
     home.write_text("not a folder")
 
     with pytest.raises(OSError, match="exists"), prepared(tmp_path / "run"):
@@ -220,7 +217,6 @@ def test_a_start_that_is_refused_leaves_the_former_life_where_reports_find_it(
 def test_a_name_means_the_run_that_was_started_last_even_beside_a_folder_of_that_name(
     home: Path, tmp_path: Path
 ) -> None:
-    home.mkdir()
     at_home = write(succeeded(), home / "demo")
     elsewhere = write(killed_rank(), tmp_path / "one")
 
@@ -239,7 +235,6 @@ def test_a_name_means_the_run_that_was_started_last_even_beside_a_folder_of_that
 def test_a_run_that_is_started_at_home_again_is_what_its_name_means(
     home: Path, tmp_path: Path
 ) -> None:
-    home.mkdir()
     at_home = write(killed_rank(), home / "demo")
     with prepared(write(killed_rank(), tmp_path / "one").root):
         pass

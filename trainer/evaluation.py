@@ -12,7 +12,8 @@ from orchestrator.protocol import runfile
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import parallel, tensor
 from trainer.data import Batch, cut
-from trainer.step import Reporter, Training
+from trainer.reporter import Reporter
+from trainer.step import Training
 from trainer.tokens import Tokens
 
 

@@ -54,7 +54,7 @@ Row: TypeAlias = Sequence[float]
 
 
 class Told(Protocol):
-    """Who hears of it; `trainer.step.Reporter`."""
+    """Who hears of it; `trainer.reporter.Reporter`."""
 
     def repaired(
         self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float

@@ -29,7 +29,7 @@ TELLERS = 2
 
 
 class Told(Protocol):
-    """Who hears of it; `trainer.step.Reporter`."""
+    """Who hears of it; `trainer.reporter.Reporter`."""
 
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Hear what the rank does from now on."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.digests import SHARED, Kind, Taken
-from orchestrator.protocol.groups import ALL
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
@@ -32,66 +31,12 @@ from trainer.reduction import Reduction
 from trainer.repair import Repairs
 from trainer.replay import halves
 from trainer.replays import COSTS, Replays
+from trainer.reporter import Reporter
 from trainer.shares import share_of
 from trainer.turns import Turns
 from trainer.updates import Pace as UpdatesPace
 from trainer.updates import Updates
 from trainer.watch import Held, Watch, period_of, read
-
-
-class Reporter(Protocol):
-    """Who hears how training goes; `orchestrator.worker.Worker` does."""
-
-    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
-        """Hear what the rank does from now on."""
-
-    def entered_collective(self, group: str | None = ALL) -> None:
-        """Count a collective of a group that this rank waits in from now on."""
-
-    def left_collective(self, group: str | None = ALL) -> None:
-        """Count a collective that is over."""
-
-    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
-        """Hear what the state was before a step moved the weights."""
-
-    def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
-    ) -> None:
-        """Hear that some ranks compute wrongly, or may do."""
-
-    def looked_again(self, step: int, *, because: str) -> None:
-        """Hear that a step stood out, and came out the same when it was computed once more."""
-
-    def threw_away(self, step: int, *, because: str) -> None:
-        """Hear that a step is computed again, and that nobody can be named for it."""
-
-    def repaired(
-        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
-    ) -> None:
-        """Hear that a rank's state was wrong, and now is that of another one."""
-
-    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
-        """Hear that a rank's state was wrong, and is about to be given that of another one."""
-
-    def not_repaired(self, step: int, *, because: str) -> None:
-        """Hear that state differs, and why it stays so."""
-
-    def detector_failed(self, detector: str, reason: str) -> None:
-        """Hear that this rank goes on without a detector."""
-
-    def step_done(  # noqa: PLR0913 - what there is to tell of a step
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
-        compute_s: float | None = None,
-        busy_s: float = 0.0,
-        work: float = 0.0,
-    ) -> None:
-        """Hear that a step is complete."""
 
 
 class Word(NamedTuple):
@@ -126,61 +71,6 @@ GRADIENT_AT = DIGESTS_AT + 2 * SHARED.index("gradient")
 LOSSES_AT = DIGESTS_AT + 2 * len(SHARED)
 UNWATCHED = runfile.Detection(digest_share=0.0, replay_share=0.0, update_share=0.0)
 """Looks for nothing."""
-
-
-class Unheard:
-    """A reporter that tells nobody."""
-
-    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
-        """Ignore it."""
-
-    def entered_collective(self, group: str | None = ALL) -> None:
-        """Ignore it."""
-
-    def left_collective(self, group: str | None = ALL) -> None:
-        """Ignore it."""
-
-    def digested(self, taken: Taken, digests: dict[Kind, int]) -> None:
-        """Ignore it."""
-
-    def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
-    ) -> None:
-        """Ignore it."""
-
-    def looked_again(self, step: int, *, because: str) -> None:
-        """Ignore it."""
-
-    def threw_away(self, step: int, *, because: str) -> None:
-        """Ignore it."""
-
-    def repaired(
-        self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float
-    ) -> None:
-        """Ignore it."""
-
-    def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
-        """Ignore it."""
-
-    def not_repaired(self, step: int, *, because: str) -> None:
-        """Ignore it."""
-
-    def detector_failed(self, detector: str, reason: str) -> None:
-        """Ignore it."""
-
-    def step_done(  # noqa: PLR0913 - what there is to tell of a step
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
-        compute_s: float | None = None,
-        busy_s: float = 0.0,
-        work: float = 0.0,
-    ) -> None:
-        """Ignore it."""
 
 
 class Training:

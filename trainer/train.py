@@ -28,7 +28,8 @@ from trainer.data import Samples, open_data
 from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
 from trainer.metrics import open_log
-from trainer.step import Training, Unheard, Word
+from trainer.reporter import Unheard
+from trainer.step import Training, Word
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens
 

@@ -49,7 +49,7 @@ TOLD_MAX = 8
 
 
 class Told(Protocol):
-    """Who hears of it; `trainer.step.Reporter`."""
+    """Who hears of it; `trainer.reporter.Reporter`."""
 
     def repaired(
         self, step: int, *, rank: int, source: int, tensors: Sequence[str], seconds: float

@@ -21,8 +21,9 @@ from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, open_data
 from trainer.prefetch import Prefetch
+from trainer.reporter import Unheard
 from trainer.shares import Place, share_of
-from trainer.step import Training, Unheard
+from trainer.step import Training
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens
 

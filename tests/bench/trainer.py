@@ -46,7 +46,8 @@ from trainer.data import Samples, Tokens
 from trainer.flops import train_flops
 from trainer.metrics import Figures
 from trainer.optim import BETAS, EPSILON
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 SMALL = ModelConfig(dim=256, layers=4, heads=8, kv_heads=4, ffn_dim=768, vocab=4096)
 SMALL_JOB = runfile.Trainer(steps=10_000, seq_len=256, global_batch=8, device="cpu")

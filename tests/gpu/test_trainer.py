@@ -17,7 +17,8 @@ from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.documents import attend, looking, per_document
 from trainer.embedding import Embedding
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 pytestmark = [
     pytest.mark.gpu,

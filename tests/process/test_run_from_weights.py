@@ -26,7 +26,8 @@ from trainer.data import Samples, open_data
 from trainer.feed import cursor_of
 from trainer.job import read_job
 from trainer.optim import STATES
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.weights.sources import open_weights
 
 pytestmark = pytest.mark.process

@@ -8,7 +8,8 @@ from trainer import parallel
 from trainer.checkpoint import Checkpointer
 from trainer.data import Samples, open_tokens
 from trainer.job import read_job
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.train import stamp_of
 
 

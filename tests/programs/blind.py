@@ -20,7 +20,8 @@ from orchestrator.protocol.layout import Layout
 from trainer import digest, gradients, parallel, readings, watch
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 STEPS, WRONG_STEP, BLIND = 5, 3, 1
 CONFIG = ModelConfig(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=16, vocab=16)

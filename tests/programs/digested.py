@@ -20,7 +20,8 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.sizes import ModelConfig
 from trainer import kernels, parallel
 from trainer.data import Samples, Tokens
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 CONFIG = ModelConfig(dim=512, layers=3, heads=8, kv_heads=2, ffn_dim=1408, vocab=4096)
 IDS = np.random.default_rng(3).integers(0, 4000, 40_000).astype(np.uint32)

@@ -32,8 +32,9 @@ from trainer import digest, gradients, parallel, processors, readings, train
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
 from trainer.prefetch import Prefetch
+from trainer.reporter import Unheard
 from trainer.shares import Place, slices
-from trainer.step import Training, Unheard
+from trainer.step import Training
 
 NUMBERS = itertools.count(1)
 REPLICAS, WRONG = 3, 1

@@ -31,7 +31,8 @@ from trainer import parallel, train
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.data import Samples
 from trainer.evaluation import Held, evaluate
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.tokens import Tokens
 
 CONFIG = ModelConfig(dim=32, layers=4, heads=8, kv_heads=4, ffn_dim=52, vocab=64)

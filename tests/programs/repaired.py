@@ -38,8 +38,9 @@ from trainer import hold, parallel, readings, repair, train, updates
 from trainer.data import Samples
 from trainer.injected import flip_bit
 from trainer.prefetch import Prefetch
+from trainer.reporter import Unheard
 from trainer.shares import Place, slices
-from trainer.step import Training, Unheard
+from trainer.step import Training
 
 STEPS, AT = 6, 4
 BAD = 1

@@ -28,7 +28,8 @@ from trainer import parallel, train
 from trainer.checkpoint import Checkpointer
 from trainer.data import Samples, open_data
 from trainer.job import read_job
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 STEPS, SAVED, STRUCK, WRONG = 10, 4, 8, 1
 FLIP: dict[str, str | int | float] = {

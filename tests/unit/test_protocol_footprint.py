@@ -13,7 +13,8 @@ from orchestrator.protocol.sizes import PRESETS, ModelConfig, cut_dimension, wei
 from trainer import parallel
 from trainer.data import Samples, Tokens
 from trainer.model import Block, Llama, next_token_loss
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 torch.set_num_threads(1)
 TINY = ModelConfig(dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=160, vocab=320)

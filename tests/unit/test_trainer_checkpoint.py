@@ -22,7 +22,8 @@ from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.optim import ShardState
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=32)
 JOB = runfile.Trainer(steps=20, seq_len=8, global_batch=2)

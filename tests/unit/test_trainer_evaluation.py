@@ -16,7 +16,8 @@ from trainer.config import ModelConfig
 from trainer.data import Samples, open_data
 from trainer.evaluation import Held, evaluate
 from trainer.model import Llama, next_token_loss
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens
 

@@ -14,7 +14,8 @@ from tests import texts
 from trainer import parallel
 from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 
 LAYOUT = plan([Chunk(fqn="w", state="p", dtype="F32", shape=(8,), global_shape=(8,), offset=(0,))])
 

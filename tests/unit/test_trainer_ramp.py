@@ -16,7 +16,8 @@ from trainer.config import ModelConfig
 from trainer.data import Samples
 from trainer.job import read_job
 from trainer.model import Llama, next_token_loss
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.tokens import Tokens
 
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=64)

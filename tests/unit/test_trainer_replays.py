@@ -10,8 +10,8 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import Aborted, RankPhase
 from trainer import processors
 from trainer.blame import Chain
+from trainer.reporter import Unheard
 from trainer.ring import await_orders
-from trainer.step import Unheard
 
 HOURS_S = 3600.0
 

@@ -21,8 +21,9 @@ from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.optim import ShardState
+from trainer.reporter import Unheard
 from trainer.staging import Copying
-from trainer.step import Training, Unheard
+from trainer.step import Training
 from trainer.train import until_copied
 
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=32)

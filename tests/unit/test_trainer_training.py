@@ -17,7 +17,8 @@ from trainer.data import Samples, Tokens
 from trainer.job import read_job
 from trainer.model import Llama, next_token_loss
 from trainer.optim import BETAS, EPSILON, learning_rate
-from trainer.step import Training, Unheard, Word
+from trainer.reporter import Unheard
+from trainer.step import Training, Word
 from trainer.train import rehearse
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)

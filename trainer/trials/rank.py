@@ -51,7 +51,8 @@ from trainer.data import Batch, Batches, Samples, open_data
 from trainer.job import read_job
 from trainer.outliers import Outliers
 from trainer.replays import Replays
-from trainer.step import Training, Unheard
+from trainer.reporter import Unheard
+from trainer.step import Training
 from trainer.train import stamp_of
 from trainer.trials import copies
 from trainer.trials.striking import Striking, replace, striking

@@ -9,7 +9,6 @@ Letters in array names: R ranks of the world.
 from __future__ import annotations
 
 from functools import lru_cache
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -153,28 +152,35 @@ def _judge(state: RunState, slow: Slow) -> None:
     busy = _Times.of([(speed.busy_operations, speed.busy_copied) for speed in all_of_them])
     needed = EXPLAINED * (slow.ratio - 1)
     told, in_processor = busy or elapsed, slow.clock == "processor" and busy is not None
+    looked_at = (busy, None if in_processor else elapsed)
+    shown = next((found for found in looked_at if found and found.most - 1 >= needed), None)
     if told is None:
         _close(state, slow, "unknown", "nothing could be measured")
-    elif busy is not None and busy.most - 1 >= needed:
-        _close(state, slow, "hardware", f"measured in processor time: {busy.words}")
-    elif in_processor or elapsed is None or elapsed.most - 1 < needed:
+    elif shown is None:
         words = f"measured: {told.words}: its device is as fast as theirs"
         _close(state, slow, "workload", words)
-    elif busy is not None and not slow.again:
-        # Ranks and other programs that want the same cores have them in turn: who had less of them
-        # for a second may have more in the next. A device that is stopped or shared has not.
-        slow.again, slow.asked_at, slow.answers = True, None, {}
+    elif busy is None or slow.again or busy.computes - 1 >= needed:
+        how = (" twice" if slow.again else "") + (" in processor time" if shown is busy else "")
+        _close(state, slow, "hardware", f"measured{how}: {shown.words}")
     else:
-        twice = " twice" if slow.again else ""
-        _close(state, slow, "hardware", f"measured{twice}: {elapsed.words}")
+        # Ranks and other programs that want the same cores, or the same memory, have them in turn:
+        # who had less of them for a second may have more in the next. A slow device has not.
+        slow.again, slow.asked_at, slow.answers = True, None, {}
 
 
 class _Times(NamedTuple):
-    """How a rank's speed compares with its peers'."""
+    """How a rank's speed compares with that of its slowest peer: with others, chance decides."""
 
-    most: float
-    """Times as much as it that they get done, of what it is slowest at."""
+    computes: float
+    """Times as many operations as it that such a one does."""
+    copies: float
+    """Times as many bytes that it copies."""
     words: str
+
+    @property
+    def most(self) -> float:
+        """By what it is slowest at."""
+        return max(self.computes, self.copies)
 
     @classmethod
     def of(cls, speeds: list[tuple[float, float]]) -> _Times | None:
@@ -186,15 +192,15 @@ class _Times(NamedTuple):
             return None
         computes, copies = computes or 1.0, copies or 1.0
         words = (
-            f"{operations / 1e9:.3g} Gop/s and {copied / 1e9:.3g} GB/s, its peers {computes:.2f} "
-            f"and {copies:.2f} times as much"
+            f"{operations / 1e9:.3g} Gop/s and {copied / 1e9:.3g} GB/s, its peers at least "
+            f"{computes:.2f} and {copies:.2f} times as much"
         )
-        return cls(max(computes, copies), words)
+        return cls(computes, copies, words)
 
 
 def _times(own: float, others: list[float]) -> float | None:
-    usual = median(others)
-    return usual / own if own > 0 and usual > 0 else None
+    slowest = min(others)
+    return slowest / own if own > 0 and slowest > 0 else None
 
 
 _CAUSES = {"hardware": Cause.HARDWARE, "workload": Cause.SOFTWARE, "unknown": Cause.UNKNOWN}

@@ -8,9 +8,8 @@ want the same cores meanwhile; that they take turns must not look like a slow de
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,20 +19,46 @@ SIZE = 192
 """Of the matrices: a product takes a fraction of a millisecond, and stays in the cache."""
 COPIED_BYTES = 8 << 20
 """More than what most caches of one core hold."""
-COMPUTING, COPYING = 0.6, 0.24
-"""Of the time there is, what each takes."""
-ROUND_S = 0.02
-"""Of processor time. The median of rounds counts: what disturbs once is no property of the device.
-Each covers some periods of whatever slows it down, or a half of them might see nothing of that."""
+SHARE = 0.84
+"""Of the time there is, what measuring takes."""
+COMPUTING_S, COPYING_S = 0.02, 0.005
+"""Processor time of a round. One of products covers some periods of whatever throttles a device, or
+half of them might see nothing of that, and the median of them counts. The best of the others does:
+memory is the whole machine's, and other programs leave less of it at most times."""
 
 
-class Rate(NamedTuple):
-    """How often something could be done."""
+class Work:
+    """Something that is done over and over, and how long that took.
 
-    elapsed: float
-    """Per second of the wall clock, of all the time that it took."""
-    busy: float
-    """Per second of processor time, the median of rounds."""
+    Args:
+        do: does it once.
+        round_s: processor time of a round.
+    """
+
+    def __init__(self, do: Callable[[], object], round_s: float) -> None:
+        self._do, self._round_s = do, round_s
+        self._done, self._took_s = 0, 0.0
+        self.rounds: list[float] = []
+        """How often per second of processor time it was done, in each round."""
+        do()  # the first time touches memory that nobody has touched
+
+    def round(self, until_s: float) -> None:
+        """Do it for a round, or until then if that is sooner."""
+        begun, begun_s, count = time.monotonic(), time.thread_time(), 0
+        while True:
+            self._do()
+            count += 1
+            busy_s = time.thread_time() - begun_s
+            if busy_s >= self._round_s or (busy_s > 0 and time.monotonic() >= until_s):
+                break
+        self.rounds.append(count / busy_s)
+        self._done += count
+        self._took_s += time.monotonic() - begun
+
+    @property
+    def elapsed(self) -> float:
+        """How often per second of the wall clock, in all rounds together."""
+        return self._done / self._took_s
 
 
 def measure(within_s: float) -> Speed:
@@ -42,33 +67,23 @@ def measure(within_s: float) -> Speed:
     right, product = left.copy(), np.empty_like(left)
     source = np.ones(COPIED_BYTES // 8)
     target = np.empty_like(source)
-    products = rate(lambda: np.matmul(left, right, out=product), COMPUTING * within_s)
-    copies = rate(lambda: np.copyto(target, source), COPYING * within_s)
+    products = Work(lambda: np.matmul(left, right, out=product), COMPUTING_S)
+    copies = Work(lambda: np.copyto(target, source), COPYING_S)
+    in_turn([products, copies], SHARE * within_s)
+    operations = 2 * SIZE**3
     return Speed(
-        operations=products.elapsed * 2 * SIZE**3,
+        operations=products.elapsed * operations,
         copied=copies.elapsed * COPIED_BYTES,
-        busy_operations=products.busy * 2 * SIZE**3,
-        busy_copied=copies.busy * COPIED_BYTES,
+        busy_operations=median(products.rounds) * operations,
+        busy_copied=max(copies.rounds) * COPIED_BYTES,
     )
 
 
-def rate(work: Callable[[], object], stretch_s: float) -> Rate:
-    """Return how often per second something can be done, tried for so many seconds."""
-    work()  # the first time touches memory that nobody has touched
-    begun, rounds, done = time.monotonic(), list[float](), 0
-    while not rounds or time.monotonic() - begun < stretch_s:
-        count, busy_s = _round(work, begun + stretch_s)
-        rounds.append(count / busy_s)
-        done += count
-    return Rate(done / (time.monotonic() - begun), median(rounds))
-
-
-def _round(work: Callable[[], object], until_s: float) -> tuple[int, float]:
-    """Do something over and over; return how often, and the processor time that it took."""
-    begun_s, count = time.thread_time(), 0
+def in_turn(works: Sequence[Work], within_s: float) -> None:
+    """Do rounds of some work in turn for so many seconds, at least one of each."""
+    until_s = time.monotonic() + within_s
     while True:
-        work()
-        count += 1
-        busy_s = time.thread_time() - begun_s
-        if busy_s >= ROUND_S or (time.monotonic() >= until_s and busy_s > 0):
-            return count, busy_s
+        for work in works:
+            work.round(until_s)
+        if time.monotonic() >= until_s:
+            return

@@ -225,6 +225,38 @@ def test_a_device_that_turns_slow_where_more_work_was_found_is_measured_again(
     assert len(probes(cluster)) == 2
 
 
+@pytest.mark.parametrize(("then", "cause"), [(1.3, Cause.HARDWARE), (1.0, Cause.SOFTWARE)])
+def test_a_device_that_only_copies_slowly_is_measured_twice_before_it_is_blamed(
+    cluster: Any, then: float, cause: Cause
+) -> None:
+    cluster.start()
+    train_all(cluster, 12, {}, {})
+    train_all(cluster, 12, {}, {SLOW: 1.2})
+    for times in (1.3, then):
+        order = probes(cluster)[-1]
+        for rank, node in zip(order.ranks, order.nodes, strict=True):
+            copied = 1e11 / (times if rank == SLOW else 1.0)
+            told = RankProbed(
+                generation=order.generation, number=order.number, rank=rank,
+                speed=Speed(1e12, 1e11, busy_operations=1e12, busy_copied=copied),
+            )  # fmt: skip
+            cluster.say(node, told)
+        train_all(cluster, 1, {}, {SLOW: 1.2})
+
+    assert incident(cluster).cause is cause
+    assert len(probes(cluster)) == 2
+
+
+def test_a_rank_that_is_as_slow_as_one_of_two_peers_has_no_slow_device(cluster: Any) -> None:
+    order = suspected(cluster)
+    for rank, node, times in zip(order.ranks, order.nodes, (1.2, 1.15, 0.8), strict=True):
+        speed = Speed(1e12 / times, 1e11)
+        told = RankProbed(generation=order.generation, number=order.number, rank=rank, speed=speed)
+        cluster.say(node, told)
+
+    assert incident(cluster).cause is Cause.SOFTWARE
+
+
 def test_what_measured_nothing_at_all_is_nobodys_fault(cluster: Any) -> None:
     order = suspected(cluster)
     for rank, node in zip(order.ranks, order.nodes, strict=True):

@@ -16,10 +16,11 @@ LASTING: dict[str, str] = {
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
 _TRAINERS = ("flip-bit", "wrong-matmul", "overload-rank", "stall-data")
-_LIKE_OTHERS = ("block-rank", "throttle-rank")
+_LIKE_OTHERS = ("block-rank", "throttle-rank", "read-only-disk")
 DRAWN = tuple(kind for kind in KINDS if kind not in (*_TRAINERS, *_LIKE_OTHERS))
 """Not what takes a spare for good each time: plans are drawn with as many as nodes are lost. Nor
-what only the embedded trainer can commit, or what shows as `spin-rank` and `slow-rank` do."""
+what only the embedded trainer can commit, or what shows as `spin-rank`, `slow-rank` and `full-disk`
+do."""
 MARKED = ("exit-rank", "segfault-rank")
 """Kinds of which two near one step look like one fault that moves with the job: a poison step."""
 APART = 3

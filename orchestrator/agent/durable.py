@@ -85,11 +85,16 @@ class DurableTier:
     def fill(self, lasts_s: float | None) -> None:
         """Have every put find the disk full from now on, for that many seconds (None: for good).
 
-        To be called on the event loop; so is `slow_down`. A second fault of a kind replaces the
-        first.
+        To be called on the event loop; so are `forbid` and `slow_down`. A second fault of a kind
+        replaces the first.
         """
         self._faulty.full = True
         self._end_after("full", lasts_s, lambda: setattr(self._faulty, "full", False))
+
+    def forbid(self, lasts_s: float | None) -> None:
+        """Have every put find a file system that is mounted to be read alone; see `fill`."""
+        self._faulty.read_only = True
+        self._end_after("read-only", lasts_s, lambda: setattr(self._faulty, "read_only", False))
 
     def slow_down(self, delay_s: float, lasts_s: float | None) -> None:
         """Have every operation take `delay_s` more from now on, for `lasts_s` seconds."""
@@ -132,7 +137,8 @@ class DurableTier:
         for handle in self._ends.values():
             handle.cancel()
         self._ends.clear()
-        self._faulty.full, self._faulty.slow_s = False, 0.0
+        self._faulty.full = self._faulty.read_only = False
+        self._faulty.slow_s = 0.0
 
     def _end_after(self, kind: str, lasts_s: float | None, end: Callable[[], None]) -> None:
         earlier = self._ends.pop(kind, None)

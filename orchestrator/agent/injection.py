@@ -193,6 +193,8 @@ class Injection:
                 self._lose_node(fault.lasts_s)
             case "full-disk":
                 self._durable().fill(fault.lasts_s)
+            case "read-only-disk":
+                self._durable().forbid(fault.lasts_s)
             case "slow-disk":
                 self._durable().slow_down(fault.delay_s, fault.lasts_s)
             case "corrupt-shard":

@@ -22,7 +22,7 @@ from orchestrator.agent.shards import KeeperError, NotHeldError, StaleError
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.messages import BadCopy, Begin, Fact, WriteFailed
 from orchestrator.protocol.rank import Persisted, Staged
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageRefusedError
 
 log = logging.getLogger(__name__)
 COPY_AGAIN_S = (0.2, 0.5, 1.0, 2.0)
@@ -31,7 +31,7 @@ REPAIR_BYTES_PER_S = 256 << 20
 """Of copies that replace those that went bad, all of a node together: nobody waits for them, and
 training has the network."""
 WRITE_AGAIN_S = (0.5, 1.0, 2.0, 4.0)
-"""Pauses before a write that the store gave up is tried again; the last one repeats."""
+"""Pauses before a write that the store gave up or refused is tried again; the last one repeats."""
 WRITE_WITHIN_S = 3600.0
 """A write is given up after this at the latest: longer than any run waits for it at its end."""
 
@@ -260,8 +260,8 @@ class Saving:
     async def _write(self, rank: Rank, staged: Staged) -> _Went:
         """Make a shard durable; try again what may succeed later, while nothing newer is due.
 
-        So a store that fails for a while costs the checkpoints of that while, but not the last
-        one of a run, which waits for it.
+        So a store that fails or refuses for a while costs the checkpoints of that while, but not
+        the last one of a run, which waits for it.
         """
         give_up_at = time.monotonic() + WRITE_WITHIN_S
         for pause_s in itertools.chain(WRITE_AGAIN_S, itertools.repeat(WRITE_AGAIN_S[-1])):
@@ -291,7 +291,10 @@ class Saving:
             return _Went.NOT
         except StorageError as error:
             self._fail(step, f"{type(error).__name__}: {error}")
-            return _Went.MAYBE_LATER if error.retryable else _Went.NOT
+            # What is refused is granted once somebody has seen to the mount, the credentials or the
+            # clock, and after the last save there is no later one that would do as well.
+            later = error.retryable or isinstance(error, StorageRefusedError)
+            return _Went.MAYBE_LATER if later else _Went.NOT
         self._tell(rank, step)
         model = _read(staged.index).model
         fact = self._owed.written(rank, step, written, model)

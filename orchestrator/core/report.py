@@ -47,6 +47,7 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "kill-controller": frozenset({"controller-restart"}),
     "corrupt-shard": frozenset({"unrestorable"}),
     "full-disk": frozenset(),
+    "read-only-disk": frozenset(),
     "slow-disk": frozenset(),
     "flip-bit": frozenset({CORRUPTION, REPAIR}),
     "wrong-matmul": frozenset({CORRUPTION}),

@@ -22,6 +22,7 @@ FaultKind = Literal[
     "kill-controller",
     "corrupt-shard",
     "full-disk",
+    "read-only-disk",
     "slow-disk",
     "flip-bit",
     "wrong-matmul",
@@ -81,6 +82,7 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "kill-controller": Traits("controller", (), "SIGKILL to the controller"),
     "corrupt-shard": Traits("node", (), "bits flip in the newest checkpoint"),
     "full-disk": Traits("node", ("for",), "writes to the durable tier get ENOSPC"),
+    "read-only-disk": Traits("node", ("for",), "writes to the durable tier get EROFS"),
     "slow-disk": Traits("node", ("for", "delay"), "each durable operation takes `delay` more"),
     "flip-bit": Traits(
         "rank",

@@ -171,13 +171,14 @@ def fill_disk(controller: Controller, lasts: str) -> float:
     return break_disk(controller, "full-disk", **{"for": lasts})
 
 
+@pytest.mark.parametrize("fault", ["full-disk", "read-only-disk"])
 def test_the_last_write_is_tried_again_for_as_long_as_its_ranks_wait(
-    controller: Controller, start: Start
+    controller: Controller, start: Start, fault: str
 ) -> None:
     controller.job.update(steps=60, step_s=0.03, durable_every=60, await_persisted=True)
     start()
     controller.hear(Joined)
-    at = fill_disk(controller, "6s")
+    at = break_disk(controller, fault, **{"for": "6s"})
 
     failed, _ = controller.hear(WriteFailed)
     written, fact = controller.hear(ShardsWritten)

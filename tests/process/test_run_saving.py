@@ -217,6 +217,33 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     tiny.assert_same_bits(report, undisturbed[0], "a cadence of its own")
 
 
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("full-disk", "no space left"), ("read-only-disk", "Read-only file system")],
+)
+def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_bit(
+    tmp_path: Path, undisturbed: tuple[Report, list[journal.Entry]], fault: str, said: str
+) -> None:
+    """The last save waits until somebody has seen to the tier, as long as the run waits for it."""
+    broken = [at(12, fault, node=node, **{"for": "8s"}) for node in ("node-0", "node-1")]
+    one = Job(tmp_path, tiny.RUN, broken)
+    try:
+        code, report = one.conduct("--quiet", timeout_s=120)
+        words = one.holdfast("describe", "run").stdout
+    finally:
+        one.close()
+
+    assert code == 0, report.reason
+    assert report.checkpoints[-1].step == 40
+    assert not {20, 30} & {checkpoint.step for checkpoint in report.checkpoints}
+    failed = {failure.step for failure in report.save_failures if said in failure.reason}
+    assert failed >= {20, 40}
+    assert "step 40: node-0: Storage" in words
+    assert said in words
+    assert report.incidents == []
+    tiny.assert_same_bits(report, undisturbed[0], fault)
+
+
 def test_replicas_of_a_real_run_agree_and_its_checkpoints_are_verified_by_that(
     undisturbed: tuple[Report, list[journal.Entry]],
 ) -> None:

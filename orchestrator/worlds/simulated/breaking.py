@@ -141,7 +141,7 @@ class Breaking:
             case "corrupt-shard":
                 if newest := world.cluster.store.newest():
                     world.cluster.store.corrupt.add(newest.key)
-            case "full-disk":
+            case "full-disk" | "read-only-disk":
                 world.cluster.store.full = True
                 self._later(fault, world.cluster.store.clear)
             case "slow-disk":

@@ -34,7 +34,7 @@ from storage.manifest import (
     parse_generation_key,
     read_manifest,
 )
-from storage.retention import Candidate, Ladder, kept
+from storage.retention import LATER, Candidate, Ladder, kept
 from storage.verdicts import DELETING, QUARANTINED, RELEASED, Standing, Trust, Where
 
 SHARDS_AT_ONCE = 4
@@ -72,12 +72,12 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kept: by (step, epoch), why, in words for an operator.
         victims: (step, epoch) of the checkpoints to delete, oldest first.
-        barred: which can not be resumed from already.
+        going: whose deletion was begun before, and is to be done again from there.
     """
 
     kept: dict[Where, str]
     victims: tuple[Where, ...]
-    barred: frozenset[Where]
+    going: frozenset[Where]
 
 
 class Catalog:
@@ -233,9 +233,14 @@ class Catalog:
             (r.step, r.epoch): f"not ours to judge: {r.fault}" for r in readable if r.unsupported
         }
         reasons = foreign | stay.reasons
-        older = sorted((r.step, r.epoch) for r in records if (r.step, r.epoch) < stay.oldest)
-        victims = tuple(where for where in older if where not in reasons)
-        return Retention(kept=reasons, victims=victims, barred=barred)
+        wheres = sorted((r.step, r.epoch) for r in records)
+        victims = tuple(w for w in wheres if w < stay.oldest and w not in reasons)
+        # Damaged, barred or superseded ones, too: they are evidence.
+        for where in reversed(wheres):
+            if where >= stay.oldest:
+                reasons.setdefault(where, LATER)
+        going = frozenset(where for where, standing in known.items() if standing.kind == DELETING)
+        return Retention(kept=reasons, victims=victims, going=going)
 
     def retain(
         self,
@@ -275,8 +280,9 @@ class Catalog:
             if (leases and leases.held(step, epoch)) or leased(step, epoch):
                 continue
             # The verdict first: from here on nobody starts to read it. Then the commit, so that no
-            # commit is visible without its shards.
-            if (step, epoch) not in planned.barred:
+            # commit is visible without its shards. Of one that is barred for another reason, too:
+            # it could be released, and who examines it has a lease.
+            if (step, epoch) not in planned.going:
                 self.judge(
                     step, epoch, DELETING, f"not among the newest {ladder.last}, nor kept for long"
                 )

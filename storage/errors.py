@@ -47,6 +47,15 @@ class StorageRefusedError(StorageError):
     )
 
 
+class ClockSkewError(StorageRefusedError):
+    """The service refuses to believe requests of this machine, whose clock is not its own."""
+
+    hint = (
+        "Set this machine's clock, as NTP does (`timedatectl`): requests are signed with the time, "
+        "and may be 15 min off at most. What was refused is then accepted."
+    )
+
+
 class WrongKeyError(StorageRefusedError):
     """A blob was encrypted with another key than the one given, or its header is damaged."""
 

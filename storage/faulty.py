@@ -9,6 +9,7 @@ from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
+    ClockSkewError,
     StorageFullError,
     StorageRefusedError,
     StorageUnavailableError,
@@ -27,6 +28,7 @@ class FaultyStore:
         full: every put finds the disk full.
         read_only: every put finds the file system mounted to be read alone.
         expired: every operation is refused, since credentials have expired.
+        skewed: every operation is refused, since the clock here is not the service's.
         slow_s: seconds that every operation takes on top.
         down: every operation goes unanswered.
         busy: so many operations to come are answered with 503, too many requests; none is done.
@@ -50,6 +52,7 @@ class FaultyStore:
     full: bool = False
     read_only: bool = False
     expired: bool = False
+    skewed: bool = False
     slow_s: float = 0.0
     down: bool = False
     busy: int = 0
@@ -131,6 +134,8 @@ class FaultyStore:
             self.sleep(self.slow_s)
         if self.expired:
             raise StorageRefusedError(f"credentials have expired, {operation} is refused: {key}")
+        if self.skewed:
+            raise ClockSkewError(f"clock differs, {operation} is refused: {key}")
         if self.down:
             raise StorageUnavailableError(f"no answer to {operation}: {key}")
         if self.busy > 0:

@@ -5,6 +5,7 @@ put, small or large, says If-None-Match: the key is taken by exactly one writer,
 """
 
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
     BlobNotFoundError,
+    ClockSkewError,
     StorageError,
     StorageFullError,
     StorageRefusedError,
@@ -37,13 +39,17 @@ from storage.parts import PARTS_AT_ONCE, PARTS_MAX, Upload
 
 CONNECT_S = 10.0
 ANSWER_S = 60.0
+FORBIDDEN = 403
 _MARK = "holdfast-put"
 _REASON_MAX = 300
+_SKEW_S_MAX = 900.0
+"""S3 believes nobody whose clock is further from its own."""
+_SKEWED = "RequestTimeTooSkewed"
 
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "507"}
 _REFUSED = {
     *("AccessDenied", "AccountProblem", "AllAccessDisabled", "InvalidAccessKeyId", "ExpiredToken"),
-    *("InvalidToken", "TokenRefreshRequired", "SignatureDoesNotMatch", "RequestTimeTooSkewed"),
+    *("InvalidToken", "TokenRefreshRequired", "SignatureDoesNotMatch", _SKEWED),
     *("AuthorizationHeaderMalformed", "InvalidBucketName", "NoSuchBucket", "NotImplemented"),
     *(
         "PermanentRedirect",
@@ -291,17 +297,43 @@ class S3Store:
         raise StorageRefusedError(f"there is no bucket {self._bucket}") from error
 
 
+def _answer(error: BaseException) -> dict[str, Any]:
+    """Return what the service answered; nothing if it was never asked."""
+    cause = error if isinstance(error, ClientError) else error.__cause__
+    return getattr(cause, "response", None) or {}
+
+
 def _code(error: BaseException) -> str:
     """Return the service's word for what is wrong; empty if it was never asked."""
-    cause = error if isinstance(error, ClientError) else error.__cause__
-    response = getattr(cause, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+    return str(_answer(error).get("Error", {}).get("Code", ""))
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether the service did not believe who asks, or what he may; it need not say why."""
+    return bool(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == FORBIDDEN)
+
+
+def _ahead_s(error: BaseException) -> float:
+    """Return by how much the clock here is ahead of the service's, in seconds, if it told its own.
+
+    An answer to a question about a blob's size has no words, so that a clock that differs would
+    look like missing permissions.
+    """
+    told = _answer(error).get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    try:
+        there = parsedate_to_datetime(str(told)).timestamp()
+    except ValueError:
+        return 0.0
+    # It is this very clock that is in question.
+    return time.time() - there  # noqa: TID251
 
 
 def _kind(error: Exception) -> type[StorageError]:
     code = _code(error)
     if code in _FULL:
         return StorageFullError
+    if code == _SKEWED or (_is_refusal(error) and abs(_ahead_s(error)) > _SKEW_S_MAX):
+        return ClockSkewError
     if code in _REFUSED or isinstance(error, PermissionError):
         return StorageRefusedError
     return StorageUnavailableError
@@ -310,5 +342,8 @@ def _kind(error: Exception) -> type[StorageError]:
 def _reason(error: Exception) -> str:
     """Return what the service or the client said, on one line of bounded length."""
     words = " ".join(str(error).split()) or type(error).__name__
+    if _kind(error) is ClockSkewError and (ahead_s := _ahead_s(error)):
+        side = "ahead of" if ahead_s > 0 else "behind"
+        words = f"the clock here is {abs(ahead_s):.0f} s {side} the service's ({words})"
     code = _code(error)
     return f"{code}: {words}"[:_REASON_MAX] if code else words[:_REASON_MAX]

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from storage.verdicts import Trust, Where
 
+LATER = "later than what is kept"
+"""Why that stays which needs no other reason."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
@@ -90,7 +93,7 @@ def kept(candidates: Sequence[Candidate], ladder: Ladder, *, restorable: Where) 
     oldest = min(reasons)
     for one in ordered:
         if one.where > oldest:
-            reasons.setdefault(one.where, "later than what is kept")
+            reasons.setdefault(one.where, LATER)
     for level in reversed(Trust):
         for one in [one for one in ordered if one.trust >= level][:1]:
             reasons.setdefault(one.where, f"newest {level.words}")

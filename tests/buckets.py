@@ -65,6 +65,14 @@ class Server:
         one = self._opened
         return S3Store(one._filesystem, one._bucket, secrets.token_hex(8), part_bytes=part_bytes)
 
+    def be(self, mood: str) -> None:
+        """Be as `tests.programs.s3` says that it can be, from now on: to all tests."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{mood}\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
+
     def drop(self, bucket: str) -> None:
         """Have a bucket vanish, with all that is in it."""
         for path in self.client.find(bucket):

@@ -4,8 +4,10 @@ Nothing of the product catches `Killed`, so nothing is tidied up, as after a kil
 of what was seen, and stand in storage/FORMAT.md.
 """
 
+import ast
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +18,14 @@ from fsspec.asyn import sync
 from storage import verdicts
 from storage.blob import BlobStore
 from storage.catalog import Catalog
-from storage.commit import fetch_shard
-from storage.errors import StorageError, StorageUnavailableError
+from storage.commit import commit, fetch_shard, write_shard
+from storage.digest import BLOCK_BYTES
+from storage.errors import (
+    ShardCorruptError,
+    StaleEpochError,
+    StorageError,
+    StorageUnavailableError,
+)
 from storage.faulty import FaultyStore
 from storage.leases import SKEW_S, Leases
 from storage.local import LocalStore
@@ -26,10 +34,12 @@ from storage.memory import MemoryStore
 from storage.remote import S3Store
 from storage.retention import Ladder
 from storage.scrub import scrub_all
+from storage.shard import Chunk, ShardMeta, plan, seal
 from storage.wrappers import RetryingStore
-from tests.checkpoints import SHARDS, committed
+from tests.checkpoints import SHARDS, brought_in, committed, written
 
 NOW = 1.7e9
+LATER = NOW + 60.0 + SKEW_S + 1
 
 
 class Killed(BaseException):
@@ -122,12 +132,75 @@ def read(store: BlobStore) -> None:
     leases.drop(key)
 
 
+def what_nobody_needs(store: BlobStore) -> None:
+    """Leave half a save, a whole one that was never committed, and the lease of a dead reader."""
+    half_a_save(store)
+    written(store, 25)
+    leases_of(store).take(10, 1, "dead", 60.0)
+    committed(store, 30)
+    committed(store, 40)
+
+
+def quarantined(store: BlobStore) -> None:
+    several(10, 20)(store)
+    Catalog(store).quarantine(10, 1, "x")
+
+
+def superseded(store: BlobStore) -> None:
+    committed(store, 10)
+    committed(store, 10, 2)
+    committed(store, 20, 2)
+
+
+def too_late(store: BlobStore) -> None:
+    """Commit, while another writer commits in a newer epoch right before the record is put."""
+    others = getattr(store, "inner", store)
+
+    def overtake(operation: str, key: str) -> None:
+        if (operation, key) == ("put", commit_key(30, 1)) and not others.keys(commit_key(40, 2)):
+            committed(others, 40, 2)
+
+    with contextlib.suppress(StaleEpochError):
+        slow = FaultyStore(store, before=overtake)
+        commit(slow, written(slow, 30), newest_epoch_known=1)
+
+
+def spoilt(store: BlobStore) -> None:
+    """Save a shard whose memory went bad once it was sealed, and that is verified as it is put."""
+    size = BLOCK_BYTES
+    layout = plan(
+        [
+            Chunk(
+                fqn="w", state="param", dtype="U8", shape=(size,), global_shape=(size,), offset=(0,)
+            )
+        ]
+    )
+    body = bytearray(layout.size)
+    meta = ShardMeta(run_id="run", model="m", step=20, epoch=1, shard=0, shards=SHARDS)
+    index = seal(layout, body, meta)
+    body[-1] ^= 1
+    with contextlib.suppress(ShardCorruptError):
+        write_shard(store, index, body)
+
+
 STORIES = (
     Story("save and commit", save(10), save(20), 10),
     Story("save again what was half done", half_a_save, save(20), 10),
     Story("save in a newer epoch, beside a half-done one", half_a_save, save(30, 2), 10),
+    Story("commit, overtaken by a newer epoch", several(10), too_late, 10),
+    Story("save what memory has spoilt", several(10), spoilt, 10),
+    Story("import", several(10), lambda store: brought_in(store, 20), 10),
     Story("collect", several(10, 20), collect, 20),
+    Story("collect what was quarantined", quarantined, collect, 20),
+    Story("collect what a newer epoch stands for", superseded, collect, 20),
+    Story(
+        "collect what nobody committed, and a lease that has ended",
+        what_nobody_needs,
+        lambda s: Catalog(s).retain(Ladder(last=9), leases=leases_of(s, LATER)),
+        40,
+    ),
     Story("quarantine", several(10, 20), lambda s: Catalog(s).quarantine(20, 1, "x"), 10),
+    Story("release", quarantined, lambda s: Catalog(s).release(10, 1, "y"), 20),
     Story("scrub", several(10, 20), lambda s: list(scrub_all(Catalog(s))), 20),
     Story("read with a lease", several(10, 20), read, 20),
 )
@@ -167,7 +240,7 @@ def check(store: BlobStore, story: Story) -> None:
     barred = catalog.barred()
     records = catalog.commits()
     for record in records:
-        if (record.step, record.epoch) in barred:
+        if (record.step, record.epoch) in barred or record.superseded:
             continue
         assert record.manifest is not None, f"{story.name}: {record.fault}"
         for shard in range(record.manifest.shards):
@@ -244,7 +317,7 @@ def cleaned_by(store: MemoryStore, story: Story) -> str:
         return "the same again"
     later = copy(store)
     committed(later, 90, 3)
-    collect(later, NOW + 60.0 + SKEW_S + 1)
+    collect(later, LATER)
     assert garbage(later) == [], f"{story.name}: nobody removes it"
     return "the next collect"
 
@@ -267,6 +340,50 @@ def crash_table() -> str:
     ]
     titles = ("killed during", "after", "checkpoints then", "left behind", "removed by")
     return table(titles, shown)
+
+
+# Where the product changes a store, and whether somebody was killed there ------------------------
+
+
+_STORES = ("blob", "memory", "local", "remote", "parts", "encrypted", "wrappers", "faulty")
+"""Modules of `storage` that carry out what others ask for."""
+
+
+def changing() -> set[tuple[str, str, str]]:
+    """Return module, function and operation of each place in `storage` that changes a store."""
+    found = set()
+    for path in sorted(Path(verdicts.__file__).parent.rglob("*.py")):
+        if path.stem in _STORES:
+            continue
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                asked = isinstance(node, ast.Attribute) and node.attr in {"put", "delete"}
+                if asked and ast.unparse(node.value).endswith("store"):
+                    found.add((path.stem, function.name, node.attr))
+    return found
+
+
+def killed_at() -> set[tuple[str, str, str]]:
+    """Return module, function and operation of each place at which a story is killed."""
+    found: set[tuple[str, str, str]] = set()
+
+    def see(operation: str, _key: str) -> None:
+        frame = sys._getframe()
+        while (path := Path(frame.f_code.co_filename)).parent.name != "storage" or path.stem in (
+            *_STORES,
+            "parallel",
+        ):
+            assert frame.f_back is not None
+            frame = frame.f_back
+        found.add((path.stem, frame.f_code.co_name, operation))
+
+    for story in STORIES:
+        store = MemoryStore()
+        story.prepare(store)
+        story.work(FaultyStore(store, before=see))
+    return {place for place in found if place[2] in {"put", "delete"}}
 
 
 # A put to a folder and to a bucket, which are several operations each -----------------------------
@@ -377,6 +494,7 @@ FAULTS: dict[str, Callable[[FaultyStore], object]] = {
     "no space left, for good": lambda store: setattr(store, "full", True),
     "read-only file system, for good": lambda store: setattr(store, "read_only", True),
     "credentials have expired, for good": lambda store: setattr(store, "expired", True),
+    "the clock here differs, for good": lambda store: setattr(store, "skewed", True),
     "shows late": lambda store: setattr(store, "late", lambda _key: True),
 }
 

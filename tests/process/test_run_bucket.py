@@ -62,24 +62,36 @@ def test_nodes_that_are_all_lost_are_replaced_from_the_bucket_and_all_in_it_is_e
     assert job.leftovers() == []
 
 
-def test_a_bucket_that_vanishes_costs_the_saves_of_that_time_and_training_goes_on(
-    s3: Server, job: Job
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("vanished", "there is no bucket"),
+        ("ahead 3600", "ClockSkewError: RequestTimeTooSkewed: the clock here is"),
+        ("read-only", "StorageRefusedError: AccessDenied"),
+    ],
+)
+def test_a_bucket_that_refuses_costs_the_saves_of_that_time_and_training_goes_on(
+    s3: Server, job: Job, how: str, said: str
 ) -> None:
     bucket = s3.bucket()
     job.run["spec"]["checkpoint"]["uri"] = s3.uri(bucket)
     job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 20}
     job.train()
 
-    s3.drop(bucket)
-    wait_for(lambda: f"no bucket {bucket}" in logged(job))
-    s3.client.call_s3("create_bucket", Bucket=bucket)
+    try:
+        s3.drop(bucket) if how == "vanished" else s3.be(how)
+        wait_for(lambda: said in logged(job))
+    finally:
+        s3.client.call_s3("create_bucket", Bucket=bucket) if how == "vanished" else s3.be("well")
     code = job.finish()
 
     report = job.report()
     assert (code, report.state) == (0, "Succeeded"), report.reason
     assert report.incidents == []
     assert report.checkpoints[-1].step == 120
-    assert any(f"there is no bucket {bucket}" in failure.reason for failure in report.save_failures)
+    assert report.losses == [(step, 1.0 / step) for step in range(1, 121)]
+    assert any(said in failure.reason for failure in report.save_failures)
+    assert said in job.holdfast("describe", "run").stdout
     assert_no_secrets(job)
 
 

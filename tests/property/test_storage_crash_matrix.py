@@ -26,6 +26,11 @@ def tables(tmp_path: Path, s3: Server) -> dict[str, Callable[[], str]]:
     }
 
 
+def test_somebody_is_killed_wherever_a_store_is_changed() -> None:
+    """Whoever adds a put or a delete adds the story in which it is the last thing done."""
+    assert crashes.killed_at() == crashes.changing()
+
+
 @pytest.mark.parametrize("name", ["crashes", "faults", "folder", "bucket"])
 def test_what_is_left_after_each_operation_is_as_the_format_says(
     name: str, tables: dict[str, Callable[[], str]], request: pytest.FixtureRequest

@@ -11,6 +11,7 @@ from storage.address import open_store
 from storage.digest import crc32c
 from storage.errors import (
     BlobExistsError,
+    ClockSkewError,
     StorageError,
     StorageFullError,
     StorageRefusedError,
@@ -211,6 +212,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         (403, "AccessDenied", StorageRefusedError),
         (400, "ExpiredToken", StorageRefusedError),
         (403, "InvalidAccessKeyId", StorageRefusedError),
+        (403, "RequestTimeTooSkewed", ClockSkewError),
         (501, "NotImplemented", StorageRefusedError),
         (404, "NoSuchBucket", StorageRefusedError),
     ],
@@ -225,6 +227,45 @@ def test_each_refusal_of_a_put_says_what_can_be_done_and_is_not_asked_again(
 
     # Whoever has the key is asked for, lest it was ourselves.
     assert script.asked == (["PUT", "HEAD"] if status == 412 else ["PUT"])
+
+
+@pytest.fixture
+def ahead(s3: Server) -> Iterator[Server]:
+    """The server, with a clock that is 20 min ahead of this machine's."""
+    s3.be("ahead 1200")
+    yield s3
+    s3.be("well")
+
+
+def test_a_clock_that_is_not_the_services_is_named_whatever_is_asked(ahead: Server) -> None:
+    store = open_store(ahead.uri("some-bucket"))
+
+    for ask in (
+        lambda: store.put("k", b"x"),
+        lambda: store.get("k"),
+        lambda: store.size("k"),  # answered without words
+        lambda: store.keys("commits/"),
+        lambda: store.delete("k"),
+    ):
+        with pytest.raises(ClockSkewError, match=r"here is 1[12]\d\d s behind the") as refused:
+            ask()
+
+        assert not refused.value.retryable
+        assert "NTP" in refused.value.hint
+
+
+def test_a_refusal_by_a_service_of_the_same_time_is_none_of_its_clock(s3: Server) -> None:
+    bucket = s3.bucket()
+    store = open_store(s3.uri(bucket))
+    s3.be("read-only")
+    try:
+        with pytest.raises(StorageRefusedError, match="AccessDenied") as refused:
+            store.put("k", b"x")
+        assert store.keys() == []
+    finally:
+        s3.be("well")
+
+    assert not isinstance(refused.value, ClockSkewError)
 
 
 def test_a_put_that_was_done_and_never_answered_is_recognised_as_our_own(script: Script) -> None:

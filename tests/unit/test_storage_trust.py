@@ -225,8 +225,10 @@ def test_a_lease_that_makes_no_sense_is_refused(holder: str, lasts_s: float) -> 
 class Reader:
     """Takes a lease before the collector's operation of this number, and reads if it may."""
 
-    def __init__(self, turn: int) -> None:
+    def __init__(self, turn: int, bar: str) -> None:
         self.store, self._leases, _ = leased()
+        if bar:
+            verdicts.add(self.store, 10, 1, bar, "somebody examines it")
         self.calls, self._turn = itertools.count(), turn
         self.reading = self.came = False
 
@@ -234,13 +236,16 @@ class Reader:
         if next(self.calls) == self._turn:
             self._leases.take(10, 1, "reader", 60.0)
             self.came = True
-            self.reading = not verdicts.standing_of(self.store, 10, 1).barred
+            self.reading = verdicts.standing_of(self.store, 10, 1).kind != verdicts.DELETING
 
 
-def test_a_reader_between_any_two_operations_of_a_collector_loses_nothing_that_it_reads() -> None:
+@pytest.mark.parametrize("bar", ["", verdicts.QUARANTINED, verdicts.SUSPECT])
+def test_a_reader_between_any_two_operations_of_a_collector_loses_nothing_that_it_reads(
+    bar: str,
+) -> None:
     read = []
     for turn in range(200):
-        reader = Reader(turn)
+        reader = Reader(turn, bar)
         store = FaultyStore(reader.store, before=reader.come)
 
         Catalog(store).retain(Ladder(last=1), leases=Leases(store, Clock()))

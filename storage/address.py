@@ -90,6 +90,8 @@ def _require_no_secret(uri: str) -> None:
 
 def _require_path(uri: str) -> None:
     """Refuse what was meant as another kind of address, and would become a folder of that name."""
+    if not uri.strip():
+        raise UnsupportedUriError("address is empty, expected a folder or a bucket")
     if uri.startswith("~"):
         raise UnsupportedUriError(
             f"address is {uri}, expected the home folder written out, as /home/me; "
@@ -181,12 +183,12 @@ def _encrypted(store: BlobStore, name: str, environment: Mapping[str, str]) -> B
     try:
         key = base64.b64decode(environment[name], validate=True)
     except KeyError:
-        raise UnsupportedUriError(f"encrypt is {name!r}, and there is no such variable") from None
+        raise _no_key(f"encrypt is {name!r}, and there is no such variable") from None
     except binascii.Error:
         key = b""
     if len(key) != KEY_BYTES:
         # Neither the text nor its length in bytes: it may be a good key, mistyped.
-        raise UnsupportedUriError(
+        raise _no_key(
             f"variable {name} must hold {KEY_BYTES} bytes in base64, as `openssl rand -base64 "
             f"{KEY_BYTES}` prints them"
         )
@@ -198,6 +200,13 @@ def _encrypted(store: BlobStore, name: str, environment: Mapping[str, str]) -> B
             f"'holdfast[encryption]'` ({error})"
         ) from error
     return EncryptedStore(store, key)
+
+
+def _no_key(message: str) -> UnsupportedUriError:
+    """Return the error for a store that is well addressed, and has no key here."""
+    error = UnsupportedUriError(message)
+    error.hint = "Put the key into the environment with which the store was, or is to be, written."
+    return error
 
 
 def _bare(parts: SplitResult) -> str:

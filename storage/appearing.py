@@ -1,6 +1,7 @@
 """Makes folders that have their names only once all that is to be in them is there and synced."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -19,7 +20,7 @@ def appearing(out: Path) -> Iterator[Path]:
         FileExistsError: if there is something of that name.
     """
     if out.is_symlink() or out.exists():
-        raise FileExistsError(17, "something is there already", str(out))
+        raise FileExistsError(errno.EEXIST, "something is there already", str(out))
     unfinished = out.absolute().with_name(f".{out.name}.{os.getpid()}")
     _make(unfinished.parent)
     _sweep(unfinished.parent, out.name)
@@ -28,10 +29,20 @@ def appearing(out: Path) -> Iterator[Path]:
         with _held(unfinished):
             yield unfinished
             _sync(unfinished)
-            unfinished.rename(out)
+            _name(unfinished, out)
             _sync(unfinished.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _name(unfinished: Path, out: Path) -> None:
+    try:
+        unfinished.rename(out)
+    except OSError as error:
+        # Somebody else was faster; what may have been made of an empty folder is no matter.
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+            raise
+        raise FileExistsError(errno.EEXIST, "something is there already", str(out)) from None
 
 
 def _make(folder: Path) -> None:

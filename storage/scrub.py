@@ -44,12 +44,17 @@ class Damage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of reading a checkpoint back; no damages if every byte is what was staged."""
+    """What came of reading a checkpoint back; no damages if every byte is what was staged.
+
+    With a fault nothing was read: that of its record, which another version of the program may know
+    if it is unsupported.
+    """
 
     step: int
     epoch: int
     damages: tuple[Damage, ...]
     fault: str = ""
+    unsupported: bool = False
 
 
 def examine(
@@ -132,12 +137,23 @@ def scrub(
     """
     step, epoch, manifest = record.step, record.epoch, record.manifest
     if manifest is None:
-        return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
+        return unread(record)
     damages = examine(catalog.store, manifest, read=read)
     if damages and not is_there(catalog.store, manifest):
         return None
     _judge(catalog, manifest, damages)
     return Examined(step=step, epoch=epoch, damages=tuple(damages))
+
+
+def unread(record: CommitRecord) -> Examined:
+    """Return what is known of a checkpoint whose record can not be read."""
+    return Examined(
+        step=record.step,
+        epoch=record.epoch,
+        damages=(),
+        fault=record.fault,
+        unsupported=record.unsupported,
+    )
 
 
 def is_due(record: CommitRecord, standing: Standing, *, again: bool) -> bool:

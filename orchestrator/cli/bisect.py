@@ -119,7 +119,7 @@ def _start(run: TrainingRun, folder: RunFolder, since: str | None) -> Start:
     store = opened(run.spec.checkpoint.uri or str(folder.checkpoints))
     if since is not None:
         record = picked(store, since)
-        readable(record)
+        readable(store, record)
         name = f"the checkpoint {name_of(record)}"
         return Start(Step(record.step), name, store.uri, commit_key(record.step, record.epoch))
     return _verified(run, store)

@@ -134,7 +134,8 @@ def gc(
 
     store = collecting.opened(uri)
     ladder = collecting.Ladder(last=keep_last, every_steps=keep_every, anchors=anchors)
-    planned = collecting.plan(store, ladder)
+    with collecting.gauge(quiet=False) as gauge:
+        planned = collecting.plan(store, ladder, gauge)
     if dry_run:
         typer.echo(collecting.told(planned, output))
         return
@@ -195,7 +196,10 @@ def export(
     uri: UriArgument,
     to: Annotated[Path, typer.Option(metavar="FOLDER", help="A folder that is not there yet.")],
     step: Annotated[
-        str | None, typer.Option(metavar="STEP", help="STEP or STEP@EPOCH; default the newest.")
+        str | None,
+        typer.Option(
+            metavar="STEP", help="STEP or STEP@EPOCH; default the newest that is not barred."
+        ),
     ] = None,
     form: Annotated[
         str,
@@ -222,7 +226,10 @@ def export(
 @app.command(name="import")
 def import_(
     folder: Annotated[
-        Path, typer.Argument(help="Of torch.distributed.checkpoint, or of safetensors.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Of torch.distributed.checkpoint, or of safetensors."
+        ),
     ],
     uri: UriArgument,
     step: Annotated[int, typer.Option(help="Of the checkpoint that it becomes.")],

@@ -10,14 +10,16 @@ import typer
 from orchestrator.cli import units
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, opened
+from orchestrator.cli.stored import Store, opened, require_any
 from orchestrator.cli.tables import grid, in_json
-from storage.blob import Sweepable
+from orchestrator.cli.verifying import Gauge, gauge
+from storage.blob import BlobStore, Sweepable
+from storage.catalog import Catalog
 from storage.manifest import Manifest
 from storage.retention import Ladder
-from storage.verdicts import Where
+from storage.verdicts import Trust, Where
 
-__all__ = ["Ladder", "collect", "opened", "plan", "require_consent", "told"]
+__all__ = ["Ladder", "collect", "gauge", "opened", "plan", "require_consent", "told"]
 LEFT_OVER_S = 3600.0
 """What nobody has worked on for so long is of a writer that died."""
 
@@ -46,10 +48,18 @@ class Collection:
     done: bool = False
 
 
-def plan(store: Store, ladder: Ladder) -> Collection:
-    """Return what would be done. Reads the newest checkpoint: nothing may go if none is whole."""
+def plan(store: Store, ladder: Ladder, gauge: Gauge) -> Collection:
+    """Return what would be done. Reads the newest checkpoint: nothing may go if none is whole.
+
+    Raises:
+        CliError: if there is no checkpoint.
+    """
+    require_any(store)
     catalog = store.catalog
-    whole, _ = catalog.newest_verified()
+    newest, _ = catalog.newest_trusted(at_least=Trust.WRITTEN)
+    if newest is not None:
+        gauge.begin(f"step {newest.step}", newest.size)
+    whole, _ = Catalog(_Watched(store.blobs, gauge)).newest_verified()
     planned = catalog.plan(ladder, verified=whole) if whole else None
     if planned is None:
         return Collection({}, (), (), (), None)
@@ -73,8 +83,11 @@ def require_consent(planned: Collection, uri: str) -> None:
     if planned.whole is None or not (planned.going or planned.orphans):
         return
     if not sys.stdin.isatty():
+        going = [units.count(len(planned.going), "checkpoint")] if planned.going else []
+        if planned.orphans:
+            going.append(f"{units.count(len(planned.orphans), 'generation')} without a commit")
         raise CliError(
-            f"{units.count(len(planned.going), 'checkpoint')} would be deleted: {uri}",
+            f"{' and '.join(going)} would be deleted: {uri}",
             "look at it with --dry-run, and agree with --yes",
             Exit.USAGE,
         )
@@ -113,12 +126,28 @@ def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
     )
 
 
+class _Watched:
+    """Tells a gauge what is read from a store."""
+
+    def __init__(self, inner: BlobStore, gauge: Gauge) -> None:
+        self._inner, self._gauge = inner, gauge
+        self.put, self.size = inner.put, inner.size
+        self.keys, self.delete = inner.keys, inner.delete
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """See `BlobStore.get`."""
+        data = self._inner.get(key, start, length)
+        self._gauge.read(len(data))
+        return data
+
+
 def told(came: Collection, output: Form) -> str:
     """Return a collection in the asked form."""
     if output is Form.JSON:
         return in_json(
             {
                 "done": came.done,
+                "whole": _name((came.whole.step, came.whole.epoch)) if came.whole else None,
                 "kept": [
                     {"name": _name(where), "why": why}
                     for where, why in sorted(came.kept.items(), reverse=True)

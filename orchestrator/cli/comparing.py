@@ -48,7 +48,7 @@ class Comparison:
 
 def compare(store: Store, one: str, other: str) -> Comparison:
     """Compare two checkpoints."""
-    first, second = (readable(picked(store, name)) for name in (one, other))
+    first, second = (readable(store, picked(store, name)) for name in (one, other))
     facts = {
         name: (str(left), str(right))
         for name, left, right in (

@@ -62,9 +62,9 @@ def unknown(what: str, found: str, known: Iterable[str], where: str) -> CliError
 
 
 _ADVICE = {
-    errno.ENOSPC: "make room, or choose another folder with --out",
-    errno.EDQUOT: "make room, or choose another folder with --out",
-    errno.EROFS: "choose a folder that can be written, with --out",
+    errno.ENOSPC: "make room, or choose another folder",
+    errno.EDQUOT: "make room, or choose another folder",
+    errno.EROFS: "choose a folder that can be written",
     errno.EMFILE: "raise the limit of open files: `ulimit -n`",
 }
 
@@ -87,6 +87,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(Exit.INTERRUPTED) from None
+        except typer.Abort as aborted:
+            # A question was not answered: by an interrupt, or since nothing more comes.
+            if isinstance(aborted.__context__, KeyboardInterrupt):
+                raise typer.Exit(Exit.INTERRUPTED) from None
+            raise
         except BrokenPipeError:
             raise  # the library ends quietly when the reader of a pipe is gone
         except Exception as error:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 from orchestrator.cli import units
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, name_of, opened, picked, readable
+from orchestrator.cli.stored import Store, name_of, opened, picked, readable, required
 from orchestrator.cli.tables import in_json
 from orchestrator.cli.verifying import Gauge, bytes_of, gauge, leased
 from storage import distcp, transfer
+from storage.catalog import CommitRecord
 from storage.contents import read_contents
 from storage.errors import ForbiddenPickleError, UnstorableError
 from storage.manifest import STEP_MAX
 from storage.shard import ITEM_BYTES
+from storage.verdicts import DELETING, Standing, standing_of
 
 if TYPE_CHECKING:
     from storage.contents import Beside
@@ -33,9 +35,10 @@ def take_out(
 ) -> dict[str, object]:
     """Write a checkpoint to a new folder; return what came of it."""
     _require_form(form)
-    record = picked(store, name)
-    manifest = readable(record)
+    record = picked(store, name) if name is not None else _newest(store)
+    manifest = readable(store, record)
     with leased(store, record.step, record.epoch, holder="export"):
+        standing = _require_kept(store, record)
         contents = read_contents(store.blobs, manifest)
         sizes = [math.prod(t.shape) * ITEM_BYTES[t.dtype] for t in contents.tensors.values()]
         gauge.begin(f"step {record.step}", sum(sizes))
@@ -57,7 +60,8 @@ def take_out(
             ) from error
     return {
         "checkpoint": name_of(record),
-        "to": str(out),
+        "state": standing.kind or "readable",
+        "to": units.encodable(str(out)),
         "format": form,
         "tensors": len(sizes),
         "bytes": sum(sizes),
@@ -71,6 +75,9 @@ def bring_in(
     """Make a checkpoint of what a folder holds; return what came of it."""
     if not 0 <= step <= STEP_MAX:
         raise CliError(f"step is {step}, expected 0 to {STEP_MAX}", "see --step", Exit.USAGE)
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "there is no folder"
+        raise CliError(f"{what}: {folder}", "give the folder to be brought in", Exit.USAGE)
     parts, beside, form = _found(folder)
     records = store.catalog.commits()
     foreign = sorted({r.manifest.run_id for r in records if r.manifest} - {run_id})
@@ -99,7 +106,7 @@ def bring_in(
     )
     return {
         "checkpoint": f"{manifest.step}@{manifest.epoch}",
-        "from": str(folder),
+        "from": units.encodable(str(folder)),
         "format": form,
         "tensors": len({part.name for part in parts}),
         "bytes": size,
@@ -112,13 +119,45 @@ def told(came: dict[str, object], output: Form) -> str:
     """Return what came of it in the asked form."""
     if output is Form.JSON:
         return in_json(came)
-    size = came["bytes"]
+    size, state = came["bytes"], came.get("state", "readable")
     assert isinstance(size, int)
+    which = f"{came['checkpoint']}, {state}," if state != "readable" else came["checkpoint"]
     way = f"is in {came['to']}" if "to" in came else f"was made of {came['from']}"
     return units.printable(
-        f"checkpoint {came['checkpoint']} {way}, format {came['format']}: {came['tensors']} "
+        f"checkpoint {which} {way}, format {came['format']}: {came['tensors']} "
         f"tensors of {units.size(size)}, {came['values']} other values"
     )
+
+
+def _newest(store: Store) -> CommitRecord:
+    """Return the newest checkpoint that nothing bars: who asks for no other wants to use it.
+
+    Raises:
+        CliError: if each is barred.
+    """
+    records, barred = required(store), store.catalog.barred()
+    for record in records:
+        if not record.superseded and (record.step, record.epoch) not in barred:
+            return record
+    raise CliError(
+        f"every checkpoint is barred, the newest is {name_of(records[0])}: {store.uri}",
+        "`holdfast checkpoint show` says why; name one with --step to have it all the same",
+    )
+
+
+def _require_kept(store: Store, record: CommitRecord) -> Standing:
+    """Return the standing of a checkpoint that is leased; of one that goes, a lease keeps nothing.
+
+    Raises:
+        CliError: if it is being deleted.
+    """
+    standing = standing_of(store.blobs, record.step, record.epoch)
+    if standing.kind == DELETING:
+        raise CliError(
+            f"checkpoint {name_of(record)} is being deleted: {store.uri}",
+            "`holdfast checkpoint ls` lists the others",
+        )
+    return standing
 
 
 def _found(folder: Path) -> tuple[list[Part], Beside, str]:

@@ -9,7 +9,7 @@ from orchestrator.cli import units
 from orchestrator.cli.blocks import facts, section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store
+from orchestrator.cli.stored import Store, required
 from orchestrator.cli.tables import in_json
 from storage.catalog import Rejection
 from storage.manifest import Manifest
@@ -56,9 +56,7 @@ def plan(store: Store, onset: int, trust: str) -> Plan:
             Exit.USAGE,
         )
     catalog = store.catalog
-    records, barred = catalog.commits(), catalog.barred()
-    if not records:
-        raise CliError(f"there is no checkpoint: {store.uri}", "see that the address is right")
+    records, barred = required(store), catalog.barred()
     found, rejections = catalog.newest_trusted(before_step=onset, at_least=levels[trust])
     late = [(record.step, record.epoch) for record in records if record.step >= onset]
     bar = tuple(where for where in late if where not in barred)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.cli import units
@@ -13,7 +14,7 @@ from orchestrator.cli.tables import Column, Row, grid, in_json, rendered, text
 from storage.address import open_store
 from storage.blob import BlobStore
 from storage.catalog import Catalog, CommitRecord
-from storage.errors import UnsupportedUriError
+from storage.errors import UnsupportedUriError, UnsupportedVersionError
 from storage.leases import Leases
 from storage.local import LocalStore
 from storage.manifest import Manifest, commit_key
@@ -48,16 +49,25 @@ def opened(uri: str, *, new: bool = False) -> Store:
         hint = getattr(error, "hint", UnsupportedUriError.hint)
         raise CliError(units.printable(str(error)), hint, Exit.USAGE) from error
     folder = getattr(store, "inner", store)
-    if not new and isinstance(folder, LocalStore) and not folder.root.is_dir():
-        # An empty list would look like a run that has saved nothing yet.
-        raise CliError(
-            f"there is no folder {folder.root}",
-            "is the volume mounted? `holdfast describe run` tells where a run saves",
-            Exit.USAGE,
-        )
+    if isinstance(folder, LocalStore):
+        _require_folder(folder.root, new=new)
     blobs = RetryingStore(store, attempts_max=ATTEMPTS_MAX)
     # Leases end by a clock that the machines of a run share, more or less.
     return Store(uri, blobs, Leases(blobs, time.time))  # noqa: TID251
+
+
+def _require_folder(root: Path, *, new: bool) -> None:
+    if root.exists() and not root.is_dir():
+        raise CliError(
+            f"not a folder: {root}", "give the folder of a run's checkpoints", Exit.USAGE
+        )
+    if not new and not root.is_dir():
+        # An empty list would look like a run that has saved nothing yet.
+        raise CliError(
+            f"there is no folder {root}",
+            "is the volume mounted? `holdfast describe run` tells where a run saves",
+            Exit.USAGE,
+        )
 
 
 def picked(store: Store, name: str | None) -> CommitRecord:
@@ -66,12 +76,7 @@ def picked(store: Store, name: str | None) -> CommitRecord:
     Raises:
         CliError: if there is none.
     """
-    records = store.catalog.commits()
-    if not records:
-        raise CliError(
-            f"there is no checkpoint: {store.uri}",
-            "see that the address is that of a run's checkpoints, and not of its folder",
-        )
+    records = required(store)
     if name is None:
         return records[0]
     for record in records:
@@ -80,12 +85,54 @@ def picked(store: Store, name: str | None) -> CommitRecord:
     raise unknown("checkpoint", name, [name_of(record) for record in records], store.uri)
 
 
-def readable(record: CommitRecord) -> Manifest:
+def required(store: Store) -> list[CommitRecord]:
+    """Return all checkpoints, newest first.
+
+    Raises:
+        CliError: if there is none.
+    """
+    require_any(store)
+    return store.catalog.commits()
+
+
+def require_any(store: Store) -> None:
+    """Check that there are checkpoints.
+
+    Raises:
+        CliError: if there is none: the address is wrong, more likely than not.
+    """
+    if not store.catalog.known():
+        raise CliError(
+            f"there is no checkpoint: {store.uri}",
+            "see that the address is that of a run's checkpoints, and not of its folder",
+        )
+
+
+def require_judged(store: Store, record: CommitRecord) -> None:
+    """Check that a checkpoint can be looked into: none stands for it, and its version is known.
+
+    Raises:
+        CliError: if not. That is no damage.
+    """
+    name = name_of(record)
+    if record.superseded:
+        raise CliError(
+            f"checkpoint {name} is {record.fault}: {store.uri}",
+            f"`{record.step}` alone means the one that stands for it",
+            Exit.USAGE,
+        )
+    if record.unsupported:
+        key = commit_key(record.step, record.epoch)
+        raise CliError(f"{record.fault}: {key}", UnsupportedVersionError.hint)
+
+
+def readable(store: Store, record: CommitRecord) -> Manifest:
     """Return a checkpoint's manifest.
 
     Raises:
-        CliError: if its record can not be read; with the exit code for damage.
+        CliError: if its record can not be read; with the exit code for damage if it is damaged.
     """
+    require_judged(store, record)
     if record.manifest is None:
         key = commit_key(record.step, record.epoch)
         raise CliError(
@@ -122,6 +169,8 @@ def row(record: CommitRecord, standing: Standing, *, leased: bool) -> Row:
 def _state(record: CommitRecord) -> str:
     if record.superseded:
         return "superseded"
+    if record.unsupported:
+        return "unsupported"
     return "readable" if record.manifest else "unreadable"
 
 
@@ -161,10 +210,10 @@ def shown(store: Store, name: str | None, output: Form) -> str:
     told["key"] = commit_key(record.step, record.epoch)
     told["verdicts"] = [reason_of(store.blobs, key) for key in standing.keys]
     manifest = record.manifest
-    if manifest is not None:
-        told["state_digest"], told["root"] = manifest.state_digest, manifest.root
-        told["layout"] = manifest.layout
-        told["shard_sizes"] = [receipt.size for receipt in manifest.receipts()]
+    told["state_digest"] = manifest.state_digest if manifest else ""
+    told["root"] = manifest.root if manifest else ""
+    told["layout"] = manifest.layout if manifest else {}
+    told["shard_sizes"] = [receipt.size for receipt in manifest.receipts()] if manifest else []
     if output is Form.JSON:
         return in_json(told)
     lines = facts(
@@ -177,12 +226,12 @@ def shown(store: Store, name: str | None, output: Form) -> str:
             ("Model", told["model"]),
             ("Size", f"{units.size(told['bytes'])}, {told['shards']} shards" if manifest else ""),
             ("Leased", "yes" if leased else "no"),
-            ("State digest", told.get("state_digest", "")),
-            ("Root", told.get("root", "")),
+            ("State digest", told["state_digest"]),
+            ("Root", told["root"]),
             ("Key", told["key"]),
         ]
     )
-    layout = [[key, text(value)] for key, value in told.get("layout", {}).items()]
+    layout = [[key, text(value)] for key, value in told["layout"].items()]
     lines += section("Layout", grid(["AXIS", "VALUE"], layout).splitlines() if layout else [])
     lines += section("Verdicts", told["verdicts"])
     return units.printable("\n".join(lines))
@@ -191,7 +240,7 @@ def shown(store: Store, name: str | None, output: Form) -> str:
 def judged(store: Store, name: str, kind: str, reason: str, output: Form) -> str:
     """Add a verdict about a checkpoint; return what its standing is now."""
     record = picked(store, name)
-    key = store.catalog.judge(record.step, record.epoch, kind, reason)
+    key = store.catalog.judge(record.step, record.epoch, kind, units.encodable(reason))
     standing = standing_of(store.blobs, record.step, record.epoch)
     state = standing.kind or "not barred"
     if output is Form.JSON:

@@ -90,6 +90,15 @@ def first_line(text: str) -> str:
     return text.splitlines()[0] if text else ""
 
 
+def encodable(text: str) -> str:
+    """Return a text that can be written as UTF-8: what a shell hands over may be any bytes.
+
+    >>> encodable("a\udcffb")
+    'a?b'
+    """
+    return text.encode(errors="replace").decode()
+
+
 def printable(text: str) -> str:
     """Return a text without control characters other than line ends and tabs.
 

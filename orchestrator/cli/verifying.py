@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from orchestrator.cli import units
 from orchestrator.cli.blocks import section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, opened, picked
+from orchestrator.cli.stored import Store, opened, picked, require_any, require_judged, required
 from orchestrator.cli.tables import in_json
 from storage.catalog import Catalog, CommitRecord
-from storage.errors import StorageFullError, StorageRefusedError
-from storage.scrub import Examined, due, examine, is_there, scrub_all
+from storage.errors import StorageError, StorageFullError, StorageRefusedError
+from storage.scrub import Examined, due, examine, is_there, scrub_all, unread
 from storage.verdicts import DELETING
 from storage.wrappers import ThrottledStore
 
@@ -85,13 +84,7 @@ def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) ->
         )
     if not everything:
         record = picked(store, name)
-        if record.superseded:
-            raise CliError(
-                f"checkpoint {record.step}@{record.epoch} is {record.fault}: {store.uri}",
-                f"`holdfast checkpoint verify {shlex.quote(store.uri)} {record.step}` reads that "
-                "one",
-                Exit.USAGE,
-            )
+        require_judged(store, record)
         examined = _verify(store, record, gauge)
         if examined is None:
             raise CliError(
@@ -99,12 +92,11 @@ def verify(store: Store, name: str | None, *, everything: bool, gauge: Gauge) ->
                 "the run or a collection needs it no longer; verify a newer one",
             )
         return [examined]
-    picked(store, None)  # an empty store is a wrong address, more likely than not
-    standings = store.catalog.standings()
+    all_records, standings = required(store), store.catalog.standings()
     going = {where for where, one in standings.items() if one.kind == DELETING}
     records = [
         record
-        for record in store.catalog.commits()
+        for record in all_records
         if not record.superseded and (record.step, record.epoch) not in going
     ]
     # Reading them all takes long; a run deletes some of them before their turn comes.
@@ -117,6 +109,7 @@ def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[
 
     Each is leased while it is read, lest a run collects it half-way.
     """
+    require_any(store)
     blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _rate(rate))
     catalog = Catalog(blobs)
     records = due(catalog, again=again)
@@ -131,19 +124,21 @@ def tell(told: list[Examined], output: Form) -> None:
     Raises:
         typer.Exit: with the exit code for damage, if there is any.
     """
-    bad = [one for one in told if one.damages or one.fault]
+    bad = [one for one in told if one.damages or (one.fault and not one.unsupported)]
     typer.echo(
         in_json({"checkpoints": told, "bad": len(bad)}) if output is Form.JSON else _in_words(told)
     )
     if bad:
         raise typer.Exit(Exit.DAMAGED)
+    if any(one.unsupported for one in told):
+        raise typer.Exit(Exit.ERROR)
 
 
 def _verify(store: Store, record: CommitRecord, gauge: Gauge) -> Examined | None:
     """Read a checkpoint; return None if it was collected before that was done."""
     step, epoch, manifest = record.step, record.epoch, record.manifest
     if manifest is None:
-        return Examined(step=step, epoch=epoch, damages=(), fault=record.fault)
+        return unread(record)
     gauge.begin(f"step {step}", manifest.size)
     with leased(store, step, epoch, holder="verify"):
         damages = examine(store.blobs, manifest, read=gauge.read)
@@ -164,7 +159,12 @@ def leased(store: Store, step: int, epoch: int, *, holder: str) -> Iterator[None
     try:
         yield
     finally:
-        store.leases.drop(key)
+        try:
+            store.leases.drop(key)
+        except StorageError as error:
+            # Whoever may not delete has read it all the same; what came of that must not be lost.
+            words = f"the lease is not given back, and ends by itself in {LEASE_S / 3600:g} h"
+            typer.echo(units.printable(f"{words}: {error}"), err=True)
 
 
 def bytes_of(text: str, what: str, of: str = "bytes") -> float:
@@ -189,10 +189,12 @@ def _rate(text: str) -> float:
 
 def _in_words(told: list[Examined]) -> str:
     if not told:
-        return "nothing to verify: every checkpoint is verified already, or barred"
+        return "nothing to verify: every checkpoint is verified already, or barred; see --again"
     lines = []
     for one in told:
-        if one.fault:
+        if one.unsupported:
+            verdict = f"not read: {one.fault}"
+        elif one.fault:
             verdict = f"unreadable: {one.fault}"
         elif one.damages:
             verdict = f"DAMAGED in {units.count(len(one.damages), 'place')}"

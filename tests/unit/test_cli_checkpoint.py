@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
 from orchestrator.cli import collecting
 from storage import verdicts
@@ -20,8 +22,8 @@ from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, generation_prefix, index_key
 from storage.verdicts import Trust
 from tests.buckets import Server
-from tests.checkpoints import LAYOUT, committed, steps_of, written
-from tests.journals import holdfast
+from tests.checkpoints import LAYOUT, brought_in, committed, steps_of, written
+from tests.journals import Terminal, holdfast
 
 
 @pytest.fixture
@@ -29,6 +31,15 @@ def store(tmp_path: Path) -> LocalStore:
     store = LocalStore(tmp_path / "tier")
     for step in (10, 20, 30, 40):
         committed(store, step)
+    return store
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> LocalStore:
+    """A store with checkpoints of which the tensors are whole."""
+    store = LocalStore(tmp_path / "tier")
+    for step in (10, 20, 30, 40):
+        brought_in(store, step)
     return store
 
 
@@ -298,6 +309,7 @@ def test_the_way_back_behind_a_corruption_is_told_and_not_taken(store: LocalStor
     ("arguments", "says"),
     [
         (("ls", "gs://x"), "supported are a folder"),
+        (("ls", ""), "address is empty"),
         (("ls", "{root}/absent"), "there is no folder"),
         (("show", "{root}", "99"), "no checkpoint '99'"),
         (("verify", "{root}", "10", "--all"), "--all was given"),
@@ -430,3 +442,191 @@ def test_what_is_to_be_done_can_be_given_to_a_shell(store: LocalStore) -> None:
     result = holdfast("checkpoint", "rollback-plan", address, "--onset", "5")
 
     assert shlex.split(result.stdout.splitlines()[-1].strip())[3] == address
+
+
+def of_another_version(store: LocalStore, step: int) -> None:
+    """Have the record of a checkpoint be one that only a newer program knows."""
+    path = store.root / commit_key(step, 1)
+    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":3'))
+
+
+def test_what_only_another_version_can_read_is_told_and_not_called_damaged(
+    store: LocalStore,
+) -> None:
+    of_another_version(store, 30)
+
+    assert [row["state"] for row in data(store, "ls")][:2] == ["readable", "unsupported"]
+    said = refused("verify", str(store.root), "30", code=1)
+    assert "manifest has version 3, known is 2" in said
+    assert "with the version of Holdfast that wrote it" in said
+    for command in (("verify", "--all"), ("scrub",)):
+        came = data(store, *command, code=1)
+        assert (len(came["checkpoints"]), came["bad"]) == (4, 0)
+    assert "30@1  not read: manifest has version 3" in told(store, "verify", "--all", code=1)
+    refused("diff", str(store.root), "30", "40", code=1)
+    damage(store, body_key(20, 1, 0), LAYOUT.spans[0][0])
+    assert data(store, "verify", "--all", code=6)["bad"] == 1
+
+
+def test_one_that_a_newer_epoch_stands_for_is_compared_and_taken_out_by_nobody(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    committed(store, 40, epoch=2)
+
+    said = refused("diff", str(store.root), "40@1", "40@2")
+    assert "checkpoint 40@1 is superseded by epoch 2" in said
+    assert "`40` alone means the one that stands for it" in said
+    refused("export", str(store.root), "--step", "40@1", "--to", str(tmp_path / "out"))
+
+
+def test_what_is_shown_has_the_same_fields_whatever_can_be_read(store: LocalStore) -> None:
+    whole = data(store, "show", "30")
+    damage(store, commit_key(40, 1), 100)
+
+    assert data(store, "show", "40").keys() == whole.keys()
+
+
+def test_who_may_read_and_write_and_not_delete_is_told_what_came_of_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: LocalStore, key: str) -> None:
+        raise StorageRefusedError(f"AccessDenied: {key}")
+
+    monkeypatch.setattr(LocalStore, "delete", refuse)
+
+    result = holdfast("checkpoint", "verify", str(store.root))
+
+    assert (result.exit_code, "whole" in result.stdout) == (0, True)
+    assert "lease is not given back, and ends by itself in 6 h: AccessDenied" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("scrub",), ("gc", "--dry-run"), ("verify", "--all")])
+def test_where_there_is_no_checkpoint_nobody_says_that_all_is_well(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    name, *options = command
+
+    assert "there is no checkpoint" in refused(name, str(tmp_path), *options, code=1)
+
+
+def test_a_plan_says_which_checkpoint_was_read_before_anything_may_go(store: LocalStore) -> None:
+    assert data(store, "gc", "--dry-run")["whole"] == "40@1"
+    for step in (10, 20, 30, 40):
+        damage(store, body_key(step, 1, 0), LAYOUT.spans[0][0])
+    assert data(store, "gc", "--dry-run")["whole"] is None
+
+
+@pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt, 130), (EOFError, 1)])
+def test_a_question_that_is_interrupted_ends_as_any_interrupt_does_and_deletes_nothing(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, cause: type[BaseException], code: int
+) -> None:
+    def listen() -> bool:
+        raise cause
+
+    def ask(*_: object, **__: object) -> bool:
+        try:
+            return listen()
+        except cause:
+            raise typer.Abort from None  # as the library does
+
+    monkeypatch.setattr(collecting, "sys", SimpleNamespace(stdin=Terminal()))
+    monkeypatch.setattr(typer, "confirm", ask)
+    before = store.keys()
+
+    assert holdfast("checkpoint", "gc", str(store.root), "--keep-last", "1").exit_code == code
+    assert store.keys() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("verify",), ("verify", "--all"), ("scrub",), ("export", "--to", "{out}"), ("gc", "--yes")],
+)
+def test_who_is_interrupted_while_reading_leaves_nothing_behind(
+    tensors: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    get, before = LocalStore.get, tensors.keys()
+
+    def interrupted(self: LocalStore, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if key.endswith(".st"):
+            raise KeyboardInterrupt
+        return get(self, key, start, length)
+
+    monkeypatch.setattr(LocalStore, "get", interrupted)
+    name, *options = (word.format(out=tmp_path / "out") for word in command)
+
+    assert holdfast("checkpoint", name, str(tensors.root), *options).exit_code == 130
+    assert tensors.keys() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tier"]
+
+
+def test_the_newest_that_is_taken_out_is_one_that_nothing_bars(
+    tensors: LocalStore, tmp_path: Path
+) -> None:
+    verdicts.add(tensors, 40, 4, verdicts.QUARANTINED, "")
+
+    came = data(tensors, "export", "--to", str(tmp_path / "newest"))
+    named = data(tensors, "export", "--step", "40", "--to", str(tmp_path / "named"))
+
+    assert (came["checkpoint"], came["state"]) == ("30@3", "readable")
+    assert (named["checkpoint"], named["state"]) == ("40@4", "quarantined")
+    words = told(tensors, "export", "--step", "40", "--to", str(tmp_path / "again"))
+    assert "checkpoint 40@4, quarantined, is in" in words
+    for step in (10, 20, 30):
+        verdicts.add(tensors, step, step // 10, verdicts.SUSPECT, "")
+    said = refused("export", str(tensors.root), "--to", str(tmp_path / "none"), code=1)
+    assert "every checkpoint is barred, the newest is 40@4" in said
+
+
+def test_what_is_being_deleted_is_not_taken_out(tensors: LocalStore, tmp_path: Path) -> None:
+    verdicts.add(tensors, 40, 4, verdicts.DELETING, "")
+
+    said = refused(
+        "export", str(tensors.root), "--step", "40", "--to", str(tmp_path / "out"), code=1
+    )
+
+    assert "checkpoint 40@4 is being deleted" in said
+    assert tensors.keys("leases/") == []
+
+
+def test_a_folder_that_is_none_is_said_to_be_none(tensors: LocalStore, tmp_path: Path) -> None:
+    file, step = tmp_path / "file", ("--step", "1")
+    file.write_bytes(b"")
+    data(tensors, "export", "--to", str(tmp_path / "out"))
+
+    assert f"not a folder: {file}" in refused("ls", str(file))
+    assert f"not a folder: {file}" in refused("import", str(tmp_path / "out"), str(file), *step)
+    assert f"not a folder: {file}" in refused("import", str(file), str(tmp_path / "s"), *step)
+    said = refused("import", str(tmp_path / "absent"), str(tmp_path / "s"), *step)
+    assert f"there is no folder: {tmp_path / 'absent'}" in said
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_plan_names_every_checkpoint_and_says_of_each_that_stays_why(store: LocalStore) -> None:
+    committed(store, 40, epoch=2)
+    verdicts.add(store, 30, 1, verdicts.QUARANTINED, "")
+    damage(store, commit_key(20, 1), 100)
+
+    planned = data(store, "gc", "--keep-last", "2", "--dry-run")
+
+    assert {row["name"]: row["why"] for row in planned["kept"]} == {
+        "40@2": "of the newest 2",
+        "40@1": "later than what is kept",
+        "30@1": "later than what is kept",
+        "20@1": "later than what is kept",
+        "10@1": "of the newest 2",
+    }
+
+
+def test_who_is_to_agree_is_told_of_what_nobody_committed(store: LocalStore) -> None:
+    written(store, 35)
+
+    said = refused("gc", str(store.root), "--keep-last", "4")
+
+    assert "1 generation without a commit would be deleted" in said
+    assert "0 checkpoints" not in said
+
+
+def test_a_reason_of_any_bytes_is_put_on_record(store: LocalStore) -> None:
+    told(store, "quarantine", "20", "--reason", os.fsdecode(b"a\xffb"))
+
+    assert data(store, "show", "20")["verdicts"] == ["quarantined: a?b"]

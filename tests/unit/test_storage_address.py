@@ -124,3 +124,4 @@ def test_a_key_that_is_none_is_refused_and_not_repeated(value: str | None, tmp_p
         open_store(f"file://{tmp_path}?encrypt=KEY", environment)
 
     assert not value or value not in str(refused.value)
+    assert "environment" in refused.value.hint

@@ -420,6 +420,21 @@ def test_each_folder_that_is_made_on_the_way_is_synced(
     assert {tmp_path, tmp_path / "a", tmp_path / "a/b"} <= set(synced)
 
 
+def test_of_two_who_make_a_folder_the_second_is_told_and_the_first_keeps_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def make() -> None:
+        with appearing(out) as folder:
+            (folder / "a").write_bytes(b"second")
+            out.mkdir()  # by another process
+            (out / "a").write_bytes(b"first")
+
+    with pytest.raises(FileExistsError, match="something is there already"):
+        make()
+    assert (out / "a").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_export_without_room_says_so_before_it_writes(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,8 @@ def test_a_bucket_that_refuses_costs_the_saves_of_that_time_and_training_goes_on
     bucket = s3.bucket()
     job.run["spec"]["checkpoint"]["uri"] = s3.uri(bucket)
     job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 20}
+    # To load the client of a bucket takes a busy machine seconds in which its agents are silent.
+    job.run["spec"]["detection"]["detectWithin"] = "20s"
     job.train()
 
     try:

@@ -34,6 +34,10 @@ differs by less, and with 5 three ranks in which it does by 5 % would find half 
 RATIO_MIN = 1.07
 """Times the peers' median. A rank that is 10 % slow takes 1.11 on average: with 1.1 as the limit
 noise of 2 % would hide it in three windows of ten, and what a suspicion costs is a probe."""
+WALL_ALONE_MIN = 1.5
+"""The same by the wall clock, where processor time is known and does not show it: that is a rank
+which does not get its core. Other programs take cores now from one rank and now from another, for
+seconds at a time: on two cores with a load of 10, ranks without a fault came to 1.36."""
 RATIO_CLEAR = 1.03
 """Below that a rank is as fast as its peers again: far from `RATIO_MIN`, or noise would tell."""
 COOL_LOOKS = 20
@@ -144,7 +148,8 @@ def suspects(
     """Return how slow each rank is by the clock that says most, and which are so persistently.
 
     Who is so by both clocks is suspected by processor time: how slow it is by that, the same work
-    on the device will show or not, whatever else the machine does.
+    on the device will show or not, whatever else the machine does. Who is so by the wall clock
+    alone has to be much slower to be suspected.
 
     Args:
         paces: of a generation, with enough windows.
@@ -164,6 +169,11 @@ def suspects(
                 for rank, wall in found.items()
                 if ratio_R[rank] > RATIO_MIN
                 and ratio_R[rank] - 1 > slowness.EXPLAINED * (wall.ratio - 1)
+            }
+            found = {
+                rank: each
+                for rank, each in found.items()
+                if each.clock == "processor" or each.ratio > WALL_ALONE_MIN
             }
     return most_R, dict(sorted(found.items()))
 

@@ -206,7 +206,9 @@ def test_a_rank_that_is_slow_by_both_clocks_is_found_once_and_by_processor_time(
 def test_a_rank_that_does_not_get_its_core_is_found_by_the_wall_clock(cluster: Any) -> None:
     cluster.start()
     train_all(cluster, 12, {}, {})
-    train_all(cluster, 12, {SLOW: 1.3}, {})
+    train_all(cluster, 12, {SLOW: 1.4}, {})
+    assert cluster.state.incidents == [], "cores are taken now from one rank and now from another"
+    train_all(cluster, 12, {SLOW: 1.7}, {})
 
     assert incident(cluster).findings[0].clock == "wall"
 
@@ -216,11 +218,11 @@ def test_a_device_that_turns_slow_where_more_work_was_found_is_measured_again(
 ) -> None:
     cluster.start()
     train_all(cluster, 12, {}, {})
-    train_all(cluster, 12, {SLOW: 1.3}, {})
+    train_all(cluster, 12, {SLOW: 1.7}, {})
     answer(cluster, probes(cluster)[0], 1.0, busy=1.0)
     assert incident(cluster).cause is Cause.SOFTWARE
 
-    train_all(cluster, 12, {SLOW: 1.3}, {SLOW: 1.2})
+    train_all(cluster, 12, {SLOW: 1.7}, {SLOW: 1.2})
 
     assert len(probes(cluster)) == 2
 

@@ -179,7 +179,7 @@ def test_processor_time_is_known_once_every_rank_says_it_in_each_of_the_newest_w
 
     def look(*busy_s: float) -> None:
         step = paces.looks + 1
-        paces.observe((step,), (1.0, 1.1, 1.0, 1.02), (0.0,), busy_s)
+        paces.observe((step,), (1.0, 1.6, 1.0, 1.02), (0.0,), busy_s)
 
     for _ in range(WINDOWS):
         look(0.5, 0.0, 0.5, 0.5)
@@ -192,11 +192,22 @@ def test_processor_time_is_known_once_every_rank_says_it_in_each_of_the_newest_w
 
     most, found = suspects(paces, groups)
 
-    assert most.tolist() == pytest.approx([1.0, 1.1, 1.0, 1.5])
+    assert most.tolist() == pytest.approx([1.0, 1.6, 1.0, 1.5])
     assert found == {
-        1: Suspicion(pytest.approx(1.1), "wall"),
+        1: Suspicion(pytest.approx(1.6), "wall"),
         3: Suspicion(1.5, "processor"),
     }
+
+
+def test_who_is_somewhat_slow_by_the_wall_clock_is_suspected_if_nothing_else_is_known() -> None:
+    by_wall, by_both = Paces(4), Paces(4)
+    for step in range(1, WINDOWS + 1):
+        by_wall.observe((step,), (1.0, 1.4, 1.0, 1.02), (0.0,))
+        by_both.observe((step,), (1.0, 1.4, 1.0, 1.02), (0.0,), (0.9, 0.91, 0.9, 0.9))
+    groups = np.zeros(4, np.int64)
+
+    assert suspects(by_wall, groups)[1] == {1: Suspicion(pytest.approx(1.4), "wall")}
+    assert suspects(by_both, groups)[1] == {}
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, WINDOWS])

@@ -75,9 +75,10 @@ class LocalStore:
                 # the blob that is there for its own.
                 self._sync_folders(path.parent)
                 raise
-            except OSError:
-                # Only the file system's refusals are tidied up here. Whatever else stops the
-                # writer, a kill above all, leaves the file to `sweep`.
+            except (OSError, KeyboardInterrupt):
+                # Only the file system's refusals, and who sits at the terminal, are tidied up
+                # after here. Whatever else stops the writer, a kill above all, leaves the file to
+                # `sweep`.
                 temporary.unlink(missing_ok=True)
                 raise
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,12 @@ from orchestrator.cli.tables import Column, Row, grid, in_json, rendered, text
 from storage.address import open_store
 from storage.blob import BlobStore
 from storage.catalog import Catalog, CommitRecord
-from storage.errors import UnsupportedUriError, UnsupportedVersionError
+from storage.errors import (
+    BlobCorruptError,
+    BlobNotFoundError,
+    UnsupportedUriError,
+    UnsupportedVersionError,
+)
 from storage.leases import Leases
 from storage.local import LocalStore
 from storage.manifest import Manifest, commit_key
@@ -22,6 +28,8 @@ from storage.verdicts import Standing, reason_of, standing_of
 from storage.wrappers import RetryingStore
 
 ATTEMPTS_MAX = 3
+ENCRYPTED = b"HFENC"
+"""How a blob begins that is encrypted; to import what writes it takes a library."""
 
 
 class Store(NamedTuple):
@@ -89,10 +97,14 @@ def required(store: Store) -> list[CommitRecord]:
     """Return all checkpoints, newest first.
 
     Raises:
-        CliError: if there is none.
+        CliError: if there is none, or what all of them need is a key.
+        WrongKeyError: if what all of them need is another key.
     """
     require_any(store)
-    return store.catalog.commits()
+    records = store.catalog.commits()
+    if not any(record.manifest or record.unsupported for record in records):
+        _require_key(store, commit_key(records[0].step, records[0].epoch))
+    return records
 
 
 def require_any(store: Store) -> None:
@@ -106,6 +118,20 @@ def require_any(store: Store) -> None:
             f"there is no checkpoint: {store.uri}",
             "see that the address is that of a run's checkpoints, and not of its folder",
         )
+
+
+def _require_key(store: Store, key: str) -> None:
+    """Tell a store of which no record can be read from one to which no, or a wrong, key was given.
+
+    One record may be damaged in that way; that all are is the key's fault, more likely than not.
+    """
+    with suppress(BlobNotFoundError, BlobCorruptError):
+        if store.blobs.get(key, 0, len(ENCRYPTED)) == ENCRYPTED:
+            raise CliError(
+                f"checkpoints are encrypted, and the address names no key: {store.uri}",
+                "add ?encrypt=NAME to it, the environment variable that holds the key",
+                Exit.USAGE,
+            )
 
 
 def require_judged(store: Store, record: CommitRecord) -> None:
@@ -135,8 +161,9 @@ def readable(store: Store, record: CommitRecord) -> Manifest:
     require_judged(store, record)
     if record.manifest is None:
         key = commit_key(record.step, record.epoch)
+        where = "" if key in record.fault else f": {key}"
         raise CliError(
-            units.printable(f"the commit record can not be read: {record.fault}: {key}"),
+            units.printable(f"the commit record can not be read: {record.fault}{where}"),
             "`holdfast checkpoint ls` lists those that can",
             Exit.DAMAGED,
         )

@@ -115,7 +115,13 @@ def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[
     records = due(catalog, again=again)
     gauge.begin("scrubbing", sum(one.manifest.size for one in records if one.manifest))
     reading = partial(leased, store, holder="scrub")
-    return list(scrub_all(catalog, again=again, read=gauge.read, reading=reading))
+    try:
+        return list(scrub_all(catalog, again=again, read=gauge.read, reading=reading))
+    except (StorageRefusedError, StorageFullError) as error:
+        raise CliError(
+            units.printable(f"what was found can not be put on record: {error}"),
+            f"{error.hint} `holdfast checkpoint verify --all` reads as much and writes nothing.",
+        ) from error
 
 
 def tell(told: list[Examined], output: Form) -> None:

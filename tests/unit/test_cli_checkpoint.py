@@ -1,5 +1,6 @@
 """`holdfast checkpoint`: any store, no run, no torch."""
 
+import base64
 import json
 import os
 import shlex
@@ -630,3 +631,49 @@ def test_a_reason_of_any_bytes_is_put_on_record(store: LocalStore) -> None:
     told(store, "quarantine", "20", "--reason", os.fsdecode(b"a\xffb"))
 
     assert data(store, "show", "20")["verdicts"] == ["quarantined: a?b"]
+
+
+def test_a_key_that_is_wrong_or_not_given_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIGHT", base64.b64encode(bytes(32)).decode())
+    monkeypatch.setenv("WRONG", base64.b64encode(bytes(range(32))).decode())
+    address = f"file://{tmp_path}"
+    for step in (10, 20):
+        committed(open_store(f"{address}?encrypt=RIGHT"), step)
+
+    assert holdfast("checkpoint", "verify", f"{address}?encrypt=RIGHT").exit_code == 0
+    wrong = refused("verify", f"{address}?encrypt=WRONG", code=1)
+    assert "the one given is" in wrong
+    assert "Compare the key in the environment" in wrong
+    without = refused("verify", address)
+    assert "checkpoints are encrypted, and the address names no key" in without
+    assert "?encrypt=NAME" in without
+
+
+def test_a_scrub_that_may_not_write_says_what_reads_all_the_same(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: LocalStore, key: str, _data: object) -> None:
+        raise StorageRefusedError(f"Read-only file system: {key}")
+
+    monkeypatch.setattr(LocalStore, "put", refuse)
+
+    said = refused("scrub", str(store.root), code=1)
+
+    assert "what was found can not be put on record: Read-only file system: verdicts/40-1" in said
+    assert "`holdfast checkpoint verify --all` reads as much and writes nothing" in said
+
+
+def test_a_put_that_is_interrupted_at_the_terminal_leaves_no_unfinished_file(
+    store: LocalStore,
+) -> None:
+    def interrupt(operation: str) -> None:
+        if operation == "sync file":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        LocalStore(store.root, before=interrupt).put("a/k", b"x")
+
+    assert list(store.root.rglob(".tmp-*")) == []
+    store.put("a/k", b"y")

@@ -8,7 +8,9 @@ Letters in array names: R ranks of the world.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from orchestrator.core.state import RunState, decide
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.messages import RankProbed
+from orchestrator.protocol.rank import Speed
 
 PROBE_S = 1.0
 """For which ranks measure at most; all others wait for as long."""
@@ -33,6 +36,9 @@ PEERS_PROBED = 2
 EXPLAINED = 0.5
 """Share of its slowness that a probe has to show for the device to be at fault. Half: a probe that
 shows it is taken at the word of its numbers, with as much room for noise on either side."""
+CORE_SHARE = 0.5
+"""Of the time for which peers are measured, they have to have a processor, or a wall clock tells
+who was lucky. Half is far from what they have where they are alone, and where many want a core."""
 SLOW_MAX = 256
 """Suspicions that are remembered, the newest."""
 
@@ -148,8 +154,8 @@ def _judge(state: RunState, slow: Slow) -> None:
         _close(state, slow, "unknown", "; ".join(problems) or "there was nobody to compare it with")
         return
     all_of_them = (own, *others)
-    elapsed = _Times.of([(speed.operations, speed.copied) for speed in all_of_them])
-    busy = _Times.of([(speed.busy_operations, speed.busy_copied) for speed in all_of_them])
+    elapsed = _Times.of([(speed.operations, speed.copied) for speed in all_of_them], min)
+    busy = _Times.of([(speed.busy_operations, speed.busy_copied) for speed in all_of_them], median)
     needed = EXPLAINED * (slow.ratio - 1)
     told, in_processor = busy or elapsed, slow.clock == "processor" and busy is not None
     looked_at = (busy, None if in_processor else elapsed)
@@ -159,6 +165,9 @@ def _judge(state: RunState, slow: Slow) -> None:
     elif shown is None:
         words = f"measured: {told.words}: its device is as fast as theirs"
         _close(state, slow, "workload", words)
+    elif shown is elapsed and not all(map(_had_its_core, others)):
+        words = f"measured: {shown.words}, but those did not get their cores either"
+        _close(state, slow, "unknown", words)
     elif busy is None or slow.again or busy.computes - 1 >= needed:
         how = (" twice" if slow.again else "") + (" in processor time" if shown is busy else "")
         _close(state, slow, "hardware", f"measured{how}: {shown.words}")
@@ -168,13 +177,21 @@ def _judge(state: RunState, slow: Slow) -> None:
         slow.again, slow.asked_at, slow.answers = True, None, {}
 
 
+def _had_its_core(speed: Speed) -> bool:
+    """Whether a rank had a processor for most of the time that it was measured, if that is known.
+
+    Where ranks wait for cores most of the time, by chance one waits twice as long as another.
+    """
+    return speed.operations >= CORE_SHARE * speed.busy_operations
+
+
 class _Times(NamedTuple):
-    """How a rank's speed compares with that of its slowest peer: with others, chance decides."""
+    """How a rank's speed compares with its peers'."""
 
     computes: float
-    """Times as many operations as it that such a one does."""
+    """Times as many operations as it that they do."""
     copies: float
-    """Times as many bytes that it copies."""
+    """Times as many bytes that the slowest of them copies: with others, chance decides."""
     words: str
 
     @property
@@ -183,24 +200,30 @@ class _Times(NamedTuple):
         return max(self.computes, self.copies)
 
     @classmethod
-    def of(cls, speeds: list[tuple[float, float]]) -> _Times | None:
-        """Return that of the first one, by operations and by bytes copied; None if unmeasured."""
+    def of(
+        cls, speeds: list[tuple[float, float]], usual: Callable[[list[float]], float]
+    ) -> _Times | None:
+        """Return that of the first one; None if it was not measured.
+
+        Args:
+            speeds: operations and bytes copied per second, of all.
+            usual: of operations of the others, what it is compared with.
+        """
         (operations, copied), *others = speeds
-        computes = _times(operations, [each for each, _ in others])
-        copies = _times(copied, [each for _, each in others])
+        computes = _times(operations, usual([each for each, _ in others]))
+        copies = _times(copied, min(each for _, each in others))
         if computes is None and copies is None:
             return None
         computes, copies = computes or 1.0, copies or 1.0
         words = (
-            f"{operations / 1e9:.3g} Gop/s and {copied / 1e9:.3g} GB/s, its peers at least "
+            f"{operations / 1e9:.3g} Gop/s and {copied / 1e9:.3g} GB/s, its peers "
             f"{computes:.2f} and {copies:.2f} times as much"
         )
         return cls(computes, copies, words)
 
 
-def _times(own: float, others: list[float]) -> float | None:
-    slowest = min(others)
-    return slowest / own if own > 0 and slowest > 0 else None
+def _times(own: float, other: float) -> float | None:
+    return other / own if own > 0 and other > 0 else None
 
 
 _CAUSES = {"hardware": Cause.HARDWARE, "workload": Cause.SOFTWARE, "unknown": Cause.UNKNOWN}

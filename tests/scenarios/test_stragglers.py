@@ -249,14 +249,39 @@ def test_a_device_that_only_copies_slowly_is_measured_twice_before_it_is_blamed(
     assert len(probes(cluster)) == 2
 
 
-def test_a_rank_that_is_as_slow_as_one_of_two_peers_has_no_slow_device(cluster: Any) -> None:
-    order = suspected(cluster)
-    for rank, node, times in zip(order.ranks, order.nodes, (1.2, 1.15, 0.8), strict=True):
-        speed = Speed(1e12 / times, 1e11)
+def answer_each(cluster: Any, order: ProbeRanks, speeds: list[Speed]) -> None:
+    for rank, node, speed in zip(order.ranks, order.nodes, speeds, strict=True):
         told = RankProbed(generation=order.generation, number=order.number, rank=rank, speed=speed)
         cluster.say(node, told)
 
+
+def test_a_rank_that_is_as_slow_as_one_of_two_peers_by_the_wall_clock_has_no_slow_device(
+    cluster: Any,
+) -> None:
+    order = suspected(cluster)
+    answer_each(cluster, order, [Speed(1e12 / times, 1e11) for times in (1.2, 1.15, 0.8)])
+
     assert incident(cluster).cause is Cause.SOFTWARE
+
+
+def test_a_wall_clock_says_nothing_where_no_rank_gets_its_core(cluster: Any) -> None:
+    order = suspected(cluster)
+    speeds = [Speed(each, 1e11, "", 1e12, 1e11) for each in (1e11, 2e11, 9e11)]
+    answer_each(cluster, order, speeds)
+
+    assert incident(cluster).cause is Cause.UNKNOWN
+    assert "those did not get their cores either" in incident(cluster).reason
+    assert len(probes(cluster)) == 1
+
+
+def test_in_processor_time_a_rank_is_compared_with_what_its_peers_do_on_average(
+    cluster: Any,
+) -> None:
+    order = suspected(cluster)
+    speeds = [Speed(1e12, 1e11, "", 1e12 / times, 1e11) for times in (1.12, 1.05, 0.95)]
+    answer_each(cluster, order, speeds)
+
+    assert incident(cluster).cause is Cause.HARDWARE
 
 
 def test_what_measured_nothing_at_all_is_nobodys_fault(cluster: Any) -> None:

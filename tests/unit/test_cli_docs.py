@@ -21,7 +21,7 @@ from orchestrator.core.report import INFERRED, WITNESSED
 ROOT = Path(__file__).parents[2]
 KINDS = WITNESSED | INFERRED
 NO_KINDS = {"corruption", "proven", "exits", "preparation", "silence", "unknown", "g"}
-NO_KINDS |= {"gradient", "links", "rank", "s", "x"}
+NO_KINDS |= {"gradient", "links", "processor", "rank", "s", "wall", "x"}
 """Words in the detectors that are no kinds of incident: their own names, formats, and evidence."""
 WORD = re.compile(r"[a-z]+(-[a-z]+)*")
 

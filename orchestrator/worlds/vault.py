@@ -33,7 +33,7 @@ from storage.address import open_store
 from storage.blob import BlobStore, Sweepable
 from storage.catalog import Catalog, Rejection
 from storage.commit import commit, newest_epoch
-from storage.errors import StorageError, StorageUnavailableError
+from storage.errors import StorageError, StorageRefusedError, StorageUnavailableError
 from storage.leases import Leases
 from storage.manifest import Manifest, ShardReceipt, commit_key, describe, make_manifest
 from storage.retention import Ladder
@@ -159,7 +159,7 @@ class Vault:
                 if answered.is_set():
                     log.warning("step %d, epoch %d was late and then failed: %s", step, epoch, why)
                 else:
-                    fail(why, again=isinstance(error, StorageError) and error.retryable)
+                    fail(why, again=self._may_come(error, step))
                 return
             answered.set()
             key = commit_key(step, epoch)
@@ -280,6 +280,16 @@ class Vault:
                 reason=f"scrub found {damages}" if damages else "every byte is what was staged",
             )
         )
+
+    def _may_come(self, error: Exception, step: Step) -> bool:
+        """Return whether a commit that failed may succeed if it is tried again.
+
+        What is refused may be granted once somebody has seen to it. Only the last one of a run
+        waits for that: after any other comes one that does as well.
+        """
+        last = step == self._run.spec.trainer.steps
+        refused = isinstance(error, StorageRefusedError) and last
+        return refused or (isinstance(error, StorageError) and error.retryable)
 
     def _manifest(self, order: CommitCheckpoint) -> Manifest:
         receipts, layout = order.receipts, self._run.layout

@@ -19,7 +19,9 @@ from orchestrator.protocol.messages import Receipt
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
 from storage import verdicts
+from storage.digest import Buffer
 from storage.errors import StorageRefusedError
+from storage.local import LocalStore
 from storage.manifest import COMMITS, VERDICTS, commit_key
 from storage.verdicts import Trust
 from tests.conftest import Cluster
@@ -342,6 +344,29 @@ def test_a_commit_that_was_not_begun_when_a_generation_began_is_refused(tier: Ti
     assert (failed.step, failed.epoch, failed.again) == (40, 1, False)
     assert "newest epoch known is 2" in failed.reason
     assert tier.steps() == [20]
+
+
+@pytest.mark.parametrize(("step", "again"), [(40, False), (60, True)])
+def test_the_last_commit_of_a_run_waits_for_who_refuses_it_and_no_other_does(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, step: int, *, again: bool
+) -> None:
+    put = LocalStore.put
+
+    def refuse(self: LocalStore, key: str, data: Buffer) -> None:
+        if key.startswith(COMMITS):
+            raise StorageRefusedError(f"ExpiredToken: {key}")
+        put(self, key, data)
+
+    vault = tier.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "put", refuse)
+        tier.order(vault, step, epoch=1)
+        failed = tier.answer(CommitFailed)
+
+    assert (failed.step, failed.again) == (step, again)
+    assert "StorageRefusedError: ExpiredToken" in failed.reason
+    tier.order(vault, step, epoch=1)
+    assert tier.answer(CheckpointCommitted).step == step
 
 
 def test_a_commit_that_lacks_a_shard_is_answered_as_such_and_leaves_no_record(tier: Tier) -> None:

@@ -1,6 +1,6 @@
 """How soon a rank that becomes slow is found, and how often one that is not.
 
-    python -m tests.bench.stragglers [--steps 20000] [--trials 200] [--json]
+    python -m tests.bench.stragglers [--steps 10000] [--trials 50] [--json]
 
 The detector's rule (orchestrator/detect/straggler.py) on simulated steps: what a rank takes for the
 same work, by both clocks alike, varies from step to step by 2, 5 or 10 %, normally or with heavy
@@ -135,8 +135,8 @@ def is_good(found: dict[str, Any]) -> bool:
 def main() -> int:
     """Run, print what was found, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20_000, help="of sound ranks (default 20000)")
-    parser.add_argument("--trials", type=int, default=200, help="of each slow rank (default 200)")
+    parser.add_argument("--steps", type=int, default=10_000, help="of sound ranks (default 10000)")
+    parser.add_argument("--trials", type=int, default=50, help="of each slow rank (default 50)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()

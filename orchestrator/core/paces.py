@@ -18,6 +18,10 @@ WINDOWS = 10
 """Kept of a generation, the newest: they tell how much what ranks take differs by chance."""
 STEPS = 10
 """Covered by those of them that tell who is slow now."""
+SPAN_S = 2.0
+"""That they cover, too, as long as there are so many: steps of milliseconds are slow together for
+as long as another program has the core. Beside one that has it for 0.7 s of each second, ten steps
+of 30 ms looked like a slow device once in 500 steps."""
 WINDOWS_MIN = 3
 """Of which there are as many, however many steps are in one: what happens once is in one of them,
 or on the border of two."""
@@ -106,10 +110,12 @@ class Paces:
 
     def _count(self) -> int:
         """Return how many windows, up to the newest, cover enough steps; 0 if all do not."""
-        steps = 0
+        steps, span_s = 0, 0.0
         for count, window in enumerate(reversed(self._windows), 1):
             steps += window.steps
-            if count >= WINDOWS_MIN and steps >= STEPS:
+            span_s += window.steps * float(window.compute_s.max())
+            enough = span_s >= SPAN_S or count == WINDOWS
+            if count >= WINDOWS_MIN and steps >= STEPS and enough:
                 return count
         return 0
 

@@ -36,8 +36,9 @@ RATIO_MIN = 1.07
 noise of 2 % would hide it in three windows of ten, and what a suspicion costs is a probe."""
 WALL_ALONE_MIN = 1.5
 """The same by the wall clock, where processor time is known and does not show it: that is a rank
-which does not get its core. Other programs take cores now from one rank and now from another, for
-seconds at a time: on two cores with a load of 10, ranks without a fault came to 1.36."""
+which does not get its core. It has to be slow in every window that is kept, too. Other programs
+take cores now from one rank and now from another, for seconds at a time: on two cores with a load
+of 10, ranks without a fault came to 1.36."""
 RATIO_CLEAR = 1.03
 """Below that a rank is as fast as its peers again: far from `RATIO_MIN`, or noise would tell."""
 COOL_LOOKS = 20
@@ -173,9 +174,18 @@ def suspects(
             found = {
                 rank: each
                 for rank, each in found.items()
-                if each.clock == "processor" or each.ratio > WALL_ALONE_MIN
+                if each.clock == "processor"
+                or (each.ratio > WALL_ALONE_MIN and _always(paces, peers_R, rank))
             }
     return most_R, dict(sorted(found.items()))
+
+
+def _always(paces: Paces, peers_R: npt.NDArray[np.int64], rank: Rank) -> bool:
+    """Return whether a rank is slow by the wall clock in all windows that are kept, if all are."""
+    peers = np.flatnonzero(peers_R == peers_R[rank])
+    rate_WP = rates(paces.compute_s_WR(), paces.work_WR())[:, peers]
+    ratio_W = (rate_WP / _usual_WP(rate_WP))[:, int(np.searchsorted(peers, rank))]
+    return len(ratio_W) == WINDOWS and bool((ratio_W > RATIO_MIN).all())
 
 
 def rates(

@@ -59,7 +59,7 @@ def main() -> int:
     result = {
         "steps": report.final_step,
         "state": report.state,
-        "incidents": [f"{i.kind}: {i.reason}" for i in report.incidents],
+        "incidents": [f"{i.kind}: {i.evidence}; {i.reason}" for i in report.incidents],
         "wall_s": report.wall_s,
     }
     if arguments.json:

@@ -210,6 +210,29 @@ def test_who_is_somewhat_slow_by_the_wall_clock_is_suspected_if_nothing_else_is_
     assert suspects(by_both, groups)[1] == {}
 
 
+@pytest.mark.parametrize(("free", "found"), [(0, [1]), (1, [])])
+def test_who_has_its_core_in_one_window_of_ten_is_not_suspected_by_the_wall_clock_alone(
+    free: int, found: list[int]
+) -> None:
+    paces = Paces(4)
+    for step in range(1, WINDOWS + 1):
+        times = 1.0 if step <= free else 1.8
+        paces.observe((step,), (1.0, times, 1.0, 1.02), (0.0,), (0.9, 0.91, 0.9, 0.9))
+
+    assert list(suspects(paces, np.zeros(4, np.int64))[1]) == found
+
+
+@pytest.mark.parametrize(("step_s", "newest"), [(0.03, WINDOWS), (0.1, 4), (0.5, 3)])
+def test_short_steps_are_looked_at_for_two_seconds_or_as_long_as_windows_are_kept(
+    step_s: float, newest: int
+) -> None:
+    paces = Paces(3)
+    for look in range(1, 2 * WINDOWS + 1):
+        paces.observe((5 * look,), (step_s, step_s, 1.1 * step_s), (0.0,))
+
+    assert paces.newest == newest
+
+
 @pytest.mark.parametrize("windows", [1, 2, 3, WINDOWS])
 def test_the_middle_of_windows_is_their_median_to_the_bit(windows: int) -> None:
     rate = noisy(64, 0.3, windows)[:windows]

@@ -37,6 +37,7 @@ from storage.errors import UnsupportedUriError
 T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
 PACKAGED = Path(faults.__file__).parent / "data"
 """Fault models and records that come with holdfast."""
+RECORD_ENDING = "-record.yaml"
 
 
 def read_run(path: Path) -> TrainingRun:
@@ -75,12 +76,26 @@ def read_record(path: Path, model: FaultModel) -> FaultRecord:
 
 def packaged_model(name: str = "llama3") -> FaultModel:
     """Return a fault model that comes with holdfast. Raises BadFileError if there is no such."""
-    return read_model(PACKAGED / f"{name}.yaml")
+    return read_model(_packaged("model", name, ".yaml"))
 
 
 def packaged_record(model: FaultModel, name: str = "llama3") -> FaultRecord:
     """Return a fault record that comes with holdfast. Raises BadFileError if there is no such."""
-    return read_record(PACKAGED / f"{name}-record.yaml", model)
+    return read_record(_packaged("record", name, RECORD_ENDING), model)
+
+
+def _packaged(what: str, name: str, ending: str) -> Path:
+    """Return the file of that name that comes with holdfast. Raises BadFileError without one."""
+    records = {file for file in PACKAGED.iterdir() if file.name.endswith(RECORD_ENDING)}
+    files = records if ending == RECORD_ENDING else {*PACKAGED.glob(f"*{ending}")} - records
+    there = {file.name.removesuffix(ending): file for file in files}
+    if name in there:
+        return there[name]
+    raise BadFileError(
+        document.printable(f"no {what} {name!r} comes with holdfast"),
+        f"there are: {', '.join(sorted(there))}; a file of your own ends in .yaml, .yml or .json, "
+        "or has a / in its path",
+    )
 
 
 def parse(text: str, kind: type[T], where: str) -> T:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from enum import Enum
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import yaml
@@ -23,9 +24,13 @@ DEPTH_MAX = 32
 INTEGER_MAX = (1 << 63) - 1
 _INTEGER_MAX_CHARS = 80
 _SHOWN_CHARS = 24
+_FOUND_CHARS = 60
 
 
 S = TypeVar("S", bound=msgspec.Struct)
+_INVALID_ENUM = re.compile(r"Invalid enum value .*? - at `\$\.(?P<path>[^`]*)`\Z", re.DOTALL)
+_OUT_OF_BOUNDS = re.compile(r"Expected `[^`]*` (?:[<>]|matching).* - at `\$\.(?P<path>[^`]*)`\Z")
+_STEP = re.compile(r"(?P<name>[^.\[\]]+)|\[(?P<index>\d+)\]")
 _UNKNOWN_FIELD = re.compile(r"unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<path>[^`]*)`)?")
 
 
@@ -148,7 +153,39 @@ def shape(data: object, kind: type[S], where: str) -> S:
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise BadFileError(f"{_plain(str(error))}: {where}", _hint(str(error), kind)) from error
+        message = found(expected(str(error), kind), data)
+        raise BadFileError(f"{_plain(message)}: {where}", _hint(str(error), kind)) from error
+
+
+def expected(message: str, kind: type) -> str:
+    """Return what the library says of a choice that there is not, with those that there are."""
+    invalid = _INVALID_ENUM.match(message)
+    choices = _choices(kind, invalid["path"].split(".")) if invalid is not None else []
+    return _inserted(message, f", expected {' | '.join(choices)}") if choices else message
+
+
+def found(message: str, data: object) -> str:
+    """Return what the library says of a bound that is not kept, with the value that was found."""
+    broken = _OUT_OF_BOUNDS.match(message)
+    if broken is None:
+        return message
+    value: Any = data
+    for step in _STEP.finditer(broken["path"]):
+        try:
+            value = value[int(step["index"])] if step["index"] else value[step["name"]]
+        except (KeyError, IndexError, TypeError):
+            # `[...]` is any value of a section whose names are free: which, the library keeps.
+            return message
+    if not isinstance(value, int | float | str):
+        return message
+    text = repr(value)
+    shown = text if len(text) <= _FOUND_CHARS else f"{text[:_FOUND_CHARS]}..."
+    return _inserted(message, f", found {shown}")
+
+
+def _inserted(message: str, words: str) -> str:
+    what, at, path = message.rpartition(" - at `$.")
+    return f"{what}{words}{at}{path}"
 
 
 def printable(message: str) -> str:
@@ -177,6 +214,28 @@ def _hint(message: str, kind: type) -> str:
 
 def _fields(kind: type, path: list[str]) -> list[str]:
     """Return the names that a section of the file may have, as written there."""
+    section = _section(kind, path)
+    return [] if section is None else [f.encode_name for f in msgspec.structs.fields(section)]
+
+
+def _choices(kind: type, path: list[str]) -> list[str]:
+    """Return what a field may be that is one of a few, as written in the file."""
+    section = _section(kind, path[:-1])
+    fields = () if section is None else msgspec.structs.fields(section)
+    name = path[-1].partition("[")[0]
+    return [each for field in fields if field.encode_name == name for each in _few(field.type)]
+
+
+def _few(annotation: Any) -> list[str]:  # noqa: ANN401 - a type expression
+    if get_origin(annotation) is Literal:
+        return [str(each) for each in get_args(annotation)]
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [str(each.value) for each in annotation]
+    return [each for inner in get_args(annotation) for each in _few(inner)]
+
+
+def _section(kind: type, path: list[str]) -> type | None:
+    """Return the kind of the section that a path leads to; None if its names are free."""
     for name in path:
         name, _, _ = name.partition("[")  # noqa: PLW2901 - `faults[...]` is the list's name
         fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
@@ -184,9 +243,9 @@ def _fields(kind: type, path: list[str]) -> list[str]:
             continue
         inner = _struct_in(fields[name].type)
         if inner is None:
-            return []
+            return None
         kind = inner
-    return [field.encode_name for field in msgspec.structs.fields(kind)]
+    return kind
 
 
 def _struct_in(annotation: Any) -> type | None:  # noqa: ANN401 - a type expression

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from orchestrator.cli import experimenting
 from orchestrator.cli.answers import Answer
 from orchestrator.cli.errors import CliError, Exit
@@ -48,8 +50,23 @@ class Beside:
             model="llama3" if self.model is None else str(self.model),
             **changed,
         )
+        self._require(settings)
         experiment.inputs(settings)
         return experimenting.run(settings, range(self.seeds), jobs=JOBS, progress=sys.stderr)
+
+    def _require(self, settings: Settings) -> None:
+        """Refuse what the closed form can say of a cluster or a time that is not simulated."""
+        try:
+            msgspec.convert(msgspec.to_builtins(settings), Settings)
+        except msgspec.ValidationError as error:
+            what, _, field = str(error).partition(" - at `$.")
+            name = field.rstrip("`")
+            raise CliError(
+                f"--simulate {self.seeds}: {name} is {getattr(settings, name)}, "
+                f"{what[:1].lower()}{what[1:]}",
+                "ask for less, or leave --simulate out: the closed form alone has no such bound",
+                Exit.USAGE,
+            ) from error
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import msgspec
 import typer
 
+from orchestrator import document
 from orchestrator.cli import experimenting, outcomes, pages, whole
 from orchestrator.cli.choices import Told
 from orchestrator.cli.errors import CliError, Exit
@@ -37,7 +38,9 @@ def settings(*, class_rates: Sequence[str], **options: Any) -> Settings:  # noqa
         return msgspec.convert({**given, "classRates": rates}, Settings)
     except msgspec.ValidationError as error:
         raise CliError(
-            _plain(str(error), options), "see `holdfast simulate --help`", Exit.USAGE
+            _plain(document.expected(str(error), Settings), options),
+            "see `holdfast simulate --help`",
+            Exit.USAGE,
         ) from error
 
 

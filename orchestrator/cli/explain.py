@@ -83,7 +83,7 @@ def _value(value: object) -> str:
 def _type(annotation: Any) -> str:  # noqa: ANN401 - a type expression
     if typing.get_origin(annotation) is Annotated:
         base, *metas = typing.get_args(annotation)
-        return _type(base) + "".join(_bounds(meta) for meta in metas)
+        return _type(base) + "".join(_bounds(meta, _parts(base)) for meta in metas)
     if typing.get_origin(annotation) is Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
@@ -98,7 +98,13 @@ def _type(annotation: Any) -> str:  # noqa: ANN401 - a type expression
     return "section" if inner else names.get(annotation, str(annotation))
 
 
-def _bounds(meta: object) -> str:
+def _parts(annotation: Any) -> str:  # noqa: ANN401 - a type expression
+    """Return what the length of a value counts."""
+    kinds = {tuple: "entries", dict: "names"}
+    return kinds.get(typing.get_origin(annotation) or annotation, "characters")
+
+
+def _bounds(meta: object, parts: str) -> str:
     if not isinstance(meta, msgspec.Meta):
         return ""
     bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
@@ -106,9 +112,9 @@ def _bounds(meta: object) -> str:
     if meta.pattern:
         told.append(f"like {meta.pattern}")
     if meta.min_length is not None:
-        told.append(f"of at least {meta.min_length} characters")
+        told.append(f"of at least {meta.min_length} {parts}")
     if meta.max_length is not None:
-        told.append(f"of at most {meta.max_length} characters")
+        told.append(f"of at most {meta.max_length} {parts}")
     return f" {' and '.join(told)}" if told else ""
 
 

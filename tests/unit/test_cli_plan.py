@@ -277,6 +277,24 @@ def test_a_simulation_needs_to_know_what_breaks() -> None:
     assert "expected rates by class of fault" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ettr", "--gpus", "262144"), "gpus is 262144, expected `int` <= 131072"),
+        (("ettr", "--days", "5000"), "days is 5000.0, expected `float` <= 3660"),
+        (("interval", "--simulated-days", "5000"), "days is 5000.0, expected `float` <= 3660"),
+    ],
+)
+def test_what_is_too_large_to_simulate_is_refused_and_not_only_in_a_worker(
+    arguments: tuple[str, ...], words: str
+) -> None:
+    result = holdfast("plan", *arguments, "--simulate", "1")
+
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert "hint: " in result.stderr
+
+
 # Layouts ----------------------------------------------------------------------------------------
 
 

@@ -63,6 +63,7 @@ def test_explain_gives_type_default_and_meaning_of_a_field() -> None:
     assert saves in told("explain", "spec.checkpoint")
     assert "probability: number > 0 and <= 1, default 1.0" in told("explain", "plan.faults.when")
     assert "of at most 63 characters, required" in told("explain", "metadata.name")
+    assert "of at least 1 entries and of at most 256 entries" in told("explain", "record")
     assert "`debug`, `8B`, `70B`, `405B`" in told("explain", "spec.trainer.model")
     assert "How long it lasts" in told("explain", "plan.faults.for")
     assert "kind: TrainingRun, required" in told("explain")

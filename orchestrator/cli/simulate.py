@@ -178,6 +178,10 @@ def swarm(
 
     if story and seed is None:
         raise CliError("--story needs one --seed", "name the seed to tell of", Exit.USAGE)
+    if story and output is not Form.TEXT:
+        raise CliError(
+            f"--story is told in text, found -o {output.value}", "leave one of them out", Exit.USAGE
+        )
     if seed is not None and story:
         for line in tell(seed):
             typer.echo(line)

@@ -113,7 +113,12 @@ def fitting_counts(
 ) -> Mapping[str, int]:
     """Return how often each class of a record happens again. Raises ModelError as `replay` does."""
     counts = scaled_counts(record, model, cluster, days) if scaled else record.counts
-    _require_nodes(record, counts, model, cluster)
+    hint = (
+        "choose fewer days or more GPUs, or have faults drawn by rates, without a record"
+        if scaled
+        else "have the record scaled to the cluster, or use one of its size"
+    )
+    _require_nodes(record, counts, model, cluster, hint)
     return counts
 
 
@@ -304,14 +309,14 @@ def _require_classes(model: FaultModel, factors: Mapping[str, float]) -> None:
 
 
 def _require_nodes(
-    record: FaultRecord, counts: Mapping[str, int], model: FaultModel, cluster: Cluster
+    record: FaultRecord, counts: Mapping[str, int], model: FaultModel, cluster: Cluster, hint: str
 ) -> None:
     of_nodes = sum(n for name, n in counts.items() if model.class_named(name).entity != "job")
     if of_nodes > cluster.nodes:
         raise ModelError(
             f"record {record.name!r} has {of_nodes} faults of nodes, expected at most "
             f"{cluster.nodes}, as many as the cluster has nodes",
-            "have the record scaled to the cluster, or use one of its size",
+            hint,
         )
 
 

@@ -98,6 +98,13 @@ def test_a_story_needs_a_seed() -> None:
     assert "--story needs one --seed" in result.output
 
 
+def test_a_story_is_told_in_text_alone() -> None:
+    result = holdfast("simulate", "swarm", "--seed", "5", "--story", "-o", "json")
+
+    assert result.exit_code == 2
+    assert "--story is told in text, found -o json" in result.output
+
+
 def printed_by(*command: str, **environment: str) -> list[str]:
     """Return the lines that a command prints in the project's folder; none if it fails."""
     done = subprocess.run(

@@ -113,6 +113,15 @@ def test_more_faults_than_nodes_are_refused_and_not_dropped() -> None:
 
     assert result.exit_code == 2
     assert "faults of nodes, expected at most 8, as many as the cluster has nodes" in result.stderr
+    assert "hint: have the record scaled" in result.stderr
+
+
+def test_who_has_a_record_scaled_already_is_not_told_to() -> None:
+    result = holdfast("simulate", "--gpus", "64", "--record", "llama3", "--days", "365")
+
+    assert result.exit_code == 2
+    assert "10 faults of nodes, expected at most 8" in result.stderr
+    assert "hint: choose fewer days or more GPUs" in result.stderr
 
 
 def test_options_of_an_experiment_in_front_of_another_command_are_refused() -> None:

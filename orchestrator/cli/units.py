@@ -91,7 +91,7 @@ def first_line(text: str) -> str:
 
 
 def encodable(text: str) -> str:
-    """Return a text that can be written as UTF-8: what a shell hands over may be any bytes.
+    r"""Return a text that can be written as UTF-8: what a shell hands over may be any bytes.
 
     >>> encodable("a\udcffb")
     'a?b'

@@ -16,9 +16,6 @@ from orchestrator.agent.signals import Judge, Look, NoDevicesError, Probe
 from orchestrator.agent.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
-EVERY_S = 10.0
-"""From an answer to the next question. Error counters change once in weeks, and what is throttled
-for minutes counts: an assumption."""
 WITHIN_S = 30.0
 """A probe that takes longer is told of. A driver may take seconds to wake a GPU: an assumption."""
 
@@ -42,7 +39,6 @@ class Gauges:
     Args:
         probes: asked in turn, each for itself.
         judge: hears what they have read.
-        every_s: seconds from an answer to the next question.
         within_s: seconds after which a probe that has not answered is told of.
     """
 
@@ -51,10 +47,9 @@ class Gauges:
         probes: Sequence[Probe],
         judge: Judge,
         *,
-        every_s: float = EVERY_S,
         within_s: float = WITHIN_S,
     ) -> None:
-        self._judge, self._every_s, self._within_s = judge, every_s, within_s
+        self._judge, self._within_s = judge, within_s
         self._watches = [_Watch(p, DaemonThreads(1, f"probe-{p.name}")) for p in probes]
         self._over: list[_Watch] = []
 
@@ -87,7 +82,7 @@ class Gauges:
                 self._complain(watch, f"has not answered for {self._within_s:g} s")
             return ""
         answer, watch.answer = watch.answer, None
-        watch.answered, watch.due_at = True, now + self._every_s
+        watch.answered, watch.due_at = True, now + watch.probe.every_s
         try:
             look = answer.result()
         except NoDevicesError as error:

@@ -21,6 +21,7 @@ from orchestrator.agent.signals import (
     overridden,
     read_table,
 )
+from orchestrator.agent.smart import Smart
 from orchestrator.agent.sysfs import Sysfs
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.protocol.agent import AgentConfig
@@ -135,4 +136,4 @@ def _probes(config: AgentConfig, gpus: Gpus, devices: Devices, *, listens: bool)
     nvml = Nvml(events=listens, expected=expected)
     if config.kernel_shared:
         return [nvml] if expected else []
-    return [nvml, Sysfs(devices.disks)]
+    return [nvml, Sysfs(devices.disks), Smart(devices.disks)]

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from orchestrator.agent.devices import Gpu
-from orchestrator.agent.signals import Look, NoDevicesError, Reading
+from orchestrator.agent.signals import OFTEN_S, Look, NoDevicesError, Reading
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class Nvml:
     """
 
     name = "nvml"
+    every_s = OFTEN_S
 
     def __init__(
         self, library: object | None = None, *, events: bool = False, expected: int = 0

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("signals.yaml")
 TEXT_MAX = 200
 """Characters of a line that are told on."""
+OFTEN_S = 10.0
+"""From an answer of a probe to the next question, where asking costs nothing. Error counters change
+once in weeks, and what is throttled for minutes counts: an assumption."""
 
 Action = Literal["unusable", "drain", "report", "note"]
 """unusable: the node loses its seats now, and the device is convicted. drain: the node gives its
@@ -75,6 +78,8 @@ class Probe(Protocol):
     """Reads a part of a node's hardware. It may take for ever: it has a thread of its own."""
 
     name: str
+    every_s: float
+    """Seconds from an answer to the next question."""
 
     def look(self) -> Look:
         """Read everything once. Raises NoDevicesError if there is nothing to read."""

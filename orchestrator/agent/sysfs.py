@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
-from orchestrator.agent.signals import Look, NoDevicesError, Reading
+from orchestrator.agent.signals import OFTEN_S, Look, NoDevicesError, Reading
 
 SYS = Path("/sys")
 NUMBER_MAX_BYTES = 256
@@ -38,6 +38,7 @@ class Sysfs:
     """
 
     name = "sysfs"
+    every_s = OFTEN_S
 
     def __init__(self, disks: Collection[str], root: Path = SYS) -> None:
         self._disks, self._root = disks, root

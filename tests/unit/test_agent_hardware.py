@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from orchestrator.agent.devices import Gpus
-from orchestrator.agent.gauges import EVERY_S, WITHIN_S
+from orchestrator.agent.gauges import WITHIN_S
 from orchestrator.agent.hardware import Hardware
 from orchestrator.agent.identity import identity
 from orchestrator.agent.nvml import Nvml
-from orchestrator.agent.signals import Look, Probe
+from orchestrator.agent.signals import OFTEN_S, Look, Probe
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.messages import NodeAiling, NodeUnusable
@@ -23,6 +23,7 @@ class Raising:
     """A probe with a fault of its own."""
 
     name = "raising"
+    every_s = OFTEN_S
 
     def look(self) -> Look:
         raise ZeroDivisionError("of no use")
@@ -63,7 +64,7 @@ class Told:
             self.hardware.look(self.now)
 
 
-ONCE = int(EVERY_S) + 2
+ONCE = int(OFTEN_S) + 2
 """So many looks, and all gauges are read once."""
 
 

@@ -37,6 +37,10 @@ LEARNED_FACTOR = 5.0
 AGAIN_FACTOR = 2.0
 """What was broken off may take so many times as long when it is tried again, until it came to its
 end once."""
+AGAIN_WARMUPS, AGAIN_MAX_S = 8.0, 3600.0
+"""But no longer than so many times what its operator allows anything to stand still for
+(`warmup_s`), nor than an hour: what is no slower than that comes to its end in the fourth try, and
+what hangs is not waited for ever longer. An hour is assumed."""
 STARVED_FACTOR = 3.0
 """Others may wait this many times as long for samples of a node as they ever did. Assumed."""
 STARVED_MIN_S = 10.0
@@ -218,11 +222,15 @@ def recovery_deadline(state: RunState) -> Deadline:
 
     What was never seen in this way is announced by its ranks, and has the time of what is. What was
     broken off may need more than any rule knows of, and has more each time, or a run whose bucket
-    is slow would be begun again for ever.
+    is slow would be begun again for ever. Up to a limit: each try that hangs costs a restart of the
+    budget, which comes to its end in time only if they do.
     """
-    before_s = patience.broken_off_s(state)
+    before_s, usual = patience.broken_off_s(state), _usual_deadline(state)
+    most_s = min(AGAIN_WARMUPS * state.timeouts.warmup_s, AGAIN_MAX_S)
     words = f"{AGAIN_FACTOR:g} x {before_s:.2f} s, after which it was broken off before"
-    return max(_usual_deadline(state), Deadline(AGAIN_FACTOR * before_s, words))
+    if AGAIN_FACTOR * before_s > most_s:
+        words += f", and no more than {AGAIN_WARMUPS:g} x warmup_s or {AGAIN_MAX_S:g} s"
+    return max(usual, Deadline(min(AGAIN_FACTOR * before_s, most_s), words))
 
 
 def _usual_deadline(state: RunState) -> Deadline:

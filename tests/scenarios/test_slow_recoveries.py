@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.core.decisions import StartGeneration
 from orchestrator.core.phases import RunPhase
+from orchestrator.detect.hang import AGAIN_MAX_S, AGAIN_WARMUPS
 from orchestrator.protocol.phases import RankPhase
 from tests.journals import commit
 
@@ -17,12 +18,14 @@ def starts(decisions: list[Any]) -> list[StartGeneration]:
     return [d for d in decisions if isinstance(d, StartGeneration)]
 
 
-def linger(cluster: Any, seconds: float, phase: RankPhase = RankPhase.WAITING) -> list[Any]:
+def linger(
+    cluster: Any, seconds: float, phase: RankPhase = RankPhase.WAITING, every_s: float = 0.5
+) -> list[Any]:
     """Nodes are heard, ranks stand still in what they announce."""
     decisions: list[Any] = []
     phases = dict.fromkeys(range(4), phase)
-    for _ in range(int(seconds / 0.5)):
-        decisions += cluster.after(0.5).beat(step=0, moving=lambda _: False, phases=phases)
+    for _ in range(int(seconds / every_s)):
+        decisions += cluster.after(every_s).beat(step=0, moving=lambda _: False, phases=phases)
         if starts(decisions):
             break
     return decisions
@@ -122,15 +125,35 @@ def test_what_takes_longer_than_its_limit_has_twice_as_long_until_it_comes_to_it
     assert cluster.state.broken_off.keys().isdisjoint(cluster.state.phase_times)
 
 
-def came_to_its_end(cluster: Any, slow: str, needs_s: float) -> bool:
+def came_to_its_end(cluster: Any, slow: str, needs_s: float, every_s: float = 0.5) -> bool:
     """Recover; the phase after a mark takes so long each time. Return whether it was let to."""
     for mark in ("", "cleared", "seated", "formed", "restored"):
         if mark:
             cluster.after(0.05).reach(mark)
         if mark == slow:
             phase = RankPhase.RESTORING if slow in {"formed", "restored"} else RankPhase.WAITING
-            return not starts(linger(cluster, needs_s, phase))
+            return not starts(linger(cluster, needs_s, phase, every_s))
     raise AssertionError(slow)
+
+
+@pytest.mark.parametrize("slow", ["", "cleared", "seated", "formed", "restored"])
+def test_what_hangs_each_time_is_not_waited_for_ever_longer(cluster: Any, slow: str) -> None:
+    cluster.start()
+    cluster.train(5)
+    cluster.hold(cluster.state.reached_step)
+    cluster.after(0.1).exit(1)
+    most_s = min(AGAIN_WARMUPS * cluster.state.timeouts.warmup_s, AGAIN_MAX_S)
+
+    waited_s = [0.0, 0.0]
+    while waited_s[-2] < 0.99 * most_s:
+        began = cluster.now
+        assert not came_to_its_end(cluster, slow, 3 * most_s, every_s=2.0)
+        waited_s.append(cluster.now - began)
+
+    assert waited_s[-2:] == pytest.approx([most_s] * 2, rel=0.02), "with back-off"
+    told = cluster.state.incidents[-1].findings[0].evidence
+    assert f"limit {most_s:.1f} s (2 x " in told
+    assert "and no more than 8 x warmup_s or 3600 s)" in told
 
 
 def test_what_is_broken_off_early_is_not_known_for_that(cluster: Any) -> None:

@@ -6,6 +6,7 @@ found, where, and the nearest name for a misspelt one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from storage.address import open_store
 from storage.errors import UnsupportedUriError
 
 T = TypeVar("T", TrainingRun, FaultPlan, FaultModel, FaultRecord)
+Named = TypeVar("Named")
 PACKAGED = Path(faults.__file__).parent / "data"
 """Fault models and records that come with holdfast."""
 RECORD_ENDING = "-record.yaml"
@@ -72,6 +74,16 @@ def read_record(path: Path, model: FaultModel) -> FaultRecord:
         return record.checked(model)
     except ModelError as error:
         raise BadFileError(f"{error}: {path}", error.hint) from error
+
+
+def named(name: str, read: Callable[[Path], Named], packaged: Callable[[str], Named]) -> Named:
+    """Read what a name stands for: a file if it looks like one, else what comes with holdfast.
+
+    Raises:
+        BadFileError: as `read` and `packaged` do.
+    """
+    is_file = "/" in name or name.endswith((".yaml", ".yml", ".json"))
+    return read(Path(name)) if is_file else packaged(name)
 
 
 def packaged_model(name: str = "llama3") -> FaultModel:

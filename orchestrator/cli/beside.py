@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,7 +26,7 @@ class Beside:
     """What is simulated for a question."""
 
     gpus: int
-    model: Path | None
+    model: str
     rates: float
     seeds: int
     days: float
@@ -47,7 +46,7 @@ class Beside:
             gpus=self.gpus,
             days=self.days,
             rates=self.rates,
-            model="llama3" if self.model is None else str(self.model),
+            model=self.model,
             **changed,
         )
         self._require(settings)

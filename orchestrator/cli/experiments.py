@@ -91,15 +91,35 @@ def answer(given: Settings, asked: Asked, form: Told, progress: TextIO) -> str:
     return outcomes.shown(told, form)
 
 
+def refuse_beside(context: typer.Context, option: str, others: Sequence[str]) -> None:
+    """Refuse options that say nothing beside another one.
+
+    Raises:
+        CliError: if one of `others`, names of arguments, was given.
+    """
+    for name in others:
+        if _given(context, name):
+            raise CliError(
+                f"--{name.replace('_', '-')} says nothing beside {option}",
+                "leave one of them out",
+                Exit.USAGE,
+            )
+
+
 def refuse_options(context: typer.Context) -> None:
     """Refuse options of an experiment in front of another command, where they would do nothing."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             raise CliError(
                 f"--{name.replace('_', '-')} is of `holdfast simulate` itself, found in front of "
                 f"`{context.invoked_subcommand}`",
                 f"see `holdfast simulate {context.invoked_subcommand} --help`",
                 Exit.USAGE,
             )
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Return whether an argument was written on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

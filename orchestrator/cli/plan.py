@@ -35,10 +35,7 @@ app = typer.Typer(
 )
 
 GpusOption = Annotated[int, typer.Option(min=1, help="GPUs of the job, 8 to a node.")]
-ModelOption = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="FILE", help="A fault model; default that of Llama 3."),
-]
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="The fault model.")]
 MttiOption = Annotated[
     str | None,
     typer.Option(metavar="SPAN", help="Time between interruptions, instead of the model's."),
@@ -71,7 +68,7 @@ OutputOption = Annotated[Output, typer.Option("--output", "-o", help="How it is 
 @app.command()
 def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     gpus: GpusOption = 16_384,
-    model: ModelOption = None,
+    model: ModelOption = "llama3",
     mtti: MttiOption = None,
     rates: RatesOption = 1.0,
     repair: Annotated[
@@ -106,7 +103,7 @@ def spares(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 @app.command()
 def interval(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     gpus: GpusOption = 16_384,
-    model: ModelOption = None,
+    model: ModelOption = "llama3",
     mtti: MttiOption = None,
     rates: RatesOption = 1.0,
     detect: DetectOption = None,
@@ -134,7 +131,7 @@ def interval(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
 @app.command()
 def ettr(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     gpus: GpusOption = 16_384,
-    model: ModelOption = None,
+    model: ModelOption = "llama3",
     mtti: MttiOption = None,
     rates: RatesOption = 1.0,
     detect: DetectOption = None,

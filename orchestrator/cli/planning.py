@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, isfinite
-from pathlib import Path
 from typing import Any
 
 from orchestrator import compose
@@ -93,9 +92,9 @@ class Outage:
         return self.detect_s + self.restart_s
 
 
-def faults(file: Path | None) -> FaultModel:
-    """Return the fault model in a file, or the one of Llama 3. Raises BadFileError."""
-    return compose.packaged_model() if file is None else compose.read_model(file)
+def faults(name: str) -> FaultModel:
+    """Return the fault model of that name or in that file. Raises BadFileError."""
+    return compose.named(name, compose.read_model, compose.packaged_model)
 
 
 def site(*, gpus: int, model: FaultModel, mtti: str | None, rates: float) -> Site:
@@ -322,12 +321,15 @@ def ettr(site: Site, outage: Outage, *, interval: str | None, days: float) -> An
         "small-loss": arithmetic.small_loss_ettr(**costs),
         "meta": arithmetic.expected_ettr(**costs),
     }
-    lost = {
+    costs_first = {
         "detection": outage.detect_s / site.mtti_s,
         "restart": outage.restart_s / site.mtti_s,
         "work": every_s / 2 / site.mtti_s,
         "saving": outage.stall_s / every_s,
     }
+    # To first order they add up, to more than all time where restarts take hours.
+    whole = (1 - reached["renewal"]) / sum(costs_first.values())
+    lost = {part: share * whole for part, share in costs_first.items()}
     rows: list[Row] = [
         *({"name": f"ettr-{form}", "share": share} for form, share in reached.items()),
         *({"name": f"lost-{part}", "share": share} for part, share in lost.items()),
@@ -357,6 +359,7 @@ def ettr(site: Site, outage: Outage, *, interval: str | None, days: float) -> An
             f"a checkpoint every {units.seconds(every_s)}{chosen}",
             *outage.known_from,
             "renewal is exact under these; small-loss adds losses up; meta: arXiv 2410.21680",
+            "lost: what renewal leaves, shared out by what each part costs to first order",
         ),
     )
 

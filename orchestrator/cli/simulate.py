@@ -162,6 +162,7 @@ def sweep(
 
 @app.command()
 def swarm(
+    context: typer.Context,
     seeds: Annotated[int, typer.Option(min=1, help="How many worlds to draw.")] = 1000,
     first: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seed: Annotated[
@@ -172,10 +173,12 @@ def swarm(
     output: Annotated[Form, typer.Option("--output", "-o", help="How it is printed.")] = Form.TEXT,
 ) -> None:
     """Draw worlds, faults and timings by seed, and check every event; name the seeds that fail."""
-    from orchestrator.cli import swarming
+    from orchestrator.cli import experiments, swarming
     from orchestrator.cli.errors import CliError, Exit
     from orchestrator.simulation.swarm import tell
 
+    if seed is not None:
+        experiments.refuse_beside(context, "--seed", ("seeds", "first"))
     if story and seed is None:
         raise CliError("--story needs one --seed", "name the seed to tell of", Exit.USAGE)
     if story and output is not Form.TEXT:

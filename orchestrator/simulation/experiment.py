@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -47,7 +45,6 @@ from orchestrator.worlds.simulated.profile import Constant, Profile
 from orchestrator.worlds.simulated.watching import Detectors, Watching
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
-T = TypeVar("T")
 SPARES_PROBABILITY = 0.9
 LOOK_EVERY_S = 600.0
 """Between two looks at a world in which nothing is amiss; see `SimulatedWorld`."""
@@ -242,10 +239,10 @@ def inputs(settings: Settings) -> Inputs:
         SettingsError: if the settings do not fit together.
         ModelError: if they do not fit the model, or the record the cluster.
     """
-    model = _file_or(settings.model, compose.read_model, compose.packaged_model)
+    model = compose.named(settings.model, compose.read_model, compose.packaged_model)
     record = None
     if settings.record is not None:
-        record = _file_or(
+        record = compose.named(
             settings.record,
             lambda path: compose.read_record(path, model),
             lambda name: compose.packaged_record(model, name),
@@ -253,7 +250,7 @@ def inputs(settings: Settings) -> Inputs:
         fitting_counts(
             record, model, settings.cluster, days=settings.days, scaled=settings.scale_record
         )
-    profile = _file_or(settings.profile, profiles.read, profiles.packaged)
+    profile = compose.named(settings.profile, profiles.read, profiles.packaged)
     found = Inputs(
         settings=settings.checked(model, record),
         model=model,
@@ -377,12 +374,6 @@ def _uncollected() -> Iterator[None]:
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
-
-
-def _file_or(name: str, read: Callable[[Path], T], packaged: Callable[[str], T]) -> T:
-    """Read what a name stands for: a file if it looks like one, else what comes with holdfast."""
-    is_file = "/" in name or name.endswith((".yaml", ".yml", ".json"))
-    return read(Path(name)) if is_file else packaged(name)
 
 
 def _outcome(

@@ -107,7 +107,7 @@ def test_ettr_is_that_of_the_renewal_form_and_the_losses_make_up_the_rest() -> N
 
     assert rows["ettr-renewal"]["share"] == pytest.approx(0.9924, abs=0.0001)
     lost = sum(row["share"] for name, row in rows.items() if name.startswith("lost-"))
-    assert rows["ettr-small-loss"]["share"] + lost == pytest.approx(1)
+    assert rows["ettr-renewal"]["share"] + lost == pytest.approx(1)
     assert rows["ettr-renewal"]["hours"] == pytest.approx(0.9924 * 54 * 24, abs=0.1)
 
 
@@ -194,7 +194,19 @@ def test_a_model_that_is_none_is_refused_with_its_place(tmp_path: Path) -> None:
     assert str(path) in result.stderr
 
 
-LLAMA = planning.faults(None)
+def test_a_model_that_comes_with_holdfast_is_taken_by_its_name() -> None:
+    assert told("ettr", "--model", "llama3") == told("ettr")
+
+
+def test_of_restarts_of_days_no_more_than_all_time_is_lost() -> None:
+    rows = answer("ettr", "--mtti", "2.781h", "--restart", "100000d")
+
+    lost = [row["share"] for name, row in rows.items() if name.startswith("lost-")]
+    assert sum(lost) == pytest.approx(1)
+    assert rows["lost-restart"]["hours"] == pytest.approx(54 * 24)
+
+
+LLAMA = planning.faults("llama3")
 SPANS = st.builds(
     "{:.9f}{}".format, st.floats(0, 999_999_999), st.sampled_from(["ms", "s", "m", "h", "d"])
 ) | st.text(max_size=5)

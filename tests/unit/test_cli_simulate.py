@@ -169,3 +169,11 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_is_run(
 
     assert result.exit_code == 2
     assert f"{option} {tmp_path / 'none' / 'file'}: No such file or directory" in result.stderr
+
+
+@pytest.mark.parametrize("beside", ["--seeds", "--first"])
+def test_one_seed_of_a_swarm_is_not_asked_for_beside_many(beside: str) -> None:
+    result = holdfast("simulate", "swarm", "--seed", "7", beside, "3")
+
+    assert result.exit_code == 2
+    assert f"{beside} says nothing beside --seed" in result.stderr

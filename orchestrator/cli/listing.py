@@ -14,7 +14,15 @@ from orchestrator.core.journal import Entry
 from orchestrator.core.records import Node
 from orchestrator.core.report import incident_reports
 from orchestrator.core.state import RunState
-from orchestrator.policy import devices, lemons, planned, quarantine, stragglers, suspicion
+from orchestrator.policy import (
+    devices,
+    lemons,
+    networks,
+    planned,
+    quarantine,
+    stragglers,
+    suspicion,
+)
 from orchestrator.protocol.ids import NodeId, Rank, Step
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -149,6 +157,7 @@ def why(state: RunState, node: Node) -> str:
         lemons.standing(state, node.id),
         suspicion.standing(state, node.id),
         stragglers.standing(state, node.id),
+        networks.standing(state, node.id),
     )
     return "; ".join(filter(None, told))
 

@@ -19,7 +19,7 @@ from orchestrator.core.incident import (
 )
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.plans import Detector
-from orchestrator.core.records import Occurrence
+from orchestrator.core.records import Occurrence, SlowNetwork
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import IncidentId, NodeId, Rank, Seconds
 
@@ -151,6 +151,22 @@ class Casebook:
         incident.rung = "none"
         incident.decided_at = incident.resumed_at = self._state.now
         incident.reason = finding.detail
+        if self._state.ways.own(finding.nodes):
+            for node in finding.nodes:
+                self._blame_network(incident, finding, node)
+
+    def _blame_network(self, incident: Incident, finding: Finding, node: NodeId) -> None:
+        """Enter whose network is slow; that it gave up its seats for that once stays known."""
+        state = self._state
+        known, incarnation = state.slow_networks.get(node), state.nodes[node].incarnation
+        state.slow_networks[node] = SlowNetwork(
+            incident=incident.id,
+            node=node,
+            incarnation=incarnation,
+            at=finding.at,
+            ratio=finding.measure[0],
+            left=known is not None and known.left and known.incarnation == incarnation,
+        )
 
     def _note_repair(self, finding: Finding) -> None:
         """Enter that ranks repaired one of them: it is over, and cost a step if one was begun."""

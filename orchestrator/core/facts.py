@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from orchestrator.core import (
     copies,
     devices,
@@ -49,6 +51,7 @@ from orchestrator.protocol.messages import (
     Fact,
     FaultCarriedOut,
     Joined,
+    LinkTimed,
     NodeAiling,
     NodeUnusable,
     Preflighted,
@@ -206,6 +209,8 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
         _take_late(state, node, fact)
         return
     match fact:
+        case LinkTimed():
+            _time_link(state, node, fact)
         case Reached(mark=mark):
             _reach(node, generation, mark)
             _moved(state, node)
@@ -346,6 +351,7 @@ def _observe(state: RunState, event: Telemetry) -> None:
     state.fleet.join(event.entered, event.left)
     state.fleet.count(event.groups)
     state.paces.observe(event.steps, event.compute_s, event.work, event.busy_s)
+    _wait(state, event)
     vouching.enter(state, event.replayed)
     first = max(state.reached_step, state.start_step) + 1
     if event.reports and event.reports[-1].step >= first:
@@ -370,6 +376,21 @@ def _observe(state: RunState, event: Telemetry) -> None:
         ago_s.append(since_s)
         since_s += report.seconds
     _complete(state, event.reports, [Seconds(state.now - since_s) for since_s in reversed(ago_s)])
+
+
+def _wait(state: RunState, event: Telemetry) -> None:
+    """Take in for how long nobody computed in the newest steps, where that is measured."""
+    took_s = [each.seconds for each in event.reports if each.step > state.start_step + 1]
+    slowest_s = max(event.compute_s, default=0.0)
+    if took_s and slowest_s > 0:
+        state.ways.take(max(median(took_s) - slowest_s, 0.0))
+
+
+def _time_link(state: RunState, node: Node, fact: LinkTimed) -> None:
+    """Take in how fast a way is; what no agent of ours says must not fill the memory."""
+    if node.id in state.seated and fact.to in state.nodes and fact.bytes_per_s > 0:
+        training = state.phase is RunPhase.TRAINING
+        state.ways.hear((node.id, fact.to), fact.bytes_per_s, state.now, training=training)
 
 
 def _complete(state: RunState, reports: tuple[StepReport, ...], ends: list[Seconds]) -> None:
@@ -453,6 +474,9 @@ def reset_for_generation(
     # A checkpoint may be of another lineage than what memory has, even of the same step.
     kept = restore.step if restore and not restore.commit else Step(-1)
     state.seat(seats, buddies)
+    state.ways = state.ways.renewed(len(seats))
+    for network in state.slow_networks.values():
+        network.left = network.left or network.node not in state.seated
     state.exits, state.exited_at, state.late_exits, state.troubled = [], [], [], {}
     state.exits_known = set()
     state.failed_preparation = ""

@@ -172,6 +172,21 @@ class Slow:
     judged_at: Seconds = Seconds(0.0)
 
 
+@dataclass(slots=True, kw_only=True)
+class SlowNetwork:
+    """A node whose own network was found to be slow, or that of its buddy."""
+
+    incident: IncidentId
+    node: NodeId
+    incarnation: int
+    """Of its agent when it was found."""
+    at: Seconds
+    ratio: float
+    """Times the usual time that a copy takes."""
+    left: bool = False
+    """Whether it has given up its seats since: that is done for it once."""
+
+
 @dataclass(slots=True)
 class Budget:
     """Restarts left for faults of one origin."""

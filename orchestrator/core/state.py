@@ -27,8 +27,10 @@ from orchestrator.core.records import (
     Repair,
     Resize,
     Slow,
+    SlowNetwork,
 )
 from orchestrator.core.trust import Onset, Verdict, trusted
+from orchestrator.core.ways import Ways
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import (
     Generation,
@@ -115,6 +117,10 @@ class RunState:
     """Those of them of which nothing is known yet: looked through at every event."""
     slow_devices: dict[NodeId, Slow] = field(default_factory=dict)
     """The newest one of each node that was found to have a slow device."""
+    ways: Ways = field(default_factory=Ways)
+    """How fast the ways between its nodes are."""
+    slow_networks: dict[NodeId, SlowNetwork] = field(default_factory=dict)
+    """Nodes whose own network, or their buddy's, was found to be slow; the newest of each."""
     probes: int = 0
     """How often ranks were told to measure themselves."""
     step_times: StepTimes = field(default_factory=StepTimes)

@@ -12,7 +12,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, WaitForNodes
 from orchestrator.core.records import Node
 from orchestrator.core.state import RunState
-from orchestrator.policy import shrinking
+from orchestrator.policy import networks, shrinking
 from orchestrator.policy.devices import on_probation, suspected
 from orchestrator.policy.lemons import repeated, retired
 from orchestrator.policy.planned import leaving
@@ -46,7 +46,7 @@ def place(state: RunState) -> Placement | None:
     frame = shrinking.frame(state, gone, replicas)
     lemons, probation, doubted = retired(state), on_probation(state), suspected(state)
     guilty = blamed(state) | strained(state) | lemons | aside(state) | found_slow(state).keys()
-    guilty |= probation
+    guilty |= probation | networks.found_slow(state).keys()
     cold_since = _cold_since(state)
     spares = sorted(
         (*frame.freed, *state.spares()),

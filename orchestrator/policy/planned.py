@@ -18,7 +18,7 @@ from orchestrator.core.events import Event, Telemetry, Tick
 from orchestrator.core.incident import Cause, Finding
 from orchestrator.core.records import Drain
 from orchestrator.core.state import RunState
-from orchestrator.policy import stragglers
+from orchestrator.policy import networks, stragglers
 from orchestrator.policy.moments import Moment, trains
 from orchestrator.policy.switches import PLANNED_SWAP, enabled
 from orchestrator.protocol.ids import NodeId, Seconds
@@ -35,7 +35,8 @@ def leaving(state: RunState) -> tuple[NodeId, ...]:
         return ()
     asked = sorted(state.drains.values(), key=_urgency)
     named = [drain.node for drain in asked if drain.node in state.seated]
-    return tuple(dict.fromkeys([*named, *stragglers.leaving(state)]))
+    slow = (*stragglers.leaving(state), *networks.leaving(state))
+    return tuple(dict.fromkeys([*named, *slow]))
 
 
 def _urgency(drain: Drain) -> tuple[float, Seconds, NodeId]:
@@ -58,9 +59,11 @@ class PlannedSwap:
         """Return one finding when the moment has come, for all nodes that can be swapped."""
         # Nobody begins anew for what was measured before the world began, until that shows again.
         known = stragglers.surely(state)
-        wanted = state.drains or (state.slow and known)
+        networks_now = networks.leaving(state)
+        wanted = state.drains or (state.slow and known) or networks_now
         nodes = leaving(state) if wanted and trains(state) else ()
-        nodes = tuple(node for node in nodes if known or node in state.drains)
+        sure = {*state.drains, *networks_now}
+        nodes = tuple(node for node in nodes if known or node in sure)
         if not nodes:
             self._moment.forget()
             return ()
@@ -102,6 +105,8 @@ def _finding(state: RunState, nodes: tuple[NodeId, ...], why: str) -> Finding:
 def _why(state: RunState, node: NodeId) -> str:
     if node in state.drains:
         return f"{node} is to be free, {request(state.drains[node])}"
+    if node in networks.leaving(state):
+        return networks.reason(state, node)
     return stragglers.reason(state, node)
 
 

@@ -17,6 +17,7 @@ QUARANTINE_FIRST = "quarantine-first"
 OVER_EVICTION = "over-eviction"
 SHRINK = "shrink"
 STRAGGLER_SWAP = "straggler-swap"
+LINK_SWAP = "link-swap"
 CADENCE = "cadence"
 MEMORY_FIRST = "memory-first"
 EXPECTED_LOSS = "expected-loss"
@@ -33,6 +34,8 @@ SWITCHABLE: dict[str, str] = {
     "far as spec.recovery.minReplicas lets it; without it, it waits",
     STRAGGLER_SWAP: "a node whose device was measured to be slow gives its seats to a spare when "
     "that costs less than to keep it; without it, it is only reported",
+    LINK_SWAP: "a node whose own network is slow gives its seats to a spare when steps wait longer "
+    "since then, and that has cost as much as the swap; without it, it is only reported",
     "straggler": "ranks that are slower than their peers are found and measured; without it, all "
     "wait for them and nobody knows",
     CADENCE: "with spec.checkpoint.every `auto`, a run saves as often as the cost of saves and the "

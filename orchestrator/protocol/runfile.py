@@ -322,8 +322,8 @@ class Recovery(_Section, frozen=True, kw_only=True):
     tells nothing of a device."""
     disable: tuple[str, ...] = ()
     """Policies to do without, to see what they are worth: `planned-swap`, `lemon-retirement`,
-    `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `straggler`, `cadence`,
-    `back-off`, `stop-poison`, `hang`, `memory-first`, `expected-loss`."""
+    `quarantine-first`, `over-eviction`, `shrink`, `straggler-swap`, `link-swap`, `straggler`,
+    `cadence`, `back-off`, `stop-poison`, `hang`, `memory-first`, `expected-loss`."""
 
 
 class Spec(_Section, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.agent.links import COPIES, LEAST_BYTES, LinkTimes
 from orchestrator.core.incident import Cause, Incident
-from orchestrator.detect.links import IN_A_ROW, SLOW_TIMES
+from orchestrator.core.ways import IN_A_ROW, SLOW_TIMES
 from orchestrator.protocol.ids import Generation, NodeId
 from orchestrator.protocol.messages import LinkTimed
 from tests import runfiles

@@ -82,12 +82,28 @@ class Hardware:
         self._tells = not config.kernel_shared
         # An agent before this one may have told of something.
         self._told = NodeAiling() if config.incarnation == 1 else None
+        self._off = False
 
     def look(self, now: float) -> None:
-        """Say what is new. Never waits."""
+        """Say what is new. Never waits, and never raises: the node has to beat, or it is lost."""
+        if self._off:
+            return
+        try:
+            self._look(now)
+        except Exception as error:
+            log.exception("what the hardware says is not heard any more")
+            self._off = True
+            self.close()
+            if self._tells:
+                # What held then may hold still: nobody looks any more whether it is over.
+                held = self._told.symptoms if self._told is not None else ()
+                why = f"switched off, it raised {type(error).__name__}: {error}"
+                self._say(NodeAiling(symptoms=held, unread=(f"hardware: {why}",)))
+
+    def _look(self, now: float) -> None:
         for why in filter(None, (self._kernel.look(), self._gauges.look(now))):
             log.error("unusable: %s", why)
-            serial = blamed(self._identity, self._gpus, *self._judge.blamed)
+            serial = blamed(self._identity, self._gpus, *self._judge.blamed[why])
             self._say(NodeUnusable(reason=why, serial=serial))
             self._gauges.close()
         if self._tells and (self._told is not None or self._gauges.answered):

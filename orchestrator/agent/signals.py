@@ -209,12 +209,13 @@ class Judge:
             take out all of them.
 
     Attributes:
-        blamed: kind and name of the device for which it said so last; "" if nothing names one.
+        blamed: by each reason for which it said so, kind and name of the device; "" if nothing
+            names one. Several may fail at once, and each is to answer for itself.
     """
 
     def __init__(self, table: tuple[Signal, ...], devices: Devices, *, shared: bool) -> None:
         self._devices, self._shared = devices, shared
-        self.blamed = ("", "")
+        self.blamed: dict[str, tuple[str, str]] = {}
         self._lines = [(re.compile(signal.pattern), signal) for signal in table if signal.pattern]
         self._gauges = [signal for signal in table if signal.reads]
         self._coded = {signal.name: signal for signal in table if signal.codes}
@@ -235,8 +236,12 @@ class Judge:
         for pattern, signal in self._lines:
             if (found := pattern.search(text)) is not None:
                 parts = found.groupdict()
-                code = int(parts["code"]) if parts.get("code") else None
-                count = int(parts.get("count") or 1)
+                try:
+                    code = int(parts["code"]) if parts.get("code") else None
+                    count = int(parts.get("count") or 1)
+                except ValueError as error:  # of another's table, or a line that is damaged
+                    log.warning("hardware: %s: %s; left out: %s", signal.name, text[:500], error)
+                    return ""
                 device = parts.get("device") or ""
                 return self._weigh(signal, device, code, count, at_s, f"the kernel says: {text}")
         return ""
@@ -323,7 +328,7 @@ class Judge:
         words += f", {often} within {rule.window:g} s" if rule.count > 1 else ""
         words += f"; {said[:TEXT_MAX]}"
         if rule.action == "unusable":
-            self.blamed = (signal.own, device)
+            self.blamed[words] = (signal.own, device)
             return words
         log.warning("hardware: %s", words)
         symptom = Symptom(signal.name, signal.own, device, rule.action, words)

@@ -12,7 +12,7 @@ from orchestrator.agent.gauges import WITHIN_S
 from orchestrator.agent.hardware import Hardware
 from orchestrator.agent.identity import identity
 from orchestrator.agent.nvml import Nvml
-from orchestrator.agent.signals import OFTEN_S, Look, Probe
+from orchestrator.agent.signals import OFTEN_S, Judge, Look, Probe, Reading
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.messages import NodeAiling, NodeUnusable
@@ -124,6 +124,49 @@ def test_a_probe_that_raises_is_switched_off_and_told_of_and_the_others_go_on(
     unread = "raising: switched off, it raised ZeroDivisionError: of no use"
     assert any(getattr(fact, "unread", ()) == (unread,) for fact in told.facts)
     assert caplog.text.count("probe raising is switched off") == 1
+
+
+class BothLost:
+    """A probe of two GPUs that are gone at the same moment."""
+
+    name = "both"
+    every_s = OFTEN_S
+
+    def look(self) -> Look:
+        return Look(tuple(Reading("gpu", address, {"lost": 1.0}) for address in ADDRESSES))
+
+
+def test_of_two_gpus_that_are_lost_at_once_the_one_that_is_told_of_is_blamed(
+    tmp_path: Path,
+) -> None:
+    told = Told(tmp_path, BothLost())
+
+    told.look(ONCE)
+
+    (unusable,) = (fact for fact in told.facts if isinstance(fact, NodeUnusable))
+    assert unusable.reason.startswith(f"gpu-lost of {ADDRESSES[0]}")
+    assert unusable.serial == UUIDS[0]
+
+
+def test_who_raises_on_what_was_read_is_off_and_told_of_and_the_node_beats_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> str:
+        raise ZeroDivisionError("of no use")
+
+    library = Recorded("remap-pending")
+    library.rounds = library.rounds[:2]
+    told = Told(tmp_path, Nvml(library))
+    told.look(4 * ONCE)
+    (before,) = told.facts
+    monkeypatch.setattr(Judge, "symptoms", broken)
+
+    told.look(3 * ONCE)
+
+    why = "hardware: switched off, it raised ZeroDivisionError: of no use"
+    assert told.facts[1:] == [msgspec.structs.replace(before, unread=(why,))]
+    assert before.symptoms, "what held then may hold still"
+    assert caplog.text.count("is not heard any more") == 1
 
 
 def test_a_log_that_may_not_be_read_is_told_of(tmp_path: Path) -> None:

@@ -199,6 +199,22 @@ def test_lines_are_taken_from_now_on_and_what_is_no_record_is_passed_over(tmp_pa
     assert "fallen off the bus" in kernel.look()
 
 
+def test_a_code_that_is_no_number_says_nothing_and_the_next_line_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = tmp_path / "signals.yaml"
+    theirs.write_text(
+        "signals: [{name: xid, pattern: 'Xid (?P<code>[^,]+),', assumption: ours, "
+        "codes: {79: {action: unusable, text: gone}}}]"
+    )
+    judge = Judge(read_table(theirs), OWN, shared=False)
+
+    assert judge.hear("Xid many, x", 1.0) == ""
+    assert judge.hear(f"Xid {'9' * 5000}, x", 1.0) == ""
+    assert caplog.text.count("left out") == 2
+    assert judge.hear("Xid 79, x", 2.0).startswith("xid 79: gone")
+
+
 def test_a_node_is_condemned_once(tmp_path: Path) -> None:
     path = tmp_path / "kmsg"
     path.touch()

@@ -4,6 +4,9 @@ Collectives are asked for in two ways. Sharding, pipelines and whoever calls `to
 through methods of a group in Python, and what those return is noted with the group's name. Layers
 that are cut (`tp`, `cp`), and compiled ones, ask for them in C++ by a group's name, and wait there:
 such a name stands for a group in between, whose works are waited for in Python.
+
+None of that is torch's word to anybody: another version may do without. Then what is asked for here
+raises, before it has changed anything, and whoever asks goes without it (`parallel.World.counts`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+from torch._C import _distributed_c10d as c10d
 
 _METHODS = (
     "broadcast",
@@ -70,9 +73,14 @@ def call(group: dist.ProcessGroup, name: str, links: Links | None = None) -> Non
 
 def wait_in_python(group: dist.ProcessGroup) -> None:
     """Have those be counted, too, that are asked for in C++ by the name of a group on CPUs."""
-    between = _Between(group)
-    _unregister_process_group(group.group_name)
-    _register_process_group(group.group_name, between)
+    register, unregister = c10d._register_process_group, c10d._unregister_process_group  # noqa: SLF001
+    between, name = _Between(group), group.group_name
+    unregister(name)
+    try:
+        register(name, between)
+    except Exception:
+        register(name, group)  # or nobody finds it any more
+        raise
     _between.append(between)
 
 
@@ -89,7 +97,7 @@ def _noting(name: str) -> Callable[..., Any]:
         work = method(self, *args, **named)
         group = self.group_name
         called = _names.get(group)
-        if name in _MESSAGES and group in _links:
+        if name in _MESSAGES and group in _links and len(args) > 1:
             called = _links[group].get((name, args[1]))
         if called is not None and work is not None:
             _of[work] = called
@@ -140,4 +148,5 @@ def _install(names: Iterable[str]) -> None:
             setattr(_Between, name, _passing(name))
 
 
-_install(_METHODS)
+if hasattr(dist.ProcessGroup, "group_name"):
+    _install(_METHODS)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +36,7 @@ from orchestrator.protocol.layout import Layout
 from orchestrator.worker import EXIT_STUCK, MisconfiguredError, PeerLostError, Seat, Worker
 from trainer import groups, pairs, waiting
 from trainer.abandoned import Abandoned
+from trainer.guard import Guard
 from trainer.shares import Place
 
 HOST_VARIABLE = "HOLDFAST_HOST"
@@ -75,6 +77,8 @@ class World:
         shard: which of `shards` parts of that copy is its own.
         place: where this rank stands among those that train on different data.
         groups: names of the groups in which it waits for others, but for that of all ranks.
+        counts: whether collectives are told apart by group, and why not, if this torch does not
+            let that be.
     """
 
     def __init__(self, rank: int, layout: Layout, device: torch.device) -> None:
@@ -86,6 +90,7 @@ class World:
         self.mesh: DeviceMesh | None = None
         self.context: dist.ProcessGroup | None = None
         self.groups: list[str] = []
+        self.counts = Guard("groups")
         self._store: Store | None = None
         self._others = _sockets()
         self._broken, self._left = threading.Event(), threading.Event()
@@ -125,13 +130,15 @@ class World:
             # Everybody makes all groups, or ranks count them differently.
             made = {tuple(members): dist.new_group(members) for members in rows.tolist()}
             self.context = next(g for members, g in made.items() if self.rank in members)
-        self.groups = list(self._call_groups(names))
+        called = list(self._call_groups(names))
+        # What is not counted is not announced, or it would look as if nobody had ever entered it.
+        self.groups = [] if self.counts.off else called
 
     def _call_groups(self, names: tuple[str, ...]) -> Iterator[str]:
         """Have waits in each group be counted apart; yield what they are called."""
         assert self.mesh is not None
         assert dist.group.WORLD is not None
-        groups.call(dist.group.WORLD, ALL)
+        self.counts.call(partial(groups.call, dist.group.WORLD, ALL), None)
         called = {name.partition("@")[0]: self.mesh[name].get_group() for name in names}
         if self.context is not None:
             called["cp"] = self.context
@@ -145,14 +152,14 @@ class World:
                     links["send", place] = connection(kind, self.rank, other)
                     links["recv", place] = connection(kind, other, self.rank)
             name = name_of(kind, members)
-            groups.call(group, name, links)
+            self.counts.call(partial(groups.call, group, name, links), None)
             yield name
             # Stages tell their neighbours only, of which the first and the last one may be, too.
             at = group.rank()
             for place in dict.fromkeys(((at - 1) % group.size(), (at + 1) % group.size())):
                 yield from (links[way, place] for way in ("send", "recv") if links)
             if kind in ("tp", "cp") and self.device.type == "cpu":
-                groups.wait_in_python(group)
+                self.counts.call(partial(groups.wait_in_python, group), None)
 
     @property
     def twins(self) -> dist.ProcessGroup:
@@ -424,9 +431,10 @@ def _forget_half_formed() -> None:
 def _forget_groups(mesh: DeviceMesh) -> None:
     """Have a mesh let go of its groups: torch's cache of shardings remembers meshes for ever.
 
-    With it go threads of gloo that wake a hundred times a second.
+    With it go threads of gloo that wake a hundred times a second. A torch that keeps them elsewhere
+    keeps them.
     """
-    mesh._pg_registry.clear()  # noqa: SLF001 - nothing public lets go of them
+    getattr(mesh, "_pg_registry", {}).clear()  # nothing public lets go of them
 
 
 def _open_store(worker: Worker, seat: Seat) -> TCPStore:

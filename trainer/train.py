@@ -45,6 +45,7 @@ def train(worker: Worker, seat: Seat) -> None:
     ):
         kernels.keep_in(seat.cache_dir)
         worker.in_groups(world.groups)
+        world.counts.tell(worker)
         worker.reached("formed")
         worker.phase(RankPhase.RESTORING)
         feed = Feed(job, seat.cache_dir, worker.check)

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from storage.appearing import appearing
 from storage.blob import BlobStore
-from storage.commit import commit, newest_epoch, write_shard
+from storage.claim import Claimed
+from storage.commit import newest_epoch, write_shard
 from storage.contents import STATE, Beside, Contents, Piece, Tensor, extra_of
 from storage.errors import ForeignFormatError, StorageFullError
 from storage.manifest import Manifest, ShardReceipt, make_manifest
@@ -145,7 +146,7 @@ def parts_of_safetensors(folder: Path) -> tuple[list[Part], Beside]:
     return parts, beside
 
 
-def bring_in(
+def bring_in(  # noqa: PLR0913 - what is asked for, and the two who are told
     store: BlobStore,
     parts: Sequence[Part],
     beside: Beside,
@@ -154,10 +155,11 @@ def bring_in(
     run_id: str,
     shard_bytes: int = SHARD_BYTES,
     read: Told = lambda _: None,
+    left: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Write parts of tensors as a checkpoint, in an epoch of its own, and commit it.
 
-    Takes the memory of one shard.
+    Takes the memory of one shard. What was written is taken back if it is broken off.
 
     Args:
         store: in which it is to be.
@@ -167,9 +169,12 @@ def bring_in(
         run_id: name of the run.
         shard_bytes: of one body; only a part that has more makes a larger one.
         read: told the bytes as they are read.
+        left: told what could not be taken back.
 
     Raises:
-        StorageError: from the store; nothing is committed then.
+        StorageError: from the store; nothing is committed then, unless it is one of which
+            the outcome is not known, which `left` is told.
+        StaleEpochError: if somebody else writes this epoch.
         ForeignFormatError: from a part; also if the parts are not all of a tensor, or no part of
             it. Nothing is written in these two cases.
     """
@@ -177,21 +182,27 @@ def bring_in(
     epoch = newest_epoch(store) + 1
     groups = list(_grouped(parts, lambda part: part.size, shard_bytes)) or [[]]
     layouts = [_planned(group) for group in groups]  # all of them before anything is written
-    receipts = []
-    for shard, (group, layout) in enumerate(zip(groups, layouts, strict=True)):
-        meta = ShardMeta(
-            run_id=run_id,
-            model="",
-            step=step,
-            epoch=epoch,
-            shard=shard,
-            shards=len(groups),
-            extra=extra_of(beside if shard == 0 else Beside()),
-        )
-        receipts.append(_bring_in(store, group, layout, meta, read))
+    claimed = Claimed(store, step, epoch)
+
+    def write() -> list[ShardReceipt]:
+        receipts = []
+        for shard, (group, layout) in enumerate(zip(groups, layouts, strict=True)):
+            meta = ShardMeta(
+                run_id=run_id,
+                model="",
+                step=step,
+                epoch=epoch,
+                shard=shard,
+                shards=len(groups),
+                extra=extra_of(beside if shard == 0 else Beside()),
+            )
+            receipts.append(_bring_in(claimed, group, layout, meta, read))
+        return receipts
+
+    receipts = claimed.unless_written(write, left)
     made: Extra = {"by": "import", "shards": len(groups)}
     manifest = make_manifest(receipts, run_id=run_id, model="", step=step, epoch=epoch, layout=made)
-    commit(store, manifest, newest_epoch_known=epoch)
+    claimed.commit(manifest, left)
     return manifest
 
 

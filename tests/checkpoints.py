@@ -1,9 +1,12 @@
 """Small checkpoints: two shards of one tensor, put into a store."""
 
+import itertools
+
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
 from storage.contents import Beside
+from storage.errors import ForeignFormatError
 from storage.manifest import Manifest, make_manifest
 from storage.shard import Chunk, Extra, ShardMeta, plan, seal
 from storage.transfer import Part, bring_in
@@ -45,10 +48,17 @@ def committed(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") 
     return manifest
 
 
-def brought_in(store: BlobStore, step: int) -> Manifest:
-    """Make a checkpoint of two whole tensors, one in each shard, in an epoch of its own."""
+def brought_in(store: BlobStore, step: int, *, cut_off: bool = False) -> Manifest:
+    """Make a checkpoint of two whole tensors, one in each shard, in an epoch of its own.
+
+    Raises:
+        ForeignFormatError: if the second is cut off.
+    """
+    filled = itertools.count()
 
     def fill(view: memoryview) -> None:
+        if next(filled) and cut_off:
+            raise ForeignFormatError("file was cut off meanwhile")
         view[:] = bytes([step % 256]) * 64
 
     parts = [Part(name, "U8", (64,), (64,), (0,), fill) for name in ("v", "w")]

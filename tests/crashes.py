@@ -21,6 +21,7 @@ from storage.catalog import Catalog
 from storage.commit import commit, fetch_shard, write_shard
 from storage.digest import BLOCK_BYTES
 from storage.errors import (
+    ForeignFormatError,
     ShardCorruptError,
     StaleEpochError,
     StorageError,
@@ -183,6 +184,11 @@ def spoilt(store: BlobStore) -> None:
         write_shard(store, index, body)
 
 
+def cut_off(store: BlobStore) -> None:
+    with contextlib.suppress(ForeignFormatError):
+        brought_in(store, 20, cut_off=True)
+
+
 STORIES = (
     Story("save and commit", save(10), save(20), 10),
     Story("save again what was half done", half_a_save, save(20), 10),
@@ -190,6 +196,7 @@ STORIES = (
     Story("commit, overtaken by a newer epoch", several(10), too_late, 10),
     Story("save what memory has spoilt", several(10), spoilt, 10),
     Story("import", several(10), lambda store: brought_in(store, 20), 10),
+    Story("import what is cut off", several(10), cut_off, 10),
     Story("collect", several(10, 20), collect, 20),
     Story("collect what was quarantined", quarantined, collect, 20),
     Story("collect what a newer epoch stands for", superseded, collect, 20),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from orchestrator.cli import units
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
@@ -103,6 +105,7 @@ def bring_in(
         run_id=run_id,
         shard_bytes=shard_bytes,
         read=gauge.read,
+        left=lambda words: typer.echo(units.printable(words), err=True),
     )
     return {
         "checkpoint": f"{manifest.step}@{manifest.epoch}",

@@ -129,15 +129,19 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     output: FormOption = Form.TEXT,
 ) -> None:
-    """Delete the checkpoints that need not be kept, and what killed writers left behind."""
+    """Delete the checkpoints that need not be kept, and what killed writers left behind.
+
+    Nothing goes if no checkpoint is whole: exit code 6 if one is damaged, 1 if all are barred.
+    """
     from orchestrator.cli import collecting
 
     store = collecting.opened(uri)
     ladder = collecting.Ladder(last=keep_last, every_steps=keep_every, anchors=anchors)
     with collecting.gauge(quiet=False) as gauge:
         planned = collecting.plan(store, ladder, gauge)
-    if dry_run:
+    if dry_run or planned.whole is None:
         typer.echo(collecting.told(planned, output))
+        collecting.require_whole(planned)
         return
     if not yes:
         typer.echo(collecting.told(planned, Form.TEXT), err=True)

@@ -10,16 +10,25 @@ import typer
 from orchestrator.cli import units
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, opened, require_any
+from orchestrator.cli.stored import Store, opened, required
 from orchestrator.cli.tables import grid, in_json
 from orchestrator.cli.verifying import Gauge, gauge
 from storage.blob import BlobStore, Sweepable
-from storage.catalog import Catalog
+from storage.catalog import Catalog, CommitRecord
 from storage.manifest import Manifest
 from storage.retention import Ladder
 from storage.verdicts import Trust, Where
 
-__all__ = ["Ladder", "collect", "gauge", "opened", "plan", "require_consent", "told"]
+__all__ = [
+    "Ladder",
+    "collect",
+    "gauge",
+    "opened",
+    "plan",
+    "require_consent",
+    "require_whole",
+    "told",
+]
 LEFT_OVER_S = 3600.0
 """What nobody has worked on for so long is of a writer that died."""
 
@@ -36,6 +45,8 @@ class Collection:
         swept: how many unfinished files or uploads were removed; None if nothing was done.
         whole: the checkpoint that was read and found whole before anything may go; None if no
             checkpoint is, and so nothing goes.
+        refused: why each that is newer than that, or each of all, was not taken for whole.
+        damaged: whether one of these is damaged, and not only barred or of another version.
         done: whether it was done, or only planned.
     """
 
@@ -44,6 +55,8 @@ class Collection:
     leased: tuple[Where, ...]
     orphans: tuple[Where, ...]
     whole: Manifest | None
+    refused: dict[Where, str]
+    damaged: bool = False
     swept: int | None = None
     done: bool = False
 
@@ -52,17 +65,18 @@ def plan(store: Store, ladder: Ladder, gauge: Gauge) -> Collection:
     """Return what would be done. Reads the newest checkpoint: nothing may go if none is whole.
 
     Raises:
-        CliError: if there is no checkpoint.
+        CliError: if there is no checkpoint, or none can be read without another key.
     """
-    require_any(store)
+    records = required(store)
     catalog = store.catalog
     newest, _ = catalog.newest_trusted(at_least=Trust.WRITTEN)
     if newest is not None:
         gauge.begin(f"step {newest.step}", newest.size)
-    whole, _ = Catalog(_Watched(store.blobs, gauge)).newest_verified()
+    whole, rejections = Catalog(_Watched(store.blobs, gauge)).newest_verified()
+    refused = {(one.step, one.epoch): one.reason for one in rejections}
     planned = catalog.plan(ladder, verified=whole) if whole else None
     if planned is None:
-        return Collection({}, (), (), (), None)
+        return Collection({}, (), (), (), None, refused, damaged=_damaged(catalog, records))
     held = store.leases.all_held()
     return Collection(
         planned.kept,
@@ -70,6 +84,26 @@ def plan(store: Store, ladder: Ladder, gauge: Gauge) -> Collection:
         tuple(where for where in planned.victims if where in held),
         tuple(catalog.orphans()),
         whole,
+        refused,
+    )
+
+
+def require_whole(planned: Collection) -> None:
+    """End with what was planned if that is nothing, since no checkpoint is whole.
+
+    Raises:
+        typer.Exit: with the exit code for damage, if that is why.
+    """
+    if planned.whole is None:
+        raise typer.Exit(Exit.DAMAGED if planned.damaged else Exit.ERROR)
+
+
+def _damaged(catalog: Catalog, records: list[CommitRecord]) -> bool:
+    """Return whether one of the checkpoints, none of which is whole, should be."""
+    barred = catalog.barred()
+    return any(
+        (one.step, one.epoch) not in barred and not (one.superseded or one.unsupported)
+        for one in records
     )
 
 
@@ -80,7 +114,7 @@ def require_consent(planned: Collection, uri: str) -> None:
         CliError: if nobody does.
         typer.Exit: if it is declined.
     """
-    if planned.whole is None or not (planned.going or planned.orphans):
+    if not (planned.going or planned.orphans):
         return
     if not sys.stdin.isatty():
         going = [units.count(len(planned.going), "checkpoint")] if planned.going else []
@@ -101,8 +135,6 @@ def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
     What came to be leased meanwhile stays, and so does what the ladder came to need, as when a
     newer checkpoint was quarantined.
     """
-    if planned.whole is None:
-        return planned
     # First: if it fails, nothing is gone yet of which nobody would be told.
     inner = getattr(store.blobs, "inner", store.blobs)
     swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
@@ -148,6 +180,9 @@ def told(came: Collection, output: Form) -> str:
             {
                 "done": came.done,
                 "whole": _name((came.whole.step, came.whole.epoch)) if came.whole else None,
+                "refused": [
+                    {"name": _name(where), "why": why} for where, why in came.refused.items()
+                ],
                 "kept": [
                     {"name": _name(where), "why": why}
                     for where, why in sorted(came.kept.items(), reverse=True)
@@ -159,7 +194,9 @@ def told(came: Collection, output: Form) -> str:
             }
         )
     if came.whole is None:
-        return "nothing goes: no checkpoint is whole, and so whatever is there is the last hope"
+        lines = ["nothing goes: no checkpoint is whole, and so whatever is there is the last hope"]
+        cells = [[_name(where), why] for where, why in came.refused.items()]
+        return units.printable("\n".join([*lines, "", grid(["NAME", "WHY NOT"], cells)]))
     verb = "deleted" if came.done else "to delete"
     rows = [(where, "kept", why) for where, why in came.kept.items()]
     rows += [(where, verb, "") for where in came.going]

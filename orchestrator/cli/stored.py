@@ -101,8 +101,17 @@ def required(store: Store) -> list[CommitRecord]:
         WrongKeyError: if what all of them need is another key.
     """
     require_any(store)
+    return keyed(store)
+
+
+def keyed(store: Store) -> list[CommitRecord]:
+    """Return all checkpoints, newest first; there may be none.
+
+    Raises:
+        CliError, WrongKeyError: if what all of them need is a key, or another one.
+    """
     records = store.catalog.commits()
-    if not any(record.manifest or record.unsupported for record in records):
+    if records and not any(record.manifest or record.unsupported for record in records):
         _require_key(store, commit_key(records[0].step, records[0].epoch))
     return records
 
@@ -216,6 +225,7 @@ COLUMNS = (
 
 def listed(store: Store, output: Output) -> str:
     """Return the list of checkpoints."""
+    records = keyed(store)
     standings, leased = store.catalog.standings(), store.leases.all_held()
     rows = [
         row(
@@ -223,7 +233,7 @@ def listed(store: Store, output: Output) -> str:
             standings.get((record.step, record.epoch), Standing()),
             leased=(record.step, record.epoch) in leased,
         )
-        for record in store.catalog.commits()
+        for record in records
     ]
     return rendered("checkpoint", COLUMNS, rows, output)
 

@@ -15,7 +15,7 @@ from orchestrator.cli import units
 from orchestrator.cli.blocks import section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import CliError, Exit
-from orchestrator.cli.stored import Store, opened, picked, require_any, require_judged, required
+from orchestrator.cli.stored import Store, opened, picked, require_judged, required
 from orchestrator.cli.tables import in_json
 from storage.catalog import Catalog, CommitRecord
 from storage.errors import StorageError, StorageFullError, StorageRefusedError
@@ -109,7 +109,7 @@ def scrub(store: Store, *, rate: str | None, again: bool, gauge: Gauge) -> list[
 
     Each is leased while it is read, lest a run collects it half-way.
     """
-    require_any(store)
+    required(store)
     blobs = store.blobs if rate is None else ThrottledStore(store.blobs, _rate(rate))
     catalog = Catalog(blobs)
     records = due(catalog, again=again)

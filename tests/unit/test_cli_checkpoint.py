@@ -280,7 +280,23 @@ def test_nothing_is_collected_while_nothing_is_whole(store: LocalStore) -> None:
     for step in (10, 20, 30, 40):
         damage(store, body_key(step, 1, 0), LAYOUT.spans[0][0])
 
-    assert "last hope" in told(store, "gc", "--keep-last", "1", "--yes")
+    for option in ("--yes", "--dry-run"):
+        said = told(store, "gc", "--keep-last", "1", option, code=6)
+        assert "last hope" in said
+        assert "10@1  chunk" in said or "xxh3-128 is" in said
+    came = data(store, "gc", "--yes", code=6)
+    assert (came["done"], came["whole"], came["deleted"]) == (False, None, [])
+    assert [one["name"] for one in came["refused"]] == ["40@1", "30@1", "20@1", "10@1"]
+    assert len(steps_of(store)) == 4
+
+
+def test_where_all_are_barred_nothing_is_collected_and_nothing_called_damaged(
+    store: LocalStore,
+) -> None:
+    for step in (10, 20, 30, 40):
+        verdicts.add(store, step, 1, verdicts.QUARANTINED, "by hand")
+
+    assert "10@1  quarantined: by hand" in told(store, "gc", "--yes", code=1)
     assert len(steps_of(store)) == 4
 
 
@@ -514,7 +530,7 @@ def test_a_plan_says_which_checkpoint_was_read_before_anything_may_go(store: Loc
     assert data(store, "gc", "--dry-run")["whole"] == "40@1"
     for step in (10, 20, 30, 40):
         damage(store, body_key(step, 1, 0), LAYOUT.spans[0][0])
-    assert data(store, "gc", "--dry-run")["whole"] is None
+    assert data(store, "gc", "--dry-run", code=6)["whole"] is None
 
 
 @pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt, 130), (EOFError, 1)])
@@ -642,13 +658,15 @@ def test_a_key_that_is_wrong_or_not_given_is_not_called_damage(
     for step in (10, 20):
         committed(open_store(f"{address}?encrypt=RIGHT"), step)
 
-    assert holdfast("checkpoint", "verify", f"{address}?encrypt=RIGHT").exit_code == 0
-    wrong = refused("verify", f"{address}?encrypt=WRONG", code=1)
-    assert "the one given is" in wrong
-    assert "Compare the key in the environment" in wrong
-    without = refused("verify", address)
-    assert "checkpoints are encrypted, and the address names no key" in without
-    assert "?encrypt=NAME" in without
+    for command in (("verify",), ("ls",), ("gc", "--dry-run"), ("show",), ("scrub",)):
+        name, *options = command
+        assert holdfast("checkpoint", name, f"{address}?encrypt=RIGHT", *options).exit_code == 0
+        wrong = refused(name, f"{address}?encrypt=WRONG", *options, code=1)
+        assert "the one given is" in wrong
+        assert "Compare the key in the environment" in wrong
+        without = refused(name, address, *options)
+        assert "checkpoints are encrypted, and the address names no key" in without
+        assert "?encrypt=NAME" in without
 
 
 def test_a_scrub_that_may_not_write_says_what_reads_all_the_same(

@@ -1,6 +1,7 @@
 """What a user is told when something can not be done, and with which exit code.
 
-One message, `what: expected, found: where`, and a hint. A traceback is for our own mistakes only.
+One message, `what: expected, found: where`, and a hint. Whoever asked for JSON gets the same as an
+object in the last line of standard error. A traceback is for our own mistakes only.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-from collections.abc import Iterable
+import itertools
+import json
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -83,6 +86,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - the library's own signature
         """Run a command; turn what a user can do something about into a message and a code."""
+        in_json = asks_for_json([*ctx._protected_args, *ctx.args])  # noqa: SLF001 - all that follows
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -95,14 +99,17 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             raise  # the library ends quietly when the reader of a pipe is gone
         except Exception as error:
-            told = explanation(error)
+            told = explanation(error) or (_misuse(error) if in_json else None)
             if told is None:
                 raise
             message, hint, code = told
             # The terminal may be gone, and that is why we are here: the code tells as much.
             with contextlib.suppress(OSError):
-                typer.echo(message, err=True)
-                typer.echo(f"hint: {hint}", err=True)
+                if in_json:
+                    typer.echo(_as_json(error, message, hint, code), err=True)
+                else:
+                    typer.echo(message, err=True)
+                    typer.echo(f"hint: {hint}", err=True)
             raise typer.Exit(code) from None
 
 
@@ -123,3 +130,30 @@ def explanation(error: Exception) -> tuple[str, str, Exit] | None:
     if hint:
         return str(error), hint, Exit.ERROR
     return None
+
+
+def asks_for_json(arguments: Sequence[str]) -> bool:
+    """Return whether a command was to answer in JSON, whatever else is wrong with its arguments."""
+    options = list(itertools.takewhile(lambda word: word != "--", arguments))
+    pairs = itertools.pairwise([*options, ""])
+    return any(
+        (one in ("-o", "--output") and following == "json") or one in ("-ojson", "--output=json")
+        for one, following in pairs
+    )
+
+
+def _misuse(error: Exception) -> tuple[str, str, Exit] | None:
+    """Return what is wrong with the arguments of a command, for which the library has the words."""
+    worded = getattr(error, "format_message", None)
+    if worded is None:
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "holdfast"
+    return worded(), f"`{command} --help` lists what there is", Exit.USAGE
+
+
+def _as_json(error: Exception, message: str, hint: str, code: Exit) -> str:
+    """Return an error in one line: whoever reads standard output finds nothing, or an answer."""
+    kind = type(error).__name__
+    told = {"kind": kind, "message": message, "hint": hint, "exit_code": int(code)}
+    return json.dumps({"error": told})

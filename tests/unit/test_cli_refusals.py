@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from orchestrator.cli.errors import asks_for_json
 from orchestrator.worlds.folder import RunFolder
 from tests.conftest import RUN, Cluster
 from tests.journals import (
@@ -199,6 +200,40 @@ def test_bad_usage_ends_with_2_and_no_traceback(arguments: tuple[str, ...]) -> N
     assert result.exit_code == 2
     assert "Traceback" not in result.output
     assert "Usage" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("get", "nodez", "-o", "json"), "CliError", 2),
+        (("report", "dmeo", "--output", "json"), "CliError", 2),
+        (("checkpoint", "verify", "{home}/absent", "-ojson"), "CliError", 2),
+        (("checkpoint", "ls", "{home}", "--bogus", "-o", "json"), "NoSuchOption", 2),
+        (("checkpoint", "gc", "{home}", "--keep-last", "0", "-o", "json"), "BadParameter", 2),
+        (("plan", "ettr", "--gpus", "x", "--output=json"), "BadParameter", 2),
+        (("simulate", "--record", "{home}/absent", "-o", "json"), "BadFileError", 2),
+    ],
+)
+def test_who_asks_for_json_is_told_in_json_what_is_wrong(
+    arguments: tuple[str, ...], kind: str, code: int, home: Path
+) -> None:
+    words = [word.format(home=home) for word in arguments]
+    in_words = [word for word in words if word not in {"-ojson", "--output=json"}]
+
+    result, plain = holdfast(*words), holdfast(*in_words[: len(words)])
+
+    told = json.loads(result.stderr.splitlines()[-1])["error"]
+    assert result.stdout == ""
+    assert (told["kind"], told["exit_code"], result.exit_code) == (kind, code, code)
+    assert told["message"]
+    assert told["hint"]
+    assert plain.exit_code == code
+
+
+def test_who_does_not_ask_for_json_gets_none() -> None:
+    assert not asks_for_json(["get", "runs", "-o", "table"])
+    assert not asks_for_json(["checkpoint", "quarantine", "u", "5", "--", "-o", "json"])
+    assert not asks_for_json(["logs", "json", "-o"])
 
 
 def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

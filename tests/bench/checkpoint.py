@@ -31,9 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +41,7 @@ from typing import NamedTuple
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from tests.bench import ending
 from tests.bench.saving import fleet, upload
 from tests.bench.saving.computation import Computation
 from tests.bench.saving.others import Dcp, Raw, evict, overlapping_stager, timed
@@ -215,13 +214,8 @@ def one_round(
 @contextmanager
 def folders(root: Path | None) -> Iterator[tuple[Path, Path]]:
     """Make a folder on the disk and one in shared memory; both are gone afterwards."""
-    disk = Path(tempfile.mkdtemp(prefix="holdfast-saving-", dir=root))
-    memory = Path(tempfile.mkdtemp(prefix="holdfast-saving-", dir=SHARED_MEMORY))
-    try:
-        yield disk, memory
-    finally:
-        shutil.rmtree(memory)
-        shutil.rmtree(disk)
+    with ending.new_folder(root) as disk, ending.new_folder(SHARED_MEMORY) as memory:
+        yield Path(disk), Path(memory)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.simulation.drive import Simulation
 from orchestrator.worlds.simulated.world import SimulatedWorld
 from tests import runfiles
+from tests.bench import ending
 from tests.crowds import Side, side
 from tests.simulated import LOCAL, constant
 
@@ -231,7 +231,7 @@ def main() -> int:
     chosen = options.parse_args()
     found: dict[str, Any] = {"problems": []}
     if chosen.agents:
-        with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+        with ending.new_folder() as folder:
             found |= live(Path(folder), run_file(chosen.agents), chosen.seconds)
     found |= simulated(run_file(chosen.simulated), SIMULATED_S)
     found["targets"] = TARGETS

@@ -16,17 +16,16 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.transfer import allocate, verify_file
 from orchestrator.protocol.ids import Generation, Rank, Step
+from tests.bench import ending
 from tests.runs import REPOSITORY
 from tests.shards import GENERATION, RANK, STEP, THERE, TOKEN, stage
 
@@ -44,11 +43,8 @@ def main() -> None:
     if chosen.other is not None:
         asyncio.run(be_the_other(chosen.other, chosen.mb))
         return
-    root = Path(tempfile.mkdtemp(prefix="holdfast-copy-", dir="/dev/shm"))
-    try:
-        found = asyncio.run(measure(root, chosen.mb, chosen.rounds))
-    finally:
-        shutil.rmtree(root)
+    with ending.new_folder(Path("/dev/shm")) as root:  # noqa: S108 - where shards are
+        found = asyncio.run(measure(Path(root), chosen.mb, chosen.rounds))
     if chosen.json:
         print(json.dumps(found))
         return

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 from orchestrator.protocol import runfile
 from orchestrator.worker import RankPhase
 from tests import texts
+from tests.bench import ending
 from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, open_data
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     steps = parser.parse_args().steps
-    with tempfile.TemporaryDirectory() as folder:
+    with ending.new_folder() as folder:
         few, many = (texts.documents(count, seed=count) for count in (DOCUMENTS // 10, DOCUMENTS))
         data = runfile.Data(
             sources=(

@@ -23,7 +23,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from orchestrator.campaign.job import usual
 from orchestrator.campaign.world import LiveWorld
 from orchestrator.protocol.runfile import Detection, TrainingRun
 from orchestrator.protocol.trials import Quiet, Return, Train
+from tests.bench import ending
 from trainer.digest import digest
 from trainer.replay import COSTS, Pace
 from trainer.shares import Place, share_of
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=DEBUG.layers, help="of the model")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+    with ending.new_folder() as folder:
         sizes = Sizes(arguments.dim, arguments.layers)
         how = (arguments.pairs, arguments.stretch, arguments.warm)
         found = measure(Path(folder), sizes, *how, parts=not arguments.whole)

@@ -12,11 +12,11 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests import runfiles
+from tests.bench import ending
 from tests.runs import Job
 
 NOISE = """
@@ -49,7 +49,7 @@ def main() -> int:
     arguments = parser.parse_args()
     noise = subprocess.Popen([sys.executable, "-c", NOISE])
     try:
-        with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+        with ending.new_folder() as folder:
             code, report = Job(Path(folder), run_file(arguments.steps)).conduct(
                 "--quiet", timeout_s=WAIT_S
             )

@@ -20,7 +20,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from orchestrator.core import journal
 from orchestrator.core.events import Telemetry
 from orchestrator.protocol.runfile import TrainingRun
 from tests import runfiles
+from tests.bench import ending
 from tests.runs import REPOSITORY, Job
 
 WARM_STEPS = 8
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-bench-"))
+        folder = stack.enter_context(ending.new_folder())
         sides = []
         for name, start in (("alone", alone), ("supervised", supervised)):
             sides.append(stack.enter_context(start(Path(folder) / name)))

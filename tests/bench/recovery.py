@@ -18,7 +18,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from orchestrator.core.report import IncidentReport
 from orchestrator.protocol.messages import FaultCarriedOut
 from orchestrator.protocol.runfile import TrainingRun
 from tests import runfiles
+from tests.bench import ending
 from tests.runs import REPOSITORY, Job
 
 SAVE_EVERY = 5
@@ -183,7 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ours: dict[str, list[dict[str, float]]] = {}
     theirs: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+    with ending.new_folder() as folder:
         for number in range(arguments.rounds):
             for name, spans in holdfast(Path(folder) / f"holdfast-{number}").items():
                 ours.setdefault(name, []).append(spans)

@@ -17,11 +17,11 @@ import contextlib
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests import runfiles
+from tests.bench import ending
 from tests.bench.overhead import Side, alone
 
 WORLDS = {
@@ -111,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = {}
     for number, (name, cut) in enumerate(WORLDS.items()):
-        with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+        with ending.new_folder() as folder:
             place = Path(folder) / str(number)
             results[name] = measure(cut, place, arguments.rounds, arguments.turn)
     if arguments.json:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from orchestrator.server.snapshots import Snapshots
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.told import Told
 from tests import runfiles
+from tests.bench import ending
 from tests.conftest import Cluster
 
 RANKS_PER_NODE = 8
@@ -112,7 +112,7 @@ def main() -> int:
     options.add_argument("--nodes", type=int, default=64)
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+    with ending.new_folder() as folder:
         found = measure(Path(folder), chosen.nodes, chosen.ticks)
     if chosen.json:
         print(json.dumps(found, indent=2))

@@ -27,7 +27,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
+from tests.bench import ending
 from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
@@ -211,7 +211,7 @@ def rank_on_cpu(rank: int, meet: Path, rounds: int) -> None:
 
 def on_cpu(rounds: int) -> dict[str, Any]:
     """Return tokens per second of both over two ranks, and the ratio of each round."""
-    with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as folder:
+    with ending.new_folder() as folder:
         ranks = [
             subprocess.Popen(
                 _child("--rank", str(rank), "--meet", f"{folder}/meet", "--rounds", str(rounds)),

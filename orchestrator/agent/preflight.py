@@ -8,6 +8,7 @@ An agent has no torch, so a GPU is tested by a program of the trainer, which see
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from orchestrator.protocol.messages import Preflighted
 from orchestrator.protocol.preflight import Came
 from orchestrator.worker.golden import CASES, Case, wrong_answers
 
+log = logging.getLogger(__name__)
 START_S = 180.0
 """How long a program that imports torch and wakes a GPU may take beside what it was told to."""
 TOLD_MAX = 500
@@ -53,11 +55,7 @@ def preflight(
         return Preflighted(serials=asked, compared=0, problem="none of them is here")
     compared = 0
     for device in sorted(known, key=lambda device: device.kind != "machine"):
-        share_s = within_s / len(known)
-        if device.kind == "machine":
-            came = _on_machine(share_s)
-        else:
-            came = _on_gpu(device.serial, share_s, program)
+        came = _tested(device, within_s / len(known), program)
         compared += came.compared
         if came.problem:
             words = f"{device.kind} {device.serial}: {came.problem}"
@@ -65,6 +63,17 @@ def preflight(
         if came.wrong:
             return Preflighted(serials=(device.serial,), compared=compared, wrong=came.wrong)
     return Preflighted(serials=asked, compared=compared)
+
+
+def _tested(device: Device, within_s: float, program: Sequence[str]) -> Came:
+    try:
+        if device.kind == "machine":
+            return _on_machine(within_s)
+        return _on_gpu(device.serial, within_s, program)
+    except Exception as error:
+        # A node that never answers would be kept out for ever, and nobody would know why.
+        log.exception("the test of %s %s", device.kind, device.serial)
+        return Came(problem=f"its test raised {type(error).__name__}: {error}")
 
 
 def _on_machine(within_s: float) -> Came:
@@ -105,6 +114,6 @@ def _on_gpu(serial: Serial, within_s: float, program: Sequence[str]) -> Came:
     try:
         # By what it says, not by its exit code, which whoever reaps orphans may have taken.
         return msgspec.json.decode(done.stdout.rstrip().rpartition(b"\n")[2], type=Came)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         said = done.stderr.decode("utf-8", "replace").strip()[-TOLD_MAX:]
         return Came(problem=f"its test ended without an answer: {said or 'it said nothing'}")

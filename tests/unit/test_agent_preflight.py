@@ -53,6 +53,20 @@ def test_one_bit_of_one_answer_is_enough(monkeypatch: pytest.MonkeyPatch) -> Non
     assert came.compared == SCALES.index(20) + 1
 
 
+def test_a_test_that_raises_is_answered_with_what_it_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_case: Case, _scale: int) -> np.ndarray:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(tested, "product", broken)
+
+    came = preflight([MACHINE], [Serial("m-1")], within_s=0.0)
+
+    assert (came.serials, came.wrong) == (("m-1",), "")
+    assert came.problem == "machine m-1: its test raised MemoryError: no room"
+
+
 def test_what_is_not_here_is_not_tested() -> None:
     came = preflight([MACHINE, GPU], [Serial("m-2")], within_s=0.0)
 
@@ -82,6 +96,14 @@ def test_a_gpu_that_gets_one_wrong_is_the_only_one_that_is_told_of() -> None:
         (says("Segmentation fault"), "its test ended without an answer: it said nothing"),
         ((sys.executable, "-c", "raise SystemExit('no torch')"), "without an answer: no torch"),
         (("/nowhere/python",), "its test can not be started: "),
+        (
+            (
+                sys.executable,
+                "-c",
+                r"""import os; os.write(1, b'{"wrong": "\xff"}'); raise SystemExit('bent')""",
+            ),
+            "without an answer: bent",
+        ),
     ],
 )
 def test_a_gpu_whose_test_comes_to_nothing_is_neither_right_nor_wrong(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal, TextIO, get_args
+from typing import Annotated, Literal, TextIO, get_args
 
 import msgspec
 
@@ -28,6 +28,8 @@ Kind = Literal["corruption", "hang", "straggler"]
 CORRUPTION: Kind = "corruption"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KEPT = "campaign.json"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Time = Annotated[float, msgspec.Meta(gt=0)]
 CLEAN_AT_ONCE = 100
 """Steps without a fault between two saves of what is known."""
 
@@ -53,9 +55,9 @@ class Kept(msgspec.Struct, kw_only=True):
     run: TrainingRun
     results: list[Result] = []
     alarms: list[str] = []
-    clean_steps: int = 0
-    false_triggers: int = 0
-    pairs: list[tuple[float, float]] = []
+    clean_steps: Count = 0
+    false_triggers: Count = 0
+    pairs: list[tuple[Time, Time]] = []
 
 
 def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> Campaign:
@@ -251,12 +253,8 @@ def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
         return new
     try:
         kept = msgspec.json.decode(file.read_bytes(), type=Kept)
-    except msgspec.DecodeError as error:
-        raise CliError(
-            f"not the results of a campaign: {error}: {file}",
-            "remove it to begin anew, or choose another --out",
-            Exit.USAGE,
-        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _no_results(f"{error}", file) from error
     for name in ("seed", "trials", "whole_runs", "classes", "run"):
         if getattr(kept, name) != getattr(new, name):
             raise CliError(
@@ -264,4 +262,15 @@ def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
                 "choose another --out",
                 Exit.USAGE,
             )
+    numbers = [result.number for result in kept.results]
+    if len(set(numbers)) < len(numbers) or not {t.number for t in _drawn(kept)}.issuperset(numbers):
+        raise _no_results("it has trials twice, or some that it does not consist of", file)
     return kept
+
+
+def _no_results(why: str, file: Path) -> CliError:
+    return CliError(
+        f"not the results of a campaign: {why}: {file}",
+        "remove it to begin anew, or choose another --out",
+        Exit.USAGE,
+    )

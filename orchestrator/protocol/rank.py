@@ -350,7 +350,7 @@ def read_to_rank(body: bytes) -> ToRank:
     """Decode a message that an agent sent. Raises ProtocolError if it is not one."""
     try:
         return _to_rank.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"from agent: {error}") from error
 
 
@@ -358,5 +358,5 @@ def read_from_rank(body: bytes) -> FromRank:
     """Decode a message that a rank sent. Raises ProtocolError if it is not one."""
     try:
         return _from_rank.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"from rank: {error}") from error

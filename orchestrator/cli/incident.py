@@ -42,8 +42,8 @@ RUNGS = {
     "corrupted; the newest state before that is taken, wherever it is",
     "resume from the durable tier": "no whole copy is left in memory, so the newest verified "
     "checkpoint is read",
-    "start over from the seed": "there is no state to continue from, neither in memory nor on "
-    "the durable tier",
+    "start over from the seed": "there is no state to continue from that is whole and trusted, "
+    "neither in memory nor on the durable tier",
     "stop": "starting again could not help, or was tried too often",
 }
 """When each rung of the ladder is taken."""

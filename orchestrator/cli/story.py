@@ -6,7 +6,7 @@ from typing import assert_never
 
 from orchestrator.cli import units
 from orchestrator.core import repairs
-from orchestrator.core.decisions import Decision, StartGeneration, WakeAt
+from orchestrator.core.decisions import Decision, JudgeDevice, StartGeneration, WakeAt
 from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointFound,
@@ -239,6 +239,9 @@ def decision(order: Decision) -> str:
         text += f" {order.generation}"
     if isinstance(order, WakeAt):
         text += f" {units.clock(order.at)}"
+    if isinstance(order, JudgeDevice):
+        proof = f" by {order.proof}" if order.proof else ""
+        text += f" {order.device.kind} {order.device.serial} is {order.act}{proof}"
     return f"{text}: {order.reason}"
 
 

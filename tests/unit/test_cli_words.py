@@ -5,10 +5,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.cli import drill, reporting
+from orchestrator.cli import drill, reporting, story
 from orchestrator.cli.errors import Exit
 from orchestrator.cli.outcome import outcome
+from orchestrator.core.decisions import JudgeDevice
 from orchestrator.core.report import incident_reports
+from orchestrator.core.standing import Act, Proof
+from orchestrator.protocol.devices import Device
+from orchestrator.protocol.ids import Generation, NodeId, Serial
 from orchestrator.worker import EXIT_MISCONFIGURED
 from orchestrator.worlds.folder import RunFolder
 from tests.conftest import Cluster
@@ -53,3 +57,28 @@ def test_a_run_of_a_bad_file_ends_as_a_command_does_that_was_given_one(tmp_path:
     assert ended.code is Exit.USAGE
     assert "refused its job" in ended.message
     assert outcome(raising().state, folder, None).code is Exit.RUN_FAILED
+
+
+@pytest.mark.parametrize(
+    ("act", "proof", "words"),
+    [
+        (Act.CONVICTED, Proof.VOTE, "gpu GPU-1 is convicted by vote: digests differ"),
+        (Act.SUSPECTED, Proof.NONE, "gpu GPU-1 is suspected: digests differ"),
+    ],
+)
+def test_a_verdict_in_a_time_line_says_of_what_and_what_it_is(
+    act: Act, proof: Proof, words: str
+) -> None:
+    order = JudgeDevice(
+        generation=Generation(1),
+        reason="digests differ",
+        id="r/0/1/12.0",
+        device=Device(Serial("GPU-1"), "gpu", "driver"),
+        node=NodeId("node-1"),
+        act=act,
+        actor="controller",
+        by="the controller of r",
+        proof=proof,
+    )
+
+    assert story.decision(order) == f"JudgeDevice {words}"

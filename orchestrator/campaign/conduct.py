@@ -9,7 +9,7 @@ from typing import Self
 
 from orchestrator.campaign.baselines import Seen
 from orchestrator.campaign.catalogue import MOMENTS, Trial
-from orchestrator.campaign.judging import Result, judged, onset
+from orchestrator.campaign.judging import Result, is_early, judged, onset
 from orchestrator.campaign.world import LiveWorld, WorldBrokenError
 from orchestrator.protocol.messages import StateDiverged
 from orchestrator.protocol.runfile import TrainingRun
@@ -126,7 +126,7 @@ class Conductor:
         steps: list[Seen] = []
         found: list[StateDiverged] = []
         thrown: list[int] = []
-        while not any(refused) and (more := self._more(trial, twin, steps, found)):
+        while not any(refused) and (more := self._more(trial, twin, steps, found, before)):
             said = world.order(Step(steps=more))
             steps += (came := _seen(said))
             heard = world.listen(float(len(steps)))
@@ -145,12 +145,17 @@ class Conductor:
         )
 
     def _more(
-        self, trial: Trial, twin: Sequence[Seen], steps: list[Seen], found: list[StateDiverged]
+        self,
+        trial: Trial,
+        twin: Sequence[Seen],
+        steps: list[Seen],
+        found: list[StateDiverged],
+        before: Sequence[Seen],
     ) -> int:
         """Return how many more steps a trial takes now, 0 if it is over."""
         how, taken = trial.injection, len(steps)
         assert how is not None
-        if not found:
+        if all(is_early(how, before, fact) for fact in found):
             return max(min(how.step + trial.horizon - taken, AT_ONCE), 0)
         began = onset(twin, steps)
         first = how.step if began is None else began - SNAPSHOTS[trial.snapshot]

@@ -55,6 +55,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """And how often it was that of the rank which had a slow one."""
     false_kills: int = 0
     """Of a run that is a trial: how often it was begun again for nothing."""
+    alarms: tuple[str, ...] = ()
+    """What detectors said of its steps before the fault was let loose."""
 
 
 def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:
@@ -98,6 +100,7 @@ def judged(
         form=how.form,
         effective=began is not None,
         steps=len(steps),
+        alarms=tuple(fact.evidence for fact in found if is_early(how, before, fact)),
     )
     if began is None:
         return base
@@ -126,6 +129,15 @@ def judged(
         unharmed=_same(twin[len(steps) - 1], steps[-1]) if steps else False,
         baselines=rules,
     )
+
+
+def is_early(how: Injection, before: Sequence[Seen], fact: StateDiverged) -> bool:
+    """Whether something was said of a step before the fault was let loose: a false alarm.
+
+    Bytes of a checkpoint are struck before the first step.
+    """
+    taken = 0 if how.site in ("staged", "copied") else how.step - 1
+    return fact.step < before[-1].of_ranks[0].step + taken
 
 
 def _same(clean: Seen, dirty: Seen) -> bool:

@@ -130,7 +130,7 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True):
     baselines: dict[str, Share]
     """Of all effective trials that baselines could see, what each noticed."""
     alarms: list[str]
-    """What detectors said of steps without a fault."""
+    """What detectors said of steps without a fault, those of trials before theirs included."""
 
 
 def share(count: int, of: int) -> Share:
@@ -180,6 +180,8 @@ def campaign(
     named = [r for r in known if r.group in ("state", "persistent", "intermittent", "oneshot")]
     compared = [r for r in done if r.effective and r.baselines]
     rows = [_row([r for r in done if r.name == name]) for name in _names(done)]
+    # Those few steps of trials that come before the fault are not counted, and what is said is.
+    alarms = [*clean.alarms, *(alarm for r in done for alarm in r.alarms)]
     return Campaign(
         seed=seed,
         trials=trials,
@@ -192,7 +194,7 @@ def campaign(
             persistent_compute_recall=_recall(done, "persistent"),
             intermittent_recall=_recall(done, "intermittent"),
             oneshot_recall=_recall(done, "oneshot"),
-            false_alarms_per_1000_steps=per_thousand(len(clean.alarms), clean.steps),
+            false_alarms_per_1000_steps=per_thousand(len(alarms), clean.steps),
             false_triggers_per_1000_steps=per_thousand(clean.false_triggers, clean.steps),
             culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
             overhead=overhead(pairs),
@@ -206,7 +208,7 @@ def campaign(
             name: share(sum(r.baselines[name] is not None for r in compared), len(compared))
             for name in BASELINES
         },
-        alarms=list(clean.alarms),
+        alarms=alarms,
     )
 
 

@@ -117,6 +117,21 @@ def test_of_two_detectors_the_one_that_saw_it_first_counts() -> None:
     assert (result.latency, result.named) == (1, "exact")
 
 
+def test_what_is_said_before_the_fault_is_let_loose_is_a_false_alarm_and_notices_nothing() -> None:
+    steps = [TWIN[0], seen(FIRST + 1, state="x"), seen(FIRST + 2, state="x")]
+
+    result = judge(steps, told(FIRST, 1))
+
+    assert (result.noticed, result.alarms) == (False, ("differs",))
+    assert judge(TWIN[:3], told(FIRST, 1)).alarms == ("differs",), "though it left no trace"
+    assert judge(steps, told(FIRST + 1, 1)).alarms == ()
+    # Of bytes that a rank begins with, the first step may tell.
+    assert judge(steps, told(FIRST, 1), trial=trial("copied")).alarms == ()
+    found = campaign([result], seed=1, trials=1, ranks=3, clean=Clean(1000, ("x",)), pairs=[])
+    assert found.alarms == ["x", "differs"]
+    assert found.summary.false_alarms_per_1000_steps.count == 2
+
+
 def test_what_is_found_after_the_horizon_is_missed() -> None:
     steps = [seen(FIRST + n, state="x") for n in range(9)]
 

@@ -90,6 +90,8 @@ class DeviceLedger:
         self.unread: list[Damage] = []
         self._keys: list[str] = []
         """Of the verdicts."""
+        self._ids: set[str] = set()
+        """Of them, too: a fleet's ledger is read as a whole at the start of each run."""
         self._read: set[str] = set()
         self._next = 0
 
@@ -135,7 +137,7 @@ class DeviceLedger:
         with self._lock:
             for _ in range(_ATTEMPTS):
                 self._refresh()
-                if any(known.id == verdict.id for known in self.verdicts):
+                if verdict.id in self._ids:
                     return
                 try:
                     self._store.put(key_of(self._next), data)
@@ -161,7 +163,8 @@ class DeviceLedger:
     def _enter(self, key: str, found: DeviceVerdict | Damage) -> None:
         if isinstance(found, Damage):
             self.damages.append(found)
-        elif all(known.id != found.id for known in self.verdicts):
+        elif found.id not in self._ids:
+            self._ids.add(found.id)
             # Nearly always the last place. One that could not be read before goes where it belongs.
             place = bisect(self._keys, key)
             self._keys.insert(place, key)

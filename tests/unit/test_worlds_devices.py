@@ -1,6 +1,7 @@
 """The device ledger on disk: one order, whoever adds, whatever breaks."""
 
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -197,6 +198,20 @@ def test_a_verdict_that_may_not_be_read_keeps_no_other_from_counting() -> None:
     one.refresh()
     assert [v.id for v in one.verdicts] == ["a", "b", "c"], "in their order"
     assert one.problem() == ""
+
+
+def test_the_ledger_of_a_large_fleet_is_read_before_a_start_gives_it_up() -> None:
+    store, count = MemoryStore(), 20_000
+    for number in range(count):
+        store.put(key_of(number), written(verdict(f"v-{number}", f"m-{number}")))
+    known = DeviceLedger(store)
+
+    begun = time.process_time()
+    known.refresh()
+
+    assert len(known.verdicts) == count
+    # 0.3 s; comparing each verdict with all before it took 7 s.
+    assert time.process_time() - begun < 3.0
 
 
 def test_a_verdict_that_was_added_twice_since_it_could_not_be_read_counts_once() -> None:

@@ -10,8 +10,9 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -380,8 +381,9 @@ def _parts(path: Path) -> Iterator[Part]:
             raise ForeignFormatError(f"header has {length} bytes, file {size}: {path}")
         table = _decoded(file.read(length), dict[str, msgspec.Raw], path)
     table.pop("__metadata__", None)
-    for name, raw in table.items():
-        entry = _decoded(raw, _Entry, path)
+    entries = {name: _decoded(raw, _Entry, path) for name, raw in table.items()}
+    _require_apart(entries, path)
+    for name, entry in entries.items():
         begin, end = (8 + length + at for at in entry.data_offsets)
         if (
             not name
@@ -398,6 +400,16 @@ def _parts(path: Path) -> Iterator[Part]:
         offset = (0,) * len(entry.shape)
         fill = _Filler(path, begin)
         yield Part(name, entry.dtype, entry.shape, entry.shape, offset, fill)
+
+
+def _require_apart(entries: Mapping[str, _Entry], path: Path) -> None:
+    """Check that no bytes are of two tensors, of which one would be what it was not saved as."""
+    placed = sorted((*one.data_offsets, name) for name, one in entries.items() if all(one.shape))
+    for (_, end, one), (begin, _, other) in pairwise(placed):
+        if begin < end:
+            raise ForeignFormatError(
+                f"tensors {one!r:.200} and {other!r:.200} have bytes in common: {path}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from orchestrator.cli.verifying import Gauge, bytes_of, gauge, leased
 from storage import distcp, transfer
 from storage.catalog import CommitRecord
 from storage.contents import read_contents
-from storage.errors import ForbiddenPickleError, UnstorableError
+from storage.errors import ForbiddenPickleError, ForeignFormatError, UnstorableError
 from storage.manifest import STEP_MAX
 from storage.shard import ITEM_BYTES
 from storage.verdicts import DELETING, Standing, standing_of
@@ -168,6 +168,10 @@ def _found(folder: Path) -> tuple[list[Part], Beside, str]:
         DCP: lambda: _of_dcp(folder),
         SAFETENSORS: lambda: transfer.parts_of_safetensors(folder),
     }
+    for path in folder.iterdir():
+        # Opening a pipe would wait for a writer, for ever.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ForeignFormatError(f"neither file nor folder: {path}")
     if distcp.is_one(folder):
         form = DCP
     elif any(folder.glob("*.safetensors")):

@@ -263,6 +263,31 @@ def test_a_file_of_safetensors_that_is_not_whole_is_damaged(tmp_path: Path, chan
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_in_which_two_tensors_have_the_same_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "st").mkdir()
+    path = tmp_path / "st" / "model.safetensors"
+    save_file({"a": torch.ones(4), "b": torch.ones(4), "none": torch.empty(0)}, path)
+    data = path.read_bytes()
+    run("import", tmp_path / "st", tmp_path / "whole", "--step", 3)
+    path.write_bytes(data.replace(b"[16,32]", b"[12,28]"))
+
+    said = run("import", tmp_path / "st", tmp_path / "store", "--step", 3, code=6)
+
+    assert "'a' and 'b' have bytes in common" in said
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "model.safetensors.index.json", ".metadata"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "st").mkdir()
+    save_file({"t": torch.ones(3)}, tmp_path / "st" / "model.safetensors")
+    os.mkfifo(tmp_path / "st" / name)
+
+    said = run("import", tmp_path / "st", tmp_path / "store", "--step", 3, code=6)
+
+    assert f"neither file nor folder: {tmp_path / 'st' / name}" in said
+
+
 def test_a_set_of_which_a_file_is_missing_is_damaged(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("export", uri, "--to", out, "--max-file", "100B")

@@ -28,6 +28,11 @@ OUTPUT_MAX = 4 << 20
 """Bytes. A process with a hundred threads says a tenth of that."""
 GRACE_S = 0.5
 """To end what did not answer in time."""
+DENIED = "Permission Denied"
+MAY_TRACE = (
+    "an agent may not look into its ranks here: a container needs the capability SYS_PTRACE, "
+    "a machine kernel.yama.ptrace_scope of 1 at most"
+)
 _PLAIN, _NATIVE = "--nonblocking", "--native"
 
 
@@ -142,7 +147,12 @@ def _word(frame: _Frame) -> str:
 
 
 def _first_cause(problem: bytes) -> str:
-    """Return the line of an error of py-spy that says why: "Error: ..." says only that."""
+    """Return the line of an error of py-spy that says why: "Error: ..." says only that.
+
+    Where it may not look, what it says is for who types it (`sudo !!`); an operator's way is told.
+    """
+    if DENIED.encode() in problem:
+        return f"{DENIED}: {MAY_TRACE}"
     lines = [line.strip() for line in problem.decode(errors="replace").splitlines()]
     causes = [line for line in lines if line and not line.startswith(("Error:", "Caused by:"))]
     return (causes or lines or [""])[0][:200]

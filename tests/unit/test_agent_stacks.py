@@ -112,6 +112,27 @@ def test_what_is_not_seen_in_time_is_given_up(waiting: int) -> None:
     assert (seen.stacks, seen.problem) == ((), "rank 0, 1: not seen in time")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Error: Permission Denied: Try running again with elevated permissions by going 'sudo !!'",
+        "Permission Denied\n\nIt looks like you are running in a docker container.",
+    ],
+)
+def test_who_may_not_look_says_what_it_takes_to_be_allowed_to(
+    waiting: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str
+) -> None:
+    script = tmp_path / "py-spy"
+    script.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(stacks, "SPY", script)
+
+    seen = take({0: waiting, 1: waiting}, 0)
+
+    assert seen.stacks == ()
+    assert seen.problem == f"rank 0, 1: Permission Denied: {stacks.MAY_TRACE}"
+
+
 def test_without_the_tool_nothing_is_seen_and_the_reason_is_told(
     waiting: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

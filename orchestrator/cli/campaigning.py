@@ -85,6 +85,9 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
             work.rest(asked.clean_steps, room / "clean")
             work.weigh(asked.pairs, room / "costs")
         work.run_whole(room / "runs")
+    except KeyboardInterrupt:
+        progress.write("interrupted; the same command goes on from here\n")
+        raise
     finally:
         shutil.rmtree(room)
     return work.told()

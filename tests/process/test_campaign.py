@@ -84,6 +84,7 @@ def test_a_campaign_that_is_interrupted_leaves_nobody_behind_and_goes_on(tmp_pat
     begun.send_signal(signal.SIGINT)
 
     assert begun.wait(30) == 130
+    assert "the same command goes on from here" in (tmp_path / "err").read_text()
     assert not [entry for entry in Path("/proc").iterdir() if str(tmp_path) in _words(entry)]
     assert not list(tmp_path.glob("holdfast-campaign-*"))
     kept = json.loads((out / "campaign.json").read_bytes())

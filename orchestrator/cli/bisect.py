@@ -24,7 +24,7 @@ from orchestrator.worlds.folder import RunFolder
 from storage.manifest import commit_key
 from storage.verdicts import Trust
 
-SEED = "seed"
+SEED, OF_SEED = "seed", "the seed"
 SAID_EVERY = 100
 """Steps between two words of how far it has come."""
 
@@ -86,9 +86,17 @@ def told(found: Found, output: Form) -> str:
     )
     lines += section("What that says", [found.means] if found.means else [])
     if not differs:
-        words = "the run came to the same bits; what went wrong before that is in both"
-        lines += section("What that says", [words, "begin earlier: --from STEP, or --from seed"])
+        lines += section("What that says", _of_no_difference(found))
     return units.printable("\n".join(lines))
+
+
+def _of_no_difference(found: Found) -> list[str]:
+    same = "the run came to the same bits"
+    if found.start == OF_SEED:
+        # Nothing is before that; what was computed again later is on record as it came out last.
+        return [f"{same} from its first step on, as far as its journal has digests of them"]
+    before = f"{same}; what went wrong before that is in both"
+    return [before, f"begin earlier: --from STEP, or --from {SEED}"]
 
 
 def _require_digests(run: TrainingRun, recorded: Recorded, folder: RunFolder) -> None:
@@ -115,7 +123,7 @@ def _start(run: TrainingRun, folder: RunFolder, since: str | None) -> Start:
                 "begin with its first checkpoint: --from STEP",
                 Exit.USAGE,
             )
-        return Start(Step(0), "the seed")
+        return Start(Step(0), OF_SEED)
     store = opened(run.spec.checkpoint.uri or str(folder.checkpoints))
     if since is not None:
         record = picked(store, since)

@@ -5,14 +5,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from orchestrator.cli import drill, reporting, story
+from orchestrator.campaign.bisecting import Found
+from orchestrator.cli import bisect, drill, reporting, story
+from orchestrator.cli.choices import Form
 from orchestrator.cli.errors import Exit
 from orchestrator.cli.outcome import outcome
 from orchestrator.core.decisions import JudgeDevice
 from orchestrator.core.report import incident_reports
 from orchestrator.core.standing import Act, Proof
 from orchestrator.protocol.devices import Device
-from orchestrator.protocol.ids import Generation, NodeId, Serial
+from orchestrator.protocol.ids import Generation, NodeId, Serial, Step
 from orchestrator.worker import EXIT_MISCONFIGURED
 from orchestrator.worlds.folder import RunFolder
 from tests.conftest import Cluster
@@ -82,3 +84,16 @@ def test_a_verdict_in_a_time_line_says_of_what_and_what_it_is(
     )
 
     assert story.decision(order) == f"JudgeDevice {words}"
+
+
+@pytest.mark.parametrize(("start", "earlier"), [("the seed", False), ("the checkpoint 20@1", True)])
+def test_who_computed_from_the_seed_is_not_told_to_begin_earlier(
+    start: str, *, earlier: bool
+) -> None:
+    found = Found(start=start, first=Step(1), last=Step(9), compared=9)
+
+    text = bisect.told(found, Form.TEXT)
+
+    assert "came to the same bits" in text
+    assert ("begin earlier" in text) is earlier
+    assert ("before that" in text) is earlier

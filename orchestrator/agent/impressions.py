@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from orchestrator.protocol import coverage
 from orchestrator.protocol.messages import Impression, Receipt
 from storage.digest import Buffer
 from storage.shard import Extra, ShardIndex, StagedChunk
@@ -65,6 +66,7 @@ def of_index(index: str | bytes | ShardIndex) -> Impression:
         content=_digests(sealed.chunks),
         moving=_digests(chunk for chunk in chunks if chunk.state != WEIGHTS),
         extra=_short([sealed.extra]),
+        gap=coverage.gap(sealed.chunks),
     )
 
 

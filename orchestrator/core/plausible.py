@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from orchestrator.core.state import RunState
+from orchestrator.protocol import coverage
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.messages import Impression
 
@@ -31,7 +32,7 @@ def doubts(state: RunState, step: Step) -> list[str]:
     by_shard = {seen.shard: seen for report in reports for seen in report.impressions}
     if len(by_shard) < state.shard_count():
         return []
-    found = [_torn(by_shard), _unsound(by_shard)]
+    found = [_torn(by_shard), _incomplete(by_shard), _unsound(by_shard)]
     if state.replicas_agreed:
         found.append(_split(state, step, by_shard))
     if state.vouched is not None and state.vouched[0] != step:
@@ -80,6 +81,17 @@ def _torn(by_shard: Mapping[int, Impression]) -> Iterator[str]:
                 f"torn: shard {shard} has counters {seen.extra}, expected {usual} as {count} of "
                 f"{len(by_shard)} shards have"
             )
+
+
+def _incomplete(by_shard: Mapping[int, Impression]) -> Iterator[str]:
+    """Shards that are no whole state together, though each is what was staged."""
+    if coverage.missing(seen.gap for seen in by_shard.values()):
+        whose = sorted(shard for shard, seen in by_shard.items() if seen.gap)
+        yield (
+            f"layout: expected the boxes of {len(by_shard)} shards to have every item of each "
+            f"tensor equally often, found some missing or twice; not whole by itself: shard "
+            f"{', '.join(map(str, whose[:TOLD_MAX]))}{' and more' * (len(whose) > TOLD_MAX)}"
+        )
 
 
 def _unsound(by_shard: Mapping[int, Impression]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -268,6 +268,9 @@ class Impression(msgspec.Struct, frozen=True, array_like=True):
     """Chunks in which numbers are not finite, the first ones."""
     rms: float = -1.0
     """Root of the mean square of its weights; -1 if that was not looked at."""
+    gap: int = 0
+    """By how much its boxes miss what they should have; of all shards together, 0
+    (protocol.coverage)."""
 
 
 class ShardsStaged(_Message, frozen=True, kw_only=True):

@@ -90,6 +90,10 @@ def saved(cluster: Cluster, step: int, *, votes: bool = True) -> list[Decision]:
             "stale: the optimizer's chunks of shard 1 are those of step 10",
         ),
         ({"boxes": "fewer"}, "layout: shard 1 has boxes fewer, expected boxes 1 as in step 10"),
+        (
+            {"gap": 5},
+            "found some missing or twice; not whole by itself: shard 1",
+        ),
         ({"rms": 2.1}, "out of proportion: weights of shard 1 are 2.1 on average, expected about"),
         ({"rms": 1e-5}, "out of proportion: weights of shard 1 are 1e-05 on average"),
     ],

@@ -41,7 +41,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.data
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not alone"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 # Worlds that no test has tried. A seed that fails is named with the command that replays it.

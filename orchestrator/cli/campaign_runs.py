@@ -16,6 +16,7 @@ from orchestrator.campaign import job, timed
 from orchestrator.campaign.catalogue import Blame, Trial
 from orchestrator.campaign.judging import Named, Result
 from orchestrator.cli.errors import CliError, Exit
+from orchestrator.cli.prepare import forget
 from orchestrator.cli.progress import Quiet
 from orchestrator.cli.supervise import supervise
 from orchestrator.core.incident import CORRUPTION
@@ -61,9 +62,12 @@ def conduct(trial: Trial, out: Path) -> Result:
         run = job.small(steps=STEPS)
     else:
         run = (job.timed if trial.group == "straggler" else job.small)(timed.STEPS)
-    ended = supervise(
-        run, plan_of(trial), out=out, report=None, timeout_s=TIMEOUT_S, progress=Quiet()
-    )
+    try:
+        ended = supervise(
+            run, plan_of(trial), out=out, report=None, timeout_s=TIMEOUT_S, progress=Quiet()
+        )
+    finally:
+        forget(RunFolder(out), run.metadata.name)
     if ended.code is Exit.INTERRUPTED:
         raise CliError(ended.message, "the same command goes on from here", ended.code)
     report = msgspec.json.decode(RunFolder(out).report.read_bytes(), type=Report)

@@ -6,8 +6,10 @@ with the first trial that it lacks.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TextIO, get_args
 
@@ -23,11 +25,13 @@ from orchestrator.cli import campaign_runs, intake, units, whole
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.runfile import TrainingRun
+from orchestrator.server.journal import AlreadyRunningError, lock
 
 Kind = Literal["corruption", "hang", "straggler"]
 CORRUPTION: Kind = "corruption"
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KEPT = "campaign.json"
+KEPT, ROOM, LOCK = "campaign.json", "room", "campaign.lock"
+"""In a campaign's folder: what is known, what trials leave while it is under way, and its lock."""
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Time = Annotated[float, msgspec.Meta(gt=0)]
 CLEAN_AT_ONCE = 100
@@ -71,26 +75,48 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
 
     Raises:
         BadFileError: if the run file is no run.
-        CliError: if the run is not marked for it, or the folder has another campaign.
+        CliError: if the run is not marked for it, or the folder has another campaign, or one that
+            is under way.
         WorldBrokenError: if the world breaks without a fault in it.
     """
     target = job.small() if run_file is None else _own(run_file)
     out.mkdir(parents=True, exist_ok=True)
     file = out / KEPT
-    work = _Work(_kept(file, asked, target), file, progress)
-    room = Path(tempfile.mkdtemp(prefix="holdfast-campaign-"))
+    with _room(out) as room:
+        work = _Work(_kept(file, asked, target), file, progress)
+        try:
+            work.strike(room / "trials")
+            if CORRUPTION in asked.classes:
+                work.rest(asked.clean_steps, room / "clean")
+                work.weigh(asked.pairs, room / "costs")
+            work.run_whole(room / "runs")
+        except KeyboardInterrupt:
+            progress.write("interrupted; the same command goes on from here\n")
+            raise
+    return work.told()
+
+
+@contextlib.contextmanager
+def _room(out: Path) -> Iterator[Path]:
+    """Hold a campaign's folder, and yield one in it that is gone afterwards.
+
+    Raises:
+        CliError: if another process is at the same campaign.
+    """
     try:
-        work.strike(room / "trials")
-        if CORRUPTION in asked.classes:
-            work.rest(asked.clean_steps, room / "clean")
-            work.weigh(asked.pairs, room / "costs")
-        work.run_whole(room / "runs")
-    except KeyboardInterrupt:
-        progress.write("interrupted; the same command goes on from here\n")
-        raise
+        held = lock(out / LOCK)
+    except AlreadyRunningError as error:
+        hint = "wait until it is over, or choose another --out"
+        raise CliError(f"a campaign is under way there already: {out}", hint) from error
+    room = out / ROOM
+    try:
+        if room.exists():  # of one that was killed
+            shutil.rmtree(room)
+        room.mkdir()
+        yield room
     finally:
         shutil.rmtree(room)
-    return work.told()
+        os.close(held)
 
 
 class _Work:

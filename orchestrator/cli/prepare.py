@@ -321,6 +321,13 @@ def _register(folder: RunFolder, name: str) -> None:
     link.symlink_to(folder.root)
 
 
+def forget(folder: RunFolder, name: str) -> None:
+    """Have a run that is over be known by its name no more; its folder is the caller's."""
+    for link in (elsewhere(name), home() / name):
+        if link.is_symlink() and link.resolve() == folder.root.resolve():
+            link.unlink()
+
+
 def _write(path: Path, data: bytes) -> None:
     """Write a file that only its owner may read, as a whole."""
     temporary = path.with_name(f".{path.name}.new")

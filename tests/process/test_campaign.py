@@ -1,7 +1,6 @@
 """`holdfast campaign` strikes a small live world, and says how much of it was noticed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -73,22 +72,27 @@ def test_forty_trials_find_every_fault_of_state_and_name_its_rank(tmp_path: Path
 def test_a_campaign_that_is_interrupted_leaves_nobody_behind_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = command("--trials", "3", "--seed", "3", *FEW, "--out", str(out))
-    own = dict(os.environ, TMPDIR=str(tmp_path))
     with (tmp_path / "err").open("w") as err:
-        begun = subprocess.Popen(asked, cwd=REPOSITORY, stdout=err, stderr=err, env=own)
+        begun = subprocess.Popen(asked, cwd=REPOSITORY, stdout=err, stderr=err)
     deadline = time.monotonic() + 120
+    while not (out / "room").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    other = holdfast(*asked[asked.index("campaign") + 1 :], code=1)
     while "2 of 3" not in (tmp_path / "err").read_text():
         assert time.monotonic() < deadline, (tmp_path / "err").read_text()
         assert begun.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.1)
     begun.send_signal(signal.SIGINT)
 
+    assert "a campaign is under way there already" in other.stderr
     assert begun.wait(30) == 130
     assert "the same command goes on from here" in (tmp_path / "err").read_text()
     assert not [entry for entry in Path("/proc").iterdir() if str(tmp_path) in _words(entry)]
-    assert not list(tmp_path.glob("holdfast-campaign-*"))
+    assert not (out / "room").exists()
     kept = json.loads((out / "campaign.json").read_bytes())
     assert len(kept["results"]) == 2
+    (out / "room" / "left by one that was killed").mkdir(parents=True)
     text = holdfast("--trials", "3", "--seed", "3", *FEW, "--out", str(out)).stdout
     assert "3 of 3 trials" in text
     assert json.loads((out / "campaign.json").read_bytes())["results"][0] == kept["results"][0]

@@ -334,3 +334,17 @@ def test_a_table_of_signals_that_is_none_is_refused(
 
     assert str(error).startswith(says)
     assert error.code is Exit.USAGE
+
+
+def test_a_run_that_is_forgotten_leaves_no_name_behind_and_no_other_run_loses_its_own(
+    home: Path, tmp_path: Path
+) -> None:
+    with prepared(tmp_path / "one") as one:
+        assert (home / "demo").is_symlink()
+    prepare.forget(RunFolder(tmp_path / "another"), "demo")
+    assert (home / "demo").is_symlink()
+
+    prepare.forget(one, "demo")
+
+    assert not (home / "demo").is_symlink()
+    assert one.run_file.exists()

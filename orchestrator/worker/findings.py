@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from orchestrator.protocol.digests import KINDS, NONE, Kind, Taken
 from orchestrator.protocol.ids import Rank, Step
 from orchestrator.protocol.rank import DetectorOff, Diverged, Repaired
@@ -84,16 +86,8 @@ class Findings(Connection):
             tensors: what it was given, by kind and name; none if the state was the same after all.
             seconds: since the step began.
         """
-        self._send(
-            Repaired(
-                generation=self._generation,
-                step=Step(step),
-                ranks=(Rank(rank),),
-                source=Rank(source),
-                tensors=tuple(tensors),
-                seconds=seconds,
-            )
-        )
+        told = self._repair(step, rank, source, tensors)
+        self._send(msgspec.structs.replace(told, seconds=seconds))
 
     def repairing(self, step: int, *, rank: int, source: int, tensors: Sequence[str]) -> None:
         """Report that a rank is about to be given what others hold: it may die of that.
@@ -104,16 +98,8 @@ class Findings(Connection):
             source: whose state it is given.
             tensors: what of it, by kind and name.
         """
-        self._send(
-            Repaired(
-                generation=self._generation,
-                step=Step(step),
-                ranks=(Rank(rank),),
-                source=Rank(source),
-                tensors=tuple(tensors),
-                begun=True,
-            )
-        )
+        told = self._repair(step, rank, source, tensors)
+        self._send(msgspec.structs.replace(told, begun=True))
 
     def not_repaired(self, step: int, *, because: str) -> None:
         """Report why state that differs stays so; what follows from that, digests say.
@@ -132,3 +118,12 @@ class Findings(Connection):
             reason: why, in words; usually what it raised.
         """
         self._send(DetectorOff(generation=self._generation, detector=detector, reason=reason))
+
+    def _repair(self, step: int, rank: int, source: int, tensors: Sequence[str]) -> Repaired:
+        return Repaired(
+            generation=self._generation,
+            step=Step(step),
+            ranks=(Rank(rank),),
+            source=Rank(source),
+            tensors=tuple(tensors),
+        )

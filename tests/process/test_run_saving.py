@@ -235,11 +235,11 @@ def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_
 
     assert code == 0, report.reason
     assert report.checkpoints[-1].step == 40
-    assert not {20, 30} & {checkpoint.step for checkpoint in report.checkpoints}
+    kept = {checkpoint.step for checkpoint in report.checkpoints}
+    assert not {20, 30} & kept
     failed = {failure.step for failure in report.save_failures if said in failure.reason}
     # On a busy machine the save of step 10 fails as well, and that of step 20 waits for it.
-    assert 40 in failed
-    assert failed & {10, 20}
+    assert failed >= {20 if 10 in kept else 10, 40}
     assert "step 40: node-0: Storage" in words
     assert said in words
     assert report.incidents == []

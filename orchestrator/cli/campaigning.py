@@ -113,9 +113,11 @@ def _room(out: Path) -> Iterator[Path]:
         if room.exists():  # of one that was killed
             shutil.rmtree(room)
         room.mkdir()
-        yield room
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room)
     finally:
-        shutil.rmtree(room)
         os.close(held)
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from storage import parallel
+from storage import coverage, parallel
 from storage.blob import BlobStore
 from storage.commit import fetch_index
 from storage.errors import ShardCorruptError
@@ -164,7 +164,7 @@ def name_of(chunk: StagedChunk) -> str:
 
 
 def require_whole(tensor: Tensor, where: str) -> None:
-    """Check that the boxes of a tensor are as many elements as it has.
+    """Check that the boxes of a tensor have each of its elements once.
 
     Raises:
         ShardCorruptError: if some are missing. They would silently stay what they were.
@@ -174,6 +174,9 @@ def require_whole(tensor: Tensor, where: str) -> None:
         raise ShardCorruptError(
             f"{held} of {math.prod(tensor.shape)} elements are there: {tensor.name} of {where}"
         )
+    boxes = ((offset, pieces[0].chunk.shape) for offset, pieces in tensor.pieces.items())
+    if not coverage.whole(tensor.shape, boxes):
+        raise ShardCorruptError(f"boxes overlap, or leave a gap: {tensor.name} of {where}")
 
 
 def _plain(value: object) -> Json:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from storage import coverage
 from storage.appearing import appearing
 from storage.blob import BlobStore
 from storage.claim import Claimed
@@ -48,6 +49,7 @@ HEADER_BYTES_MAX = 100_000_000
 INDEX_BYTES_MAX = 1 << 30
 _OF_SET = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
+Box: TypeAlias = tuple[int, ...]
 Told = Callable[[int], object]
 
 
@@ -176,13 +178,14 @@ def bring_in(  # noqa: PLR0913 - what is asked for, and the two who are told
         StorageError: from the store; nothing is committed then, unless it is one of which
             the outcome is not known, which `left` is told.
         StaleEpochError: if somebody else writes this epoch.
-        ForeignFormatError: from a part; also if the parts are not all of a tensor, or no part of
-            it. Nothing is written in these two cases.
+        ForeignFormatError: from a part; also if the parts are not all of a tensor, each element
+            once, or no part of it. Nothing is written in these two cases.
     """
     _require_whole(parts)
     epoch = newest_epoch(store) + 1
     groups = list(_grouped(parts, lambda part: part.size, shard_bytes)) or [[]]
     layouts = [_planned(group) for group in groups]  # all of them before anything is written
+    _require_once(parts)
     claimed = Claimed(store, step, epoch)
 
     def write() -> list[ShardReceipt]:
@@ -222,6 +225,18 @@ def _require_whole(parts: Iterable[Part]) -> None:
             raise ForeignFormatError(
                 f"{held[name]} of {math.prod(shape)} elements are there: {name:.200}"
             )
+
+
+def _require_once(parts: Iterable[Part]) -> None:
+    """Check parts, each of which is inside its tensor, for some that overlap."""
+    boxes: dict[str, list[tuple[Box, Box]]] = {}
+    shapes: dict[str, Box] = {}
+    for part in parts:
+        boxes.setdefault(part.name, []).append((part.offset, part.shape))
+        shapes[part.name] = part.global_shape
+    for name, shape in shapes.items():
+        if not coverage.whole(shape, boxes[name]):
+            raise ForeignFormatError(f"boxes overlap, or leave a gap: {name:.200}")
 
 
 def _chunks(parts: Iterable[Part]) -> Iterator[Chunk]:

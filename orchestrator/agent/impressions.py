@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import xxhash
 
-from orchestrator.protocol import coverage
 from orchestrator.protocol.messages import Impression, Receipt
+from storage import coverage
 from storage.digest import Buffer
 from storage.shard import Extra, ShardIndex, StagedChunk
 

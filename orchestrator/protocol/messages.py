@@ -270,7 +270,7 @@ class Impression(msgspec.Struct, frozen=True, array_like=True):
     """Root of the mean square of its weights; -1 if that was not looked at."""
     gap: int = 0
     """By how much its boxes miss what they should have; of all shards together, 0
-    (protocol.coverage)."""
+    (storage/coverage.py)."""
 
 
 class ShardsStaged(_Message, frozen=True, kw_only=True):

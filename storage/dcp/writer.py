@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as TorchStorageWr
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from storage import parallel
+from storage import coverage, parallel
 from storage.blob import BlobStore, get_small
 from storage.commit import commit, write_shard
 from storage.contents import Beside, contents_of, extra_of
@@ -313,11 +313,14 @@ def _require_whole(metadata: Metadata) -> None:
     for name, one in metadata.state_dict_metadata.items():
         if not isinstance(one, TensorStorageMetadata):
             continue
-        held = sum(math.prod(chunk.sizes) for chunk in one.chunks)
+        boxes = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in one.chunks}
+        held = sum(math.prod(size) for _, size in boxes)
         if held < math.prod(one.size):
             raise UnstorableError(
                 f"plan has {held} of {math.prod(one.size)} elements, expected all: {name}"
             )
+        if not coverage.whole(tuple(one.size), boxes):
+            raise UnstorableError(f"plan has boxes that overlap, expected each once: {name}")
 
 
 def _index(store: BlobStore, step: int, epoch: int, shard: int) -> tuple[ShardIndex, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.protocol import coverage
-from orchestrator.protocol.coverage import PRIME
+from storage.coverage import PRIME, gap, whole
 
 
 class Part(NamedTuple):
@@ -63,7 +64,7 @@ def gaps(parts: list[Part], owners: list[int]) -> list[int]:
     shards = [
         [p for p, owner in zip(parts, owners, strict=True) if owner == shard] for shard in range(4)
     ]
-    return [coverage.gap(shard) for shard in shards]
+    return [gap(shard) for shard in shards]
 
 
 @given(parts=STATES, data=st.data())
@@ -97,6 +98,35 @@ def test_a_part_that_is_lost_moved_or_there_twice_is_told(
         parts = [*parts[:at], part._replace(**{field: tuple(values)}), *parts[at + 1 :]]
 
     assert coverage.missing(gaps(parts, [0] * len(parts))) == (not is_whole(parts))
+
+
+def test_the_controller_adds_up_by_the_number_that_shards_take_theirs_by() -> None:
+    assert coverage.PRIME == PRIME
+
+
+@given(grid=cuts("param/a"), data=st.data())
+def test_boxes_are_a_whole_tensor_if_they_have_every_item_as_often(
+    grid: list[Part], data: st.DataObject
+) -> None:
+    shape = grid[0].global_shape
+    spans = st.tuples(*(st.integers(0, side).flatmap(_span_in(side)) for side in shape))
+    drawn = data.draw(st.lists(spans, max_size=3))
+    parts = grid[data.draw(st.integers(0, len(grid))) :] if drawn else grid
+    parts = [*parts, *(Part("", tuple(n for _, n in one), shape, _at(one)) for one in drawn)]
+
+    seen = Counter(item for part in parts for item in part.items())
+
+    often = {seen[item] for item in product(*map(range, shape))}
+    boxes = [(part.offset, part.shape) for part in parts]
+    assert whole(shape, boxes) == (often <= {max(often, default=1)} - {0})
+
+
+def _at(spans: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    return tuple(at for at, _ in spans)
+
+
+def _span_in(side: int) -> Callable[[int], st.SearchStrategy[tuple[int, int]]]:
+    return lambda at: st.tuples(st.just(at), st.integers(0, side - at))
 
 
 def test_a_tensor_that_one_shard_takes_for_larger_than_the_other_is_not_whole() -> None:

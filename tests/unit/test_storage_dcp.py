@@ -16,6 +16,19 @@ import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from storage import dcp, verdicts
@@ -73,9 +86,16 @@ def emptied(value: Any) -> Any:
     return [emptied(item) for item in value] if isinstance(value, list) else "?"
 
 
-def save(address: dcp.target.Address, step: int, state: Any = STATE, **options: Any) -> None:
+def save(
+    address: dcp.target.Address,
+    step: int,
+    state: Any = STATE,
+    planner: DefaultSavePlanner | None = None,
+    **options: Any,
+) -> None:
     writer = dcp.StorageWriter(address, **options)
-    torch_dcp.save(state, checkpoint_id=f"any/step-{step}", storage_writer=writer)
+    where = f"any/step-{step}"
+    torch_dcp.save(state, checkpoint_id=where, storage_writer=writer, planner=planner)
 
 
 def load(address: dcp.target.Address, state: Any = STATE, step: int | None = None) -> Any:
@@ -366,6 +386,44 @@ def test_rows_that_no_rank_has_are_missed_at_the_commit() -> None:
             storage_writer=dcp.StorageWriter(store, step=3, epoch=1),
             planner=RowsPlanner(0, 2),
         )
+    assert steps_of(store) == []
+
+
+class _Lapping(DefaultSavePlanner):
+    """Has two of four rows saved twice in part: 0, 1 and 1, 2."""
+
+    def create_local_plan(self) -> SavePlan:
+        (item,) = super().create_local_plan().items
+        data = item.tensor_data
+        assert data is not None
+        items = []
+        for at in range(2):
+            chunk = ChunkStorageMetadata(torch.Size([at]), torch.Size([2]))
+            told = TensorWriteData(chunk, data.properties, data.size)
+            index = MetadataIndex(item.index.fqn, torch.Size([at]))
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=told))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        chunks = [item.tensor_data.chunk for item in all_plans[0].items if item.tensor_data]
+        properties = TensorProperties(dtype=torch.float32)
+        held = TensorStorageMetadata(properties, torch.Size([4]), chunks)
+        return all_plans, Metadata({"w": held})
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return torch.ones(2)
+
+
+def test_rows_that_are_there_twice_do_not_stand_for_rows_that_are_not_there() -> None:
+    """There are as many elements as there should be."""
+    store, state = MemoryStore(), {"w": torch.ones(4)}
+
+    writer = dcp.StorageWriter(store, step=2, epoch=1, ranks=1)
+
+    with pytest.raises(ShardCorruptError, match="boxes overlap, or leave a gap: w of"):
+        torch_dcp.save(state, storage_writer=writer, planner=_Lapping(), use_collectives=False)
+    with pytest.raises(CheckpointException, match="plan has boxes that overlap, expected each"):
+        save(store, 3, state, epoch=1, planner=_Lapping())
     assert steps_of(store) == []
 
 

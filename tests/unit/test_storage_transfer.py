@@ -481,6 +481,8 @@ def part(name: str, shape: tuple[int, ...], whole: tuple[int, ...], at: tuple[in
     [
         ([part("t", (2,), (4,), (0,))], "2 of 4 elements are there: t"),
         ([part("t", (4,), (4,), (1,))], "is not inside"),
+        # As many elements as there are, one of them twice.
+        ([part("t", (2,), (4,), (0,)), part("t", (2,), (4,), (1,))], "boxes overlap, or leave a"),
         ([part("t", (2,), (4,), (0,)), part("t", (2,), (5,), (2,))], "of different tensors"),
         ([part("t", (1,) * 65, (1,) * 65, (0,) * 65)], "more than 64 dimensions"),
     ],

@@ -134,7 +134,14 @@ def gc(
     Nothing goes if no checkpoint is whole: exit code 6 if one is damaged, 1 if all are barred.
     """
     from orchestrator.cli import collecting
+    from orchestrator.cli.errors import CliError, Exit
 
+    if dry_run and yes:
+        raise CliError(
+            "--dry-run and --yes, expected one of them: with --dry-run nothing is deleted",
+            "look with --dry-run first, then agree with --yes",
+            Exit.USAGE,
+        )
     store = collecting.opened(uri)
     ladder = collecting.Ladder(last=keep_last, every_steps=keep_every, anchors=anchors)
     with collecting.gauge(quiet=False) as gauge:

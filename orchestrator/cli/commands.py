@@ -374,12 +374,13 @@ def measure(
             metavar="[RUN.yaml]", help="A run of your own; default a small Llama on two nodes."
         ),
     ] = None,
-    output: Annotated[
+    file: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the profile here: .json or .yaml."
-        ),
+        typer.Option("--file", metavar="PROFILE", help="Write the profile here: .json or .yaml."),
     ] = None,
+    output: Annotated[
+        Form, typer.Option("--output", "-o", help="How it is printed; json is the profile.")
+    ] = Form.TEXT,
     steps: Annotated[
         int | None,
         typer.Option(min=60, max=10_000, help="Of each run, without a run file; default 90."),
@@ -400,11 +401,11 @@ def measure(
         run_file=run_file,
         steps=steps,
         base=base,
-        file=output,
+        file=file,
         repeat=repeat,
         progress=lambda: progress.progress_on(sys.stderr, quiet=quiet),
     )
-    typer.echo(measured.table)
+    typer.echo(measured.told(output))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from orchestrator.cli import intake, whole
-from orchestrator.cli.choices import Output
+from orchestrator.cli.choices import Form, Output
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.progress import Progress
 from orchestrator.cli.supervise import supervise
@@ -71,6 +71,12 @@ class Measured(NamedTuple):
 
     profile: Profile
     table: str
+
+    def told(self, output: Form) -> str:
+        """Return the profile as its file would have it in JSON, or a table of it."""
+        if output is Form.JSON:
+            return profiles.text(self.profile, json=True).rstrip()
+        return self.table
 
 
 def measure(
@@ -321,7 +327,7 @@ def _require_place(file: Path) -> None:
     """Refuse, before anything runs, a file that could not be written when it is over."""
     if file.suffix not in (".json", ".yaml", ".yml"):
         raise CliError(
-            f"--output is {file}, expected a name that ends in .json or .yaml",
+            f"--file is {file}, expected a name that ends in .json or .yaml",
             "the form follows from the name",
             Exit.USAGE,
         )

@@ -34,6 +34,10 @@ from tests.conftest import Cluster
 RANKS_PER_NODE = 8
 
 
+class TooFewError(Exception):
+    """There is nothing to go on from in so short a run."""
+
+
 def run_file(nodes: int) -> str:
     """Return a run of so many nodes, as text."""
     return runfiles.text(
@@ -52,7 +56,11 @@ def lived(nodes: int, ticks: int) -> tuple[TrainingRun, list[Event]]:
 
 
 def write(folder: RunFolder, run: TrainingRun, events: list[Event]) -> dict[str, float]:
-    """Decide them, put them on record and take snapshots, as a live controller does."""
+    """Decide them, put them on record and take snapshots, as a live controller does.
+
+    Raises:
+        TooFewError: if no snapshot was due yet.
+    """
     controller, told = compose.controller(run), Told()
     file, kept = JournalFile(folder.journal, run), Snapshots(folder.snapshot, run.metadata.name)
     deciding_s = taking_s = 0.0
@@ -69,6 +77,11 @@ def write(folder: RunFolder, run: TrainingRun, events: list[Event]) -> dict[str,
             taking_s += time.perf_counter() - began
             taken += 1
     file.close()
+    if not taken:
+        raise TooFewError(
+            f"no snapshot was due within {len(events)} events, decided in {deciding_s:.2f} s: "
+            "ask for more --ticks"
+        )
     return {
         "snapshots": taken,
         "snapshot_mb": folder.snapshot.stat().st_size / 1e6,
@@ -113,7 +126,10 @@ def main() -> int:
     options.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = options.parse_args()
     with ending.new_folder() as folder:
-        found = measure(Path(folder), chosen.nodes, chosen.ticks)
+        try:
+            found = measure(Path(folder), chosen.nodes, chosen.ticks)
+        except TooFewError as error:
+            options.error(str(error))
     if chosen.json:
         print(json.dumps(found, indent=2))
     else:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.cli.choices import Form
+from orchestrator.cli.measure import Measured
 from orchestrator.worlds.simulated import profiles
 from tests.journals import holdfast
 from tests.runs import HEEDING, REPOSITORY, steps_job
@@ -51,7 +53,7 @@ def started(
 
 def test_a_live_run_becomes_a_profile_that_simulations_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    command = started(tmp_path, "-o", str(file))
+    command = started(tmp_path, "--file", str(file))
     out, err = command.communicate(timeout=120)
     assert command.returncode == 0, err
 
@@ -71,9 +73,19 @@ def test_a_live_run_becomes_a_profile_that_simulations_read(tmp_path: Path) -> N
     assert not (tmp_path / "home").exists()  # it is none of the user's runs
 
 
+def test_what_was_measured_is_printed_as_a_table_or_as_the_file_has_it(tmp_path: Path) -> None:
+    measured = Measured(profiles.packaged("measured"), "a table")
+    file = tmp_path / "told.json"
+
+    file.write_text(measured.told(Form.JSON), encoding="utf-8")
+
+    assert profiles.read(file) == measured.profile
+    assert measured.told(Form.TEXT) == "a table"
+
+
 def test_ctrl_c_ends_the_run_that_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    command = started(tmp_path, "-o", str(file))
+    command = started(tmp_path, "--file", str(file))
     deadline = time.monotonic() + 30
     while not list((tmp_path / "temporary").glob("*/run-0/journal")):
         assert time.monotonic() < deadline
@@ -88,7 +100,7 @@ def test_ctrl_c_ends_the_run_that_is_measured_and_leaves_nothing(tmp_path: Path)
 
 def test_of_a_run_that_fails_nothing_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    command = started(tmp_path, "-q", "-o", str(file), job={"refuse": True})
+    command = started(tmp_path, "-q", "--file", str(file), job={"refuse": True})
     out, err = command.communicate(timeout=60)
 
     assert (command.returncode, out) == (2, "")
@@ -101,8 +113,8 @@ def test_of_a_run_that_fails_nothing_is_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said", "hint"),
     [
-        (["-o", "profile.txt"], "--output is profile.txt, expected a name that ends in", "name"),
-        (["-o", "/nowhere/profile.json"], "no such folder: /nowhere", "make it first"),
+        (["--file", "profile.txt"], "--file is profile.txt, expected a name that ends in", "name"),
+        (["--file", "/nowhere/profile.json"], "no such folder: /nowhere", "make it first"),
         (["--base", "{run}"], "invalid enum value 'TrainingRun'", "explain"),
         (["--base", "absent.yaml"], "No such file or directory: absent.yaml", "check the path"),
         (["{run}", "--steps", "80"], "--steps is 80, expected none with a run file", "trainer"),

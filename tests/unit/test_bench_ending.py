@@ -1,9 +1,13 @@
-"""What a benchmark makes is gone when it is told to end."""
+"""How a benchmark ends: what it makes is gone, and what it can not measure is said."""
 
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.bench import takeover
 
 PROGRAM = """
 import sys, time
@@ -36,3 +40,15 @@ def test_every_benchmark_that_makes_a_folder_has_it_tidied() -> None:
     }
 
     assert others == set()
+
+
+def test_a_takeover_before_there_is_a_snapshot_is_not_measured_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["takeover", "--ticks", "2", "--nodes", "1"])
+
+    with pytest.raises(SystemExit, match="2"):
+        takeover.main()
+
+    assert "no snapshot was due within" in (said := capsys.readouterr().err)
+    assert said.endswith("ask for more --ticks\n")

@@ -171,6 +171,8 @@ def test_a_collection_is_planned_without_touching_anything_and_then_done(store: 
 
     planned = data(store, "gc", "--keep-last", "2", "--dry-run")
 
+    both = refused("gc", str(store.root), "--keep-last", "2", "--dry-run", "--yes")
+    assert "--dry-run and --yes, expected one of them" in both
     assert store.keys() == before
     assert planned["deleted"] == ["10@1", "20@1"]
     assert planned["orphans"] == ["35@1"]

@@ -212,6 +212,8 @@ def test_bad_usage_ends_with_2_and_no_traceback(arguments: tuple[str, ...]) -> N
         (("checkpoint", "gc", "{home}", "--keep-last", "0", "-o", "json"), "BadParameter", 2),
         (("plan", "ettr", "--gpus", "x", "--output=json"), "BadParameter", 2),
         (("simulate", "--record", "{home}/absent", "-o", "json"), "BadFileError", 2),
+        (("measure", "{home}/absent", "-o", "json"), "BadFileError", 2),
+        (("checkpoint", "gc", "{home}", "--dry-run", "--yes", "-o", "json"), "CliError", 2),
     ],
 )
 def test_who_asks_for_json_is_told_in_json_what_is_wrong(

@@ -9,9 +9,8 @@ from typing import Self
 
 from orchestrator.campaign.baselines import Seen
 from orchestrator.campaign.catalogue import MOMENTS, Trial
-from orchestrator.campaign.judging import Result, is_early, judged, onset
+from orchestrator.campaign.judging import Result, Watched, is_early, judged, onset
 from orchestrator.campaign.world import LiveWorld, WorldBrokenError
-from orchestrator.protocol.messages import StateDiverged
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.trials import Quiet, Return, Said, Step, Train
 
@@ -66,7 +65,7 @@ class Conductor:
         self._close()
 
     def conduct(self, trial: Trial) -> Result:
-        """Try one fault; a world that breaks under it has noticed it, if loudly.
+        """Try one fault; what comes of it in a world that breaks under it counts as well.
 
         Raises:
             WorldBrokenError: if the world breaks without a fault in it.
@@ -75,24 +74,13 @@ class Conductor:
         self._there()
         before = self.before(trial.snapshot)
         twin = self._twin(trial.snapshot, MOMENTS + trial.horizon)
+        watched = Watched()
         try:
-            return self._conduct(trial, before, twin)
+            self._conduct(trial, before, twin, watched)
         except WorldBrokenError as error:
             self._close()
-            how = trial.injection
-            assert how is not None
-            return Result(
-                number=trial.number,
-                name=trial.name,
-                group=trial.group,
-                site=how.site,
-                form=how.form,
-                effective=True,
-                noticed=True,
-                latency=0,
-                named="among others",
-                evidence=f"the world broke: {error}",
-            )
+            watched.crash = str(error)
+        return judged(trial, before=before, twin=twin, watched=watched)
 
     def rest(self, count: int) -> None:
         """Take steps without a fault and with all that happens to a run besides.
@@ -115,51 +103,41 @@ class Conductor:
         """Return the steps that led to a snapshot."""
         return self._history[: SNAPSHOTS[snapshot]]
 
-    def _conduct(self, trial: Trial, before: Sequence[Seen], twin: Sequence[Seen]) -> Result:
+    def _conduct(
+        self, trial: Trial, before: Sequence[Seen], twin: Sequence[Seen], watched: Watched
+    ) -> None:
+        """Let a fault loose, and take steps for as long as that is of interest."""
         how = trial.injection
         assert how is not None
         world = self._there()
         said = world.order(
             Return(snapshot=trial.snapshot, generation=world.next_generation(), injection=how)
         )
-        refused = [each.refused for each in said]
-        steps: list[Seen] = []
-        found: list[StateDiverged] = []
-        thrown: list[int] = []
-        while not any(refused) and (more := self._more(trial, twin, steps, found, before)):
+        watched.refused = [each.refused for each in said]
+        steps = watched.steps
+        while not any(watched.refused) and (more := self._more(trial, before, twin, watched)):
             said = world.order(Step(steps=more))
             steps += (came := _seen(said))
             heard = world.listen(float(len(steps)))
-            found += heard.found
-            thrown += heard.thrown if sum(each.struck for each in said) else []
+            watched.found += heard.found
+            watched.thrown += heard.thrown if sum(each.struck for each in said) else []
             if len(came) < more:
                 break  # a step that never comes out the same: a run would go back now
-        return judged(
-            trial,
-            before=before,
-            twin=twin,
-            steps=steps,
-            found=found,
-            thrown=thrown,
-            refused=refused,
-        )
 
     def _more(
-        self,
-        trial: Trial,
-        twin: Sequence[Seen],
-        steps: list[Seen],
-        found: list[StateDiverged],
-        before: Sequence[Seen],
+        self, trial: Trial, before: Sequence[Seen], twin: Sequence[Seen], watched: Watched
     ) -> int:
         """Return how many more steps a trial takes now, 0 if it is over."""
-        how, taken = trial.injection, len(steps)
+        how, taken = trial.injection, len(watched.steps)
         assert how is not None
-        if all(is_early(how, before, fact) for fact in found):
-            return max(min(how.step + trial.horizon - taken, AT_ONCE), 0)
-        began = onset(twin, steps)
-        first = how.step if began is None else began - SNAPSHOTS[trial.snapshot]
-        return max(min(first - 1 + RULES_STEPS, how.step + trial.horizon) - taken, 0)
+        clean = how.step - 1
+        if all(is_early(how, before, fact) for fact in watched.found):
+            return max(min(clean + max(trial.horizon, RULES_STEPS) - taken, AT_ONCE), 0)
+        began = onset(twin, watched.steps)
+        if began is not None:
+            clean = began - SNAPSHOTS[trial.snapshot] - 1
+        last = how.step - 1 + max(trial.horizon, RULES_STEPS)
+        return max(min(clean + RULES_STEPS, last) - taken, 0)
 
     def _there(self) -> LiveWorld:
         """Return the world, which is made and brought to its snapshots if it is not there."""

@@ -33,6 +33,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     form: str = ""
     effective: bool
     noticed: bool = False
+    """Whether a detector did, within the horizon."""
+    crashed: bool = False
+    """Whether ranks raised something and were gone before one did. A run would be begun again, and
+    nobody would know that anything was wrong: it counts as if it had been missed."""
     latency: int | None = None
     """Steps whose bad result moved the weights before it was noticed, 0 for none."""
     seconds: float | None = None
@@ -56,7 +60,22 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     false_kills: int = 0
     """Of a run that is a trial: how often it was begun again for nothing."""
     alarms: tuple[str, ...] = ()
-    """What detectors said of its steps before the fault was let loose."""
+    """What detectors said of its steps before the fault was let loose, or of a fault that had left
+    no trace."""
+
+
+class Watched(msgspec.Struct, kw_only=True):
+    """What came of a trial while it was under way."""
+
+    steps: list[Seen] = []
+    found: list[StateDiverged] = []
+    """What the detectors said."""
+    thrown: list[int] = []
+    """Steps that ranks threw away, once the injection had changed something."""
+    refused: list[str] = []
+    """Of each rank, why it did not go on from bytes of a checkpoint; "" if it did."""
+    crash: str = ""
+    """What ended the world, if anything did."""
 
 
 def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:
@@ -68,14 +87,7 @@ def onset(twin: Sequence[Seen], steps: Sequence[Seen]) -> int | None:
 
 
 def judged(
-    trial: Trial,
-    *,
-    before: Sequence[Seen],
-    twin: Sequence[Seen],
-    steps: Sequence[Seen],
-    found: Sequence[StateDiverged],
-    thrown: Sequence[int],
-    refused: Sequence[str],
+    trial: Trial, *, before: Sequence[Seen], twin: Sequence[Seen], watched: Watched
 ) -> Result:
     """Return what came of a trial.
 
@@ -83,27 +95,27 @@ def judged(
         trial: what it was.
         before: the steps that led to the snapshot.
         twin: the steps after it without the fault, at least as many.
-        steps: those with it.
-        found: what the detectors said.
-        thrown: steps that ranks threw away, once the injection had changed something.
-        refused: of each rank, why it did not go on from bytes of a checkpoint; "" if it did.
+        watched: those with it, and what was said of them.
     """
-    how = trial.injection
+    how, steps, refused = trial.injection, watched.steps, watched.refused
     assert how is not None
     first = before[-1].of_ranks[0].step + 1
-    began = _began(how, onset(twin, steps), first, steps, thrown, refused)
+    began = _began(how, onset(twin, steps), first, watched)
     base = Result(
         number=trial.number,
         name=trial.name,
         group=trial.group,
         site=how.site,
         form=how.form,
-        effective=began is not None,
+        effective=began is not None or bool(watched.crash),
         steps=len(steps),
-        alarms=tuple(fact.evidence for fact in found if is_early(how, before, fact)),
+        # What is said of a fault that has left no trace is said of nothing.
+        alarms=tuple(
+            fact.evidence
+            for fact in watched.found
+            if is_early(how, before, fact) or (began is None and not watched.crash)
+        ),
     )
-    if began is None:
-        return base
     if any(refused):
         ranks = tuple(Rank(rank) for rank, why in enumerate(refused) if why)
         evidence = next(filter(None, refused))
@@ -111,23 +123,44 @@ def judged(
         return msgspec.structs.replace(
             base, noticed=True, latency=0, named=named, evidence=evidence
         )
-    rules = {
-        name: None if at is None or at < began else at - began + 1
-        for name, at in flagged(before, steps).items()
-    }
-    within = [f for f in found if 0 <= f.step + 1 - began <= trial.horizon]
-    if not within:
-        return msgspec.structs.replace(base, baselines=rules)
+    if began is None:
+        return _crashed(base, watched)
+    told, rules = _told_in_time(trial, began, watched.found), _rules(before, steps, began)
+    if not told:
+        return _crashed(msgspec.structs.replace(base, baselines=rules), watched)
     # Several detectors may speak up between two looks, each in its own way.
-    fact = min(within, key=lambda fact: fact.step)
+    fact = told[0]
+    accused = [_named(each.ranks, how.rank, proven=True) for each in told if each.proven]
     return msgspec.structs.replace(
         base,
         noticed=True,
         latency=fact.step + 1 - began,
-        named=_named(fact.ranks, how.rank, proven=fact.proven),
+        # Who is right once and then accuses somebody else has not named the culprit.
+        named="wrong" if "wrong" in accused else _named(fact.ranks, how.rank, proven=fact.proven),
         evidence=fact.evidence,
         unharmed=_same(twin[len(steps) - 1], steps[-1]) if steps else False,
         baselines=rules,
+    )
+
+
+def _told_in_time(trial: Trial, began: int, found: Sequence[StateDiverged]) -> list[StateDiverged]:
+    """Return what was said within the horizon, of the earliest step first."""
+    told = [fact for fact in found if 0 <= fact.step + 1 - began < trial.horizon]
+    return sorted(told, key=lambda fact: fact.step)
+
+
+def _rules(before: Sequence[Seen], steps: Sequence[Seen], began: int) -> dict[str, int | None]:
+    """Return after how many wrong steps each baseline speaks up; None if it does not."""
+    clean = [step for step in steps if step.of_ranks[0].step < began]
+    wrong = flagged([*before, *clean], steps[len(clean) :])
+    return {name: None if at is None else at - began + 1 for name, at in wrong.items()}
+
+
+def _crashed(result: Result, watched: Watched) -> Result:
+    if not watched.crash:
+        return result
+    return msgspec.structs.replace(
+        result, crashed=True, evidence=f"the world broke: {watched.crash}"
     )
 
 
@@ -145,23 +178,18 @@ def _same(clean: Seen, dirty: Seen) -> bool:
     return all(one.state == other.state for one, other in pairs)
 
 
-def _began(
-    how: Injection,
-    differs: int | None,
-    first: int,
-    steps: Sequence[Seen],
-    thrown: Sequence[int],
-    refused: Sequence[str],
-) -> int | None:
+def _began(how: Injection, differs: int | None, first: int, watched: Watched) -> int | None:
     """Return the first step that was wrong, also of faults that leave no trace in the state.
 
     Those are: bytes that nobody goes on from, digests that are wrong themselves, and steps that
     were thrown away before they moved anything.
     """
-    if any(refused):
+    if any(watched.refused):
         return first
-    if how.site == "digest" and any(row.struck for seen in steps for row in seen.of_ranks):
-        return first - 1 + how.step
+    loose = first - 1 + how.step
+    if how.site == "digest" and any(row.struck for seen in watched.steps for row in seen.of_ranks):
+        return loose
+    thrown = [step for step in watched.thrown if step >= loose]
     return min([*thrown, *([differs] if differs is not None else [])], default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypedDict
@@ -15,6 +16,12 @@ from orchestrator.campaign.intervals import LEVEL, clopper_pearson, of_median, o
 from orchestrator.campaign.judging import Result
 from orchestrator.campaign.timed import WITHIN_STEPS
 
+TIMED: tuple[Group, ...] = ("hang", "straggler")
+"""What is a matter of time."""
+NAMES_ONE: frozenset[Group] = frozenset(
+    {"state", "persistent", "intermittent", "rare", "oneshot", "data", "detector"}
+)
+"""Of which one rank is the culprit, and is to be named."""
 INTERVALS = f"{LEVEL:.0%} intervals, Clopper-Pearson; that of overhead by order statistics"
 
 
@@ -40,12 +47,13 @@ class Overhead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds within which 95 % are noticed, of those that are, and between what limits that is."""
+    """Seconds within which 95 % are noticed, and between what limits that is."""
 
-    value: float
+    value: float | None
+    """None if more were missed."""
     low: float | None
     high: float | None
-    """None, as of `low`, if there are too few to say."""
+    """None, as of `low`, if there are too few to say, or it may be that more are missed."""
     of: int
 
 
@@ -68,19 +76,28 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     the bits that they would have had, without a restart."""
     persistent_compute_recall: Share
     intermittent_recall: Share
+    rare_recall: Share
     oneshot_recall: Share
+    sum_recall: Share
+    """Of gradients that were wrong behind a rank's products."""
+    data_recall: Share
+    digest_recall: Share
+    """Of digests that were wrong themselves."""
+    whole_run_recall: Share
+    """Of what was let loose in whole runs."""
     false_alarms_per_1000_steps: Share
     """`count` of them in `of` steps; value and limits are per 1,000."""
     false_triggers_per_1000_steps: Share
     """The same of steps that were computed once more for their numbers, for nothing."""
     culprit_exact: Share
-    """Of what was noticed of state and compute, where there are three who hold the same."""
+    """Of all that was noticed in the small world, but for sums, which no rank has wrong alone."""
     overhead: Overhead | None
     hang_recall: Share
     hang_culprit_exact: Share
     """Of all single ranks that stood still, noticed or not."""
     hang_latency_p95_s: Latency | None
-    """From the fault until it was noticed; to be compared with the run's `detectWithin`."""
+    """From the fault until it was noticed, of all of them; to be compared with the run's
+    `detectWithin`."""
     hang_false_kills_per_1000_steps: Share
     """Of the steps of all runs with a rank that stood still or was slow: how often one was begun
     again for nothing."""
@@ -89,7 +106,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     straggler_within_20_steps: Share
     """Of the same: how many were found so soon."""
     straggler_precision: Share
-    """Of all devices that were said to be slow, also where none was: how many were."""
+    """Of all devices that were said to be slow, also where none was, and where a rank stood still:
+    how many were."""
     straggler_verdict_right: Share
     """Of all slow ranks that were found and judged: how often device and work were told apart."""
 
@@ -102,6 +120,8 @@ class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
     trials: int
     masked: int
     """That left no trace, and do not count."""
+    crashed: int
+    """That ended in what ranks raised, before a detector had said anything."""
     recall: Share
     exact: Share
     latency_median: float | None
@@ -127,6 +147,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True):
     by_class: list[ClassRow]
     misses: dict[str, int]
     """Classes with what was missed of them."""
+    crashed: dict[str, int]
+    """And with what ended in an error that says nothing of what was wrong; not noticed either."""
     baselines: dict[str, Share]
     """Of all effective trials that baselines could see, what each noticed."""
     alarms: list[str]
@@ -176,8 +198,7 @@ def campaign(
         pairs: seconds of steps with detectors and without.
     """
     done = sorted(results, key=lambda result: result.number)
-    known = [r for r in done if r.effective and r.noticed]
-    named = [r for r in known if r.group in ("state", "persistent", "intermittent", "oneshot")]
+    named = [r for r in done if r.effective and r.noticed and r.group in NAMES_ONE]
     compared = [r for r in done if r.effective and r.baselines]
     rows = [_row([r for r in done if r.name == name]) for name in _names(done)]
     # Those few steps of trials that come before the fault are not counted, and what is said is.
@@ -193,17 +214,23 @@ def campaign(
             state_unharmed=_unharmed(done),
             persistent_compute_recall=_recall(done, "persistent"),
             intermittent_recall=_recall(done, "intermittent"),
+            rare_recall=_recall(done, "rare"),
             oneshot_recall=_recall(done, "oneshot"),
+            sum_recall=_recall(done, "sum"),
+            data_recall=_recall(done, "data"),
+            digest_recall=_recall(done, "detector"),
+            whole_run_recall=_recall(done, "live"),
             false_alarms_per_1000_steps=per_thousand(len(alarms), clean.steps),
             false_triggers_per_1000_steps=per_thousand(clean.false_triggers, clean.steps),
             culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
             overhead=overhead(pairs),
             **_of_hangs([r for r in done if r.group == "hang" and r.effective]),
             hang_false_kills_per_1000_steps=_false_kills(done),
-            **_of_slow([r for r in done if r.group == "straggler" and r.effective]),
+            **_of_slow([r for r in done if r.group in TIMED and r.effective]),
         ),
         by_class=rows,
-        misses=dict(Counter(r.name for r in done if r.effective and not r.noticed)),
+        misses=dict(Counter(r.name for r in done if _missed(r))),
+        crashed=dict(Counter(r.name for r in done if r.crashed)),
         baselines={
             name: share(sum(r.baselines[name] is not None for r in compared), len(compared))
             for name in BASELINES
@@ -219,14 +246,20 @@ class _OfHangs(TypedDict):
 
 
 def _of_hangs(hangs: Sequence[Result]) -> _OfHangs:
-    seconds = [r.seconds for r in hangs if r.noticed and r.seconds is not None]
+    # Who is never noticed has waited longer than all others.
+    seconds = [math.inf if not r.noticed or r.seconds is None else r.seconds for r in hangs]
     return _OfHangs(
         hang_recall=share(sum(r.noticed for r in hangs), len(hangs)),
         hang_culprit_exact=share(sum(r.named == "exact" for r in hangs), len(hangs)),
-        hang_latency_p95_s=(
-            Latency(**of_quantile(seconds, 0.95)._asdict(), of=len(seconds)) if seconds else None
-        ),
+        hang_latency_p95_s=_latency(seconds) if seconds else None,
     )
+
+
+def _latency(seconds: Sequence[float]) -> Latency:
+    value, low, high = (
+        None if each is None or math.isinf(each) else each for each in of_quantile(seconds, 0.95)
+    )
+    return Latency(value=value, low=low, high=high, of=len(seconds))
 
 
 class _OfSlow(TypedDict):
@@ -236,26 +269,31 @@ class _OfSlow(TypedDict):
     straggler_verdict_right: Share
 
 
-def _of_slow(slow: Sequence[Result]) -> _OfSlow:
+def _of_slow(timed: Sequence[Result]) -> _OfSlow:
+    slow = [r for r in timed if r.group == "straggler"]
     devices = [r for r in slow if r.expected == "hardware"]
     soon = [r for r in devices if r.noticed and (r.latency or 0) <= WITHIN_STEPS]
     judged = [r for r in slow if r.noticed and r.verdict]
     return _OfSlow(
         straggler_recall=share(sum(r.noticed for r in devices), len(devices)),
         straggler_within_20_steps=share(len(soon), len(devices)),
-        straggler_precision=share(sum(r.rightly for r in slow), sum(r.accused for r in slow)),
+        straggler_precision=share(sum(r.rightly for r in timed), sum(r.accused for r in timed)),
         straggler_verdict_right=share(sum(r.verdict == r.expected for r in judged), len(judged)),
     )
 
 
 def _false_kills(results: Sequence[Result]) -> Share:
-    of_runs = [r for r in results if r.group in ("hang", "straggler")]
+    of_runs = [r for r in results if r.group in TIMED]
     return per_thousand(sum(r.false_kills for r in of_runs), sum(r.steps for r in of_runs))
 
 
 def _recall(results: Sequence[Result], group: Group) -> Share:
     effective = [r for r in results if r.group == group and r.effective]
     return share(sum(r.noticed for r in effective), len(effective))
+
+
+def _missed(result: Result) -> bool:
+    return result.effective and not (result.noticed or result.crashed)
 
 
 def _unharmed(results: Sequence[Result]) -> Share:
@@ -276,6 +314,7 @@ def _row(results: Sequence[Result]) -> ClassRow:
         group=results[0].group,
         trials=len(results),
         masked=len(results) - len(effective),
+        crashed=sum(r.crashed for r in effective),
         recall=share(len(noticed), len(effective)),
         exact=share(sum(r.named == "exact" for r in noticed), len(noticed)),
         latency_median=float(np.median(latencies)) if latencies else None,

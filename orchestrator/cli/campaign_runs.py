@@ -19,7 +19,7 @@ from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.prepare import forget
 from orchestrator.cli.progress import Quiet
 from orchestrator.cli.supervise import supervise
-from orchestrator.core.incident import CORRUPTION
+from orchestrator.core.incident import CORRUPTION, STRAGGLER
 from orchestrator.core.report import INFERRED, SHOWS_AS, IncidentReport, Report
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.worlds.folder import RunFolder
@@ -135,12 +135,12 @@ def judged_in_time(
     if struck_s is None:
         return base
     found = [i for i in incidents if i.kind == trial.group and _found_at(i) >= struck_s]
+    # Ranks of a busy machine are slow, too, for a while: they count against precision.
+    accused = [i for i in incidents if i.kind == STRAGGLER and i.cause == "hardware"]
+    rightly = [i for i in accused if trial.blame == "hardware" and _names(i, trial)]
+    base = msgspec.structs.replace(base, accused=len(accused), rightly=len(rightly))
     slow = trial.group == "straggler"
     if slow:
-        # Ranks of a busy machine are slow, too, for a while: they count against precision.
-        accused = [i for i in incidents if i.kind == trial.group and i.cause == "hardware"]
-        rightly = [i for i in accused if trial.blame == "hardware" and _names(i, trial)]
-        base = msgspec.structs.replace(base, accused=len(accused), rightly=len(rightly))
         found = [i for i in found if _names(i, trial)]
     first = next(iter(found), None)
     killed = [i for i in incidents if _is_for_nothing(i, first)]
@@ -180,10 +180,10 @@ def _culprit(trial: Trial) -> int:
 
 def _named(incident: IncidentReport, culprit: int) -> Named:
     """Return whom an incident blames: of each node of these runs, one rank is in the world."""
-    blamed = {name for name in incident.suspects if name.startswith("rank ")}
-    nodes = {name for name in incident.suspects if not name.startswith("rank ")}
-    if not blamed and not nodes:
+    blamed = set(incident.suspects)
+    if not blamed:
         return "nobody"
-    if f"rank {culprit}" not in blamed and f"node-{culprit}" not in nodes:
+    own = {f"rank {culprit}", f"node-{culprit}"}
+    if not blamed & own:
         return "wrong"
-    return "exact" if len(blamed) <= 1 and len(nodes) <= 1 else "among others"
+    return "exact" if blamed <= own else "among others"

@@ -150,8 +150,8 @@ class _Work:
         if self._kept.clean_steps >= steps:
             return
         with Conductor(self._kept.run, folder) as conductor:
-            while self._kept.clean_steps < steps:
-                conductor.rest(CLEAN_AT_ONCE)
+            for count in stretches(steps - self._kept.clean_steps):
+                conductor.rest(count)
                 self._rested(conductor)
                 self._save()
         self._say(
@@ -210,6 +210,15 @@ class _Work:
         self._progress.flush()
 
 
+def stretches(steps: int) -> list[int]:
+    """Return how many steps without a fault are taken from one save to the next.
+
+    >>> stretches(210)
+    [100, 100, 10]
+    """
+    return [min(CLEAN_AT_ONCE, steps - taken) for taken in range(0, steps, CLEAN_AT_ONCE)]
+
+
 def _drawn(kept: Kept) -> list[Trial]:
     """Return the trials of all classes, as many of each as of any other."""
     trials: list[Trial] = []
@@ -246,6 +255,8 @@ def words(result: Result) -> str:
     what = f"{result.name} ({result.site})" if result.site else result.name
     if not result.effective:
         return f"{what}: left no trace"
+    if result.crashed:
+        return f"{what}: noticed by nobody, {result.evidence}"
     if not result.noticed:
         return f"{what}: MISSED"
     after = f"{result.latency} steps" if result.seconds is None else f"{result.seconds:.1f} s"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from orchestrator.campaign.summary import Campaign, Overhead, Share
+from orchestrator.campaign.summary import TIMED, Campaign, Overhead, Share
 from orchestrator.cli import pages, plots
 from orchestrator.cli.blocks import facts, section
 from orchestrator.cli.choices import Form
 from orchestrator.cli.tables import grid, in_json
 
-TIMED = ("hang", "straggler")
-"""Groups of trials that are a matter of time."""
 ALWAYS = (
     "state_recall",
     "persistent_compute_recall",
@@ -26,7 +24,12 @@ SUMMED: tuple[tuple[str, str], ...] = (
     ("State, of that repaired", "state_unharmed"),
     ("Persistent compute", "persistent_compute_recall"),
     ("Intermittent, p >= 0.1", "intermittent_recall"),
+    ("Rare, p = 0.01", "rare_recall"),
     ("One-shot", "oneshot_recall"),
+    ("Sums", "sum_recall"),
+    ("Data", "data_recall"),
+    ("Digests themselves", "digest_recall"),
+    ("Whole runs", "whole_run_recall"),
     ("Culprit named exactly", "culprit_exact"),
     ("Hangs", "hang_recall"),
     ("Culprit of hangs exact", "hang_culprit_exact"),
@@ -73,11 +76,10 @@ def _times(told: Campaign) -> Iterator[tuple[str, str]]:
     """Yield what is told of runs with a rank that stood still or was slow, if there were any."""
     latency = told.summary.hang_latency_p95_s
     if latency is not None:
-        low, high = ("?" if s is None else f"{s:.1f}" for s in (latency.low, latency.high))
-        yield (
-            "95 % of hangs noticed within",
-            f"{latency.value:.1f} s ({low} to {high}), of {latency.of}",
+        low, value, high = (
+            "?" if s is None else f"{s:.1f}" for s in (latency.low, latency.value, latency.high)
         )
+        yield "95 % of hangs noticed within", f"{value} s ({low} to {high}), of {latency.of}"
     killed = told.summary.hang_false_kills_per_1000_steps
     if killed.of:
         yield (
@@ -114,6 +116,10 @@ def _text(told: Campaign) -> list[str]:
             else ()
         ),
         *section("Missed", [f"{count} of {name}" for name, count in told.misses.items()]),
+        *section(
+            "Not noticed, but raised something",
+            [f"{count} of {name}" for name, count in told.crashed.items()],
+        ),
         *section("Alarms without a fault", told.alarms[:8]),
     ]
     return [line.rstrip() for line in lines]
@@ -147,6 +153,7 @@ def _classes(told: Campaign) -> str:
             row.name,
             str(row.trials),
             str(row.masked),
+            str(row.crashed),
             str(row.recall.count),
             "-" if row.recall.value is None else f"{row.recall.value * 100:.1f}",
             f"{row.recall.low * 100:.1f}",
@@ -159,7 +166,7 @@ def _classes(told: Campaign) -> str:
         ]
         for row in told.by_class
     ]
-    titles = ["CLASS", "TRIALS", "NO TRACE", "NOTICED", "RECALL (%)", "LOW", "HIGH"]
+    titles = ["CLASS", "TRIALS", "NO TRACE", "CRASHED", "NOTICED", "RECALL (%)", "LOW", "HIGH"]
     titles += ["LATENCY (steps)", "MOST", "MOST (s)", "EXACT", "BLAMED RIGHT"]
     return grid(titles, rows)
 

@@ -6,8 +6,10 @@ import pytest
 
 from orchestrator.campaign.baselines import Seen, flagged
 from orchestrator.campaign.catalogue import Group, Trial
-from orchestrator.campaign.judging import Result, judged, onset
+from orchestrator.campaign.judging import Result, Watched, judged, onset
 from orchestrator.campaign.summary import Clean, campaign, per_thousand
+from orchestrator.cli import campaigns
+from orchestrator.cli.choices import Form
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.messages import StateDiverged
@@ -55,8 +57,9 @@ def told(step: int, *ranks: int, proven: bool = True) -> StateDiverged:
 
 
 def judge(steps: list[Seen], *found: StateDiverged, **changes: Any) -> Result:
-    arguments = {"trial": trial(), "refused": ["", "", ""], "thrown": [], **changes}
-    return judged(before=BEFORE, twin=TWIN, steps=steps, found=found, **arguments)
+    of = changes.pop("trial", trial())
+    watched = Watched(**{"refused": ["", "", ""], "steps": steps, "found": list(found), **changes})
+    return judged(of, before=BEFORE, twin=TWIN, watched=watched)
 
 
 def test_a_fault_that_leaves_no_trace_does_not_count() -> None:
@@ -136,7 +139,40 @@ def test_what_is_found_after_the_horizon_is_missed() -> None:
     steps = [seen(FIRST + n, state="x") for n in range(9)]
 
     assert not judge(steps, told(FIRST + 8, 1)).noticed
-    assert judge(steps, told(FIRST + 3, 1)).noticed
+    assert not judge(steps, told(FIRST + 3, 1)).noticed, "in the fourth wrong step of three"
+    assert judge(steps, told(FIRST + 2, 1)).noticed
+
+
+def test_a_world_that_breaks_has_been_noticed_by_no_detector() -> None:
+    wrong = [TWIN[0], seen(FIRST + 1, state="x")]
+
+    silent = judge(TWIN[:1], crash="rank 1 raised IndexError: out of range")
+
+    assert (silent.effective, silent.noticed, silent.crashed) == (True, False, True)
+    assert (silent.named, silent.latency) == ("nobody", None)
+    assert "IndexError" in silent.evidence
+    assert judge(wrong, crash="rank 1 is gone").crashed
+    heard = judge(wrong, told(FIRST + 1, 1), crash="rank 1 is gone")
+    assert (heard.noticed, heard.crashed, heard.named) == (True, False, "exact")
+
+
+def test_what_is_said_of_a_fault_that_has_left_no_trace_is_a_false_alarm() -> None:
+    result = judge(TWIN[:6], told(FIRST + 2, 0))
+
+    assert (result.effective, result.noticed, result.alarms) == (False, False, ("differs",))
+
+
+def test_a_step_that_is_thrown_away_before_the_fault_makes_it_no_effective_one() -> None:
+    result = judge(TWIN[:6], told(FIRST, 1), thrown=[FIRST])
+
+    assert (result.effective, result.alarms) == (False, ("differs",))
+
+
+def test_who_names_the_culprit_and_then_somebody_else_as_proven_was_wrong() -> None:
+    steps = [TWIN[0], *(seen(FIRST + n, state="x") for n in (1, 2, 3))]
+
+    assert judge(steps, told(FIRST + 2, 1), told(FIRST + 3, 0)).named == "wrong"
+    assert judge(steps, told(FIRST + 2, 1), told(FIRST + 3, 0, proven=False)).named == "exact"
 
 
 def test_bytes_that_are_refused_are_noticed_and_name_whose_they_are() -> None:
@@ -158,6 +194,17 @@ def test_baselines_see_the_same_steps() -> None:
     assert flagged(BEFORE, [seen(FIRST, odd=1)])["hash of replicas"] == FIRST
 
 
+def test_a_baseline_that_has_cried_wolf_may_still_see_the_fault() -> None:
+    steps = [seen(FIRST, odd=2), seen(FIRST + 1, state="x", odd=1)]
+
+    assert (
+        judged(
+            trial(), before=BEFORE, twin=[steps[0], TWIN[1]], watched=Watched(steps=steps)
+        ).baselines["hash of replicas"]
+        == 1
+    )
+
+
 def test_an_outlier_widens_the_six_sigma_window_and_hides_the_next_one() -> None:
     spikes = [seen(FIRST, losses=9.0), seen(FIRST + 1), seen(FIRST + 2, losses=2.3)]
 
@@ -166,7 +213,7 @@ def test_an_outlier_widens_the_six_sigma_window_and_hides_the_next_one() -> None
 
 
 def results() -> list[Result]:
-    """Return four that count, of which one was missed, and one that left no trace."""
+    """Return six that count, of which two were missed and one crashed; one left no trace."""
     base = {"name": "a", "group": "state"}
     rules = {"baselines": dict.fromkeys(flagged([], []))}
     return [
@@ -184,6 +231,8 @@ def results() -> list[Result]:
         Result(number=2, effective=True, noticed=False, **base, **rules),
         Result(number=3, effective=False, **base),
         Result(number=4, name="b", group="oneshot", effective=True, **rules),
+        Result(number=5, name="c", group="rare", effective=True, crashed=True, **rules),
+        Result(number=6, name="c", group="rare", effective=True, noticed=True, latency=3, **rules),
     ]
 
 
@@ -202,16 +251,22 @@ def test_a_summary_counts_what_was_effective_and_publishes_what_was_missed() -> 
     assert (summary.state_unharmed.count, summary.state_unharmed.of) == (1, 2)
     assert summary.oneshot_recall.value == 0.0
     assert summary.persistent_compute_recall.value is None
-    assert (summary.culprit_exact.count, summary.culprit_exact.of) == (1, 2)
+    assert (summary.culprit_exact.count, summary.culprit_exact.of) == (1, 3)
+    assert (summary.rare_recall.count, summary.rare_recall.of) == (1, 2)
     assert summary.false_alarms_per_1000_steps.high == pytest.approx(1.229, abs=0.001)
     assert summary.false_triggers_per_1000_steps.value == pytest.approx(1.0)
     assert summary.overhead is not None
     assert summary.overhead.value == pytest.approx(0.02)
     assert found.misses == {"a": 1, "b": 1}
-    (first, second) = found.by_class
+    (first, third, second) = found.by_class
     assert (first.trials, first.masked, first.latency_median, first.latency_max) == (4, 1, 1.0, 2)
     assert second.baselines == dict.fromkeys(flagged([], []), 0)
-    assert found.done == 5
+    assert (third.trials, third.crashed, third.recall.count) == (2, 1, 1)
+    assert found.crashed == {"c": 1}
+    assert found.done == 7
+    text = campaigns.shown(found, Form.TEXT)
+    assert "Not noticed, but raised something" in text
+    assert "Rare, p = 0.01" in text
 
 
 def test_false_alarms_are_told_per_thousand_steps() -> None:

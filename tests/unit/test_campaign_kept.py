@@ -50,3 +50,9 @@ def test_a_file_that_is_damaged_is_refused(tmp_path: Path, file: bytes) -> None:
         campaigning.run(None, ASKED, tmp_path, progress=io.StringIO())
 
     assert "remove it to begin anew" in refused.value.hint
+
+
+def test_no_more_steps_without_a_fault_are_taken_than_were_asked_for() -> None:
+    assert campaigning.stretches(10) == [10]
+    assert campaigning.stretches(200) == [100, 100]
+    assert campaigning.stretches(0) == []

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.campaign import job, timed
@@ -72,6 +73,8 @@ def test_a_hang_that_is_found_counts_as_exact_only_with_the_culprit_alone() -> N
     assert judge(HANG, incident("hang", 0)).named == "wrong"
     assert judge(HANG, incident("hang", 0, 1)).named == "among others"
     assert judge(HANG, incident("hang")).named == "nobody"
+    elsewhere = msgspec.structs.replace(incident("hang", 1), suspects=["rank 1", "node-0"])
+    assert judge(HANG, elsewhere).named == "among others"
 
 
 def test_what_was_found_before_the_fault_is_no_notice_and_a_run_begun_again_for_nothing() -> None:
@@ -98,6 +101,8 @@ def test_whoever_else_is_called_slow_counts_against_precision_and_is_no_notice()
     assert not judge(SLOW, wrong).noticed
     assert (judge(BUSY, right).accused, judge(BUSY, right).rightly) == (1, 0)
     assert (judge(BUSY, busy).accused, judge(BUSY, busy).verdict) == (0, "workload")
+    # Also where a rank stands still, and no device is slow.
+    assert (judge(HANG, wrong).accused, judge(HANG, wrong).rightly) == (1, 0)
 
 
 def test_a_summary_tells_hangs_and_slow_ranks_apart() -> None:
@@ -129,8 +134,13 @@ def test_a_summary_tells_hangs_and_slow_ranks_apart() -> None:
         "straggler_verdict_right": (1, 2),
         "hang_false_kills_per_1000_steps": (0, 360),
     }
+    # One of three was missed: nobody knows within what time 95 % would be noticed.
     assert summary.hang_latency_p95_s is not None
-    assert summary.hang_latency_p95_s.value == 3.0
+    assert (summary.hang_latency_p95_s.value, summary.hang_latency_p95_s.of) == (None, 3)
+    assert "? s (3.0 to ?), of 3" in campaigns.shown(told, Form.TEXT)
+    found = campaign(results[:2], seed=1, trials=2, ranks=3, clean=Clean(0), pairs=[])
+    assert found.summary.hang_latency_p95_s is not None
+    assert found.summary.hang_latency_p95_s.value == 3.0
     assert summary.state_recall.of == 0
     text = campaigns.shown(told, Form.TEXT)
     assert "Hangs:" in text

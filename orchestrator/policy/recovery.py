@@ -174,9 +174,11 @@ def _cut_otherwise(state: RunState) -> str:
         return ""
     return (
         f"the checkpoint of step {state.found.step} has {shards} shard{'s' * (shards > 1)} and "
-        f"this run has {wanted}, and a state can not be cut anew yet\nhint: set "
-        f"spec.nodes and spec.parallelism so that ranks / dpReplicate is {shards}, or choose "
-        "another spec.checkpoint.uri to begin anew"
+        f"this run has {wanted}, and within a run a state is not cut anew\nhint: set "
+        f"spec.nodes and spec.parallelism so that ranks / dpReplicate is {shards}; to go on in "
+        "this cut, give the run another metadata.name and spec.checkpoint.uri, and "
+        "spec.trainer.continueFrom with the other one's folder (the embedded trainer has that); or "
+        "choose another spec.checkpoint.uri to begin anew"
     )
 
 

@@ -113,6 +113,8 @@ def test_a_checkpoint_that_was_cut_otherwise_ends_the_run_and_says_how_to_go_on(
     assert f"step 60 has {shards} shard" in end.reason
     assert "this run has 2" in end.reason
     assert "hint: " in end.reason
+    assert "to go on in this cut" in end.reason
+    assert "spec.trainer.continueFrom" in end.reason
 
 
 def test_a_checkpoint_that_fits_or_of_which_the_journal_does_not_say_it_is_restored(

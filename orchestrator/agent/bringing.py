@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from orchestrator.agent.checking import Checking
 from orchestrator.agent.files import Files, remove
 from orchestrator.agent.shards import CorruptError, KeeperError, Shard, Shelf
 from orchestrator.agent.transfer import copy_file, verify_file
-from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,15 @@ class Bringing:
         self._files, self._shelf, self._client = files, shelf, client
         self._checking, self._threads, self._address_of = checking, threads, address_of
 
-    async def fetched(self, source: NodeId, wanted: tuple[Rank, Step], *, mend_s: float) -> Shard:
-        """Fetch a shard from another node's memory.
+    async def fetched(
+        self,
+        source: NodeId,
+        wanted: tuple[Rank, Step],
+        *,
+        mend_s: float = math.inf,
+        epoch: Generation | None = None,
+    ) -> Shard:
+        """Fetch a shard from another node's memory, of whichever generation staged it or of one.
 
         Raises:
             KeeperError: of the class that says why not, and whose fault that is; there is no file
@@ -55,7 +63,7 @@ class Bringing:
         """
         address = await self._address_of(source)
         path = self._files.new("restore", *wanted)
-        shard, problem = await self._client.fetch(address, wanted, path, self._threads)
+        shard, problem = await self._client.fetch(address, wanted, path, self._threads, epoch)
         if problem is None:
             return shard
         log.warning("%s came damaged from %s: %s", shard, source, problem)

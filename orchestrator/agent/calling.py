@@ -21,7 +21,7 @@ from orchestrator.agent.shards import (
 )
 from orchestrator.agent.transfer import give, take
 from orchestrator.agent.wire import Wire, connect
-from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 
 _IDLE_MAX = 16
 """Connections that are kept for later."""
@@ -95,9 +95,16 @@ class PeerClient:
         )
 
     async def fetch(
-        self, address: str, wanted: tuple[Rank, Step], path: Path, threads: Executor
+        self,
+        address: str,
+        wanted: tuple[Rank, Step],
+        path: Path,
+        threads: Executor,
+        epoch: Generation | None = None,
     ) -> tuple[Shard, KeeperError | None]:
         """Bring a shard from another agent into a new file; return it, and what is wrong with it.
+
+        It is of any generation that staged it, unless there is a certain `epoch` to be.
 
         Of what came damaged the file stays, and the error is of the class that says whose fault
         that is: CorruptError if it is no good there, UnreachableError if it is. Who gave it has
@@ -108,7 +115,7 @@ class PeerClient:
         """
 
         async def ask(wire: Wire) -> tuple[Shard, KeeperError | None]:
-            await wire.say(Ask(*wanted))
+            await wire.say(Ask(*wanted, epoch))
             offer = await wire.hear(Offer)
             if (offer.rank, offer.step) != wanted:
                 raise MalformedError(f"{address} offers {offer}, wanted (rank, step) {wanted}")

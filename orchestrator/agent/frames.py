@@ -25,7 +25,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from orchestrator.agent.shards import ERRORS, KeeperError, Lineage, MalformedError, UnreachableError
-from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
 
 FRAME_BYTES_MAX = 4096
 PICK_BYTES_MAX = 4 << 20
@@ -53,10 +53,11 @@ class Challenge(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """Offer me this shard."""
+    """Offer me this shard, if it was staged by `epoch`, or by whichever generation (None)."""
 
     rank: Annotated[Rank, _Natural]
     step: Annotated[Step, _Natural]
+    epoch: Annotated[Generation, _Natural] | None = None
 
 
 class Pick(Message, frozen=True):

@@ -36,6 +36,7 @@ from orchestrator.agent.shards import (
     StaleError,
     UnreachableError,
 )
+from orchestrator.agent.sharing import Sharing
 from orchestrator.agent.writing import Writing
 from orchestrator.protocol import rank as protocol
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
@@ -46,6 +47,9 @@ from storage.errors import StorageUnavailableError
 Tier = Literal["own", "fetched", "durable"]
 """Where a shard was found: in this node's memory, in another's, on the durable tier."""
 
+WAIT_SHARE = 0.5
+"""For so much of the time in which it has to be here, a shard that another node reads from the
+durable tier is waited for; the rest is for reading it here after all."""
 log = logging.getLogger(__name__)
 
 
@@ -99,6 +103,9 @@ class Keeper:
             checking=self.checking,
             threads=self._threads,
             address_of=self._address,
+        )
+        self._sharing = Sharing(
+            self._shelf, self._bringing, self._reading, known=lambda node: node in self._peers
         )
         self._server = PeerServer(
             self._shelf,
@@ -312,6 +319,9 @@ class Keeper:
         was dropped when that began. Else it is taken from the node named by `source`; else, if that
         is "", from the durable tier. It stays until the rank stages or a generation begins.
 
+        With both, `source` is the node that reads it from the durable tier for this one, too: it is
+        waited for, and read here if it can not be had from there.
+
         Chunks that are not what was staged, be it that they went bad here or on their way from the
         other node, are brought anew: from the memory of a peer, or from the durable tier, if either
         has good ones.
@@ -335,12 +345,20 @@ class Keeper:
         began = self._shelf.lineage.generation
         as_rank = rank if staged_as is None else staged_as
         held = self._held(rank, step, as_rank)
-        twin = self._shelf.find(as_rank, step) if source and held is None else None
+        shared = durable is not None and bool(source)
+        twin = self._shelf.find(as_rank, step) if source and not (held or shared) else None
         tier: Tier = "own" if held or twin else "fetched" if source else "durable"
         try:
             async with asyncio.timeout(timeout_s):
                 if held is not None:
                     shard = await self.checking.verified(held, mend_s=timeout_s / 2)
+                elif source and durable is not None:
+                    shard, tier = await self._sharing.bring(
+                        durable,
+                        (rank, step),
+                        (NodeId(source), as_rank),
+                        timeout_s=timeout_s * WAIT_SHARE,
+                    )
                 elif twin is not None:
                     shard = await self._bringing.copied(twin, rank)
                 elif source:
@@ -353,7 +371,9 @@ class Keeper:
                 else:
                     raise NotHeldError(f"no source is named for rank {rank}, step {step}")
         except TimeoutError:
-            raise self._late(rank, step, held or twin, source, timeout_s) from None
+            raise self._late(
+                rank, step, held or twin, "" if shared else source, timeout_s
+            ) from None
         if held is None:
             self._shelf.put(shard)
         if self._shelf.lineage.generation != began or shard.dropped:

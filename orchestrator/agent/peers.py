@@ -234,7 +234,7 @@ class PeerServer:
         if self.unreachable:
             raise cut_off()
         if isinstance(wanted, Ask):
-            await self._give(wire, self._shelf.require(wanted.rank, wanted.step))
+            await self._give(wire, self._shelf.require(wanted.rank, wanted.step, wanted.epoch))
         elif isinstance(wanted, Pick):
             await self._pick(wire, wanted)
         elif isinstance(wanted, Offer):

@@ -222,11 +222,19 @@ class Shelf:
                 return shard
         return None
 
-    def require(self, rank: Rank, step: Step) -> Shard:
-        """Return what `find` returns. Raises NotHeldError."""
+    def require(self, rank: Rank, step: Step, epoch: Generation | None = None) -> Shard:
+        """Return what `find` returns, if a certain generation staged it, or whichever (None).
+
+        Raises:
+            NotHeldError: if there is no such shard.
+        """
         shard = self.find(rank, step)
-        if shard is None:
-            raise NotHeldError(f"shard of rank {rank}, step {step} is not in this node's memory")
+        if shard is None or epoch not in (None, shard.generation):
+            found = "is not" if shard is None else f"is of epoch {shard.generation}"
+            wanted = "" if epoch is None else f", epoch {epoch}"
+            raise NotHeldError(
+                f"shard of rank {rank}, step {step}{wanted} {found} in this node's memory"
+            )
         return shard
 
     def holdings(self) -> tuple[Holding, ...]:

@@ -32,12 +32,13 @@ class RestoreFrom(msgspec.Struct, frozen=True, kw_only=True):
 
     step: Step
     sources: tuple[str, ...]
-    """Per rank: the node whose memory has its shard; "" for the durable tier."""
+    """Per rank: the node whose memory has its shard, or with `commit`: which reads it from the
+    durable tier and then has it; "" for the durable tier itself."""
     commit: str = ""
     """Key of the commit record; "" if memory has everything."""
     staged_as: tuple[Rank, ...] = ()
-    """Per rank: as whose the copy was staged that is in that memory, if replicas have taken each
-    other's; none if each has its own."""
+    """Per rank: as whose the copy was staged, or is read, that is in that memory, if replicas take
+    each other's; none if each has its own."""
 
 
 class StartGeneration(_Decision, frozen=True, kw_only=True):

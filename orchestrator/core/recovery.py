@@ -33,7 +33,7 @@ from orchestrator.core.plans import (
 from orchestrator.core.records import Resize
 from orchestrator.core.standing import Standing
 from orchestrator.core.state import RunState, decide
-from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
+from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.messages import Ancestor
 
 
@@ -250,18 +250,21 @@ def _tiers(plan: Restart) -> str:
         return "seed"
     if plan.restore.sources == plan.seats and not plan.restore.staged_as:
         return f"own memory ({len(plan.seats)} ranks)"
+    if plan.restore.commit:
+        reading = plan.restore.sources.count("")
+        fetching = len(plan.seats) - reading
+        told = f"durable tier ({reading} ranks)"
+        return told + f", and from those who read it there ({fetching} ranks)" * bool(fetching)
     own = sum(map(eq, plan.restore.sources, plan.seats))
-    durable = plan.restore.sources.count(NodeId(""))
     twins = 0
     if plan.restore.staged_as:
         there = zip(plan.restore.staged_as, plan.restore.sources, strict=True)
-        moved = [rank for rank, (other, node) in enumerate(there) if node and rank != other]
+        moved = [rank for rank, (other, _) in enumerate(there) if rank != other]
         twins = len(moved)
         own -= sum(plan.restore.sources[rank] == plan.seats[rank] for rank in moved)
     tiers = (
         ("own memory", own),
-        ("buddy's memory", len(plan.seats) - own - twins - durable),
+        ("buddy's memory", len(plan.seats) - own - twins),
         ("another replica's copy", twins),
-        ("durable tier", durable),
     )
     return ", ".join(f"{name} ({count} ranks)" for name, count in tiers if count)

@@ -8,7 +8,7 @@ from itertools import groupby
 from textwrap import shorten
 
 from orchestrator.core import vouching
-from orchestrator.core.copies import sources, twins_of_distrusted
+from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
 from orchestrator.core.incident import CORRUPTION, GROWTH
 from orchestrator.core.phases import RunPhase
@@ -18,6 +18,7 @@ from orchestrator.core.trust import trusted
 from orchestrator.policy import devices, lemons, planned, shrinking, suspicion, vouched
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
+from orchestrator.policy.reading import read_once
 from orchestrator.policy.stopping import back_off, stop_budget, stop_misconfigured, stop_poison
 from orchestrator.policy.switches import MEMORY_FIRST, enabled
 from orchestrator.protocol.ids import NodeId, Rank, Step
@@ -55,11 +56,12 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     if found is not None and (best is None or found > best.step or better):
         if why := _cut_otherwise(state):
             return End(state="Failed", reason=why)
+        reads = read_once(state, placement.seats, found)
         restore = RestoreFrom(
             step=found,
-            sources=("",) * len(placement.seats),
+            sources=reads.nodes,
             commit=state.found.key,
-            staged_as=_not_as_staged(state, placement, found),
+            staged_as=reads.staged_as,
         )
         return _restart(state, placement, restore)
     return _restart(state, placement, best)
@@ -180,17 +182,6 @@ def _cut_otherwise(state: RunState) -> str:
         "spec.trainer.continueFrom with the other one's folder (the embedded trainer has that); or "
         "choose another spec.checkpoint.uri to begin anew"
     )
-
-
-def _not_as_staged(state: RunState, placement: Placement, step: Step) -> tuple[Rank, ...]:
-    """Return as whose ranks are to have what the durable tier has; none for as their own.
-
-    What a node still holds saves it from reading that, but for what is wrong there.
-    """
-    others = twins_of_distrusted(state, step)
-    if not others:
-        return ()
-    return tuple(others.get(Rank(rank), Rank(rank)) for rank in range(len(placement.seats)))
 
 
 def newest_in_memory(

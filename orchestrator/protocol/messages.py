@@ -19,7 +19,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -538,9 +538,10 @@ class Begin(_Message, frozen=True, kw_only=True):
     """
     sources: tuple[str, ...] = ()
     """The node whose memory has the shard of each, or "" for the durable tier; none without
-    `restore`."""
+    `restore`. With `commit`: the node that reads it there, so that others need not."""
     staged_as: tuple[Rank, ...] = ()
-    """As whose that shard was staged: of replicas, any one's will do. None if each is its own."""
+    """As whose that shard was staged, or is read: of replicas, any one's will do. None if each is
+    its own."""
     commit: str = ""
     """Key of the commit record when any shard comes from the durable tier."""
     shard_of: tuple[int, ...]

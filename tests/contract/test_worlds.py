@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from orchestrator.core.decisions import JudgeCheckpoint
-from orchestrator.core.events import Reported
+from orchestrator.core.events import Reported, Together
 from orchestrator.core.report import Report
-from orchestrator.protocol.messages import FaultCarriedOut
+from orchestrator.protocol.messages import FaultCarriedOut, Prepared
 from tests.runs import Job, steps_job
 from tests.simulated import SimulatedJob
 
 pytestmark = pytest.mark.process
 WORLDS = ("local", "simulated")
+NODES = ["node-0", "node-1"]
 Start = Callable[..., Job | SimulatedJob]
 
 
@@ -213,6 +214,30 @@ def test_a_loss_of_all_memory_falls_back_to_the_durable_tier(job: Start) -> None
     assert_whole(report)
     assert report.incidents[0].restored_from.startswith("durable tier")
     assert report.incidents[0].durable_reads > 0
+
+
+def test_of_two_replicas_one_reads_each_shard_and_the_other_has_it_from_there(
+    job: Start,
+) -> None:
+    one = job(
+        at(45, "kill-agent", node="node-0"),
+        at(45, "kill-agent", node="node-1"),
+        nodes__spares=0,
+        parallelism={"dpReplicate": 2, "dpShard": 2},
+    )
+
+    _, report = one.conduct()
+
+    assert_whole(report)
+    told = "durable tier (2 ranks), and from those who read it there (2 ranks)"
+    assert report.incidents[0].restored_from == told
+    events = [e.event for e in one.entries() if isinstance(e.event, Reported | Together)]
+    said = [e for e in events if isinstance(e.fact, Prepared) and e.fact.durable]
+    nodes = [
+        node for e in said for node in ([e.node] if isinstance(e, Reported) else e.nodes or NODES)
+    ]
+    durable, fetched = zip(*((e.fact.durable, e.fact.fetched) for e in said), strict=True)
+    assert (set(durable), set(fetched), sorted(nodes)) == ({1}, {1}, NODES)
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over_and_said_to_be(job: Start) -> None:

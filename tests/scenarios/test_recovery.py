@@ -516,7 +516,12 @@ def test_when_memory_is_gone_the_durable_tier_is_searched_and_rejections_are_tol
     order = started(cluster.after(0.1).found(40, rejected=("step 50: shard 1 is corrupt",)))
 
     assert order.restore is not None
-    assert (order.restore.step, order.restore.sources) == (40, ("",) * 4)
+    # Of two replicas each reads one of the two shards, and the other has it from there.
+    assert (order.restore.step, order.restore.sources) == (40, ("", "node-1", "node-0", ""))
+    assert order.restore.staged_as == (0, 3, 0, 3)
+    assert cluster.state.incidents[-1].restored_from == (
+        "durable tier (2 ranks), and from those who read it there (2 ranks)"
+    )
     assert "step 50: shard 1 is corrupt" in order.reason
 
 

@@ -41,10 +41,13 @@ def _staged_as(order: Begin) -> tuple[Rank, ...]:
 
 
 def tier_of(order: Begin, node: SimNode) -> str:
-    """Return the slowest tier that a node has to wait for: own, fetched or durable."""
+    """Return the slowest tier that a node has to wait for: own, fetched, durable or shared.
+
+    What another node reads from the durable tier is shared: it comes once it was read there.
+    """
     sources = {order.sources[rank] for rank in node.ranks} if order.sources else {node.id}
-    if "" in sources:
-        return "durable"
+    if order.commit:
+        return "durable" if sources <= {"", node.id} else "shared"
     return "own" if sources == {node.id} else "fetched"
 
 
@@ -76,15 +79,28 @@ def bring(
             return PreparationFailed(
                 generation=order.generation,
                 step=step,
-                tier="memory" if source else "durable",
+                tier="durable" if order.commit else "memory",
                 reason=f"rank {rank}: {found.words}",
-                copies=copies if source else (),
+                copies=() if order.commit else copies,
             )
-        counts["own" if source == node.id else "fetched" if source else "durable"] += 1
+        counts[_counted_as(cluster, order, node, rank)] += 1
         origins[rank] = found
         if not cluster.forgetful:
             node.put(found, (rank,))
     return Tiers(**counts)
+
+
+def _counted_as(cluster: Cluster, order: Begin, node: SimNode, rank: Rank) -> str:
+    """Return from which tier a node says that it has a shard."""
+    source = order.sources[rank]
+    if order.commit and source:
+        return "fetched" if _answers(cluster, node, NodeId(source)) else "durable"
+    return "own" if source == node.id else "fetched" if source else "durable"
+
+
+def _answers(cluster: Cluster, node: SimNode, source: NodeId) -> bool:
+    there = cluster.nodes[source]
+    return there is node or (there.alive and there.reachable and node.reachable)
 
 
 def _own(node: SimNode, step: Step) -> Save | None:
@@ -105,13 +121,12 @@ def _fetch(
     cluster: Cluster, order: Begin, node: SimNode, rank: Rank, step: Step
 ) -> Save | _Missing:
     source = order.sources[rank]
-    if not source:
+    if order.commit:  # whoever read it: who can not have it from there reads it, too
         stored = cluster.store.find(order.commit)
         if stored is None:
             return _Missing("absent", f"{order.commit} can not be read")
         return Save(stored.step, stored.epoch)
-    there = cluster.nodes[NodeId(source)]
-    if there is not node and not (there.alive and there.reachable and node.reachable):
+    if not _answers(cluster, node, NodeId(source)):
         return _Missing("unreachable", f"{source} does not answer")
-    found = there.find(_staged_as(order)[rank], step)
+    found = cluster.nodes[NodeId(source)].find(_staged_as(order)[rank], step)
     return found or _Missing("absent", f"{source} has no shard of step {step}")

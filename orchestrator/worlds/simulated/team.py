@@ -6,7 +6,7 @@ of nodes costs what one of a few does; with jitter each node is an entry of its 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
@@ -287,13 +287,18 @@ class Team:
     def _prepare(self, nodes: Nodes) -> None:
         """Bring the state of their ranks to nodes, each in the time of its slowest tier."""
         profile = self._cluster.profile
-        by_tier: dict[str, list[SimNode]] = {"own": [], "fetched": [], "durable": []}
+        by_tier: dict[str, list[SimNode]] = defaultdict(list)
         for node in nodes:
             tier = tier_of(self._order, node) if node.id in self._apart else "own"
             by_tier[tier].append(node)
         self._bring(by_tier["own"])
         self._after(profile.fetch, by_tier["fetched"], self._bring)
         self._after(profile.read, by_tier["durable"], self._bring)
+        self._after(
+            profile.read,
+            by_tier["shared"],
+            lambda read: self._after(profile.fetch, read, self._bring),
+        )
 
     def _bring(self, nodes: Nodes) -> None:
         done: dict[Tiers, list[SimNode]] = {}

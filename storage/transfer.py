@@ -26,7 +26,7 @@ from storage.blob import BlobStore
 from storage.claim import Claimed
 from storage.commit import newest_epoch, write_shard
 from storage.contents import STATE, Beside, Contents, Piece, Tensor, extra_of
-from storage.errors import ForeignFormatError, StorageFullError
+from storage.errors import ForeignFormatError, StorageFullError, UnstorableError
 from storage.manifest import Manifest, ShardReceipt, make_manifest
 from storage.paged import paged
 from storage.ranges import Want, read_ranges
@@ -48,6 +48,9 @@ HEADER_BYTES_MAX = 100_000_000
 """More, the library does not read either."""
 INDEX_BYTES_MAX = 1 << 30
 _OF_SET = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_OF_RANK = re.compile(r"shard-\d+-.*")
+_PLACES = "DCP_SHARDING_INFO"
+"""Where torch says in such a file in which place of the whole each of its tensors lies."""
 
 Box: TypeAlias = tuple[int, ...]
 Told = Callable[[int], object]
@@ -131,6 +134,7 @@ def parts_of_safetensors(folder: Path) -> tuple[list[Part], Beside]:
 
     Raises:
         ForeignFormatError: if a file is cut off, contradicts itself, or is missing.
+        UnstorableError: if a file has no whole tensors, but what one rank held of them.
         OSError: if it can not be read.
     """
     files = sorted(folder.glob("*.safetensors"))
@@ -296,6 +300,10 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     data_offsets: tuple[int, int]
 
 
+class _Placing(msgspec.Struct):
+    saved_offsets: tuple[int, ...]
+
+
 class _Metadata(msgspec.Struct):
     holdfast: Beside | None = None
 
@@ -395,7 +403,7 @@ def _parts(path: Path) -> Iterator[Part]:
         if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
             raise ForeignFormatError(f"header has {length} bytes, file {size}: {path}")
         table = _decoded(file.read(length), dict[str, msgspec.Raw], path)
-    table.pop("__metadata__", None)
+    _require_no_pieces(table.pop("__metadata__", None), path)
     entries = {name: _decoded(raw, _Entry, path) for name, raw in table.items()}
     _require_apart(entries, path)
     for name, entry in entries.items():
@@ -415,6 +423,22 @@ def _parts(path: Path) -> Iterator[Part]:
         offset = (0,) * len(entry.shape)
         fill = _Filler(path, begin)
         yield Part(name, entry.dtype, entry.shape, entry.shape, offset, fill)
+
+
+def _require_no_pieces(metadata: msgspec.Raw | None, path: Path) -> None:
+    """Refuse the file of one rank that had pieces: nothing says how many ranks there were.
+
+    Raises:
+        UnstorableError: if it is one.
+    """
+    told = _decoded(metadata, dict[str, Any], path) if metadata is not None else {}
+    if _PLACES not in told:
+        return
+    placed = _decoded(str(told[_PLACES]), dict[str, _Placing], path)
+    if _OF_RANK.fullmatch(path.name) or any(any(one.saved_offsets) for one in placed.values()):
+        error = UnstorableError(f"file has what one rank held, and maybe pieces of tensors: {path}")
+        error.hint = "Save with enable_consolidation=True, or with torch's FileSystemWriter."
+        raise error
 
 
 def _require_apart(entries: Mapping[str, _Entry], path: Path) -> None:

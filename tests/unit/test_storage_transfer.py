@@ -499,6 +499,45 @@ def test_parts_that_are_no_whole_tensors_are_refused_before_anything_is_written(
     assert list(store.keys("")) == []
 
 
+def test_whole_tensors_that_torch_wrote_as_safetensors_are_brought_in(tmp_path: Path) -> None:
+    state = {"w": torch.arange(60.0).reshape(10, 6), "v": torch.arange(5.0)}
+    files = {"w": 1, "v": 2}
+    writer = torch_dcp.HuggingFaceStorageWriter(str(tmp_path / "in"), files)
+    torch_dcp.save(state, storage_writer=writer)
+
+    run("import", tmp_path / "in", tmp_path / "store", "--step", 3)
+    run("export", tmp_path / "store", "--to", tmp_path / "out")
+
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    found = load_file(file)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001", "model"])
+def test_what_one_rank_held_is_not_taken_for_whole_tensors(tmp_path: Path, name: str) -> None:
+    """Rows 5 to 9 of ten: the file itself says that it has five, and where they belong."""
+    (tmp_path / "in").mkdir()
+    at = 0 if name.startswith("shard") else 5
+    places = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [at, 0]}})}
+    save_file({"w": torch.ones(5, 6)}, tmp_path / f"in/{name}.safetensors", places)
+
+    said = run("import", tmp_path / "in", tmp_path / "store", "--step", 3, code=2)
+
+    assert f"what one rank held, and maybe pieces of tensors: {tmp_path}/in/{name}" in said
+    assert "enable_consolidation=True" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_places_that_are_no_places_are_damage(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.ones(5)}, tmp_path / "in/w.safetensors", {"DCP_SHARDING_INFO": "[5]"})
+
+    said = run("import", tmp_path / "in", tmp_path / "store", "--step", 3, code=6)
+
+    assert "JSON is not as expected" in said
+
+
 def test_metadata_of_a_rank_that_is_missing_is_noticed(tmp_path: Path) -> None:
     for rank in (0, 2):
         (tmp_path / f"__{rank}.metadata").write_bytes(b"")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.agent.account import CLEARED, SEATED, Account
-from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard, DurableTier
 from orchestrator.agent.exits import not_seated
 from orchestrator.agent.keeper import Keeper
 from orchestrator.agent.live import LiveRank
@@ -46,7 +46,6 @@ from orchestrator.protocol.messages import (
 from orchestrator.protocol.rank import Rendezvous, Restore, Seat
 from orchestrator.protocol.rank import SaveEvery as RankSaveEvery
 from orchestrator.protocol.timeouts import Timeouts
-from storage.blob import BlobStore
 from storage.errors import StorageError
 from storage.wrappers import CountingStore
 
@@ -166,7 +165,8 @@ class Seating:
         store = CountingStore(tier.store) if tier is not None else None
         self._keeper.checking.store = store
         failed: list[FailedCopy] = []
-        bringing = partial(self._prepare_one, order, order.restore, store, limits, failed)
+        checkpoint = DurableCheckpoint(store, order.commit) if order.commit and store else None
+        bringing = partial(self._prepare_one, order, order.restore, checkpoint, limits, failed)
         tasks = [asyncio.create_task(bringing(rank)) for rank in ranks]
         try:
             found = await asyncio.gather(*tasks)
@@ -217,7 +217,7 @@ class Seating:
         self,
         order: Begin,
         step: Step,
-        store: BlobStore | None,
+        checkpoint: DurableCheckpoint | None,
         limits: Timeouts,
         failed: list[FailedCopy],
         rank: Rank,
@@ -230,9 +230,7 @@ class Seating:
         place = order.ranks.index(rank)
         source = order.sources[place]
         staged_as = order.staged_as[place] if order.staged_as else rank
-        durable = None
-        if order.commit and store is not None:
-            durable = DurableShard(store=store, commit=order.commit, shard=order.shard_of[place])
+        durable = None if checkpoint is None else DurableShard(checkpoint, order.shard_of[place])
         give_up_at = time.monotonic() + limits.warmup_s
         pauses_s = iter(FETCH_AGAIN_S)
         while True:

@@ -72,7 +72,7 @@ class Sharing:
         """
         rank, step = wanted
         node, staged_by = reader
-        named = parse_commit_key(durable.commit)
+        named = parse_commit_key(durable.checkpoint.commit)
         if named is not None:
             try:
                 async with asyncio.timeout(timeout_s):

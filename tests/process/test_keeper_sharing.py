@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.agent.durable import DurableShard
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard
 from orchestrator.agent.keeper import Tier
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import Ancestor, Holding
@@ -41,7 +41,7 @@ class Tape:
         self.store.before = self._note
 
     def shard(self) -> DurableShard:
-        return DurableShard(store=self.store, commit=commit_key(7, 2), shard=0)
+        return DurableShard(DurableCheckpoint(self.store, commit_key(7, 2)), 0)
 
     def _note(self, operation: str, key: str) -> None:
         if operation == "get" and key.endswith(".st"):
@@ -156,5 +156,34 @@ def test_a_tier_that_fails_who_has_to_read_it_after_all_is_an_error_of_storage(
                 await prepare(there, tape, OTHER, HERE)
 
             assert (there.files(), there.keeper.holdings()) == ([], ())
+
+    asyncio.run(scenario())
+
+
+def test_the_ranks_of_a_node_read_the_record_of_a_checkpoint_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            tape = Tape()
+            asked: list[str] = []
+            tape.store.before = lambda operation, key: asked.append(f"{operation} {key}")
+            checkpoint = DurableCheckpoint(tape.store, commit_key(7, 2))
+            here.begin(9, {THERE: there}, 7)
+            tape.store.down = True
+            with pytest.raises(StorageError):
+                await here.keeper.prepare(RANK, STEP, "", DurableShard(checkpoint, 0))
+            tape.store.down = False
+            asked.clear()
+
+            ranks = [Rank(rank) for rank in range(4)]
+            reading = (
+                here.keeper.prepare(rank, STEP, "", DurableShard(checkpoint, rank))
+                for rank in ranks
+            )
+            found = await asyncio.gather(*reading)
+
+            assert [content(restore) for restore, _ in found] == [
+                sealed(rank, 7, 2)[1] for rank in ranks
+            ]
+            assert len([line for line in asked if line.endswith(commit_key(7, 2))]) == 1
 
     asyncio.run(scenario())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.agent import mending
-from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard, DurableTier
 from orchestrator.agent.impressions import Written, of_index
 from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.agent.shards import NoRoomError, NotHeldError
@@ -41,7 +41,7 @@ def committed(store: MemoryStore | CountingStore | FaultyStore) -> DurableShard:
     receipts = [write_shard(store, *sealed(shard, 7, 2)) for shard in range(4)]
     manifest = make_manifest(receipts, run_id="run-7", model="llama-test", step=7, epoch=2)
     commit(store, manifest, newest_epoch_known=2)
-    return DurableShard(store=store, commit=COMMIT, shard=0)
+    return DurableShard(DurableCheckpoint(store, COMMIT), 0)
 
 
 def test_a_committed_shard_is_restored_when_no_memory_has_it(tmp_path: Path) -> None:

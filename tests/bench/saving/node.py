@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import msgspec
 
-from orchestrator.agent.durable import DurableShard, DurableTier
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard, DurableTier
 from orchestrator.agent.keeper import Keeper
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.rank import Restore, Staged
@@ -129,7 +129,7 @@ class Agent:
                 await self._save(staged)
             case Fetch(step, epoch, generation):
                 self._keeper.begin(generation, {}, step)
-                where = DurableShard(store=self._store, commit=commit_key(step, epoch), shard=0)
+                where = DurableShard(DurableCheckpoint(self._store, commit_key(step, epoch)), 0)
                 restore, tier = await self._keeper.prepare(RANK, step, "", where)
                 assert tier == "durable", tier
                 return restore

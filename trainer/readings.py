@@ -29,8 +29,10 @@ from trainer.ring import Ring, Told
 OFF, LATE = -1.0, -2.0
 """What a rank says that does not look any more, and that has not read in time; halves of digests
 are never negative."""
-WITHIN_S = 2.0
-"""For which a step waits for what is read beside it."""
+WITHIN_S = 0.5
+"""For which a step waits for what is read beside it, once: while that is not there, the steps that
+follow do not wait. It was begun with the step, and takes milliseconds. A source that has stopped
+holds up all ranks for as long before the one that reads from it is looked at (detect/hang.py)."""
 WORDS = 4
 """Numbers that a rank says in a step: its own digest, and that of another rank's samples."""
 

@@ -2,12 +2,11 @@
 
 Four levels, each with its own limit: a process that the kernel shows as stopped; a world in
 which nobody has moved for longer than `hang_s` plus two p99 steps, or less, as ranks are known to
-do in the phase of a step that they are in (stepping.py); few ranks whose samples do not
-come while all others wait for them, for ten seconds at least, longer than that and far longer than
-it ever took there; a
-phase of a recovery that takes far longer than it ever took in the same way. Announced phases
-(compiling, restoring, saving) may stand still for as long as their own limit allows, which is
-learned for those that are alike each time (announced.py).
+do in the phase of a step that they are in (stepping.py); few ranks whose samples do not come while
+all others wait for them, for so long that it is known ten seconds after they are missing, and far
+longer than it ever took there; a phase of a recovery that takes far longer than it ever took in the
+same way. Announced phases (compiling, restoring, saving) may stand still for as long as their own
+limit allows, which is learned for those that are alike each time (announced.py).
 
 Letters in array names: R ranks of the world.
 """
@@ -27,7 +26,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.detect.announced import Announced
 from orchestrator.detect.awaited import collective, culprits
-from orchestrator.detect.stepping import PHASES, Deadline, Stepping, of_steps
+from orchestrator.detect.stepping import PHASES, STEPS_KNOWN_MIN, Deadline, Stepping, of_steps
 from orchestrator.protocol.ids import NodeId, Rank, Seconds
 from orchestrator.protocol.messages import MARKS
 from orchestrator.protocol.phases import RankPhase
@@ -43,9 +42,17 @@ AGAIN_WARMUPS, AGAIN_MAX_S = 8.0, 3600.0
 what hangs is not waited for ever longer. An hour is assumed."""
 STARVED_FACTOR = 3.0
 """Others may wait this many times as long for samples of a node as they ever did. Assumed."""
-STARVED_MIN_S = 10.0
-"""For which samples are waited for at least, however soon ranks that stand still are to be found: a
-source takes seconds now and then, and a restart would ask it once more."""
+STARVED_WITHIN_S = 10.0
+"""Within which it is to be known that samples do not come, from when they are missing on, however
+much sooner ranks that stand still are to be found: a source takes seconds now and then, and a
+restart would ask it once more. What is left of that is how long others wait."""
+STARVED_LOOKS = 3
+"""Beats of it that pass unseen: until an agent has told that nobody goes on, until that is looked
+at, and from when it has been so for too long to the next look."""
+STARVED_APART_S = 1.0
+"""Seconds of it that are not part of one wait. Half is for the end of the step before: that waits
+for samples which are read twice (`trainer/readings.py`), and then goes on without. The other half
+is for a machine that is busy."""
 _RECOVERING = (
     RunPhase.STOPPING,
     RunPhase.STARTING,
@@ -64,9 +71,11 @@ class _Starving(NamedTuple):
     since: Seconds
     """When any of the others moved last."""
     waited_s: float
+    silent_s: float
+    """For how long one of them has shown no sign of life."""
 
 
-_NOBODY = _Starving((), (), Seconds(0.0), 0.0)
+_NOBODY = _Starving((), (), Seconds(0.0), 0.0, 0.0)
 
 
 class Hang:
@@ -108,11 +117,7 @@ class Hang:
             return []
         known_s = max(self._starved_s.get(node, 0.0) for node in now.nodes)
         again = f"learned: {STARVED_FACTOR:g} x {known_s:.2f} s that others waited for it before"
-        limit = max(
-            of_steps(state),
-            Deadline(STARVED_MIN_S, "default, any source takes seconds now and then"),
-            Deadline(STARVED_FACTOR * known_s, again),
-        )
+        limit = max(_starved_by_default(state, now), Deadline(STARVED_FACTOR * known_s, again))
         if now.waited_s <= limit.seconds:
             return []
         self._learn(now)
@@ -125,6 +130,22 @@ class Hang:
     def _learn(self, waited: _Starving) -> None:
         for node in waited.nodes:
             self._starved_s[node] = max(self._starved_s.get(node, 0.0), waited.waited_s)
+
+
+def _starved_by_default(state: RunState, starving: _Starving) -> Deadline:
+    """Return how long others may wait for samples, whatever was seen of those who have none.
+
+    However long steps take, which says nothing of a source. But a rank that shows no sign of life
+    may compute, for as long as a step does; and before the first steps nobody knows what is usual.
+    """
+    t = state.timeouts
+    unseen_s = STARVED_LOOKS * t.beat_s
+    least = Deadline(
+        max(STARVED_WITHIN_S - STARVED_APART_S - unseen_s, t.hang_s),
+        f"default, to be known within {max(STARVED_WITHIN_S, t.detect_within_s):g} s",
+    )
+    computes = starving.silent_s > unseen_s or state.step_times.known < STEPS_KNOWN_MIN
+    return max(least, of_steps(state)) if computes else least
 
 
 def stopped(state: RunState) -> list[Finding]:
@@ -195,7 +216,8 @@ def starving(state: RunState) -> _Starving:
     since = Seconds(float(fleet.moved_at_R[waits_R].max()))
     ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(reads_R))
     nodes = tuple(dict.fromkeys(state.seats[rank] for rank in ranks))
-    return _Starving(ranks, nodes, since, state.now - since)
+    silent_s = state.now - float(fleet.moved_at_R[reads_R].min())
+    return _Starving(ranks, nodes, since, state.now - since, silent_s)
 
 
 def stuck_recovery(state: RunState) -> list[Finding]:

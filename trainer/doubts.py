@@ -215,7 +215,9 @@ class Doubts:
         """Return the fingerprint of what all micro-batches of a rank come to here."""
         assert self._micro is not None
         shares = self._ring.share(of)
-        micros = [self._ring.read(self._guard, step, each, self._micro) for each in shares]
+        micros = [
+            self._ring.read(self._guard, step, each, self._micro, reporter) for each in shares
+        ]
         self._norms.begin()
         losses = self._ring.compute(
             self._guard,

@@ -10,17 +10,15 @@ compared.
 
 from __future__ import annotations
 
-import threading
-import time
-import weakref
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from trainer.aside import Asked
 from trainer.data import Batch
 from trainer.guard import Guard
 from trainer.replay import joined, split
@@ -37,6 +35,13 @@ WORDS = 4
 """Numbers that a rank says in a step: its own digest, and that of another rank's samples."""
 
 
+class _Reading(NamedTuple):
+    """What is read for one step."""
+
+    step: int
+    asked: Asked[int]
+
+
 class Readings:
     """Those of one rank.
 
@@ -50,8 +55,6 @@ class Readings:
         self._own = xxhash.xxh3_64()
         chain = ring.chain
         self._reading: _Reading | None = None
-        self._orders: SimpleQueue[_Reading | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
         # Samples do not follow from each other, whatever is computed from them.
         self._chain = chain._replace(links=[[1]] * chain.together)
 
@@ -63,18 +66,10 @@ class Readings:
         """Begin to compute a step, or begin anew."""
         self._own.reset()
         known = self._reading
-        if self._guard.stopped or (known is not None and (known.step == step or known.busy)):
+        if self._guard.stopped or (known is not None and (known.step == step or known.asked.busy)):
             return
         ahead = self._ring.ahead(self._shift(step))
-        self._reading = _Reading(step, lambda: self._digest(step, ahead))
-        if self._thread is None:
-            # One for all steps: to start a thread took 1.5 ms of a step of 100 on busy cores.
-            self._thread = threading.Thread(
-                target=_read_all, args=(self._orders,), name="readings", daemon=True
-            )
-            self._thread.start()
-            weakref.finalize(self, self._orders.put, None)
-        self._orders.put(self._reading)
+        self._reading = _Reading(step, self._ring.aside.ask(lambda: self._digest(step, ahead)))
 
     def read(self, batch: Batch) -> None:
         """Take note of samples that this rank trains on, in order."""
@@ -91,11 +86,11 @@ class Readings:
         reading = self._reading
         if self._guard.stopped:
             return (OFF,) * WORDS
-        if reading is None or reading.step != step or not reading.over(alive):
+        if reading is None or reading.step != step or not reading.asked.over(alive, WITHIN_S):
             return (LATE,) * WORDS
 
         def both() -> tuple[float, ...]:
-            return (*split(self._own.intdigest()), *split(reading.result()))
+            return (*split(self._own.intdigest()), *split(reading.asked.result()))
 
         return self._guard.call(both, (OFF,) * WORDS)
 
@@ -150,59 +145,6 @@ class Readings:
     def _digest_or_nothing(self, step: int, of: int) -> Tensor:
         found = self._guard.call(lambda: self._digest(step, of), 0)
         return torch.tensor(found - (1 << 64) if found >> 63 else found)
-
-
-class _Reading:
-    """What is read for one step.
-
-    Args:
-        step: for which.
-        read: does it.
-    """
-
-    def __init__(self, step: int, read: Callable[[], int]) -> None:
-        self.step = step
-        self._read = read
-        self._result: int | Exception | None = None
-        self._done = threading.Event()
-
-    @property
-    def busy(self) -> bool:
-        """Whether it is not over yet."""
-        return not self._done.is_set()
-
-    def over(self, alive: Callable[[], None]) -> bool:
-        """Wait for it, but no longer than `WITHIN_S`; return whether it is over."""
-        deadline = time.monotonic() + WITHIN_S
-        while self.busy and time.monotonic() < deadline:
-            alive()
-            self._done.wait(0.05)
-        return not self.busy
-
-    def result(self) -> int:
-        """Return what was read.
-
-        Raises:
-            Exception: what reading raised.
-        """
-        if isinstance(self._result, Exception):
-            raise self._result
-        assert self._result is not None, "it is over"
-        return self._result
-
-    def run(self) -> None:
-        """Read."""
-        try:
-            self._result = self._read()
-        except Exception as error:  # noqa: BLE001 - raised again where the guard is
-            self._result = error
-        self._done.set()
-
-
-def _read_all(orders: SimpleQueue[_Reading | None]) -> None:
-    while (order := orders.get()) is not None:
-        order.run()
-        del order  # or it would keep its reader alive, which ends this thread when it goes
 
 
 def stretches(shares: Sequence[range]) -> list[range]:

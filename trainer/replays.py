@@ -214,7 +214,7 @@ class Replays:
         """Return what the last micro-batch of a rank comes to here."""
         # Without it, its own: other ranks wait for this one to take part in what follows.
         assert self._micro is not None
-        micro = self.ring.read(self._guard, step, self.ring.share(of)[-1], self._micro)
+        micro = self.ring.read(self._guard, step, self.ring.share(of)[-1], self._micro, reporter)
         if self._trace is not None:
             self._trace.begin()
             self.ring.follow(micro, self._trace, reporter)

@@ -13,8 +13,9 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel, processors, tensor
+from trainer.aside import Aside
 from trainer.blame import Chain, Digests, Verdict, judge, mismatches, tried
-from trainer.data import Batch, Batches
+from trainer.data import Batch, Batches, settings
 from trainer.gradients import drop
 from trainer.guard import Guard
 from trainer.pipeline import Micro, Pipeline
@@ -83,11 +84,13 @@ class Ring:
     Attributes:
         again: whether the step is computed again: what was read ahead of it is used up. So it
             is until the step is `done`, whoever finds nothing wrong in it meanwhile.
+        aside: reads samples of other ranks.
         chain: how ranks follow from each other that compute a micro-batch.
     """
 
     def __init__(self, training: Stepping, samples: Batches) -> None:
         self._training, self.samples = training, samples
+        self.aside, self._wait_s = Aside(), runfile.seconds(settings(training.job.data).wait_max)
         self.chain = Chain.of(training.world.layout, len(training.stages))
         self._place = self.chain.ranks.index(training.world.rank)
         self.again = False
@@ -114,10 +117,26 @@ class Ring:
         place = Place(at.dp_replicate, layout.dp_replicate, at.dp_shard, layout.dp_shard)
         return share_of(at_stage(training.job, training.stage), place).micro_batches
 
-    def read(self, guard: Guard, step: int, indices: range, otherwise: Micro) -> Micro:
-        """Return some samples; others if they can not be read: ranks wait for each other."""
-        read = self._training.micro
-        return guard.call(lambda: read(self.samples.batch(step, indices)), otherwise)
+    def read(
+        self, guard: Guard, step: int, indices: range, otherwise: Micro, reporter: Told
+    ) -> Micro:
+        """Return some samples; others if they can not be read: ranks wait for each other.
+
+        Args:
+            guard: of the detector that asks for it.
+            step: whose samples they are.
+            indices: which of them.
+            otherwise: the others.
+            reporter: hears that this rank waits for data, which is no hang.
+
+        Raises:
+            Aborted: by the reporter.
+        """
+        if guard.off:
+            return otherwise
+        asked = self.aside.ask(lambda: self.samples.batch(step, indices))
+        asked.over(lambda: reporter.phase(RankPhase.DATA), self._wait_s)
+        return guard.call(lambda: self._training.micro(asked.result()), otherwise)
 
     def compute(
         self, guard: Guard, micros: Sequence[Micro], looks: Looks, reporter: Told

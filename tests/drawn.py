@@ -15,7 +15,14 @@ LASTING: dict[str, str] = {
     "slow-disk": "1s",
 }
 """How long what lasts does; a frozen rank stays frozen until something is done about it."""
-_TRAINERS = ("flip-bit", "wrong-matmul", "overload-rank", "stall-data")
+_TRAINERS = (
+    "flip-bit",
+    "wrong-matmul",
+    "overload-rank",
+    "stall-data",
+    "skip-collective",
+    "mismatch-collective",
+)
 _LIKE_OTHERS = ("block-rank", "throttle-rank", "read-only-disk")
 DRAWN = tuple(kind for kind in KINDS if kind not in (*_TRAINERS, *_LIKE_OTHERS))
 """Not what takes a spare for good each time: plans are drawn with as many as nodes are lost. Nor

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
@@ -47,6 +48,8 @@ _METHODS = (
     "all_to_all_single",
 )
 _MESSAGES = ("send", "recv")
+_UNEVEN = ("gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single", *_MESSAGES)
+"""Those of which a rank may hand over another size than others do."""
 Links = Mapping[tuple[str, int], str]
 """Names of connections: by `send` or `recv`, and the other one's place in the group."""
 
@@ -54,14 +57,21 @@ _names: dict[str, str] = {}
 """What groups are called, by the names that torch gives them."""
 _links: dict[str, Links] = {}
 """What connections within them are called."""
-_of: WeakKeyDictionary[dist.Work, str] = WeakKeyDictionary()
+_of: WeakKeyDictionary[dist.Work, tuple[str, str]] = WeakKeyDictionary()
 _between: list[dist.ProcessGroup] = []
 """Torch does not keep them."""
 
 
 def of(work: dist.Work) -> str | None:
     """Return the name of the group whose collective it is; None if it has none."""
-    return _of.get(work)
+    told = _of.get(work)
+    return None if told is None else told[0]
+
+
+def asked(work: dist.Work) -> str:
+    """Return what collective it is, in the words of every rank that has asked for the same one."""
+    told = _of.get(work)
+    return "" if told is None else told[1]
 
 
 def call(group: dist.ProcessGroup, name: str, links: Links | None = None) -> None:
@@ -100,10 +110,25 @@ def _noting(name: str) -> Callable[..., Any]:
         if name in _MESSAGES and group in _links and len(args) > 1:
             called = _links[group].get((name, args[1]))
         if called is not None and work is not None:
-            _of[work] = called
+            _of[work] = called, _words(name, args)
         return work
 
     return noting
+
+
+def _words(name: str, args: tuple[Any, ...]) -> str:
+    """Return what is asked for: its kind, and its size where that is the same for all ranks."""
+    what = name.lstrip("_")
+    if name in _UNEVEN or not args:
+        return what
+    # The larger of what goes in and what comes out is what all ranks have together.
+    return f"{what} of {max(map(_bytes, args))} B"
+
+
+def _bytes(given: Any) -> int:  # noqa: ANN401 - whatever it takes
+    if isinstance(given, torch.Tensor):
+        return given.numel() * given.element_size()
+    return sum(map(_bytes, given)) if isinstance(given, (list, tuple)) else 0
 
 
 class _Waited(dist.Work):

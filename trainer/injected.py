@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.protocol.rank import Misbehave
 from trainer.data import Batch, Batches
+from trainer.straying import at_next_sum, enter_another, leave_out
 from trainer.watch import Held
 
 FORWARDS = 3
@@ -40,6 +41,10 @@ class Injected:
                 self._spoil(order.options)
             case "overload-rank":
                 self._overload(float(order.options["times"]))
+            case "skip-collective":
+                at_next_sum(leave_out)
+            case "mismatch-collective":
+                at_next_sum(enter_another)
             case "stall-data":
                 self._stall(order.options.get("delay"))
             case _:

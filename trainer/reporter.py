@@ -14,8 +14,8 @@ class Reporter(Protocol):
     def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
         """Hear what the rank does from now on."""
 
-    def entered_collective(self, group: str | None = ALL) -> None:
-        """Count a collective of a group that this rank waits in from now on."""
+    def entered_collective(self, group: str | None = ALL, what: str = "") -> None:
+        """Count a collective of a group that this rank waits in from now on, and what it is."""
 
     def left_collective(self, group: str | None = ALL) -> None:
         """Count a collective that is over."""

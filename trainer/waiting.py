@@ -18,8 +18,8 @@ from trainer import groups
 class Counter(Protocol):
     """Who counts collectives."""
 
-    def entered_collective(self, group: str | None = ALL) -> None:
-        """Count one that is entered, of the group of that name."""
+    def entered_collective(self, group: str | None = ALL, what: str = "") -> None:
+        """Count one that is entered, of the group of that name, and what it is."""
 
     def left_collective(self, group: str | None = ALL) -> None:
         """Count one that is left."""
@@ -46,7 +46,7 @@ class Waited:
         if self._on is not work:
             self._on = work
             if self.counter is not None:
-                self.counter.entered_collective(groups.of(work))
+                self.counter.entered_collective(groups.of(work), groups.asked(work))
 
     def leave(self) -> None:
         """Leave the collective that was entered."""

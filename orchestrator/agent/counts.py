@@ -50,8 +50,13 @@ def untold(
             news = True
     if not news:
         return ()
-    rows: dict[str, list[tuple[Rank, int, int]]] = {}
+    rows: dict[str, list[tuple[Rank, int, int, str]]] = {}
     for rank, groups in read.items():
-        for group, entered, left in groups:
-            rows.setdefault(group, []).append((rank, entered, left))
-    return tuple(GroupCounts(group, *zip(*each, strict=True)) for group, each in rows.items())
+        for group, entered, left, what in groups:
+            rows.setdefault(group, []).append((rank, entered, left, what))
+    return tuple(_row(group, each) for group, each in rows.items())
+
+
+def _row(group: str, told: list[tuple[Rank, int, int, str]]) -> GroupCounts:
+    ranks, entered, left, titles = zip(*told, strict=True)
+    return GroupCounts(group, ranks, entered, left, titles if any(titles) else ())

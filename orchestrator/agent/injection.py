@@ -169,6 +169,9 @@ class Injection:
                 self._target(fault).control.send(Misbehave(how=how))
             case "block-rank":
                 self._target(fault).control.send(Misbehave(how="block"))
+            case "skip-collective" | "mismatch-collective":
+                order = Misbehave(how=fault.fault, options={"at": "sum of gradients"})
+                self._target(fault).control.send(order)
             case "throttle-rank":
                 self._target(fault).control.send(Misbehave(how="throttle", options=fault.slowdown))
             case "overload-rank":

@@ -43,6 +43,8 @@ CLASSES: tuple[TimedClass, ...] = (
     TimedClass("hang, samples never come", "hang", "stall-data"),
     TimedClass("hang, system call never returns", "hang", "block-rank"),
     TimedClass("hang, endless loop in C", "hang", "spin-rank", hold_gil=True),
+    TimedClass("hang, a collective left out", "hang", "skip-collective"),
+    TimedClass("hang, another collective entered", "hang", "mismatch-collective"),
     TimedClass("slow device, 10 to 25 %", "straggler", "throttle-rank", "hardware", (1.1, 1.25)),
     TimedClass("more work, 25 to 100 %", "straggler", "overload-rank", "workload", (1.25, 2.0)),
     TimedClass("slow device, 25 to 100 %", "straggler", "throttle-rank", "hardware", (1.25, 2.0)),

@@ -36,6 +36,8 @@ SHOWS_AS: dict[str, frozenset[str]] = {
     "freeze-rank": frozenset({"hang"}),
     "spin-rank": frozenset({"hang"}),
     "block-rank": frozenset({"hang"}),
+    "skip-collective": frozenset({"hang"}),
+    "mismatch-collective": frozenset({"hang"}),
     "slow-rank": frozenset({"hang", STRAGGLER}),
     "throttle-rank": frozenset({STRAGGLER}),
     "overload-rank": frozenset({STRAGGLER}),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from orchestrator.core.fleet import Fleet
 from orchestrator.core.state import RunState
 from orchestrator.detect import waiting
-from orchestrator.protocol.groups import ALL
+from orchestrator.protocol.groups import ALL, kind_of
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.phases import RankPhase
@@ -30,9 +30,10 @@ def culprits(state: RunState, overdue_R: npt.NDArray[np.bool_] | None = None) ->
     """Return the ranks that the others wait for; all of them empty-handed if none stands out.
 
     Ranks blocked in a collective sleep; one that burns its processor is not waiting. Failing
-    that, who has not entered the collective that the others wait in; if all have, who is
-    somewhere else than most, since it entered another one; and if nobody counts collectives, who is
-    in a phase that it announced, or else behind the others.
+    that, who waits in another collective than those that wait in the same place, by what they say
+    it is; who has not entered the collective that the others wait in; if all have, who came to
+    collectives in another order, or is somewhere else than most; and if nobody counts collectives,
+    who is in a phase that it announced, or else behind the others.
 
     Args:
         state: of the run.
@@ -63,12 +64,16 @@ def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
         return
     world = len(counts_R)
     alike_R = stages(state.run.layout, world)
-    if (counts := _groups(fleet, counts_R)) is not None:
+    counts, names = waiting.gathered(fleet.groups.values(), world)
+    counts = counts.where(counts_R[counts.rank])
+    yield _mask(waiting.strangers(counts), world)
+    if _tells_apart(fleet):
         waits_R = counts_R & (fleet.entered_R > fleet.left_R)
         elsewhere_R = waits_R & ~_mask(counts.rank[counts.waits], world)
         yield _mask(waiting.culprits_among(counts, world, elsewhere_R), world)
         # Who waits for nobody at all, if it is not known what the others wait in.
         yield counts_R & ~waits_R
+        yield _mask(_out_of_order(state, alike_R, counts, names), world)
     else:
         yield _mask(_of_one_count(state, alike_R, counts_R), world)
     if not alike_R.any():
@@ -76,21 +81,54 @@ def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
         yield _mask(waiting.minority(fleet.step_R * len(RankPhase) + fleet.phase_R), world)
 
 
-def _groups(fleet: Fleet, counts_R: npt.NDArray[np.bool_]) -> waiting.Counts | None:
-    """Return what ranks have counted for each process group; None if they tell none apart."""
-    if all(group == ALL for group, _ in fleet.groups):
-        return None
-    counts, _ = waiting.gathered(fleet.groups.values(), len(counts_R))
-    return counts.where(counts_R[counts.rank])
+def _tells_apart(fleet: Fleet) -> bool:
+    """Whether any rank counts collectives by process group."""
+    return any(group != ALL for group, _ in fleet.groups)
+
+
+def _out_of_order(
+    state: RunState,
+    alike_R: npt.NDArray[np.int64],
+    counts: waiting.Counts,
+    names: list[str],
+) -> npt.NDArray[np.int64]:
+    """Return who left out a collective and went on, of ranks that run the same program."""
+    alike_R = _alike(state, alike_R)
+    entered_KR = by_kind(counts, names, len(alike_R))
+    told_R = (entered_KR >= 0).any(axis=0)
+    found = [
+        ranks_N[waiting.out_of_order(entered_KR[:, ranks_N])]
+        for ranks_N in (np.flatnonzero(told_R & (alike_R == each)) for each in np.unique(alike_R))
+    ]
+    return np.concatenate(found)
+
+
+def by_kind(counts: waiting.Counts, names: list[str], world: int) -> npt.NDArray[np.int64]:
+    """Return how many collectives of each kind of group ranks have entered, shape [K, R].
+
+    -1 where a rank is in none; connections are none.
+    """
+    kinds = {kind: k for k, kind in enumerate(dict.fromkeys(map(kind_of, names)))}
+    kind_G = np.array([kinds[kind_of(name)] for name in names], np.int64)
+    entered_KR = np.full((len(kinds), world), -1)
+    kept = counts.where(~counts.apart)
+    entered_KR[kind_G[kept.group], kept.rank] = kept.entered
+    return entered_KR
+
+
+def _alike(state: RunState, alike_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return of each rank which others run the same program, given the stages of the pipeline."""
+    if uneven(state.run, state.replicas):
+        # A replica that computes more enters more of them for good: its ranks tell of each other.
+        return alike_R * state.replicas + replicas(state.run.layout, len(alike_R))
+    return alike_R
 
 
 def _of_one_count(
     state: RunState, alike_R: npt.NDArray[np.int64], counts_R: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.int64]:
     """Return who never joined, of ranks that count all their collectives as one sequence."""
-    if uneven(state.run, state.replicas):
-        # A replica that computes more enters more of them for good: its ranks tell of each other.
-        alike_R = alike_R * state.replicas + replicas(state.run.layout, len(counts_R))
+    alike_R = _alike(state, alike_R)
     member_GR = (alike_R == np.unique(alike_R)[:, None]) & counts_R
     entered_GR, left_GR = (
         np.broadcast_to(column_R, member_GR.shape)
@@ -124,6 +162,8 @@ def collective(state: RunState, rank: Rank) -> str:
         return ""
     if told := _in_groups(state.fleet, rank):
         return told
+    if told := _otherwise(*waiting.gathered(state.fleet.groups.values(), len(state.seats)), rank):
+        return told
     there = f"waits in collective {entered}" if entered > left else f"is in none after {left}"
     waits_R = state.fleet.entered_R > state.fleet.left_R
     most = int(state.fleet.entered_R[waits_R].max(initial=-1))
@@ -136,6 +176,8 @@ def _in_groups(fleet: Fleet, rank: Rank) -> str:
         return ""
     counts, names = waiting.gathered(fleet.groups.values(), len(fleet.entered_R))
     mine_M = counts.rank == rank
+    if told := _otherwise(counts, names, rank):
+        return told
     where = [names[group] for group in counts.group[mine_M & counts.waits]]
     there = f", waits in {where[0]}" if where else ", is in no collective"
     behind: list[tuple[int, int]] = []
@@ -151,12 +193,32 @@ def _in_groups(fleet: Fleet, rank: Rank) -> str:
     here_M = counts.group == group
     entered = int(counts.entered[mine_M & here_M][0])
     ahead_M = here_M & counts.waits & (counts.entered > entered)
-    ranks = list(map(str, counts.rank[ahead_M]))
-    others = ", ".join(ranks[:TOLD_MAX])
-    if len(ranks) > TOLD_MAX:
-        others += f" and {len(ranks) - TOLD_MAX} more"
-    one = len(ranks) == 1
     return (
-        f"{there}, has entered {entered} of {names[group]} and rank{'' if one else 's'} {others} "
-        f"wait{'s' if one else ''} there in {int(counts.entered[ahead_M].max())}"
+        f"{there}, has entered {entered} of {names[group]} and {_who_wait(counts.rank[ahead_M])} "
+        f"there in {int(counts.entered[ahead_M].max())}"
     )
+
+
+def _otherwise(counts: waiting.Counts, names: list[str], rank: Rank) -> str:
+    """Say in what a rank waits in the place of what others wait in; "" if it does not."""
+    for at in np.flatnonzero((counts.rank == rank) & counts.waits & (counts.what > 0)):
+        group, entered, what = counts.group[at], int(counts.entered[at]), counts.what[at]
+        there_M = (counts.group == group) & (counts.entered == entered) & counts.waits
+        others_M = there_M & (counts.what > 0) & (counts.what != what)
+        if counts.apart[at] or not others_M.any():
+            continue
+        most = np.bincount(counts.what[others_M]).argmax()
+        return (
+            f", waits in {entered} of {names[group]} for {counts.titles[what]} and "
+            f"{_who_wait(counts.rank[others_M & (counts.what == most)])} there for "
+            f"{counts.titles[most]}"
+        )
+    return ""
+
+
+def _who_wait(ranks: npt.NDArray[np.int64]) -> str:
+    told = list(map(str, ranks))
+    others = ", ".join(told[:TOLD_MAX])
+    if len(told) > TOLD_MAX:
+        others += f" and {len(told) - TOLD_MAX} more"
+    return f"rank {others} waits" if len(told) == 1 else f"ranks {others} wait"

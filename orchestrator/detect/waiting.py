@@ -32,6 +32,10 @@ class Counts(NamedTuple):
     left: npt.NDArray[np.int64]
     apart: npt.NDArray[np.bool_]
     """Whether it is a connection, over which one sends and the other receives."""
+    what: npt.NDArray[np.int64]
+    """What the last one is that it has entered, as a place in `titles`."""
+    titles: tuple[str, ...] = ("",)
+    """What collectives are called; first of all "", of which nothing was said."""
 
     @property
     def waits(self) -> npt.NDArray[np.bool_]:
@@ -41,7 +45,13 @@ class Counts(NamedTuple):
     def where(self, kept: npt.NDArray[np.bool_]) -> Counts:
         """Return some of the rows."""
         return Counts(
-            self.group[kept], self.rank[kept], self.entered[kept], self.left[kept], self.apart[kept]
+            self.group[kept],
+            self.rank[kept],
+            self.entered[kept],
+            self.left[kept],
+            self.apart[kept],
+            self.what[kept],
+            self.titles,
         )
 
 
@@ -57,13 +67,17 @@ def gathered(told: Iterable[GroupCounts], world: int) -> tuple[Counts, list[str]
     rank: list[int] = []
     entered: list[int] = []
     left: list[int] = []
+    what: list[int] = []
+    places: dict[str, int] = {"": 0}
     for row in told:
         group += [numbers.setdefault(row.group, len(numbers))] * len(row.ranks)
         rank += row.ranks
         entered += row.entered
         left += row.left
-    group_M, rank_M, entered_M, left_M = (
-        np.array(column, np.int64) for column in (group, rank, entered, left)
+        titles = row.what or ("",) * len(row.ranks)
+        what += [places.setdefault(each, len(places)) for each in titles]
+    group_M, rank_M, entered_M, left_M, what_M = (
+        np.array(column, np.int64) for column in (group, rank, entered, left, what)
     )
     # The last of those that are of the same rank in the same group.
     key_M = (group_M * world + rank_M)[::-1]
@@ -71,9 +85,68 @@ def gathered(told: Iterable[GroupCounts], world: int) -> tuple[Counts, list[str]
     names = list(numbers)
     apart_G = np.array([is_connection(name) for name in names], np.bool_)
     rows = Counts(
-        group_M[newest], rank_M[newest], entered_M[newest], left_M[newest], apart_G[group_M[newest]]
+        group_M[newest],
+        rank_M[newest],
+        entered_M[newest],
+        left_M[newest],
+        apart_G[group_M[newest]],
+        what_M[newest],
+        tuple(places),
     )
     return rows, names
+
+
+def strangers(counts: Counts) -> npt.NDArray[np.int64]:
+    """Return the ranks that wait in another collective than most who wait in the same place.
+
+    The n-th collective of a group is the same for all its members, or the program is wrong. By the
+    numbers alone nobody is missing then, and nobody goes on.
+
+    Returns:
+        Rank indices, shape [K], int64, ascending. Empty if no group has a majority that agrees.
+    """
+    said_M = counts.waits & (counts.what > 0) & ~counts.apart
+    group_M, entered_M, what_M = (
+        column[said_M] for column in (counts.group, counts.entered, counts.what)
+    )
+    _, place_M = np.unique(np.stack((group_M, entered_M)), axis=1, return_inverse=True)
+    kinds, kind_M, times = np.unique(
+        np.stack((place_M.reshape(-1), what_M)), axis=1, return_inverse=True, return_counts=True
+    )
+    there = np.bincount(kinds[0], weights=times, minlength=1)
+    most = np.zeros(len(there))
+    np.maximum.at(most, kinds[0], times)
+    odd_K = (2 * most[kinds[0]] > there[kinds[0]]) & (times < most[kinds[0]])
+    return np.unique(counts.rank[said_M][odd_K[kind_M.reshape(-1)]])
+
+
+def out_of_order(entered_KR: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the ranks that came to collectives in another order than most did.
+
+    All run the same program, so whoever is behind has entered no more of any kind than who is
+    ahead. A rank that left one out and went on is ahead in one kind and behind in another: it waits
+    for the others, and they for it, so that nobody in the graph waits for nobody.
+
+    Args:
+        entered_KR: how many collectives of each kind ranks have entered that run the same program,
+            shape [K, R].
+
+    Returns:
+        Rank indices, shape [N], int64: who can be in line with the fewest others. Empty if all are
+        in line, or as many are on either side.
+
+    >>> out_of_order(np.array([[8, 7, 8], [3, 4, 3]]))
+    array([1])
+    """
+    kinds_KU, place_R, times_U = np.unique(
+        entered_KR, axis=1, return_inverse=True, return_counts=True
+    )
+    ahead_UU = (kinds_KU[:, :, None] > kinds_KU[:, None, :]).any(axis=0)
+    against_U = (ahead_UU & ahead_UU.T) @ times_U
+    most_U = against_U == against_U.max(initial=0)
+    if int(against_U.max(initial=0)) == 0 or 2 * int(times_U[most_U].sum()) >= entered_KR.shape[1]:
+        return np.empty(0, np.int64)
+    return np.flatnonzero(most_U[place_R.reshape(-1)])
 
 
 def culprits_among(
@@ -133,6 +206,7 @@ def culprits(
         entered_GR[member_GR],
         left_GR[member_GR],
         np.zeros(len(group_M), np.bool_),
+        np.zeros(len(group_M), np.int64),
     )
     return culprits_among(counts, member_GR.shape[1])
 

@@ -11,6 +11,8 @@ FaultKind = Literal[
     "freeze-rank",
     "spin-rank",
     "block-rank",
+    "skip-collective",
+    "mismatch-collective",
     "slow-rank",
     "throttle-rank",
     "overload-rank",
@@ -63,6 +65,8 @@ CATALOGUE: dict[FaultKind, Traits] = {
     "freeze-rank": Traits("rank", ("for",), "SIGSTOP; with `for`, SIGCONT afterwards"),
     "spin-rank": Traits("rank", ("holdGil",), "endless loop; `holdGil` blocks all threads"),
     "block-rank": Traits("rank", (), "the rank waits in a system call that never returns"),
+    "skip-collective": Traits("rank", (), "the rank leaves out its next sum of gradients"),
+    "mismatch-collective": Traits("rank", (), "the rank gathers where all others add up gradients"),
     "slow-rank": Traits("rank", ("for", "share"), "the rank gets `share` of its time"),
     "throttle-rank": Traits(
         "rank", ("times",), "whatever the rank computes takes `times` as much of its processor"

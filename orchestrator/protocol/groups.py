@@ -20,6 +20,15 @@ def name_of(kind: str, members: Iterable[Rank | int]) -> str:
     return f"{kind}@{min(members)}"
 
 
+def kind_of(name: str) -> str:
+    """Return of what kind the group of a name is.
+
+    >>> kind_of("tp@6")
+    'tp'
+    """
+    return name.partition("@")[0]
+
+
 def connection(kind: str, sender: Rank | int, receiver: Rank | int) -> str:
     """Return the name of what one rank sends another: not a collective, but waited for likewise.
 

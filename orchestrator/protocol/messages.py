@@ -91,6 +91,8 @@ class GroupCounts(msgspec.Struct, frozen=True, array_like=True):
     """By each of `ranks`."""
     left: tuple[int, ...]
     """One less than entered by who waits in one."""
+    what: tuple[str, ...] = ()
+    """What the last one is that each has entered; without it, nobody has said."""
 
 
 class Beat(_Message, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,8 @@ from orchestrator.protocol.digests import KINDS, Taken
 from orchestrator.protocol.ids import Generation, Rank, Step
 from orchestrator.protocol.phases import RankPhase
 
-MAGIC = 0x484F4C4446535437
-"""'HOLDFST7'; changes with the layout."""
+MAGIC = 0x484F4C4446535438
+"""'HOLDFST8'; changes with the layout."""
 _HEAD_BYTES = 32
 """Four words: the magic number, the current copy (0 or 1), the steps ever recorded, the digests."""
 _MAGIC_WORD, _CURRENT_WORD, _RECORDED_WORD, _DIGESTED_WORD = range(4)
@@ -46,7 +47,12 @@ _COUNTS_AT = 320
 _GROUP = struct.Struct(f"<q{GROUP_NAME_MAX}s")  # the generation that it is of, its name
 _GROUPS_AT = _COUNTS_AT + GROUPS_MAX * 16
 _GROUP_BYTES = 40
-_RING_AT = 1280
+WHAT_MAX = 48
+"""Bytes of what a collective is called, in UTF-8; what is beyond them is cut off."""
+_WHAT = struct.Struct(f"<{WHAT_MAX}s")
+_TITLES_AT = _GROUPS_AT + GROUPS_MAX * _GROUP_BYTES
+_WHAT_BYTES = 56
+_RING_AT = 2112
 _ENTRY_BYTES = 64
 RING_STEPS = 256
 _DIGESTS_AT = _RING_AT + RING_STEPS * _ENTRY_BYTES
@@ -107,6 +113,8 @@ class GroupCount(NamedTuple):
     group: str
     entered: int
     left: int
+    what: str = ""
+    """What the last one is that it has entered, as all its ranks call it; "" if nobody said."""
 
 
 class DigestRecord(NamedTuple):
@@ -135,6 +143,7 @@ class BeaconWriter:
         self._words = _words(self._page)
         self._current = 0
         self._counts = _counts(self._page)
+        self._titles = [""] * GROUPS_MAX
         self._recorded = self._digested = 0
         self._now = _NOTHING
         self._flip()
@@ -167,12 +176,25 @@ class BeaconWriter:
             name = names[slot] if slot < len(names) else ""
             content = _GROUP.pack(self._now.generation, name.encode())
             _put(self._page, _GROUPS_AT + slot * _GROUP_BYTES, content)
+            self._say_what(slot, "")
 
-    def enter(self, slot: int | None) -> None:
-        """Count a collective as entered, also of the group that has this place, if any has."""
+    def enter(self, slot: int | None, what: str = "") -> None:
+        """Count a collective as entered, also of the group that has this place, if any has.
+
+        Args:
+            slot: the place.
+            what: what it is, as every rank calls it that enters the same one.
+        """
         if slot is not None:
+            self._say_what(slot, what)
             self._counts[2 * slot] += 1
         self.update(collectives=self._now.collectives + 1)
+
+    def _say_what(self, slot: int, what: str) -> None:
+        if self._titles[slot] != what:
+            self._titles[slot] = what
+            content, at = _of_what(what), _TITLES_AT + slot * _WHAT_BYTES
+            self._page[at : at + len(content)] = content
 
     def leave(self, slot: int | None) -> None:
         """Count a collective as left, likewise."""
@@ -251,8 +273,13 @@ class BeaconReader:
             name = fields[1].rstrip(b"\0").decode(errors="replace")
             if name:
                 entered, left = self._counts[2 * slot], self._counts[2 * slot + 1]
-                found.append(GroupCount(name, entered, left))
+                found.append(GroupCount(name, entered, left, self._what(slot)))
         return found
+
+    def _what(self, slot: int) -> str:
+        """Return what a rank last entered in a group; "" of one that is just entering it."""
+        fields = _get(self._page, _TITLES_AT + slot * _WHAT_BYTES, _WHAT)
+        return "" if fields is None else fields[0].rstrip(b"\0").decode(errors="replace")
 
     def new_steps(self) -> list[StepRecord]:
         """Return the steps recorded since the last call, oldest first.
@@ -332,6 +359,13 @@ def _words(page: mmap.mmap) -> memoryview:
 def _counts(page: mmap.mmap) -> memoryview:
     """Return the counts of groups, as words likewise."""
     return memoryview(page)[_COUNTS_AT:_GROUPS_AT].cast("Q")
+
+
+@lru_cache(maxsize=256)
+def _of_what(what: str) -> bytes:
+    """Return what is put there for the name of a collective, of which a program has a few."""
+    content = _WHAT.pack(what.encode()[:WHAT_MAX])
+    return content + _sum(content)
 
 
 def _put(page: mmap.mmap, at: int, content: bytes) -> None:

@@ -60,20 +60,22 @@ class Steps(Saves):
         self._beacon.groups(told)
         self._slots_of = {name: slot for slot, name in enumerate(told[:GROUPS_MAX])}
 
-    def entered_collective(self, group: str | None = ALL) -> None:
+    def entered_collective(self, group: str | None = ALL, what: str = "") -> None:
         """Count one collective entered; names the rank that never joined when others hang.
 
         Args:
             group: whose it is, one of `in_groups`; None if that is not known.
+            what: what it is, such as `allreduce of 4096 B`, in the words of every rank that enters
+                the same one: who enters another one than the others is named for it.
         """
-        self._beacon.enter(self._slots_of.get(group) if group is not None else None)
+        self._beacon.enter(self._slots_of.get(group) if group is not None else None, what)
 
     def left_collective(self, group: str | None = ALL) -> None:
         """Count one collective left: until then, this rank waits in it for who has not entered."""
         self._beacon.leave(self._slots_of.get(group) if group is not None else None)
 
     @contextlib.contextmanager
-    def waiting(self, group: str | None = ALL) -> Iterator[None]:
+    def waiting(self, group: str | None = ALL, what: str = "") -> Iterator[None]:
         """Count the time in this block as waiting for peers, not as computing.
 
         Put it around each collective: who is slow is told by who lets the others wait, and who
@@ -81,9 +83,10 @@ class Steps(Saves):
 
         Args:
             group: whose collective it is, one of `in_groups`; without it, one of all ranks.
+            what: as in `entered_collective`.
         """
         begun = time.monotonic()
-        self.entered_collective(group)
+        self.entered_collective(group, what)
         yield
         self.left_collective(group)
         self._waited_s += time.monotonic() - begun

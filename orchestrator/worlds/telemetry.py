@@ -155,7 +155,8 @@ class Columns:
     def _count(self, row: GroupCounts) -> None:
         """Enter in which collective of a group ranks stand, unless that is nonsense."""
         inside = row.ranks and min(row.ranks) >= 0 and max(row.ranks) < self._size
-        if inside and len(row.entered) == len(row.left) == len(row.ranks):
+        told = len(row.what) in (0, len(row.ranks))
+        if inside and told and len(row.entered) == len(row.left) == len(row.ranks):
             self._groups.append(row)
 
     def _row(self, ranks: tuple[Rank, ...]) -> slice | None:

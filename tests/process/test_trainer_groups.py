@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from orchestrator.agent.warm import Warm
-from orchestrator.detect.waiting import culprits_among, gathered
+from orchestrator.detect import awaited
+from orchestrator.detect.waiting import culprits_among, gathered, out_of_order, strangers
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.messages import GroupCounts
 from orchestrator.protocol.rank import Misbehave
@@ -18,9 +19,9 @@ TRAINER = {"model": SIZES, "steps": 10_000, "seqLen": 16, "globalBatch": 4, "mic
 
 def told(world: World) -> list[GroupCounts]:
     return [
-        GroupCounts(group, (Rank(rank),), (entered,), (left,))
+        GroupCounts(group, (Rank(rank),), (entered,), (left,), (what,))
         for rank, member in world.ranks.items()
-        for group, entered, left in member.beacon.groups(member.beacon.read().generation)
+        for group, entered, left, what in member.beacon.groups(member.beacon.read().generation)
     ]
 
 
@@ -69,3 +70,31 @@ def test_a_rank_that_never_enters_the_next_collective_is_who_the_counts_name(
 
         for rank, expected in groups.items():
             assert {names[group] for group in counts.group[counts.rank == rank]} == expected
+
+
+@pytest.mark.parametrize(
+    ("cut", "how"),
+    [
+        ({"dpReplicate": 4, "dpShard": 1}, "mismatch-collective"),
+        ({"dpReplicate": 2, "dpShard": 2}, "skip-collective"),
+    ],
+    ids=["another one than all others", "none, and the next one in another group"],
+)
+def test_a_rank_that_goes_on_with_another_collective_is_who_they_name_though_all_wait(
+    warm: Warm, cut: dict[str, int], how: str
+) -> None:
+    strays = 1
+    job: dict[str, Any] = {
+        "trainer": TRAINER,
+        "parallelism": cut,
+        "checkpoint": {"everySteps": 10_000, "memoryEverySteps": 10_000},
+    }
+    with a_world(warm, parked=4, job=job) as world:
+        world.until(lambda: world.step() >= 2)
+        world.ranks[strays].send(Misbehave(how=how, options={"at": "sum of gradients"}))
+        world.until(lambda: world.still() and named(world)[1] == [0, 1, 2, 3])
+        counts, names = gathered(told(world), world.size)
+
+    assert culprits_among(counts, 4).tolist() == []
+    in_order = out_of_order(awaited.by_kind(counts, names, 4)).tolist()
+    assert (strangers(counts).tolist() or in_order) == [strays]

@@ -22,6 +22,14 @@ def waiting(layout: Layout, rank: int, stops: int) -> tuple[GroupCounts, ...]:
     return Run(mesh, programs, {rank: stops}).told()
 
 
+def leaving_out(layout: Layout, kinds: tuple[str, ...], rank: int, place: int) -> Run:
+    """Return a step in which a rank leaves out one of the collectives of its program."""
+    mesh = Mesh(layout)
+    programs = [mesh.schedule(each, kinds, 2) for each in range(mesh.size)]
+    del programs[rank][place]
+    return Run(mesh, programs, {})
+
+
 def stand_still(cluster: Cluster, told: tuple[GroupCounts, ...]) -> StartGeneration:
     """Have nobody move from now on; return what is decided in the end."""
     phases = {1: RankPhase.BACKWARD, 2: RankPhase.BACKWARD}
@@ -50,6 +58,41 @@ def test_whoever_never_came_to_its_tp_or_dp_collective_leaves_and_nobody_else(
     order = stand_still(trained, waiting(TP, rank, stops))
 
     assert order.dismiss == (rank,)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("rank", range(4))
+def test_whoever_leaves_out_a_collective_and_goes_on_leaves_though_it_waits_as_all_do(
+    trained: Cluster, rank: int, place: int
+) -> None:
+    """Four replicas: each waits for the others, in one place or in another."""
+    run = leaving_out(Layout(dp_replicate=4), ("dp_replicate",), rank, place)
+
+    assert stand_still(trained, run.told()).dismiss == (rank,)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_of_groups_of_two_nobody_is_named_who_left_out_nothing(trained: Cluster, rank: int) -> None:
+    for place in range(4):
+        run = leaving_out(TP, ("tp", "dp_shard"), rank, place)
+        trained.state.fleet.groups.clear()
+        trained.beat(step=5, groups=run.told())
+
+        assert set(awaited.culprits(trained.state)) <= {rank}
+
+
+def test_whoever_enters_another_collective_leaves_and_it_is_said_which(trained: Cluster) -> None:
+    titles = ("allreduce of 64 B",) * 2, ("allgather of 8 B", "allreduce of 64 B")
+    told = tuple(
+        GroupCounts("all", ranks, (7, 7), (6, 6), what)
+        for ranks, what in zip(((Rank(0), Rank(1)), (Rank(2), Rank(3))), titles, strict=True)
+    )
+
+    order = stand_still(trained, told)
+
+    assert order.dismiss == (2,)
+    words = trained.state.incidents[-1].findings[0].evidence
+    assert "waits in 7 of all for allgather of 8 B and ranks 0, 1, 3 wait there for" in words
 
 
 def test_it_is_said_in_which_group_who_waits_for_it(trained: Cluster) -> None:

@@ -53,6 +53,14 @@ def node(tmp_path: Path) -> Iterator[Node]:
         reader.close()
 
 
+def test_what_ranks_have_entered_is_told_if_anybody_says(node: Node) -> None:
+    node.writers[Rank(4)].enter(2, "allreduce of 8 B")
+
+    (tp,) = (row for row in node.untold(LONG_NS) if row.group == "tp@4")
+
+    assert tp == GroupCounts("tp@4", (Rank(4), Rank(5)), (2, 0), (0, 0), ("allreduce of 8 B", ""))
+
+
 def test_ranks_that_move_are_not_told_of(node: Node) -> None:
     assert node.untold(SHORT_NS) == ()
 

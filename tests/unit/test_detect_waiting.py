@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
-from orchestrator.detect.waiting import culprits_among, gathered
+from orchestrator.detect import awaited
+from orchestrator.detect.waiting import culprits_among, gathered, out_of_order, strangers
 from orchestrator.protocol.groups import ALL
 from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.layout import Layout
@@ -116,3 +118,87 @@ def test_who_sends_is_waited_for_and_who_receives_is_not_to_blame_whatever_it_co
     ]
 
     assert culprits_among(gathered(told, 3)[0], 3).tolist() == []
+
+
+def entered(*titles: str, at: tuple[int, ...] = (), group: str = "all") -> GroupCounts:
+    """Return what ranks that wait in one group say of it."""
+    ranks = tuple(map(Rank, range(len(titles))))
+    counts = at or (7,) * len(titles)
+    return GroupCounts(group, ranks, counts, tuple(n - 1 for n in counts), titles)
+
+
+SUM, GATHER = "allreduce of 4096 B", "allgather of 24 B"
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        (entered(SUM, GATHER, SUM), [1]),
+        (entered(SUM, SUM, SUM), []),
+        (entered(SUM, GATHER), []),
+        (entered(SUM, GATHER, "barrier"), []),
+        (entered(SUM, "", SUM), []),
+        (entered(SUM, GATHER, SUM, at=(7, 8, 7)), []),
+        (entered(SUM, GATHER, SUM, GATHER, SUM), [1, 3]),
+        (entered(SUM, "allreduce of 8 B", SUM), [1]),
+        (entered(SUM, GATHER, SUM, group="pp 0>1"), []),
+    ],
+    ids=[
+        "another one", "the same", "one against one", "each its own", "who says nothing",
+        "not the same place", "two of five", "another shape", "a connection",
+    ],
+)  # fmt: skip
+def test_who_waits_in_another_collective_than_most_at_the_same_place_is_named(
+    told: GroupCounts, named: list[int]
+) -> None:
+    assert strangers(gathered([told], 5)[0]).tolist() == named
+
+
+def named_without(mesh: Mesh, kinds: tuple[str, ...], rank: int, place: int) -> list[int] | None:
+    """Return who is named once a rank has left out a collective; None if nobody waits for it."""
+    programs = [2 * mesh.schedule(each, kinds, 2) for each in range(mesh.size)]
+    del programs[rank][place]
+    run = Run(mesh, programs, {})
+    if run.done():
+        return None
+    counts, names = gathered(run.told(), mesh.size)
+    if by_graph := culprits_among(counts, mesh.size).tolist():
+        return by_graph
+    in_kinds = awaited.by_kind(counts, names, mesh.size)
+    stages = awaited.stages(mesh.layout, mesh.size)
+    found = (np.flatnonzero(stages == stage) for stage in range(mesh.layout.pp))
+    return [int(rank) for those in found for rank in those[out_of_order(in_kinds[:, those])]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"),
+    [
+        (Layout(dp_replicate=3), ("dp_replicate",)),
+        (Layout(dp_shard=4, tp=4), ("tp", "dp_shard")),
+    ],
+    ids=str,
+)
+def test_whoever_leaves_out_any_collective_is_named_where_groups_have_three_members_or_more(
+    layout: Layout, kinds: tuple[str, ...]
+) -> None:
+    mesh = Mesh(layout)
+    places = len(2 * mesh.schedule(0, kinds, 2))
+
+    for rank in range(0, mesh.size, 5):
+        for place in range(places):
+            assert named_without(mesh, kinds, rank, place) == [rank], place
+
+
+def test_in_a_mesh_of_groups_of_two_nobody_is_named_without_whoever_left_one_out() -> None:
+    mesh, kinds = Mesh(FULL), ("tp", "dp_shard", "dp_replicate")
+    exact = among = 0
+    rank = 13
+    for place, (do, _) in enumerate(2 * mesh.schedule(rank, kinds, 2)):
+        if do != "meet":
+            continue
+        named = named_without(mesh, kinds, rank, place)
+        assert named is not None
+        assert not named or (rank in named and len(named) <= 2)
+        exact += named == [rank]
+        among += len(named) == 2
+    assert exact > among > 0

@@ -21,6 +21,7 @@ from orchestrator.worker.beacon import (
     GROUPS_MAX,
     PAGE_BYTES,
     RING_STEPS,
+    WHAT_MAX,
     BeaconError,
     BeaconReader,
     BeaconWriter,
@@ -108,7 +109,7 @@ def test_collectives_are_counted_for_each_group_and_in_all(page: Path) -> None:
         writer.enter(slot)
     writer.leave(1)
 
-    assert reader.groups(Generation(4)) == [("all", 1, 0), ("tp@2", 2, 1)]
+    assert reader.groups(Generation(4)) == [("all", 1, 0, ""), ("tp@2", 2, 1, "")]
     assert (reader.read().collectives, reader.read().left) == (4, 1)
     assert reader.groups(Generation(3)) == []
 
@@ -121,7 +122,23 @@ def test_groups_of_a_new_generation_count_from_0_on(page: Path) -> None:
 
     assert reader.groups(Generation(1)) == []
     writer.groups(["all"])
-    assert reader.groups(Generation(1)) == [("all", 0, 0)]
+    assert reader.groups(Generation(1)) == [("all", 0, 0, "")]
+
+
+def test_what_was_entered_last_is_told_for_each_group(page: Path) -> None:
+    writer, reader = BeaconWriter(page), BeaconReader(page)
+    writer.groups(["all", "tp@2"])
+
+    writer.enter(0, "allgather of 24 B")
+    writer.enter(1, "\u00e4" * WHAT_MAX)
+    writer.enter(None, "nobody knows where")
+
+    told = [each.what for each in reader.groups(Generation(0))]
+    assert told == ["allgather of 24 B", "\u00e4" * (WHAT_MAX // 2)]
+    writer.enter(0)
+    assert reader.groups(Generation(0))[0].what == "", "the next one is not what that was"
+    writer.groups(["all", "tp@2"])
+    assert [each.what for each in reader.groups(Generation(0))] == ["", ""]
 
 
 def test_of_more_groups_than_there_is_room_for_the_first_are_named(page: Path) -> None:

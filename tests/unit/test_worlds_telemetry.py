@@ -83,8 +83,9 @@ def test_counts_of_groups_are_passed_on_once_and_nonsense_is_not() -> None:
     sound = GroupCounts("tp@0", (Rank(0), Rank(1)), (7, 6), (6, 6))
     beyond = GroupCounts("tp@0", (Rank(3), Rank(4)), (7, 6), (6, 6))
     short = GroupCounts("tp@0", (Rank(0), Rank(1)), (7,), (6, 6))
+    silent = GroupCounts("tp@0", (Rank(0), Rank(1)), (7, 6), (6, 6), ("barrier",))
 
-    columns.take(NodeId("n0"), beat((0, 1), groups=(beyond, sound, short)))
+    columns.take(NodeId("n0"), beat((0, 1), groups=(beyond, sound, short, silent)))
     event = columns.telemetry(Seconds(1.0))
     columns.take(NodeId("n0"), beat((0, 1)))
     later = columns.telemetry(Seconds(2.0))

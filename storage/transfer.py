@@ -47,6 +47,8 @@ INDEX = "model.safetensors.index.json"
 HEADER_BYTES_MAX = 100_000_000
 """More, the library does not read either."""
 INDEX_BYTES_MAX = 1 << 30
+METADATA = "__metadata__"
+"""In the header of a file, what is no tensor."""
 _OF_SET = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _OF_RANK = re.compile(r"shard-\d+-.*")
 _PLACES = "DCP_SHARDING_INFO"
@@ -107,10 +109,15 @@ def export_safetensors(
 
     Raises:
         FileExistsError: if there is something of that name.
+        UnstorableError: if a tensor has a name that no such file can have.
         ShardCorruptError: if a byte is not what was staged; nothing is there then.
         StorageFullError: if there is no room; nothing is there then.
         OSError: from the file system.
     """
+    if METADATA in contents.tensors:
+        error = UnstorableError(f"safetensors keep this name for themselves: {METADATA}")
+        error.hint = "Export it with --format dcp."
+        raise error
     groups = list(_grouped(list(contents.tensors.values()), _size, file_bytes)) or [[]]
     where: dict[str, str] = {}
     with appearing(out) as folder:
@@ -403,7 +410,7 @@ def _parts(path: Path) -> Iterator[Part]:
         if not 0 < length <= min(HEADER_BYTES_MAX, size - 8):
             raise ForeignFormatError(f"header has {length} bytes, file {size}: {path}")
         table = _decoded(file.read(length), dict[str, msgspec.Raw], path)
-    _require_no_pieces(table.pop("__metadata__", None), path)
+    _require_no_pieces(table.pop(METADATA, None), path)
     entries = {name: _decoded(raw, _Entry, path) for name, raw in table.items()}
     _require_apart(entries, path)
     for name, entry in entries.items():
@@ -431,10 +438,10 @@ def _require_no_pieces(metadata: msgspec.Raw | None, path: Path) -> None:
     Raises:
         UnstorableError: if it is one.
     """
-    told = _decoded(metadata, dict[str, Any], path) if metadata is not None else {}
+    told = _decoded(metadata, dict[str, str], path) if metadata is not None else {}
     if _PLACES not in told:
         return
-    placed = _decoded(str(told[_PLACES]), dict[str, _Placing], path)
+    placed = _decoded(told[_PLACES], dict[str, _Placing], path)
     if _OF_RANK.fullmatch(path.name) or any(any(one.saved_offsets) for one in placed.values()):
         error = UnstorableError(f"file has what one rank held, and maybe pieces of tensors: {path}")
         error.hint = "Save with enable_consolidation=True, or with torch's FileSystemWriter."

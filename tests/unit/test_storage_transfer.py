@@ -529,6 +529,27 @@ def test_what_one_rank_held_is_not_taken_for_whole_tensors(tmp_path: Path, name:
     assert not (tmp_path / "store").exists()
 
 
+def test_a_tensor_that_is_called_as_the_header_of_safetensors_is_exported_as_dcp_alone(
+    tmp_path: Path,
+) -> None:
+    saved(LocalStore(tmp_path / "store"), {"__metadata__": torch.ones(2)}, 1, ranks=1)
+    out = tmp_path / "out"
+
+    said = run("export", tmp_path / "store", "--to", out, code=1)
+    assert "safetensors keep this name for themselves: __metadata__" in said
+    assert not out.exists()
+
+    run("export", tmp_path / "store", "--to", out, "--format", "dcp")
+    found = {"__metadata__": torch.zeros(2)}
+    torch_dcp.load(found, storage_reader=torch_dcp.FileSystemReader(out))
+    assert found["__metadata__"].sum() == 2
+
+    (tmp_path / "in").mkdir()
+    save_file({"__metadata__": torch.ones(2), "w": torch.ones(2)}, tmp_path / "in/w.safetensors")
+    said = run("import", tmp_path / "in", tmp_path / "other", "--step", 1, code=6)
+    assert "JSON is not as expected" in said
+
+
 def test_places_that_are_no_places_are_damage(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save_file({"w": torch.ones(5)}, tmp_path / "in/w.safetensors", {"DCP_SHARDING_INFO": "[5]"})

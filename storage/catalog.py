@@ -12,7 +12,7 @@ import msgspec
 
 from storage import parallel, verdicts
 from storage.blob import BlobStore
-from storage.commit import check_shard, latest_commit
+from storage.commit import check_shard, completed, latest_commit
 from storage.errors import (
     BlobNotFoundError,
     ForeignCheckpointError,
@@ -394,7 +394,7 @@ class Catalog:
         if foreign or record.manifest is None:
             return foreign
         try:
-            check = partial(check_shard, self.store, record.manifest)
+            check = partial(check_shard, self.store, completed(self.store, record.manifest))
             parallel.each(check, range(record.manifest.shards), at_once=SHARDS_AT_ONCE)
         except StorageError as error:
             if not is_of_content(error):

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 
+import msgspec
+
 from storage import parallel
 from storage.blob import BlobStore, get_into, get_small
 from storage.digest import BLOCK_BYTES, Buffer, byte_view, sha256_hex
@@ -23,6 +25,7 @@ from storage.errors import (
 )
 from storage.manifest import (
     COMMITS,
+    DIGEST_BYTES,
     GENERATIONS,
     VERDICTS,
     Manifest,
@@ -30,6 +33,8 @@ from storage.manifest import (
     body_key,
     commit_key,
     describe,
+    digests_key,
+    digests_of_groups,
     encode_manifest,
     generation_prefix,
     index_key,
@@ -106,7 +111,8 @@ def commit(store: BlobStore, manifest: Manifest, *, newest_epoch_known: int) -> 
     Raises:
         StaleEpochError: if a newer epoch is known or committed, or a later step of this epoch is
             committed. Such a generation may have been collected already.
-        BlobExistsError: if a different manifest was committed for this step and epoch.
+        BlobExistsError: if a different manifest was committed for this step and epoch, or the
+            digests of one are there.
         BlobNotFoundError: if a shard of the manifest is not in the store.
         ManifestCorruptError: if the record that is there already is damaged.
     """
@@ -117,6 +123,8 @@ def commit(store: BlobStore, manifest: Manifest, *, newest_epoch_known: int) -> 
     if later is not None and key not in store.keys(key):
         raise _stale(manifest, later)
     _require_shards(store, manifest)
+    if manifest.grouped:
+        _put_digests(store, manifest)
     try:
         store.put(key, encode_manifest(manifest))
     except BlobExistsError:
@@ -156,16 +164,53 @@ def newest_epoch(store: BlobStore) -> int:
     return max([latest[0] if latest else 0, *(found[1] for found in stored if found)])
 
 
+def promised(store: BlobStore, manifest: Manifest, shard: int) -> ShardReceipt:
+    """Return what a checkpoint promises of a shard; of groups one is read for it, a few KB.
+
+    Raises:
+        BlobNotFoundError: if the digests are not there.
+        ShardCorruptError: if they are not those that were committed.
+        ValueError: if the manifest has no such shard.
+    """
+    if manifest.index_digests:
+        return manifest.receipt(shard)
+    start, size, expected = manifest.group(shard)
+    key = digests_key(manifest.step, manifest.epoch)
+    digests = store.get(key, start, size)
+    if (found := sha256_hex(digests)) != expected:
+        raise ShardCorruptError(
+            f"sha-256 from byte {start} on is {found}, manifest says {expected}: {key}"
+        )
+    at = shard * DIGEST_BYTES - start
+    return manifest.receipt(shard, digests[at : at + DIGEST_BYTES])
+
+
+def completed(store: BlobStore, manifest: Manifest) -> Manifest:
+    """Return a manifest with the digests of all indexes, for whoever is to read most of them.
+
+    Raises:
+        BlobNotFoundError: if they are not there.
+        ShardCorruptError: if they are not those that were committed.
+    """
+    if manifest.index_digests:
+        return manifest
+    key, size = digests_key(manifest.step, manifest.epoch), manifest.shards * DIGEST_BYTES
+    digests = get_small(store, key, size)
+    if digests_of_groups(digests, manifest.per_group) != manifest.group_digests:
+        raise ShardCorruptError(f"{len(digests)} of {size} bytes, or others: {key}")
+    return msgspec.structs.replace(manifest, index_digests=digests)
+
+
 def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
     """Return the index of a committed shard, checked against the manifest.
 
     Raises:
         BlobNotFoundError: if it is not there.
-        ShardCorruptError: if it is not the index that was committed.
+        ShardCorruptError: if it is not the index that was committed, or if that is not known.
         ForeignCheckpointError: if it is of another run, model or step than the manifest.
         ValueError: if the manifest has no such shard.
     """
-    entry = manifest.receipt(shard)
+    entry = promised(store, manifest, shard)
     key = index_key(manifest.step, manifest.epoch, shard)
     data = get_small(store, key, INDEX_BYTES_MAX)
     digest = sha256_hex(data)
@@ -347,6 +392,16 @@ def _require_shards(store: BlobStore, manifest: Manifest) -> None:
             key = key_of(manifest.step, manifest.epoch, shard)
             if key not in there:
                 raise BlobNotFoundError(f"shard {shard} is not in the store: {key}")
+
+
+def _put_digests(store: BlobStore, manifest: Manifest) -> None:
+    """Put the digests of all indexes where the record will lead to, which it then may."""
+    key, ours = digests_key(manifest.step, manifest.epoch), completed(store, manifest).index_digests
+    try:
+        store.put(key, ours)
+    except BlobExistsError:
+        if store.get(key, 0, len(ours) + 1) != ours:
+            raise BlobExistsError(f"other digests are stored: {key}") from None
 
 
 def _later_commit(store: BlobStore, manifest: Manifest) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import msgspec
 
 from storage import coverage, parallel
 from storage.blob import BlobStore
-from storage.commit import fetch_index
+from storage.commit import completed, fetch_index
 from storage.errors import ShardCorruptError
 from storage.manifest import Manifest, describe
 from storage.shard import Extra, ShardIndex, StagedChunk
@@ -114,7 +114,7 @@ def read_contents(store: BlobStore, manifest: Manifest) -> Contents:
         BlobNotFoundError, ShardCorruptError, ForeignCheckpointError: as `fetch_index`; also if the
             shards contradict each other, or a tensor is not all there.
     """
-    fetch = partial(fetch_index, store, manifest)
+    fetch = partial(fetch_index, store, completed(store, manifest))
     return contents_of(manifest, parallel.each(fetch, range(manifest.shards)))
 
 

@@ -4,7 +4,7 @@ import re
 
 # Numbers of at most 16 digits: whoever can write to the store can also make up keys.
 COMMIT = re.compile(r"commits/(\d{16})-(\d{1,16})\.json")
-GENERATION = re.compile(r"gen/[0-9a-f]{2}/(\d{1,16})-(\d{1,16})/s\d+\.(?:st|idx)")
+GENERATION = re.compile(r"gen/[0-9a-f]{2}/(\d{1,16})-(\d{1,16})/(?:s\d+\.(?:st|idx)|digests)")
 VERDICT = re.compile(r"verdicts/(\d{1,16})-(\d{1,16})/(\d{6})-([a-z]+(?:-[a-z]+)*)\.json")
 LEASE = re.compile(r"leases/(\d{1,16})-(\d{1,16})/(\d{12})-[A-Za-z0-9._-]+")
 

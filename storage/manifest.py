@@ -2,6 +2,10 @@
 
 A manifest lists every shard by size and index digest, so that whoever trusts the manifest can check
 every byte of the checkpoint. A checkpoint exists when its manifest is stored under `commit_key`.
+
+Of more than `GROUPS_MAX` shards the digests lie in a blob of their own, beside the shards, and the
+record has one digest for each group of them: thousands of nodes read it at once, each for the sake
+of eight shards.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,15 +21,19 @@ from storage.digest import Buffer, sha256_hex
 from storage.errors import ForeignCheckpointError, ManifestCorruptError, UnsupportedVersionError
 from storage.shard import Extra, ShardIndex
 
-VERSION = 2
+VERSION, GROUPED = 2, 3
+"""Of records: with the digest of each index, and with digests of groups of them."""
+GROUPS_MAX = 2048
+"""A record has at most so many digests, which are 87 KB."""
 STEP_MAX = 9_000_000_000_000_000
 COMMITS = "commits/"
 GENERATIONS = "gen/"
 VERDICTS = "verdicts/"
 
 MANIFEST_BYTES_MAX = 64 * 1024 * 1024
-_DIGEST_BYTES = 32
+DIGEST_BYTES = 32
 """Of a SHA-256."""
+SHARDS_MAX = MANIFEST_BYTES_MAX // DIGEST_BYTES
 
 
 class ShardReceipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,7 +44,9 @@ class ShardReceipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     index_digest: str
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Manifest(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """A committed, or about to be committed, checkpoint.
 
     Shards are columns, not rows: of 16,384 of them a row each would make 1.9 MB, which every reader
@@ -49,8 +59,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         sizes: bytes of the bodies, in order of shards, as runs of (shards, bytes of each). Few
             differ: a state is cut into equal parts.
         index_digests: SHA-256 of the indexes, one after the other, 32 bytes each, in order of
-            shards; base64 in JSON.
-        root: SHA-256 of `index_digests`; two checkpoints with one root have equal bytes.
+            shards; base64 in JSON. Of groups it is not in the record but under `digests_key`, and
+            empty here as long as nobody has read that (`commit.completed`).
+        root: SHA-256 of `index_digests`, or of `group_digests`; two checkpoints with one root have
+            equal bytes.
+        per_group: how many shards a group has, the last one maybe fewer; 1 without groups.
+        group_digests: SHA-256 of what each group has of `index_digests`, as those are written.
         checksum: SHA-256 of this record, encoded with an empty checksum.
     """
 
@@ -66,33 +80,64 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     index_digests: bytes
     root: str
     checksum: str
+    per_group: int = 1
+    group_digests: bytes = b""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the digests of indexes are not in the record."""
+        return bool(self.group_digests)
+
+    def group(self, shard: int) -> tuple[int, int, str]:
+        """Return where in `index_digests` the group of a shard is, how many bytes, their SHA-256.
+
+        Raises:
+            ValueError: if there is no such shard.
+        """
+        self._require(shard)
+        number = shard // self.per_group
+        size = min(self.per_group, self.shards - number * self.per_group) * DIGEST_BYTES
+        digest = self.group_digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        return number * self.per_group * DIGEST_BYTES, size, digest.hex()
+
+    def shard_sizes(self) -> Iterator[int]:
+        """Yield the bytes of each body, in order of shards."""
+        return (size for count, size in self.sizes for _ in range(count))
 
     @property
     def size(self) -> int:
         """Bytes of all bodies together."""
         return sum(count * size for count, size in self.sizes)
 
-    def receipt(self, shard: int) -> ShardReceipt:
+    def receipt(self, shard: int, digest: bytes | None = None) -> ShardReceipt:
         """Return what is promised of a shard.
+
+        Args:
+            shard: its number.
+            digest: of its index; may be left out where `index_digests` has it.
 
         Raises:
             ValueError: if there is no such shard.
         """
-        if not 0 <= shard < self.shards:
-            raise ValueError(f"shard is {shard}, must be in 0..{self.shards - 1}")
+        self._require(shard)
         ends = accumulate(count for count, _ in self.sizes)
         size = next(run[1] for run, end in zip(self.sizes, ends, strict=True) if shard < end)
-        return self._receipt(shard, size)
+        return self._receipt(shard, size, digest)
 
     def receipts(self) -> Iterator[ShardReceipt]:
         """Yield what is promised of each shard, in order of shards."""
-        sizes = (size for count, size in self.sizes for _ in range(count))
-        for shard, size in enumerate(sizes):
+        for shard, size in enumerate(self.shard_sizes()):
             yield self._receipt(shard, size)
 
-    def _receipt(self, shard: int, size: int) -> ShardReceipt:
-        digest = self.index_digests[shard * _DIGEST_BYTES : (shard + 1) * _DIGEST_BYTES]
+    def _receipt(self, shard: int, size: int, digest: bytes | None = None) -> ShardReceipt:
+        if digest is None:
+            digest = self.index_digests[shard * DIGEST_BYTES : (shard + 1) * DIGEST_BYTES]
+        assert len(digest) == DIGEST_BYTES, "the digests of groups were not read"
         return ShardReceipt(shard=shard, size=size, index_digest=digest.hex())
+
+    def _require(self, shard: int) -> None:
+        if not 0 <= shard < self.shards:
+            raise ValueError(f"shard is {shard}, must be in 0..{self.shards - 1}")
 
 
 def make_manifest(
@@ -128,8 +173,10 @@ def make_manifest(
     if not 0 <= step <= STEP_MAX or epoch < 0:
         raise ValueError(f"step {step} and epoch {epoch} must be 0 or more, the step up to 9e15")
     digests = b"".join(map(_digest, entries))
+    per_group = -(-len(entries) // GROUPS_MAX)
+    groups = digests_of_groups(digests, per_group) if per_group > 1 else b""
     manifest = Manifest(
-        version=VERSION,
+        version=GROUPED if groups else VERSION,
         run_id=run_id,
         model=model,
         step=step,
@@ -139,8 +186,10 @@ def make_manifest(
         state_digest=state_digest,
         sizes=_runs(entry.size for entry in entries),
         index_digests=digests,
-        root=sha256_hex(digests),
+        root=sha256_hex(groups or digests),
         checksum="",
+        per_group=per_group,
+        group_digests=groups,
     )
     return msgspec.structs.replace(manifest, checksum=_checksum(manifest))
 
@@ -157,7 +206,16 @@ def read_manifest(store: BlobStore, key: str) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Return the manifest as canonical JSON: the same manifest gives the same bytes, always."""
+    if manifest.grouped:
+        manifest = msgspec.structs.replace(manifest, index_digests=b"")
     return msgspec.json.encode(manifest, order="deterministic")
+
+
+def digests_of_groups(index_digests: bytes, per_group: int) -> bytes:
+    """Return the SHA-256 of each group of index digests, one after the other."""
+    size = per_group * DIGEST_BYTES
+    starts = range(0, len(index_digests), size)
+    return b"".join(bytes.fromhex(sha256_hex(index_digests[at : at + size])) for at in starts)
 
 
 def decode_manifest(data: Buffer) -> Manifest:
@@ -169,8 +227,10 @@ def decode_manifest(data: Buffer) -> Manifest:
     """
     try:
         version = _read_version(data).version
-        if version != VERSION:
-            raise UnsupportedVersionError(f"manifest has version {version}, known is {VERSION}")
+        if version not in (VERSION, GROUPED):
+            raise UnsupportedVersionError(
+                f"manifest has version {version}, known are {VERSION} and {GROUPED}"
+            )
         manifest = _read_manifest(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestCorruptError(f"manifest does not decode: {error}") from error
@@ -226,6 +286,11 @@ def index_key(step: int, epoch: int, shard: int) -> str:
     return f"{generation_prefix(step, epoch)}s{shard}.idx"
 
 
+def digests_key(step: int, epoch: int) -> str:
+    """Return the key of the digests of indexes of which the record has only those of groups."""
+    return f"{generation_prefix(step, epoch)}digests"
+
+
 def commit_key(step: int, epoch: int) -> str:
     """Return the key of a commit; the step counts down, so that listings start with the newest."""
     return f"{COMMITS}{STEP_MAX - step:016d}-{epoch}.json"
@@ -272,7 +337,7 @@ _read_manifest = msgspec.json.Decoder(Manifest).decode
 
 def _digest(entry: ShardReceipt) -> bytes:
     digest = bytes.fromhex(entry.index_digest)
-    if len(digest) != _DIGEST_BYTES:
+    if len(digest) != DIGEST_BYTES:
         raise ValueError(f"index digest is {entry.index_digest!r}, must be a SHA-256: {entry}")
     return digest
 
@@ -288,8 +353,22 @@ def _is_consistent(manifest: Manifest) -> bool:
         0 < manifest.shards == sum(counts)
         and all(count > 0 and size >= 0 for count, size in manifest.sizes)
         and all(one[1] != next_[1] for one, next_ in pairwise(manifest.sizes))
-        and len(manifest.index_digests) == manifest.shards * _DIGEST_BYTES
-        and manifest.root == sha256_hex(manifest.index_digests)
+        and _has_digests(manifest)
+    )
+
+
+def _has_digests(manifest: Manifest) -> bool:
+    if manifest.version == VERSION:
+        return (
+            (manifest.per_group, manifest.group_digests) == (1, b"")
+            and len(manifest.index_digests) == manifest.shards * DIGEST_BYTES
+            and manifest.root == sha256_hex(manifest.index_digests)
+        )
+    return (
+        1 < manifest.per_group <= manifest.shards <= SHARDS_MAX
+        and manifest.index_digests == b""
+        and len(manifest.group_digests) == -(-manifest.shards // manifest.per_group) * DIGEST_BYTES
+        and manifest.root == sha256_hex(manifest.group_digests)
     )
 
 

@@ -10,10 +10,10 @@ import msgspec
 
 from storage.blob import BlobStore
 from storage.catalog import SHARDS_AT_ONCE, Catalog, CommitRecord
-from storage.commit import body_blocks, fetch_index
+from storage.commit import body_blocks, completed, fetch_index
 from storage.digest import Buffer, digest_stream
 from storage.errors import BlobNotFoundError, StorageError, is_of_content
-from storage.manifest import Manifest, body_key, commit_key, index_key
+from storage.manifest import Manifest, body_key, commit_key, digests_key, index_key
 from storage.parallel import each
 from storage.shard import ShardIndex
 from storage.verdicts import SUSPECT, Standing, Trust
@@ -71,12 +71,24 @@ def examine(
     Raises:
         StorageError: if the store does not answer or refuses; that says nothing of the bytes.
     """
+    try:
+        whole = completed(store, manifest)
+    except StorageError as error:
+        if not is_of_content(error):
+            raise
+        # Without them no index, and so no body, can be told to be what was committed.
+        expected, key = "the digests of all indexes", digests_key(manifest.step, manifest.epoch)
+        return [Damage(key=key, chunk="", expected=expected, found=_found(error))]
 
     def of_shard(shard: int) -> list[Damage]:
-        return list(_examine_shard(store, manifest, shard, read))
+        return list(_examine_shard(store, whole, shard, read))
 
     by_shard = each(of_shard, range(manifest.shards), at_once=SHARDS_AT_ONCE)
     return [damage for damages in by_shard for damage in damages]
+
+
+def _found(error: StorageError) -> str:
+    return "nothing" if isinstance(error, BlobNotFoundError) else str(error)
 
 
 def scrub_all(

@@ -1,7 +1,12 @@
 """Small checkpoints: two shards of one tensor, put into a store."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
+import pytest
+
+from storage import manifest as manifests
 from storage.blob import BlobStore
 from storage.catalog import Catalog
 from storage.commit import commit, write_shard
@@ -39,6 +44,14 @@ def written(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") ->
     return make_manifest(
         receipts, run_id=run_id, model="m", step=step, epoch=epoch, layout={"dpShard": SHARDS}
     )
+
+
+@contextlib.contextmanager
+def in_groups() -> Iterator[None]:
+    """Have manifests made as if two shards were very many: with the digests of groups of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "GROUPS_MAX", 1)
+        yield
 
 
 def committed(store: BlobStore, step: int, epoch: int = 1, run_id: str = "run") -> Manifest:

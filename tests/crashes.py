@@ -30,14 +30,14 @@ from storage.errors import (
 from storage.faulty import FaultyStore
 from storage.leases import SKEW_S, Leases
 from storage.local import LocalStore
-from storage.manifest import body_key, commit_key, index_key
+from storage.manifest import body_key, commit_key, digests_key, index_key
 from storage.memory import MemoryStore
 from storage.remote import S3Store
 from storage.retention import Ladder
 from storage.scrub import scrub_all
 from storage.shard import Chunk, ShardMeta, plan, seal
 from storage.wrappers import RetryingStore
-from tests.checkpoints import SHARDS, brought_in, committed, written
+from tests.checkpoints import SHARDS, brought_in, committed, in_groups, written
 
 NOW = 1.7e9
 LATER = NOW + 60.0 + SKEW_S + 1
@@ -99,6 +99,16 @@ def collect(store: BlobStore, now: float = NOW) -> None:
 
 def save(step: int, epoch: int = 1) -> Callable[[BlobStore], object]:
     return lambda store: committed(store, step, epoch)
+
+
+def grouped(work: Callable[[BlobStore], object]) -> Callable[[BlobStore], object]:
+    """Do it with very many shards, to which the two of a test come if groups are small."""
+
+    def in_such(store: BlobStore) -> None:
+        with in_groups():
+            work(store)
+
+    return in_such
 
 
 def several(*steps: int) -> Callable[[BlobStore], None]:
@@ -197,7 +207,9 @@ STORIES = (
     Story("save what memory has spoilt", several(10), spoilt, 10),
     Story("import", several(10), lambda store: brought_in(store, 20), 10),
     Story("import what is cut off", several(10), cut_off, 10),
+    Story("save and commit very many shards", save(10), grouped(save(20)), 10),
     Story("collect", several(10, 20), collect, 20),
+    Story("collect very many shards", grouped(several(10, 20)), collect, 20),
     Story("collect what was quarantined", quarantined, collect, 20),
     Story("collect what a newer epoch stands for", superseded, collect, 20),
     Story(
@@ -266,6 +278,8 @@ def kind_of(key: str) -> str:
         return f"the verdict `{key.rpartition('/')[2][7:].removesuffix('.json')}`"
     if key.startswith("leases/"):
         return "the lease"
+    if key.endswith("/digests"):
+        return "the digests"
     return "a body" if key.endswith(".st") else "an index"
 
 
@@ -293,6 +307,8 @@ def garbage(store: BlobStore) -> list[str]:
             where = (record.step, record.epoch)
             needed.add(commit_key(*where))
             needed |= {of(*where, n) for of in (body_key, index_key) for n in range(SHARDS)}
+            if record.manifest is not None and record.manifest.grouped:
+                needed.add(digests_key(*where))
     keys = store.keys()
     return [key for key in keys if key not in needed and not key.startswith("verdicts/")]
 
@@ -307,6 +323,7 @@ def left_behind(store: BlobStore) -> str:
         (len(bodies & indexes), "shard", "shards"),
         (len(bodies - indexes), "body without index", "bodies without index"),
         (len(indexes - bodies), "index without body", "indexes without body"),
+        (sum(key.endswith("/digests") for key in keys), "list of digests", "lists of digests"),
         (sum(key.startswith("leases/") for key in keys), "lease", "leases"),
     )
     words = [f"{n} {one if n == 1 else more}" for n, one, more in counted if n]
@@ -510,43 +527,50 @@ def fault_cells(name: str) -> Iterator[tuple[str, str, str, str]]:
     """Yield what comes of a save with a fault at each of its puts."""
     puts = 2 * SHARDS + 1
     for number in range(puts):
-        inner = MemoryStore()
-        committed(inner, 10)
-        faulty, calls = FaultyStore(inner, sleep=lambda _: None), itertools.count()
-
-        def spoil(
-            operation: str,
-            _key: str,
-            store: FaultyStore = faulty,
-            calls: Iterator[int] = calls,
-            number: int = number,
-        ) -> None:
-            if operation == "put" and next(calls) == number:
-                FAULTS[name](store)
-
-        faulty.before = spoil
-        try:
-            committed(RetryingStore(faulty, attempts_max=3, sleep=lambda _: None), 20)
-            came = "commits"
-        except StorageError as error:
-            came = type(error).__name__
-        healed = FaultyStore(inner)
-        newest, rejections = Catalog(healed).newest_verified()
-        assert newest is not None
-        assert newest.step == 20 or came != "commits" or rejections, (name, number)
-        if came == "commits":
-            assert newest.step == 20, f"{name}: an acknowledged commit is gone"
-        try:
-            committed(healed, 20)
-            again = "commits"
-        except StorageError as error:
-            again = type(error).__name__
-        committed(healed, 30, 2)
-        found, _ = Catalog(healed).newest_verified()
-        assert found is not None
-        assert found.step == 30
         place = "record" if number == puts - 1 else ("body", "index")[number % 2]
-        yield place, came, str(newest.step), again
+        yield place, *fault_at(number, name)
+    with in_groups():
+        yield "digests", *fault_at(puts - 1, name)
+        yield "record", *fault_at(puts, name)
+
+
+def fault_at(number: int, name: str) -> tuple[str, str, str]:
+    """Return what comes of a save with a fault at its put of this number, and of it once more."""
+    inner = MemoryStore()
+    committed(inner, 10)
+    faulty, calls = FaultyStore(inner, sleep=lambda _: None), itertools.count()
+
+    def spoil(
+        operation: str,
+        _key: str,
+        store: FaultyStore = faulty,
+        calls: Iterator[int] = calls,
+    ) -> None:
+        if operation == "put" and next(calls) == number:
+            FAULTS[name](store)
+
+    faulty.before = spoil
+    try:
+        committed(RetryingStore(faulty, attempts_max=3, sleep=lambda _: None), 20)
+        came = "commits"
+    except StorageError as error:
+        came = type(error).__name__
+    healed = FaultyStore(inner)
+    newest, rejections = Catalog(healed).newest_verified()
+    assert newest is not None
+    assert newest.step == 20 or came != "commits" or rejections, (name, number)
+    if came == "commits":
+        assert newest.step == 20, f"{name}: an acknowledged commit is gone"
+    try:
+        committed(healed, 20)
+        again = "commits"
+    except StorageError as error:
+        again = type(error).__name__
+    committed(healed, 30, 2)
+    found, _ = Catalog(healed).newest_verified()
+    assert found is not None
+    assert found.step == 30
+    return came, str(newest.step), again
 
 
 def fault_table() -> str:

@@ -37,7 +37,7 @@ CHANGED_BYTES = 8
 class DurableCheckpoint:
     """The checkpoint at key `commit` of a store, whose record is read once for all of its shards.
 
-    Thousands of nodes with eight ranks each need not read a record of 0.7 MB for every rank.
+    Thousands of nodes with eight ranks each need not read a record of 0.1 MB for every rank.
     """
 
     def __init__(self, store: BlobStore, commit: str) -> None:

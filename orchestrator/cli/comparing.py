@@ -9,7 +9,7 @@ from orchestrator.cli.choices import Form
 from orchestrator.cli.stored import Store, picked, readable
 from orchestrator.cli.tables import grid, in_json
 from storage.blob import BlobStore
-from storage.commit import fetch_index
+from storage.commit import completed, fetch_index
 from storage.manifest import Manifest
 
 SAME, DIFFERS, CUT = "same", "differs", "cut differently"
@@ -100,6 +100,7 @@ def _counted(counts: dict[str, int]) -> str:
 
 def _tensors(blobs: BlobStore, manifest: Manifest) -> _Tensors:
     tensors: _Tensors = {}
+    manifest = completed(blobs, manifest)
     for shard in range(manifest.shards):
         for chunk in fetch_index(blobs, manifest, shard).chunks:
             box = (chunk.offset, chunk.shape, chunk.dtype)

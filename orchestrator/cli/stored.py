@@ -250,7 +250,7 @@ def shown(store: Store, name: str | None, output: Form) -> str:
     told["state_digest"] = manifest.state_digest if manifest else ""
     told["root"] = manifest.root if manifest else ""
     told["layout"] = manifest.layout if manifest else {}
-    told["shard_sizes"] = [receipt.size for receipt in manifest.receipts()] if manifest else []
+    told["shard_sizes"] = list(manifest.shard_sizes()) if manifest else []
     if output is Form.JSON:
         return in_json(told)
     lines = facts(

@@ -1,7 +1,9 @@
 """One bit flipped anywhere in a checkpoint makes the older one win, and the reason is told."""
 
+from contextlib import nullcontext
 from functools import cache
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +14,7 @@ from storage.faulty import FaultyStore
 from storage.manifest import commit_key, generation_prefix, make_manifest
 from storage.memory import MemoryStore
 from storage.shard import Chunk, ShardMeta, plan, seal
+from tests.checkpoints import in_groups
 
 LAYOUT = plan(
     [
@@ -43,22 +46,27 @@ def save(store: BlobStore, step: int) -> None:
 
 
 @cache
-def two_checkpoints() -> MemoryStore:
+def two_checkpoints(*, grouped: bool = False) -> MemoryStore:
     store = MemoryStore()
     save(store, 10)
-    save(store, 20)
+    with in_groups() if grouped else nullcontext():
+        save(store, 20)
     return store
 
 
-def files_of_the_newer() -> list[str]:
-    return [commit_key(20, 1), *two_checkpoints().keys(generation_prefix(20, 1))]
+def files_of_the_newer(*, grouped: bool = False) -> list[str]:
+    """Return them; of groups there is one more."""
+    store = two_checkpoints(grouped=grouped)
+    return [commit_key(20, 1), *store.keys(generation_prefix(20, 1))]
 
 
-@given(st.sampled_from(files_of_the_newer()), st.data())
+@given(st.booleans(), st.data())
 def test_a_bit_flipped_in_any_file_makes_the_older_checkpoint_win(
-    key: str, data: st.DataObject
+    grouped: bool,  # noqa: FBT001 - drawn
+    data: st.DataObject,
 ) -> None:
-    inner = two_checkpoints()
+    inner = two_checkpoints(grouped=grouped)
+    key = data.draw(st.sampled_from(files_of_the_newer(grouped=grouped)))
     bit = data.draw(st.integers(0, inner.size(key) * 8 - 1))
     store = FaultyStore(inner, flips={key: bit})
 
@@ -70,10 +78,11 @@ def test_a_bit_flipped_in_any_file_makes_the_older_checkpoint_win(
     assert rejections[0].reason
 
 
-def test_one_bit_in_every_byte_of_every_file_is_noticed() -> None:
-    inner = two_checkpoints()
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_bit_in_every_byte_of_every_file_is_noticed(*, grouped: bool) -> None:
+    inner = two_checkpoints(grouped=grouped)
     store = FaultyStore(inner)
-    for key in files_of_the_newer():
+    for key in files_of_the_newer(grouped=grouped):
         # Padding is a third of a small body; every 7th byte of it stands for the rest.
         for byte in range(0, inner.size(key), 7 if key.endswith(".st") else 1):
             store.flips = {key: byte * 8 + byte % 8}
@@ -82,13 +91,15 @@ def test_one_bit_in_every_byte_of_every_file_is_noticed() -> None:
             assert found.step == 10, f"byte {byte} of {key}"
 
 
-def test_a_file_cut_short_or_grown_makes_the_older_checkpoint_win() -> None:
-    for key in files_of_the_newer():
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_file_cut_short_or_grown_makes_the_older_checkpoint_win(*, grouped: bool) -> None:
+    two = two_checkpoints(grouped=grouped)
+    for key in files_of_the_newer(grouped=grouped):
         for change in (lambda data: data[:-1], lambda data: data + b" ", lambda _: b""):
             store = MemoryStore()
-            everything = two_checkpoints().keys()
+            everything = two.keys()
             for other in everything:
-                data = two_checkpoints().get(other)
+                data = two.get(other)
                 store.put(other, change(data) if other == key else data)
 
             found, rejections = Catalog(store).newest_verified()

@@ -466,7 +466,7 @@ def test_what_is_to_be_done_can_be_given_to_a_shell(store: LocalStore) -> None:
 def of_another_version(store: LocalStore, step: int) -> None:
     """Have the record of a checkpoint be one that only a newer program knows."""
     path = store.root / commit_key(step, 1)
-    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":3'))
+    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":4'))
 
 
 def test_what_only_another_version_can_read_is_told_and_not_called_damaged(
@@ -476,12 +476,12 @@ def test_what_only_another_version_can_read_is_told_and_not_called_damaged(
 
     assert [row["state"] for row in data(store, "ls")][:2] == ["readable", "unsupported"]
     said = refused("verify", str(store.root), "30", code=1)
-    assert "manifest has version 3, known is 2" in said
+    assert "manifest has version 4, known are 2 and 3" in said
     assert "with the version of Holdfast that wrote it" in said
     for command in (("verify", "--all"), ("scrub",)):
         came = data(store, *command, code=1)
         assert (len(came["checkpoints"]), came["bad"]) == (4, 0)
-    assert "30@1  not read: manifest has version 3" in told(store, "verify", "--all", code=1)
+    assert "30@1  not read: manifest has version 4" in told(store, "verify", "--all", code=1)
     refused("diff", str(store.root), "30", "40", code=1)
     damage(store, body_key(20, 1, 0), LAYOUT.spans[0][0])
     assert data(store, "verify", "--all", code=6)["bad"] == 1

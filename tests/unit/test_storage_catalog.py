@@ -336,7 +336,7 @@ def test_what_another_version_wrote_never_goes_and_is_named_even_if_it_is_supers
     assert planned is not None
     assert planned.victims == ((20, 2), (25, 2), (30, 2))
     for where in ((10, 1), (20, 1)):
-        assert "version 1, known is 2" in planned.kept[where]
+        assert "version 1, known are 2 and 3" in planned.kept[where]
     assert Catalog(store).retain(ladder) == [(20, 2), (25, 2), (30, 2)]
     assert Catalog(store).known() == [(40, 2), (20, 1), (10, 1)]
     assert [store.keys(generation_prefix(step, 1)) for step in (10, 20)] == bodies

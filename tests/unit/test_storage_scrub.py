@@ -6,11 +6,11 @@ from storage.catalog import Catalog
 from storage.encrypted import EncryptedStore
 from storage.errors import StorageRefusedError, StorageUnavailableError
 from storage.faulty import FaultyStore
-from storage.manifest import body_key, commit_key, index_key
+from storage.manifest import body_key, commit_key, digests_key, index_key
 from storage.memory import MemoryStore
 from storage.scrub import HEADER, Damage, Examined, examine, scrub_all
 from storage.verdicts import Trust, standing_of
-from tests.checkpoints import LAYOUT, committed
+from tests.checkpoints import LAYOUT, committed, in_groups
 
 
 def test_a_whole_checkpoint_has_no_damages_and_every_byte_was_read() -> None:
@@ -44,6 +44,31 @@ def test_every_chunk_that_is_damaged_is_named_not_only_the_first() -> None:
         assert damage.found.startswith("xxh3-128 ")
         assert damage.expected != damage.found
         assert str(damage).startswith("expected xxh3-128 ")
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+def test_without_the_digests_of_all_indexes_nothing_is_verified_and_that_file_is_named(
+    *, flipped: bool
+) -> None:
+    inner = MemoryStore()
+    with in_groups():
+        committed(inner, 10)
+        committed(inner, 20)
+    key = digests_key(20, 1)
+    store = FaultyStore(inner, flips={key: 9} if flipped else {})
+    if not flipped:
+        inner.delete(key)
+    catalog = Catalog(store)
+
+    twenty, ten = scrub_all(catalog)
+
+    assert ten.damages == ()
+    (damage,) = twenty.damages
+    assert (damage.key, damage.expected) == (key, "the digests of all indexes")
+    assert damage.found == (f"64 of 64 bytes, or others: {key}" if flipped else "nothing")
+    newest, (rejected,) = catalog.newest_verified()
+    assert newest is not None
+    assert (newest.step, rejected.step) == (10, 20)
 
 
 def test_what_computed_right_was_not_read_back_for_that() -> None:

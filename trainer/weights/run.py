@@ -19,7 +19,7 @@ from orchestrator.worker import MisconfiguredError
 from storage.address import open_store
 from storage.blob import BlobStore
 from storage.catalog import Catalog, CommitRecord
-from storage.commit import fetch_index
+from storage.commit import completed, fetch_index
 from storage.digest import chunk_digest
 from storage.errors import StorageError
 from storage.manifest import Manifest, body_key, describe
@@ -131,8 +131,9 @@ def open_states(
                 f"{describe(manifest)}: {at.folder}",
                 hint="the checkpoint is of a run with other sizes",
             )
+        whole = completed(store, manifest)
         for shard in range(manifest.shards):
-            index = fetch_index(store, manifest, shard)
+            index = fetch_index(store, whole, shard)
             extra = dict(index.extra)
             key = body_key(manifest.step, manifest.epoch, shard)
             for chunk in index.chunks:

@@ -31,7 +31,7 @@ class Elsewhere:
 
     def put(self, key: str, data: Buffer) -> None:
         """See `BlobStore.put`."""
-        if not key.startswith(GENERATIONS):
+        if not _is_of_a_shard(key):
             self._rest.put(key, data)
             return
         where, place = _placed(key)
@@ -43,14 +43,14 @@ class Elsewhere:
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """See `BlobStore.get`."""
-        if not key.startswith(GENERATIONS):
+        if not _is_of_a_shard(key):
             return self._rest.get(key, start, length)
         self.size(key)
         return b""
 
     def size(self, key: str) -> int:
         """See `BlobStore.size`."""
-        if not key.startswith(GENERATIONS):
+        if not _is_of_a_shard(key):
             return self._rest.size(key)
         where, place = _placed(key)
         with self._lock:
@@ -79,7 +79,7 @@ class Elsewhere:
 
     def delete(self, key: str) -> None:
         """See `BlobStore.delete`."""
-        if not key.startswith(GENERATIONS):
+        if not _is_of_a_shard(key):
             self._rest.delete(key)
             return
         where, place = _placed(key)
@@ -89,6 +89,10 @@ class Elsewhere:
                 there[place] = 0
                 if not any(there):
                     del self._there[where]
+
+
+def _is_of_a_shard(key: str) -> bool:
+    return key.startswith(GENERATIONS) and not key.endswith("/digests")
 
 
 def _placed(key: str) -> tuple[_Where, int]:

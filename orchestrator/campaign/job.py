@@ -30,6 +30,21 @@ def timed(steps: int) -> TrainingRun:
     return _run(trainer, {"detectWithin": "3s"})
 
 
+def resizing(steps: int, reduction: str) -> TrainingRun:
+    """Return a run that goes on with a replica less while it lacks a node, and grows back.
+
+    It looks for everything in every step, and takes longer for one than `small` does: it is to be
+    long enough for a node to come back, and for that to pay.
+    """
+    trainer = {"model": "debug", "seqLen": 128, "steps": steps, "reduction": reduction}
+    shares = {"digestShare": 1.0, "normShare": 1.0, "replayShare": REPLAYS}
+    run = _run(trainer, {"detectWithin": "3s", **shares})
+    nodes = msgspec.structs.replace(run.spec.nodes, spares=0)
+    recovery = msgspec.structs.replace(run.spec.recovery, min_replicas=RANKS - 1)
+    spec = msgspec.structs.replace(run.spec, nodes=nodes, recovery=recovery)
+    return msgspec.structs.replace(run, spec=spec)
+
+
 def usual() -> TrainingRun:
     """Return a run whose steps take long enough to be a measure, with detectors as by default."""
     return _run({"model": "debug", "seqLen": 128, "steps": STEPS}, {})

@@ -57,6 +57,18 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     of: int
 
 
+class Resized(msgspec.Struct, frozen=True, kw_only=True):
+    """What was said of a run without a fault of a rank, whose world shrank and grew back."""
+
+    steps: int
+    resized: bool
+    """Whether it did: a node that comes back too late has nobody wait for it."""
+    alarms: tuple[str, ...] = ()
+    """What detectors said of it."""
+    false_triggers: int = 0
+    """Steps that were computed once more, for nothing."""
+
+
 class Clean(NamedTuple):
     """What became of steps without a fault."""
 
@@ -65,6 +77,8 @@ class Clean(NamedTuple):
     """What detectors said of them."""
     false_triggers: int = 0
     """How many were computed once more for nothing."""
+    resizes: Sequence[Resized] = ()
+    """Whole runs besides."""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,6 +167,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True):
     """Of all effective trials that baselines could see, what each noticed."""
     alarms: list[str]
     """What detectors said of steps without a fault, those of trials before theirs included."""
+    resizes: int
+    """Runs, among the steps without a fault, whose world shrank and grew back."""
 
 
 def share(count: int, of: int) -> Share:
@@ -203,6 +219,9 @@ def campaign(
     rows = [_row([r for r in done if r.name == name]) for name in _names(done)]
     # Those few steps of trials that come before the fault are not counted, and what is said is.
     alarms = [*clean.alarms, *(alarm for r in done for alarm in r.alarms)]
+    alarms += [alarm for run in clean.resizes for alarm in run.alarms]
+    steps = clean.steps + sum(run.steps for run in clean.resizes)
+    triggers = clean.false_triggers + sum(run.false_triggers for run in clean.resizes)
     return Campaign(
         seed=seed,
         trials=trials,
@@ -220,8 +239,8 @@ def campaign(
             data_recall=_recall(done, "data"),
             digest_recall=_recall(done, "detector"),
             whole_run_recall=_recall(done, "live"),
-            false_alarms_per_1000_steps=per_thousand(len(alarms), clean.steps),
-            false_triggers_per_1000_steps=per_thousand(clean.false_triggers, clean.steps),
+            false_alarms_per_1000_steps=per_thousand(len(alarms), steps),
+            false_triggers_per_1000_steps=per_thousand(triggers, steps),
             culprit_exact=share(sum(r.named == "exact" for r in named), len(named)),
             overhead=overhead(pairs),
             **_of_hangs([r for r in done if r.group == "hang" and r.effective]),
@@ -236,6 +255,7 @@ def campaign(
             for name in BASELINES
         },
         alarms=alarms,
+        resizes=sum(run.resized for run in clean.resizes),
     )
 
 

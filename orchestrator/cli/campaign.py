@@ -31,6 +31,9 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     clean_steps: Annotated[
         int, typer.Option(min=0, help="Steps without a fault, for false alarms.")
     ] = 1000,
+    resizes: Annotated[
+        int, typer.Option(min=0, help="Whole runs without a fault that shrink and grow back.")
+    ] = 2,
     pairs: Annotated[
         int,
         typer.Option(min=0, help="Stretches with and without detectors, for overhead."),
@@ -60,6 +63,7 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         clean_steps=clean_steps,
         pairs=pairs,
         whole_runs=whole_runs,
+        resizes=resizes if whole_runs else 0,
         classes=campaigning.classes_of(classes),
     )
     folder = out if out is not None else Path(f"campaign-{seed}")

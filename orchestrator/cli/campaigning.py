@@ -20,8 +20,8 @@ from orchestrator.campaign.catalogue import Trial
 from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
 from orchestrator.campaign.costs import cost
 from orchestrator.campaign.judging import Result
-from orchestrator.campaign.summary import Campaign, Clean, campaign
-from orchestrator.cli import campaign_runs, intake, units, whole
+from orchestrator.campaign.summary import Campaign, Clean, Resized, campaign
+from orchestrator.cli import campaign_resizes, campaign_runs, intake, units, whole
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.runfile import TrainingRun
@@ -47,6 +47,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int
     whole_runs: bool
     classes: tuple[Kind, ...] = (CORRUPTION,)
+    resizes: int = 0
 
 
 class Kept(msgspec.Struct, kw_only=True):
@@ -62,6 +63,7 @@ class Kept(msgspec.Struct, kw_only=True):
     clean_steps: Count = 0
     false_triggers: Count = 0
     pairs: list[tuple[Time, Time]] = []
+    resizes: list[Resized] = []
 
 
 def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> Campaign:
@@ -89,6 +91,7 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
             if CORRUPTION in asked.classes:
                 work.rest(asked.clean_steps, room / "clean")
                 work.weigh(asked.pairs, room / "costs")
+                work.resize(asked.resizes, room / "resizes")
             work.run_whole(room / "runs")
         except KeyboardInterrupt:
             progress.write("interrupted; the same command goes on from here\n")
@@ -159,6 +162,18 @@ class _Work:
             f"{self._kept.false_triggers} computed once more for nothing"
         )
 
+    def resize(self, runs: int, folder: Path) -> None:
+        """Conduct the runs that shrink and grow back and are left to be conducted."""
+        for number in range(len(self._kept.resizes), runs):
+            found = campaign_resizes.conduct(number, folder / f"run-{number}")
+            self._kept.resizes.append(found)
+            self._save()
+            self._say(
+                f"{found.steps} steps of a world that "
+                f"{'shrank and grew back' if found.resized else 'did not grow back'}, "
+                f"{len(found.alarms)} alarms, {found.false_triggers} computed once more for nothing"
+            )
+
     def weigh(self, pairs: int, folder: Path) -> None:
         """Measure what detectors cost, as often as it is left to be."""
         left = pairs - len(self._kept.pairs)
@@ -182,7 +197,7 @@ class _Work:
             seed=kept.seed,
             trials=kept.trials,
             ranks=kept.run.world_size,
-            clean=Clean(kept.clean_steps, kept.alarms, kept.false_triggers),
+            clean=Clean(kept.clean_steps, kept.alarms, kept.false_triggers, kept.resizes),
             pairs=kept.pairs,
         )
 

@@ -68,6 +68,7 @@ def _without_faults(told: Campaign) -> list[tuple[str, str]]:
     return [
         ("False alarms", _per_thousand(told.summary.false_alarms_per_1000_steps)),
         ("False triggers", _per_thousand(told.summary.false_triggers_per_1000_steps)),
+        ("Worlds that shrank and grew back", f"{told.resizes}, among these"),
         ("Overhead", overhead_words(told.summary.overhead)),
     ]
 

@@ -13,6 +13,10 @@ from orchestrator.protocol.rank import DetectorOff, Diverged, Repaired
 from orchestrator.worker.beacon import DigestRecord
 from orchestrator.worker.connection import Connection
 
+IT_IS_THE_DATA = "other ranks get the same: it is the data"
+COMPUTED_AGAIN = "is thrown away and computed again"
+"""What the log of rank 0 says of a step that stood out, and of one that came to nothing."""
+
 
 class Findings(Connection):
     """One rank's."""
@@ -58,7 +62,7 @@ class Findings(Connection):
         """
         if self.seat is not None and self.seat.rank == 0:
             print(  # noqa: T201 - the rank's log
-                f"step {step}: {because}; other ranks get the same: it is the data",
+                f"step {step}: {because}; {IT_IS_THE_DATA}",
                 file=sys.stderr,
             )
 
@@ -71,7 +75,7 @@ class Findings(Connection):
         """
         if self.seat is not None and self.seat.rank == 0:
             print(  # noqa: T201 - the rank's log
-                f"step {step} is thrown away and computed again: {because}", file=sys.stderr
+                f"step {step} {COMPUTED_AGAIN}: {because}", file=sys.stderr
             )
 
     def repaired(

@@ -48,7 +48,7 @@ _METHODS = (
     "all_to_all_single",
 )
 _MESSAGES = ("send", "recv")
-_UNEVEN = ("gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single", *_MESSAGES)
+_UNEVEN = ("gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single")
 """Those of which a rank may hand over another size than others do."""
 Links = Mapping[tuple[str, int], str]
 """Names of connections: by `send` or `recv`, and the other one's place in the group."""
@@ -117,7 +117,12 @@ def _noting(name: str) -> Callable[..., Any]:
 
 
 def _words(name: str, args: tuple[Any, ...]) -> str:
-    """Return what is asked for: its kind, and its size where that is the same for all ranks."""
+    """Return what is asked for: its kind, and its size where that is the same for all ranks.
+
+    Nothing of a message: where one rank sends, the other receives.
+    """
+    if name in _MESSAGES or name == "recv_anysource":
+        return ""
     what = name.lstrip("_")
     if name in _UNEVEN or not args:
         return what

@@ -105,3 +105,25 @@ def test_where_torch_has_it_all_there_is_nothing_to_tell(world: parallel.World) 
     world.counts.tell(told)
 
     assert told.said == []
+
+
+def test_a_collective_is_called_by_its_kind_and_size_the_same_on_all_its_ranks(
+    world: parallel.World,
+) -> None:
+    world.join(HashStore(), 10.0)
+    group = dist.group.WORLD
+    assert group is not None
+    groups.call(group, "all")
+    own = torch.ones(6)
+
+    works = [
+        dist.all_reduce(own, async_op=True),
+        dist.all_gather([torch.empty(6)], own, async_op=True),
+        dist.all_to_all_single(torch.empty(6), own, async_op=True),
+        dist.barrier(async_op=True),
+    ]
+
+    told = [groups.asked(work) for work in works if work is not None]
+    assert told[:2] == ["allreduce of 24 B", "allgather of 24 B"]
+    assert all(" of " not in each for each in told[2:])
+    assert [groups.of(work) for work in works if work is not None] == ["all"] * 4

@@ -20,6 +20,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.invariants import violations
 from orchestrator.core.phases import RunPhase
+from orchestrator.core.report import Report
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import Verdict
 from orchestrator.protocol.devices import Device
@@ -38,7 +39,7 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.phases import RankPhase
 from orchestrator.protocol.runfile import TrainingRun
-from tests import buckets, runfiles
+from tests import buckets, runfiles, tiny
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("dev", deadline=None)
@@ -270,6 +271,12 @@ def cluster() -> Cluster:
 @pytest.fixture
 def cluster_of() -> Callable[[str], Cluster]:
     return Cluster
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What the Llama of `tests.tiny` comes to with nothing let loose on it."""
+    return tiny.undisturbed(tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,14 @@ RUN = runfiles.fields(
 
 
 def undisturbed(root: Path, run: dict[str, Any] = RUN) -> Report:
-    """Run it with nothing let loose on it; return its report."""
-    job = Job(root, run)
+    """Run a job with nothing let loose on it; return its report.
+
+    All ranks are on one node, without a spare: each node has to import torch first.
+    """
+    spec = run["spec"]
+    ranks = spec["nodes"]["count"] * spec["nodes"]["ranksPerNode"]
+    nodes = {"count": 1, "ranksPerNode": ranks, "spares": 0}
+    job = Job(root, run | {"spec": spec | {"nodes": nodes}})
     try:
         code, report = job.conduct("--quiet", timeout_s=150)
         assert code == 0, report.reason

@@ -27,7 +27,7 @@ Start = Callable[[str], RankProcess]
 
 @pytest.fixture
 def warm_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], Warm]]:
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS), prepend=os.pathsep)
     linux.adopt_orphans()
     made: list[Warm] = []
     with (tmp_path / "warm.log").open("ab") as log:
@@ -79,6 +79,8 @@ def test_a_rank_is_our_child_inherits_what_was_imported_and_its_code_is_reaped(
     text = (tmp_path / "rank.log").read_text()
     assert "warmed=True" in text
     assert "x=1" in text
+    # Imports leave no garbage to look for; ranks do.
+    assert "collected, imported: False and then: True" in text
     assert linux.vitals(process.pid) is None
 
 
@@ -130,7 +132,7 @@ def test_ranks_outlive_the_warm_process(warm_of: Callable[[str], Warm], tmp_path
 def test_a_rank_that_is_born_when_the_nursery_closes_is_known_all_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS), prepend=os.pathsep)
 
     async def close_after_birth() -> int:
         nursery = Nursery("late:sleep", tmp_path / "warm.log")
@@ -184,7 +186,7 @@ time.sleep(60)
 def test_neither_rank_nor_warm_process_outlives_an_agent_that_is_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS), prepend=os.pathsep)
     command = [sys.executable, "-c", AGENT, str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
@@ -244,7 +246,7 @@ def test_a_warm_process_whose_agent_is_gone_before_it_runs_ends_and_says_nothing
 def test_a_rank_whose_agent_is_gone_when_it_is_born_ends_at_once_and_says_nothing(
     monkeypatch: pytest.MonkeyPatch, gone: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS))
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAMS), prepend=os.pathsep)
     linux.adopt_orphans()
     before = linux.children()
     with warm_process(os.getpid(), tmp_path / "log") as (process, orders):

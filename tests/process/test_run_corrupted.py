@@ -40,29 +40,29 @@ FLIP = {
 }
 
 
-def beside_its_twin(
-    root: Path, fault: dict[str, Any], **detection: Any
-) -> tuple[Job, Report, Report]:
-    """Run it with a fault and without; return the disturbed run and what both came to."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return tiny.undisturbed(tmp_path_factory.mktemp("twin"), run("t"))
+
+
+def disturbed(root: Path, fault: dict[str, Any], **detection: Any) -> tuple[Job, Report]:
+    """Run it with a fault; return the run and what it came to."""
     slow = {"when": {"step": 2}, "fault": "slow-rank", "rank": 0, "share": 0.3}
-    own = run("d", **detection)
-    disturbed, twin = Job(root / "d", own, [slow, fault]), Job(root / "t", run("t"))
+    one = Job(root, run("d", **detection), [slow, fault])
     try:
-        code, report = disturbed.conduct("--quiet", timeout_s=120)
-        assert code == 0, report.reason
-        _, undisturbed = twin.conduct("--quiet", timeout_s=60)
+        code, report = one.conduct("--quiet", timeout_s=120)
     finally:
-        disturbed.close()
-        twin.close()
-    return disturbed, report, undisturbed
+        one.close()
+    assert code == 0, report.reason
+    return one, report
 
 
 def test_a_bit_that_flips_in_one_of_three_replicas_is_mended_and_costs_one_step(
-    tmp_path: Path,
+    tmp_path: Path, undisturbed: Report
 ) -> None:
     # Before anybody has been slow for so long that it would be swapped.
     flip = FLIP | {"state": "weights", "atStep": 11}
-    mended, report, undisturbed = beside_its_twin(tmp_path, flip)
+    mended, report = disturbed(tmp_path, flip)
 
     facts = [
         entry.event.fact
@@ -84,9 +84,9 @@ def test_a_bit_that_flips_in_one_of_three_replicas_is_mended_and_costs_one_step(
 
 
 def test_where_nothing_is_to_be_mended_such_a_bit_costs_its_node_and_nothing_else(
-    tmp_path: Path,
+    tmp_path: Path, undisturbed: Report
 ) -> None:
-    corrupted, report, undisturbed = beside_its_twin(tmp_path, FLIP, repair=False)
+    corrupted, report = disturbed(tmp_path, FLIP, repair=False)
 
     (found,) = [e.event for e in corrupted.entries() if isinstance(e.event, Compared)]
     assert (found.fact.nodes, found.fact.ranks) == (("node-1",), (1,))
@@ -114,11 +114,11 @@ def test_where_nothing_is_to_be_mended_such_a_bit_costs_its_node_and_nothing_els
         "vote",
         incident.id,
     )
-    assert not (tmp_path / "d" / "home" / "@devices").exists(), "it was we who broke it"
+    assert not (tmp_path / "home" / "@devices").exists(), "it was we who broke it"
 
 
 def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_them(
-    tmp_path: Path,
+    tmp_path: Path, undisturbed: Report
 ) -> None:
     wrong = {
         "when": {"step": 8},
@@ -128,7 +128,7 @@ def test_products_that_come_out_wrong_on_one_rank_are_found_before_a_step_uses_t
         "magnitude": 0.001,
         "atStep": 16,
     }
-    _, report, undisturbed = beside_its_twin(tmp_path, wrong)
+    _, report = disturbed(tmp_path, wrong)
 
     (incident,) = [i for i in report.incidents if i.kind == "silent-corruption"]
     assert incident.suspects == ["rank 1", "node-1"]

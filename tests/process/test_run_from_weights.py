@@ -57,6 +57,8 @@ def test_a_run_goes_on_from_public_weights_and_its_own_are_written_as_such(
     begun = written(tmp_path / "begun", config=MODEL)
     run = runfiles.fields(
         "from",
+        # Of the node it is no matter, and each imports torch.
+        nodes={"count": 1, "ranksPerNode": 4, "spares": 0},
         parallelism={"dpShard": 2, "tp": layout.tp, "pp": layout.pp},
         trainer={
             "model": msgspec.to_builtins(MODEL),

@@ -1,5 +1,6 @@
 """Whole runs in which memory or disk fails at the moment at which it is needed most."""
 
+import copy
 import os
 import re
 import signal
@@ -23,6 +24,9 @@ from tests.runs import Job, steps_job
 
 pytestmark = pytest.mark.process
 Start = Callable[..., Job]
+UNLOST: dict[str, Any] = copy.deepcopy(tiny.RUN)
+"""The tiny Llama where no node is lost: a spare would only import torch."""
+UNLOST["spec"]["nodes"]["spares"] = 0
 
 
 @pytest.fixture
@@ -146,7 +150,7 @@ def test_a_tier_that_is_slow_on_one_node_gets_fewer_steps_and_each_of_them_whole
         "parallelism": {"dpReplicate": 1, "dpShard": 4},
         "checkpoint": {"everySteps": 2, "memoryEverySteps": 2},
     }
-    run = tiny.RUN | {"spec": tiny.RUN["spec"] | changes}
+    run = UNLOST | {"spec": UNLOST["spec"] | changes}
     slow = at(1, "slow-disk", node="node-1", delay="150ms", **{"for": "60s"})
     one = Job(tmp_path, run, [slow])
     try:
@@ -166,10 +170,10 @@ def test_a_tier_that_failed_for_a_while_gets_checkpoints_again_afterwards(tmp_pa
     """Each rank hears that its shard was given up, and does not wait for it for ever."""
     changes = {
         "parallelism": {"dpReplicate": 1, "dpShard": 4},
-        "trainer": tiny.RUN["spec"]["trainer"] | {"steps": 120},
+        "trainer": UNLOST["spec"]["trainer"] | {"steps": 120},
         "checkpoint": {"everySteps": 10, "memoryEverySteps": 2},
     }
-    run = tiny.RUN | {"spec": tiny.RUN["spec"] | changes}
+    run = UNLOST | {"spec": UNLOST["spec"] | changes}
     one = Job(tmp_path, run, [at(29, "full-disk", node="node-0", **{"for": "2s"})])
     try:
         code, report = one.conduct("--quiet", timeout_s=120)
@@ -181,24 +185,12 @@ def test_a_tier_that_failed_for_a_while_gets_checkpoints_again_afterwards(tmp_pa
     assert len([c for c in report.checkpoints if 30 < c.step < 120]) >= 2
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[journal.Entry]]:
-    """Run the tiny model with nothing let loose on it."""
-    one = Job(tmp_path_factory.mktemp("undisturbed"), tiny.RUN, [])
-    try:
-        code, report = one.conduct("--quiet", timeout_s=150)
-        assert code == 0, report.reason
-        return report, list(journal.read(one.folder.journal.read_bytes()).entries)
-    finally:
-        one.close()
-
-
 def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keeps_its_bits(
-    tmp_path: Path, undisturbed: tuple[Report, list[journal.Entry]]
+    tmp_path: Path, twin: Report
 ) -> None:
     auto = {"every": "auto", "memoryEveryMin": "100ms", "memoryEveryMax": "150ms", "everyMin": "1s"}
     checkpoint = {"everySteps": 20, "memoryEverySteps": 2} | auto
-    run = tiny.RUN | {"spec": tiny.RUN["spec"] | {"checkpoint": checkpoint}}
+    run = UNLOST | {"spec": UNLOST["spec"] | {"checkpoint": checkpoint}}
     one = Job(tmp_path, run, [at(38, "kill-rank", rank=3)])
     try:
         code, report = one.conduct("--quiet", timeout_s=120)
@@ -214,7 +206,7 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     # Only steps that every rank has saved can be restored, so all of them have heard of it.
     assert restarted.restore is not None
     assert restarted.restore.step % first.cadence.memory == 0
-    tiny.assert_same_bits(report, undisturbed[0], "a cadence of its own")
+    tiny.assert_same_bits(report, twin, "a cadence of its own")
 
 
 @pytest.mark.parametrize(
@@ -222,11 +214,11 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     [("full-disk", "no space left"), ("read-only-disk", "Read-only file system")],
 )
 def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_bit(
-    tmp_path: Path, undisturbed: tuple[Report, list[journal.Entry]], fault: str, said: str
+    tmp_path: Path, twin: Report, fault: str, said: str
 ) -> None:
     """The last save waits until somebody has seen to the tier, as long as the run waits for it."""
     broken = [at(12, fault, node=node, **{"for": "8s"}) for node in ("node-0", "node-1")]
-    one = Job(tmp_path, tiny.RUN, broken)
+    one = Job(tmp_path, UNLOST, broken)
     try:
         code, report = one.conduct("--quiet", timeout_s=120)
         words = one.holdfast("describe", "run").stdout
@@ -243,14 +235,20 @@ def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_
     assert "step 40: node-0: Storage" in words
     assert said in words
     assert report.incidents == []
-    tiny.assert_same_bits(report, undisturbed[0], fault)
+    tiny.assert_same_bits(report, twin, fault)
 
 
 def test_replicas_of_a_real_run_agree_and_its_checkpoints_are_verified_by_that(
-    undisturbed: tuple[Report, list[journal.Entry]],
+    tmp_path: Path,
 ) -> None:
-    report, entries = undisturbed
+    one = Job(tmp_path, UNLOST)
+    try:
+        code, report = one.conduct("--quiet", timeout_s=150)
+    finally:
+        one.close()
+    entries = one.entries()
 
+    assert code == 0, report.reason
     assert report.save_failures == []
     judged = [e.event for e in entries if isinstance(e.event, CheckpointJudged)]
     verified = {event.step for event in judged if event.verdict is Verdict.STATE_VERIFIED}

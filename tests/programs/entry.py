@@ -1,5 +1,6 @@
 """Entrypoints for the warm process, as a trainer would have them. No torch."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 
 warmed = []
+imported = gc.isenabled()
 
 
 def warm_up() -> None:
@@ -16,6 +18,7 @@ def warm_up() -> None:
 def say() -> int:
     """Print what a test wants to know of a rank, and end."""
     print(f"warmed={warmed[0] != os.getpid()} fd={os.environ['CONTROL']} x={os.environ['X']}")
+    print(f"collected, imported: {imported} and then: {gc.isenabled()}")
     return 7
 
 

@@ -65,11 +65,6 @@ def job_of(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.close()
 
 
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return tiny.undisturbed(tmp_path_factory.mktemp("twin"))
-
-
 def test_a_run_whose_controller_is_killed_at_any_moment_ends_exactly_right(
     seed: int, job_of: Callable[..., Job], tmp_path: Path
 ) -> None:

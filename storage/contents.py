@@ -195,6 +195,9 @@ def _add(tensors: dict[str, Tensor], index: ShardIndex, chunk: StagedChunk) -> N
     name = name_of(chunk)
     tensor = tensors.setdefault(name, Tensor(name, chunk.dtype, chunk.global_shape))
     found, expected = (chunk.dtype, chunk.global_shape), (tensor.dtype, tensor.shape)
+    if found == expected and 0 in chunk.shape and 0 not in chunk.global_shape:
+        # A rank for which no rows were left: that begins where the next one's may.
+        return
     same = tensor.pieces.setdefault(chunk.offset, [])
     if found != expected or (same and same[0].chunk.shape != chunk.shape):
         raise ShardCorruptError(

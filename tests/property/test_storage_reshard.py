@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from storage import dcp
-from storage.contents import Beside
+from storage import dcp, recut
+from storage.catalog import Catalog
+from storage.contents import Beside, read_contents
 from storage.digest import combine, partial_digest
 from storage.memory import MemoryStore
 from storage.transfer import Part, bring_in
@@ -81,10 +82,10 @@ def filler(data: bytes) -> Callable[[memoryview], None]:
     return fill
 
 
-@given(states(), st.integers(1, 300), st.data())
-def test_any_layout_is_restored_into_any_other(
+def stored(
     state: dict[str, tuple[str, Tensor]], shard_bytes: int, data: st.DataObject
-) -> None:
+) -> MemoryStore:
+    """Return a store that has a state, in a layout that is drawn."""
     parts = []
     for name, (dtype, tensor) in state.items():
         for box in cut(data, tuple(tensor.shape)):
@@ -101,6 +102,14 @@ def test_any_layout_is_restored_into_any_other(
         run_id="r",
         shard_bytes=shard_bytes,
     )
+    return store
+
+
+@given(states(), st.integers(1, 300), st.data())
+def test_any_layout_is_restored_into_any_other(
+    state: dict[str, tuple[str, Tensor]], shard_bytes: int, data: st.DataObject
+) -> None:
+    store = stored(state, shard_bytes, data)
 
     reader, items, targets = dcp.StorageReader(store), list[ReadItem](), {}
     metadata = reader.read_metadata()
@@ -124,6 +133,34 @@ def test_any_layout_is_restored_into_any_other(
     for (name, offset), found in targets.items():
         box = tuple((at, at + size) for at, size in zip(offset, found.shape, strict=True))
         assert bits(found) == bits(of(state[name][1], box))
+
+
+@given(states(), st.integers(1, 300), st.data())
+def test_boxes_of_any_layout_are_filled_from_any_other(
+    state: dict[str, tuple[str, Tensor]], shard_bytes: int, data: st.DataObject
+) -> None:
+    store = stored(state, shard_bytes, data)
+    boxes, expected = [], []
+    for name, (dtype, tensor) in state.items():
+        for box in cut(data, tuple(tensor.shape)):
+            wanted = of(tensor, box)
+            boxes.append(
+                recut.Box(
+                    name=name,
+                    dtype=dtype,
+                    global_shape=tuple(tensor.shape),
+                    offset=tuple(start for start, _ in box),
+                    shape=tuple(wanted.shape),
+                    memory=memoryview(bytearray(len(bits(wanted)))),
+                )
+            )
+            expected.append(bits(wanted))
+
+    (record,) = Catalog(store).commits()
+    assert record.manifest is not None
+    recut.fill(store, read_contents(store, record.manifest), boxes)
+
+    assert [bytes(box.memory) for box in boxes] == expected
 
 
 @given(states(), st.data())

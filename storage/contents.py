@@ -17,7 +17,7 @@ from storage.blob import BlobStore
 from storage.commit import completed, fetch_index
 from storage.errors import ShardCorruptError
 from storage.manifest import Manifest, describe
-from storage.shard import Extra, ShardIndex, StagedChunk
+from storage.shard import Chunk, Extra, ShardIndex, StagedChunk
 from storage.typed import Json, from_json
 
 STATE = "dcp"
@@ -158,7 +158,7 @@ def extra_of(beside: Beside) -> Extra:
     return {BESIDE: msgspec.json.encode(beside).decode()}
 
 
-def name_of(chunk: StagedChunk) -> str:
+def name_of(chunk: Chunk) -> str:
     """Return the name of the tensor that a chunk is a piece of."""
     return chunk.fqn if _is_whole_name(chunk) else f"{chunk.state}.{chunk.fqn}"
 
@@ -183,7 +183,7 @@ def _plain(value: object) -> Json:
     return list(value) if isinstance(value, list) else value  # type: ignore[return-value]  # Scalar
 
 
-def _is_whole_name(chunk: StagedChunk) -> bool:
+def _is_whole_name(chunk: Chunk) -> bool:
     return chunk.state == STATE or chunk.state.startswith(f"{STATE}.")
 
 

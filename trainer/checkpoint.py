@@ -25,7 +25,9 @@ from torch import Tensor
 
 from orchestrator.protocol.ramp import Change, Ramp
 from orchestrator.worker import MisconfiguredError, SaveStuckError, Slot
-from storage import filling, parallel, shard
+from storage import filling, parallel, recut, shard
+from storage.blob import BlobStore
+from storage.contents import Contents, name_of
 from storage.digest import Lanes, combine, partial_digest
 from trainer.mixing import Mixture
 from trainer.optim import STATES, ShardState
@@ -207,9 +209,7 @@ class Checkpointer:
         begun = time.monotonic()
         slot, self._slot = self._slot, None
         assert slot is not None
-        tensors = dict(self._tensors())
-        ordered = [tensors[chunk.name] for chunk in self._plan.chunks]
-        copying = Copying(self._plan, ordered, slot.buffer)
+        copying = Copying(self._plan, list(self._ordered()), slot.buffer)
         if not overlap:
             copying.whole()
         self._copying, self._unwaited = copying, _Save(copying, step, begun)
@@ -306,6 +306,43 @@ class Checkpointer:
         filling.require_header(index, read)
         return index.step
 
+    def recut(
+        self, store: BlobStore, held: Contents, alive: Callable[[int], object] = lambda _: None
+    ) -> int:
+        """Fill the state from a checkpoint of this run that is cut otherwise; return its steps.
+
+        Args:
+            store: that has it.
+            held: what it holds.
+            alive: called with the bytes of each block that was read; may raise.
+
+        Raises:
+            MisconfiguredError: if it is of another run, model or data set; the state is as it was.
+            StorageError: if a byte is not what was staged, or there is no answer; the state is
+                worthless then.
+        """
+        self.settle()
+        index = any_index(held)
+        self._require_run(index)
+        boxes, landed = [], list[tuple[Tensor, Tensor]]()
+        for chunk, tensor in zip(self._plan.chunks, self._ordered(), strict=True):
+            arrived = _landing(tensor)
+            landed.append((tensor, arrived))
+            boxes.append(
+                recut.Box(
+                    name=name_of(chunk),
+                    dtype=chunk.dtype,
+                    global_shape=chunk.global_shape,
+                    offset=chunk.offset,
+                    shape=chunk.shape,
+                    memory=bytes_of(arrived),
+                )
+            )
+        recut.fill(store, held, boxes, alive)
+        for tensor, arrived in landed:
+            _take_over(tensor, arrived)
+        return index.step
+
     def lanes(self, step: int) -> Lanes:
         """Return this rank's part of the state digest; each element counts once over the world."""
         if self._world.replica != 0:
@@ -325,6 +362,11 @@ class Checkpointer:
         for s in self._shards:
             for state, tensor in zip(STATES, s[2:], strict=True):
                 yield f"{state}/{s.name}", tensor
+
+    def _ordered(self) -> Iterator[Tensor]:
+        """Yield them in the order of the plan's chunks."""
+        tensors = dict(self._tensors())
+        return (tensors[chunk.name] for chunk in self._plan.chunks)
 
     def _stage(
         self,
@@ -354,29 +396,42 @@ class Checkpointer:
         keeper.staged(slot, generation=stamp.generation, step=step, index=index, durable=durable)
 
     def _require_ours(self, index: shard.ShardIndex) -> None:
-        stamp, world = self._stamp, self._world
-        where = f"{shard.describe(index)} of run {index.run_id}"
+        where = self._require_run(index)
+        world = self._world
         for what, found, expected, hint in (
-            ("run", index.run_id, stamp.run_id, "choose another folder for this run's checkpoints"),
-            (
-                "model",
-                index.model,
-                stamp.model,
-                "sizes, initFrom and continueFrom must not change within a run",
-            ),
             ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
             ("number of shards", index.shards, world.shards, CUT_HINT),
         ):
-            if found != expected:
-                raise MisconfiguredError(
-                    f"checkpoint's {what} is {found}, expected {expected}: {where}", hint=hint
-                )
+            _require(what, found, expected, where, hint)
         if list(map(_box, index.chunks)) != list(map(_box, self._plan.chunks)):
             raise MisconfiguredError(
                 f"checkpoint is cut otherwise than this run, into as many shards: {where}",
                 hint=CUT_HINT,
             )
+
+    def _require_run(self, index: shard.ShardIndex) -> str:
+        """Refuse a shard of another run, model or data set; return which it is, in words."""
+        stamp = self._stamp
+        where = f"{shard.describe(index)} of run {index.run_id}"
+        elsewhere = "choose another folder for this run's checkpoints"
+        _require("run", index.run_id, stamp.run_id, where, elsewhere)
+        changed = "sizes, initFrom and continueFrom must not change within a run"
+        _require("model", index.model, stamp.model, where, changed)
         require_same_data(stamp.cursor(index.step), index.extra, where)
+        return where
+
+
+def any_index(held: Contents) -> shard.ShardIndex:
+    """Return the index of some shard of a checkpoint; beside chunks, all say the same."""
+    tensor = next(iter(held.tensors.values()))
+    return next(iter(tensor.pieces.values()))[0].index
+
+
+def _require(what: str, found: object, expected: object, where: str, hint: str) -> None:
+    if found != expected:
+        raise MisconfiguredError(
+            f"checkpoint's {what} is {found}, expected {expected}: {where}", hint=hint
+        )
 
 
 def require_same_data(cursor: Cursor, found: Mapping[str, object], where: str) -> None:
@@ -448,20 +503,30 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
 
 
 def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
-    """Read bytes into a tensor's own memory; for a device, by way of the host's.
+    """Read bytes into a tensor's own memory; for a device, by way of the host's."""
+    arrived = _landing(tensor)
+    read(bytes_of(arrived))
+    _take_over(tensor, arrived)
+
+
+def _landing(tensor: Tensor) -> Tensor:
+    """Return where the bytes of a tensor are read to: itself, or room on the host for a device's.
 
     Raises:
         ValueError: if its elements lie in the host's memory, and not one after the other.
     """
-    on_host = tensor.device.type == "cpu"
-    if on_host and not tensor.is_contiguous():
+    if tensor.device.type != "cpu":
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    if not tensor.is_contiguous():
         # What it would be read into is a copy of it, which nobody trains on.
         raise ValueError(
             f"strides are {tensor.stride()} in a tensor of shape {tuple(tensor.shape)} that is to "
             "be restored into, expected a contiguous one; have the model hold it as such"
         )
-    arrived = tensor if on_host else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    read(bytes_of(arrived))
+    return tensor
+
+
+def _take_over(tensor: Tensor, arrived: Tensor) -> None:
     if arrived is not tensor:
         with torch.no_grad():  # which is each thread's own matter
             tensor.copy_(arrived)

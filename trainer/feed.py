@@ -48,13 +48,12 @@ class Feed:
         self.samples = Samples(sources, job.trainer)
         self._held = Held(sources, job.trainer) if job.trainer.eval_every_steps else None
 
-    def require_same(self, index_text: str) -> None:
+    def require_same(self, index: shard.ShardIndex) -> None:
         """Refuse to go on from a checkpoint of other text, and say which file has changed.
 
         Raises:
             MisconfiguredError: naming source and files, as far as this node can tell.
         """
-        index = shard.decode_index(index_text.encode(), staged=True)
         found = self.samples.sources
         digests = index.extra.get("digests")
         expected = digests if isinstance(digests, list) else [str(index.extra.get("data"))]

@@ -29,6 +29,7 @@ from trainer.feed import Feed, cursor_of
 from trainer.job import Job, read_job
 from trainer.metrics import open_log
 from trainer.reporter import Unheard
+from trainer.restoring import restored
 from trainer.step import Training, Word
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens
@@ -66,9 +67,7 @@ def train(worker: Worker, seat: Seat) -> None:
         )
         training.until_copied = until_copied(checkpointer, worker)
         if seat.restore is not None:
-            feed.require_same(seat.restore.index)
-            with worker.restore_reader(seat.restore) as read:
-                done = checkpointer.restore(seat.restore.index, read)
+            done = restored(worker, seat.restore, checkpointer, feed)
             training.optimizer.set_steps(done)
         else:
             done = job.begin(training, stamp.start, worker.check)

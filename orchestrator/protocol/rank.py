@@ -32,6 +32,15 @@ class ProtocolError(Exception):
     hint = "Both ends must run the same version of holdfast."
 
 
+class Whole(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint of the durable tier, all of it."""
+
+    uri: str
+    """Address of the store."""
+    commit: str
+    """Key of its record there."""
+
+
 class Restore(msgspec.Struct, frozen=True, kw_only=True):
     """Where a rank finds the state it has to continue from: a verified slot of its agent."""
 
@@ -40,6 +49,9 @@ class Restore(msgspec.Struct, frozen=True, kw_only=True):
     """The slot, a file in shared memory that holds one shard body (storage/FORMAT.md)."""
     index: str
     """The shard index as JSON text: byte ranges and digests of every chunk of the body."""
+    whole: Whole | None = None
+    """A checkpoint that was cut otherwise, of which the rank reads what is its own; then there is
+    no slot, and no index. Only the embedded trainer is told to."""
 
 
 class Seat(msgspec.Struct, frozen=True, kw_only=True, tag="seat"):

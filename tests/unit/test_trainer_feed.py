@@ -9,7 +9,7 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.ids import Generation, NodeId, Rank
 from orchestrator.protocol.steps import EVALUATIONS_FILE, EvaluationLine
 from orchestrator.worker import MisconfiguredError, Seat
-from storage.shard import Chunk, ShardMeta, encode_index, plan, seal
+from storage.shard import Chunk, ShardIndex, ShardMeta, plan, seal
 from tests import texts
 from trainer import parallel
 from trainer.feed import Feed, cursor_of
@@ -29,7 +29,7 @@ def feed_of(job: Job, cache: Path | str = "") -> Feed:
     return Feed(job, str(cache), lambda: None)
 
 
-def saved(feed: Feed, job: Job) -> str:
+def saved(feed: Feed, job: Job) -> ShardIndex:
     """Return the index of a shard that was saved after 6 steps."""
     meta = ShardMeta(
         run_id="run",
@@ -40,7 +40,7 @@ def saved(feed: Feed, job: Job) -> str:
         shards=1,
         extra=msgspec.to_builtins(cursor_of(feed.samples, job.trainer).after(6)),
     )
-    return encode_index(seal(LAYOUT, bytearray(LAYOUT.size), meta)).decode()
+    return seal(LAYOUT, bytearray(LAYOUT.size), meta)
 
 
 def test_a_file_that_changed_since_a_checkpoint_is_named_with_what_was_expected_and_found(

@@ -1,0 +1,200 @@
+"""A state that was saved in one cut is taken up in another, to the bit, or refused."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import torch
+
+from orchestrator.protocol.ids import Step
+from orchestrator.protocol.layout import Layout
+from orchestrator.protocol.rank import Restore, Whole
+from orchestrator.worker import MisconfiguredError, Worker
+from storage import shard
+from storage.blob import BlobStore
+from storage.commit import commit, write_shard
+from storage.contents import Contents, read_contents
+from storage.digest import combine
+from storage.errors import ForeignCheckpointError, ShardCorruptError
+from storage.local import LocalStore
+from storage.manifest import body_key, commit_key, make_manifest
+from storage.memory import MemoryStore
+from trainer import parallel
+from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.feed import Feed
+from trainer.optim import STATES, ShardState
+from trainer.restoring import restored
+from trainer.staging import bytes_of
+
+CURSOR = Cursor(samples=0, seed=0, seq_len=8, global_batch=2, data="d16e57000000")
+STAMP = Stamp("run", "model", 3, CURSOR)
+WEIGHTS = {"a": torch.arange(30.0).reshape(5, 6), "b": torch.arange(7.0), "c": torch.ones(1, 1)}
+
+
+class Rank(NamedTuple):
+    shards: list[ShardState]
+    checkpointer: Checkpointer
+
+
+@pytest.fixture
+def ends() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def ranks(cut: int, ends: ExitStack, *, stamp: Stamp = STAMP, empty: bool = False) -> list[Rank]:
+    """The ranks of a replica, with the state or with zeros."""
+    made = []
+    for rank in range(cut):
+        world = parallel.World(rank, Layout(dp_shard=cut), torch.device("cpu"))
+        ends.callback(world.close)
+        shards = []
+        for name, weight in WEIGHTS.items():
+            parts = weight.chunk(cut)
+            part = (parts[rank] if rank < len(parts) else weight[:0]).clone()
+            states = [part * 0 if empty else part + number for number in range(len(STATES))]
+            shards.append(ShardState(name, torch.nn.Parameter(weight), *states))
+        made.append(Rank(shards, Checkpointer(shards, world, stamp)))
+    return made
+
+
+def digest(of: list[Rank]) -> tuple[int, int]:
+    return combine([rank.checkpointer.lanes(5) for rank in of])
+
+
+def stored(of: list[Rank], store: BlobStore) -> Contents:
+    receipts = []
+    for number, rank in enumerate(of):
+        plan = shard.plan(rank.checkpointer.chunks)
+        body = bytearray(plan.size)
+        for state in STATES:
+            for each in rank.shards:
+                plan.views(body)[f"{state}/{each.name}"][:] = bytes_of(getattr(each, state))
+        meta = shard.ShardMeta(
+            run_id="run",
+            model="model",
+            step=5,
+            epoch=2,
+            shard=number,
+            shards=len(of),
+            extra=msgspec.to_builtins(CURSOR.after(5)),
+        )
+        receipts.append(write_shard(store, shard.seal(plan, body, meta), body))
+    manifest = make_manifest(receipts, run_id="run", model="model", step=5, epoch=2)
+    commit(store, manifest, newest_epoch_known=2)
+    return read_contents(store, manifest)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 6])
+@pytest.mark.parametrize("into", [1, 2, 4])
+def test_ranks_of_another_cut_have_the_state_to_the_bit(
+    cut: int, into: int, ends: ExitStack
+) -> None:
+    before, store = ranks(cut, ends), MemoryStore()
+    held = stored(before, store)
+    after = ranks(into, ends, empty=True)
+
+    assert [rank.checkpointer.recut(store, held) for rank in after] == [5] * into
+
+    assert digest(after) == digest(before)
+    for mine, theirs in zip(after, ranks(into, ends), strict=True):
+        for one, other in zip(mine.shards, theirs.shards, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one[2:], other[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stamp", "says"),
+    [
+        (STAMP._replace(run_id="other"), "run is run, expected other"),
+        (STAMP._replace(model="wider"), "model is model, expected wider"),
+        (STAMP._replace(start=msgspec.structs.replace(CURSOR, seed=7)), "seed is 0, expected 7"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_nothing_is_touched(
+    stamp: Stamp, says: str, ends: ExitStack
+) -> None:
+    store = MemoryStore()
+    held = stored(ranks(2, ends), store)
+    (other,) = ranks(1, ends, stamp=stamp, empty=True)
+    before = other.checkpointer.lanes(0)
+
+    with pytest.raises(MisconfiguredError, match=says) as caught:
+        other.checkpointer.recut(store, held)
+
+    assert "step 5" in str(caught.value)
+    assert caught.value.hint
+    assert other.checkpointer.lanes(0) == before
+
+
+class Seated(Worker):
+    """As far as it takes to restore."""
+
+    def __init__(self) -> None:
+        self.alive = 0
+
+    def phase(self, *_: object, **__: object) -> None:
+        self.alive += 1
+
+
+class Same(Feed):
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def require_same(self, index: shard.ShardIndex) -> None:
+        self.asked.append(index.step)
+
+
+def whole(uri: str, key: str) -> Restore:
+    return Restore(step=Step(5), path="", index="", whole=Whole(uri=uri, commit=key))
+
+
+def test_a_rank_is_told_where_the_checkpoint_is_and_says_that_it_lives_while_it_reads(
+    tmp_path: Path, ends: ExitStack
+) -> None:
+    before = ranks(2, ends)
+    stored(before, LocalStore(tmp_path))
+    (after,) = ranks(1, ends, empty=True)
+    worker, feed = Seated(), Same()
+
+    done = restored(worker, whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, feed)
+
+    assert (done, feed.asked, worker.alive) == (5, [5], 2)
+    assert digest([after]) == digest(before)
+
+
+def test_damage_is_told_as_an_error_of_the_store_so_that_another_checkpoint_is_looked_for(
+    tmp_path: Path, ends: ExitStack
+) -> None:
+    store = LocalStore(tmp_path)
+    stored(ranks(2, ends), store)
+    path = tmp_path / body_key(5, 2, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    (after,) = ranks(1, ends, empty=True)
+
+    with pytest.raises(ShardCorruptError, match="crc32c"):
+        restored(Seated(), whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, Same())
+
+
+@pytest.mark.parametrize("key", ["", "../5", "gen/00/5-2/s0.st", "/etc/passwd"])
+def test_what_is_no_key_of_a_commit_is_not_read(key: str, tmp_path: Path, ends: ExitStack) -> None:
+    (after,) = ranks(1, ends, empty=True)
+
+    with pytest.raises(ValueError, match="no key of a commit"):
+        restored(Seated(), whole(str(tmp_path), key), after.checkpointer, Same())
+
+
+def test_a_checkpoint_of_another_type_of_numbers_is_refused(ends: ExitStack) -> None:
+    store = MemoryStore()
+    held = stored(ranks(2, ends), store)
+    (after,) = ranks(1, ends, empty=True)
+    halves = [each._replace(param=each.param.half()) for each in after.shards]
+    world = parallel.World(0, Layout(), torch.device("cpu"))
+    ends.callback(world.close)
+
+    with pytest.raises(ForeignCheckpointError, match=r"is F32 of shape .* expected F16"):
+        Checkpointer(halves, world, STAMP).recut(store, held)

@@ -1,0 +1,43 @@
+"""Brings back the state that a rank continues from: its own shard, or its boxes of another cut.
+
+Its agent has the shard in memory, wherever that came from. Where the run was cut otherwise when the
+checkpoint was written, no shard there is the rank's, and it reads what is its own from the durable
+tier; whatever is wrong with the store is an error of the store then, and no fault of the job.
+"""
+
+from __future__ import annotations
+
+from orchestrator.protocol.rank import Restore, Whole
+from orchestrator.worker import RankPhase, Worker
+from storage import shard
+from storage.address import open_store
+from storage.blob import BlobStore
+from storage.contents import Contents, read_contents
+from storage.manifest import parse_commit_key, read_manifest
+from storage.wrappers import RetryingStore
+from trainer.checkpoint import Checkpointer, any_index
+from trainer.feed import Feed
+
+
+def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed: Feed) -> int:
+    """Fill the state of this rank; return the steps behind it.
+
+    Raises:
+        MisconfiguredError: if it is of another run, model, sharding or data set.
+        StorageError: if a byte is not what was staged, or a store does not answer.
+    """
+    if restore.whole is not None:
+        store, held = _opened(restore.whole)
+        feed.require_same(any_index(held))
+        # Each block is a sign of life: a rank that reads for long does not hang.
+        return checkpointer.recut(store, held, lambda _: worker.phase(RankPhase.RESTORING))
+    feed.require_same(shard.decode_index(restore.index.encode(), staged=True))
+    with worker.restore_reader(restore) as read:
+        return checkpointer.restore(restore.index, read)
+
+
+def _opened(whole: Whole) -> tuple[BlobStore, Contents]:
+    if parse_commit_key(whole.commit) is None:
+        raise ValueError(f"no key of a commit: {whole.commit!r}")
+    store = RetryingStore(open_store(whole.uri))
+    return store, read_contents(store, read_manifest(store, whole.commit))

@@ -22,6 +22,7 @@ from orchestrator.simulation.drive import Simulation
 from orchestrator.worlds.simulated.corruption import Habit
 from orchestrator.worlds.simulated.flaws import Flaws
 from orchestrator.worlds.simulated.profile import Constant, Profile
+from orchestrator.worlds.simulated.store import Stored
 from orchestrator.worlds.simulated.world import SimulatedWorld
 
 LIMIT_S = Seconds(600.0)
@@ -60,6 +61,8 @@ class SimulatedJob:
     """By node, the serial of its machine."""
     failing: list[str] = field(default_factory=list)
     """Serials of machines that fail every test."""
+    left: list[Stored] = field(default_factory=list)
+    """Checkpoints of a former life."""
 
     def conduct(self, *_options: str) -> tuple[int, Report]:
         """Run it to its end; return exit code and report."""
@@ -84,6 +87,8 @@ class SimulatedJob:
                 None if raises_at is None else Step(raises_at),
             ),
         )
+        for stored in self.left:
+            self.world.cluster.store.leave(stored)
         if self.hushed is not None:
             self._hush_in_time()
         self.world.devices.equip(

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -74,9 +74,10 @@ class Tier:
         commit_s: float = WITHIN_S,
         name: str = "steps",
         scrub_mib_per_second: int = 0,
+        **changes: Any,
     ) -> Vault:
-        """Open a vault whose way to the folder leads through gates."""
-        run = msgspec.convert(steps_job(), TrainingRun)
+        """Open a vault whose way to the folder leads through gates; of a run with these changes."""
+        run = msgspec.convert(steps_job(**changes), TrainingRun)
         replace = msgspec.structs.replace
         checkpoint = replace(
             run.spec.checkpoint, keep_last=keep_last, scrub_mib_per_second=scrub_mib_per_second

@@ -36,8 +36,8 @@ from trainer.staging import Copying, GivenUpError, bytes_of
 from trainer.tensor import cut_dimension
 
 CUT_HINT = (
-    "pp, dpShard, cp and tp must not change within a run; a new run of another name can go on from "
-    "this one in another cut: spec.trainer.continueFrom"
+    "its commit record does not say how it is cut, or it would have been cut anew; a new run of "
+    "another name can go on from it in any cut: spec.trainer.continueFrom"
 )
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

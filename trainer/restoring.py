@@ -18,6 +18,10 @@ from storage.wrappers import RetryingStore
 from trainer.checkpoint import Checkpointer, any_index
 from trainer.feed import Feed
 
+ATTEMPTS_MAX = 12
+"""Of what may succeed later, within a minute: a rank that ends for it looks like a program with a
+fault, and a search of the controller would only have to wait for the same store."""
+
 
 def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed: Feed) -> int:
     """Fill the state of this rank; return the steps behind it.
@@ -39,5 +43,5 @@ def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed:
 def _opened(whole: Whole) -> tuple[BlobStore, Contents]:
     if parse_commit_key(whole.commit) is None:
         raise ValueError(f"no key of a commit: {whole.commit!r}")
-    store = RetryingStore(open_store(whole.uri))
+    store = RetryingStore(open_store(whole.uri), attempts_max=ATTEMPTS_MAX)
     return store, read_contents(store, read_manifest(store, whole.commit))

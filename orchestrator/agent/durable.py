@@ -52,6 +52,8 @@ class DurableCheckpoint:
             StorageError: as `read_manifest`; then the next call reads again.
         """
         with self._reading:
+            if parse_commit_key(self.commit) is None:
+                raise ForeignCheckpointError(f"no key of a commit: {self.commit!r}")
             if self._manifest is None:
                 self._manifest = read_manifest(self.store, self.commit)
             return self._manifest
@@ -66,6 +68,18 @@ class DurableShard:
     """Its number there."""
 
 
+def require_step(checkpoint: DurableCheckpoint, step: Step) -> Manifest:
+    """Return the record of a checkpoint that has to be of a step. Blocks.
+
+    Raises:
+        StorageError: if it can not be read, or is of another step.
+    """
+    manifest = checkpoint.manifest()
+    if manifest.step != step:
+        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {step}")
+    return manifest
+
+
 def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> Shard:
     """Read a committed shard into a new file of shared memory, verified. Blocks.
 
@@ -73,9 +87,7 @@ def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> 
         StorageError: if it can not be read, or is not of the step wanted.
         NoRoomError: if there is too little shared memory. There is no file then, either.
     """
-    store, manifest = durable.checkpoint.store, durable.checkpoint.manifest()
-    if manifest.step != wanted[1]:
-        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {wanted[1]}")
+    store, manifest = durable.checkpoint.store, require_step(durable.checkpoint, wanted[1])
     index = fetch_index(store, manifest, durable.shard)
     descriptor = create(path, index.size)
     try:
@@ -92,6 +104,7 @@ class DurableTier:
     """One node's connection to the store of its run.
 
     Attributes:
+        uri: of the store.
         store: what everybody uses; repeats what may succeed later.
         counts: the same, with what was asked of it so far.
     """
@@ -102,6 +115,7 @@ class DurableTier:
         Raises:
             UnsupportedUriError: if no store can be opened for it.
         """
+        self.uri = uri
         self._root = open_store(uri)
         self._faulty = FaultyStore(self._root)
         self.counts = CountingStore(RetryingStore(self._faulty, attempts_max=ATTEMPTS_MAX))

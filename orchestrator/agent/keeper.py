@@ -20,7 +20,7 @@ from typing import Literal
 from orchestrator.agent.bringing import Bringing
 from orchestrator.agent.calling import PeerClient
 from orchestrator.agent.checking import Checking
-from orchestrator.agent.durable import DurableShard
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard
 from orchestrator.agent.files import Files
 from orchestrator.agent.frames import UNNAMED
 from orchestrator.agent.impressions import Written
@@ -380,6 +380,22 @@ class Keeper:
             raise StaleError(f"{shard}: this node is at {self._shelf.lineage} by now")
         self._shelf.lend(shard)
         return protocol.Restore(step=step, path=str(shard.path), index=shard.index), tier
+
+    async def require(
+        self, checkpoint: DurableCheckpoint, step: Step, *, timeout_s: float = 60.0
+    ) -> None:
+        """Check that a checkpoint is there and of a step; nothing of it is held here after that.
+
+        Raises:
+            StorageError: if its record can not be read, or not in time, or is of another step.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._reading.require(checkpoint, step)
+        except TimeoutError:
+            raise StorageUnavailableError(
+                f"step {step}: timed out reading its record after {timeout_s:g} s"
+            ) from None
 
     async def write(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from orchestrator.agent.durable import DurableShard, read_shard
+from orchestrator.agent.durable import DurableCheckpoint, DurableShard, read_shard, require_step
 from orchestrator.agent.files import Files, remove
 from orchestrator.agent.shards import Shard
 from orchestrator.agent.threads import DaemonThreads
@@ -44,3 +44,7 @@ class Reading:
             # A thread can not be stopped; what it still brings is removed.
             reading.add_done_callback(lambda _: remove(path))
             raise
+
+    async def require(self, checkpoint: DurableCheckpoint, step: Step) -> None:
+        """Check that a checkpoint is there and of a step; see `require_step` for what it raises."""
+        await asyncio.wrap_future(self.threads.submit(require_step, checkpoint, step))

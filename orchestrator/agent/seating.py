@@ -43,7 +43,7 @@ from orchestrator.protocol.messages import (
     SaveEvery,
     Welcome,
 )
-from orchestrator.protocol.rank import Rendezvous, Restore, Seat
+from orchestrator.protocol.rank import Rendezvous, Restore, Seat, Whole
 from orchestrator.protocol.rank import SaveEvery as RankSaveEvery
 from orchestrator.protocol.timeouts import Timeouts
 from storage.errors import StorageError
@@ -167,6 +167,8 @@ class Seating:
         failed: list[FailedCopy] = []
         checkpoint = DurableCheckpoint(store, order.commit) if order.commit and store else None
         bringing = partial(self._prepare_one, order, order.restore, checkpoint, limits, failed)
+        if order.cut_anew and tier is not None and checkpoint is not None:
+            bringing = partial(self._point_out, checkpoint, tier.uri, order.restore, limits)
         tasks = [asyncio.create_task(bringing(rank)) for rank in ranks]
         try:
             found = await asyncio.gather(*tasks)
@@ -194,6 +196,11 @@ class Seating:
         finally:
             for task in tasks:
                 task.cancel()
+        restores: Restores = {
+            rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)
+        }
+        if order.cut_anew:
+            return restores  # nothing is in memory, so there is nothing to say of that
         tiers = [where for _, where in found]
         mended, lacking = tuple(self._mended), tuple(self._lacking)
         self._mended.clear()
@@ -211,7 +218,7 @@ class Seating:
                 lacking=lacking,
             )
         )
-        return {rank: restore for rank, (restore, _) in zip(ranks, found, strict=True)}
+        return restores
 
     async def _prepare_one(
         self,
@@ -254,6 +261,14 @@ class Seating:
                     raise
                 log.warning("%s; trying %s", error, source or "the durable tier")
                 await asyncio.sleep(again_s)
+
+    async def _point_out(
+        self, checkpoint: DurableCheckpoint, uri: str, step: Step, limits: Timeouts, _: Rank
+    ) -> tuple[Restore, str]:
+        """Have a rank read what is its own of a checkpoint that is cut otherwise."""
+        await self._keeper.require(checkpoint, step, timeout_s=limits.warmup_s)
+        whole = Whole(uri=uri, commit=checkpoint.commit)
+        return Restore(step=step, path="", index="", whole=whole), "durable"
 
     def _found_bad(self, step: Step) -> list[FailedCopy]:
         """Return the copies elsewhere that something was to be mended from, and were no good."""

@@ -11,6 +11,7 @@ import msgspec
 from orchestrator.core.decisions import JudgeDevice
 from orchestrator.core.standing import Standing
 from orchestrator.core.trust import Onset, Verdict
+from orchestrator.protocol.cutting import Cut
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Serial, Step
 from orchestrator.protocol.messages import (
     DetectorFailed,
@@ -199,6 +200,8 @@ class CheckpointFound(_Event, frozen=True, kw_only=True):
     """How often the store was asked for anything."""
     shards: int = 0
     """How many shards the checkpoint has; 0 if there is none, or it was not said."""
+    cut: Cut | None = None
+    """How whoever wrote it was cut; None if there is none, or it was not said."""
     epoch_seen: Generation = Generation(0)
     """The newest epoch of which anything is there, however useless; 0 if nothing is."""
     generation: Generation = Generation(0)

@@ -25,14 +25,15 @@ from orchestrator.core.decisions import Decision
 from orchestrator.core.events import Event
 from orchestrator.protocol.runfile import TrainingRun
 
-VERSION = 7
+VERSION = 8
 """Raised whenever the same events lead to other decisions than before: a replay would not notice at
 its beginning that it is of another program. 2: replicas count slowest in the order of ranks, and
 minReplicas has another default. 3: who is slow is told by as many windows as cover ten steps, and
 by processor time as well. 4: a phase of a recovery that was broken off is not given ever longer.
 5: a node whose own network is slow may be swapped for it. 6: of replicas one reads a shard from the
 durable tier, and the others get it from there. 7: who waits for samples is found within ten
-seconds, however long steps take."""
+seconds, however long steps take. 8: the embedded trainer goes on from a checkpoint that was cut
+otherwise."""
 LINE_MAX_BYTES = 64 << 20
 """Also of what is packed. A tick of 100,000 ranks takes a few MiB; a longer line is no journal of
 ours."""

@@ -11,6 +11,8 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Seconds
 
+CUT_ANEW = ", cut anew"
+"""Ends the name of a way in which ranks read their state from the durable tier themselves."""
 ON_A_NEW_NODE = ", on a new node"
 """Ends the name of a way in which a world has a node that had no seat before."""
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from itertools import groupby
 from textwrap import shorten
 
+import msgspec
+
 from orchestrator.core import vouching
 from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
@@ -15,7 +17,7 @@ from orchestrator.core.phases import RunPhase
 from orchestrator.core.plans import End, Plan, Policy, Restart, Search
 from orchestrator.core.state import RunState
 from orchestrator.core.trust import trusted
-from orchestrator.policy import devices, lemons, planned, shrinking, suspicion, vouched
+from orchestrator.policy import devices, lemons, planned, recut, shrinking, suspicion, vouched
 from orchestrator.policy.placement import Placement, buddies, place, wait_for_nodes
 from orchestrator.policy.quarantine import stop_unlocated, take_out
 from orchestrator.policy.reading import read_once
@@ -54,16 +56,9 @@ def restart(state: RunState) -> Plan | None:  # noqa: PLR0911 - one return per r
     found = state.found.step
     better = state.found.grade is not None and best is not vouched_for
     if found is not None and (best is None or found > best.step or better):
-        if why := _cut_otherwise(state):
+        if why := recut.refused(state):
             return End(state="Failed", reason=why)
-        reads = read_once(state, placement.seats, found)
-        restore = RestoreFrom(
-            step=found,
-            sources=reads.nodes,
-            commit=state.found.key,
-            staged_as=reads.staged_as,
-        )
-        return _restart(state, placement, restore)
+        return _restart(state, placement, _from_durable(state, placement, found))
     return _restart(state, placement, best)
 
 
@@ -74,6 +69,21 @@ def _from_memory(
     if not enabled(state, MEMORY_FIRST) and state.sound_commits:
         return None
     return newest_in_memory(state, placement, up_to=up_to)
+
+
+def _from_durable(state: RunState, placement: Placement, found: Step) -> RestoreFrom:
+    """Return how to go on from the checkpoint that was found."""
+    assert state.found is not None
+    anew = recut.needed(state) != ""
+    # Of another cut nobody has a shard that is another one's, too.
+    reads = None if anew else read_once(state, placement.seats, found)
+    return RestoreFrom(
+        step=found,
+        sources=reads.nodes if reads else ("",) * len(placement.seats),
+        commit=state.found.key,
+        staged_as=reads.staged_as if reads else (),
+        cut_anew=anew or msgspec.UNSET,
+    )
 
 
 def _search(state: RunState, memory: Step | None, commit: Step) -> Search:
@@ -168,22 +178,6 @@ def _passed_over(rejected: Sequence[str]) -> str:
     return "; ".join(told) + f"; and {left} more, older still" * bool(left)
 
 
-def _cut_otherwise(state: RunState) -> str:
-    """Say why the checkpoint that was found does not fit the world; "" if it does."""
-    assert state.found is not None
-    shards, wanted = state.found.shards, state.shard_count()
-    if shards in (0, wanted):
-        return ""
-    return (
-        f"the checkpoint of step {state.found.step} has {shards} shard{'s' * (shards > 1)} and "
-        f"this run has {wanted}, and within a run a state is not cut anew\nhint: set "
-        f"spec.nodes and spec.parallelism so that ranks / dpReplicate is {shards}; to go on in "
-        "this cut, give the run another metadata.name and spec.checkpoint.uri, and "
-        "spec.trainer.continueFrom with the other one's folder (the embedded trainer has that); or "
-        "choose another spec.checkpoint.uri to begin anew"
-    )
-
-
 def newest_in_memory(
     state: RunState, placement: Placement, *, up_to: Step | None = None
 ) -> RestoreFrom | None:
@@ -233,6 +227,8 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         reason += vouched.why(state, restore)
         if restore is None or restore.commit:
             reason += "".join(f"; passed over {text}" for text in _rejections(state))
+    if restore is not None and restore.cut_anew is True:
+        reason += f"; cut anew {recut.needed(state)}"
     return Restart(
         seats=placement.seats,
         dismiss=_dismissed(state),

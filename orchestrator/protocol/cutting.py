@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.runfile import Trainer
+from orchestrator.protocol.runfile import Trainer, TrainingRun
 from orchestrator.protocol.sizes import ModelConfig
 
 
@@ -22,6 +22,38 @@ class Obstacle(NamedTuple):
     message: str
     hint: str = ""
     """Empty: see the nearest layout that can be cut."""
+
+
+class Cut(NamedTuple):
+    """How the state of a replica is cut: worlds that have the same have the same shards."""
+
+    pp: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    stages_per_rank: int = 1
+
+    def __str__(self) -> str:
+        names = ("pp", "dpShard", "cp", "tp", "stagesPerRank")
+        sizes = [f"{name} {n}" for name, n in zip(names, self, strict=True) if n > 1]
+        return f"{in_shards(self.shards)}" + f" ({' x '.join(sizes)})" * bool(sizes)
+
+    @property
+    def shards(self) -> int:
+        """How many shards that are."""
+        return self.pp * self.dp_shard * self.cp * self.tp
+
+
+def cut_of(run: TrainingRun) -> Cut:
+    """Return how a run cuts its state."""
+    layout = run.layout
+    stages = stages_per_rank(run.spec.trainer) if layout.pp > 1 else 1
+    return Cut(layout.pp, layout.dp_shard, layout.cp, layout.tp, stages)
+
+
+def in_shards(count: int) -> str:
+    """Return a number of shards in words."""
+    return f"{count} shard{'s' * (count != 1)}"
 
 
 def obstacles(model: ModelConfig, job: Trainer, layout: Layout) -> Iterator[Obstacle]:

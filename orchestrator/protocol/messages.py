@@ -19,7 +19,7 @@ from orchestrator.protocol.rank import Speed
 from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MESSAGE_MAX_BYTES = 8 << 20
 
 
@@ -548,6 +548,9 @@ class Begin(_Message, frozen=True, kw_only=True):
     """Key of the commit record when any shard comes from the durable tier."""
     shard_of: tuple[int, ...]
     """Which durable shard is the own of each."""
+    cut_anew: bool = False
+    """Whether the checkpoint of `commit` is cut otherwise: its shards are nobody's own, and each
+    rank reads what it needs of it."""
     cadence: Cadence | None = None
     """How often ranks save in the beginning; None for as the run file says."""
     watched: bool = False

@@ -23,6 +23,7 @@ from orchestrator.core.events import (
     SearchFailed,
 )
 from orchestrator.core.trust import Onset, Verdict, why_not
+from orchestrator.protocol.cutting import Cut, cut_of
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.timeouts import Timeouts
@@ -48,6 +49,8 @@ _Where = tuple[int, int]
 
 LEFT_OVER_S = 3600.0
 """A file that nobody finished, nor has written to for so long, is of a writer that died."""
+STAGES = "stagesPerRank"
+"""Of a pipeline, in the layout of a checkpoint; not there if it is one."""
 SEARCHES_MAX = 4
 """Searches at a time; so many only if they hang."""
 
@@ -257,6 +260,7 @@ class Vault:
             foreign=f"checkpoints of run {', '.join(strangers)}" if strangers else "",
             reads=store.reads,
             shards=found.shards if found else 0,
+            cut=_cut(found) if found else None,
             epoch_seen=Generation(epoch_seen),
             number=number,
         )
@@ -292,7 +296,7 @@ class Vault:
         return refused or (isinstance(error, StorageError) and error.retryable)
 
     def _manifest(self, order: CommitCheckpoint) -> Manifest:
-        receipts, layout = order.receipts, self._run.layout
+        receipts, layout, cut = order.receipts, self._run.layout, cut_of(self._run)
         return make_manifest(
             (
                 ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
@@ -308,6 +312,7 @@ class Vault:
                 "dpShard": layout.dp_shard,
                 "cp": layout.cp,
                 "tp": layout.tp,
+                **({STAGES: cut.stages_per_rank} if cut.stages_per_rank > 1 else {}),
             },
         )
 
@@ -349,6 +354,16 @@ class Vault:
         swept = self._opened.sweep_old(LEFT_OVER_S)
         if swept:
             log.info("removed %d unfinished files of dead writers", len(swept))
+
+
+def _cut(found: Manifest) -> Cut | None:
+    """Return how a checkpoint says it is cut; None if it does not, as one that was imported."""
+    sizes = [found.layout.get(name) for name in ("pp", "dpShard", "cp", "tp")]
+    sizes.append(found.layout.get(STAGES, 1))
+    told = [size for size in sizes if isinstance(size, int)]
+    if len(told) != len(sizes) or Cut(*told).shards != found.shards:
+        return None
+    return Cut(*told)
 
 
 def _words(passed_over: Rejection) -> str:

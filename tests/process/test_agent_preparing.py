@@ -17,15 +17,20 @@ pytestmark = pytest.mark.process
 LAYOUT = plan([Chunk(fqn="w", state="p", dtype="F32", shape=(8,), global_shape=(8,), offset=(0,))])
 
 
+def stored(controller: Controller, step: int) -> None:
+    """Commit a checkpoint of one shard."""
+    store = LocalStore(controller.folder / "checkpoints")
+    body = bytearray(LAYOUT.size)
+    meta = ShardMeta(run_id="test", model="m", step=step, epoch=1, shard=0, shards=1)
+    receipt = write_shard(store, seal(LAYOUT, body, meta), body)
+    manifest = make_manifest([receipt], run_id="test", model="m", step=step, epoch=1)
+    commit(store, manifest, newest_epoch_known=1)
+
+
 def test_a_shard_that_the_checkpoint_does_not_have_is_told_and_the_agent_lives_on(
     controller: Controller, start: Callable[..., Agent]
 ) -> None:
-    store = LocalStore(controller.folder / "checkpoints")
-    body = bytearray(LAYOUT.size)
-    meta = ShardMeta(run_id="test", model="m", step=40, epoch=1, shard=0, shards=1)
-    receipt = write_shard(store, seal(LAYOUT, body, meta), body)
-    manifest = make_manifest([receipt], run_id="test", model="m", step=40, epoch=1)
-    commit(store, manifest, newest_epoch_known=1)
+    stored(controller, 40)
     start()
     controller.hear(Joined)
 
@@ -41,6 +46,33 @@ def test_a_shard_that_the_checkpoint_does_not_have_is_told_and_the_agent_lives_o
     _, fact = controller.hear(PreparationFailed)
     assert (fact.generation, fact.step, fact.tier) == (2, 40, "durable")
     assert fact.reason.startswith("ValueError: shard is ")
+    controller.begin(3, ["node-0", "node-0"])
+    controller.reached("stepped", 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("../../secrets", "ForeignCheckpointError: no key of a commit: '../../secrets'"),
+        (commit_key(30, 1), "BlobNotFoundError: "),
+        (commit_key(20, 1), "ForeignCheckpointError: checkpoint of step 20, epoch 1, expected"),
+    ],
+)
+def test_no_rank_is_sent_to_a_checkpoint_of_another_cut_that_is_not_the_one_that_was_meant(
+    controller: Controller, start: Callable[..., Agent], key: str, says: str
+) -> None:
+    stored(controller, 20)
+    start()
+    controller.hear(Joined)
+
+    controller.begin(
+        2, ["node-0", "node-0"], restore=40, sources=("", ""), commit=key, cut_anew=True
+    )
+
+    _, fact = controller.hear(PreparationFailed)
+    assert (fact.generation, fact.step, fact.tier) == (2, 40, "durable")
+    assert fact.reason.startswith(says)
+    assert fact.copies == ()
     controller.begin(3, ["node-0", "node-0"])
     controller.reached("stepped", 3)
 

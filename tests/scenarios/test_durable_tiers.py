@@ -6,8 +6,10 @@ import pytest
 
 from orchestrator.core.decisions import EndRun, StartGeneration
 from orchestrator.core.events import CheckpointCommitted, CheckpointFound, ControllerStarted
+from orchestrator.protocol.cutting import Cut
 from orchestrator.protocol.ids import Generation, NodeId, Step
 from orchestrator.protocol.messages import PreparationFailed
+from tests import runfiles
 from tests.conftest import Cluster
 
 
@@ -104,24 +106,78 @@ def test_a_tier_that_lost_all_is_no_reason_to_give_up_what_memory_holds(cluster:
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_checkpoint_that_was_cut_otherwise_ends_the_run_and_says_how_to_go_on(
-    cluster: Cluster, shards: int
+def test_a_checkpoint_that_was_cut_otherwise_ends_the_run_of_a_program_that_knows_one_shard(
+    shards: int,
 ) -> None:
+    cluster = Cluster(runfiles.text(trainer={"entrypoint": "mine.train:main"}))
+
     end = only(EndRun, found(joined(cluster), 60, shards=shards))
 
     assert end.state == "Failed"
     assert f"step 60 has {shards} shard" in end.reason
     assert "this run has 2" in end.reason
     assert "hint: " in end.reason
-    assert "to go on in this cut" in end.reason
-    assert "spec.trainer.continueFrom" in end.reason
 
 
-def test_a_checkpoint_that_fits_or_of_which_the_journal_does_not_say_it_is_restored(
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"shards": 1}, "from 1 shard into 2 shards (dpShard 2)"),
+        ({"shards": 4, "cut": Cut(tp=4)}, "from 4 shards (tp 4) into 2 shards (dpShard 2)"),
+        ({"shards": 2, "cut": Cut(pp=2)}, "from 2 shards (pp 2) into 2 shards (dpShard 2)"),
+    ],
+    ids=str,
+)
+def test_the_embedded_trainer_goes_on_from_a_checkpoint_that_was_cut_otherwise(
+    cluster: Cluster, said: dict[str, Any], words: str
+) -> None:
+    order = only(StartGeneration, found(joined(cluster), 60, **said))
+
+    assert (order.restore.step, order.restore.commit) == (60, "commits/60-1")
+    assert order.restore.cut_anew is True
+    assert (set(order.restore.sources), order.restore.staged_as) == ({""}, ())
+    assert order.reason.endswith(f"; cut anew {words}")
+
+
+def test_what_was_cut_anew_is_in_nobody_s_memory_and_is_cut_anew_again_until_there_is_a_save(
     cluster: Cluster,
 ) -> None:
-    assert only(StartGeneration, found(joined(cluster), 60, shards=2)).restore.step == 60
-    assert only(StartGeneration, found(joined(Cluster()), 60)).restore.step == 60
+    found(joined(cluster), 60, shards=4)
+    cluster.resume()
+    cluster.train(3)
+    cluster.after(0.1).exit(1, step=63)
+    assert dict(cluster.state.holdings) == {}
+
+    order = only(StartGeneration, found(cluster, 60, shards=4))
+
+    assert (order.restore.step, order.restore.cut_anew) == (60, True)
+    assert cluster.state.way == "resume from the durable tier, cut anew"
+    (incident,) = cluster.state.incidents
+    assert incident.restored_from == "durable tier, cut anew (4 ranks)"
+    assert "resume from the durable tier from step 60, 3 steps to do again" in incident.reason
+    cluster.resume()
+    cluster.train(5)
+    cluster.hold(65)
+    again = only(StartGeneration, cluster.after(0.1).exit(1, step=65))
+    assert (again.restore.step, again.restore.commit) == (65, "")
+    assert again.restore.cut_anew is not True
+
+
+def test_a_state_that_came_after_a_corruption_is_passed_over_for_one_that_is_cut_anew(
+    cluster: Cluster,
+) -> None:
+    rejected = ("step 80, epoch 2: quarantined: a bit",)
+
+    order = only(StartGeneration, found(joined(cluster), 60, shards=4, rejected=rejected))
+
+    assert order.restore.cut_anew is True
+    assert "passed over step 80, epoch 2" in order.reason
+
+
+def test_a_checkpoint_that_fits_or_of_which_the_journal_does_not_say_it_is_restored() -> None:
+    for said in ({"shards": 2}, {"shards": 2, "cut": Cut(dp_shard=2)}, {}):
+        restore = only(StartGeneration, found(joined(Cluster()), 60, **said)).restore
+        assert (restore.step, restore.cut_anew is True) == (60, False)
 
 
 def test_a_checkpoint_that_can_not_be_brought_to_a_node_is_looked_for_again(

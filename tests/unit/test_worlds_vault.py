@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,17 @@ from orchestrator.core.events import (
     SearchFailed,
 )
 from orchestrator.core.trust import Onset
+from orchestrator.protocol.cutting import Cut
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.protocol.messages import Receipt
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.faults import Schedule
 from storage import verdicts
+from storage.commit import commit
 from storage.digest import Buffer
 from storage.errors import StorageRefusedError
 from storage.local import LocalStore
-from storage.manifest import COMMITS, VERDICTS, commit_key
+from storage.manifest import COMMITS, VERDICTS, ShardReceipt, commit_key, make_manifest
 from storage.verdicts import Trust
 from tests.conftest import Cluster
 from tests.vaults import LAYOUT, WITHIN_S, Gate, Tier
@@ -50,6 +53,48 @@ def test_a_search_tells_the_newest_epoch_also_if_its_checkpoint_is_rejected(tier
     assert found.shards == 2
     tier.write(100, epoch=7)
     assert tier.search(vault).epoch_seen == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "shards", "cut"),
+    [
+        ({}, 4, Cut(dp_shard=4)),
+        ({"parallelism": {"dpReplicate": 2, "dpShard": 2}}, 2, Cut(dp_shard=2)),
+        ({"parallelism": {"cp": 2, "tp": 2}}, 4, Cut(cp=2, tp=2)),
+        ({"parallelism": {"pp": 4}}, 4, Cut(pp=4)),
+        (
+            {"parallelism": {"pp": 4}, "trainer__pipelineSchedule": "interleaved"},
+            4,
+            Cut(pp=4, stages_per_rank=2),
+        ),
+    ],
+    ids=str,
+)
+def test_a_search_tells_how_the_run_was_cut_that_wrote_the_checkpoint(
+    tier: Tier, changes: dict[str, Any], shards: int, cut: Cut
+) -> None:
+    tier.commit(tier.open(**changes), 60, epoch=1, shards=shards)
+
+    assert tier.search(tier.open()).cut == cut
+
+
+def test_of_a_checkpoint_that_says_of_no_cut_or_of_another_one_than_it_has_none_is_told(
+    tier: Tier,
+) -> None:
+    vault = tier.open()
+    tier.commit(vault, 60, epoch=1, shards=3)
+    assert tier.search(vault).cut is None
+    # As of a folder of another program that was imported.
+    receipts = [
+        ShardReceipt(shard=r.shard, size=r.size, index_digest=r.index_digest)
+        for r in tier.write(80, epoch=1)
+    ]
+    manifest = make_manifest(receipts, run_id="steps", model="m", step=80, epoch=1)
+    commit(tier.store, manifest, newest_epoch_known=1)
+
+    found = tier.search(vault)
+
+    assert (found.step, found.shards, found.cut) == (80, 2, None)
 
 
 def test_what_came_after_a_silent_corruption_is_barred_for_good_and_not_deleted(

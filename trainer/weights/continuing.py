@@ -1,8 +1,9 @@
 """Goes on from the state of another run: weights, what the optimizer remembers, and place in data.
 
 A checkpoint's shards say where each piece lies in the whole, so whoever is cut otherwise reads the
-boxes that are its own. A run's own checkpoints are restored shard by shard (trainer.checkpoint):
-that needs no other shard, and works from memory.
+boxes that are its own. A run's own checkpoints are restored shard by shard (trainer.checkpoint),
+which needs no other shard and works from memory, or if they are of another cut as well by boxes
+(trainer.restoring).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def bring(
             )
         counts[_counted_as(cluster, order, node, rank)] += 1
         origins[rank] = found
-        if not cluster.forgetful:
+        if not (cluster.forgetful or order.cut_anew):
             node.put(found, (rank,))
     return Tiers(**counts)
 

@@ -14,6 +14,7 @@ from orchestrator.core.events import (
 )
 from orchestrator.core.trust import Onset, Verdict, why_not
 from orchestrator.protocol import runfile
+from orchestrator.protocol.cutting import Cut
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from storage.manifest import commit_key
 from storage.retention import Candidate, Ladder, kept
@@ -28,6 +29,7 @@ class Stored(NamedTuple):
     step: Step
     epoch: Generation
     shards: int
+    cut: Cut | None = None
 
     @property
     def key(self) -> str:
@@ -40,6 +42,7 @@ class SimStore:
 
     Args:
         keep: which of them stay, and whether they are read back in the background.
+        cut: how the run cuts its state.
 
     Attributes:
         down: whether it answers nobody.
@@ -49,7 +52,8 @@ class SimStore:
         barred: keys of commits that are not trusted, and why.
     """
 
-    def __init__(self, keep: runfile.Checkpoint) -> None:
+    def __init__(self, keep: runfile.Checkpoint, cut: Cut | None = None) -> None:
+        self._cut = cut
         self._ladder = Ladder(
             last=keep.keep_last, every_steps=keep.keep_every_steps, anchors=keep.keep_anchors
         )
@@ -75,6 +79,11 @@ class SimStore:
         unusable = key in self.corrupt or key in self.barred
         return None if self.down or unusable else self._commits.get(key)
 
+    def leave(self, stored: Stored) -> None:
+        """Have a checkpoint that a former life of the run committed."""
+        self._commits[stored.key] = stored
+        self.wrote(stored.epoch)
+
     def wrote(self, epoch: Generation) -> None:
         """Note that a generation has left something."""
         self._epoch_seen = max(self._epoch_seen, epoch)
@@ -86,7 +95,7 @@ class SimStore:
         step, epoch = order.step, order.generation
         if self.down:
             return CommitFailed(at=at, step=step, epoch=epoch, reason=OUTAGE, again=True)
-        stored = Stored(step, epoch, len(order.receipts))
+        stored = Stored(step, epoch, len(order.receipts), self._cut)
         if epoch < newest and stored.key not in self._commits:
             reason = f"epoch is {epoch}, generation {newest} has begun"
             return CommitFailed(at=at, step=step, epoch=epoch, reason=reason)
@@ -160,6 +169,7 @@ class SimStore:
             ungraded=tuple(ungraded or ()),
             reads=1 + len(self._commits),
             shards=found.shards if found else 0,
+            cut=found.cut if found else None,
             epoch_seen=self._epoch_seen,
             number=number,
         )

@@ -310,7 +310,9 @@ class Team:
                 continue
             self._prepared.add(node.id)
             done.setdefault(brought, []).append(node)
-        for tiers, alike in done.items() if self.restore is not None else ():
+        # What ranks read for themselves, nobody has in memory.
+        prepares = self.restore is not None and not self._order.cut_anew
+        for tiers, alike in done.items() if prepares else ():
             fact = Prepared(
                 generation=self.generation,
                 step=self.start,

@@ -48,6 +48,7 @@ from orchestrator.core.state import RunState
 from orchestrator.faults.plan import ArmedFault
 from orchestrator.policy.switches import PLANNED_SWAP, STRAGGLER_SWAP
 from orchestrator.protocol.cadence import Cadence
+from orchestrator.protocol.cutting import cut_of
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import RankProbed, RanksFinished, StacksTaken, StepReport
 from orchestrator.protocol.rank import Speed
@@ -123,7 +124,7 @@ class SimulatedWorld:
     ) -> None:
         nodes = run.spec.nodes
         names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
-        store = SimStore(run.spec.checkpoint)
+        store = SimStore(run.spec.checkpoint, cut_of(run))
         self.cluster = Cluster(names, store, timeouts, profile, chance=chance, jitter=jitter)
         self.cluster.before = self._tell_first
         self.cluster.disturbed = self._enter_all

@@ -1,5 +1,6 @@
 """A run is given other sizes and run again: its state is cut anew, to the bit."""
 
+import base64
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from orchestrator.core.report import Report
 from orchestrator.protocol.cutting import Cut
 from orchestrator.protocol.ids import Generation, Step
 from orchestrator.worlds.simulated.store import Stored
+from storage.address import open_store
 from storage.manifest import commit_key
 from tests import runfiles, tiny
+from tests.buckets import Server
 from tests.runs import Job
 from tests.simulated import SimulatedJob
 
@@ -109,16 +112,24 @@ def assert_simulated_alike(
 
 
 def test_what_is_cut_anew_is_the_state_that_was_saved_to_the_bit(
-    failed: Path, tmp_path: Path
+    failed: Path, tmp_path: Path, s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever continues with no step left ends with the state that it has found."""
-    uri = str(failed / "run/checkpoints")
+    """Whoever continues with no step left ends with the state that it has found.
+
+    One of them finds it in a bucket, for which its rank needs the credentials and the key.
+    """
+    monkeypatch.setenv("HOLDFAST_TEST_KEY", base64.b64encode(bytes(range(32))).decode())
+    bucket = s3.uri(s3.bucket(), encrypt="HOLDFAST_TEST_KEY")
     digests = set()
-    for number, (sizes, ranks) in enumerate(
-        (({"dpShard": 2}, 2), ({"dpShard": 1}, 1), ({"pp": 2, "tp": 2}, 4))
+    for number, (sizes, ranks, uri) in enumerate(
+        (
+            ({"dpShard": 2}, 2, str(tmp_path / "same")),
+            ({"dpShard": 1}, 1, bucket),
+            ({"pp": 2, "tp": 2}, 4, str(tmp_path / "cut")),
+        )
     ):
-        store = shutil.copytree(uri, tmp_path / f"store-{number}")
-        run = sized(sizes, ranks=ranks, steps=SAVED, uri=str(store))
+        copied(str(failed / "run/checkpoints"), uri)
+        run = sized(sizes, ranks=ranks, steps=SAVED, uri=uri)
         code, report, job = ended(tmp_path / str(number), run)
 
         assert (code, report.final_step) == (0, SAVED), report.reason
@@ -128,3 +139,9 @@ def test_what_is_cut_anew_is_the_state_that_was_saved_to_the_bit(
         digests.add(report.final_state_digest)
 
     assert len(digests) == 1
+
+
+def copied(uri: str, to: str) -> None:
+    source, target = open_store(uri), open_store(to)
+    for key in source.keys():  # noqa: SIM118 - a store is no mapping
+        target.put(key, source.get(key))

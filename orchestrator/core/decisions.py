@@ -39,9 +39,9 @@ class RestoreFrom(msgspec.Struct, frozen=True, kw_only=True):
     staged_as: tuple[Rank, ...] = ()
     """Per rank: as whose the copy was staged, or is read, that is in that memory, if replicas take
     each other's; none if each has its own."""
-    cut_anew: Literal[True] | msgspec.UnsetType = msgspec.UNSET
-    """True: that checkpoint is cut otherwise than the run. No rank's shard is in it, and each reads
-    what is its own of all of them. Else it is not in the journal, nor in a story."""
+    cut_anew: str = ""
+    """From what into what that checkpoint is cut anew, in words: no rank's shard is in it, and each
+    reads what is its own of all of them. "" if it is cut as the run is."""
 
 
 class StartGeneration(_Decision, frozen=True, kw_only=True):

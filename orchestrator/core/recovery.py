@@ -172,7 +172,7 @@ class Recovery:
             state.futile_restarts += 1
         course.enter(state, RunPhase.STOPPING)
         new = any(state.nodes[node].generation == 0 for node in state.seated)
-        anew = plan.restore is not None and plan.restore.cut_anew is True
+        anew = plan.restore is not None and plan.restore.cut_anew != ""
         state.way = plan.rung + patience.CUT_ANEW * anew + patience.ON_A_NEW_NODE * new
         probation = devices.nodes_in(state, Standing.PROBATION)
         self.started = decide(
@@ -254,7 +254,7 @@ def _tiers(plan: Restart) -> str:
     if plan.restore.commit:
         reading = plan.restore.sources.count("")
         fetching = len(plan.seats) - reading
-        anew = ", cut anew" * (plan.restore.cut_anew is True)
+        anew = ", cut anew" * bool(plan.restore.cut_anew)
         told = f"durable tier{anew} ({reading} ranks)"
         return told + f", and from those who read it there ({fetching} ranks)" * bool(fetching)
     own = sum(map(eq, plan.restore.sources, plan.seats))

@@ -7,8 +7,6 @@ from dataclasses import replace
 from itertools import groupby
 from textwrap import shorten
 
-import msgspec
-
 from orchestrator.core import vouching
 from orchestrator.core.copies import sources
 from orchestrator.core.decisions import RestoreFrom
@@ -74,7 +72,7 @@ def _from_memory(
 def _from_durable(state: RunState, placement: Placement, found: Step) -> RestoreFrom:
     """Return how to go on from the checkpoint that was found."""
     assert state.found is not None
-    anew = recut.needed(state) != ""
+    anew = recut.needed(state)
     # Of another cut nobody has a shard that is another one's, too.
     reads = None if anew else read_once(state, placement.seats, found)
     return RestoreFrom(
@@ -82,7 +80,7 @@ def _from_durable(state: RunState, placement: Placement, found: Step) -> Restore
         sources=reads.nodes if reads else ("",) * len(placement.seats),
         commit=state.found.key,
         staged_as=reads.staged_as if reads else (),
-        cut_anew=anew or msgspec.UNSET,
+        cut_anew=anew,
     )
 
 
@@ -227,8 +225,8 @@ def _restart(state: RunState, placement: Placement, restore: RestoreFrom | None)
         reason += vouched.why(state, restore)
         if restore is None or restore.commit:
             reason += "".join(f"; passed over {text}" for text in _rejections(state))
-    if restore is not None and restore.cut_anew is True:
-        reason += f"; cut anew {recut.needed(state)}"
+    if restore is not None and restore.cut_anew:
+        reason += f"; cut anew {restore.cut_anew}"
     return Restart(
         seats=placement.seats,
         dismiss=_dismissed(state),

@@ -137,7 +137,7 @@ class Orders:
             staged_as=_taken(restore.staged_as, ranks) if restore and restore.staged_as else (),
             commit=restore.commit if restore else "",
             shard_of=parts.shard_of,
-            cut_anew=restore is not None and restore.cut_anew is True,
+            cut_anew=restore is not None and restore.cut_anew != "",
             cadence=started.cadence,
             watched=bool(started.watched),
             writers=parts.writers,

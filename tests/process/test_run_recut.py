@@ -79,9 +79,9 @@ def test_a_run_that_is_cut_anew_and_loses_a_rank_at_once_has_the_bits_of_one_tha
     assert (report.divergences, report.replicas_differ, report.losses_missing) == ([], [], [])
     for order in (started := orders(job)):
         assert order.restore is not None
-        assert (order.restore.step, order.restore.cut_anew) == (SAVED, True)
-        assert order.restore.commit == commit_key(SAVED, 1)
-        assert "cut anew from 2 shards (dpShard 2) into 2 shards (tp 2)" in order.reason
+        assert (order.restore.step, order.restore.commit) == (SAVED, commit_key(SAVED, 1))
+        assert order.restore.cut_anew == "from 2 shards (dpShard 2) into 2 shards (tp 2)"
+        assert f"cut anew {order.restore.cut_anew}" in order.reason
     assert len(started) == 2
     (incident,) = report.incidents
     assert incident.kind == "crash"
@@ -135,7 +135,7 @@ def test_what_is_cut_anew_is_the_state_that_was_saved_to_the_bit(
         assert (code, report.final_step) == (0, SAVED), report.reason
         (order,) = orders(job)
         assert order.restore is not None
-        assert (order.restore.cut_anew is True) == (sizes != {"dpShard": 2})
+        assert bool(order.restore.cut_anew) == (sizes != {"dpShard": 2})
         digests.add(report.final_state_digest)
 
     assert len(digests) == 1

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.core import snapshot
 from orchestrator.core.decisions import EndRun, StartGeneration
 from orchestrator.core.events import CheckpointCommitted, CheckpointFound, ControllerStarted
 from orchestrator.protocol.cutting import Cut
@@ -134,7 +135,7 @@ def test_the_embedded_trainer_goes_on_from_a_checkpoint_that_was_cut_otherwise(
     order = only(StartGeneration, found(joined(cluster), 60, **said))
 
     assert (order.restore.step, order.restore.commit) == (60, "commits/60-1")
-    assert order.restore.cut_anew is True
+    assert order.restore.cut_anew == words
     assert (set(order.restore.sources), order.restore.staged_as) == ({""}, ())
     assert order.reason.endswith(f"; cut anew {words}")
 
@@ -150,7 +151,7 @@ def test_what_was_cut_anew_is_in_nobody_s_memory_and_is_cut_anew_again_until_the
 
     order = only(StartGeneration, found(cluster, 60, shards=4))
 
-    assert (order.restore.step, order.restore.cut_anew) == (60, True)
+    assert (order.restore.step, order.restore.cut_anew != "") == (60, True)
     assert cluster.state.way == "resume from the durable tier, cut anew"
     (incident,) = cluster.state.incidents
     assert incident.restored_from == "durable tier, cut anew (4 ranks)"
@@ -159,8 +160,8 @@ def test_what_was_cut_anew_is_in_nobody_s_memory_and_is_cut_anew_again_until_the
     cluster.train(5)
     cluster.hold(65)
     again = only(StartGeneration, cluster.after(0.1).exit(1, step=65))
-    assert (again.restore.step, again.restore.commit) == (65, "")
-    assert again.restore.cut_anew is not True
+    restore = again.restore
+    assert (restore.step, restore.commit, restore.cut_anew) == (65, "", "")
 
 
 def test_a_state_that_came_after_a_corruption_is_passed_over_for_one_that_is_cut_anew(
@@ -170,14 +171,14 @@ def test_a_state_that_came_after_a_corruption_is_passed_over_for_one_that_is_cut
 
     order = only(StartGeneration, found(joined(cluster), 60, shards=4, rejected=rejected))
 
-    assert order.restore.cut_anew is True
+    assert order.restore.cut_anew
     assert "passed over step 80, epoch 2" in order.reason
 
 
 def test_a_checkpoint_that_fits_or_of_which_the_journal_does_not_say_it_is_restored() -> None:
     for said in ({"shards": 2}, {"shards": 2, "cut": Cut(dp_shard=2)}, {}):
         restore = only(StartGeneration, found(joined(Cluster()), 60, **said)).restore
-        assert (restore.step, restore.cut_anew is True) == (60, False)
+        assert (restore.step, restore.cut_anew) == (60, "")
 
 
 def test_a_checkpoint_that_can_not_be_brought_to_a_node_is_looked_for_again(
@@ -195,3 +196,15 @@ def test_a_checkpoint_that_can_not_be_brought_to_a_node_is_looked_for_again(
 
     (incident,) = cluster.state.incidents
     assert "shard is 2" in incident.findings[0].evidence
+
+
+def test_a_state_that_is_cut_anew_is_known_to_a_controller_that_takes_over(
+    cluster: Cluster,
+) -> None:
+    found(joined(cluster), 60, shards=4, cut=Cut(tp=4))
+    taken = snapshot.take(cluster.controller)
+
+    later = snapshot.restore(taken, Cluster().controller)
+
+    assert snapshot.take(later) == taken
+    assert later.state.way == "start, cut anew, on a new node"

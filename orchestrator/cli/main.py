@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 EXIT_INTERRUPTED = 130
@@ -10,9 +11,12 @@ EXIT_INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line."""
+    # Nothing that is imported becomes garbage: to look for some takes a tenth of a short command.
+    gc.disable()
     try:
         from orchestrator.cli.commands import app
 
+        gc.enable()
         app()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -41,20 +41,19 @@ def shares(told: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_forty_trials_find_every_fault_of_state_and_name_its_rank_though_interrupted(
+def test_forty_trials_with_an_interrupt_find_every_fault_of_state_and_name_its_rank(
     tmp_path: Path,
 ) -> None:
-    """One that is interrupted leaves nobody behind, and goes on: to begin anew takes long."""
+    """One test: to bring a world to where faults are let loose on it takes as long as they do."""
     out = tmp_path / "out"
     page = tmp_path / "page.html"
-    asked = ("--trials", "40", "--seed", "11", *FEW, "--out", str(out))
-    done = interrupted(command(*asked), out, tmp_path / "err")
+    asked = ("--trials", "40", "--seed", "11", *FEW, "--out", str(out), "-o", "json")
+    first = interrupted(out, tmp_path / "err", *asked)
     (out / "room" / "left by one that was killed").mkdir(parents=True)
-    asked = (*asked, "-o", "json")
 
     told = json.loads(holdfast(*asked, "--html", str(page)).stdout)
 
-    assert json.loads((out / "campaign.json").read_bytes())["results"][: len(done)] == done
+    assert json.loads((out / "campaign.json").read_bytes())["results"][: len(first)] == first
     assert told["done"] == 40
     found = shares(told)
     assert found["state_recall"][0] == found["state_recall"][1] >= 10
@@ -73,32 +72,37 @@ def test_forty_trials_find_every_fault_of_state_and_name_its_rank_though_interru
     # What is done is not done again.
     begun = time.monotonic()
     assert json.loads(holdfast(*asked).stdout) == told
-    assert time.monotonic() - begun < 10
+    assert "40 of 40 trials" in holdfast(*asked[:-2]).stdout
+    assert time.monotonic() - begun < 20
 
 
-def interrupted(asked: list[str], out: Path, log: Path) -> list[Any]:
-    """Begin a campaign and interrupt it once two trials are over; return their results."""
-    with log.open("w") as err:
-        begun = subprocess.Popen(asked, cwd=REPOSITORY, stdout=err, stderr=err)
+def interrupted(out: Path, err: Path, *asked: str) -> list[Any]:
+    """Begin a campaign, and interrupt it after two trials; return their results.
+
+    Meanwhile another one is refused, and afterwards nobody is left.
+    """
+    with err.open("w") as told:
+        begun = subprocess.Popen(command(*asked), cwd=REPOSITORY, stdout=told, stderr=told)
     deadline = time.monotonic() + 120
     while not (out / "room").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    other = holdfast(*asked[asked.index("campaign") + 1 :], code=1)
-    while "2 of 40" not in log.read_text():
-        assert time.monotonic() < deadline, log.read_text()
-        assert begun.poll() is None, log.read_text()
+    other = holdfast(*asked, code=1)
+    while "2 of 40" not in err.read_text():
+        assert time.monotonic() < deadline, err.read_text()
+        assert begun.poll() is None, err.read_text()
         time.sleep(0.1)
     begun.send_signal(signal.SIGINT)
 
     assert "a campaign is under way there already" in other.stderr
     assert begun.wait(30) == 130
-    assert "the same command goes on from here" in log.read_text()
-    assert not [entry for entry in Path("/proc").iterdir() if str(out.parent) in _words(entry)]
+    assert "the same command goes on from here" in err.read_text()
+    assert not [entry for entry in Path("/proc").iterdir() if str(out) in _words(entry)]
     assert not (out / "room").exists()
-    done = json.loads((out / "campaign.json").read_bytes())["results"]
-    assert 2 <= len(done) < 40
-    return list(done)
+    kept: list[Any] = json.loads((out / "campaign.json").read_bytes())["results"]
+    # The third may have been over by the time that it was heard.
+    assert 2 <= len(kept) <= 3
+    return kept
 
 
 def _words(process: Path) -> str:

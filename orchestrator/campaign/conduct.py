@@ -12,7 +12,7 @@ from orchestrator.campaign.catalogue import MOMENTS, Trial
 from orchestrator.campaign.judging import Result, Watched, is_early, judged, onset
 from orchestrator.campaign.world import LiveWorld, WorldBrokenError
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.protocol.trials import Quiet, Return, Said, Step, Train
+from orchestrator.protocol.trials import Return, Said, Step, Train
 
 SNAPSHOTS = (10, 150)
 """Steps of the states that are struck: within the warm-up, and with the baselines' windows full."""
@@ -20,11 +20,6 @@ AT_ONCE = 4
 """Steps between two looks at what was found."""
 RULES_STEPS = 4
 """That are taken after the first wrong one in any case, for the baselines to see something."""
-
-
-GARBAGE_EVERY = 47
-RESTART_STEPS = 1_000
-"""Steps without a fault from one restart to the next."""
 
 
 class NotDeterministicError(Exception):
@@ -43,9 +38,9 @@ class Conductor:
         folder: of what is needed on the way.
 
     Attributes:
-        alarms: what the detectors said of steps without a fault.
+        alarms: what the detectors said of twins, which are steps without a fault.
         clean_steps: how many of those they looked at.
-        false_triggers: how many of those with a text were computed once more for their numbers.
+        false_triggers: how many of them were computed once more for their numbers.
     """
 
     def __init__(self, run: TrainingRun, folder: Path) -> None:
@@ -56,7 +51,7 @@ class Conductor:
         self._history: list[Seen] = []
         self._twins: dict[int, list[Seen]] = {}
         self.alarms: list[str] = []
-        self.clean_steps = self.false_triggers = self._rested = 0
+        self.clean_steps = self.false_triggers = 0
 
     def __enter__(self) -> Self:
         return self
@@ -81,23 +76,6 @@ class Conductor:
             self._close()
             watched.crash = str(error)
         return judged(trial, before=before, twin=twin, watched=watched)
-
-    def rest(self, count: int) -> None:
-        """Take steps without a fault and with all that happens to a run besides.
-
-        States go through bytes of a checkpoint, losses are evaluated, batches come that are no
-        text; now and then it begins anew in the warm-up, as after a restart.
-        """
-        world = self._there()
-        if self._rested % RESTART_STEPS == 0:
-            world.order(Return(snapshot=0, generation=world.next_generation()))
-        said = world.order(
-            Quiet(steps=count, reload_every=53, look_every=29, garbage_every=GARBAGE_EVERY)
-        )
-        self.false_triggers += sum(bool(step % GARBAGE_EVERY) for step in said[0].looked_again)
-        self._rested += count
-        self.alarms += [fact.evidence for fact in world.listen(float(self._rested)).found]
-        self.clean_steps += count
 
     def before(self, snapshot: int) -> Sequence[Seen]:
         """Return the steps that led to a snapshot."""

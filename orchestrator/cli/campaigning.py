@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TextIO, get_args
 import msgspec
 
 from orchestrator.campaign import catalogue, job, timed
+from orchestrator.campaign.calm import Calm
 from orchestrator.campaign.catalogue import Trial
 from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
 from orchestrator.campaign.costs import cost
@@ -150,12 +151,13 @@ class _Work:
 
     def rest(self, steps: int, folder: Path) -> None:
         """Take the steps without a fault that are left to be taken."""
-        if self._kept.clean_steps >= steps:
+        taken = self._kept.clean_steps
+        if taken >= steps:
             return
-        with Conductor(self._kept.run, folder) as conductor:
-            for count in stretches(steps - self._kept.clean_steps):
-                conductor.rest(count)
-                self._rested(conductor)
+        with Calm(self._kept.run, folder, self._kept.seed, taken) as calm:
+            for count in stretches(steps - taken):
+                calm.rest(count)
+                self._rested(calm)
                 self._save()
         self._say(
             f"{self._kept.clean_steps} steps without a fault, {len(self._kept.alarms)} alarms, "
@@ -205,12 +207,12 @@ class _Work:
         done = {result.number for result in self._kept.results}
         return [trial for trial in self._trials if trial.number not in done]
 
-    def _rested(self, conductor: Conductor) -> None:
+    def _rested(self, at: Conductor | Calm) -> None:
         """Take over what the detectors said of steps without a fault."""
-        self._kept.alarms += conductor.alarms
-        self._kept.clean_steps += conductor.clean_steps
-        self._kept.false_triggers += conductor.false_triggers
-        conductor.alarms, conductor.clean_steps, conductor.false_triggers = [], 0, 0
+        self._kept.alarms += at.alarms
+        self._kept.clean_steps += at.clean_steps
+        self._kept.false_triggers += at.false_triggers
+        at.alarms, at.clean_steps, at.false_triggers = [], 0, 0
 
     def _came(self, result: Result) -> None:
         self._kept.results.append(result)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import yaml
 
-from orchestrator.campaign import job
+from orchestrator.campaign import calm, job
 from tests import runfiles
 from tests.runs import HEEDING, REPOSITORY
 
@@ -110,6 +110,21 @@ def _words(process: Path) -> str:
         return (process / "cmdline").read_text() if process.name.isdigit() else ""
     except OSError:
         return ""
+
+
+def test_steps_without_a_fault_are_of_another_run_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that begins anew in the same way would say nothing new, however long it went on."""
+    monkeypatch.setattr(calm, "RUN_STEPS", 4)
+    with calm.Calm(job.small(), tmp_path, seed=1, taken=12) as steps:
+        for count in (2, 2, 1):
+            steps.rest(count)
+
+        assert (steps.clean_steps, steps.alarms, steps.false_triggers) == (5, [], 0)
+    setups = [json.loads((tmp_path / f"world-{n}" / "setup.json").read_bytes()) for n in (12, 16)]
+    seeds = {setup["job"]["trainer"]["seed"] for setup in setups}
+    assert len({*seeds, job.small().spec.trainer.seed}) == 3
 
 
 def test_a_run_that_is_not_marked_for_it_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ KEY = base64.b64encode(bytes(range(32))).decode()
 def job(tmp_path: Path) -> Iterator[Job]:
     (tmp_path / "lockstep").mkdir()
     lockstep = str(tmp_path / "lockstep")
-    run = steps_job(nodes__spares=2, trainer__options={"lockstep": lockstep, "steps": 120})
+    run = steps_job(nodes__spares=0, trainer__options={"lockstep": lockstep, "steps": 120})
     run["spec"]["trainer"]["steps"] = 120
     one = Job(tmp_path, run)
     yield one
@@ -42,6 +42,7 @@ def test_nodes_that_are_all_lost_are_replaced_from_the_bucket_and_all_in_it_is_e
     bucket = s3.bucket()
     uri = s3.uri(bucket, encrypt="HOLDFAST_TEST_KEY")
     job.run["spec"]["checkpoint"]["uri"] = uri
+    job.run["spec"]["nodes"]["spares"] = 2
     job.run["spec"]["trainer"]["options"] |= {"step_s": 0.05, "save_every": 5, "durable_every": 40}
     job.faults = [
         {"when": {"step": 78}, "fault": "lose-node", "node": node} for node in ("node-0", "node-1")

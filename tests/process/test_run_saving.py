@@ -200,12 +200,15 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
 
     assert code == 0, report.reason
     orders = [d for entry in entries for d in entry.decisions]
-    first = next(order for order in orders if isinstance(order, SetCadence))
     restarted = next(o for o in orders if isinstance(o, StartGeneration) and o.restore)
+    before = orders[: orders.index(restarted)]
+    ordered = {order.cadence.memory for order in before if isinstance(order, SetCadence)}
     assert restarted.cadence is not None
-    # Only steps that every rank has saved can be restored, so all of them have heard of it.
+    assert restarted.cadence.memory in ordered
+    # Only steps that every rank has saved can be restored, so all of them have heard of one of
+    # those; a machine that becomes busier is told another one meanwhile.
     assert restarted.restore is not None
-    assert restarted.restore.step % first.cadence.memory == 0
+    assert any(restarted.restore.step % memory == 0 for memory in ordered)
     tiny.assert_same_bits(report, twin, "a cadence of its own")
 
 
@@ -230,8 +233,10 @@ def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_
     kept = {checkpoint.step for checkpoint in report.checkpoints}
     assert not {20, 30} & kept
     failed = {failure.step for failure in report.save_failures if said in failure.reason}
-    # On a busy machine the save of step 10 fails as well, and that of step 20 waits for it.
-    assert failed >= {20 if 10 in kept else 10, 40}
+    # On a busy machine the save of step 10 may be late and fail, and that of step 20 waits for it,
+    # or it is given up for that of step 20.
+    assert 40 in failed
+    assert failed & ({20} if 10 in kept else {10, 20})
     assert "step 40: node-0: Storage" in words
     assert said in words
     assert report.incidents == []

@@ -39,6 +39,8 @@ CUT_HINT = (
     "its commit record does not say how it is cut, or it would have been cut anew; a new run of "
     "another name can go on from it in any cut: spec.trainer.continueFrom"
 )
+LANDING_BYTES = 1 << 30
+"""Of the host's memory, in which what is cut anew for a device is put together, a GiB at a time."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -324,8 +326,27 @@ class Checkpointer:
         self.settle()
         index = any_index(held)
         self._require_run(index)
-        boxes, landed = [], list[tuple[Tensor, Tensor]]()
-        for chunk, tensor in zip(self._plan.chunks, self._ordered(), strict=True):
+        todo = list(zip(self._plan.chunks, self._ordered(), strict=True))
+        while todo:
+            todo = self._fill_some(store, held, todo, alive)
+        return index.step
+
+    def _fill_some(
+        self,
+        store: BlobStore,
+        held: Contents,
+        todo: list[tuple[shard.Chunk, Tensor]],
+        alive: Callable[[int], object],
+    ) -> list[tuple[shard.Chunk, Tensor]]:
+        """Fill the first of some tensors; return the others.
+
+        Of a device's no more at a time than its host has room for beside all other ranks.
+        """
+        boxes, landed, landing = list[recut.Box](), list[tuple[Tensor, Tensor]](), 0
+        for chunk, tensor in todo:
+            landing += _room_on_host(tensor)
+            if boxes and landing > LANDING_BYTES:
+                break
             arrived = _landing(tensor)
             landed.append((tensor, arrived))
             boxes.append(
@@ -341,7 +362,7 @@ class Checkpointer:
         recut.fill(store, held, boxes, alive)
         for tensor, arrived in landed:
             _take_over(tensor, arrived)
-        return index.step
+        return todo[len(boxes) :]
 
     def lanes(self, step: int) -> Lanes:
         """Return this rank's part of the state digest; each element counts once over the world."""
@@ -507,6 +528,11 @@ def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
     arrived = _landing(tensor)
     read(bytes_of(arrived))
     _take_over(tensor, arrived)
+
+
+def _room_on_host(tensor: Tensor) -> int:
+    """Return how many bytes of the host's memory a tensor takes while it is restored."""
+    return 0 if tensor.device.type == "cpu" else tensor.nbytes
 
 
 def _landing(tensor: Tensor) -> Tensor:

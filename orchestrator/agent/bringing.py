@@ -111,4 +111,7 @@ class Bringing:
             # A thread can not be stopped: what it made meanwhile goes at once.
             running.add_done_callback(lambda _: self._files.remove_soon(path))
             raise
-        return replace(twin, rank=rank, path=path, slot=None, pins=0, staged_as=twin.rank)
+        # What became of that one meanwhile does not happen to its copy.
+        fresh = replace(twin, rank=rank, path=path, slot=None, staged_as=twin.rank)
+        fresh.pins, fresh.dropped, fresh.renewed = 0, False, False
+        return fresh

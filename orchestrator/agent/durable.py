@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,21 +42,18 @@ class DurableCheckpoint:
 
     def __init__(self, store: BlobStore, commit: str) -> None:
         self.store, self.commit = store, commit
-        self._reading = threading.Lock()
-        self._manifest: Manifest | None = None
+        self._reading: Future[Manifest] | None = None
 
-    def manifest(self) -> Manifest:
-        """Return its commit record. Blocks; may be called in any thread.
+    def manifest(self, threads: Executor) -> Future[Manifest]:
+        """Return its commit record, which one of some threads reads. Belongs on the event loop.
 
-        Raises:
-            StorageError: as `read_manifest`; then the next call reads again.
+        Whoever asks meanwhile waits for the same read, and keeps no thread with that: a store that
+        never answers would have all of a node's before long. What failed is read again.
         """
-        with self._reading:
-            if parse_commit_key(self.commit) is None:
-                raise ForeignCheckpointError(f"no key of a commit: {self.commit!r}")
-            if self._manifest is None:
-                self._manifest = read_manifest(self.store, self.commit)
-            return self._manifest
+        last = self._reading
+        if last is None or last.cancelled() or (last.done() and last.exception() is not None):
+            self._reading = last = threads.submit(_read_record, self.store, self.commit)
+        return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +65,33 @@ class DurableShard:
     """Its number there."""
 
 
-def require_step(checkpoint: DurableCheckpoint, step: Step) -> Manifest:
-    """Return the record of a checkpoint that has to be of a step. Blocks.
-
-    Raises:
-        StorageError: if it can not be read, or is of another step.
-    """
-    manifest = checkpoint.manifest()
-    if manifest.step != step:
-        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {step}")
+def _read_record(store: BlobStore, commit: str) -> Manifest:
+    named = parse_commit_key(commit)
+    if named is None:
+        raise ForeignCheckpointError(f"no key of a commit: {commit!r}")
+    manifest = read_manifest(store, commit)
+    if (manifest.step, manifest.epoch) != named:
+        raise ForeignCheckpointError(f"record is of another {describe(manifest)}: {commit}")
     return manifest
 
 
-def read_shard(durable: DurableShard, wanted: tuple[Rank, Step], path: Path) -> Shard:
+def require_step(manifest: Manifest, step: Step) -> None:
+    """Raise ForeignCheckpointError if a checkpoint is of another step."""
+    if manifest.step != step:
+        raise ForeignCheckpointError(f"{describe(manifest)}, expected step {step}")
+
+
+def read_shard(
+    durable: DurableShard, manifest: Manifest, wanted: tuple[Rank, Step], path: Path
+) -> Shard:
     """Read a committed shard into a new file of shared memory, verified. Blocks.
 
     Raises:
         StorageError: if it can not be read, or is not of the step wanted.
         NoRoomError: if there is too little shared memory. There is no file then, either.
     """
-    store, manifest = durable.checkpoint.store, require_step(durable.checkpoint, wanted[1])
+    require_step(manifest, wanted[1])
+    store = durable.checkpoint.store
     index = fetch_index(store, manifest, durable.shard)
     descriptor = create(path, index.size)
     try:

@@ -12,6 +12,7 @@ from orchestrator.agent.files import Files, remove
 from orchestrator.agent.shards import Shard
 from orchestrator.agent.threads import DaemonThreads
 from orchestrator.protocol.ids import Rank, Step
+from storage.manifest import Manifest
 
 READS_AT_ONCE = 8
 
@@ -36,8 +37,9 @@ class Reading:
 
     async def read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
         """Read a committed shard into a new file, verified; see `read_shard` for what it raises."""
+        manifest = await self._manifest(durable.checkpoint)
         path = self._files.new("restore", *wanted)
-        reading = self.threads.submit(read_shard, durable, wanted, path)
+        reading = self.threads.submit(read_shard, durable, manifest, wanted, path)
         try:
             return await asyncio.wrap_future(reading)
         except asyncio.CancelledError:
@@ -47,4 +49,8 @@ class Reading:
 
     async def require(self, checkpoint: DurableCheckpoint, step: Step) -> None:
         """Check that a checkpoint is there and of a step; see `require_step` for what it raises."""
-        await asyncio.wrap_future(self.threads.submit(require_step, checkpoint, step))
+        require_step(await self._manifest(checkpoint), step)
+
+    async def _manifest(self, checkpoint: DurableCheckpoint) -> Manifest:
+        # Others may wait for the same: who is cancelled does not take it from them.
+        return await asyncio.shield(asyncio.wrap_future(checkpoint.manifest(self.threads)))

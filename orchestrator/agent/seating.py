@@ -179,7 +179,8 @@ class Seating:
             # Also what nobody thought of is told: a node that says nothing looks like one that
             # hangs, and is started again for ever.
             known = isinstance(error, KeeperError | StorageError | OSError)
-            durable = isinstance(error, StorageError) or (not known and bool(order.commit))
+            kept = isinstance(error, KeeperError)
+            durable = isinstance(error, StorageError) or (bool(order.commit) and not kept)
             log.warning(
                 "state of step %d is not to be had: %s", order.restore, error, exc_info=not known
             )

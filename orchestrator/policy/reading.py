@@ -20,12 +20,14 @@ log4 R hops, and no node sends it more often than this."""
 def read_once(state: RunState, seats: Sequence[NodeId], step: Step) -> Found:
     """Return per rank from where it gets its shard of a checkpoint: "" from the durable tier.
 
+    A rank that is known to have its shard is told "" as well: its agent looks at home first.
+
     Args:
         state: of the run.
         seats: node of each rank.
         step: of the checkpoint.
     """
-    shards = state.shard_count()
+    shards, copies = state.shard_count(), state.holdings.of(step)
     bad = twins_of_distrusted(state, step)
     nodes, staged_as = [NodeId("")] * len(seats), [Rank(rank) for rank in range(len(seats))]
     for shard in range(shards):
@@ -33,9 +35,13 @@ def read_once(state: RunState, seats: Sequence[NodeId], step: Step) -> Found:
         # In turn, so that all nodes share in reading; and so that all of them share in sending.
         first = shard % len(twins)
         twins = twins[first:] + twins[:first]
+        # What a rank staged of that step and its node still has need not be read, nor sent.
+        has = {rank for rank in twins if rank in copies.of(seats[rank]) and rank not in bad}
+        twins.sort(key=lambda rank: rank not in has)
         if sound := [rank for rank in twins if rank not in bad]:
             for rank, parent in _tree(seats, sound, [rank for rank in twins if rank in bad]):
-                nodes[rank], staged_as[rank] = seats[parent], parent
+                if rank not in has:
+                    nodes[rank], staged_as[rank] = seats[parent], parent
     if not any(nodes):
         return Found(tuple(nodes), ())
     return Found(tuple(nodes), tuple(staged_as))

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.agent.durable import DurableCheckpoint, DurableShard
 from orchestrator.agent.keeper import Tier
+from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import Ancestor, Holding
 from orchestrator.protocol.rank import Restore
@@ -185,5 +186,32 @@ def test_the_ranks_of_a_node_read_the_record_of_a_checkpoint_once(tmp_path: Path
                 sealed(rank, 7, 2)[1] for rank in ranks
             ]
             assert len([line for line in asked if line.endswith(commit_key(7, 2))]) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_record_that_never_comes_keeps_one_thread_and_leaves_the_others_to_whoever_reads(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            tape, hangs = Tape(), threading.Event()
+            stuck = FaultyStore(tape.store, before=lambda _, __: hangs.wait(20))
+            checkpoint = DurableCheckpoint(stuck, commit_key(7, 2))
+            here.begin(9, {THERE: there}, 7)
+            ranks = [Rank(rank) for rank in range(READS_AT_ONCE)]
+            waiting = [
+                asyncio.create_task(
+                    here.keeper.prepare(rank, STEP, "", DurableShard(checkpoint, 0), timeout_s=0.3)
+                )
+                for rank in ranks
+            ]
+            for one in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(one, StorageError)
+
+            _, tier = await here.keeper.prepare(RANK, STEP, "", tape.shard(), timeout_s=5.0)
+
+            assert tier == "durable"
+            hangs.set()
 
     asyncio.run(scenario())

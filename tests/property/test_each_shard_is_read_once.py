@@ -79,3 +79,14 @@ def test_all_nodes_share_in_the_reading() -> None:
 
     reads = Counter(seat for seat, source in zip(seats, nodes, strict=True) if not source)
     assert reads == {NodeId(f"node-{i}"): 2 for i in range(4)}
+
+
+def test_who_has_its_shard_reads_none_and_feeds_who_has_not() -> None:
+    state, seats = Cluster().state, [NodeId(f"node-{rank // 2}") for rank in range(4)]
+    # Of shard 1 rank 3 would read, were it not for what the node of rank 1 has.
+    state.holdings.add(STEP, NodeId("node-0"), frozenset({Rank(1)}))
+
+    nodes, staged_as = read_once(state, seats, STEP)
+
+    assert nodes == ("", "", "node-0", "node-0")
+    assert staged_as == (0, 1, 0, 1)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from orchestrator.protocol.ids import Step
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.rank import Restore, Whole
 from orchestrator.worker import MisconfiguredError, Worker
-from storage import shard
+from storage import recut, shard
 from storage.blob import BlobStore
 from storage.commit import commit, write_shard
 from storage.contents import Contents, read_contents
@@ -22,7 +22,7 @@ from storage.errors import ForeignCheckpointError, ShardCorruptError
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, make_manifest
 from storage.memory import MemoryStore
-from trainer import parallel
+from trainer import checkpoint, parallel
 from trainer.checkpoint import Checkpointer, Cursor, Stamp
 from trainer.feed import Feed
 from trainer.optim import STATES, ShardState
@@ -149,6 +149,31 @@ class Same(Feed):
 
 def whole(uri: str, key: str) -> Restore:
     return Restore(step=Step(5), path="", index="", whole=Whole(uri=uri, commit=key))
+
+
+def test_what_is_for_a_device_takes_no_more_of_the_host_at_a_time_than_it_may(
+    ends: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, store = ranks(2, ends), MemoryStore()
+    held = stored(before, store)
+    (after,) = ranks(1, ends, empty=True)
+    fills: list[list[int]] = []
+    fill = recut.fill
+
+    def counted(store: BlobStore, held: Contents, boxes: list[recut.Box], *more: Any) -> None:
+        fills.append([len(box.memory) for box in boxes])
+        fill(store, held, boxes, *more)
+
+    monkeypatch.setattr(checkpoint.recut, "fill", counted)
+    monkeypatch.setattr(checkpoint, "_room_on_host", lambda tensor: tensor.nbytes)
+    monkeypatch.setattr(checkpoint, "LANDING_BYTES", 130)
+
+    assert after.checkpointer.recut(store, held) == 5
+
+    assert digest([after]) == digest(before)
+    assert len(fills) > 1
+    assert all(sum(sizes) <= 130 or len(sizes) == 1 for sizes in fills)
+    assert sum(map(len, fills)) == len(WEIGHTS) * len(STATES)
 
 
 def test_a_rank_is_told_where_the_checkpoint_is_and_says_that_it_lives_while_it_reads(

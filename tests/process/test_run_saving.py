@@ -189,7 +189,7 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     tmp_path: Path, twin: Report
 ) -> None:
     auto = {"every": "auto", "memoryEveryMin": "100ms", "memoryEveryMax": "150ms", "everyMin": "1s"}
-    checkpoint = {"everySteps": 20, "memoryEverySteps": 2} | auto
+    checkpoint = {"everySteps": 21, "memoryEverySteps": 7} | auto
     run = UNLOST | {"spec": UNLOST["spec"] | {"checkpoint": checkpoint}}
     one = Job(tmp_path, run, [at(38, "kill-rank", rank=3)])
     try:
@@ -208,6 +208,7 @@ def test_a_run_that_chooses_how_often_it_saves_goes_over_to_it_together_and_keep
     # Only steps that every rank has saved can be restored, so all of them have heard of one of
     # those; a machine that becomes busier is told another one meanwhile.
     assert restarted.restore is not None
+    assert 7 not in ordered
     assert any(restarted.restore.step % memory == 0 for memory in ordered)
     tiny.assert_same_bits(report, twin, "a cadence of its own")
 
@@ -233,10 +234,11 @@ def test_a_tier_that_takes_nothing_for_the_rest_of_a_run_costs_its_saves_and_no_
     kept = {checkpoint.step for checkpoint in report.checkpoints}
     assert not {20, 30} & kept
     failed = {failure.step for failure in report.save_failures if said in failure.reason}
-    # On a busy machine the save of step 10 may be late and fail, and that of step 20 waits for it,
-    # or it is given up for that of step 20.
-    assert 40 in failed
-    assert failed & ({20} if 10 in kept else {10, 20})
+    # On a busy machine the save of step 10 fails as well, and that of step 20 waits for it; or no
+    # rank has a slot for it and it is left out, which is no failure, and 20 is the first one.
+    told = {failure.step for failure in report.save_failures}
+    first = 20 if 10 in kept or 10 not in told else 10
+    assert failed >= {first, 40}
     assert "step 40: node-0: Storage" in words
     assert said in words
     assert report.incidents == []

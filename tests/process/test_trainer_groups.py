@@ -32,6 +32,15 @@ def named(world: World) -> tuple[list[int], list[int]]:
     return culprits_among(counts, world.size).tolist(), waits
 
 
+def job_of(cut: dict[str, int]) -> dict[str, Any]:
+    """Return a job that saves nothing, so that ranks meet in nothing but its steps."""
+    return {
+        "trainer": TRAINER,
+        "parallelism": cut,
+        "checkpoint": {"everySteps": 10_000, "memoryEverySteps": 10_000},
+    }
+
+
 @pytest.mark.parametrize(
     ("cut", "stuck", "groups"),
     [
@@ -56,12 +65,7 @@ def test_a_rank_that_never_enters_the_next_collective_is_who_the_counts_name(
     warm: Warm, cut: dict[str, int], stuck: int, groups: dict[int, set[str]]
 ) -> None:
     others = [rank for rank in range(4) if rank != stuck]
-    job: dict[str, Any] = {
-        "trainer": TRAINER,
-        "parallelism": cut,
-        "checkpoint": {"everySteps": 10_000, "memoryEverySteps": 10_000},
-    }
-    with a_world(warm, parked=4, job=job) as world:
+    with a_world(warm, parked=4, job=job_of(cut)) as world:
         world.until(lambda: world.step() >= 2)
         world.ranks[stuck].send(Misbehave(how="block"))
         # On a busy machine a rank may stand still on its way to a collective as well.
@@ -84,12 +88,7 @@ def test_a_rank_that_goes_on_with_another_collective_is_who_they_name_though_all
     warm: Warm, cut: dict[str, int], how: str
 ) -> None:
     strays = 1
-    job: dict[str, Any] = {
-        "trainer": TRAINER,
-        "parallelism": cut,
-        "checkpoint": {"everySteps": 10_000, "memoryEverySteps": 10_000},
-    }
-    with a_world(warm, parked=4, job=job) as world:
+    with a_world(warm, parked=4, job=job_of(cut)) as world:
         world.until(lambda: world.step() >= 2)
         world.ranks[strays].send(Misbehave(how=how, options={"at": "sum of gradients"}))
         world.until(lambda: world.still() and named(world)[1] == [0, 1, 2, 3])

@@ -36,8 +36,8 @@ from trainer.staging import Copying, GivenUpError, bytes_of
 from trainer.tensor import cut_dimension
 
 CUT_HINT = (
-    "its commit record does not say how it is cut, or it would have been cut anew; a new run of "
-    "another name can go on from it in any cut: spec.trainer.continueFrom"
+    "its commit record does not say how it is cut, or whoever asks does not cut anew, as in a "
+    "bisection; a new run of another name can go on from it in any cut: spec.trainer.continueFrom"
 )
 LANDING_BYTES = 1 << 30
 """Of the host's memory, in which what is cut anew for a device is put together, a GiB at a time."""

@@ -108,7 +108,7 @@ class Settings(
     hold alike, or `both`, with the ring replay; default as the profile has it."""
     false_alarms: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Of these detectors, per step: each names a healthy node as if it were proven. None by
-    default; what may be is in docs/evidence.md."""
+    default; what may be is in docs/evidence/months.md."""
     off: tuple[str, ...] = ()
     """Policies to do without: `recovery.disable` of the run file."""
 

@@ -1,10 +1,10 @@
 """Worlds drawn by seed: whatever breaks, nothing illegal happens, and then the run ends.
 
 The seeds here are always the same, on purpose. One world in some thousands still finds something
-(docs/evidence.md): were a new block drawn for every commit, one commit in twenty would fail for
-what was there before it, and whoever made it would learn to run the tests again. What these seeds
-fail for is new. Those that nobody has tried are for `make swarm`, which draws other ones for each
-commit and fails as loudly; a seed that fails there joins the list below, with what it found.
+(docs/evidence/months.md): were a new block drawn for every commit, one commit in twenty would fail
+for what was there before it, and whoever made it would learn to run the tests again. What these
+seeds fail for is new. Those that nobody has tried are for `make swarm`, which draws other ones for
+each commit and fails as loudly; a seed that fails there joins the list below, with what it found.
 """
 
 import os

@@ -1,6 +1,7 @@
 """What the documents promise is there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -98,8 +99,19 @@ _PROSE = {"does", "keeps"}
 
 def test_links_between_the_documents_lead_somewhere() -> None:
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
-            assert (document.parent / target).exists(), f"{document}: {target}"
+        links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text("utf-8"))
+        for target, section in links:
+            there = document.parent / target if target else document
+            assert there.exists(), f"{document}: {target}"
+            if section and there.suffix == ".md":
+                assert section in _sections(there), f"{document}: {target}#{section}"
+
+
+@functools.cache
+def _sections(document: Path) -> set[str]:
+    """Return what the headings of a document are called in links."""
+    headings = re.findall(r"(?m)^#+ (.*)$", document.read_text("utf-8"))
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 def test_every_word_of_the_glossary_is_defined_once() -> None:

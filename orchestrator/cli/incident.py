@@ -54,6 +54,9 @@ FRAMES_SHOWN = 4
 """Functions of ranks that nobody suspects: enough to see that they wait, and for what."""
 LINES_MAX = 60
 """Lines of a time line; of a longer one the middle is left out."""
+ABOVE = "what broke, above"
+LONG = 60
+"""Characters of evidence that are not worth reading twice."""
 
 
 def incident_lines(index: int, state: RunState, history: History) -> list[str]:
@@ -101,7 +104,8 @@ def _evidence(incident: Incident, told: IncidentReport) -> list[str]:
     lines = []
     for finding in incident.findings:
         noticed = units.seconds(finding.at - finding.since)
-        lines.append(f"{finding.kind}, noticed after {noticed}: {finding.evidence}")
+        evidence = _once(finding.evidence, incident)
+        lines.append(f"{finding.kind}, noticed after {noticed}: {evidence}")
         if finding.signature:
             lines.append(f"  signature: {finding.signature} (after step {finding.step})")
         lines += [f"  | {line}" for line in finding.detail.splitlines()]
@@ -129,7 +133,7 @@ def _done(incident: Incident, state: RunState) -> list[str]:
         return [f"nothing yet; the run is {state.phase}"]
     lines = [incident.rung + (f": {RUNGS[incident.rung]}" if incident.rung in RUNGS else "")]
     if incident.reason:
-        lines.append(f"because {incident.reason}")
+        lines.append(f"because {_once(incident.reason, incident)}")
     if incident.quarantined:
         lines.append(f"quarantined: {', '.join(incident.quarantined)}")
     if incident.evicted:
@@ -197,7 +201,13 @@ def _short(text: str, incident: Incident) -> str:
     """Return a note without the reason, which stands above in full."""
     if incident.reason:
         text = text.replace(incident.reason, incident.rung)
-    return units.first_line(text)
+    return units.first_line(_once(text, incident))
+
+
+def _once(text: str, incident: Incident) -> str:
+    """Return a text without the evidence that the description begins with, if that is long."""
+    first = incident.findings[0].evidence
+    return text.replace(first, ABOVE) if len(first) > LONG else text
 
 
 def _next(incident: Incident, state: RunState) -> list[str]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.ids import Rank
-from orchestrator.protocol.messages import DetectorFailed
+from orchestrator.protocol.ids import NodeId, Rank, Step
+from orchestrator.protocol.messages import DetectorFailed, StateDiverged
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.folder import RunFolder
 from tests.conftest import RUN, Cluster
@@ -113,6 +113,29 @@ def test_describe_incident_shows_the_traceback_of_what_ended_the_run(home: Path)
     assert "inc-2: exception, ended the run (Failed)" in out
     assert '|   File "a.py", line 1, in f' in out
     assert "signature: ValueError at a.py:1:f (after step 5)" in out
+
+
+def test_describe_incident_says_a_long_evidence_once(home: Path) -> None:
+    cluster = killed_rank()
+    evidence = "digests of weights differ: rank 1 has 075d3a52aec7281f, two ranks 6a9eaddfa47de27e"
+    fact = StateDiverged(
+        generation=cluster.state.generation,
+        step=cluster.state.reached_step,
+        since=Step(11),
+        nodes=(NodeId("node-0"),),
+        ranks=(Rank(1),),
+        evidence=evidence,
+        proven=True,
+    )
+    cluster.after(0.1).say("node-0", fact)
+    write(cluster, home / "demo")
+
+    out = told("describe", "incident")
+
+    assert out.count(evidence) == 1
+    assert f"What broke:\n  {evidence}" in out
+    assert "s: what broke, above\n" in out
+    assert "because rank 0, rank 1, node-0: what broke, above; " in out
 
 
 def test_an_incident_that_is_open_says_so(home: Path) -> None:

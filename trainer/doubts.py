@@ -30,7 +30,7 @@ from trainer.gradients import Norms, PutIn
 from trainer.guard import Guard
 from trainer.outliers import Outliers
 from trainer.pipeline import Micro
-from trainer.ring import TELLERS, Ring, Stepping, Told
+from trainer.ring import Ring, Stepping, Told
 from trainer.turns import Turns
 
 QUIET, OFF = 0.0, -1.0
@@ -128,7 +128,7 @@ class Doubts:
         self._why = ""
         if why:
             return self._compare(step, why, loss, grad_norm, reporter)
-        if before and self._training.world.rank < TELLERS:
+        if before and self._ring.tells:
             reporter.threw_away(step, because=f"{before}, and not when it was computed again")
         return False
 
@@ -193,7 +193,7 @@ class Doubts:
 
     def give_up(self, reason: str) -> None:
         """Look at nothing any more, on all ranks: what is computed once more shows nothing."""
-        self._guard.give_up(reason, tells=self._training.world.rank < TELLERS)
+        self._guard.give_up(reason, tells=self._ring.tells)
 
     @property
     def _looking(self) -> bool:

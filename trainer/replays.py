@@ -78,6 +78,7 @@ class Replays:
         self.ring.forget()
         self.doubts.forget()
         self.readings.forget()
+        self.sums.forget()
 
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""

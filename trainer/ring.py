@@ -101,6 +101,11 @@ class Ring:
         by_itself = training.world.shards == 1 and training.pipeline is None
         self._guards_passes = by_itself and all(map(parallel.recovers, training.stages))
 
+    @property
+    def tells(self) -> bool:
+        """Whether this rank is one of those that report what all know."""
+        return self._training.world.rank < TELLERS
+
     def forget(self) -> None:
         """Begin as after a restore: the state is another one than a moment ago."""
         self.again, self._tries, self._told, self._verified = False, 0, False, None
@@ -303,7 +308,7 @@ class Ring:
         rows = self._exchange(guard, first, second)
         if rows is not None and (reason := of_itself(rows, how)):
             # All ranks come to the same: they have the same digests.
-            guard.give_up(reason, tells=self._training.world.rank < TELLERS)
+            guard.give_up(reason, tells=self.tells)
         return not guard.stopped
 
     def alike(self, guard: Guard) -> bool:
@@ -321,7 +326,7 @@ class Ring:
                 f"ranks compute on {kinds} kinds of processors, this one on {own}: what differs "
                 "elsewhere shows nothing"
             )
-            guard.give_up(reason, tells=self._training.world.rank < TELLERS)
+            guard.give_up(reason, tells=self.tells)
         return not guard.stopped
 
     def sound(self, step: int) -> None:
@@ -370,13 +375,12 @@ class Ring:
         Raises:
             Aborted: by the reporter, if it does not come out well, and orders have come.
         """
-        tells = self._training.world.rank < TELLERS
         self.again, self._tries = True, self._tries + 1
         if self._tries <= RETRIES_MAX:
-            if tells:
+            if self.tells:
                 reporter.threw_away(step, because=evidence)
             return
-        if tells and not self._told:
+        if self.tells and not self._told:
             words = f"in step {step}, at last in the {self._tries}th attempt, {evidence}"
             reporter.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=words)
         await_orders(reporter)

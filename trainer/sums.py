@@ -5,6 +5,10 @@ of the gradient that came out, but for rounding. A sum that arrives wrong on all
 link, a switch or a buffer, differs from that, and no comparison of replicas would show it. Nobody
 is named: the step is computed again.
 
+A fault comes out otherwise then, or not at all. What is off by the same once more is none that can
+be told from a bound that does not hold for this model: ranks go on without looking, and say so.
+What looks must not end what it looks at.
+
 Letters: r a rank, R ranks, g_r what r puts in.
 """
 
@@ -58,8 +62,14 @@ class Sums:
     def __init__(self, ring: Ring, replicas: int, *, possible: bool) -> None:
         self._ring, self._replicas = ring, replicas
         self._guard = Guard("sums")
+        self._step, self._off_by = 0, list[list[float]]()
+        """By how much the sums of a step were off, of each replica, in each attempt at it."""
         if not possible:
             self._guard.stop()
+
+    def forget(self) -> None:
+        """Begin as after a restore: steps to come may have the numbers of others."""
+        self._off_by = []
 
     def words(self, put_in: PutIn | None, part: Sequence[Tensor]) -> tuple[float, ...]:
         """Return what this rank tells the others in a step: `WORDS` numbers.
@@ -91,15 +101,36 @@ class Sums:
             math.fsum(each[3] for each in words[first : first + size])
             for first in range(0, len(words), size)
         ]
+        off_by = [each - put_in for each in came_out]
         # Where some replicas have what was put in, comparing replicas names those that have not.
-        if any(abs(each - put_in) <= bound for each in came_out):
+        if any(abs(each) <= bound for each in off_by):
             return False
         evidence = (
             f"the gradient adds up to {came_out[0]:.9g}, and what all ranks put into it to "
             f"{put_in:.9g}; rounding explains {bound:.2g}"
         )
+        if self._was_off_by(step, off_by, bound):
+            self._guard.give_up(
+                f"in step {step}, also when it is computed again, {evidence}: what is always the "
+                "same is rather what rounding does to this model than a fault, and no sum is "
+                "compared any more",
+                tells=self._ring.tells,
+            )
+            self._guard.tell(reporter)
+            return False
         self._ring.add_up_again(step, evidence, reporter)
         return True
+
+    def _was_off_by(self, step: int, off_by: Sequence[float], bound: float) -> bool:
+        """Return whether a step was off by the same in another attempt, but for rounding."""
+        if step != self._step:
+            self._step, self._off_by = step, []
+        before = self._off_by
+        self._off_by = [*before, list(off_by)]
+        return any(
+            all(abs(now - then) <= bound for now, then in zip(off_by, each, strict=True))
+            for each in before
+        )
 
 
 def runs(part: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -127,8 +127,27 @@ def test_a_sum_that_is_not_what_ranks_put_in_moves_nothing_and_is_noted(
         assert "adds up to" in because
 
 
-def test_a_sum_that_stays_wrong_is_never_learned_from_and_names_nobody(found: Found) -> None:
+def test_sums_that_are_off_by_the_same_again_end_what_looks_at_them_and_not_the_run(
+    found: Found,
+) -> None:
     way = "sums that stay wrong"
+
+    assert losses(found, way) == losses(found, f"{way}, and nothing looks")
+    assert losses(found, way) != losses(found, "nothing looks")
+    assert not any(rank["diverged_"] or rank["waits"] for rank in found[way])
+    assert [len(rank["thrown"]) for rank in found[way]] == [1, 1, 0]
+    *told, silent = (rank["off"] for rank in found[way])
+    assert silent == [], "two say what all know"
+    for off in told:
+        ((detector, reason),) = off
+        assert detector == "sums"
+        assert reason.startswith(f"in step {AT}, also when it is computed again, the gradient adds")
+
+
+def test_a_sum_that_is_wrong_in_other_ways_is_never_learned_from_and_names_nobody(
+    found: Found,
+) -> None:
+    way = "sums that are wrong in other ways"
 
     assert losses(found, way) == losses(found, "nothing looks")[: AT - 1]
     assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS

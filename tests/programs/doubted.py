@@ -113,7 +113,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "tokens that can not be read again": {"tokens": "no", "ranks": {WRONG}},
     "a wrong sum once": {"sums": 1},
     "a wrong sum once, deterministic": {"sums": 1, "job": {"reduction": "deterministic"}},
+    "sums that are wrong in other ways": {"sums": 100, "factor_each": 4.0},
     "sums that stay wrong": {"sums": 100},
+    "sums that stay wrong, and nothing looks": {"sums": 100, "detection": BLIND},
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
     "raises when computed once more": {"factor": 1e6, "ranks": {WRONG}, "raises": "forward"},
@@ -268,14 +270,15 @@ class OtherTokens:
         return batch._replace(inputs=batch.inputs[:, ::-1].copy())
 
 
-def deliver_wrong(training: Training, loss: Loss, times: int) -> None:
+def deliver_wrong(training: Training, loss: Loss, times: int, each: float) -> None:
     """Have one number of the gradient be another one on all ranks alike, so many times."""
     real, left = training.optimizer.set_gradients, [times]
+    off = itertools.accumulate(itertools.repeat(each), lambda by, each: by * each, initial=1e-3)
 
     def arrived(gradients: list[Tensor]) -> Tensor:
         if loss.step == AT and left[0]:
             left[0] -= 1
-            gradients[0].view(-1)[0] += 1e-3
+            gradients[0].view(-1)[0] += next(off)
         return real(gradients)
 
     training.optimizer.set_gradients = arrived  # type: ignore[method-assign]
@@ -306,7 +309,7 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
         if way["tokens"] != "once":
             training._replays.ring.samples = other
     if "sums" in way:
-        deliver_wrong(training, loss, way["sums"])
+        deliver_wrong(training, loss, way["sums"], way.get("factor_each", 1.0))
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
         if "turns" in way:

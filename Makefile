@@ -9,6 +9,10 @@ SEEDS ?= 1000
 # Every commit has worlds of its own, and always the same ones; 0 where there is no commit.
 FIRST ?= $(shell printf %d 0x0$$(git rev-parse HEAD 2>/dev/null | cut -c1-6))
 
+# Images often forbid bytecode. The tests start a thousand processes of ours, and each of them would
+# compile again what it imports: a quarter of what it costs to start one.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: setup demo test swarm lint bench format clean
 
 setup: $(STAMP)

@@ -27,7 +27,7 @@ from orchestrator.core.report import report as report_of
 from orchestrator.core.state import RunState
 from orchestrator.faults.plan import FaultPlan
 from orchestrator.protocol.runfile import TrainingRun, seconds
-from orchestrator.server.app import check_port
+from orchestrator.server.listening import check_port
 from orchestrator.worlds.folder import RunFolder
 from orchestrator.worlds.machine import Machine
 

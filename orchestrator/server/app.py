@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import socket
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +29,7 @@ from websockets.http11 import Request
 
 from orchestrator.protocol.agent import AGENT_PATH
 from orchestrator.protocol.messages import MESSAGE_MAX_BYTES, read_from_agent
+from orchestrator.server.listening import listen
 from orchestrator.server.metrics import reading_token
 from orchestrator.worlds.agents import AgentWorld
 
@@ -38,12 +38,6 @@ OUTGOING_MAX = 1024
 """Messages that may wait for one agent."""
 START_WITHIN_S = 20.0
 _STATE = "holdfast.incoming"
-
-
-class PortInUseError(Exception):
-    """The address to listen at is taken."""
-
-    hint = "Choose another port, or leave it out to have the system choose a free one."
 
 
 class Server:
@@ -68,7 +62,7 @@ class Server:
         port: int = 0,
     ) -> None:
         self._world, self._token, self._metrics = world, token, metrics
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         routes = [WebSocketRoute(AGENT_PATH, self._agent), Route("/healthz", _healthz)]
         if metrics is not None:
@@ -232,11 +226,6 @@ class _AgentLink:
             await self._websocket.close()
 
 
-def check_port(port: int) -> None:
-    """Raise PortInUseError if something listens at a port of this machine already."""
-    _listen("127.0.0.1", port).close()
-
-
 def _authorised(connection: HTTPConnection, token: str) -> bool:
     shown = connection.headers.get("authorization", "")
     return hmac.compare_digest(shown.encode(), f"Bearer {token}".encode())
@@ -244,17 +233,3 @@ def _authorised(connection: HTTPConnection, token: str) -> bool:
 
 async def _healthz(_request: HTTPRequest) -> JSONResponse:
     return JSONResponse({"ok": True})
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # With the protocol named, asyncio switches Nagle's algorithm off for what is accepted. Without,
-    # an order right behind another waits up to 40 ms for the first one's acknowledgement.
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise PortInUseError(f"{error.strerror}: {host}:{port}") from error
-    return listener

@@ -31,7 +31,8 @@ from orchestrator.protocol.messages import (
     read_to_agent,
 )
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.server.app import PortInUseError, Server
+from orchestrator.server.app import Server
+from orchestrator.server.listening import PortInUseError
 from orchestrator.worlds.agents import AgentWorld
 from orchestrator.worlds.clock import RunClock
 from orchestrator.worlds.faults import Schedule

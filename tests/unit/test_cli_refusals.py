@@ -270,6 +270,19 @@ print(*(name for name in ("numpy", "rich", "torch", "starlette") if name in sys.
     assert done.stdout.splitlines()[-1] == ""
 
 
+def test_who_starts_a_run_does_not_load_what_the_controller_serves_with() -> None:
+    code = """
+import sys
+from orchestrator.cli import supervise
+print(*(name for name in ("uvicorn", "websockets", "asyncio", "torch") if name in sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_an_interrupt_while_the_command_is_loading_ends_it_without_a_traceback(
     tmp_path: Path,
 ) -> None:

@@ -31,6 +31,8 @@ class _Watch:
     """Whether anything is known of it."""
     problem: str = ""
     """Why not all that it could read is read; "" if it is."""
+    lacking: str = ""
+    """What is not installed here that it would read with; "" if it is."""
 
 
 class Gauges:
@@ -63,6 +65,10 @@ class Gauges:
         watches = [*self._watches, *self._over]
         return tuple(f"{w.probe.name}: {w.problem}" for w in watches if w.problem)
 
+    def lacking(self) -> tuple[str, ...]:
+        """Return what is not installed here, without which some gauges are not read."""
+        return tuple(f"{w.probe.name}: {w.lacking}" for w in self._watches if w.lacking)
+
     def look(self, now: float) -> str:
         """Return why this node is unusable, "" if nothing new says so. Never waits."""
         why = ""
@@ -94,6 +100,9 @@ class Gauges:
             self._end(watch, f"switched off, it raised {type(error).__name__}: {error}")
             return ""
         self._complain(watch, look.problem)
+        if look.lacking and look.lacking != watch.lacking:
+            log.info("hardware: %s: %s", watch.probe.name, look.lacking)
+        watch.lacking = look.lacking
         whys = [self._judge.read(reading, now) for reading in look.readings]
         return next(filter(None, whys), "")
 

@@ -123,7 +123,7 @@ class Hardware:
         unread = (*self._untabled, *self._gauges.blind())
         if self._kernel.degraded:
             unread = (f"kernel's log: {self._kernel.degraded}", *unread)
-        ailing = NodeAiling(symptoms=symptoms, unread=unread)
+        ailing = NodeAiling(symptoms=symptoms, unread=unread, lacking=self._gauges.lacking())
         if ailing != self._told:
             self._told = ailing
             self._say(ailing)

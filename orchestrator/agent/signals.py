@@ -60,6 +60,8 @@ class Look(NamedTuple):
     readings: tuple[Reading, ...] = ()
     problem: str = ""
     """Why that is not all that there is; "" if it is."""
+    lacking: str = ""
+    """What has to be installed before anything can be read, if it never was."""
 
 
 class NoDevicesError(Exception):

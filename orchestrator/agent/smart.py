@@ -151,6 +151,8 @@ class Smart:
         self._disks = sorted(disk for disk in disks if _DISK.match(disk))
         self._program = program or shutil.which("smartctl") or ELSEWHERE
         self._answer_s, self._look_s = answer_s, look_s
+        self._asked = False
+        """Whether there was a smartctl before: who installed it wants disks to be read."""
         self._left: dict[str, subprocess.Popen[bytes]] = {}
         """Processes that could not be ended, by disk."""
 
@@ -168,7 +170,8 @@ class Smart:
             try:
                 readings.append(Reading("disk", disk, self._ask(disk, until)))
             except FileNotFoundError:
-                return Look(problem=f"no disk is asked: there is no {self._program}; {HINT}")
+                why = f"no disk is asked: there is no {self._program}; {HINT}"
+                return Look(problem=why) if self._asked else Look(lacking=why)
             except OSError as error:
                 unread.append(f"{disk}: smartctl can not be run: {error.strerror or error}")
             except _UnreadError as error:
@@ -183,6 +186,7 @@ class Smart:
             self._left[disk] = before
             raise _UnreadError("the question before this one is not answered, and can not be ended")
         process = _start([self._program, "--json=c", "-H", "-A", f"/dev/{disk}"])
+        self._asked = True
         try:
             ended = _read(process, min(time.monotonic() + self._answer_s, until))
         finally:

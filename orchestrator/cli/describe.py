@@ -330,7 +330,8 @@ def _symptoms(node: Node) -> list[str]:
         f"{symptom.words}{'; to be swapped for a spare' if symptom.drain else ''}"
         for symptom in node.symptoms
     ]
-    return told + [f"not all of it is read: {why}" for why in node.unread]
+    told += [f"not all of it is read: {why}" for why in node.unread]
+    return told + [f"degraded: {why}" for why in node.lacking]
 
 
 # A checkpoint ---------------------------------------------------------------------------------

@@ -185,9 +185,10 @@ def _fact(name: str, fact: Fact) -> str:  # noqa: C901, PLR0911, PLR0912 - one l
             return f"{_ranks(ranks)} on {name} finished at step {step}"
         case NodeUnusable(reason=reason):
             return f"{name} is unusable: {reason}"
-        case NodeAiling(symptoms=symptoms, unread=unread):
+        case NodeAiling(symptoms=symptoms, unread=unread, lacking=lacking):
             said = [symptom.words for symptom in symptoms]
             said += [f"not all of it is read: {why}" for why in unread]
+            said += [f"degraded: {why}" for why in lacking]
             return f"hardware of {name}: {'; '.join(said) or 'nothing any more'}"
         case StateDiverged(step=step, since=since, evidence=evidence):
             good = "no step is known to be good" if since is None else f"step {since} is good"

@@ -49,6 +49,8 @@ class Node:
     """What its hardware says of itself, as its agent told last."""
     unread: tuple[str, ...] = ()
     """Why not all of its hardware is read; none if it is."""
+    lacking: tuple[str, ...] = ()
+    """What is not installed there that more of it would be read with."""
     finished: bool = False
     devices: tuple[Device, ...] = ()
     """What it is made of, as far as its agent could tell."""

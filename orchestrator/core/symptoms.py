@@ -26,7 +26,7 @@ def take(state: RunState, node: Node, fact: NodeAiling) -> None:
     """Enter what a node's hardware says now. Said again, it changes nothing."""
     known = {_identity(symptom) for symptom in node.symptoms}
     news = [symptom for symptom in fact.symptoms if _identity(symptom) not in known]
-    node.symptoms, node.unread = fact.symptoms, fact.unread
+    node.symptoms, node.unread, node.lacking = fact.symptoms, fact.unread, fact.lacking
     wanting = [symptom.words for symptom in fact.symptoms if symptom.drain]
     drain = state.drains.get(node.id)
     # Only news: whoever uncordoned the node knew of the rest.

@@ -344,6 +344,8 @@ class NodeAiling(_Message, frozen=True, kw_only=True):
     symptoms: tuple[Symptom, ...] = ()
     unread: tuple[str, ...] = ()
     """Why not all of the hardware is read; none if it is."""
+    lacking: tuple[str, ...] = ()
+    """What is not installed here that more of it would be read with: a choice, and no fault."""
 
 
 class StateDiverged(_Message, frozen=True, kw_only=True):

@@ -154,6 +154,21 @@ def test_nodes_and_incidents_are_described_with_what_their_hardware_says(
     assert f"hardware of node-0: {HOT.words}" in incident
 
 
+def test_what_is_not_installed_on_a_node_is_described_and_does_not_count_as_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster: Any = training(Cluster())
+    why = "smart: no disk is asked: there is no /usr/sbin/smartctl; hint: install smartmontools"
+    cluster.after(0.1).say("node-0", NodeAiling(lacking=(why,)))
+    write(cluster, tmp_path / "r")
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+
+    node = holdfast("describe", "node", "node-0", "--run", str(tmp_path / "r")).stdout
+
+    assert f"degraded: {why}" in node
+    assert cluster.state.nodes["node-0"].unread == ()
+
+
 def test_a_node_that_is_drained_for_its_hardware_again_and_again_is_a_lemon(cluster: Any) -> None:
     training(cluster)
     for _ in range(lemons.LIMIT):

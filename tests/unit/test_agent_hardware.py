@@ -13,6 +13,7 @@ from orchestrator.agent.hardware import Hardware
 from orchestrator.agent.identity import identity
 from orchestrator.agent.nvml import Nvml
 from orchestrator.agent.signals import OFTEN_S, Judge, Look, Probe, Reading
+from orchestrator.agent.smart import Smart
 from orchestrator.protocol.agent import AgentConfig
 from orchestrator.protocol.ids import NodeId
 from orchestrator.protocol.messages import NodeAiling, NodeUnusable
@@ -98,6 +99,17 @@ def test_a_gpu_that_is_lost_makes_its_node_unusable_once_and_names_it(tmp_path: 
     before = len(library.calls)
     told.look(3 * ONCE)
     assert len(library.calls) == before, "nothing is asked after that"
+
+
+def test_what_a_probe_lacks_is_told_apart_from_what_can_not_be_read(tmp_path: Path) -> None:
+    told = Told(tmp_path, Smart(["sda"], str(tmp_path / "none")))
+
+    told.look(ONCE)
+
+    (fact,) = told.facts
+    assert fact.unread == ()
+    (why,) = fact.lacking
+    assert why.startswith("smart: no disk is asked: there is no ")
 
 
 def test_a_driver_that_hangs_keeps_nobody_waiting_and_is_told_of(tmp_path: Path) -> None:

@@ -176,15 +176,37 @@ def test_a_disk_that_can_only_be_read_takes_its_node_out(tmp_path: Path) -> None
     )
 
 
-def test_without_smartctl_nothing_is_read_and_the_reason_says_what_to_install(
-    tmp_path: Path,
-) -> None:
+def missing(path: Path) -> str:
+    return f"no disk is asked: there is no {path}; hint: install smartmontools"
+
+
+def test_a_node_without_smartctl_lacks_it_which_is_no_problem(tmp_path: Path) -> None:
     look = Smart(OWN, str(tmp_path / "none")).look()
 
-    assert look.readings == ()
-    assert look.problem == (
-        f"no disk is asked: there is no {tmp_path / 'none'}; hint: install smartmontools"
-    )
+    assert look == Look(lacking=missing(tmp_path / "none"))
+
+
+def test_a_smartctl_that_is_gone_is_a_problem(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.turn()
+    (tmp_path / "smartctl").unlink()
+
+    watched.turn()
+
+    assert watched.look == Look(problem=missing(tmp_path / "smartctl"))
+
+
+def test_a_smartctl_that_is_installed_later_is_made_use_of(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    (tmp_path / "smartctl").rename(tmp_path / "later")
+    watched.turn()
+    assert watched.look.lacking
+    (tmp_path / "later").rename(tmp_path / "smartctl")
+
+    watched.turn()
+
+    assert not watched.look.lacking
+    assert len(watched.look.readings) == len(OWN)
 
 
 def test_a_smartctl_that_may_not_be_run_is_a_problem(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import contextlib
 from pathlib import Path
 from typing import Self
 
-import msgspec
 import numpy as np
 
+from orchestrator.campaign.job import reseeded
 from orchestrator.campaign.world import LiveWorld
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.protocol.trials import Quiet, Return, Train
@@ -82,7 +82,7 @@ class Calm:
             self._taken, self._restarted = 0, False
             cache = self._folder / "tokens"
             cache.mkdir(parents=True, exist_ok=True)
-            own = reseeded(self._run, self._seed, self._before)
+            own = reseeded(self._run, _drawn(self._seed, self._before))
             world = LiveWorld(own, self._folder / f"world-{self._before}", cache)
             self._world = self._open.enter_context(world)
             self._begin(self._world)
@@ -97,9 +97,6 @@ class Calm:
         world.order(Return(snapshot=0, generation=world.next_generation()))
 
 
-def reseeded(run: TrainingRun, seed: int, before: int) -> TrainingRun:
-    """Return a run with other weights and samples, by what was taken before it."""
-    chance = np.random.Generator(np.random.Philox(key=[seed, before]))
-    trainer = msgspec.structs.replace(run.spec.trainer, seed=int(chance.integers(1 << 31)))
-    spec = msgspec.structs.replace(run.spec, trainer=trainer)
-    return msgspec.structs.replace(run, spec=spec)
+def _drawn(seed: int, before: int) -> int:
+    """Return the `trainer.seed` of a run, by what was taken before it."""
+    return int(np.random.Generator(np.random.Philox(key=[seed, before])).integers(1 << 31))

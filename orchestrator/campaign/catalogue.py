@@ -64,6 +64,12 @@ LIVE_OF = 40
 """One of so many trials is a whole run, which takes a hundred times as long."""
 MOMENTS = 4
 """Steps after a snapshot at which a fault may begin."""
+TRIALS_OF_ONE = 50
+"""Of one trajectory, after which the next one has other weights and another order of samples. To
+bring a world to its snapshots takes as long as some 30 trials of state: with so many in between, it
+is a third of the time of a campaign of state alone, and little of one of everything."""
+_TRAJECTORIES = 1 << 32
+"""Added to the number of a trajectory, so that it is drawn like no trial."""
 
 
 class Stratum(NamedTuple):
@@ -91,6 +97,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """Of its class."""
     group: Group
+    trainer_seed: int | None = None
+    """Of the trajectory that it strikes; None of a whole run."""
     snapshot: int = 0
     injection: Injection | None = None
     live: str = ""
@@ -202,12 +210,23 @@ CATALOGUE: tuple[Stratum, ...] = (
     Stratum("tokens of one rank", "data", 6, ("tokens",), "swap", pace="once"),
     Stratum("digest of one rank", "detector", 6, ("digest",), "flip", (LOW,)),
 )
+SELECTABLE: tuple[Group, ...] = tuple(dict.fromkeys(stratum.group for stratum in CATALOGUE))
+"""The groups that there are rows of."""
 
 
 def draw(
-    seed: int, trials: int, *, ranks: int, snapshots: int, live: tuple[str, ...] = ()
+    seed: int,
+    trials: int,
+    *,
+    ranks: int,
+    snapshots: int,
+    live: tuple[str, ...] = (),
+    groups: tuple[Group, ...] = SELECTABLE,
 ) -> list[Trial]:
     """Return the trials of a campaign: the same for the same arguments.
+
+    A trial of the small world is the same for the same seed, number and groups, however many there
+    are of them.
 
     Args:
         seed: of everything that chance decides.
@@ -215,10 +234,11 @@ def draw(
         ranks: of the world.
         snapshots: states that faults may strike.
         live: what whole runs meet in turn; they count among the trials.
+        groups: of which the trials are, in the proportions that they have among all.
     """
     whole = max(trials // LIVE_OF, 1) if live else 0
     kinds = [live[number % len(live)] for number in range(whole)]
-    strata = list(_stratified(trials - len(kinds)))
+    strata = list(_stratified(trials - len(kinds), groups))
     found = [
         _trial(number, stratum, seed, ranks, snapshots) for number, stratum in enumerate(strata)
     ]
@@ -228,15 +248,22 @@ def draw(
     ]
 
 
-def _stratified(trials: int) -> Iterator[Stratum]:
-    """Yield so many classes, each as often as its weight says, spread evenly."""
-    total = sum(stratum.weight for stratum in CATALOGUE)
-    due = [0.0] * len(CATALOGUE)
+def trajectory(seed: int, number: int) -> int:
+    """Return the `trainer.seed` of the run that the trial of this number strikes."""
+    place = _TRAJECTORIES + number // TRIALS_OF_ONE
+    return int(np.random.Generator(np.random.Philox(key=[seed, place])).integers(1 << 31))
+
+
+def _stratified(trials: int, groups: tuple[Group, ...]) -> Iterator[Stratum]:
+    """Yield so many classes of some groups, each as often as its weight says, spread evenly."""
+    rows = [stratum for stratum in CATALOGUE if stratum.group in groups]
+    total = sum(stratum.weight for stratum in rows)
+    due = [0.0] * len(rows)
     for _ in range(trials):
-        due = [was + each.weight / total for was, each in zip(due, CATALOGUE, strict=True)]
+        due = [was + each.weight / total for was, each in zip(due, rows, strict=True)]
         chosen = max(range(len(due)), key=due.__getitem__)
         due[chosen] -= 1.0
-        yield CATALOGUE[chosen]
+        yield rows[chosen]
 
 
 def _trial(number: int, stratum: Stratum, seed: int, ranks: int, snapshots: int) -> Trial:
@@ -267,6 +294,7 @@ def _trial(number: int, stratum: Stratum, seed: int, ranks: int, snapshots: int)
         number=number,
         name=stratum.name,
         group=stratum.group,
+        trainer_seed=trajectory(seed, number),
         snapshot=snapshot,
         injection=injection,
     )

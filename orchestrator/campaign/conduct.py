@@ -1,14 +1,19 @@
-"""Conducts trials in one live world: back to a snapshot, let a fault loose, take steps, listen."""
+"""Conducts trials in a live world: back to a snapshot, let a fault loose, take steps, listen.
+
+One trajectory would say of a hundred trials what is so of one pair of states. So every so many
+trials are of a run with other weights and another order of samples, and a world of its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 from orchestrator.campaign.baselines import Seen
-from orchestrator.campaign.catalogue import MOMENTS, Trial
+from orchestrator.campaign.catalogue import HORIZON, MOMENTS, Group, Trial
+from orchestrator.campaign.job import reseeded
 from orchestrator.campaign.judging import Result, Watched, is_early, judged, onset
 from orchestrator.campaign.world import LiveWorld, WorldBrokenError
 from orchestrator.protocol.runfile import TrainingRun
@@ -29,23 +34,26 @@ class NotDeterministicError(Exception):
 
 
 class Conductor:
-    """Trials of one run file; a world that breaks is made anew.
+    """Trials of one run file, but for its seed; a world that breaks is made anew.
 
     Use it as a context.
 
     Args:
         run: the run file.
         folder: of what is needed on the way.
+        known: what came of trials before, whose twins have been counted.
 
     Attributes:
         alarms: what the detectors said of twins, which are steps without a fault.
-        clean_steps: how many of those they looked at.
+        clean_steps: how many of those they looked at, each counted once.
         false_triggers: how many of them were computed once more for their numbers.
     """
 
-    def __init__(self, run: TrainingRun, folder: Path) -> None:
+    def __init__(self, run: TrainingRun, folder: Path, known: Iterable[Result] = ()) -> None:
         self._run, self._folder = run, folder
+        self._counted = _twins_of(known)
         self._worlds = 0
+        self._trainer_seed = run.spec.trainer.seed
         self._world: LiveWorld | None = None
         self._open = contextlib.ExitStack()
         self._history: list[Seen] = []
@@ -66,9 +74,10 @@ class Conductor:
             WorldBrokenError: if the world breaks without a fault in it.
             NotDeterministicError: if steps do not come out the same when they are taken again.
         """
+        self._go_to(trial)
         self._there()
         before = self.before(trial.snapshot)
-        twin = self._twin(trial.snapshot, MOMENTS + trial.horizon)
+        twin = self._twin(trial.snapshot, _reach(trial.group))
         watched = Watched()
         try:
             self._conduct(trial, before, twin, watched)
@@ -117,13 +126,22 @@ class Conductor:
         last = how.step - 1 + max(trial.horizon, RULES_STEPS)
         return max(min(clean + RULES_STEPS, last) - taken, 0)
 
+    def _go_to(self, trial: Trial) -> None:
+        """Have a world of the trajectory that a trial strikes."""
+        if trial.trainer_seed is None or trial.trainer_seed == self._trainer_seed:
+            return
+        self._close()
+        self._trainer_seed = trial.trainer_seed
+        self._history, self._twins = [], {}
+
     def _there(self) -> LiveWorld:
         """Return the world, which is made and brought to its snapshots if it is not there."""
         if self._world is None:
             self._worlds += 1
             cache = self._folder / "tokens"
             cache.mkdir(parents=True, exist_ok=True)
-            world = LiveWorld(self._run, self._folder / f"world-{self._worlds}", cache)
+            run = reseeded(self._run, self._trainer_seed)
+            world = LiveWorld(run, self._folder / f"world-{self._worlds}", cache)
             self._world = self._open.enter_context(world)
             done, history = 0, []
             for number, step in enumerate(SNAPSHOTS):
@@ -141,13 +159,17 @@ class Conductor:
             return known
         world = self._there()
         world.order(Return(snapshot=snapshot, generation=world.next_generation()))
+        counted = self._counted.get((self._trainer_seed, snapshot), 0)
+        last = SNAPSHOTS[snapshot] + counted
         steps: list[Seen] = []
         while len(steps) < count:
             said = world.order(Step(steps=min(AT_ONCE, count - len(steps))))
             steps += _seen(said)
-            self.false_triggers += len(said[0].looked_again)
-            self.alarms += [fact.evidence for fact in world.listen(float(len(steps))).found]
-        self.clean_steps += count
+            self.false_triggers += sum(step > last for step in said[0].looked_again)
+            found = world.listen(float(len(steps))).found
+            self.alarms += [fact.evidence for fact in found if fact.step >= last]
+        self.clean_steps += max(count - counted, 0)
+        self._counted[self._trainer_seed, snapshot] = max(count, counted)
         if steps[: len(known)] != known:
             raise NotDeterministicError(f"steps after {SNAPSHOTS[snapshot]} came out otherwise")
         self._twins[snapshot] = steps
@@ -156,6 +178,21 @@ class Conductor:
     def _close(self) -> None:
         self._world = None
         self._open.close()
+
+
+def _reach(group: Group) -> int:
+    """Return for how many steps the twin of a trial is needed."""
+    return MOMENTS + HORIZON[group]
+
+
+def _twins_of(known: Iterable[Result]) -> dict[tuple[int, int], int]:
+    """Return of each trajectory and snapshot how many steps without a fault were counted."""
+    counted: dict[tuple[int, int], int] = {}
+    for result in known:
+        if result.trainer_seed is not None:
+            of = result.trainer_seed, result.snapshot
+            counted[of] = max(counted.get(of, 0), _reach(result.group))
+    return counted
 
 
 def _seen(said: Sequence[Said]) -> list[Seen]:

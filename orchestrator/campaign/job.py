@@ -50,6 +50,13 @@ def usual() -> TrainingRun:
     return _run({"model": "debug", "seqLen": 128, "steps": STEPS}, {})
 
 
+def reseeded(run: TrainingRun, trainer_seed: int) -> TrainingRun:
+    """Return a run that takes other steps: its weights and the order of its samples are drawn."""
+    trainer = msgspec.structs.replace(run.spec.trainer, seed=trainer_seed)
+    spec = msgspec.structs.replace(run.spec, trainer=trainer)
+    return msgspec.structs.replace(run, spec=spec)
+
+
 def _run(trainer: dict[str, Any], detection: dict[str, Any]) -> TrainingRun:
     fields: dict[str, Any] = {
         "apiVersion": "holdfast.dev/v1alpha1",

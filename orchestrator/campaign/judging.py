@@ -31,6 +31,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     group: Group
     site: str = ""
     form: str = ""
+    trainer_seed: int | None = None
+    """Of the trajectory that it struck; None of a whole run."""
+    snapshot: int = 0
+    """Which of its states that was, 0 the earlier."""
     effective: bool
     noticed: bool = False
     """Whether a detector did, within the horizon."""
@@ -105,6 +109,8 @@ def judged(
         number=trial.number,
         name=trial.name,
         group=trial.group,
+        trainer_seed=trial.trainer_seed,
+        snapshot=trial.snapshot,
         site=how.site,
         form=how.form,
         effective=began is not None or bool(watched.crash),

@@ -156,6 +156,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True):
     trials: int
     done: int
     ranks: int
+    trajectories: int
+    """That trials struck: runs with other weights and samples."""
     intervals: str
     summary: Summary
     by_class: list[ClassRow]
@@ -227,6 +229,7 @@ def campaign(
         trials=trials,
         done=len(done),
         ranks=ranks,
+        trajectories=len({r.trainer_seed for r in done if r.trainer_seed is not None}),
         intervals=INTERVALS,
         summary=Summary(
             state_recall=_recall(done, "state"),

@@ -10,6 +10,9 @@ import typer
 
 from orchestrator.cli.choices import Form
 
+SEED_MOST = (1 << 63) - 1
+"""That a generator of random numbers takes."""
+
 
 def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     run_file: Annotated[
@@ -27,9 +30,19 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
             help="What to let loose: corruption, hang, straggler; as many trials of each.",
         ),
     ] = "corruption",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that chance decides.")] = 0,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Which corruption, and no whole runs then: state, persistent, intermittent, "
+            "rare, oneshot, sum, data, detector; default all.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=SEED_MOST, help="Of everything that chance decides.")
+    ] = 0,
     clean_steps: Annotated[
-        int, typer.Option(min=0, help="Steps without a fault, for false alarms.")
+        int, typer.Option(min=0, help="Steps without a fault besides twins, for false alarms.")
     ] = 1000,
     resizes: Annotated[
         int, typer.Option(min=0, help="Whole runs without a fault that shrink and grow back.")
@@ -57,6 +70,7 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     from orchestrator.cli import campaigning, campaigns, whole
 
     whole.require_option("--html", html)
+    kinds = campaigning.classes_of(classes)
     asked = campaigning.Asked(
         trials=trials,
         seed=seed,
@@ -64,7 +78,8 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         pairs=pairs,
         whole_runs=whole_runs,
         resizes=resizes if whole_runs else 0,
-        classes=campaigning.classes_of(classes),
+        classes=kinds,
+        groups=campaigning.groups_of(groups, kinds),
     )
     folder = out if out is not None else Path(f"campaign-{seed}")
     told = campaigning.run(run_file, asked, folder, progress=sys.stderr)

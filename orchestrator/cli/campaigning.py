@@ -1,40 +1,32 @@
-"""Runs a campaign: trials, steps without faults, overhead; each result is kept as soon as it is.
-
-One file has all that is known, and is replaced as a whole: a campaign that is interrupted goes on
-with the first trial that it lacks.
-"""
+"""Runs a campaign: trials, steps without faults, overhead; each result is kept as soon as it is."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TextIO, get_args
+from typing import TextIO
 
 import msgspec
 
 from orchestrator.campaign import catalogue, job, timed
 from orchestrator.campaign.calm import Calm
-from orchestrator.campaign.catalogue import Trial
+from orchestrator.campaign.catalogue import SELECTABLE, Group, Trial
 from orchestrator.campaign.conduct import SNAPSHOTS, Conductor
 from orchestrator.campaign.costs import cost
 from orchestrator.campaign.judging import Result
-from orchestrator.campaign.summary import Campaign, Clean, Resized, campaign
-from orchestrator.cli import campaign_resizes, campaign_runs, intake, units, whole
+from orchestrator.campaign.summary import Campaign, campaign
+from orchestrator.cli import campaign_kept, campaign_resizes, campaign_runs, intake, units
+from orchestrator.cli.campaign_kept import CORRUPTION, KINDS, Came, Kept, Kind, Which
 from orchestrator.cli.errors import CliError, Exit
 from orchestrator.protocol.fitting import EMBEDDED
 from orchestrator.protocol.runfile import TrainingRun
 from orchestrator.server.journal import AlreadyRunningError, lock
 
-Kind = Literal["corruption", "hang", "straggler"]
-CORRUPTION: Kind = "corruption"
-KINDS: tuple[Kind, ...] = get_args(Kind)
-KEPT, ROOM, LOCK = "campaign.json", "room", "campaign.lock"
-"""In a campaign's folder: what is known, what trials leave while it is under way, and its lock."""
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Time = Annotated[float, msgspec.Meta(gt=0)]
+ROOM, LOCK = "room", "campaign.lock"
+"""In a campaign's folder: what trials leave while it is under way, and its lock."""
 CLEAN_AT_ONCE = 100
 """Steps without a fault between two saves of what is known."""
 
@@ -48,23 +40,9 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int
     whole_runs: bool
     classes: tuple[Kind, ...] = (CORRUPTION,)
+    groups: tuple[Group, ...] = SELECTABLE
+    """Of corruption: what trials are drawn from."""
     resizes: int = 0
-
-
-class Kept(msgspec.Struct, kw_only=True):
-    """What is known of a campaign so far."""
-
-    seed: int
-    trials: int
-    whole_runs: bool
-    classes: tuple[Kind, ...] = (CORRUPTION,)
-    run: TrainingRun
-    results: list[Result] = []
-    alarms: list[str] = []
-    clean_steps: Count = 0
-    false_triggers: Count = 0
-    pairs: list[tuple[Time, Time]] = []
-    resizes: list[Resized] = []
 
 
 def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> Campaign:
@@ -83,10 +61,17 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
         WorldBrokenError: if the world breaks without a fault in it.
     """
     target = job.small() if run_file is None else _own(run_file)
+    which = Which(
+        seed=asked.seed,
+        trials=asked.trials,
+        whole_runs=asked.whole_runs,
+        classes=asked.classes,
+        groups=asked.groups,
+        run=target,
+    )
     out.mkdir(parents=True, exist_ok=True)
-    file = out / KEPT
     with _room(out) as room:
-        work = _Work(_kept(file, asked, target), file, progress)
+        work = _Work(campaign_kept.kept(out, which, _numbers), progress)
         try:
             work.strike(room / "trials")
             if CORRUPTION in asked.classes:
@@ -130,46 +115,43 @@ class _Work:
 
     Args:
         kept: what is known of it.
-        file: where that lies.
         progress: hears of every result.
     """
 
-    def __init__(self, kept: Kept, file: Path, progress: TextIO) -> None:
-        self._kept, self._file, self._progress = kept, file, progress
-        self._trials = _drawn(kept)
+    def __init__(self, kept: Kept, progress: TextIO) -> None:
+        self._kept, self._progress = kept, progress
+        self._trials = _drawn(kept.which)
 
     def strike(self, folder: Path) -> None:
         """Conduct the trials within the small world that are not there yet."""
         left = [trial for trial in self._left() if not trial.live]
         if not left:
             return
-        with Conductor(self._kept.run, folder) as conductor:
+        with Conductor(self._kept.which.run, folder, self._kept.results) as conductor:
             for trial in left:
                 result = conductor.conduct(trial)
-                self._rested(conductor)
-                self._came(result)
+                self._came(msgspec.structs.replace(_rested(conductor), result=result))
 
     def rest(self, steps: int, folder: Path) -> None:
         """Take the steps without a fault that are left to be taken."""
-        taken = self._kept.clean_steps
+        which, taken = self._kept.which, self._kept.calm_steps
         if taken >= steps:
             return
-        with Calm(self._kept.run, folder, self._kept.seed, taken) as calm:
+        with Calm(which.run, folder, which.seed, taken) as calm:
             for count in stretches(steps - taken):
                 calm.rest(count)
-                self._rested(calm)
-                self._save()
+                self._kept.add(msgspec.structs.replace(_rested(calm), calm=True))
+        clean = self._kept.clean
         self._say(
-            f"{self._kept.clean_steps} steps without a fault, {len(self._kept.alarms)} alarms, "
-            f"{self._kept.false_triggers} computed once more for nothing"
+            f"{clean.steps} steps without a fault, {len(clean.alarms)} alarms, "
+            f"{clean.false_triggers} computed once more for nothing"
         )
 
     def resize(self, runs: int, folder: Path) -> None:
         """Conduct the runs that shrink and grow back and are left to be conducted."""
-        for number in range(len(self._kept.resizes), runs):
+        for number in range(len(self._kept.clean.resizes), runs):
             found = campaign_resizes.conduct(number, folder / f"run-{number}")
-            self._kept.resizes.append(found)
-            self._save()
+            self._kept.add(Came(resized=found))
             self._say(
                 f"{found.steps} steps of a world that "
                 f"{'shrank and grew back' if found.resized else 'did not grow back'}, "
@@ -182,24 +164,24 @@ class _Work:
         if left <= 0:
             return
         for pair in cost(job.usual(), folder, left):
-            self._kept.pairs.append(pair)
-            self._save()
+            self._kept.add(Came(pair=pair))
         self._say(f"overhead measured in {units.count(len(self._kept.pairs), 'pair')}")
 
     def run_whole(self, folder: Path) -> None:
         """Conduct the trials that are whole runs and are not there yet."""
         for trial in self._left():
-            self._came(campaign_runs.conduct(trial, folder / f"run-{trial.number}"))
+            result = campaign_runs.conduct(trial, folder / f"run-{trial.number}")
+            self._came(Came(result=result))
 
     def told(self) -> Campaign:
         """Return what the campaign comes to so far."""
-        kept = self._kept
+        kept, which = self._kept, self._kept.which
         return campaign(
             kept.results,
-            seed=kept.seed,
-            trials=kept.trials,
-            ranks=kept.run.world_size,
-            clean=Clean(kept.clean_steps, kept.alarms, kept.false_triggers, kept.resizes),
+            seed=which.seed,
+            trials=which.trials,
+            ranks=which.run.world_size,
+            clean=kept.clean,
             pairs=kept.pairs,
         )
 
@@ -207,20 +189,11 @@ class _Work:
         done = {result.number for result in self._kept.results}
         return [trial for trial in self._trials if trial.number not in done]
 
-    def _rested(self, at: Conductor | Calm) -> None:
-        """Take over what the detectors said of steps without a fault."""
-        self._kept.alarms += at.alarms
-        self._kept.clean_steps += at.clean_steps
-        self._kept.false_triggers += at.false_triggers
-        at.alarms, at.clean_steps, at.false_triggers = [], 0, 0
-
-    def _came(self, result: Result) -> None:
-        self._kept.results.append(result)
-        self._save()
-        self._say(f"{len(self._kept.results)} of {len(self._trials)} trials: {words(result)}")
-
-    def _save(self) -> None:
-        whole.write(self._file, msgspec.json.encode(self._kept))
+    def _came(self, of_trial: Came) -> None:
+        self._kept.add(of_trial)
+        assert of_trial.result is not None
+        said = words(of_trial.result)
+        self._say(f"{len(self._kept.results)} of {len(self._trials)} trials: {said}")
 
     def _say(self, line: str) -> None:
         self._progress.write(f"{line}\n")
@@ -236,35 +209,78 @@ def stretches(steps: int) -> list[int]:
     return [min(CLEAN_AT_ONCE, steps - taken) for taken in range(0, steps, CLEAN_AT_ONCE)]
 
 
-def _drawn(kept: Kept) -> list[Trial]:
+def _rested(at: Conductor | Calm) -> Came:
+    """Take over what the detectors said of steps without a fault."""
+    came = Came(
+        alarms=tuple(at.alarms), clean_steps=at.clean_steps, false_triggers=at.false_triggers
+    )
+    at.alarms, at.clean_steps, at.false_triggers = [], 0, 0
+    return came
+
+
+def _drawn(which: Which) -> list[Trial]:
     """Return the trials of all classes, as many of each as of any other."""
+    # Who asks for some groups asks for no whole runs, which are a group of their own.
+    live = campaign_runs.KINDS if which.whole_runs and which.groups == SELECTABLE else ()
     trials: list[Trial] = []
-    for place, kind in enumerate(kept.classes):
-        count = kept.trials * (place + 1) // len(kept.classes) - len(trials)
+    for place, kind in enumerate(which.classes):
+        count = which.trials * (place + 1) // len(which.classes) - len(trials)
         if kind == "corruption":
             trials += catalogue.draw(
-                kept.seed,
+                which.seed,
                 count,
-                ranks=kept.run.world_size,
+                ranks=which.run.world_size,
                 snapshots=len(SNAPSHOTS),
-                live=campaign_runs.KINDS if kept.whole_runs else (),
+                live=live,
+                groups=which.groups,
             )
         else:
-            trials += timed.draw(kind, kept.seed, count, ranks=job.RANKS, first=len(trials))
+            trials += timed.draw(kind, which.seed, count, ranks=job.RANKS, first=len(trials))
     return trials
+
+
+def _numbers(which: Which) -> list[int]:
+    return [trial.number for trial in _drawn(which)]
 
 
 def classes_of(text: str) -> tuple[Kind, ...]:
     """Return the classes that `--classes` names, in their usual order. Raises CliError."""
+    named = _some_of(KINDS, text, "--classes", "hang,straggler")
+    return tuple(kind for kind in KINDS if kind in named)
+
+
+def groups_of(text: str | None, classes: tuple[Kind, ...]) -> tuple[Group, ...]:
+    """Return the groups that `--groups` names, in their usual order: all without.
+
+    Args:
+        text: what was given.
+        classes: that are let loose.
+
+    Raises:
+        CliError: if they are none, or of what is not let loose.
+    """
+    if text is None:
+        return SELECTABLE
+    named = _some_of(SELECTABLE, text, "--groups", "state,persistent")
+    if CORRUPTION not in classes:
+        raise CliError(
+            f"--groups is given, expected {CORRUPTION} among --classes: {', '.join(classes)}",
+            f"leave it out, or add {CORRUPTION} to --classes",
+            Exit.USAGE,
+        )
+    return tuple(group for group in SELECTABLE if group in named)
+
+
+def _some_of(known: Sequence[str], text: str, option: str, example: str) -> list[str]:
     named = [name.strip() for name in text.split(",")]
     for name in named:
-        if name not in KINDS:
+        if name not in known:
             raise CliError(
-                f"--classes has {name!r}, expected some of {', '.join(KINDS)}",
-                "write for example `--classes hang,straggler`",
+                f"{option} has {name!r}, expected some of {', '.join(known)}",
+                f"write for example `{option} {example}`",
                 Exit.USAGE,
             )
-    return tuple(kind for kind in KINDS if kind in named)
+    return named
 
 
 def words(result: Result) -> str:
@@ -297,39 +313,3 @@ def _own(run_file: Path) -> TrainingRun:
             Exit.USAGE,
         )
     return target
-
-
-def _kept(file: Path, asked: Asked, target: TrainingRun) -> Kept:
-    """Return what is known of this campaign. Raises CliError if the file is of another one."""
-    new = Kept(
-        seed=asked.seed,
-        trials=asked.trials,
-        whole_runs=asked.whole_runs,
-        classes=asked.classes,
-        run=target,
-    )
-    if not file.exists():
-        return new
-    try:
-        kept = msgspec.json.decode(file.read_bytes(), type=Kept)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _no_results(f"{error}", file) from error
-    for name in ("seed", "trials", "whole_runs", "classes", "run"):
-        if getattr(kept, name) != getattr(new, name):
-            raise CliError(
-                f"{name} of the campaign that lies there is another one: {file}",
-                "choose another --out",
-                Exit.USAGE,
-            )
-    numbers = [result.number for result in kept.results]
-    if len(set(numbers)) < len(numbers) or not {t.number for t in _drawn(kept)}.issuperset(numbers):
-        raise _no_results("it has trials twice, or some that it does not consist of", file)
-    return kept
-
-
-def _no_results(why: str, file: Path) -> CliError:
-    return CliError(
-        f"not the results of a campaign: {why}: {file}",
-        "remove it to begin anew, or choose another --out",
-        Exit.USAGE,
-    )

@@ -90,7 +90,10 @@ def _times(told: Campaign) -> Iterator[tuple[str, str]]:
 
 
 def _head(told: Campaign) -> str:
-    return f"campaign of seed {told.seed}: {told.done} of {told.trials} trials, {told.ranks} ranks"
+    head = f"campaign of seed {told.seed}: {told.done} of {told.trials} trials, {told.ranks} ranks"
+    # Whole runs strike none of them.
+    of = "trajectory" if told.trajectories == 1 else "trajectories"
+    return f"{head}, {told.trajectories} {of}" if told.trajectories else head
 
 
 def _text(told: Campaign) -> list[str]:

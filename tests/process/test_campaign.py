@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import yaml
 
-from orchestrator.campaign import calm, job
+from orchestrator.campaign import calm, catalogue, conduct, job
 from tests import runfiles
 from tests.runs import HEEDING, REPOSITORY
 
@@ -53,8 +53,11 @@ def test_forty_trials_with_an_interrupt_find_every_fault_of_state_and_name_its_r
 
     told = json.loads(holdfast(*asked, "--html", str(page)).stdout)
 
-    assert json.loads((out / "campaign.json").read_bytes())["results"][: len(first)] == first
-    assert told["done"] == 40
+    assert results(out)[: len(first)] == first
+    assert (told["done"], told["trajectories"]) == (40, 1)
+    clean = sum(line.get("clean_steps", 0) for line in known(out))
+    # Twins of two snapshots, of which each step is counted once, although they were taken twice.
+    assert clean == told["summary"]["false_alarms_per_1000_steps"]["of"] <= 2 * (4 + 120)
     found = shares(told)
     assert found["state_recall"][0] == found["state_recall"][1] >= 10
     state = [row for row in told["by_class"] if row["group"] == "state"]
@@ -99,10 +102,19 @@ def interrupted(out: Path, err: Path, *asked: str) -> list[Any]:
     assert "the same command goes on from here" in err.read_text()
     assert not [entry for entry in Path("/proc").iterdir() if str(out) in _words(entry)]
     assert not (out / "room").exists()
-    kept: list[Any] = json.loads((out / "campaign.json").read_bytes())["results"]
+    kept = results(out)
     # The third may have been over by the time that it was heard.
     assert 2 <= len(kept) <= 3
     return kept
+
+
+def known(out: Path) -> list[Any]:
+    """Return what the file of a campaign has been told, without what says which one it is."""
+    return [json.loads(line) for line in (out / "campaign.jsonl").read_bytes().splitlines()[1:]]
+
+
+def results(out: Path) -> list[Any]:
+    return [line["result"] for line in known(out) if "result" in line]
 
 
 def _words(process: Path) -> str:
@@ -127,6 +139,32 @@ def test_steps_without_a_fault_are_of_another_run_each_time(
     assert len({*seeds, job.small().spec.trainer.seed}) == 3
 
 
+def test_a_campaign_goes_from_one_trajectory_to_the_next_and_each_trial_comes_out_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is interrupted goes on in the middle of a trajectory, with nothing counted twice."""
+    monkeypatch.setattr(catalogue, "TRIALS_OF_ONE", 3)
+    monkeypatch.setattr(conduct, "SNAPSHOTS", (2, 4))
+    trials = catalogue.draw(1, 5, ranks=job.RANKS, snapshots=2, groups=("state",))
+
+    with conduct.Conductor(job.small(), tmp_path / "all") as conductor:
+        whole = [conductor.conduct(trial) for trial in trials]
+        steps = conductor.clean_steps
+    with conduct.Conductor(job.small(), tmp_path / "rest", whole[:4]) as conductor:
+        assert conductor.conduct(trials[4]) == whole[4]
+        rest = conductor.clean_steps
+
+    assert [result.trainer_seed for result in whole] == [trial.trainer_seed for trial in trials]
+    setups = [json.loads(file.read_bytes()) for file in sorted(tmp_path.glob("all/*/setup.json"))]
+    seeds = [setup["job"]["trainer"]["seed"] for setup in setups]
+    assert seeds == list(dict.fromkeys(trial.trainer_seed for trial in trials))
+    assert len(seeds) == 2
+    struck = {(trial.trainer_seed, trial.snapshot) for trial in trials}
+    assert steps == (catalogue.MOMENTS + catalogue.HORIZON["state"]) * len(struck)
+    before = {(trial.trainer_seed, trial.snapshot) for trial in trials[:4]}
+    assert rest == (catalogue.MOMENTS + catalogue.HORIZON["state"]) * len(struck - before)
+
+
 def test_a_run_that_is_not_marked_for_it_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(runfiles.text())
@@ -149,11 +187,17 @@ def test_a_run_whose_state_no_two_ranks_share_is_refused(tmp_path: Path) -> None
 def test_the_folder_of_another_campaign_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "campaign.json").write_text("{}")
+    (out / "campaign.jsonl").write_text("{}\n")
     done = holdfast("--trials", "2", *FEW, "--out", str(out), code=2)
     assert "not the results of a campaign" in done.stderr
 
     kept = {"seed": 1, "trials": 2, "whole_runs": False, "run": msgspec.to_builtins(job.small())}
-    (out / "campaign.json").write_text(json.dumps(kept))
+    (out / "campaign.jsonl").write_text(json.dumps(kept) + "\n")
     done = holdfast("--trials", "2", "--seed", "2", *FEW, "--out", str(out), code=2)
     assert "seed of the campaign that lies there is another one" in done.stderr
+    asked = ("--trials", "2", "--seed", "1", *FEW, "--out", str(out))
+    done = holdfast(*asked, "--groups", "state", code=2)
+    assert "groups of the campaign that lies there is another one" in done.stderr
+    done = holdfast(*asked, "--groups", "stat", code=2)
+    assert "--groups has 'stat', expected some of state, persistent" in done.stderr
+    assert "less than or equal to" in holdfast("--seed", str(1 << 63), code=2).stderr

@@ -19,13 +19,17 @@ from orchestrator.detect.votes import parts_of_world
 from orchestrator.protocol.digests import KINDS
 from orchestrator.protocol.ids import Generation, Seconds, Step
 from orchestrator.protocol.runfile import TrainingRun
-from storage import verdicts
-from storage.commit import commit
+from storage import shard, verdicts
+from storage.commit import commit, write_shard
+from storage.contents import name_of, read_contents
 from storage.local import LocalStore
-from storage.manifest import ShardReceipt, make_manifest
+from storage.manifest import Manifest, ShardReceipt, commit_key, make_manifest, read_manifest
+from storage.recut import Box, fill
+from storage.shard import Chunk
 from storage.verdicts import Trust
 from tests import runfiles
 from tests.programs.struck import SAVED, STEPS, STRUCK, WRONG
+from trainer.checkpoint import any_index
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
 TELEMETRY = Telemetry(
@@ -146,3 +150,59 @@ def test_what_can_not_be_compared_is_refused_before_anything_is_computed(
     assert "no digests of whole steps" in bisect(folder, "--from", "seed", code=1).stderr
     write_journal(folder, {step: text for step, text in parts.items() if step <= SAVED})
     assert "digests up to step 4" in bisect(folder, "--from", str(SAVED), code=2).stderr
+
+
+def test_a_run_is_bisected_from_a_checkpoint_of_before_it_was_given_other_sizes(
+    folder: Path, parts: dict[int, str]
+) -> None:
+    write_journal(folder, {step: text for step, text in parts.items() if step < STRUCK})
+    store = LocalStore(folder / "checkpoints")
+    written_as_one(store, read_manifest(store, commit_key(SAVED, 1)), epoch=2)
+
+    told = json.loads(bisect(folder, "--from", f"{SAVED}@2", "-o", "json", code=0).stdout)
+
+    assert told["start"] == f"the checkpoint {SAVED}@2"
+    assert (told["step"], told["compared"]) == (None, STRUCK - 1 - SAVED)
+
+
+def written_as_one(store: LocalStore, manifest: Manifest, epoch: int) -> None:
+    """Write a checkpoint once more, as a world with one shard has it."""
+    held = read_contents(store, manifest)
+    pieces = [next(iter(tensor.pieces.values()))[0].chunk for tensor in held.tensors.values()]
+    chunks = [
+        Chunk(
+            fqn=piece.fqn,
+            state=piece.state,
+            dtype=piece.dtype,
+            shape=piece.global_shape,
+            global_shape=piece.global_shape,
+            offset=(0,) * len(piece.global_shape),
+        )
+        for piece in pieces
+    ]
+    plan = shard.plan(chunks)
+    body = bytearray(plan.size)
+    boxes = [
+        Box(
+            name=name_of(chunk),
+            dtype=chunk.dtype,
+            global_shape=chunk.shape,
+            offset=chunk.offset,
+            shape=chunk.shape,
+            memory=plan.views(body)[chunk.name],
+        )
+        for chunk in chunks
+    ]
+    fill(store, held, boxes)
+    meta = shard.ShardMeta(
+        run_id="struck",
+        model=manifest.model,
+        step=SAVED,
+        epoch=epoch,
+        shard=0,
+        shards=1,
+        extra=any_index(held).extra,
+    )
+    receipt = write_shard(store, shard.seal(plan, body, meta), body)
+    one = make_manifest([receipt], run_id="struck", model=manifest.model, step=SAVED, epoch=epoch)
+    commit(store, one, newest_epoch_known=epoch)

@@ -8,7 +8,6 @@ is noticed, and no start of a process.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import socket
 import time
@@ -40,11 +39,9 @@ from orchestrator.protocol.trials import (
 from orchestrator.worker import Aborted, RankPhase
 from orchestrator.worker.beacon import BeaconWriter, DigestRecord
 from storage.address import open_store
-from storage.commit import fetch_index, pour_body
+from storage.contents import read_contents
 from storage.errors import StorageError
-from storage.filling import memory_reader
 from storage.manifest import read_manifest
-from storage.shard import encode_index
 from trainer import hold, parallel, readings
 from trainer.checkpoint import Checkpointer
 from trainer.data import Batch, Batches, Samples, open_data
@@ -261,14 +258,11 @@ class TrialRank:
     def _resume(self, order: Resume) -> Said:
         store = open_store(order.store)
         manifest = read_manifest(store, order.commit)
-        index = fetch_index(store, manifest, self._world.shard)
-        body = io.BytesIO()
-        pour_body(store, index, lambda _, piece: body.write(piece))
         # What it was saved as says whose it is; who asks for it has seen to that.
         stamp = self._stamp._replace(run_id=manifest.run_id, generation=manifest.epoch)
         checkpointer = Checkpointer(self._training.optimizer.shards, self._world, stamp)
-        text = encode_index(index).decode()
-        self._done = checkpointer.restore(text, memory_reader(body.getbuffer()))
+        # It may be from before the run was given other sizes.
+        self._done = checkpointer.recut(store, read_contents(store, manifest))
         self._training.optimizer.set_steps(self._done)
         self._voice.generation = order.generation
         return Said()

@@ -164,16 +164,35 @@ def newest_epoch(store: BlobStore) -> int:
     return max([latest[0] if latest else 0, *(found[1] for found in stored if found)])
 
 
-def promised(store: BlobStore, manifest: Manifest, shard: int) -> ShardReceipt:
+def promised(
+    store: BlobStore, manifest: Manifest, shard: int, group: bytes | None = None
+) -> ShardReceipt:
     """Return what a checkpoint promises of a shard; of groups one is read for it, a few KB.
 
+    Args:
+        store: of the run.
+        manifest: of the checkpoint.
+        shard: its number.
+        group: what `group_of` returned for a shard of the same group, if it was read already.
+
     Raises:
-        BlobNotFoundError: if the digests are not there.
-        ShardCorruptError: if they are not those that were committed.
-        ValueError: if the manifest has no such shard.
+        BlobNotFoundError, ShardCorruptError, ValueError: as `group_of`.
     """
     if manifest.index_digests:
         return manifest.receipt(shard)
+    digests = group_of(store, manifest, shard) if group is None else group
+    at = shard * DIGEST_BYTES - manifest.group(shard)[0]
+    return manifest.receipt(shard, digests[at : at + DIGEST_BYTES])
+
+
+def group_of(store: BlobStore, manifest: Manifest, shard: int) -> bytes:
+    """Return the digests of the indexes of a shard's group, as they were committed.
+
+    Raises:
+        BlobNotFoundError: if they are not there.
+        ShardCorruptError: if they are others.
+        ValueError: if the manifest has no such shard.
+    """
     start, size, expected = manifest.group(shard)
     key = digests_key(manifest.step, manifest.epoch)
     digests = store.get(key, start, size)
@@ -181,8 +200,7 @@ def promised(store: BlobStore, manifest: Manifest, shard: int) -> ShardReceipt:
         raise ShardCorruptError(
             f"sha-256 from byte {start} on is {found}, manifest says {expected}: {key}"
         )
-    at = shard * DIGEST_BYTES - start
-    return manifest.receipt(shard, digests[at : at + DIGEST_BYTES])
+    return digests
 
 
 def completed(store: BlobStore, manifest: Manifest) -> Manifest:
@@ -201,8 +219,16 @@ def completed(store: BlobStore, manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, index_digests=digests)
 
 
-def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
+def fetch_index(
+    store: BlobStore, manifest: Manifest, shard: int, group: bytes | None = None
+) -> ShardIndex:
     """Return the index of a committed shard, checked against the manifest.
+
+    Args:
+        store: of the run.
+        manifest: of the checkpoint.
+        shard: its number.
+        group: the digests of its group, if they were read already; see `promised`.
 
     Raises:
         BlobNotFoundError: if it is not there.
@@ -210,7 +236,7 @@ def fetch_index(store: BlobStore, manifest: Manifest, shard: int) -> ShardIndex:
         ForeignCheckpointError: if it is of another run, model or step than the manifest.
         ValueError: if the manifest has no such shard.
     """
-    entry = promised(store, manifest, shard)
+    entry = promised(store, manifest, shard, group)
     key = index_key(manifest.step, manifest.epoch, shard)
     data = get_small(store, key, INDEX_BYTES_MAX)
     digest = sha256_hex(data)

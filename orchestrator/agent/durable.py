@@ -9,13 +9,14 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from orchestrator.agent.shards import Shard
 from orchestrator.agent.transfer import create, write_all
 from orchestrator.protocol.ids import Rank, Step
 from storage.address import open_store
 from storage.blob import BlobStore
-from storage.commit import fetch_index, pour_body
+from storage.commit import fetch_index, group_of, pour_body
 from storage.errors import BlobNotFoundError, ForeignCheckpointError
 from storage.faulty import FaultyStore
 from storage.local import LocalStore
@@ -32,27 +33,43 @@ from storage.wrappers import CountingStore, RetryingStore
 
 ATTEMPTS_MAX = 5
 CHANGED_BYTES = 8
+T = TypeVar("T")
 
 
 class DurableCheckpoint:
     """The checkpoint at key `commit` of a store, whose record is read once for all of its shards.
 
-    Thousands of nodes with eight ranks each need not read a record of 0.1 MB for every rank.
+    Thousands of nodes with eight ranks each need not read a record of 0.1 MB for every rank, nor
+    what else is of several shards.
+
+    Whoever asks meanwhile waits for the same read, and keeps no thread with that: a store that
+    never answers would have all of a node's before long. What failed is read again. Methods belong
+    on the event loop; one of some threads reads.
     """
 
     def __init__(self, store: BlobStore, commit: str) -> None:
         self.store, self.commit = store, commit
         self._reading: Future[Manifest] | None = None
+        self._groups: dict[int, Future[bytes]] = {}
 
     def manifest(self, threads: Executor) -> Future[Manifest]:
-        """Return its commit record, which one of some threads reads. Belongs on the event loop.
-
-        Whoever asks meanwhile waits for the same read, and keeps no thread with that: a store that
-        never answers would have all of a node's before long. What failed is read again.
-        """
-        last = self._reading
-        if last is None or last.cancelled() or (last.done() and last.exception() is not None):
+        """Return its commit record."""
+        if (last := _good(self._reading)) is None:
             self._reading = last = threads.submit(_read_record, self.store, self.commit)
+        return last
+
+    def group(self, manifest: Manifest, shard: int, threads: Executor) -> Future[bytes]:
+        """Return the digests of a shard's group, of a manifest that has groups.
+
+        Of an encrypted store the least that can be read has the digests of all groups.
+
+        Raises:
+            ValueError: if the manifest has no such shard.
+        """
+        start, _, _ = manifest.group(shard)
+        if (last := _good(self._groups.get(start))) is None:
+            last = threads.submit(group_of, self.store, manifest, shard)
+            self._groups[start] = last
         return last
 
 
@@ -63,6 +80,13 @@ class DurableShard:
     checkpoint: DurableCheckpoint
     shard: int
     """Its number there."""
+
+
+def _good(reading: Future[T] | None) -> Future[T] | None:
+    """Return a read that is under way or came to something; None if it has to be begun."""
+    if reading is None or reading.cancelled():
+        return None
+    return None if reading.done() and reading.exception() is not None else reading
 
 
 def _read_record(store: BlobStore, commit: str) -> Manifest:
@@ -82,9 +106,20 @@ def require_step(manifest: Manifest, step: Step) -> None:
 
 
 def read_shard(
-    durable: DurableShard, manifest: Manifest, wanted: tuple[Rank, Step], path: Path
+    durable: DurableShard,
+    manifest: Manifest,
+    group: bytes | None,
+    wanted: tuple[Rank, Step],
+    path: Path,
 ) -> Shard:
     """Read a committed shard into a new file of shared memory, verified. Blocks.
+
+    Args:
+        durable: where it lies.
+        manifest: of its checkpoint.
+        group: the digests of its group, if there are groups.
+        wanted: who is to have it, and of which step.
+        path: of the file.
 
     Raises:
         StorageError: if it can not be read, or is not of the step wanted.
@@ -92,7 +127,7 @@ def read_shard(
     """
     require_step(manifest, wanted[1])
     store = durable.checkpoint.store
-    index = fetch_index(store, manifest, durable.shard)
+    index = fetch_index(store, manifest, durable.shard, group)
     descriptor = create(path, index.size)
     try:
         pour_body(store, index, partial(write_all, descriptor))

@@ -6,6 +6,8 @@ One that hangs in a dead file system keeps none of the threads that verify, make
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
+from typing import TypeVar
 
 from orchestrator.agent.durable import DurableCheckpoint, DurableShard, read_shard, require_step
 from orchestrator.agent.files import Files, remove
@@ -15,6 +17,7 @@ from orchestrator.protocol.ids import Rank, Step
 from storage.manifest import Manifest
 
 READS_AT_ONCE = 8
+T = TypeVar("T")
 
 
 class Reading:
@@ -38,8 +41,12 @@ class Reading:
     async def read(self, durable: DurableShard, wanted: tuple[Rank, Step]) -> Shard:
         """Read a committed shard into a new file, verified; see `read_shard` for what it raises."""
         manifest = await self._manifest(durable.checkpoint)
+        group = None
+        if manifest.grouped:
+            digests = durable.checkpoint.group(manifest, durable.shard, self.threads)
+            group = await _shared(digests)
         path = self._files.new("restore", *wanted)
-        reading = self.threads.submit(read_shard, durable, manifest, wanted, path)
+        reading = self.threads.submit(read_shard, durable, manifest, group, wanted, path)
         try:
             return await asyncio.wrap_future(reading)
         except asyncio.CancelledError:
@@ -52,5 +59,9 @@ class Reading:
         require_step(await self._manifest(checkpoint), step)
 
     async def _manifest(self, checkpoint: DurableCheckpoint) -> Manifest:
-        # Others may wait for the same: who is cancelled does not take it from them.
-        return await asyncio.shield(asyncio.wrap_future(checkpoint.manifest(self.threads)))
+        return await _shared(checkpoint.manifest(self.threads))
+
+
+async def _shared(reading: Future[T]) -> T:
+    # Others may wait for the same: who is cancelled does not take it from them.
+    return await asyncio.shield(asyncio.wrap_future(reading))

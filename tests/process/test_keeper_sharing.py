@@ -12,10 +12,12 @@ from orchestrator.agent.reading import READS_AT_ONCE
 from orchestrator.protocol.ids import Generation, Rank
 from orchestrator.protocol.messages import Ancestor, Holding
 from orchestrator.protocol.rank import Restore
+from storage import manifest as manifests
 from storage.commit import commit, write_shard
+from storage.encrypted import EncryptedStore
 from storage.errors import StorageError
 from storage.faulty import FaultyStore
-from storage.manifest import commit_key, make_manifest
+from storage.manifest import commit_key, digests_key, make_manifest
 from storage.memory import MemoryStore
 from tests.shards import GENERATION, HERE, OTHER, RANK, STEP, THERE, Node, content, sealed, two
 
@@ -31,11 +33,12 @@ class Tape:
         gate: reads of bodies wait for it; closed, if a test has cleared it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes = b"") -> None:
         self.bodies: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.store = FaultyStore(MemoryStore())
+        self.inner = FaultyStore(MemoryStore())
+        self.store = FaultyStore(EncryptedStore(self.inner, key) if key else self.inner)
         receipts = [write_shard(self.store, *sealed(shard, 7, 2)) for shard in range(4)]
         manifest = make_manifest(receipts, run_id="run-7", model="llama-test", step=7, epoch=2)
         commit(self.store, manifest, newest_epoch_known=2)
@@ -186,6 +189,37 @@ def test_the_ranks_of_a_node_read_the_record_of_a_checkpoint_once(tmp_path: Path
                 sealed(rank, 7, 2)[1] for rank in ranks
             ]
             assert len([line for line in asked if line.endswith(commit_key(7, 2))]) == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_ranks_of_a_node_read_the_digests_of_a_group_of_shards_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from an encrypted store, where no part of a blob can be read that is smaller."""
+    monkeypatch.setattr(manifests, "GROUPS_MAX", 2)
+
+    async def scenario() -> None:
+        async with two(tmp_path) as (here, there):
+            tape = Tape(key=bytes(32))
+            asked: list[str] = []
+            tape.inner.before = lambda operation, key: asked.append(f"{operation} {key}")
+            checkpoint = DurableCheckpoint(tape.store, commit_key(7, 2))
+            here.begin(9, {THERE: there}, 7)
+            ranks = [Rank(rank) for rank in range(4)]
+
+            found = await asyncio.gather(
+                *(
+                    here.keeper.prepare(rank, STEP, "", DurableShard(checkpoint, rank))
+                    for rank in ranks
+                )
+            )
+
+            assert [content(restore) for restore, _ in found] == [
+                sealed(rank, 7, 2)[1] for rank in ranks
+            ]
+            # Two groups; each time its header, and its only block.
+            assert asked.count(f"get {digests_key(7, 2)}") == 4
 
     asyncio.run(scenario())
 

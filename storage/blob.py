@@ -7,7 +7,7 @@ tests/contract/test_stores.py.
 
 import re
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from storage.digest import Buffer
 from storage.errors import BlobTooLargeError
@@ -62,15 +62,35 @@ class BlobStore(Protocol):
         ...
 
 
+class LeftOver(NamedTuple):
+    """What a writer that died has not finished.
+
+    Attributes:
+        name: of the file, as a path in the store; of an upload of parts, its key.
+        size: bytes that it takes.
+    """
+
+    name: str
+    size: int
+
+
 @runtime_checkable
 class Sweepable(Protocol):
     """A store in which writers that died leave things behind that no key leads to."""
 
-    def sweep_old(self, idle_s: float) -> Sequence[object]:
-        """Remove what nobody has worked on for so long; return the names of what was removed.
+    def left_over(self, idle_s: float) -> Sequence[LeftOver]:
+        """Return what nobody has worked on for so long, by name.
 
         Args:
             idle_s: seconds, by the store's own clock: those of writers and readers may be wrong.
+
+        Raises:
+            StorageError: if the store does not answer or refuses.
+        """
+        ...
+
+    def sweep_old(self, idle_s: float) -> Sequence[LeftOver]:
+        """Remove what `left_over` returns; return what was removed.
 
         Raises:
             StorageError: if the store does not answer or refuses.

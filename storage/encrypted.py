@@ -10,13 +10,14 @@ Source: the construction is STREAM (Hoang, Reyhanitabar, Rogaway, Vizar, CRYPTO 
 """
 
 import os
+from collections.abc import Sequence
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from storage.blob import BlobStore, Sweepable, validate_key, validate_range
+from storage.blob import BlobStore, LeftOver, Sweepable, validate_key, validate_range
 from storage.digest import BLOCK_BYTES, Buffer, byte_view
 from storage.errors import BlobCorruptError, WrongKeyError
 
@@ -104,11 +105,13 @@ class EncryptedStore:
         """See `BlobStore.delete`."""
         self.inner.delete(key)
 
-    def sweep_old(self, idle_s: float) -> list[str]:
+    def left_over(self, idle_s: float) -> Sequence[LeftOver]:
+        """See `Sweepable.left_over`."""
+        return self.inner.left_over(idle_s) if isinstance(self.inner, Sweepable) else []
+
+    def sweep_old(self, idle_s: float) -> Sequence[LeftOver]:
         """See `Sweepable.sweep_old`."""
-        if not isinstance(self.inner, Sweepable):
-            return []
-        return [str(name) for name in self.inner.sweep_old(idle_s)]
+        return self.inner.sweep_old(idle_s) if isinstance(self.inner, Sweepable) else []
 
     def _cipher(self, key: str) -> "_Cipher":
         header = self.inner.get(key, 0, HEADER_BYTES)

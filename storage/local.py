@@ -7,7 +7,6 @@ name: linking fails if the name is taken, which makes `put` exclusive where a re
 import errno
 import fcntl
 import itertools
-import math
 import os
 import re
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storage.blob import validate_key, validate_prefix, validate_range
+from storage.blob import LeftOver, validate_key, validate_prefix, validate_range
 from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
@@ -156,18 +155,14 @@ class LocalStore:
                 removed.append(path)
         return removed
 
-    def sweep_old(self, idle_s: float) -> list[Path]:
-        """Remove the temporary files that nobody has written to for long, whoever made them.
+    def left_over(self, idle_s: float) -> list[LeftOver]:
+        """Return the temporary files that nobody has written to for long, whoever made them.
 
         Good for where names of hosts and numbers of processes prove nothing, as in containers. A
-        writer that stood still for so long and lives is told that its file was swept.
+        file that is made and removed at once tells what the file system's clock says.
 
         Args:
-            idle_s: how long a file must not have been written to, seconds by the file system's
-                own clock.
-
-        Returns:
-            The files removed, sorted.
+            idle_s: how long a file must not have been written to, seconds by that clock.
 
         Raises:
             StorageError: if the store does not answer or refuses.
@@ -177,9 +172,22 @@ class LocalStore:
             if not found:
                 return []
             deadline = self._now() - idle_s
-            old = [path for path in found if _written_at(path) < deadline]
-            for path in old:
-                path.unlink(missing_ok=True)
+            old = [(path, status) for path in found if (status := _unfinished(path)) is not None]
+            return [
+                LeftOver(path.relative_to(self.root).as_posix(), status.st_size)
+                for path, status in old
+                if status.st_mtime < deadline
+            ]
+
+    def sweep_old(self, idle_s: float) -> list[LeftOver]:
+        """Remove them; see `left_over`.
+
+        A writer that stood still for so long and lives is told that its file was swept.
+        """
+        old = self.left_over(idle_s)
+        with _translated(".tmp-*"):
+            for each in old:
+                (self.root / each.name).unlink(missing_ok=True)
         return old
 
     @contextmanager
@@ -347,18 +355,18 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
-def _written_at(path: Path) -> float:
+def _unfinished(path: Path) -> os.stat_result | None:
     try:
         status = path.lstat()
     except FileNotFoundError:
-        return math.inf  # its writer has just finished
+        return None  # its writer has just finished
     # A folder or a link of such a name is of nobody who writes here.
-    return status.st_mtime if stat.S_ISREG(status.st_mode) else math.inf
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _is_left_over(path: Path, gone_hosts: Collection[str]) -> bool:
     match = _TEMPORARY.fullmatch(path.name)
-    if match is None or _written_at(path) == math.inf:
+    if match is None or _unfinished(path) is None:
         return False
     host, pid = match["host"], int(match["pid"])
     if host != socket.gethostname():

@@ -23,7 +23,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from storage.blob import validate_key, validate_prefix, validate_range
+from storage.blob import LeftOver, validate_key, validate_prefix, validate_range
 from storage.digest import Buffer, byte_view
 from storage.errors import (
     BlobExistsError,
@@ -211,27 +211,46 @@ class S3Store:
         with self._translated(key):
             self._filesystem.rm_file(path)
 
-    def sweep_old(self, idle_s: float) -> list[str]:
-        """Abort the uploads of parts that were begun so long ago and never completed.
+    def left_over(self, idle_s: float) -> list[LeftOver]:
+        """Return the uploads of parts that were begun so long ago and never completed.
 
-        Their parts cost money and no listing shows them. Only those are touched whose keys are of
-        our own shapes: other programs may use the same bucket, and upload for days. See
-        `Sweepable.sweep_old`.
+        Their parts cost money and no listing shows them. Only those count whose keys are of our own
+        shapes: other programs may use the same bucket, and upload for days. See
+        `Sweepable.left_over`.
         """
+        with self._translated(self._root):
+            return sorted(left for _, left in self._left_over(idle_s))
+
+    def sweep_old(self, idle_s: float) -> list[LeftOver]:
+        """Abort them; see `left_over`."""
         aborted = []
         with self._translated(self._root):
-            for upload, now in self._uploads():
-                key = upload["Key"][len(self._root) :]
-                if not is_ours(key) or (now - upload["Initiated"]).total_seconds() <= idle_s:
-                    continue
-                self._filesystem.call_s3(
-                    "abort_multipart_upload",
-                    Bucket=self._bucket,
-                    Key=upload["Key"],
-                    UploadId=upload["UploadId"],
-                )
-                aborted.append(key)
+            for upload, left in self._left_over(idle_s):
+                self._filesystem.call_s3("abort_multipart_upload", **upload)
+                aborted.append(left)
         return sorted(aborted)
+
+    def _left_over(self, idle_s: float) -> Iterator[tuple[dict[str, str], LeftOver]]:
+        """Yield what names each such upload to the service, and to people."""
+        for upload, now in self._uploads():
+            key = upload["Key"][len(self._root) :]
+            if not is_ours(key) or (now - upload["Initiated"]).total_seconds() <= idle_s:
+                continue
+            which = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            try:
+                size = self._size_of_parts(which)
+            except FileNotFoundError:
+                continue  # completed or aborted meanwhile
+            yield which, LeftOver(key, size)
+
+    def _size_of_parts(self, which: dict[str, str]) -> int:
+        size, more = 0, dict[str, int]()
+        while True:
+            page = self._filesystem.call_s3("list_parts", **which, **more)
+            size += sum(int(part["Size"]) for part in page.get("Parts", []))
+            if not page.get("IsTruncated"):
+                return size
+            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def _head(self, key: str) -> dict[str, Any]:
         found: dict[str, Any] = self._filesystem.call_s3(

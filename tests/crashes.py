@@ -438,7 +438,8 @@ def local_table(root: Path) -> str:
         left = [path for path in folder.rglob(".tmp-*") if path.is_file()]
         removed = "`sweep_old`, after an hour" if left else "-"
         if left:
-            assert store.sweep_old(-60.0) == left
+            swept = [store.root / found.name for found in store.sweep_old(-60.0)]
+            assert swept == left
         if not there:
             store.put("a/k", b"again")
         if steps:

@@ -13,8 +13,9 @@ from orchestrator.cli.errors import CliError, Exit
 from orchestrator.cli.stored import Store, opened, required
 from orchestrator.cli.tables import grid, in_json
 from orchestrator.cli.verifying import Gauge, gauge
-from storage.blob import BlobStore, Sweepable
+from storage.blob import BlobStore, LeftOver, Sweepable
 from storage.catalog import Catalog, CommitRecord
+from storage.errors import StorageRefusedError
 from storage.manifest import Manifest
 from storage.retention import Ladder
 from storage.verdicts import Trust, Where
@@ -42,11 +43,12 @@ class Collection:
         going: the checkpoints that go.
         leased: those that would, and that somebody reads just now.
         orphans: generations that were never committed and can not be any more.
-        swept: how many unfinished files or uploads were removed; None if nothing was done.
+        unfinished: files and uploads of writers that died, which go or went too.
         whole: the checkpoint that was read and found whole before anything may go; None if no
             checkpoint is, and so nothing goes.
         refused: why each that is newer than that, or each of all, was not taken for whole.
         damaged: whether one of these is damaged, and not only barred or of another version.
+        unknown: why it is not known which these are; "" if it is.
         done: whether it was done, or only planned.
     """
 
@@ -57,7 +59,8 @@ class Collection:
     whole: Manifest | None
     refused: dict[Where, str]
     damaged: bool = False
-    swept: int | None = None
+    unfinished: tuple[LeftOver, ...] = ()
+    unknown: str = ""
     done: bool = False
 
 
@@ -78,6 +81,7 @@ def plan(store: Store, ladder: Ladder, gauge: Gauge) -> Collection:
     if planned is None:
         return Collection({}, (), (), (), None, refused, damaged=_damaged(catalog, records))
     held = store.leases.all_held()
+    unfinished, unknown = _unfinished(store)
     return Collection(
         planned.kept,
         tuple(where for where in planned.victims if where not in held),
@@ -85,7 +89,25 @@ def plan(store: Store, ladder: Ladder, gauge: Gauge) -> Collection:
         tuple(catalog.orphans()),
         whole,
         refused,
+        unfinished=unfinished,
+        unknown=unknown,
     )
+
+
+def _unfinished(store: Store) -> tuple[tuple[LeftOver, ...], str]:
+    """Return what would be swept, or why that is not known."""
+    try:
+        sweepable = _sweepable(store)
+        return tuple(sweepable.left_over(LEFT_OVER_S)) if sweepable else (), ""
+    except StorageRefusedError as error:
+        # Of a folder one has to write to, to know how old files are in it by its own clock. Who may
+        # only read is told the rest.
+        return (), str(error)
+
+
+def _sweepable(store: Store) -> Sweepable | None:
+    inner = getattr(store.blobs, "inner", store.blobs)
+    return inner if isinstance(inner, Sweepable) else None
 
 
 def require_whole(planned: Collection) -> None:
@@ -136,8 +158,8 @@ def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
     newer checkpoint was quarantined.
     """
     # First: if it fails, nothing is gone yet of which nobody would be told.
-    inner = getattr(store.blobs, "inner", store.blobs)
-    swept = len(inner.sweep_old(LEFT_OVER_S)) if isinstance(inner, Sweepable) else 0
+    sweepable = _sweepable(store)
+    swept = tuple(sweepable.sweep_old(LEFT_OVER_S)) if sweepable else ()
     gone = store.catalog.retain(
         ladder,
         verified=planned.whole,
@@ -153,7 +175,8 @@ def collect(store: Store, ladder: Ladder, planned: Collection) -> Collection:
         going=tuple(gone),
         leased=tuple(sorted({*planned.leased, *read})),
         orphans=tuple(where for where in planned.orphans if where not in still),
-        swept=swept,
+        unfinished=swept,
+        unknown="",
         done=True,
     )
 
@@ -190,7 +213,9 @@ def told(came: Collection, output: Form) -> str:
                 "deleted": [_name(where) for where in came.going],
                 "leased": [_name(where) for where in came.leased],
                 "orphans": [_name(where) for where in came.orphans],
-                "swept": came.swept,
+                "unfinished": [{"name": left.name, "bytes": left.size} for left in came.unfinished],
+                "unfinishedUnknown": came.unknown or None,
+                "swept": len(came.unfinished) if came.done else None,
             }
         )
     if came.whole is None:
@@ -204,9 +229,14 @@ def told(came: Collection, output: Form) -> str:
     rows += [(where, verb, "never committed") for where in came.orphans]
     cells = [[_name(where), what, why or "-"] for where, what, why in sorted(rows, reverse=True)]
     lines = [grid(["NAME", "IS", "WHY"], cells)]
-    if came.swept:
-        lines += ["", f"removed {units.count(came.swept, 'unfinished file')} of dead writers"]
-    return "\n".join(lines)
+    if came.unknown:
+        lines += ["", f"which files are unfinished is not known: {came.unknown}"]
+    if came.unfinished:
+        size = units.size(sum(left.size for left in came.unfinished))
+        files = units.count(len(came.unfinished), "unfinished file")
+        lines += ["", f"{verb}: {files} of dead writers, {size}"]
+        lines += [grid(["NAME", "SIZE"], [[n, units.size(size)] for n, size in came.unfinished])]
+    return units.printable("\n".join(lines))
 
 
 def _name(where: Where) -> str:

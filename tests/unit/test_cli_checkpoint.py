@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import typer
@@ -186,6 +186,38 @@ def test_a_collection_is_planned_without_touching_anything_and_then_done(store: 
     assert done["deleted"] == planned["deleted"]
     assert steps_of(store) == [(40, 1), (30, 1)]
     assert len(store.keys("gen/")) == 8
+
+
+def test_a_planned_collection_lists_the_unfinished_files_that_would_go_with_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, fresh = (store.root / "gen" / f".tmp-elsewhere-7-{n}" for n in range(2))
+    old.write_bytes(bytes(2048))
+    fresh.touch()
+    os.utime(old, (1, 1))
+
+    planned = data(store, "gc", "--keep-last", "3", "--dry-run")
+    said = told(store, "gc", "--keep-last", "3", "--dry-run")
+
+    assert planned["unfinished"] == [{"name": f"gen/{old.name}", "bytes": 2048}]
+    assert planned["swept"] is None
+    assert "to delete: 1 unfinished file of dead writers, 2.0 KiB" in said
+    assert f"gen/{old.name}" in said
+    assert old.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "_now", refuses)
+        assert "not known: read-only file system" in told(
+            store, "gc", "--keep-last", "3", "--dry-run"
+        )
+
+    done = data(store, "gc", "--keep-last", "3", "--yes")
+
+    assert (done["unfinished"], done["swept"]) == (planned["unfinished"], 1)
+    assert (old.exists(), fresh.exists()) == (False, True)
+
+
+def refuses(*_: object) -> NoReturn:
+    raise StorageRefusedError("read-only file system: .tmp-*")
 
 
 def test_a_collection_is_not_done_unless_somebody_agrees(store: LocalStore) -> None:

@@ -150,10 +150,15 @@ def test_what_nobody_has_written_to_for_long_is_removed_whoever_it_is_of(tmp_pat
     blob, notes = tmp_path / "gen" / "a", tmp_path / ".tmp-notes"
     for path in (fresh, old, ours, notes):
         path.touch()
+    old.write_bytes(b"half")
     for path in (old, ours, notes, blob):
         os.utime(path, (1, 1))
 
-    assert store.sweep_old(3600) == sorted([ours, old])
+    found = store.left_over(3600)
+
+    assert found == sorted([(f"gen/{ours.name}", 0), (f"gen/{old.name}", 4)])
+    assert old.exists()
+    assert store.sweep_old(3600) == found
 
     assert fresh.exists()
     assert notes.exists()

@@ -46,19 +46,26 @@ def test_a_large_blob_goes_up_in_parts_and_takes_its_key_once(s3: Server) -> Non
     assert store.sweep_old(-1.0) == []
 
 
-def begin_uploads(s3: Server, bucket: str, *keys: str) -> None:
+def begin_uploads(s3: Server, bucket: str, *keys: str, parts: tuple[bytes, ...] = ()) -> None:
     for key in keys:
-        s3.client.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        where = {"Bucket": bucket, "Key": key}
+        upload = s3.client.call_s3("create_multipart_upload", **where)["UploadId"]
+        for number, part in enumerate(parts, 1):
+            more = {"UploadId": upload, "PartNumber": number, "Body": part}
+            s3.client.call_s3("upload_part", **where, **more)
 
 
 def test_parts_that_nobody_completed_are_aborted_once_they_are_old(s3: Server) -> None:
     store, ours = s3.store(), sorted([BODY, index_key(10, 1, 0), commit_key(10, 1)])
-    begin_uploads(s3, store._bucket, *(f"{store._root}{key}" for key in ours))
+    begin_uploads(
+        s3, store._bucket, *(f"{store._root}{key}" for key in ours), parts=(b"one", b"four")
+    )
 
     century_s = 100 * 365.25 * 86400
     # This server says of every upload that it was begun in 2010.
     assert store.sweep_old(century_s) == []
-    assert store.sweep_old(3600.0) == ours
+    assert store.left_over(3600.0) == [(key, 7) for key in ours]
+    assert store.sweep_old(3600.0) == [(key, 7) for key in ours]
     assert store.sweep_old(3600.0) == []
 
 
@@ -69,7 +76,7 @@ def test_uploads_of_other_programs_in_the_same_bucket_are_left_alone(s3: Server)
     others = ["backup.tar", "gen/notes.st", f"logs/{BODY}", f"{BODY}.gz", "commits/1.json"]
     begin_uploads(s3, bucket, BODY, *others)
 
-    assert store.sweep_old(3600.0) == [BODY]
+    assert store.sweep_old(3600.0) == [(BODY, 0)]
 
     left = s3.client.call_s3("list_multipart_uploads", Bucket=bucket)["Uploads"]
     assert sorted(upload["Key"] for upload in left) == sorted(others)

@@ -8,20 +8,20 @@ tier.
 from __future__ import annotations
 
 from orchestrator.protocol.rank import Restore, Whole
-from orchestrator.worker import RankPhase, Worker
+from orchestrator.worker import RankPhase, UnrestorableError, Worker
 from storage import shard
 from storage.address import open_store
 from storage.blob import BlobStore
 from storage.contents import Contents, read_contents
-from storage.errors import ForeignCheckpointError
+from storage.errors import ForeignCheckpointError, StorageError
 from storage.manifest import describe, parse_commit_key, read_manifest
 from storage.wrappers import RetryingStore
 from trainer.checkpoint import Checkpointer, any_index
 from trainer.feed import Feed
 
-ATTEMPTS_MAX = 360
-"""Of what may succeed later, for an hour: a rank that ends for it looks like a faulty program. How
-long it may take is for the controller to say, which breaks the recovery off and asks the store."""
+ATTEMPTS_MAX = 10
+"""Of what may succeed later, for half a minute: thousands of ranks ask a store that slows them
+down. One that is away is for the controller to wait for, which asks it once for all of them."""
 
 
 def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed: Feed) -> int:
@@ -29,19 +29,30 @@ def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed:
 
     Raises:
         MisconfiguredError: if it is of another run, model, sharding or data set.
-        StorageError: if a byte is not what was staged, or a store does not answer.
+        UnrestorableError: if the durable tier does not give what was written there.
+        StorageError: if a byte in memory is not what was staged.
     """
     if restore.whole is not None:
-        store, held = _opened(restore.whole)
-        feed.require_same(any_index(held))
-        # Between blocks it hears whether it is to leave.
-        done = checkpointer.recut(store, held, lambda _: worker.phase(RankPhase.RESTORING))
-        if done != restore.step:
-            raise ForeignCheckpointError(f"shards are of step {done}, expected {restore.step}")
-        return done
+        try:
+            return _cut_anew(worker, restore.whole, restore.step, checkpointer, feed)
+        except StorageError as error:
+            message = f"{type(error).__name__}: {error}"
+            raise UnrestorableError(message, hint=error.hint) from error
     feed.require_same(shard.decode_index(restore.index.encode(), staged=True))
     with worker.restore_reader(restore) as read:
         return checkpointer.restore(restore.index, read)
+
+
+def _cut_anew(
+    worker: Worker, whole: Whole, step: int, checkpointer: Checkpointer, feed: Feed
+) -> int:
+    store, held = _opened(whole)
+    feed.require_same(any_index(held))
+    # Between blocks it hears whether it is to leave.
+    done = checkpointer.recut(store, held, lambda _: worker.phase(RankPhase.RESTORING))
+    if done != step:
+        raise ForeignCheckpointError(f"shards are of step {done}, expected {step}")
+    return done
 
 
 def _opened(whole: Whole) -> tuple[BlobStore, Contents]:

@@ -48,6 +48,7 @@ def exited(live: LiveRank, code: int) -> RankExited:
         message=words.message[:MESSAGE_MAX] if words else "",
         traceback=said,
         misconfigured=words.misconfigured if words else False,
+        unrestorable=words.unrestorable if words else False,
     )
 
 

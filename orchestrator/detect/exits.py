@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from orchestrator.core.events import Event
-from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.incident import UNRESTORABLE, Cause, Finding
 from orchestrator.core.state import RunState
 from orchestrator.protocol.ids import Generation, NodeId, Seconds
 from orchestrator.protocol.messages import RankExited
@@ -79,6 +79,8 @@ def classify(exit_: RankExited) -> tuple[str, Cause, str]:
     """
     if exit_.misconfigured:
         return "misconfigured", Cause.SOFTWARE, "refused its job"
+    if exit_.unrestorable:
+        return UNRESTORABLE, Cause.STORAGE, f"can not read its state: {_first_line(exit_.message)},"
     if exit_.kind:
         return "exception", Cause.SOFTWARE, f"raised {exit_.kind}: {_first_line(exit_.message)}"
     if exit_.code < 0:
@@ -91,9 +93,10 @@ def classify(exit_: RankExited) -> tuple[str, Cause, str]:
 def signature(exit_: RankExited) -> str:
     """Return what another occurrence of the same fault would share, "" if it would share nothing.
 
-    SIGKILL and SIGTERM come from outside and carry no mark of the program.
+    SIGKILL and SIGTERM come from outside and carry no mark of the program; nor does a store that
+    refuses: it is the same wherever the job is put, and whatever the job is.
     """
-    if exit_.code in (-signal.SIGKILL, -signal.SIGTERM):
+    if exit_.unrestorable or exit_.code in (-signal.SIGKILL, -signal.SIGTERM):
         return ""
     frames = _FRAME.findall(exit_.traceback)
     where = ":".join(frames[-1]) if frames else ""

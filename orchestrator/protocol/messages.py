@@ -227,6 +227,7 @@ class RankExited(_Message, frozen=True, kw_only=True):
     message: str = ""
     traceback: str = ""
     misconfigured: bool = False
+    unrestorable: bool = False
 
 
 class RanksTroubled(_Message, frozen=True, kw_only=True):

@@ -235,6 +235,8 @@ class Died(msgspec.Struct, frozen=True, kw_only=True, tag="died"):
     traceback: str
     misconfigured: bool = False
     """The job as written can not run; starting it again can not help."""
+    unrestorable: bool = False
+    """The store would not give it the state that it was to go on from; the job is not at fault."""
 
 
 class Speed(msgspec.Struct, frozen=True, array_like=True):

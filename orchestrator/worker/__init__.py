@@ -10,6 +10,7 @@ from orchestrator.worker.errors import (
     NotSupervisedError,
     PeerLostError,
     SaveStuckError,
+    UnrestorableError,
 )
 from orchestrator.worker.listening import LEAVE_SHARE
 from orchestrator.worker.sdk import Worker
@@ -30,6 +31,7 @@ __all__ = [
     "SaveStuckError",
     "Seat",
     "Slot",
+    "UnrestorableError",
     "Worker",
     "serve",
 ]

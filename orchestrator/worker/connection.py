@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.protocol.ids import Generation
 from orchestrator.protocol.rank import Died, FromRank, Misbehave, Reached, Seat, Troubled, frame
 from orchestrator.worker.beacon import BeaconWriter
-from orchestrator.worker.errors import Aborted, MisconfiguredError
+from orchestrator.worker.errors import Aborted, MisconfiguredError, UnrestorableError
 from orchestrator.worker.misbehaviour import DETAILED, misbehave
 from orchestrator.worker.orders import Orders
 from orchestrator.worker.slot import Slots
@@ -82,6 +82,7 @@ class Connection:
                 message=f"{error}" + (f"\nhint: {hint}" if hint else ""),
                 traceback=text[-32_000:],
                 misconfigured=isinstance(error, MisconfiguredError),
+                unrestorable=isinstance(error, UnrestorableError),
             )
         )
 

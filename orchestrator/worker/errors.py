@@ -28,6 +28,21 @@ class MisconfiguredError(Exception):
         self.hint = hint
 
 
+class UnrestorableError(Exception):
+    """The state that this rank is to go on from can not be read, or is not what was saved.
+
+    That is a fault of the store, not of the program that reads it: the run is brought back, and
+    looks for the newest state that is good.
+
+    Attributes:
+        hint: what the person who looks after the store can do.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 class SaveStuckError(Exception):
     """A thread of this process writes to a slot and does not get on: nobody may be given that slot.
 

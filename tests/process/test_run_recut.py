@@ -16,6 +16,7 @@ from storage.address import open_store
 from storage.manifest import commit_key
 from tests import runfiles, tiny
 from tests.buckets import Server
+from tests.programs.played import wait_for
 from tests.runs import Job
 from tests.simulated import SimulatedJob
 
@@ -139,6 +140,32 @@ def test_what_is_cut_anew_is_the_state_that_was_saved_to_the_bit(
         digests.add(report.final_state_digest)
 
     assert len(digests) == 1
+
+
+def test_a_store_that_refuses_only_a_rank_is_told_as_a_fault_of_storage_and_costs_a_restart(
+    failed: Path, tmp_path: Path, s3: Server
+) -> None:
+    uri = s3.uri(s3.bucket())
+    copied(str(failed / "run/checkpoints"), uri)
+    # No restart is left for faults of the job, and nobody but ranks reads shards by then.
+    run = sized({"dpShard": 1}, ranks=1, steps=SAVED, uri=uri, scrubMibPerSecond=0)
+    job = Job(tmp_path / "job", run)
+    try:
+        job.start("--quiet")
+        wait_for(lambda: job.folder.journal.exists() and len(orders(job)) == 1, 60)
+        s3.be("private 1")
+        code = job.finish(150)
+        report, described = job.report(), job.holdfast("describe", "incident", "inc-1").stdout
+    finally:
+        s3.be("well")
+        job.close()
+
+    assert (code, report.final_step) == (0, SAVED), report.reason
+    (incident,) = report.incidents
+    assert (incident.kind, incident.cause) == ("unrestorable", "storage")
+    assert "rank 0 on node-0 can not read its state: StorageRefusedError: " in described
+    assert "AccessDenied" in described
+    assert [order.restore and order.restore.step for order in orders(job)] == [SAVED, SAVED]
 
 
 def copied(uri: str, to: str) -> None:

@@ -321,6 +321,18 @@ def test_a_job_that_can_not_run_exits_with_its_own_code_and_a_hint(agent: Agent)
     assert agent.rank.wait(10) == 78
 
 
+def test_a_state_that_can_not_be_read_ends_a_rank_without_the_job_being_at_fault(
+    agent: Agent,
+) -> None:
+    agent.seat(unrestorable=True)
+
+    died = agent.hear(Died)
+
+    assert (died.unrestorable, died.misconfigured) == (True, False)
+    assert died.message == "AccessDenied: b/s0.st\nhint: compare credentials"
+    assert agent.rank.wait(10) == 1
+
+
 def test_a_trainer_that_returns_before_it_has_finished_is_refused_and_told_how_far_it_came(
     agent: Agent,
 ) -> None:

@@ -1,7 +1,8 @@
 """An S3 server on loopback: prints its port, and ends when its standard input does.
 
 What it reads there is how it is from then on: `ahead N`, its clock is N seconds ahead of this
-machine's; `read-only`, it lets nobody change anything; `well`.
+machine's; `read-only`, it lets nobody change anything; `private N`, it lets nobody read of the next
+N shards that are asked for; `well`.
 """
 
 import contextlib
@@ -26,12 +27,14 @@ class Moods:
 
     ahead = timedelta()
     read_only = False
+    private = 0
 
     def be(self, told: str) -> None:
         """Be as a line says."""
-        mood, _, seconds = told.strip().partition(" ")
-        self.ahead = timedelta(seconds=float(seconds or 0))
+        mood, _, number = told.strip().partition(" ")
+        self.ahead = timedelta(seconds=float(number or 0) if mood == "ahead" else 0)
         self.read_only = mood == "read-only"
+        self.private = int(number or 0) if mood == "private" else 0
 
     @property
     def now(self) -> datetime:
@@ -47,6 +50,9 @@ class Moods:
                 return refuse(environ, start, "RequestTimeTooSkewed", "The difference is too large")
             if self.read_only and environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
                 return refuse(environ, start, "AccessDenied", "Access Denied")
+            if self.private and environ["REQUEST_METHOD"] == "GET" and "/gen/" in _path(environ):
+                self.private -= 1
+                return refuse(environ, start, "AccessDenied", "Access Denied")
             return application(environ, start)
 
         def refuse(
@@ -60,6 +66,10 @@ class Moods:
             return [told]
 
         return answer
+
+
+def _path(environ: dict[str, Any]) -> str:
+    return str(environ.get("PATH_INFO", ""))
 
 
 def _moment(signed: str) -> datetime:

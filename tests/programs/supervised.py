@@ -30,11 +30,14 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 from orchestrator.worker import Aborted, MisconfiguredError, PeerLostError, RankPhase, serve
+from orchestrator.worker import UnrestorableError
 
 def train(worker, seat):
     options = seat.job
     if options.get("misconfigured"):
         raise MisconfiguredError("vocabulary is 10, expected 20", hint="choose another tokenizer")
+    if options.get("unrestorable"):
+        raise UnrestorableError("AccessDenied: b/s0.st", hint="compare credentials")
     if options.get("callback_fails"):
         worker.on_abort(lambda: 1 / 0)
     worker.reached("formed")

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from orchestrator.core import snapshot
-from orchestrator.core.decisions import EndRun, StartGeneration
+from orchestrator.core.decisions import EndRun, SearchCheckpoints, StartGeneration
 from orchestrator.core.events import CheckpointCommitted, CheckpointFound, ControllerStarted
+from orchestrator.core.incident import Cause
 from orchestrator.protocol.cutting import Cut
-from orchestrator.protocol.ids import Generation, NodeId, Step
-from orchestrator.protocol.messages import PreparationFailed
+from orchestrator.protocol.ids import Generation, NodeId, Rank, Step
+from orchestrator.protocol.messages import PreparationFailed, RankExited
+from orchestrator.protocol.phases import RankPhase
 from tests import runfiles
 from tests.conftest import Cluster
 
@@ -173,6 +175,52 @@ def test_a_state_that_came_after_a_corruption_is_passed_over_for_one_that_is_cut
 
     assert order.restore.cut_anew
     assert "passed over step 80, epoch 2" in order.reason
+
+
+REFUSED = "StorageRefusedError: AccessDenied: b/run/gen/00/60-1/s0.st"
+
+
+def refused(cluster: Cluster, rank: int) -> list[Any]:
+    """A rank that cuts its state anew is not let in by the store."""
+    fact = RankExited(
+        generation=cluster.state.generation,
+        rank=Rank(rank),
+        pid=1,
+        code=1,
+        phase=int(RankPhase.RESTORING),
+        step=Step(60),
+        kind="UnrestorableError",
+        message=f"{REFUSED}\nhint: x",
+        traceback='  File "storage/remote.py", line 1, in get\n',
+        unrestorable=True,
+    )
+    return list(cluster.after(0.1).say(cluster.state.seats[rank], fact))
+
+
+def test_a_store_that_refuses_only_ranks_is_a_fault_of_storage_and_not_of_the_job() -> None:
+    cluster = Cluster(runfiles.text(recovery={"softwareBudget": 0, "hardwareBudget": 2}))
+    found(joined(cluster), 60, shards=4)
+
+    # Two nodes and twice the same at the same step: of a program, that would be its own fault.
+    for rank in (0, 2):
+        decisions = refused(cluster, rank)
+        if rank:
+            decisions = cluster.rest()
+        assert [type(decision) for decision in decisions] == [SearchCheckpoints]
+        assert only(StartGeneration, found(cluster, 60, shards=4)).restore.step == 60
+
+    for rank, incident in zip((0, 2), cluster.state.incidents, strict=True):
+        assert (incident.kind, incident.cause) == ("unrestorable", Cause.STORAGE)
+        assert incident.findings[0].evidence == (
+            f"rank {rank} on {cluster.state.seats[rank]} can not read its state: {REFUSED}, "
+            "in restoring after step 60"
+        )
+    budgets = cluster.state.budgets
+    assert {name: budget.spent for name, budget in budgets.items()} == {
+        "hardware": 2,
+        "software": 0,
+        "preemption": 0,
+    }
 
 
 def test_a_checkpoint_that_fits_or_of_which_the_journal_does_not_say_it_is_restored() -> None:

@@ -12,7 +12,7 @@ import torch
 from orchestrator.protocol.ids import Step
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.rank import Restore, Whole
-from orchestrator.worker import MisconfiguredError, Worker
+from orchestrator.worker import MisconfiguredError, UnrestorableError, Worker
 from storage import recut, shard
 from storage.blob import BlobStore
 from storage.commit import commit, write_shard
@@ -190,7 +190,7 @@ def test_a_rank_is_told_where_the_checkpoint_is_and_says_that_it_lives_while_it_
     assert digest([after]) == digest(before)
 
 
-def test_damage_is_told_as_an_error_of_the_store_so_that_another_checkpoint_is_looked_for(
+def test_damage_is_told_as_a_fault_of_the_store_so_that_another_checkpoint_is_looked_for(
     tmp_path: Path, ends: ExitStack
 ) -> None:
     store = LocalStore(tmp_path)
@@ -201,8 +201,9 @@ def test_damage_is_told_as_an_error_of_the_store_so_that_another_checkpoint_is_l
     path.write_bytes(damaged)
     (after,) = ranks(1, ends, empty=True)
 
-    with pytest.raises(ShardCorruptError, match="crc32c"):
+    with pytest.raises(UnrestorableError, match="ShardCorruptError: crc32c") as caught:
         restored(Seated(), whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, Same())
+    assert caught.value.hint == ShardCorruptError.hint
 
 
 @pytest.mark.parametrize("key", ["", "../5", "gen/00/5-2/s0.st", "/etc/passwd"])

@@ -32,6 +32,7 @@ from trainer.config import ModelConfig
 pytestmark = pytest.mark.process
 Make = Callable[..., Job]
 SHORT: dict[str, Any] = {
+    "nodes__spares": 0,
     "trainer__steps": 20,
     "trainer__options": {"steps": 20, "step_s": 0.01, "save_every": 5, "durable_every": 10},
     "checkpoint__everySteps": 10,
@@ -389,7 +390,7 @@ def test_an_entrypoint_that_is_not_there_is_named_at_once(job: Make) -> None:
 def test_a_node_that_is_needed_and_that_nobody_has_ends_the_run(job: Make) -> None:
     lost = {"when": {"step": 12}, "fault": "lose-node", "node": "node-1"}
     # Its ranks do not wait for each other: the others must not be done before the node is lost.
-    one = job(lost, nodes__spares=0, recovery={"spareWait": "500ms"}, **ENDLESS)
+    one = job(lost, recovery={"spareWait": "500ms"}, **ENDLESS)
 
     message, _ = refused(one, code=3)
 

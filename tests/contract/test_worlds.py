@@ -19,6 +19,7 @@ from tests.simulated import SimulatedJob
 pytestmark = pytest.mark.process
 WORLDS = ("local", "simulated")
 NODES = ["node-0", "node-1"]
+LOSING = ("kill-agent", "lose-node", "partition-node")
 Start = Callable[..., Job | SimulatedJob]
 
 
@@ -27,7 +28,9 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     made: list[Job | SimulatedJob] = []
 
     def make(*faults: dict[str, Any], **changes: Any) -> Job | SimulatedJob:
-        run = steps_job(**changes)
+        # A spare that nobody takes is two processes for nothing.
+        lost = any(fault["fault"] in LOSING for fault in faults)
+        run = steps_job(**{"nodes__spares": int(lost), **changes})
         if request.param == "simulated":
             return SimulatedJob(run, list(faults))
         one = Job(tmp_path / str(len(made)), run, list(faults))
@@ -353,7 +356,7 @@ def test_a_spare_whose_agent_did_not_run_for_a_while_is_one_again_when_it_does(
 def test_a_node_that_is_to_be_free_is_swapped_for_the_spare_and_that_is_paid_by_nobody(
     job: Start,
 ) -> None:
-    one = job(trainer__steps=400, trainer__options=long())
+    one = job(nodes__spares=1, trainer__steps=400, trainer__options=long())
 
     code, report = one.drain("node-1")
 

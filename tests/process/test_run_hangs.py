@@ -25,6 +25,7 @@ def test_a_rank_that_never_enters_what_the_others_wait_in_is_named(
         folder.mkdir()
     run = steps_job(
         **{f"trainer__options__{name}": str(folder) for name, folder in folders.items()},
+        nodes__spares=0,
         trainer__options__stuck_rank=2,
         trainer__options__stuck_in=phase,
     )

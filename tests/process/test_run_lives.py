@@ -22,7 +22,7 @@ WHOLE = [(step, 1.0 / step) for step in range(1, 61)]
 @pytest.fixture
 def one(tmp_path: Path) -> Iterator[Job]:
     options = {"steps": 60, "step_s": 0.1, "save_every": 5, "durable_every": 20}
-    made = Job(tmp_path, steps_job(trainer__options=options))
+    made = Job(tmp_path, steps_job(nodes__spares=0, trainer__options=options))
     yield made
     made.close()
 

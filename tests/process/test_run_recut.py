@@ -26,11 +26,16 @@ BATCH = {"seqLen": 32, "globalBatch": 4, "microBatch": 1}
 
 
 def sized(
-    parallelism: dict[str, int], *, ranks: int = 2, steps: int = STEPS, **checkpoint: Any
+    parallelism: dict[str, int],
+    *,
+    ranks: int = 2,
+    nodes: int = 1,
+    steps: int = STEPS,
+    **checkpoint: Any,
 ) -> dict[str, Any]:
     return runfiles.fields(
         "sized",
-        nodes={"count": min(ranks, 2), "ranksPerNode": max(ranks // 2, 1), "spares": 0},
+        nodes={"count": nodes, "ranksPerNode": ranks // nodes, "spares": 0},
         parallelism=parallelism,
         trainer={"model": tiny.MODEL, "steps": steps, **BATCH},
         checkpoint={"everySteps": SAVED, "memoryEverySteps": 3, **checkpoint},
@@ -67,7 +72,7 @@ def test_a_run_that_is_cut_anew_and_loses_a_rank_at_once_has_the_bits_of_one_tha
     failed: Path, tmp_path: Path
 ) -> None:
     killed = {"when": {"step": SAVED + 1}, "fault": "kill-rank", "rank": 1}
-    run = sized({"tp": 2})
+    run = sized({"tp": 2}, nodes=2)
     shutil.copytree(failed, tmp_path / "twin")
     shutil.copytree(failed, tmp_path / "killed")
 

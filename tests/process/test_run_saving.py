@@ -33,7 +33,7 @@ UNLOST["spec"]["nodes"]["spares"] = 0
 def job(tmp_path: Path) -> Iterator[Start]:
     made: list[Job] = []
 
-    def make(*faults: dict[str, Any], spares: int = 1, **options: Any) -> Job:
+    def make(*faults: dict[str, Any], spares: int = 0, **options: Any) -> Job:
         (tmp_path / "lockstep").mkdir()
         options = {"steps": 60, "lockstep": str(tmp_path / "lockstep"), **options}
         run = steps_job(nodes__spares=spares, trainer__options=options)

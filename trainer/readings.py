@@ -18,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from orchestrator.worker import RankPhase
 from trainer.aside import Asked
 from trainer.data import Batch
 from trainer.guard import Guard
@@ -118,7 +119,7 @@ class Readings:
         found = self._ring.find_out(
             self._guard,
             pairs,
-            lambda of: self._digest_or_nothing(step, of),
+            lambda of: self._read_again(step, of, reporter),
             shift,
             self._chain,
             how="read",
@@ -142,8 +143,10 @@ class Readings:
             _add(total, self._ring.samples.batch(step, indices))
         return total.intdigest()
 
-    def _digest_or_nothing(self, step: int, of: int) -> Tensor:
-        found = self._guard.call(lambda: self._digest(step, of), 0)
+    def _read_again(self, step: int, of: int, reporter: Told) -> Tensor:
+        asked = self._ring.read_aside(lambda: self._digest(step, of), reporter)
+        reporter.phase(RankPhase.OPTIMIZER)
+        found = self._guard.call(asked.result, 0)
         return torch.tensor(found - (1 << 64) if found >> 63 else found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel, processors, tensor
-from trainer.aside import Aside
+from trainer.aside import Aside, Asked
 from trainer.blame import Chain, Digests, Verdict, judge, mismatches, tried
 from trainer.data import Batch, Batches, settings
 from trainer.gradients import drop
@@ -23,6 +23,7 @@ from trainer.replay import halves, joined, known_good, of_itself
 from trainer.shares import Place, Share, share_of
 from trainer.tracing import Trace
 
+T = TypeVar("T")
 Looks: TypeAlias = Callable[[nn.Module, int], None]
 RETRIES_MAX = 3
 TELLERS = 2
@@ -139,9 +140,22 @@ class Ring:
         """
         if guard.off:
             return otherwise
-        asked = self.aside.ask(lambda: self.samples.batch(step, indices))
-        asked.over(lambda: reporter.phase(RankPhase.DATA), self._wait_s)
+        asked = self.read_aside(lambda: self.samples.batch(step, indices), reporter)
         return guard.call(lambda: self._training.micro(asked.result()), otherwise)
+
+    def read_aside(self, read: Callable[[], T], reporter: Told) -> Asked[T]:
+        """Have something be read, and wait for it as long as for any samples; return it.
+
+        Args:
+            read: does it.
+            reporter: hears that this rank waits for data, which is no hang.
+
+        Raises:
+            Aborted: by the reporter.
+        """
+        asked = self.aside.ask(read)
+        asked.over(lambda: reporter.phase(RankPhase.DATA), self._wait_s)
+        return asked
 
     def compute(
         self, guard: Guard, micros: Sequence[Micro], looks: Looks, reporter: Told

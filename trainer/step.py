@@ -16,8 +16,9 @@ from orchestrator.protocol.ids import Step
 from orchestrator.protocol.ramp import Ramp, Stage, at_stage
 from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel, readings, sums, tensor, waiting
+from trainer.aside import Aside
 from trainer.config import ModelConfig
-from trainer.data import Batch, Batches
+from trainer.data import Batch, Batches, settings
 from trainer.documents import pairs, sent
 from trainer.flops import train_flops
 from trainer.guard import Guard
@@ -135,6 +136,8 @@ class Training:
         self._held_up_s = 0.0
         self._samples_anew, self._anew = samples, False
         """What to read a step from that is begun anew: what was read ahead of it is used up."""
+        self._aside = Aside()
+        """Reads that: apart from what is read for others, which may not come."""
         if detection.digest_share and world.layout.dp_replicate > 1:
             self._watch = self._watch_of(detection.digest_share)
             if detection.repair:
@@ -448,7 +451,9 @@ class Training:
             by one, since only whoever has all of them can add them up without rounding twice.
         """
         if self.pipeline is not None:
-            micros = [self._micro(step, indices) for indices in self.share.micro_batches]
+            micros = [
+                self._micro(step, micro, reporter) for micro in range(len(self.share.micro_batches))
+            ]
             self._flops = math.fsum(map(self._flops_of, micros))
             losses = self.pipeline.step(
                 micros,
@@ -468,9 +473,9 @@ class Training:
         fixed = self.reduction is not None
         losses = []
         self._flops = 0.0
-        for micro, indices in enumerate(self.share.micro_batches):
+        for micro in range(len(self.share.micro_batches)):
             self._announce(reporter, RankPhase.DATA, micro)
-            batch = self._micro(step, indices)
+            batch = self._micro(step, micro, reporter)
             self._announce(reporter, RankPhase.FORWARD, micro)
             loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
             self._announce(reporter, RankPhase.BACKWARD, micro)
@@ -495,15 +500,24 @@ class Training:
         assert self.reduction is not None
         self.reduction.add(self.optimizer.take_gradients())
 
-    def _micro(self, step: int, indices: range) -> Micro:
-        replays = self._replays
-        if replays is None:
-            samples = self._samples_anew if self._anew else self.samples
-            return self.micro(samples.batch(step, indices))
-        samples = replays.ring.samples if replays.ring.again else self.samples
-        batch = samples.batch(step, indices)
-        replays.readings.read(batch)
+    def _micro(self, step: int, number: int, reporter: Reporter) -> Micro:
+        """Return a micro-batch of this rank."""
+        replays, indices = self._replays, self.share.micro_batches[number]
+        if self._anew if replays is None else replays.ring.again:
+            samples = self._samples_anew if replays is None else replays.ring.samples
+            batch = self._read_anew(samples, step, number, reporter)
+        else:
+            batch = self.samples.batch(step, indices)
+        if replays is not None:
+            replays.readings.read(batch)
         return self.micro(batch)
+
+    def _read_anew(self, samples: Batches, step: int, number: int, reporter: Reporter) -> Batch:
+        """Return a micro-batch that nobody has read ahead, showing signs of life meanwhile."""
+        asked = self._aside.ask(lambda: samples.batch(step, self.share.micro_batches[number]))
+        wait_s = runfile.seconds(settings(self.job.data).wait_max)
+        asked.over(lambda: self._announce(reporter, RankPhase.DATA, number), wait_s)
+        return asked.result()
 
     def micro(self, batch: Batch) -> Micro:
         """Return this rank's part of some samples, on the device."""

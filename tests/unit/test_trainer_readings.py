@@ -14,6 +14,7 @@ from trainer import parallel, readings
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
 from trainer.guard import Guard
+from trainer.prefetch import DataStalledError
 from trainer.reporter import Unheard
 from trainer.ring import Ring
 from trainer.step import Training
@@ -81,6 +82,48 @@ def test_who_waits_for_samples_of_another_rank_says_so_as_long_as_it_takes(
     assert len(waits.phases) >= SIGNS
     assert not torch.equal(micro.inputs, own.inputs)
     assert not guard.off
+
+
+def test_a_step_that_is_computed_again_waits_for_its_samples_with_signs_of_life(
+    world: parallel.World,
+) -> None:
+    _, training, source = ring_of(world)
+    steps = Waits(None)
+    training.step(1, steps)
+    training._samples_anew, training._anew = source, True
+    waits = Waits(source.let.set)
+    batches = len(training.share.micro_batches)
+
+    micro = training._micro(2, batches - 1, waits)
+
+    assert waits.phases == [RankPhase.DATA] * len(waits.phases)
+    assert len(waits.phases) >= SIGNS
+    read = training.micro(training.samples.batch(2, training.share.micro_batches[-1]))
+    assert torch.equal(micro.inputs, read.inputs)
+
+
+def test_samples_of_a_step_that_is_computed_again_are_waited_for_as_long_as_any(
+    world: parallel.World,
+) -> None:
+    _, training, source = ring_of(world, wait_max="0.2s")
+    training._samples_anew, training._anew = source, True
+
+    with pytest.raises(DataStalledError):
+        training._micro(1, 0, Waits(None))
+    source.let.set()
+
+
+def test_samples_that_are_compared_once_more_are_waited_for_with_signs_of_life(
+    world: parallel.World,
+) -> None:
+    ring, _, source = ring_of(world)
+    waits, looks = Waits(source.let.set), readings.Readings(ring)
+
+    found = looks._read_again(1, 0, waits)
+
+    assert waits.phases == [*[RankPhase.DATA] * (len(waits.phases) - 1), RankPhase.OPTIMIZER]
+    assert len(waits.phases) > SIGNS
+    assert int(found) != 0
 
 
 def test_who_waits_for_them_leaves_when_its_generation_is_over(world: parallel.World) -> None:

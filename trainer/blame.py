@@ -114,6 +114,8 @@ class Verdict(NamedTuple):
     ranks: tuple[int, ...]
     proven: bool
     evidence: str
+    of_data: bool = False
+    """Whether it is what they are given to read, and not what they compute on."""
 
 
 def judge(

@@ -6,6 +6,9 @@ before the step moves anything. Reading is cheap beside computing, so all of it 
 thread beside the step, which nobody waits for when a rank ends: a disk may keep it for ever. Where
 reading takes longer than the step, the step is not kept waiting for long, and its samples are not
 compared.
+
+Who reads the same other samples each time has them on its disk, or in what its node keeps of them:
+then it is the data, for which no device is to blame.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from orchestrator.worker import RankPhase
 from trainer.aside import Asked
+from trainer.blame import Verdict
 from trainer.data import Batch
 from trainer.guard import Guard
 from trainer.replay import joined, split
@@ -127,9 +131,31 @@ class Readings:
         self._guard.tell(reporter)
         if found is None:
             return False
+        found = self._attributed(found, step, words, reporter)
         # Those of the steps before were compared in them.
         self._ring.throw_away(step, found, reporter, since=step - 1)
         return True
+
+    def _attributed(
+        self, found: Verdict, step: int, words: Sequence[Sequence[float]], reporter: Told
+    ) -> Verdict:
+        """Return a verdict with whether it is the data, which is so if all read the same again.
+
+        What a device or its memory made of samples is not there any more once they are read anew.
+        """
+        own = self._ring.ahead(0)
+        handed, read = joined(*words[own][:2]), joined(*words[own][2:])
+        then = {own: handed, self._ring.ahead(self._shift(step)): read}
+        same = all(
+            bool(self._read_again(step, of, reporter) == _word(before))
+            for of, before in then.items()
+        )
+        rows = self._ring.exchange(self._guard, torch.tensor(int(same)))
+        self._guard.tell(reporter)
+        if rows is None or not all(rows[rank][0] == (1,) for rank in found.ranks):
+            return found
+        evidence = f"{found.evidence}; they read the same there each time, so it is the data"
+        return found._replace(of_data=True, evidence=evidence)
 
     def _shift(self, step: int) -> int:
         """Return how many places further on the rank is whose samples are read here."""
@@ -147,7 +173,11 @@ class Readings:
         asked = self._ring.read_aside(lambda: self._digest(step, of), reporter)
         reporter.phase(RankPhase.OPTIMIZER)
         found = self._guard.call(asked.result, 0)
-        return torch.tensor(found - (1 << 64) if found >> 63 else found)
+        return _word(found)
+
+
+def _word(found: int) -> Tensor:
+    return torch.tensor(found - (1 << 64) if found >> 63 else found)
 
 
 def stretches(shares: Sequence[range]) -> list[range]:

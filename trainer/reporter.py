@@ -24,7 +24,14 @@ class Reporter(Protocol):
         """Hear what the state was before a step moved the weights."""
 
     def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+        self,
+        step: int,
+        *,
+        since: int,
+        ranks: Sequence[int],
+        proven: bool,
+        evidence: str,
+        of_data: bool = False,
     ) -> None:
         """Hear that some ranks compute wrongly, or may do."""
 

@@ -37,7 +37,14 @@ class Told(Protocol):
         """Hear what the rank does from now on."""
 
     def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+        self,
+        step: int,
+        *,
+        since: int,
+        ranks: Sequence[int],
+        proven: bool,
+        evidence: str,
+        of_data: bool = False,
     ) -> None:
         """Hear that some ranks compute wrongly, or may do."""
 
@@ -247,7 +254,7 @@ class Ring:
             shift: each rank computes that of the one so many places further on, as one of a group
                 that works on it together: a multiple of the size of such groups.
         """
-        rows = self._exchange(guard, own, compute(self.ahead(shift)))
+        rows = self.exchange(guard, own, compute(self.ahead(shift)))
         if rows is None:
             return None
         pairs = [(rows[rank][0], rows[rank][1]) for rank in self.chain.ranks]
@@ -287,7 +294,7 @@ class Ring:
             return None
         again: dict[int, list[tuple[int, ...]]] = {}
         for of in tried(mismatches(pairs, shift), self.chain.together):
-            if (columns := self._exchange(guard, compute(ranks[of]))) is None:
+            if (columns := self.exchange(guard, compute(ranks[of]))) is None:
                 return None
             again[of] = [columns[each][0] for each in ranks]
         found = guard.call(lambda: judge(pairs, shift, again.__getitem__, chain, how=how), None)
@@ -319,7 +326,7 @@ class Ring:
             second: of the same, done once more.
             how: the word for what was done.
         """
-        rows = self._exchange(guard, first, second)
+        rows = self.exchange(guard, first, second)
         if rows is not None and (reason := of_itself(rows, how)):
             # All ranks come to the same: they have the same digests.
             guard.give_up(reason, tells=self.tells)
@@ -334,7 +341,7 @@ class Ring:
             guard: of the detector that asks for it.
         """
         own = processors.kind()
-        rows = self._exchange(guard, processors.number(own))
+        rows = self.exchange(guard, processors.number(own))
         if rows is not None and (kinds := len({number for (number,) in rows})) > 1:
             reason = (
                 f"ranks compute on {kinds} kinds of processors, this one on {own}: what differs "
@@ -376,6 +383,7 @@ class Ring:
                 ranks=found.ranks,
                 proven=found.proven,
                 evidence=f"in step {step}, {found.evidence}",
+                of_data=found.of_data,
             )
         self.again, self._tries, self._told = True, self._tries + 1, True
         if self._tries > RETRIES_MAX:
@@ -399,8 +407,15 @@ class Ring:
             reporter.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=words)
         await_orders(reporter)
 
-    def _exchange(self, guard: Guard, *digests: Tensor) -> list[list[tuple[int, ...]]] | None:
-        """Return the digests of all ranks; None where one has none: the detector stops on all."""
+    def exchange(self, guard: Guard, *digests: Tensor) -> list[list[tuple[int, ...]]] | None:
+        """Return the digests of all ranks; None where one has none: the detector stops on all.
+
+        Collective.
+
+        Args:
+            guard: of the detector that asks for it.
+            digests: of this rank; int64, of one size.
+        """
         own = halves(torch.stack([each.reshape(-1) for each in digests]))
         rows = self._training.world.gather(torch.cat((own.new_tensor([guard.off]), own)))
         if any(row[0] for row in rows):

@@ -171,6 +171,7 @@ def said_of(message: Diverged, generation: Generation) -> StateDiverged:
         ranks=message.ranks,
         evidence=message.evidence[:EVIDENCE_MAX],
         proven=message.proven,
+        of_data=message.of_data,
     )
 
 

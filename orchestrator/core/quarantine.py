@@ -32,7 +32,7 @@ def diverge(state: RunState, told: StateDiverged, proof: Proof) -> None:
     """Enter that state is not what it should be, once, however often it is told.
 
     Who is proven to have corrupted it is quarantined. Who is only suspected is a policy's affair.
-    Of both the device ledger hears.
+    Of both the device ledger hears, unless it is their data that is wrong: no device made that.
 
     Args:
         state: of the run.
@@ -63,7 +63,10 @@ def diverge(state: RunState, told: StateDiverged, proof: Proof) -> None:
     ranks = fact.ranks if fact.generation == state.generation else ()
     # Another machine may have the name by now.
     named = [n for n in fact.nodes if not devices.came_later(state, n, fact.generation)]
-    if fact.proven:
+    if fact.of_data:
+        if fact.proven:
+            enter(state, named, f"the data there is not that of other nodes: {fact.evidence}")
+    elif fact.proven:
         found = devices.convict(state, named, ranks, proof, fact.evidence)
         enter(state, named, f"proven by replay or vote: {fact.evidence}", found)
     else:
@@ -120,7 +123,7 @@ def _guarded(
     """Take what is proven of too many nodes, with those of the last day, for a suspicion only."""
     if not fact.proven:
         return fact
-    lately = proven_lately(state, before)
+    lately = proven_lately(state, [each for each in before if each.of_data == fact.of_data])
     guilty = lately.union(fact.nodes)
     if lately.issuperset(fact.nodes) or not too_many(state, guilty):
         return fact

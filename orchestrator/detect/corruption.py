@@ -50,7 +50,7 @@ def _finding(state: RunState, fact: StateDiverged) -> Finding:
         at=state.now,
         since=_moment(state, fact.since or Step(0)),
         kind=CORRUPTION,
-        cause=Cause.HARDWARE,
+        cause=Cause.STORAGE if fact.of_data else Cause.HARDWARE,
         ranks=tuple(Rank(rank) for rank in sorted(seats)),
         nodes=tuple(sorted(fact.nodes)),
         step=fact.step,

@@ -368,6 +368,8 @@ class StateDiverged(_Message, frozen=True, kw_only=True):
     evidence: str
     proven: bool = False
     """Whether a replay elsewhere or a vote shows that it was these nodes; else it is a trigger."""
+    of_data: bool = False
+    """Whether it is what these nodes read, and not what they compute on."""
 
 
 class StateRepaired(_Message, frozen=True, kw_only=True):

@@ -273,6 +273,8 @@ class Diverged(msgspec.Struct, frozen=True, kw_only=True, tag="diverged"):
     """Who did, or may have."""
     proven: bool
     evidence: str
+    of_data: bool = False
+    """Whether it is what they read, and not what they compute on."""
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True, tag="repaired"):

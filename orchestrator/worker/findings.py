@@ -31,7 +31,14 @@ class Findings(Connection):
         self._beacon.digest(DigestRecord(self._generation, taken, values))
 
     def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+        self,
+        step: int,
+        *,
+        since: int,
+        ranks: Sequence[int],
+        proven: bool,
+        evidence: str,
+        of_data: bool = False,
     ) -> None:
         """Report that ranks found together who of them computes wrongly; one or two should tell.
 
@@ -41,6 +48,7 @@ class Findings(Connection):
             ranks: who does, or may do.
             proven: whether it was these for certain.
             evidence: how it showed, in words.
+            of_data: whether it is what they read, and not what they compute on.
         """
         self._send(
             Diverged(
@@ -50,6 +58,7 @@ class Findings(Connection):
                 ranks=tuple(map(Rank, ranks)),
                 proven=proven,
                 evidence=evidence,
+                of_data=of_data,
             )
         )
 

@@ -92,14 +92,18 @@ def test_a_rank_that_was_handed_other_samples_is_named_before_they_move_anything
     assert "micro-batches came out otherwise when read once more (of rank 1 by" in evidence
 
 
-def test_samples_that_stay_other_ones_are_never_trained_on(found: Found) -> None:
+def test_samples_that_stay_other_ones_are_never_trained_on_and_are_the_data_s_fault(
+    found: Found,
+) -> None:
     way = "other tokens on its disk"
 
     assert losses(found, way) == losses(found, "nothing looks")[: AT - 1]
     assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS
-    assert [rank["diverged_"][0][2:4] for rank in found[way] if rank["diverged_"]] == [
-        [[WRONG], True]
-    ] * 2
+    told = [rank["diverged_"][0] for rank in found[way] if rank["diverged_"]]
+    assert [each[2:4] for each in told] == [[[WRONG], True]] * 2
+    for *_, evidence, verdict in told:
+        assert verdict == "data"
+        assert evidence.endswith("they read the same there each time, so it is the data")
 
 
 def test_a_rank_that_can_not_read_the_samples_of_others_says_so_and_all_go_on(

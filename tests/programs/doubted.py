@@ -191,9 +191,16 @@ class Heard(Unheard):
         self.again.append(step)
 
     def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+        self,
+        step: int,
+        *,
+        since: int,
+        ranks: Sequence[int],
+        proven: bool,
+        evidence: str,
+        of_data: bool = False,
     ) -> None:
-        self.diverged_.append([step, since, list(ranks), proven, evidence])
+        self.diverged_.append([step, since, list(ranks), proven, evidence, *["data"] * of_data])
 
     def threw_away(self, step: int, *, because: str) -> None:
         self.thrown.append((step, because))

@@ -14,6 +14,7 @@ from orchestrator.core.events import (
     DrainCancelled,
 )
 from orchestrator.core.heritage import left_by
+from orchestrator.core.incident import Cause
 from orchestrator.core.invariants import violations
 from orchestrator.core.phases import Bucket, RunPhase
 from orchestrator.core.report import report
@@ -37,6 +38,7 @@ def diverge(
     generation: int | None = None,
     ranks: tuple[int, ...] = (),
     step: int | None = None,
+    of_data: bool = False,
 ) -> list[Any]:
     state = cluster.state
     fact = StateDiverged(
@@ -47,6 +49,7 @@ def diverge(
         ranks=tuple(map(Rank, ranks)),
         evidence="digests differ",
         proven=proven,
+        of_data=of_data,
     )
     return list(cluster.after(0.1).say("node-0", fact))
 
@@ -127,6 +130,34 @@ def test_a_node_that_is_proven_to_corrupt_is_out_at_once_and_the_run_goes_back_b
     assert (incident.kind, incident.rung) == ("silent-corruption", "roll back before the onset")
     assert incident.quarantined == ("node-1",)
     assert cluster.state.budgets["hardware"].spent == 1
+
+
+def test_a_node_whose_data_is_another_is_out_and_no_device_is_to_blame_for_it(
+    cluster: Any,
+) -> None:
+    trained(cluster)
+
+    diverge(cluster, "node-1", since=11, proven=True, of_data=True)
+
+    known = cluster.state.quarantined[NodeId("node-1")]
+    assert known.why.startswith("the data there is not that of other nodes: ")
+    assert known.device == ""
+    assert cluster.state.judging_devices == {}
+    incident = cluster.state.incidents[-1]
+    assert incident.cause is Cause.STORAGE
+    assert "node-1" not in cluster.state.seats
+
+
+def test_the_data_of_two_nodes_says_nothing_against_what_finds_wrong_devices(cluster: Any) -> None:
+    trained(cluster)
+    diverge(cluster, "node-1", since=11, proven=True, of_data=True)
+    cluster.train(1)
+
+    diverge(cluster, "node-0", since=11, proven=True)
+
+    assert NodeId("node-0") in cluster.state.quarantined
+    assert cluster.state.divergences_told[-1].proven
+    assert not violations(cluster.state)
 
 
 def test_memory_serves_if_what_it_has_is_not_newer_than_the_last_good_step(cluster: Any) -> None:

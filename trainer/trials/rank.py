@@ -84,7 +84,14 @@ class Voice(Unheard):
         raise RuntimeError(f"detector {detector} raised: {reason}")
 
     def diverged(
-        self, step: int, *, since: int, ranks: Sequence[int], proven: bool, evidence: str
+        self,
+        step: int,
+        *,
+        since: int,
+        ranks: Sequence[int],
+        proven: bool,
+        evidence: str,
+        of_data: bool = False,
     ) -> None:
         """Keep what ranks found together until the next answer."""
         self._diverged.append(
@@ -95,6 +102,7 @@ class Voice(Unheard):
                 ranks=tuple(map(Rank, ranks)),
                 proven=proven,
                 evidence=evidence,
+                of_data=of_data,
             )
         )
 

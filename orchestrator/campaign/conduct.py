@@ -11,13 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+import msgspec
+
+from orchestrator.campaign import harm
 from orchestrator.campaign.baselines import Seen
 from orchestrator.campaign.catalogue import HORIZON, MOMENTS, Group, Trial
 from orchestrator.campaign.job import reseeded
 from orchestrator.campaign.judging import Result, Watched, is_early, judged, onset
 from orchestrator.campaign.world import LiveWorld, WorldBrokenError
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.protocol.trials import Return, Said, Step, Train
+from orchestrator.protocol.trials import Drift, Gap, Return, Said, Step, Train
 
 SNAPSHOTS = (10, 150)
 """Steps of the states that are struck: within the warm-up, and with the baselines' windows full."""
@@ -42,6 +45,7 @@ class Conductor:
         run: the run file.
         folder: of what is needed on the way.
         known: what came of trials before, whose twins have been counted.
+        unwatched: whether to follow each fault unwatched as well, to see if it does harm.
 
     Attributes:
         alarms: what the detectors said of twins, which are steps without a fault.
@@ -49,7 +53,14 @@ class Conductor:
         false_triggers: how many of them were computed once more for their numbers.
     """
 
-    def __init__(self, run: TrainingRun, folder: Path, known: Iterable[Result] = ()) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        folder: Path,
+        known: Iterable[Result] = (),
+        *,
+        unwatched: bool = False,
+    ) -> None:
         self._run, self._folder = run, folder
         self._counted = _twins_of(known)
         self._worlds = 0
@@ -58,6 +69,8 @@ class Conductor:
         self._open = contextlib.ExitStack()
         self._history: list[Seen] = []
         self._twins: dict[int, list[Seen]] = {}
+        self._unwatched = unwatched
+        self._clean: dict[int, Gap] = {}
         self.alarms: list[str] = []
         self.clean_steps = self.false_triggers = 0
 
@@ -84,7 +97,8 @@ class Conductor:
         except WorldBrokenError as error:
             self._close()
             watched.crash = str(error)
-        return judged(trial, before=before, twin=twin, watched=watched)
+        result = judged(trial, before=before, twin=twin, watched=watched)
+        return self._with_harm(trial, result) if self._unwatched and result.effective else result
 
     def before(self, snapshot: int) -> Sequence[Seen]:
         """Return the steps that led to a snapshot."""
@@ -125,6 +139,40 @@ class Conductor:
             clean = began - SNAPSHOTS[trial.snapshot] - 1
         last = how.step - 1 + max(trial.horizon, RULES_STEPS)
         return max(min(clean + RULES_STEPS, last) - taken, 0)
+
+    def _with_harm(self, trial: Trial, result: Result) -> Result:
+        """Return a result with what the fault would have come to if nobody had looked.
+
+        A fault that did not strike in these steps, and bytes of a checkpoint that nobody goes on
+        from, are not looked at.
+        """
+        clean = self._clean_gap(trial.snapshot)
+        world = self._there()
+        how, generation = trial.injection, world.next_generation()
+        back = Return(snapshot=trial.snapshot, generation=generation, injection=how)
+        try:
+            if any(said.refused for said in world.order(back)):
+                return result
+            said = world.order(Drift(steps=harm.STEPS))
+        except WorldBrokenError:
+            # Whatever it is that ranks raised, they would have raised it in a run.
+            self._close()
+            return msgspec.structs.replace(result, harmful=True)
+        if not any(each.struck for each in said):
+            return result
+        return harm.told(result, [each.gap for each in said], clean)
+
+    def _clean_gap(self, snapshot: int) -> Gap:
+        """Return the largest gap between any two of some clean runs after a snapshot."""
+        world = self._there()
+        if snapshot not in self._clean:
+            gaps: list[Gap | None] = []
+            for places in range(harm.CLEAN_RUNS):
+                world.order(Return(snapshot=snapshot, generation=world.next_generation()))
+                said = world.order(Drift(steps=harm.STEPS, places=places))
+                gaps += [each.gap for each in said]
+            self._clean[snapshot] = harm.widest(gaps)
+        return self._clean[snapshot]
 
     def _go_to(self, trial: Trial) -> None:
         """Have a world of the trajectory that a trial strikes."""
@@ -177,6 +225,8 @@ class Conductor:
 
     def _close(self) -> None:
         self._world = None
+        # Its ranks knew what clean runs come to.
+        self._clean = {}
         self._open.close()
 
 

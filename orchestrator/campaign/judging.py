@@ -49,6 +49,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str = ""
     unharmed: bool = False
     """Whether the ranks went on with the bits of the twin, with nobody coming to their help."""
+    harmful: bool | None = None
+    """Whether it would have done harm if nobody had looked; None if that was not looked at."""
+    loss_gap: float | None = None
+    """What it would have been off by then, in multiples of the largest gap between two clean runs;
+    None, as of `weight_gap`, if it is not finite, or was not looked at."""
+    weight_gap: float | None = None
     baselines: dict[str, int | None] = {}
     """Of each, the same steps that it took; None if it noticed nothing."""
     steps: int = 0

@@ -95,6 +95,14 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     sum_recall: Share
     """Of gradients that were wrong behind a rank's products."""
     data_recall: Share
+    state_harmful_recall: Share
+    """As of those below, of what would have done harm if nobody had looked (campaign.harm)."""
+    persistent_compute_harmful_recall: Share
+    intermittent_harmful_recall: Share
+    rare_harmful_recall: Share
+    oneshot_harmful_recall: Share
+    sum_harmful_recall: Share
+    data_harmful_recall: Share
     digest_recall: Share
     """Of digests that were wrong themselves."""
     whole_run_recall: Share
@@ -137,6 +145,12 @@ class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
     crashed: int
     """That ended in what ranks raised, before a detector had said anything."""
     recall: Share
+    judged: int
+    """Of the effective ones: of how many it is known whether they would have done harm."""
+    harmful: Share
+    """How many were noticed of those that would."""
+    harmful_loss: Share
+    """And of those whose loss alone would say so."""
     exact: Share
     latency_median: float | None
     """Steps; of those that were noticed."""
@@ -240,6 +254,13 @@ def campaign(
             oneshot_recall=_recall(done, "oneshot"),
             sum_recall=_recall(done, "sum"),
             data_recall=_recall(done, "data"),
+            state_harmful_recall=_harmful(done, "state"),
+            persistent_compute_harmful_recall=_harmful(done, "persistent"),
+            intermittent_harmful_recall=_harmful(done, "intermittent"),
+            rare_harmful_recall=_harmful(done, "rare"),
+            oneshot_harmful_recall=_harmful(done, "oneshot"),
+            sum_harmful_recall=_harmful(done, "sum"),
+            data_harmful_recall=_harmful(done, "data"),
             digest_recall=_recall(done, "detector"),
             whole_run_recall=_recall(done, "live"),
             false_alarms_per_1000_steps=per_thousand(len(alarms), steps),
@@ -312,7 +333,20 @@ def _false_kills(results: Sequence[Result]) -> Share:
 
 def _recall(results: Sequence[Result], group: Group) -> Share:
     effective = [r for r in results if r.group == group and r.effective]
-    return share(sum(r.noticed for r in effective), len(effective))
+    return _recall_of(effective)
+
+
+def _recall_of(results: Sequence[Result]) -> Share:
+    return share(sum(r.noticed for r in results), len(results))
+
+
+def _harmful(results: Sequence[Result], group: Group) -> Share:
+    return _recall_of([r for r in results if r.group == group and r.harmful])
+
+
+def _is_lossy(result: Result) -> bool:
+    """Whether a fault that does harm shows in the loss, too."""
+    return result.loss_gap is None or result.loss_gap > 1.0
 
 
 def _missed(result: Result) -> bool:
@@ -339,6 +373,9 @@ def _row(results: Sequence[Result]) -> ClassRow:
         masked=len(results) - len(effective),
         crashed=sum(r.crashed for r in effective),
         recall=share(len(noticed), len(effective)),
+        judged=sum(r.harmful is not None for r in effective),
+        harmful=_recall_of([r for r in effective if r.harmful]),
+        harmful_loss=_recall_of([r for r in effective if r.harmful and _is_lossy(r)]),
         exact=share(sum(r.named == "exact" for r in noticed), len(noticed)),
         latency_median=float(np.median(latencies)) if latencies else None,
         latency_max=max(latencies, default=None),

@@ -54,6 +54,9 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
     whole_runs: Annotated[
         bool, typer.Option(help="Some trials of corruption are whole runs with the controller.")
     ] = True,
+    harm: Annotated[
+        bool, typer.Option(help="Follow each fault unwatched as well: does it do harm?")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where results lie; default campaign-SEED."),
@@ -78,6 +81,7 @@ def campaign(  # noqa: PLR0913, PLR0917 - typer: every option is an argument
         pairs=pairs,
         whole_runs=whole_runs,
         resizes=resizes if whole_runs else 0,
+        harm=harm,
         classes=kinds,
         groups=campaigning.groups_of(groups, kinds),
     )

@@ -38,6 +38,7 @@ class Which(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     whole_runs: bool
     classes: tuple[Kind, ...] = (CORRUPTION,)
     groups: tuple[Group, ...] = SELECTABLE
+    harm: bool = False
     run: TrainingRun
 
 

@@ -43,6 +43,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[Group, ...] = SELECTABLE
     """Of corruption: what trials are drawn from."""
     resizes: int = 0
+    harm: bool = False
+    """Whether to tell which faults would do harm."""
 
 
 def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> Campaign:
@@ -67,6 +69,7 @@ def run(run_file: Path | None, asked: Asked, out: Path, *, progress: TextIO) -> 
         whole_runs=asked.whole_runs,
         classes=asked.classes,
         groups=asked.groups,
+        harm=asked.harm,
         run=target,
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +130,8 @@ class _Work:
         left = [trial for trial in self._left() if not trial.live]
         if not left:
             return
-        with Conductor(self._kept.which.run, folder, self._kept.results) as conductor:
+        which, known = self._kept.which, self._kept.results
+        with Conductor(which.run, folder, known, unwatched=which.harm) as conductor:
             for trial in left:
                 result = conductor.conduct(trial)
                 self._came(msgspec.structs.replace(_rested(conductor), result=result))

@@ -30,6 +30,13 @@ SUMMED: tuple[tuple[str, str], ...] = (
     ("Data", "data_recall"),
     ("Digests themselves", "digest_recall"),
     ("Whole runs", "whole_run_recall"),
+    ("State that does harm", "state_harmful_recall"),
+    ("Persistent compute that does", "persistent_compute_harmful_recall"),
+    ("Intermittent that does", "intermittent_harmful_recall"),
+    ("Rare that does", "rare_harmful_recall"),
+    ("One-shot that does", "oneshot_harmful_recall"),
+    ("Sums that do", "sum_harmful_recall"),
+    ("Data that does", "data_harmful_recall"),
     ("Culprit named exactly", "culprit_exact"),
     ("Hangs", "hang_recall"),
     ("Culprit of hangs exact", "hang_culprit_exact"),
@@ -114,6 +121,10 @@ def _text(told: Campaign) -> list[str]:
             ]
         ),
         *section("By class", _classes(told).splitlines()),
+        *section(
+            "Of those, what would do harm if nobody looked",
+            _harmful(told).splitlines() if any(row.judged for row in told.by_class) else [],
+        ),
         *(
             section("Noticed by baselines on the same trials", _baselines(told).splitlines())
             if corrupted
@@ -173,6 +184,30 @@ def _classes(told: Campaign) -> str:
     titles = ["CLASS", "TRIALS", "NO TRACE", "CRASHED", "NOTICED", "RECALL (%)", "LOW", "HIGH"]
     titles += ["LATENCY (steps)", "MOST", "MOST (s)", "EXACT", "BLAMED RIGHT"]
     return grid(titles, rows)
+
+
+def _harmful(told: Campaign) -> str:
+    """Return what is noticed of what does harm, by class: by loss or weights, and by loss alone."""
+    rows = [
+        [
+            row.name,
+            str(row.judged),
+            *(
+                text
+                for share in (row.harmful, row.harmful_loss)
+                for text in (str(share.of), str(share.count), *_limits(share))
+            ),
+        ]
+        for row in told.by_class
+        if row.judged
+    ]
+    titles = ["CLASS", "JUDGED", "HARMFUL", "NOTICED", "LOW (%)", "HIGH (%)"]
+    titles += ["HARMFUL BY LOSS", "NOTICED", "LOW (%)", "HIGH (%)"]
+    return grid(titles, rows)
+
+
+def _limits(share: Share) -> tuple[str, str]:
+    return f"{share.low * 100:.1f}", f"{share.high * 100:.1f}"
 
 
 def _baselines(told: Campaign) -> str:

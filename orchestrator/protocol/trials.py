@@ -80,7 +80,28 @@ class Quiet(_Order, frozen=True, kw_only=True, tag="quiet"):
     """How often all ranks are given tokens that no text has; 0: never."""
 
 
-Order = Train | Return | Resume | Step | Quiet
+class Drift(_Order, frozen=True, kw_only=True, tag="drift"):
+    """Take so many steps while nobody looks for what is wrong, and say what that comes to.
+
+    It comes right after `Return`.
+    """
+
+    steps: int
+    places: int | None = None
+    """Of a clean run: which sample of a global batch is in whose place, 0 for each in its own,
+    which comes first. None with a fault."""
+
+
+Order = Train | Return | Resume | Step | Quiet | Drift
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How far what steps come to is from what others came to, at the most."""
+
+    loss: float | None
+    """Of samples that were not learned from; None if it is not finite."""
+    weights: float | None
+    """Their distance, as a share of their norm; None if some are not finite."""
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -110,6 +131,8 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
     """What ranks found together; in a run, the agent hears it."""
     looked_again: tuple[int, ...] = ()
     """Steps that stood out, and came out the same when they were computed once more."""
+    gap: Gap | None = None
+    """Of `Drift`: a clean run's to all clean ones before it, and otherwise to the first of them."""
     refused: str = ""
     """What was raised over bytes of a checkpoint that are not what was staged."""
     broken: str = ""

@@ -150,8 +150,8 @@ def test_a_campaign_goes_from_one_trajectory_to_the_next_and_each_trial_comes_ou
     with conduct.Conductor(job.small(), tmp_path / "all") as conductor:
         whole = [conductor.conduct(trial) for trial in trials]
         steps = conductor.clean_steps
-    with conduct.Conductor(job.small(), tmp_path / "rest", whole[:4]) as conductor:
-        assert conductor.conduct(trials[4]) == whole[4]
+    with conduct.Conductor(job.small(), tmp_path / "rest", whole[:3], unwatched=True) as conductor:
+        again = [conductor.conduct(trial) for trial in trials[3:]]
         rest = conductor.clean_steps
 
     assert [result.trainer_seed for result in whole] == [trial.trainer_seed for trial in trials]
@@ -161,7 +161,11 @@ def test_a_campaign_goes_from_one_trajectory_to_the_next_and_each_trial_comes_ou
     assert len(seeds) == 2
     struck = {(trial.trainer_seed, trial.snapshot) for trial in trials}
     assert steps == (catalogue.MOMENTS + catalogue.HORIZON["state"]) * len(struck)
-    before = {(trial.trainer_seed, trial.snapshot) for trial in trials[:4]}
+    # What they would come to unwatched is told besides, and changes nothing that comes after.
+    untold = {"harmful": None, "loss_gap": None, "weight_gap": None}
+    assert [msgspec.structs.replace(result, **untold) for result in again] == whole[3:]
+    assert {type(result.harmful) for result in again if result.effective} == {bool}
+    before = {(trial.trainer_seed, trial.snapshot) for trial in trials[:3]}
     assert rest == (catalogue.MOMENTS + catalogue.HORIZON["state"]) * len(struck - before)
 
 

@@ -26,6 +26,7 @@ from orchestrator.protocol.ids import Step as StepNumber
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.rank import Diverged
 from orchestrator.protocol.trials import (
+    Drift,
     Order,
     Quiet,
     Resume,
@@ -51,7 +52,7 @@ from trainer.replays import Replays
 from trainer.reporter import Unheard
 from trainer.step import Training
 from trainer.train import stamp_of
-from trainer.trials import copies
+from trainer.trials import copies, drift
 from trainer.trials.striking import Striking, replace, striking
 
 TIMEOUT_S = 60.0
@@ -218,6 +219,10 @@ class TrialRank:
         self._snapshots: dict[int, copies.Snapshot] = {}
         self._known: dict[int, tuple[Outliers, Outliers]] = {}
         """What was usual in the steps before each."""
+        self._ends: dict[int, list[drift.End]] = {}
+        """What clean runs from each came to."""
+        self._returned = 0
+        """To which it did last."""
         self._wrong = contextlib.ExitStack()
 
     def carry_out(self, order: Order) -> Said:
@@ -238,6 +243,8 @@ class TrialRank:
                 said = Said(rows=self._steps(steps))
             case Quiet():
                 said = self._quiet(order)
+            case Drift():
+                said = self._drift(order)
         it = self._voice.striking
         struck = it.struck if it is not None else 0
         return msgspec.structs.replace(self._voice.told(said), struck=struck)
@@ -245,7 +252,7 @@ class TrialRank:
     def _return(self, order: Return) -> Said:
         self._wrong.close()
         self._voice.striking = None
-        snapshot = self._snapshots[order.snapshot]
+        snapshot, self._returned = self._snapshots[order.snapshot], order.snapshot
         copies.put_back(self._training, snapshot)
         self._done, self._voice.generation = snapshot.step, order.generation
         if (replays := _replays(self._training)) is not None:
@@ -335,11 +342,35 @@ class TrialRank:
                 if (replays := _replays(training)) is not None:
                     undone.callback(replace(replays.ring, "samples", garbage))
             if not order.detectors:
-                undone.callback(replace(training, "_watch", None))
-                undone.callback(replace(training, "repairs", None))
-                undone.callback(replace(training, "_updates", None))
-                undone.callback(replace(training, "_replays", None))
+                undone.enter_context(self._unwatched())
             yield
+
+    @contextlib.contextmanager
+    def _unwatched(self) -> Iterator[None]:
+        """Look for nothing that is wrong."""
+        with contextlib.ExitStack() as undone:
+            for detector in ("_watch", "repairs", "_updates", "_replays"):
+                undone.callback(replace(self._training, detector, None))
+            yield
+
+    def _drift(self, order: Drift) -> Said:
+        training, it = self._training, self._voice.striking
+        with contextlib.ExitStack() as undone:
+            undone.enter_context(self._unwatched())
+            if order.places:
+                other = drift.Reordered(self._samples, training, order.places)
+                undone.callback(replace(training, "samples", other))
+            for _ in range(order.steps):
+                self._done += 1
+                if it is not None:
+                    it.begin(self._done)
+                training.step(self._done, self._voice)
+            end = drift.end_of(training, self._samples)
+        ends = self._ends.setdefault(self._returned, [])
+        if order.places is None:
+            return Said(gap=drift.gap(end, ends[:1]))
+        ends.append(end)
+        return Said(gap=drift.gap(end, ends))
 
     def _between(self, order: Quiet) -> None:
         if order.reload_every and self._done % order.reload_every == 0:
@@ -348,6 +379,9 @@ class TrialRank:
             with torch.no_grad():
                 own = self._training.share.micro_batches[0]
                 self._training.look(self._training.micro(self._samples.batch(self._done, own)))
+            # As an evaluation does: whoever returns to other weights would else go on with these.
+            for stage in self._training.stages:
+                parallel.let_go(stage)
 
 
 def _replays(training: Training) -> Replays | None:

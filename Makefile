@@ -44,9 +44,10 @@ bench: setup
 	$(BIN)/python -m tests.bench.trainer
 	$(BIN)/python -m tests.bench.data
 
+# What is in tests/alone judges how fast processes are, and runs when no other test does.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/alone
+	$(BIN)/python -m pytest tests/alone
 
 # Worlds that no test has tried. A seed that fails is named with the command that replays it.
 swarm: setup

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.core.report import IncidentReport, Report
 from tests.runs import Job, steps_job
 
-pytestmark = [pytest.mark.process, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 STEPS = 140
 
 

@@ -14,7 +14,6 @@ from orchestrator.protocol.rank import Misbehave
 from orchestrator.worker import probing
 from orchestrator.worker.misbehaviour import misbehave
 
-pytestmark = pytest.mark.alone
 STRETCH_S = 0.2
 
 

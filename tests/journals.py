@@ -10,8 +10,8 @@ from orchestrator import compose
 from orchestrator.cli.commands import app
 from orchestrator.core import journal
 from orchestrator.core.decisions import CommitCheckpoint, Decision
-from orchestrator.core.events import CheckpointCommitted, FaultInjected
-from orchestrator.protocol.ids import NodeId, Step
+from orchestrator.core.events import CheckpointCommitted, FaultInjected, Telemetry
+from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
 from orchestrator.protocol.messages import RanksFinished, Receipt, ShardsWritten
 from orchestrator.server.counts import Counts
 from orchestrator.server.journal import JournalFile
@@ -35,6 +35,22 @@ def text(cluster: Cluster, run_id: str = "r") -> bytes:
     """The journal of what a cluster went through."""
     header = journal.Header(run_id=run_id, run=cluster.run)
     return journal.line(header) + b"".join(map(journal.line, cluster.entries))
+
+
+def unheard(at: float = 1.0, generation: int = 1, **more: Any) -> Telemetry:
+    """Telemetry of one rank, of which nothing was heard; and what is given."""
+    return Telemetry(
+        at=Seconds(at),
+        generation=Generation(generation),
+        heard=(),
+        phases=(-1,),
+        steps=(-1,),
+        progress=(-1,),
+        states="?",
+        cpu_s=(0.0,),
+        stall_s=0.0,
+        **more,
+    )
 
 
 def write(cluster: Cluster, root: Path) -> RunFolder:

@@ -39,20 +39,8 @@ from trainer.step import Training
 class Printed(Unheard):
     """Reports steps on standard output."""
 
-    def step_done(  # noqa: PLR0913 - what there is to tell of a step
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
-        compute_s: float | None = None,
-        busy_s: float = 0.0,
-        work: float = 0.0,
-    ) -> None:
+    def step_done(self, step: int, *, loss: float, seconds: float, **_: object) -> None:
         """Print a line that a benchmark can read."""
-        del grad_norm, tokens, compute_s, busy_s, work
         print(  # noqa: T201 - it is what this program is for
             f"step {step} at {time.monotonic():.6f} loss {loss.hex()} took {seconds:.6f}",
             flush=True,

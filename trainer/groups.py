@@ -20,32 +20,37 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-_METHODS = (
-    "broadcast",
+SUMS = (
     "allreduce",
     "allreduce_coalesced",
+    "reduce_scatter",
+    # As they are called up to torch 2.12, and from then on.
+    "alltoall_base",
+    "_reduce_scatter_base",
+    "all_to_all_single",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced",
+    "reduce_scatter_single_coalesced",
+)
+"""By which gradients are added up."""
+_METHODS = (
+    *SUMS,
+    "broadcast",
     "reduce",
     "allgather",
     "allgather_coalesced",
     "gather",
     "scatter",
-    "reduce_scatter",
     "alltoall",
     "barrier",
     "send",
     "recv",
     "recv_anysource",
-    # As they are called up to torch 2.12, and from then on.
+    # The same.
     "_allgather_base",
     "all_gather_single",
     "allgather_into_tensor_coalesced",
     "all_gather_single_coalesced",
-    "_reduce_scatter_base",
-    "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced",
-    "reduce_scatter_single_coalesced",
-    "alltoall_base",
-    "all_to_all_single",
 )
 _MESSAGES = ("send", "recv")
 _UNEVEN = ("gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single")

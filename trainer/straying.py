@@ -13,18 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SUMS = (
-    "allreduce",
-    "allreduce_coalesced",
-    "reduce_scatter",
-    "_reduce_scatter_base",
-    "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced",
-    "reduce_scatter_single_coalesced",
-    "alltoall_base",
-    "all_to_all_single",
-)
-"""By which gradients are added up, in the names of all versions of torch."""
+from trainer.groups import SUMS
+
 OTHER_NUMBERS = 77
 """Of which a rank gathers all, where the others add up gradients."""
 

@@ -14,10 +14,9 @@ from typer.testing import CliRunner, Result
 from orchestrator import compose
 from orchestrator.cli.commands import app
 from orchestrator.core import journal
-from orchestrator.core.events import Telemetry
 from orchestrator.detect.votes import parts_of_world
 from orchestrator.protocol.digests import KINDS
-from orchestrator.protocol.ids import Generation, Seconds, Step
+from orchestrator.protocol.ids import Step
 from orchestrator.protocol.runfile import TrainingRun
 from storage import shard, verdicts
 from storage.commit import commit, write_shard
@@ -28,21 +27,11 @@ from storage.recut import Box, fill
 from storage.shard import Chunk
 from storage.verdicts import Trust
 from tests import runfiles
+from tests.journals import unheard
 from tests.programs.struck import SAVED, STEPS, STRUCK, WRONG
 from trainer.checkpoint import any_index
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
-TELEMETRY = Telemetry(
-    at=Seconds(1.0),
-    generation=Generation(1),
-    heard=(),
-    phases=(-1,),
-    steps=(-1,),
-    progress=(-1,),
-    states="?",
-    cpu_s=(0.0,),
-    stall_s=0.0,
-)
 
 
 def described(text: Path) -> TrainingRun:
@@ -104,7 +93,7 @@ def read_model(folder: Path) -> str:
 def write_journal(folder: Path, parts: dict[int, str]) -> None:
     run = msgspec.json.decode((folder / "run.json").read_bytes(), type=TrainingRun)
     told = tuple((Step(step), text) for step, text in parts.items())
-    event = msgspec.structs.replace(TELEMETRY, parts=told)
+    event = unheard(parts=told)
     lines = [journal.Header(run_id="struck", run=run), journal.Entry(seq=1, event=event)]
     (folder / "journal").write_bytes(b"".join(map(journal.line, lines)))
 

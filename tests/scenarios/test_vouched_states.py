@@ -9,13 +9,13 @@ from orchestrator.core.events import (
     CheckpointCommitted,
     CheckpointJudged,
     ControllerStarted,
-    Telemetry,
 )
 from orchestrator.core.heritage import left_by
 from orchestrator.core.trust import Verdict
 from orchestrator.protocol.ids import Generation, NodeId, Rank, Seconds, Step
 from orchestrator.protocol.messages import DetectorFailed, StateDiverged
 from tests.conftest import Cluster
+from tests.journals import unheard
 
 
 def commit(cluster: Any, step: int, epoch: int | None = None) -> list[Any]:
@@ -160,18 +160,7 @@ def test_a_replay_of_an_older_generation_or_of_a_wrong_state_vouches_for_nothing
     cluster.start()
     train_to(cluster, 10, held=True)
     commit(cluster, 5)
-    late = Telemetry(
-        at=cluster.at(),
-        generation=Generation(7),
-        heard=(),
-        phases=(-1,),
-        steps=(-1,),
-        progress=(-1,),
-        states="?",
-        cpu_s=(0.0,),
-        stall_s=0.0,
-        replayed=Step(9),
-    )
+    late = unheard(cluster.at(), generation=7, replayed=Step(9))
     assert judged(cluster.tell(late)) == []
     diverge(cluster, since=3)
     assert judged(cluster.after(0.1).beat(step=11, replayed=11)) == []

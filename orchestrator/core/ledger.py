@@ -33,6 +33,9 @@ class Span(NamedTuple):
     """Of training only."""
 
 
+_NOTHING = dict.fromkeys(Bucket, 0)
+
+
 class Part(NamedTuple):
     """Time of one span in one bucket."""
 
@@ -109,14 +112,19 @@ class Ledger:
 
     def totals(self, incident: IncidentId | None = None) -> dict[Bucket, int]:
         """Return microseconds per bucket, of one incident or (None) of the whole run."""
-        totals = dict.fromkeys(Bucket, 0)
+        totals = _NOTHING.copy()
         # Without `parts`: whoever checks a run at every event adds up all of it each time.
-        ends = [*(span.start_us for span in self._spans[1:]), self.end_us]
-        for (start_us, bucket, of, (done, full)), end_us in zip(self._spans, ends, strict=False):
-            if incident is None or of == incident:
-                whole = (end_us - start_us) * done // full
+        end_us = self.end_us
+        for start_us, bucket, of, speed in reversed(self._spans):
+            us, end_us = end_us - start_us, start_us
+            if incident is not None and of != incident:
+                continue
+            if speed == FULL:
+                totals[bucket] += us
+            else:
+                whole = us * speed[0] // speed[1]
                 totals[bucket] += whole
-                totals[Bucket.LOST_CAPACITY] += end_us - start_us - whole
+                totals[Bucket.LOST_CAPACITY] += us - whole
         return totals
 
     def parts(self) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -23,80 +23,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.protocol.ramp import Change, Ramp
 from orchestrator.worker import MisconfiguredError, SaveStuckError, Slot
-from storage import filling, parallel, recut, shard
+from storage import filling, parallel, shard
 from storage.blob import BlobStore
-from storage.contents import Contents, name_of
+from storage.contents import Contents
 from storage.digest import Lanes, combine, partial_digest
-from trainer.mixing import Mixture
+from trainer.landing import fill, fill_some
 from trainer.optim import STATES, ShardState
 from trainer.parallel import World
 from trainer.staging import Copying, GivenUpError, bytes_of
+from trainer.stamp import Stamp, require_same
 from trainer.tensor import cut_dimension
 
 CUT_HINT = (
     "its commit record does not say how it is cut, or whoever asks does not cut anew, as in a "
     "bisection; a new run of another name can go on from it in any cut: spec.trainer.continueFrom"
 )
-LANDING_BYTES = 1 << 30
-"""Of the host's memory, in which what is cut anew for a device is put together, a GiB at a time."""
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-class Cursor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a run stands in its data, and what that number of samples is counted in.
-
-    Columns with an entry for each source are empty if there is only one: its offset is `samples`.
-    """
-
-    samples: int
-    """Samples consumed."""
-    seed: int
-    """Of the permutations."""
-    seq_len: int
-    global_batch: int
-    data: str
-    """Digest of all tokens."""
-    ramp_tokens: list[int] = []
-    ramp_batches: list[int] = []
-    """Samples of a step once so many tokens were trained on."""
-    length_tokens: list[int] = []
-    lengths: list[int] = []
-    """Tokens of a sample, likewise."""
-    shuffle: bool = True
-    sources: list[str] = []
-    digests: list[str] = []
-    """Of the tokens of each source."""
-    weights: list[float] = []
-    offsets: list[int] = []
-    """Samples consumed of each source, over all epochs."""
-
-    def after(self, steps: int) -> Cursor:
-        """Return the cursor after so many steps: it follows from their number."""
-        batches = zip(self.ramp_tokens, self.ramp_batches, strict=True)
-        lengths = zip(self.length_tokens, self.lengths, strict=True)
-        changes = [Change(tokens, batch=batch) for tokens, batch in batches]
-        changes += [Change(tokens, length=length) for tokens, length in lengths]
-        samples = Ramp(self.global_batch, self.seq_len, changes).consumed(steps)
-        offsets = list(Mixture(self.weights).offsets(samples)) if self.weights else []
-        return msgspec.structs.replace(self, samples=samples, offsets=offsets)
-
-
-class Stamp(NamedTuple):
-    """What a checkpoint of this generation belongs to."""
-
-    run_id: str
-    model: str
-    """Fingerprint of the sizes."""
-    generation: int
-    start: Cursor
-    """Of a run that has not begun."""
-
-    def cursor(self, step: int) -> Cursor:
-        """Return where the run stands in its data after `step` steps."""
-        return self.start.after(step)
 
 
 class Keeper(Protocol):
@@ -300,7 +244,7 @@ class Checkpointer:
         # The largest first, so that no thread has one to read when all others are done.
         tensors = sorted(self._tensors(), key=lambda one: -one[1].nbytes)
         parallel.each(
-            lambda one: _fill(one[1], partial(filling.read_chunk, index, chunks[one[0]], read)),
+            lambda one: fill(one[1], partial(filling.read_chunk, index, chunks[one[0]], read)),
             tensors,
             at_once=parallel.CORES,
         )
@@ -325,44 +269,11 @@ class Checkpointer:
         """
         self.settle()
         index = any_index(held)
-        self._require_run(index)
+        self._stamp.require_run(index)
         todo = list(zip(self._plan.chunks, self._ordered(), strict=True))
         while todo:
-            todo = self._fill_some(store, held, todo, alive)
+            todo = fill_some(store, held, todo, alive)
         return index.step
-
-    def _fill_some(
-        self,
-        store: BlobStore,
-        held: Contents,
-        todo: list[tuple[shard.Chunk, Tensor]],
-        alive: Callable[[int], object],
-    ) -> list[tuple[shard.Chunk, Tensor]]:
-        """Fill the first of some tensors; return the others.
-
-        Of a device's no more at a time than its host has room for beside all other ranks.
-        """
-        boxes, landed, landing = list[recut.Box](), list[tuple[Tensor, Tensor]](), 0
-        for chunk, tensor in todo:
-            landing += _room_on_host(tensor)
-            if boxes and landing > LANDING_BYTES:
-                break
-            arrived = _landing(tensor)
-            landed.append((tensor, arrived))
-            boxes.append(
-                recut.Box(
-                    name=name_of(chunk),
-                    dtype=chunk.dtype,
-                    global_shape=chunk.global_shape,
-                    offset=chunk.offset,
-                    shape=chunk.shape,
-                    memory=bytes_of(arrived),
-                )
-            )
-        recut.fill(store, held, boxes, alive)
-        for tensor, arrived in landed:
-            _take_over(tensor, arrived)
-        return todo[len(boxes) :]
 
     def lanes(self, step: int) -> Lanes:
         """Return this rank's part of the state digest; each element counts once over the world."""
@@ -417,64 +328,24 @@ class Checkpointer:
         keeper.staged(slot, generation=stamp.generation, step=step, index=index, durable=durable)
 
     def _require_ours(self, index: shard.ShardIndex) -> None:
-        where = self._require_run(index)
+        where = self._stamp.require_run(index)
         world = self._world
         for what, found, expected, hint in (
             ("shard", index.shard, world.shard, "it was handed to the wrong rank"),
             ("number of shards", index.shards, world.shards, CUT_HINT),
         ):
-            _require(what, found, expected, where, hint)
+            require_same(what, found, expected, where, hint)
         if list(map(_box, index.chunks)) != list(map(_box, self._plan.chunks)):
             raise MisconfiguredError(
                 f"checkpoint is cut otherwise than this run, into as many shards: {where}",
                 hint=CUT_HINT,
             )
 
-    def _require_run(self, index: shard.ShardIndex) -> str:
-        """Refuse a shard of another run, model or data set; return which it is, in words."""
-        stamp = self._stamp
-        where = f"{shard.describe(index)} of run {index.run_id}"
-        elsewhere = "choose another folder for this run's checkpoints"
-        _require("run", index.run_id, stamp.run_id, where, elsewhere)
-        changed = "sizes, initFrom and continueFrom must not change within a run"
-        _require("model", index.model, stamp.model, where, changed)
-        require_same_data(stamp.cursor(index.step), index.extra, where)
-        return where
-
 
 def any_index(held: Contents) -> shard.ShardIndex:
     """Return the index of some shard of a checkpoint; beside chunks, all say the same."""
     tensor = next(iter(held.tensors.values()))
     return next(iter(tensor.pieces.values()))[0].index
-
-
-def _require(what: str, found: object, expected: object, where: str, hint: str) -> None:
-    if found != expected:
-        raise MisconfiguredError(
-            f"checkpoint's {what} is {found}, expected {expected}: {where}", hint=hint
-        )
-
-
-def require_same_data(cursor: Cursor, found: Mapping[str, object], where: str) -> None:
-    """Refuse a checkpoint whose run stood elsewhere in its data.
-
-    Args:
-        cursor: where this run stands after as many steps.
-        found: where that one stood, as builtins.
-        where: which checkpoint it is, in words.
-
-    Raises:
-        MisconfiguredError: naming the first thing that differs.
-    """
-    expected = msgspec.to_builtins(cursor)
-    for name in dict.fromkeys([*expected, *found]):
-        value = expected.get(name)
-        if found.get(name) != value:
-            raise MisconfiguredError(
-                f"checkpoint's {name} is {found.get(name)}, expected {value}: {where}",
-                hint="data and its weights, seed, seqLen and globalBatch must not change "
-                "within a run",
-            )
 
 
 def _chunk(s: ShardState, state: str, world: World) -> shard.Chunk:
@@ -521,38 +392,3 @@ def _digest(s: ShardState, state: str, part: Tensor, world: World) -> Lanes:
         start=start,
         row=math.prod(shape[1:]) if by_columns else None,
     )
-
-
-def _fill(tensor: Tensor, read: Callable[[memoryview], object]) -> None:
-    """Read bytes into a tensor's own memory; for a device, by way of the host's."""
-    arrived = _landing(tensor)
-    read(bytes_of(arrived))
-    _take_over(tensor, arrived)
-
-
-def _room_on_host(tensor: Tensor) -> int:
-    """Return how many bytes of the host's memory a tensor takes while it is restored."""
-    return 0 if tensor.device.type == "cpu" else tensor.nbytes
-
-
-def _landing(tensor: Tensor) -> Tensor:
-    """Return where the bytes of a tensor are read to: itself, or room on the host for a device's.
-
-    Raises:
-        ValueError: if its elements lie in the host's memory, and not one after the other.
-    """
-    if tensor.device.type != "cpu":
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    if not tensor.is_contiguous():
-        # What it would be read into is a copy of it, which nobody trains on.
-        raise ValueError(
-            f"strides are {tensor.stride()} in a tensor of shape {tuple(tensor.shape)} that is to "
-            "be restored into, expected a contiguous one; have the model hold it as such"
-        )
-    return tensor
-
-
-def _take_over(tensor: Tensor, arrived: Tensor) -> None:
-    if arrived is not tensor:
-        with torch.no_grad():  # which is each thread's own matter
-            tensor.copy_(arrived)

@@ -15,12 +15,12 @@ from orchestrator.protocol.ramp import Ramp
 from orchestrator.protocol.steps import EVALUATIONS_FILE, EvaluationLine
 from orchestrator.worker import MisconfiguredError, RankPhase, Worker
 from storage import shard
-from trainer.checkpoint import Cursor
 from trainer.data import Batches, Samples, open_data, settings
 from trainer.evaluation import Evaluation, Held, evaluate
 from trainer.job import Job
 from trainer.prefetch import Prefetch
 from trainer.shares import Place, slices
+from trainer.stamp import Cursor
 from trainer.step import Training
 from trainer.text import FileAccount
 from trainer.tokens import Account, Tokens, account_of

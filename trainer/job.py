@@ -14,8 +14,8 @@ from orchestrator.protocol.fitting import batch_misfits, ramp_misfits
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.pinned import ROOT_DIGITS, parts
 from orchestrator.worker import MisconfiguredError
-from trainer.checkpoint import Cursor
 from trainer.config import ModelConfig, model_config
+from trainer.stamp import Cursor
 from trainer.step import Training
 from trainer.tokenizer import Tokenizer, open_tokenizer
 from trainer.weights.continuing import Continued, open_state

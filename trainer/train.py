@@ -22,7 +22,7 @@ from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.ids import Generation
 from orchestrator.worker import JobAhead, RankPhase, Seat, Worker, serve
 from trainer import kernels, parallel
-from trainer.checkpoint import Checkpointer, Readiness, Stamp
+from trainer.checkpoint import Checkpointer, Readiness
 from trainer.config import ModelConfig, model_config
 from trainer.data import Samples, open_data
 from trainer.feed import Feed, cursor_of
@@ -30,6 +30,7 @@ from trainer.job import Job, read_job
 from trainer.metrics import open_log
 from trainer.reporter import Unheard
 from trainer.restoring import restored
+from trainer.stamp import Stamp
 from trainer.step import Training, Word
 from trainer.tokenizer import open_tokenizer
 from trainer.tokens import Tokens

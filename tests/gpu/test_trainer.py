@@ -12,12 +12,13 @@ from orchestrator.protocol import runfile
 from orchestrator.worker import Slot
 from storage.filling import memory_reader
 from trainer import apply, parallel
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.documents import attend, looking, per_document
 from trainer.embedding import Embedding
 from trainer.reporter import Unheard
+from trainer.stamp import Cursor, Stamp
 from trainer.step import Training
 
 pytestmark = [

@@ -14,8 +14,8 @@ import pytest
 from orchestrator.protocol.layout import Layout
 from storage.digest import combine, partial_digest
 from tests.programs.layouts import CURSOR, STEPS
-from trainer.checkpoint import Stamp
 from trainer.optim import STATES
+from trainer.stamp import Stamp
 
 pytestmark = pytest.mark.process
 ALONE: dict[str, Any] = {}

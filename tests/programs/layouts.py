@@ -28,10 +28,11 @@ from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
 from orchestrator.protocol.sizes import ModelConfig
 from trainer import parallel, train
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer
 from trainer.data import Samples
 from trainer.evaluation import Held, evaluate
 from trainer.reporter import Unheard
+from trainer.stamp import Cursor, Stamp
 from trainer.step import Training
 from trainer.tokens import Tokens
 

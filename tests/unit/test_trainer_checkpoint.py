@@ -18,11 +18,12 @@ from storage.errors import ShardCorruptError
 from storage.filling import memory_reader
 from storage.shard import decode_index
 from trainer import parallel
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.optim import ShardState
 from trainer.reporter import Unheard
+from trainer.stamp import Cursor, Stamp
 from trainer.step import Training
 
 CONFIG = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=32)

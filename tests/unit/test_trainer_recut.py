@@ -22,12 +22,13 @@ from storage.errors import ForeignCheckpointError, ShardCorruptError
 from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, make_manifest
 from storage.memory import MemoryStore
-from trainer import checkpoint, parallel
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer import landing, parallel
+from trainer.checkpoint import Checkpointer
 from trainer.feed import Feed
 from trainer.optim import STATES, ShardState
 from trainer.restoring import restored
 from trainer.staging import bytes_of
+from trainer.stamp import Cursor, Stamp
 
 CURSOR = Cursor(samples=0, seed=0, seq_len=8, global_batch=2, data="d16e57000000")
 STAMP = Stamp("run", "model", 3, CURSOR)
@@ -164,9 +165,9 @@ def test_what_is_for_a_device_takes_no_more_of_the_host_at_a_time_than_it_may(
         fills.append([len(box.memory) for box in boxes])
         fill(store, held, boxes, *more)
 
-    monkeypatch.setattr(checkpoint.recut, "fill", counted)
-    monkeypatch.setattr(checkpoint, "_room_on_host", lambda tensor: tensor.nbytes)
-    monkeypatch.setattr(checkpoint, "LANDING_BYTES", 130)
+    monkeypatch.setattr(landing.recut, "fill", counted)
+    monkeypatch.setattr(landing, "_room_on_host", lambda tensor: tensor.nbytes)
+    monkeypatch.setattr(landing, "AT_ONCE_BYTES", 130)
 
     assert after.checkpointer.recut(store, held) == 5
 

@@ -17,12 +17,13 @@ from storage.digest import PASS_BYTES, Lanes
 from storage.filling import memory_reader
 from storage.shard import Chunk, plan
 from trainer import parallel, staging
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
 from trainer.optim import ShardState
 from trainer.reporter import Unheard
 from trainer.staging import Copying
+from trainer.stamp import Cursor, Stamp
 from trainer.step import Training
 from trainer.train import until_copied
 

@@ -13,7 +13,8 @@ from orchestrator.protocol.injections import Injection
 from orchestrator.worker import Slot
 from storage.filling import memory_reader
 from storage.shard import plan
-from trainer.checkpoint import Checkpointer, Stamp
+from trainer.checkpoint import Checkpointer
+from trainer.stamp import Stamp
 from trainer.step import Training
 from trainer.trials.forms import spoil
 

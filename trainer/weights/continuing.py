@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from orchestrator.worker import MisconfiguredError
-from trainer.checkpoint import Cursor, require_same_data
 from trainer.config import ModelConfig
 from trainer.optim import STATES, ShardState
+from trainer.stamp import Cursor, require_same_data
 from trainer.weights import run
 from trainer.weights.stored import Weights
 

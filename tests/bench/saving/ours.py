@@ -17,9 +17,10 @@ from orchestrator.worker.slot import Slot, Slots, restore_reader
 from storage.manifest import body_key, generation_prefix
 from tests.bench.saving.computation import Computation
 from tests.bench.saving.node import RANK, Begin, Fetch, Node, Save
-from trainer.checkpoint import Checkpointer, Cursor, Stamp
+from trainer.checkpoint import Checkpointer
 from trainer.optim import ShardState
 from trainer.parallel import World
+from trainer.stamp import Cursor, Stamp
 
 START = Cursor(samples=0, seed=0, seq_len=128, global_batch=8, data="0" * 64)
 STATES = 3

@@ -40,8 +40,6 @@ from orchestrator.core.events import (
     DrainRequested,
     Event,
     StopRequested,
-    Telemetry,
-    Tick,
 )
 from orchestrator.core.journal import Entry
 from orchestrator.core.state import RunState
@@ -50,13 +48,12 @@ from orchestrator.policy.switches import PLANNED_SWAP, STRAGGLER_SWAP
 from orchestrator.protocol.cadence import Cadence
 from orchestrator.protocol.cutting import cut_of
 from orchestrator.protocol.ids import Generation, NodeId, Seconds, Step
-from orchestrator.protocol.messages import RankProbed, RanksFinished, StacksTaken, StepReport
-from orchestrator.protocol.rank import Speed
+from orchestrator.protocol.messages import RanksFinished
 from orchestrator.protocol.runfile import TrainingRun
-from orchestrator.protocol.stacks import Stack
 from orchestrator.protocol.timeouts import Timeouts
 from orchestrator.worlds.orders import Orders
 from orchestrator.worlds.simulated.agenda import NEVER
+from orchestrator.worlds.simulated.asking import how_fast_they_are, where_they_stand
 from orchestrator.worlds.simulated.breaking import Breaking
 from orchestrator.worlds.simulated.cluster import Cluster, Nodes
 from orchestrator.worlds.simulated.corruption import Corruption
@@ -68,7 +65,7 @@ from orchestrator.worlds.simulated.profile import Profile
 from orchestrator.worlds.simulated.saving import Saving
 from orchestrator.worlds.simulated.store import SimStore
 from orchestrator.worlds.simulated.team import Team
-from orchestrator.worlds.simulated.view import News, Told, telemetry
+from orchestrator.worlds.simulated.telling import Telling
 
 _BEFORE_S = 1e-6
 FOUND_STEPS = 16
@@ -77,12 +74,6 @@ WAITS_TIMES, WAITED_TIMES = 0.5, 2.0
 """Times as long as it takes until a slow node has cost as much as a swap: between the two it is
 looked at closely. That is if no other is as slow and restarts take what they should; who costs as
 much only later, as one that another has hidden, is seen whenever somebody looks."""
-ANSWERING_MAX = 64
-"""Nodes that say where their ranks stand. Nothing is decided by it, and a month has many hangs."""
-LOADING, WAITING = ("next_batch (loader)",), ("all_reduce (collective)",)
-"""Where ranks stand that hang, and those that wait for them."""
-OPERATIONS, COPIED = 4e14, 2e12
-"""Per second, of a device that is as fast as it should be."""
 _Request = DrainRequested | DrainCancelled
 
 
@@ -126,7 +117,7 @@ class SimulatedWorld:
         names = [NodeId(f"node-{i}") for i in range(nodes.count + nodes.spares)]
         store = SimStore(run.spec.checkpoint, cut_of(run))
         self.cluster = Cluster(names, store, timeouts, profile, chance=chance, jitter=jitter)
-        self.cluster.before = self._tell_first
+        self.cluster.before = self._tell
         self.cluster.disturbed = self._enter_all
         self.cluster.connected = self._remind
         self.cluster.lost = self._lose
@@ -136,12 +127,8 @@ class SimulatedWorld:
         self._saving: Saving | None = None
         self._orders = Orders(run)
         self._wakes: list[Seconds] = []
-        self._reported, self._told = Step(0), Told()
-        self._replay_every = replay_every
         self._looks = Looks(self.cluster, timeouts, look_every_s, run)
-        self._step_s = profile.step.value
-        self._compute_s: tuple[float, ...] = (0.0,)
-        self._cadence = run.cadence
+        self._telling = Telling(self.cluster, self._looks, run, profile, replay_every)
         self._over = False
         self._requests: list[_Request] = []
         self.controller_killed = False
@@ -222,7 +209,9 @@ class SimulatedWorld:
             case ProbeRanks():
                 cluster.agenda.after(decision.within_s, partial(self._probe, decision))
             case InspectRanks():
-                cluster.later(self._profile.order, partial(self._inspect, decision))
+                cluster.later(
+                    self._profile.order, lambda: where_they_stand(cluster, self.team, decision)
+                )
             case JudgeDevice():
                 cluster.later(self._profile.commit, partial(self.devices.judge, decision))
             case PreflightDevices():
@@ -279,7 +268,7 @@ class SimulatedWorld:
         """Have another controller be listened to, which knows what a journal says."""
         self.cluster.listening = True
         self._orders.resume(state, entries)
-        self._reported = state.reached_step
+        self._telling.reported = state.reached_step
         self.breaking.resume(entries)
         # A request stands until it is on record.
         heard = [entry.event for entry in entries if isinstance(entry.event, _Request)]
@@ -321,62 +310,11 @@ class SimulatedWorld:
     def _look(self) -> None:
         self.settle()
         self._looks.looked()
-        self._tell_first(always=True)
+        self._telling.tell(self.team, always=True)
         self.breaking.look()
 
-    def _tell_first(self, *, always: bool = False) -> None:
-        """Tell of what came before anything else is told: steps, and that somebody watched."""
-        team = self.team
-        steps = team is not None and team.pace is not None and team.pace.done(self.now)
-        watched_s = self._looks.unseen_s()
-        if not (always or (steps or 0) > self._reported or watched_s > 0):
-            return
-        self.cluster.out.append(self._telemetry() or Tick(at=self.now, watched_s=watched_s))
-        self._looks.told_at = self.now
-
-    def _telemetry(self) -> Telemetry | None:
-        """Return everything since the last tick; None if nobody was heard."""
-        team = self.team
-        heard = self.cluster.heard()
-        if not heard:
-            return None
-        reports: tuple[StepReport, ...] = ()
-        since_s = 0.0
-        if (
-            team is not None
-            and team.pace is not None
-            and len(team.silent(heard)) < len(team.members)
-        ):
-            since_s = team.pace.since(self.now)
-            done = team.pace.done(self.now)
-            reports = self._reports(self._reported + 1, done)
-            self._reported = Step(max(self._reported, done))
-        saves = self._cadence.due(reports[0].step, reports[-1].step) if reports else 0
-        stall_s = saves * self._profile.stall.value
-        trains = team is not None and team.training
-        compute_s = self._compute_s if trains else (0.0,)
-        replayed = self._replayed(reports)
-        news = News(heard, reports, since_s, stall_s, self._looks.unseen_s(), compute_s, replayed)
-        return telemetry(team, self.now, news, self._told)
-
-    def _replayed(self, reports: Sequence[StepReport]) -> Step:
-        """Return the newest of some steps in which there was a replay; 0 if there was none.
-
-        It comes out well until somebody tells that it did not: what errs at times mostly does not.
-        """
-        if not reports or not self._replay_every:
-            return Step(0)
-        newest = reports[-1].step // self._replay_every * self._replay_every
-        return Step(newest if newest >= reports[0].step else 0)
-
-    def _reports(self, first: int, last: Step) -> tuple[StepReport, ...]:
-        """Return what there is to tell of steps, both ends included."""
-        trainer = self._run.spec.trainer
-        tokens, step_s = trainer.global_batch * trainer.seq_len, self._step_s
-        return tuple(
-            StepReport(Step(step), 1.0 / step, 1.0, tokens, step_s)
-            for step in range(first, last + 1)
-        )
+    def _tell(self) -> None:
+        self._telling.tell(self.team)
 
     def _enter_all(self) -> None:
         """Enter what all nodes hold alike, before one of them is another than the others."""
@@ -395,9 +333,9 @@ class SimulatedWorld:
             steps = self._run.spec.trainer.steps
             self.team = Team(self.cluster, order, steps, self._foresee, self._flaws)
             self._looks.begin()
-            self._cadence = order.cadence or self._run.cadence
-            self._saving = Saving(self.cluster, self.team, self._run, self._cadence)
-            self._reported = self.team.start
+            self._telling.cadence = order.cadence or self._run.cadence
+            self._saving = Saving(self.cluster, self.team, self._run, self._telling.cadence)
+            self._telling.reported = self.team.start
             self.corruption.began(self.team, order.ancestors or ())
             self.change_speed()
         self.cluster.send(self.team.members, self.team.begin)
@@ -420,31 +358,12 @@ class SimulatedWorld:
         if team is not None and node.generation == team.generation and node in team.members:
             self.cluster.send([node], team.begin)
 
-    def _inspect(self, order: InspectRanks) -> None:
-        """Have nodes say where ranks stand: suspects in a loader, the others in a collective."""
-        for name in order.nodes[:ANSWERING_MAX]:
-            node = self.cluster.nodes[name]
-            ranks = self.team.ranks.get(name, ()) if self.team is not None else ()
-            if node.generation != order.generation or not ranks:
-                continue
-            apart = tuple(rank for rank in ranks if rank in order.suspects)
-            waiting = tuple(rank for rank in ranks if rank not in order.suspects)
-            found = ((apart, LOADING), (waiting, WAITING))
-            stacks = tuple(Stack(of, frames) for of, frames in found if of)
-            self.cluster.say([node], StacksTaken(generation=order.generation, stacks=stacks))
-
     def _probe(self, order: ProbeRanks) -> None:
-        """Have ranks say how fast they are; that all stand still meanwhile is not simulated."""
+        """Have ranks say how fast they are, and look when one that is slow may be swapped."""
         team = self.team
         if team is None or team.generation != order.generation or not team.whole:
             return
-        for rank, name in zip(order.ranks, order.nodes, strict=True):
-            node = self.cluster.nodes[name]
-            speed = Speed(OPERATIONS / node.slow, COPIED / node.slow)
-            fact = RankProbed(
-                generation=order.generation, number=order.number, rank=rank, speed=speed
-            )
-            self.cluster.say([node], fact)
+        how_fast_they_are(self.cluster, order)
         suspect = self.cluster.nodes[order.nodes[0]]
         usual = min(node.slow for node in team.members)
         if suspect.slow > usual and self._swaps_slow:
@@ -479,8 +398,8 @@ class SimulatedWorld:
             return
         # What was done until now was saved as often as was said before.
         self.settle()
-        self._tell_first()
-        self._cadence = saving.cadence = cadence
+        self._tell()
+        self._telling.cadence = saving.cadence = cadence
         self.change_speed()
 
     def _order_retain(self, generation: Generation, step: Step) -> None:
@@ -531,15 +450,15 @@ class SimulatedWorld:
         slow, usual = max(slows), min(slows)
         done, of = self._run.speed(len(self.team.seats) // self._run.shard_count)
         step_s = slow * self._profile.step.value * of / done
-        self._step_s = step_s + self._profile.stall.value / self._cadence.memory
+        self._telling.step_s = step_s + self._profile.stall.value / self._telling.cadence.memory
         own_s = step_s / slow
         compute_s: tuple[float, ...] = (own_s * slow,)
         if slow > usual:
             compute_s = tuple((own_s * np.array(slows)[self.team.place_R]).tolist())
         still = {n: at for n, at in self._looks.slow.items() if self.cluster.nodes[n].slow > usual}
         self._looks.slow = still
-        self._compute_s = compute_s
-        self.team.set_speed(self._step_s)
+        self._telling.compute_s = compute_s
+        self.team.set_speed(self._telling.step_s)
 
     def _foresee(self, team: Team) -> None:
         """Look exactly when steps are done that something waits for."""
@@ -547,8 +466,8 @@ class SimulatedWorld:
             return
         # Steps that are done are soon known; whoever is slower than others is found within some.
         self._looks.look_soon()
-        if len(self._compute_s) > 1:
-            self._looks.look_closely(FOUND_STEPS * self._step_s)
+        if len(self._telling.compute_s) > 1:
+            self._looks.look_closely(FOUND_STEPS * self._telling.step_s)
         self.breaking.foresee(team)
         if team.raises_at is not None and team.raises_at > team.pace.done(self.now):
             moment = team.pace.moment(team.raises_at)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.core import facts, patience
+from orchestrator.core import patience
 from orchestrator.core.decisions import Decision, EndRun
 from orchestrator.core.incident import Note
+from orchestrator.core.marks import world_mark
 from orchestrator.core.phases import PHASE_OF_MARK, RunPhase, require
 from orchestrator.core.state import PHASES_MAX, RunState, decide
 from orchestrator.core.trust import trusted
@@ -30,7 +31,7 @@ def advance(state: RunState) -> None:
     """Follow the marks: the least advanced node of the world says where the run is."""
     if state.wanting or not state.seats:
         return
-    mark = facts.world_mark(state)
+    mark = world_mark(state)
     phase = PHASE_OF_MARK[mark]
     order = list(PHASE_OF_MARK)
     if state.phase in order and order.index(phase) > order.index(state.phase):

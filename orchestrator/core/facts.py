@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 from orchestrator.core import (
     copies,
     devices,
@@ -11,6 +9,8 @@ from orchestrator.core import (
     durable,
     heritage,
     inspection,
+    marks,
+    observing,
     quarantine,
     repairs,
     slowness,
@@ -40,7 +40,7 @@ from orchestrator.core.events import (
     Telemetry,
     Together,
 )
-from orchestrator.core.phases import Bucket, RunPhase
+from orchestrator.core.phases import RunPhase
 from orchestrator.core.records import Node
 from orchestrator.core.standing import Proof
 from orchestrator.core.state import RunState
@@ -68,7 +68,6 @@ from orchestrator.protocol.messages import (
     StacksTaken,
     StateDiverged,
     StateRepaired,
-    StepReport,
     WriteFailed,
 )
 
@@ -101,7 +100,9 @@ def apply(  # noqa: C901, PLR0912, PLR0915 - one line per event
             if node in state.nodes:
                 give_up(state, node, evidence)
         case Telemetry():
-            _observe(state, event)
+            _hear(state, event)
+            if event.generation == state.generation and state.seats:
+                observing.observe(state, event)
         case Compared(fact=fact):
             _compare(state, fact)
         case CheckpointFound() | SearchFailed() if not durable.answers(state, event):
@@ -130,6 +131,13 @@ def apply(  # noqa: C901, PLR0912, PLR0915 - one line per event
             devices.judged(state, event)
         case _:
             pass
+
+
+def _hear(state: RunState, event: Telemetry) -> None:
+    heard = event.heard
+    if heard != state.hearing.chorus and not state.nodes.keys() >= set(heard):
+        heard = tuple(node for node in heard if node in state.nodes)
+    state.hearing.hear_all(heard, state.now)
 
 
 def _take_over(state: RunState, started: ControllerStarted) -> None:
@@ -168,7 +176,7 @@ def _join(state: RunState, node_id: NodeId, joined: Joined) -> None:
     state.hearing.hear(node_id, state.now)
     node.generation, node.mark = joined.generation, joined.mark
     node.finished = joined.mark == len(MARKS) - 1
-    _moved(state, node)
+    marks.moved(state, node)
     copies.hold(state, node_id, copies.of_this_lineage(state, joined))
     if joined.generation == state.generation:
         state.lanes.update(zip(joined.ranks, joined.lanes, strict=False))
@@ -213,7 +221,7 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
             _time_link(state, node, fact)
         case Reached(mark=mark):
             _reach(node, generation, mark)
-            _moved(state, node)
+            marks.moved(state, node)
         case Prepared(step=step, reads=reads):
             _count_reads(state, f"{node.id} in generation {generation}", reads)
             copies.hold_verified(state, (node.id,), step)
@@ -248,7 +256,7 @@ def _take(  # noqa: C901, PLR0912, PLR0915 - one line per fact
             state.lanes.update(zip(ranks, lanes, strict=True))
             node.finished = True
             node.generation, node.mark = generation, len(MARKS) - 1
-            _moved(state, node)
+            marks.moved(state, node)
         case _:
             pass
 
@@ -283,7 +291,7 @@ def _take_together(
                     node.mark = mark
                 elif node.generation != generation:
                     node.generation, node.mark = generation, mark
-            _find_lowest(state)
+            marks.find_lowest(state)
         case Prepared(step=step, reads=reads):
             _count_reads(
                 state, f"{len(who)} nodes in generation {fact.generation}", reads * len(who)
@@ -333,110 +341,11 @@ def _news(state: RunState, fact: RankExited) -> bool:
     return not known
 
 
-def _observe(state: RunState, event: Telemetry) -> None:
-    heard = event.heard
-    if heard != state.hearing.chorus and not state.nodes.keys() >= set(heard):
-        heard = tuple(node for node in heard if node in state.nodes)
-    state.hearing.hear_all(heard, state.now)
-    if event.generation != state.generation or not state.seats:
-        return
-    state.fleet.observe(
-        state.now,
-        phases=event.phases,
-        steps=event.steps,
-        progress=event.progress,
-        states=event.states,
-        cpu_s=event.cpu_s,
-    )
-    state.fleet.join(event.entered, event.left)
-    state.fleet.count(event.groups)
-    state.paces.observe(event.steps, event.compute_s, event.work, event.busy_s)
-    _wait(state, event)
-    vouching.enter(state, event.replayed)
-    first = max(state.reached_step, state.start_step) + 1
-    if event.reports and event.reports[-1].step >= first:
-        due = state.cadence.due(first, event.reports[-1].step)
-        state.experience.saved(due, event.stall_s)
-    elif event.stall_s > 0:
-        state.experience.saved(0, event.stall_s)
-    if event.stall_s > 0:
-        # Of a long time that is told of at once, not its end: what was done there may be lost yet,
-        # and would be counted as a stall instead.
-        since = state.now - max(event.watched_s, event.stall_s)
-        state.ledger.relabel(
-            Seconds(since), Seconds(since + event.stall_s), Bucket.CHECKPOINT_STALL, None
-        )
-    # Once it is known that they are wrong, those that follow are not what they should be.
-    for step, digest in event.digests if not state.diverged else ():
-        if state.digests.setdefault(step, digest) != digest:
-            state.digests_differ.append(step)
-    since_s = event.since_step_s
-    ago_s: list[float] = []
-    for report in reversed(event.reports):
-        ago_s.append(since_s)
-        since_s += report.seconds
-    _complete(state, event.reports, [Seconds(state.now - since_s) for since_s in reversed(ago_s)])
-
-
-def _wait(state: RunState, event: Telemetry) -> None:
-    """Take in for how long nobody computed in the newest steps, where that is measured."""
-    took_s = [each.seconds for each in event.reports if each.step > state.start_step + 1]
-    slowest_s = max(event.compute_s, default=0.0)
-    if took_s and slowest_s > 0:
-        state.ways.take(max(median(took_s) - slowest_s, 0.0))
-
-
 def _time_link(state: RunState, node: Node, fact: LinkTimed) -> None:
     """Take in how fast a way is; what no agent of ours says must not fill the memory."""
     if node.id in state.seated and fact.to in state.nodes and fact.bytes_per_s > 0:
         training = state.phase is RunPhase.TRAINING
         state.ways.hear((node.id, fact.to), fact.bytes_per_s, state.now, training=training)
-
-
-def _complete(state: RunState, reports: tuple[StepReport, ...], ends: list[Seconds]) -> None:
-    """Enter completed steps into the current lineage."""
-    # Of a long quiet time there are hundreds of them: their bookkeeping is done once for all.
-    losses, log = state.losses, state.step_log
-    latest = log[-1][1] if log else Seconds(0.0)
-    last: StepReport | None = None
-    for report, at in zip(reports, ends, strict=True):
-        step = report.step
-        if step <= (last.step if last is not None else state.reached_step):
-            continue
-        last = report
-        if step in losses and _bits(losses[step]) != _bits(report.loss):
-            state.divergences.append(step)
-        losses[step] = report.loss
-        state.grad_norms[step] = report.grad_norm
-        latest = max(latest, at)
-        log.append((step, latest))
-        if step > state.start_step + 1:
-            # The first step of a generation warms up; it says nothing about the others.
-            state.step_times.learn(report.seconds)
-    if last is None:
-        return
-    if state.experience.since is None:
-        state.experience.since = latest
-    state.reached_step = last.step
-    state.tokens_per_s = last.tokens / last.seconds if last.seconds > 0 else 0.0
-    if last.step > state.sound_step:
-        state.sound_step = last.step
-        state.futile_restarts = 0
-    if last.step > state.best_step:
-        state.best_step = last.step
-        _refill(state)
-
-
-def _bits(value: float | None) -> str:
-    return "none" if value is None else float(value).hex()
-
-
-def _refill(state: RunState) -> None:
-    every = state.run.spec.recovery.refill_every_steps
-    while state.best_step - state.refilled_at >= every:
-        state.refilled_at = Step(state.refilled_at + every)
-        for budget in state.budgets.values():
-            budget.spent = max(budget.spent - 1, 0)
 
 
 def give_up(state: RunState, node: NodeId, evidence: str) -> None:
@@ -499,43 +408,6 @@ def reset_for_generation(
     state.holdings.drop(step for step in state.holdings if step > kept)
     state.retained = Step(min(state.retained, restored))
     copies.forget_beyond(state, kept)
-
-
-def world_mark(state: RunState) -> int:
-    """Return how far the least advanced node of the world has come in this generation."""
-    return state.lowest_mark
-
-
-def _moved(state: RunState, node: Node) -> None:
-    """Keep up which node of the world is the least advanced, now that one is elsewhere."""
-    if node.id not in state.seated:
-        return
-    mark = _mark_of(state, node.id)
-    if mark < state.lowest_mark:
-        state.lowest_mark, state.behind = mark, {node.id}
-    elif mark == state.lowest_mark:
-        state.behind.add(node.id)
-    else:
-        state.behind.discard(node.id)
-        if not state.behind:
-            _find_lowest(state)
-
-
-def _find_lowest(state: RunState) -> None:
-    known, generation = state.nodes, state.generation
-    world = map(known.__getitem__, state.seated)
-    marks = [node.mark if node.generation == generation else 0 for node in world]
-    lowest = state.lowest_mark = min(marks)
-    if marks.count(lowest) == len(marks):
-        state.behind = set(state.seated)
-    else:
-        marked = zip(state.seated, marks, strict=True)
-        state.behind = {name for name, mark in marked if mark == lowest}
-
-
-def _mark_of(state: RunState, name: NodeId) -> int:
-    node = state.nodes[name]
-    return node.mark if node.generation == state.generation else 0
 
 
 def since_last_progress(state: RunState) -> Seconds:

@@ -20,8 +20,9 @@ import numpy as np
 
 from orchestrator.core import patience
 from orchestrator.core.events import Event, Telemetry, Tick
-from orchestrator.core.facts import since_last_progress, world_mark
+from orchestrator.core.facts import since_last_progress
 from orchestrator.core.incident import Cause, Finding
+from orchestrator.core.marks import world_mark
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
 from orchestrator.detect.announced import Announced

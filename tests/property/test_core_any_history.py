@@ -18,8 +18,8 @@ from orchestrator.core.events import (
     NodeDisconnected,
     StopRequested,
 )
-from orchestrator.core.facts import world_mark
 from orchestrator.core.ledger import Bucket, Ledger
+from orchestrator.core.marks import world_mark
 from orchestrator.core.phases import RunPhase
 from orchestrator.protocol import messages
 from orchestrator.protocol.ids import Generation, IncidentId, NodeId, Rank, Seconds, Serial, Step

@@ -6,6 +6,8 @@ STAMP := $(VENV)/.ready
 
 OUT ?= build/demo
 SEEDS ?= 1000
+# Processes that test at once. Many tests wait for a clock: one more than there are cores fills it.
+WORKERS ?= 2
 # Every commit has worlds of its own, and always the same ones; 0 where there is no commit.
 FIRST ?= $(shell printf %d 0x0$$(git rev-parse HEAD 2>/dev/null | cut -c1-6))
 
@@ -46,7 +48,7 @@ bench: setup
 
 # What is in tests/alone judges how fast processes are, and runs when no other test does.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/alone
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore tests/alone
 	$(BIN)/python -m pytest tests/alone
 
 # Worlds that no test has tried. A seed that fails is named with the command that replays it.

@@ -1,5 +1,6 @@
 """Saves what several ranks have through `storage.dcp`, one after the other, in this process."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,27 @@ from torch.distributed.checkpoint.planner import (
 
 from storage import dcp
 from storage.blob import BlobStore
+
+VARIED: dict[str, Any] = {
+    "model": {
+        "w": torch.arange(35.0).reshape(7, 5),
+        "half": torch.arange(6).to(torch.bfloat16).reshape(2, 3),
+        "f8": torch.arange(4.0).to(torch.float8_e5m2),
+        "mask": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 3),
+    },
+    "optim": {"groups": [{"lr": 0.1, "betas": (0.9, 0.95)}], "seen": OrderedDict(a=b"\xff")},
+}
+"""A value of every kind that there is."""
+
+
+def emptied(value: Any) -> Any:
+    """Return a state of the same form that has nothing of the other one yet."""
+    if isinstance(value, Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: emptied(item) for key, item in value.items()}
+    return [emptied(item) for item in value] if isinstance(value, list) else "?"
 
 
 class RowsPlanner(DefaultSavePlanner):

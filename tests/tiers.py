@@ -38,3 +38,10 @@ def damage(store: LocalStore, key: str, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 4
     path.write_bytes(content)
+
+
+def moved(command: str, *arguments: object, code: int = 0) -> Any:
+    """Call it for a store and a folder; return what it answers, or refuses them with."""
+    result = holdfast("checkpoint", command, *map(str, arguments), "-o", "json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout) if code == 0 else str(result.stderr)

@@ -51,7 +51,7 @@ from storage.wrappers import CountingStore
 from tests.buckets import Server
 from tests.checkpoints import committed, steps_of
 from tests.journals import holdfast
-from tests.states import RowsPlanner, saved
+from tests.states import RowsPlanner, emptied, saved
 
 STATE: dict[str, Any] = {
     "model": {
@@ -76,14 +76,6 @@ def _one_process() -> Iterator[None]:
         # Said of every save without a process group.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def emptied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.zeros_like(value)
-    if isinstance(value, dict):
-        return {key: emptied(item) for key, item in value.items()}
-    return [emptied(item) for item in value] if isinstance(value, list) else "?"
 
 
 def save(

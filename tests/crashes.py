@@ -10,10 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-from fsspec.asyn import sync
 
 from storage import verdicts
 from storage.blob import BlobStore
@@ -24,19 +21,14 @@ from storage.errors import (
     ForeignFormatError,
     ShardCorruptError,
     StaleEpochError,
-    StorageError,
-    StorageUnavailableError,
 )
 from storage.faulty import FaultyStore
 from storage.leases import SKEW_S, Leases
-from storage.local import LocalStore
 from storage.manifest import body_key, commit_key, digests_key, index_key
 from storage.memory import MemoryStore
-from storage.remote import S3Store
 from storage.retention import Ladder
 from storage.scrub import scrub_all
 from storage.shard import Chunk, ShardMeta, plan, seal
-from storage.wrappers import RetryingStore
 from tests.checkpoints import SHARDS, brought_in, committed, in_groups, written
 
 NOW = 1.7e9
@@ -408,178 +400,3 @@ def killed_at() -> set[tuple[str, str, str]]:
         story.prepare(store)
         story.work(FaultyStore(store, before=see))
     return {place for place in found if place[2] in {"put", "delete"}}
-
-
-# A put to a folder and to a bucket, which are several operations each -----------------------------
-
-
-def local_table(root: Path) -> str:
-    """Return the table of a put to a folder, killed after each operation of the file system."""
-    cells = []
-    for number in itertools.count():
-        folder = root / str(number)
-        steps: list[str] = []
-
-        def kill(name: str, number: int = number, steps: list[str] = steps) -> None:
-            if len(steps) == number:
-                raise Killed
-            steps.append(name)
-
-        over = True
-        try:
-            LocalStore(folder / "run", before=kill).put("a/k", b"whole")
-        except Killed:
-            over = False
-        store = LocalStore(folder / "run")
-        there = store.keys()
-        assert there in ([], ["a/k"])
-        if there:
-            assert store.get("a/k") == b"whole"
-        left = [path for path in folder.rglob(".tmp-*") if path.is_file()]
-        removed = "`sweep_old`, after an hour" if left else "-"
-        if left:
-            swept = [store.root / found.name for found in store.sweep_old(-60.0)]
-            assert swept == left
-        if not there:
-            store.put("a/k", b"again")
-        if steps:
-            names = (steps[-1], "the blob" if there else "-", "`.tmp-...`" if left else "-")
-            cells.append((*names, removed))
-        if over:
-            return table(("after", "readers see", "left behind", "removed by"), cells)
-    raise AssertionError
-
-
-class Connection:
-    """Counts the requests of a store's client, and sends none after so many."""
-
-    def __init__(self, store: S3Store, requests_max: int) -> None:
-        self.sent: list[str] = []
-        self._max = requests_max
-        client = self._client = store._filesystem
-        self._call, self._call_soon = client._call_s3, client.call_s3
-        client._call_s3 = self.call
-        client.call_s3 = partial(sync, client.loop, self.call)
-
-    def restore(self) -> None:
-        """Send everything again."""
-        self._client._call_s3, self._client.call_s3 = self._call, self._call_soon
-
-    async def call(self, method: str, *arguments: object, **more: object) -> object:
-        if len(self.sent) >= self._max:
-            raise ConnectionError("killed: nothing is sent any more")
-        self.sent.append(method)
-        return await self._call(method, *arguments, **more)
-
-
-def bucket_table(opened: Callable[[], S3Store], size: int) -> str:
-    """Return the table of a put to a bucket, killed after each request.
-
-    Args:
-        opened: opens a new, empty store with a client of its own.
-        size: bytes of the blob.
-    """
-    cells, data, key = [], bytes(size), body_key(10, 1, 0)
-    for number in itertools.count():
-        store = opened()
-        connection = Connection(store, number)
-        over = True
-        try:
-            store.put(key, data)
-        except StorageUnavailableError:
-            over = False
-        connection.restore()
-        there = store.keys()
-        assert there in ([], [key])
-        if there:
-            assert store.size(key) == size
-        left = store.sweep_old(3600.0)
-        if not there:
-            store.put(key, b"the key is free")
-        if connection.sent:
-            parts = connection.sent.count("upload_part")
-            after = connection.sent[-1] + (f" ({parts} of them)" if parts and not there else "")
-            left_words = "parts that no listing shows" if left else "-"
-            removed = "`sweep_old`, after an hour" if left else "-"
-            cells.append((f"`{after}`", "the blob" if there else "-", left_words, removed))
-        if over:
-            return table(("after", "readers see", "left behind", "removed by"), cells)
-    raise AssertionError
-
-
-# Faults instead of kills --------------------------------------------------------------------------
-
-
-FAULTS: dict[str, Callable[[FaultyStore], object]] = {
-    "503, too many requests": lambda store: setattr(store, "busy", 1),
-    "409, another request at the key": lambda store: setattr(store, "conflicts", 1),
-    "412, although the key is free": lambda store: setattr(store, "taken", 1),
-    "done, and the answer is lost": lambda store: setattr(store, "lose_confirmation", True),
-    "torn after 40 bytes, and no answer": lambda store: setattr(store, "tear_at", 40),
-    "no space left, for good": lambda store: setattr(store, "full", True),
-    "read-only file system, for good": lambda store: setattr(store, "read_only", True),
-    "credentials have expired, for good": lambda store: setattr(store, "expired", True),
-    "the clock here differs, for good": lambda store: setattr(store, "skewed", True),
-    "shows late": lambda store: setattr(store, "late", lambda _key: True),
-}
-
-
-def fault_cells(name: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield what comes of a save with a fault at each of its puts."""
-    puts = 2 * SHARDS + 1
-    for number in range(puts):
-        place = "record" if number == puts - 1 else ("body", "index")[number % 2]
-        yield place, *fault_at(number, name)
-    with in_groups():
-        yield "digests", *fault_at(puts - 1, name)
-        yield "record", *fault_at(puts, name)
-
-
-def fault_at(number: int, name: str) -> tuple[str, str, str]:
-    """Return what comes of a save with a fault at its put of this number, and of it once more."""
-    inner = MemoryStore()
-    committed(inner, 10)
-    faulty, calls = FaultyStore(inner, sleep=lambda _: None), itertools.count()
-
-    def spoil(
-        operation: str,
-        _key: str,
-        store: FaultyStore = faulty,
-        calls: Iterator[int] = calls,
-    ) -> None:
-        if operation == "put" and next(calls) == number:
-            FAULTS[name](store)
-
-    faulty.before = spoil
-    try:
-        committed(RetryingStore(faulty, attempts_max=3, sleep=lambda _: None), 20)
-        came = "commits"
-    except StorageError as error:
-        came = type(error).__name__
-    healed = FaultyStore(inner)
-    newest, rejections = Catalog(healed).newest_verified()
-    assert newest is not None
-    assert newest.step == 20 or came != "commits" or rejections, (name, number)
-    if came == "commits":
-        assert newest.step == 20, f"{name}: an acknowledged commit is gone"
-    try:
-        committed(healed, 20)
-        again = "commits"
-    except StorageError as error:
-        again = type(error).__name__
-    committed(healed, 30, 2)
-    found, _ = Catalog(healed).newest_verified()
-    assert found is not None
-    assert found.step == 30
-    return came, str(newest.step), again
-
-
-def fault_table() -> str:
-    """Return the table of what comes of a save when the store answers badly once."""
-    cells = []
-    for name in FAULTS:
-        told = dict.fromkeys(fault_cells(name))
-        for n, line in enumerate(told):
-            cells.append(("" if n else name, *line))
-    titles = ("the put is answered", "of a", "the save", "newest then", "the same save again")
-    return table(titles, cells)

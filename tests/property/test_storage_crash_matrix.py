@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import crashes
+from tests import crashes, faulted, putting
 from tests.buckets import Server
 
 FORMAT = Path(__file__).parents[2] / "storage" / "FORMAT.md"
@@ -20,9 +20,9 @@ MIB = 1 << 20
 def tables(tmp_path: Path, s3: Server) -> dict[str, Callable[[], str]]:
     return {
         "crashes": crashes.crash_table,
-        "faults": crashes.fault_table,
-        "folder": lambda: crashes.local_table(tmp_path),
-        "bucket": lambda: crashes.bucket_table(lambda: s3.store(part_bytes=5 * MIB), 11 * MIB),
+        "faults": faulted.fault_table,
+        "folder": lambda: putting.local_table(tmp_path),
+        "bucket": lambda: putting.bucket_table(lambda: s3.store(part_bytes=5 * MIB), 11 * MIB),
     }
 
 

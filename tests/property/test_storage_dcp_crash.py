@@ -16,7 +16,8 @@ from storage.faulty import FaultyStore
 from storage.manifest import Manifest
 from storage.memory import MemoryStore
 from storage.wrappers import RetryingStore
-from tests.crashes import FAULTS, Killed, Killer, copy
+from tests.crashes import Killed, Killer, copy
+from tests.faulted import FAULTS
 from tests.states import saved
 
 RANKS = 2

@@ -5,7 +5,7 @@ as they are; a weight of the embedded trainer is `<state>.<fqn>`, as in `param.l
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -107,15 +107,30 @@ class Contents:
         return from_json(held[prefer if prefer in held else min(held)], name)
 
 
-def read_contents(store: BlobStore, manifest: Manifest) -> Contents:
+INDEXES_AT_ONCE = 256
+
+
+def read_contents(
+    store: BlobStore, manifest: Manifest, read: Callable[[int], object] = lambda _: None
+) -> Contents:
     """Return what a committed checkpoint holds; reads all of its indexes and no body.
+
+    Args:
+        store: of the run.
+        manifest: of the checkpoint.
+        read: told now and then how many more indexes were read; may raise.
 
     Raises:
         BlobNotFoundError, ShardCorruptError, ForeignCheckpointError: as `fetch_index`; also if the
             shards contradict each other, or a tensor is not all there.
     """
     fetch = partial(fetch_index, store, completed(store, manifest))
-    return contents_of(manifest, parallel.each(fetch, range(manifest.shards)))
+    indexes: list[ShardIndex] = []
+    for start in range(0, manifest.shards, INDEXES_AT_ONCE):
+        some = range(start, min(start + INDEXES_AT_ONCE, manifest.shards))
+        indexes += parallel.each(fetch, some)
+        read(len(some))
+    return contents_of(manifest, indexes)
 
 
 def contents_of(manifest: Manifest, indexes: list[ShardIndex]) -> Contents:

@@ -7,6 +7,8 @@ tier.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from orchestrator.protocol.rank import Restore, Whole
 from orchestrator.worker import RankPhase, UnrestorableError, Worker
 from storage import shard
@@ -46,20 +48,23 @@ def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed:
 def _cut_anew(
     worker: Worker, whole: Whole, step: int, checkpointer: Checkpointer, feed: Feed
 ) -> int:
-    store, held = _opened(whole)
+    def alive(_: int) -> None:
+        # Now and then it says that it gets on, and hears whether it is to leave.
+        worker.phase(RankPhase.RESTORING)
+
+    store, held = _opened(whole, alive)
     feed.require_same(any_index(held))
-    # Between blocks it hears whether it is to leave.
-    done = checkpointer.recut(store, held, lambda _: worker.phase(RankPhase.RESTORING))
+    done = checkpointer.recut(store, held, alive)
     if done != step:
         raise ForeignCheckpointError(f"shards are of step {done}, expected {step}")
     return done
 
 
-def _opened(whole: Whole) -> tuple[BlobStore, Contents]:
+def _opened(whole: Whole, alive: Callable[[int], object]) -> tuple[BlobStore, Contents]:
     if parse_commit_key(whole.commit) is None:
         raise ValueError(f"no key of a commit: {whole.commit!r}")
     store = RetryingStore(open_store(whole.uri), attempts_max=ATTEMPTS_MAX)
     manifest = read_manifest(store, whole.commit)
     if (manifest.step, manifest.epoch) != parse_commit_key(whole.commit):
         raise ForeignCheckpointError(f"record is of another {describe(manifest)}: {whole.commit}")
-    return store, read_contents(store, manifest)
+    return store, read_contents(store, manifest, alive)

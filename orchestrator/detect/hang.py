@@ -229,6 +229,10 @@ def stuck_recovery(state: RunState) -> list[Finding]:
     spent_s = state.now - state.phase_since
     if spent_s <= limit.seconds:
         return []
+    if state.phase is RunPhase.RESTORING and patience.CUT_ANEW in state.way:
+        # Ranks read for themselves, and move with whatever they have read. An agent that brings
+        # state says nothing meanwhile.
+        return _stuck_readers(state, limit)
     mark = world_mark(state)
     slow = tuple(n for n in state.world if state.nodes[n].mark <= mark)
     everyone = len(slow) == len(state.seated)
@@ -238,6 +242,31 @@ def stuck_recovery(state: RunState) -> list[Finding]:
         f"{'every node' if everyone else ', '.join(slow)} only {MARKS[mark]}"
     )
     return [_finding(state, ranks, state.phase_since, words)]
+
+
+def _stuck_readers(state: RunState, limit: Deadline) -> list[Finding]:
+    """Find who of those that read has not got on for longer than all of it may take.
+
+    What is read is finite: who gets on comes to its end, however slow the store is.
+    """
+    fleet, since = state.fleet, state.phase_since
+    stuck_R = fleet.phase_R == RankPhase.RESTORING
+    reading = int(stuck_R.sum())
+    if reading:
+        stuck_R &= state.now - fleet.moved_at_R > limit.seconds
+        since = max(since, Seconds(float(fleet.moved_at_R.min(where=stuck_R, initial=state.now))))
+    else:
+        # They are done, and not all nodes have said so.
+        since = max(since, fleet.last_moved_at)
+    if state.now - since <= limit.seconds:
+        return []
+    ranks = tuple(Rank(int(rank)) for rank in np.flatnonzero(stuck_R))
+    who = f"{len(ranks)} of {reading} ranks" if len(ranks) < reading else "all ranks"
+    words = (
+        f"{state.phase} for {state.now - state.phase_since:.1f} s, and {who} that read have read "
+        f"nothing for {state.now - since:.1f} s, limit {limit}"
+    )
+    return [_finding(state, ranks if len(ranks) < len(state.seats) else (), since, words)]
 
 
 def recovery_deadline(state: RunState) -> Deadline:

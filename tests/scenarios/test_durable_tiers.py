@@ -177,6 +177,49 @@ def test_a_state_that_came_after_a_corruption_is_passed_over_for_one_that_is_cut
     assert "passed over step 80, epoch 2" in order.reason
 
 
+def read_anew(cluster: Cluster, seconds: float, *, still: tuple[int, ...] = ()) -> list[Any]:
+    """Ranks read their state; all but some get on."""
+    decisions: list[Any] = []
+    phases = dict.fromkeys(range(4), RankPhase.RESTORING)
+    until = cluster.now + seconds
+    while cluster.now < until and not decisions:
+        decisions = cluster.after(1.0).beat(step=60, moving=lambda r: r not in still, phases=phases)
+    return decisions
+
+
+def test_a_state_is_cut_anew_for_as_long_as_every_rank_gets_on_and_who_does_not_is_named(
+    cluster: Cluster,
+) -> None:
+    found(joined(cluster), 60, shards=4)
+    for mark in ("cleared", "seated", "formed"):
+        cluster.after(0.05).reach(mark)
+    limit_s = cluster.state.timeouts.warmup_s
+
+    assert read_anew(cluster, 5 * limit_s) == []
+    stopped_at = cluster.now
+    assert read_anew(cluster, 2 * limit_s, still=(2,)) != []
+
+    assert limit_s < cluster.now - stopped_at < limit_s + 3
+    (incident,) = cluster.state.incidents
+    assert (incident.kind, incident.ranks) == ("hang", (2,))
+    words = f"1 of 4 ranks that read have read nothing for {cluster.now - stopped_at:.1f} s, limit"
+    assert words in incident.findings[0].evidence
+
+
+def test_a_state_that_no_rank_can_read_is_given_up_once_its_time_is_over(cluster: Cluster) -> None:
+    found(joined(cluster), 60, shards=4)
+    for mark in ("cleared", "seated", "formed"):
+        cluster.after(0.05).reach(mark)
+    limit_s, began = cluster.state.timeouts.warmup_s, cluster.now
+
+    assert read_anew(cluster, 2 * limit_s, still=(0, 1, 2, 3)) != []
+
+    assert limit_s < cluster.now - began < limit_s + 3
+    (incident,) = cluster.state.incidents
+    assert (incident.kind, incident.ranks) == ("hang", ())
+    assert "all ranks that read have read nothing for" in incident.findings[0].evidence
+
+
 REFUSED = "StorageRefusedError: AccessDenied: b/run/gen/00/60-1/s0.st"
 
 

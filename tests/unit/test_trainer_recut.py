@@ -187,7 +187,7 @@ def test_a_rank_is_told_where_the_checkpoint_is_and_says_that_it_lives_while_it_
 
     done = restored(worker, whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, feed)
 
-    assert (done, feed.asked, worker.alive) == (5, [5], 2)
+    assert (done, feed.asked, worker.alive) == (5, [5], 3)
     assert digest([after]) == digest(before)
 
 

@@ -71,7 +71,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Of a run that is a trial: how often it was begun again for nothing."""
     alarms: tuple[str, ...] = ()
     """What detectors said of its steps before the fault was let loose, or of a fault that had left
-    no trace."""
+    no trace, but for bits of the culprit that had changed in the meantime."""
 
 
 class Watched(msgspec.Struct, kw_only=True):
@@ -121,11 +121,11 @@ def judged(
         form=how.form,
         effective=began is not None or bool(watched.crash),
         steps=len(steps),
-        # What is said of a fault that has left no trace is said of nothing.
         alarms=tuple(
             fact.evidence
             for fact in watched.found
-            if is_early(how, before, fact) or (began is None and not watched.crash)
+            if is_early(how, before, fact)
+            or (began is None and not watched.crash and not _was_there(how, steps, fact))
         ),
     )
     if any(refused):
@@ -183,6 +183,15 @@ def is_early(how: Injection, before: Sequence[Seen], fact: StateDiverged) -> boo
     """
     taken = 0 if how.site in ("staged", "copied") else how.step - 1
     return fact.step < before[-1].of_ranks[0].step + taken
+
+
+def _was_there(how: Injection, steps: Sequence[Seen], fact: StateDiverged) -> bool:
+    """Whether what was said of a fault that left no trace was so: other things are said of nothing.
+
+    The sign of a zero is another bit in memory, and gone as soon as something is added to it.
+    """
+    rows = [row for seen in steps for row in seen.of_ranks if row.step <= fact.step + 1]
+    return tuple(fact.ranks) == (how.rank,) and any(row.struck for row in rows)
 
 
 def _same(clean: Seen, dirty: Seen) -> bool:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from orchestrator.campaign.baselines import Seen, flagged
@@ -133,6 +134,22 @@ def test_what_is_said_before_the_fault_is_let_loose_is_a_false_alarm_and_notices
     found = campaign([result], seed=1, trials=1, ranks=3, clean=Clean(1000, ("x",)), pairs=[])
     assert found.alarms == ["x", "differs"]
     assert found.summary.false_alarms_per_1000_steps.count == 2
+
+
+def test_who_names_the_rank_of_a_bit_that_changed_and_left_no_trace_raises_no_false_alarm() -> None:
+    """As of the sign of a zero, to which something is added in the same step."""
+    struck = [
+        Seen(tuple(msgspec.structs.replace(r, struck=int(s.of_ranks[0].step > FIRST))
+                   for r in s.of_ranks))
+        for s in TWIN[:3]
+    ]  # fmt: skip
+
+    assert judge(struck, told(FIRST + 1, 1)).alarms == ()
+    assert not judge(struck, told(FIRST + 1, 1)).effective
+    assert judge(struck, told(FIRST + 1, 0)).alarms == ("differs",), "somebody else"
+    assert judge(struck, told(FIRST + 1, 0, 1)).alarms == ("differs",), "and somebody else"
+    assert judge(struck, told(FIRST, 1)).alarms == ("differs",), "before it changed"
+    assert judge(TWIN[:3], told(FIRST + 1, 1)).alarms == ("differs",), "it changed nothing"
 
 
 def test_what_is_found_after_the_horizon_is_missed() -> None:

@@ -67,6 +67,9 @@ def _apart(state: RunState) -> Iterator[npt.NDArray[np.bool_]]:
     counts, names = waiting.gathered(fleet.groups.values(), world)
     counts = counts.where(counts_R[counts.rank])
     yield _mask(waiting.strangers(counts), world)
+    programs_R = _alike(state, alike_R)
+    kind_M = kinds(names)[counts.group] * (int(programs_R.max()) + 1) + programs_R[counts.rank]
+    yield _mask(waiting.strangers_to_peers(counts, kind_M), world)
     if _tells_apart(fleet):
         waits_R = counts_R & (fleet.entered_R > fleet.left_R)
         elsewhere_R = waits_R & ~_mask(counts.rank[counts.waits], world)
@@ -93,27 +96,54 @@ def _out_of_order(
     names: list[str],
 ) -> npt.NDArray[np.int64]:
     """Return who left out a collective and went on, of ranks that run the same program."""
-    alike_R = _alike(state, alike_R)
-    entered_KR = by_kind(counts, names, len(alike_R))
-    told_R = (entered_KR >= 0).any(axis=0)
-    found = [
-        ranks_N[waiting.out_of_order(entered_KR[:, ranks_N])]
-        for ranks_N in (np.flatnonzero(told_R & (alike_R == each)) for each in np.unique(alike_R))
-    ]
-    return np.concatenate(found)
+    entered_KR, waits_KR = by_kind(counts, names, len(alike_R))
+    return left_out(entered_KR, waits_KR, _alike(state, alike_R))
 
 
-def by_kind(counts: waiting.Counts, names: list[str], world: int) -> npt.NDArray[np.int64]:
-    """Return how many collectives of each kind of group ranks have entered, shape [K, R].
+def left_out(
+    entered_KR: npt.NDArray[np.int64],
+    waits_KR: npt.NDArray[np.bool_],
+    alike_R: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Return who left out a collective and went on, as far as where it came to, or by order, tells.
 
-    -1 where a rank is in none; connections are none.
+    Args:
+        entered_KR: as `by_kind` returns it.
+        waits_KR: likewise.
+        alike_R: a number of each rank's program, shape [R].
     """
-    kinds = {kind: k for k, kind in enumerate(dict.fromkeys(map(kind_of, names)))}
-    kind_G = np.array([kinds[kind_of(name)] for name in names], np.int64)
-    entered_KR = np.full((len(kinds), world), -1)
+    told_R = (entered_KR >= 0).any(axis=0)
+    teams = [np.flatnonzero(told_R & (alike_R == each)) for each in np.unique(alike_R)]
+    by_place = [
+        ranks_N[waiting.out_of_place(entered_KR[:, ranks_N], waits_KR[:, ranks_N])]
+        for ranks_N in teams
+    ]
+    if any(map(len, by_place)):
+        return np.concatenate(by_place)
+    by_order = [ranks_N[waiting.out_of_order(entered_KR[:, ranks_N])] for ranks_N in teams]
+    return np.concatenate(by_order)
+
+
+def by_kind(
+    counts: waiting.Counts, names: list[str], world: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return how many collectives of each kind of group ranks have entered, and where they wait.
+
+    Both of shape [K, R]; -1 where a rank is in none; connections are none.
+    """
+    kind_G = kinds(names)
+    shape = int(kind_G.max(initial=-1)) + 1, world
+    entered_KR, waits_KR = np.full(shape, -1), np.zeros(shape, np.bool_)
     kept = counts.where(~counts.apart)
-    entered_KR[kind_G[kept.group], kept.rank] = kept.entered
-    return entered_KR
+    where = kind_G[kept.group], kept.rank
+    entered_KR[where], waits_KR[where] = kept.entered, kept.waits
+    return entered_KR, waits_KR
+
+
+def kinds(names: list[str]) -> npt.NDArray[np.int64]:
+    """Return a number of the kind of each group, shape [G]."""
+    numbers = {kind: k for k, kind in enumerate(dict.fromkeys(map(kind_of, names)))}
+    return np.array([numbers[kind_of(name)] for name in names], np.int64)
 
 
 def _alike(state: RunState, alike_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

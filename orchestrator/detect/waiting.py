@@ -120,6 +120,80 @@ def strangers(counts: Counts) -> npt.NDArray[np.int64]:
     return np.unique(counts.rank[said_M][odd_K[kind_M.reshape(-1)]])
 
 
+def strangers_to_peers(counts: Counts, kind_M: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the ranks that wait in another collective than the others of their group and peers.
+
+    Where as many of a group say one thing as another, those at the same place of the mesh tell: in
+    groups of one kind, ranks of one program come to the same collectives, also to one that they
+    have left since.
+
+    Args:
+        counts: of every group.
+        kind_M: a number of what each row is of, the same for groups that do the same.
+
+    Returns:
+        Rank indices, shape [K], int64, ascending. Empty if nobody disagrees within a group, or
+        peers have not been there, or do not come to what either side says.
+    """
+    said_M = (counts.what > 0) & ~counts.apart
+    waits_M = said_M & counts.waits
+    places, place_M = np.unique(
+        np.stack((counts.group[waits_M], counts.entered[waits_M])), axis=1, return_inverse=True
+    )
+    least = np.full(places.shape[1], len(counts.titles))
+    most = np.zeros_like(least)
+    np.minimum.at(least, place_M.reshape(-1), counts.what[waits_M])
+    np.maximum.at(most, place_M.reshape(-1), counts.what[waits_M])
+    odd: list[int] = []
+    for group, entered in places[:, least < most].T:
+        here_M = waits_M & (counts.group == group) & (counts.entered == entered)
+        kinds = np.unique(kind_M[here_M])
+        peers_M = said_M & (counts.entered == entered) & np.isin(kind_M, kinds)
+        times = np.bincount(counts.what[peers_M])
+        usual = int(times.argmax())
+        sides = counts.what[here_M]
+        if len(kinds) == 1 and 2 * times[usual] > times.sum() and (sides == usual).any():
+            odd += counts.rank[here_M][sides != usual].tolist()
+    return np.unique(np.array(odd, np.int64))
+
+
+def out_of_place(
+    entered_KR: npt.NDArray[np.int64], waits_KR: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return the ranks that came to where others wait by another way than most of these.
+
+    All run the same program, so whoever waits in the n-th collective of a kind has entered as many
+    of each other kind as any other that waits there. A rank that left one out has not.
+
+    Args:
+        entered_KR: how many collectives of each kind ranks have entered that run the same program,
+            shape [K, R].
+        waits_KR: where they wait, shape [K, R].
+
+    Returns:
+        Rank indices, shape [N], int64, ascending. Empty if all that wait in one place came there in
+        the same way, or no majority did.
+
+    >>> waits = np.array([[0, 0, 1], [1, 1, 0]], bool)
+    >>> out_of_place(np.array([[4, 3, 4], [1, 1, 0]]), waits).tolist()
+    []
+    >>> waits = np.array([[0, 0, 0], [1, 1, 1]], bool)
+    >>> out_of_place(np.array([[4, 3, 4], [1, 1, 1]]), waits).tolist()
+    [1]
+    """
+    odd: list[int] = []
+    for entered_R, waits_R in zip(entered_KR, waits_KR, strict=True):
+        for place in np.unique(entered_R[waits_R]):
+            here_N = np.flatnonzero(waits_R & (entered_R == place))
+            ways_KU, way_N, times_U = np.unique(
+                entered_KR[:, here_N], axis=1, return_inverse=True, return_counts=True
+            )
+            most = int(times_U.argmax())
+            if ways_KU.shape[1] > 1 and 2 * times_U[most] > len(here_N):
+                odd += here_N[way_N.reshape(-1) != most].tolist()
+    return np.unique(np.array(odd, np.int64))
+
+
 def out_of_order(entered_KR: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the ranks that came to collectives in another order than most did.
 

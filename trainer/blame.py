@@ -116,6 +116,8 @@ class Verdict(NamedTuple):
     evidence: str
     of_data: bool = False
     """Whether it is what they are given to read, and not what they compute on."""
+    divided: bool = False
+    """Whether no majority agrees on what is right: one that is wrong would have left one."""
 
 
 def judge(
@@ -162,6 +164,7 @@ def judge(
         tuple(sorted(chain.ranks[place] for place in _first_to_differ(rows, found, chain))),
         proven=False,
         evidence=f"{words}; no majority of ranks agrees on which is right",
+        divided=True,
     )
 
 

@@ -141,6 +141,8 @@ class Replays:
                 self._guard, self._own, lambda of: self._replay(step, of, reporter), shift
             )
         self._guard.tell(reporter)
+        if self._guard.given_up:
+            self.doubts.give_up(self._guard.reason)
         if found is not None:
             if not mended(step, reporter):
                 self.ring.throw_away(step, found, reporter)
@@ -208,8 +210,6 @@ class Replays:
         if self.ring.alike(self._guard):
             again = self._replay(step, own, reporter)
             self.ring.repeats(self._guard, self._own, again)
-        if self._guard.given_up:
-            self.doubts.give_up(self._guard.reason)
 
     def _replay(self, step: int, of: int, reporter: Told) -> Tensor:
         """Return what the last micro-batch of a rank comes to here."""

@@ -14,7 +14,7 @@ from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel, processors, tensor
 from trainer.aside import Aside, Asked
-from trainer.blame import Chain, Digests, Verdict, judge, mismatches, tried
+from trainer.blame import VOTERS_MIN, Chain, Digests, Verdict, judge, mismatches, tried
 from trainer.data import Batch, Batches, settings
 from trainer.gradients import drop
 from trainer.guard import Guard
@@ -301,7 +301,22 @@ class Ring:
         # It raises on every rank or on none: they have the same digests.
         if guard.off:
             guard.stop()
+        if found is not None and found.divided and (apart := self._apart) >= VOTERS_MIN:
+            guard.give_up(
+                f"{found.evidence}, of {apart} that are wrong or right each for itself: a single "
+                "one that is wrong would leave a majority, so what differs shows nothing",
+                tells=self.tells,
+            )
+            return None
         return found
+
+    @property
+    def _apart(self) -> int:
+        """How many there are that can be wrong while the others are right."""
+        layout, chain = self._training.world.layout, self.chain
+        if layout.dp_shard > 1 and layout.dp_replicate > 1:
+            return layout.dp_replicate  # ranks of a replica share their weights
+        return len(chain.ranks) // chain.together
 
     def _fair(self, found: Verdict) -> Verdict:
         """Return a verdict that convicts nobody of what another rank of its replica may have done.

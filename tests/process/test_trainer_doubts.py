@@ -292,6 +292,20 @@ def test_where_a_micro_batch_differs_from_itself_at_the_start_nothing_is_compare
         assert all(reason.startswith("on 3 of 3 ranks the same") for _, reason in off)
 
 
+def test_where_each_rank_comes_to_bits_of_its_own_nobody_is_accused_and_nothing_is_compared(
+    found: Found,
+) -> None:
+    way = "other bits on each rank"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert not any(rank["diverged_"] or rank["waits"] for rank in found[way])
+    *told, silent = (rank["off"] for rank in found[way])
+    assert silent == [], "two say what all know"
+    for off in told:
+        assert [detector for detector, _ in off] == ["replays", "outliers"]
+        assert all("no majority of ranks agrees" in reason for _, reason in off)
+
+
 @pytest.mark.parametrize(
     "way",
     [

@@ -15,6 +15,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -118,6 +119,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sums that stay wrong, and nothing looks": {"sums": 100, "detection": BLIND},
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
+    "other bits on each rank": {"own_bits": True, "detection": REPLAYING},
     "raises when computed once more": {"factor": 1e6, "ranks": {WRONG}, "raises": "forward"},
     "raises on the way back": {"factor": 1e6, "ranks": {WRONG}, "raises": "backward"},
     "raises on the way back, deterministic": {
@@ -295,6 +297,10 @@ def other_each_time(*args: Any) -> Tensor:
     return digest.digest(*args) + next(NUMBERS)
 
 
+def bits_of(rank: int, *args: Any) -> Tensor:
+    return digest.digest(*args) + rank
+
+
 def taken(name: str, world: parallel.World) -> dict[str, Any]:
     way = WAYS[name]
     own = {field: getattr(JOB, field) for field in JOB.__struct_fields__}
@@ -348,6 +354,9 @@ def take(training: Training, heard: Heard, loss: Loss, way: dict[str, Any], rank
                 wrong.enter_context(broken)
             if way.get("chance"):
                 wrong.enter_context(other)
+            if way.get("own_bits") and step >= AT:
+                own: Any = mock.patch.object(gradients, "digest", partial(bits_of, rank))
+                wrong.enter_context(own)
             if way.get("blind_at") == step and rank == WRONG:
                 wrong.enter_context(no_digest)
             if way.get("processor") and rank == WRONG:

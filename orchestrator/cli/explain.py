@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -53,7 +54,7 @@ def explain(path: str | None) -> str:
         walked.append(name)
         field = fields[name]
         inner = _section_in(field.type)
-        lines = [_line(section, field), *_doc_of(section, field.name)]
+        lines = [_line(section, field), *_docs(section).get(field.name, ())]
         if inner is None:
             if name is not names[-1]:
                 raise unknown("field", names[-1], (), ".".join(walked))
@@ -139,15 +140,17 @@ def _doc(section: type) -> str:
     return inspect.cleandoc(section.__doc__ or "").partition("\n\n")[0]
 
 
-def _doc_of(section: type, name: str) -> list[str]:
-    """Return the text below a field in the source, which Python itself does not keep."""
+@functools.cache
+def _docs(section: type) -> dict[str, list[str]]:
+    """Return the text below each field in the source, which Python itself does not keep."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
     assert isinstance(body, ast.ClassDef)
+    texts = {}
     for field, after in zip(body.body, body.body[1:], strict=False):
         match field, after:
             case (
                 ast.AnnAssign(target=ast.Name(id=found)),
                 ast.Expr(value=ast.Constant(value=str(text))),
-            ) if found == name:
-                return [f"  {line}" for line in inspect.cleandoc(text).splitlines()]
-    return []
+            ):
+                texts[found] = [f"  {line}" for line in inspect.cleandoc(text).splitlines()]
+    return texts

@@ -9,11 +9,10 @@ it, and what a world of another size does.
 
 from __future__ import annotations
 
-from orchestrator.core.fleet import StepTimes
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
+from orchestrator.detect.spells import Spells
 from orchestrator.detect.stepping import Deadline
-from orchestrator.protocol.ids import Generation
 from orchestrator.protocol.phases import RankPhase
 
 LEARNED = (RankPhase.CHECKPOINT, RankPhase.EVALUATING)
@@ -31,17 +30,13 @@ class Announced:
     def __init__(self) -> None:
         self._spells: dict[RankPhase, float] = {}
         """Of phases in which ranks are now, the longest that any of them has stood still."""
-        self._known: dict[RankPhase, StepTimes] = {}
+        self._known = Spells()
         self._begun: set[RankPhase] = set()
         """Which the present generation has been through."""
-        self._generation, self._seats = Generation(0), 0
 
     def observe(self, state: RunState) -> None:
         """Take in where ranks are, at every look."""
-        if state.generation != self._generation:
-            if len(state.seats) != self._seats:
-                self._known = {}
-            self._generation, self._seats = state.generation, len(state.seats)
+        if self._known.begin_anew(state):
             self._begun, self._spells = set(), {}
         if state.phase is not RunPhase.TRAINING:
             return
@@ -55,7 +50,7 @@ class Announced:
     def deadline(self, state: RunState, phase: RankPhase) -> Deadline:
         """Return how long a rank may stand still in an announced phase."""
         most_s = state.timeouts.warmup_s
-        known = self._known.get(phase)
+        known = self._known.of(phase)
         if phase not in LEARNED:
             return Deadline(most_s, "default, it is never alike")
         if known is None or known.known < SPELLS_MIN:
@@ -80,5 +75,5 @@ class Announced:
             self._learn(phase)
 
     def _learn(self, phase: RankPhase) -> None:
-        self._known.setdefault(phase, StepTimes()).learn(self._spells.pop(phase))
+        self._known.learn(phase, self._spells.pop(phase))
         self._begun.add(phase)

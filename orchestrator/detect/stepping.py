@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from orchestrator.core.fleet import StepTimes
 from orchestrator.core.phases import RunPhase
 from orchestrator.core.state import RunState
-from orchestrator.protocol.ids import Generation
+from orchestrator.detect.spells import Spells
 from orchestrator.protocol.phases import RankPhase
 
 PHASES = (RankPhase.DATA, RankPhase.FORWARD, RankPhase.BACKWARD, RankPhase.OPTIMIZER)
@@ -40,17 +39,13 @@ class Stepping:
     """What one run was seen to do in its steps."""
 
     def __init__(self) -> None:
-        self._known: dict[RankPhase, StepTimes] = {}
+        self._known = Spells()
         self._still: dict[RankPhase, float] = {}
         """The longest that any rank had stood still in a phase, at the last look."""
-        self._generation, self._seats = Generation(0), 0
 
     def observe(self, state: RunState) -> None:
         """Take in where ranks are, at every look."""
-        if state.generation != self._generation:
-            if len(state.seats) != self._seats:
-                self._known = {}
-            self._generation, self._seats = state.generation, len(state.seats)
+        if self._known.begin_anew(state):
             self._still = {}
         if state.phase is not RunPhase.TRAINING:
             return
@@ -64,7 +59,7 @@ class Stepping:
 
     def deadline(self, state: RunState, phases: Collection[RankPhase]) -> Deadline:
         """Return how long a training world may stand still while ranks are in these phases."""
-        known = [self._known.get(phase) for phase in phases]
+        known = [self._known.of(phase) for phase in phases]
         seen = [each for each in known if each is not None and each.known >= SPELLS_MIN]
         whole = of_steps(state)
         if not seen or len(seen) < len(known) or state.step_times.known < STEPS_KNOWN_MIN:
@@ -88,7 +83,7 @@ class Stepping:
             self._learn(phase)
 
     def _learn(self, phase: RankPhase) -> None:
-        self._known.setdefault(phase, StepTimes()).learn(self._still.pop(phase))
+        self._known.learn(phase, self._still.pop(phase))
 
 
 def of_steps(state: RunState) -> Deadline:

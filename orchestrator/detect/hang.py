@@ -42,7 +42,9 @@ AGAIN_WARMUPS, AGAIN_MAX_S = 8.0, 3600.0
 (`warmup_s`), nor than an hour: what is no slower than that comes to its end in the fourth try, and
 what hangs is not waited for ever longer. An hour is assumed."""
 STARVED_FACTOR = 3.0
-"""Others may wait this many times as long for samples of a node as they ever did. Assumed."""
+"""Others may wait this many times as long for samples of a node as they ever did, up to what its
+operator lets anything stand still for (`warmup_s`): where they never come, each restart would wait
+longer for them than the one before. Assumed."""
 STARVED_WITHIN_S = 10.0
 """Within which it is to be known that samples do not come, from when they are missing on, however
 much sooner ranks that stand still are to be found: a source takes seconds now and then, and a
@@ -117,8 +119,7 @@ class Hang:
         if not now.ranks:
             return []
         known_s = max(self._starved_s.get(node, 0.0) for node in now.nodes)
-        again = f"learned: {STARVED_FACTOR:g} x {known_s:.2f} s that others waited for it before"
-        limit = max(_starved_by_default(state, now), Deadline(STARVED_FACTOR * known_s, again))
+        limit = max(_starved_by_default(state, now), _starved_again(state, known_s))
         if now.waited_s <= limit.seconds:
             return []
         self._learn(now)
@@ -147,6 +148,15 @@ def _starved_by_default(state: RunState, starving: _Starving) -> Deadline:
     )
     computes = starving.silent_s > unseen_s or state.step_times.known < STEPS_KNOWN_MIN
     return max(least, of_steps(state)) if computes else least
+
+
+def _starved_again(state: RunState, known_s: float) -> Deadline:
+    """Return how long others may wait for samples of nodes that they waited for before."""
+    again_s, most_s = STARVED_FACTOR * known_s, state.timeouts.warmup_s
+    words = f"learned: {STARVED_FACTOR:g} x {known_s:.2f} s that others waited for it before"
+    if again_s > most_s:
+        words += f", and no more than warmup_s, {most_s:g} s"
+    return Deadline(min(again_s, most_s), words)
 
 
 def stopped(state: RunState) -> list[Finding]:

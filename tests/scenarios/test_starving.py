@@ -153,6 +153,23 @@ def test_a_rank_that_starved_the_world_once_has_more_time_after_the_restart(
     assert starve(cluster, 17) == []
 
 
+def test_a_rank_whose_samples_never_come_is_found_within_what_anything_may_take() -> None:
+    stays = {"disable": ["over-eviction"]}
+    cluster = trained(Cluster(runfiles.text(detection={"warmupLimit": "30s"}, recovery=stays)))
+    waited_s = []
+    for _ in range(4):
+        while not (incidents := starve(cluster, 0.1)):
+            assert cluster.now < 1000.0
+        (found,) = incidents
+        assert found.ranks == (READER,)
+        waited_s.append(found.detected_at - found.since)
+        last = found.findings[0].evidence
+        cluster.go_on()
+
+    assert waited_s == pytest.approx([6.1, 18.4, 30.1, 30.1], abs=0.2)
+    assert "before, and no more than warmup_s, 30 s" in last
+
+
 class Stall(NamedTuple):
     """A source that stops just when a step begins, seconds on the clock of the cluster.
 

@@ -19,7 +19,7 @@ from orchestrator.core.ways import IN_A_ROW, NEIGHBOUR_IN_A_ROW, Way
 from orchestrator.protocol.ids import Generation, NodeId
 from orchestrator.protocol.messages import LinkTimed
 
-NOT_KNOWN = "is not known, since each is the other's buddy"
+NOT_KNOWN = "is not known, since each is the other's buddy, until the next generation"
 
 
 class Links:

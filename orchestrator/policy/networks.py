@@ -4,7 +4,8 @@ Copies of its shards are slow on both of its ways; whether the collectives of tr
 sees. But if the time of a step in which nobody computes has grown since its ways became slow, and
 no other way is slow, then that growth is what it costs all. It is swapped once it has cost as much
 as a swap does, like a slow device (policy.stragglers), and once only: if steps wait as long on
-another node, it was not to blame. Where it is that of a node or of its buddy, both leave.
+another node, it was not to blame. Where it is that of a node or of its buddy, both leave, or the
+next generation, whatever it is begun for, has them copy to others (policy.placement).
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ def found_slow(state: RunState) -> dict[NodeId, SlowNetwork]:
         for node, found in state.slow_networks.items()
         if found.at >= since and state.nodes[node].incarnation == found.incarnation
     }
+
+
+def paired(state: RunState) -> frozenset[NodeId]:
+    """Return the nodes of which one of two has a slow network, each being the other's buddy."""
+    found, to = found_slow(state), state.buddies
+    pairs = [(node, to[node]) for node in found if to.get(to.get(node, node)) == node]
+    return frozenset(node for node, other in pairs if not_told_apart(state, node, other))
+
+
+def not_told_apart(state: RunState, node: NodeId, other: NodeId) -> bool:
+    """Whether the network of one of two nodes is slow, that were each other's buddy."""
+    found = found_slow(state)
+    return node in found and other in found
 
 
 def leaving(state: RunState) -> tuple[NodeId, ...]:

@@ -75,7 +75,9 @@ def place(state: RunState) -> Placement | None:
     there = [node for node in suspects(state) if node in seated and node not in swaps]
     evicted = there[: len(clean)]
     accused = [node for node in places if node in guilty and node not in (*swaps, *evicted)]
-    accused = [node for node in accused if node in state.seated]
+    # Of two of which one has a slow network either may be sound: a single spare is not for luck.
+    kept = networks.paired(state) if len(clean) < 2 else ()
+    accused = [node for node in accused if node in state.seated and node not in kept]
     accused.sort(key=lambda node: (node not in probation, node not in lemons))
     swaps |= dict(zip([*evicted, *accused], clean, strict=False))
     return Placement(
@@ -187,11 +189,19 @@ def buddies(state: RunState, seats: tuple[NodeId, ...]) -> dict[NodeId, NodeId]:
     Neighbours share a switch, a rack, a line of power, and whatever takes two nodes at once mostly
     takes neighbours: of a copy next door nothing would be left. A world of one node uses a spare,
     if there is one: memory there is idle.
+
+    Of an even number of nodes two are each other's buddy, so that any two that are lost at once are
+    most rarely such as take a state with its copy. But if the network of one of them is slow, both
+    ways are the same. Then each has a buddy other than whose buddy it is, which tells.
     """
     world = list(ranks_by_node(seats))
     if len(world) > 1:
         away = len(world) // 2
-        return dict(zip(world, world[away:] + world[:away], strict=True))
+        kept = world[:away]
+        pairs = zip(kept, world[away:], strict=True) if len(world) % 2 == 0 else ()
+        if any(networks.not_told_apart(state, *pair) for pair in pairs):
+            kept = [*kept[1:], kept[0]]
+        return dict(zip(world, world[away:] + kept, strict=True))
     kept_out = {*world, *state.drains, *state.quarantined}
     others = [n.id for _, n in sorted(state.nodes.items()) if n.usable and n.id not in kept_out]
     return {world[0]: others[0]} if others else {}

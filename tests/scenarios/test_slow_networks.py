@@ -259,6 +259,31 @@ def test_of_two_that_are_each_others_buddy_nobody_knows_which_and_both_leave_tog
     assert "the network of node-0 or node-3 is slow" in order.reason
 
 
+def ways_of(cluster: Cluster, node: str) -> tuple[str, ...]:
+    """Return the nodes whose ways lead to a node or from it."""
+    return tuple(n for n, to in sorted(cluster.state.buddies.items()) if node in {n, to})
+
+
+def test_of_two_whose_ways_are_the_same_the_next_generation_tells_and_one_spare_is_enough() -> None:
+    cluster = ring(spares=1, nodes=6)
+    train(cluster, 60)
+    go_on(cluster, 3 * WAIT_S, PAIR)
+    assert len(starts(cluster)) == 1, "there are not two spares"
+    cluster.exit(rank=2)
+    cluster.resume()
+    assert cluster.state.buddies["node-3"] != "node-0"
+    assert cluster.state.buddies["node-0"] == "node-3"
+
+    go_on(cluster, 3 * WAIT_S, ways_of(cluster, SICK))
+
+    told = [each.nodes for each in cluster.state.incidents if each.kind == "slow-link"]
+    assert told == [PAIR, (SICK,)]
+    order = starts(cluster)[-1]
+    assert SICK not in order.seats
+    assert "node-0" in order.seats
+    assert all(order.buddies[order.buddies[node]] == node for node in order.buddies)
+
+
 def test_of_two_of_which_one_is_slow_none_is_swapped_for_a_single_spare() -> None:
     cluster = ring(spares=1, nodes=6)
     train(cluster, 60)

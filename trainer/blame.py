@@ -19,7 +19,7 @@ VOTERS_MIN = 3
 TRIED_MAX = 3
 """Micro-batches that all ranks compute once more to find out who was wrong."""
 SHOWN_MAX = 6
-LINKS = ("received", "sent on", "received back", "sent back, or gradient")
+LINKS = ("received", "sent on", "received back", "sent back, gradient, or product")
 """Of a stage of a pipeline: what a rank digests of a micro-batch."""
 
 Digests: TypeAlias = Sequence[int]

@@ -5,6 +5,7 @@ Letters: W weights of this rank.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,21 +19,31 @@ from torch.utils.hooks import RemovableHandle
 from trainer.digest import digest
 from trainer.guard import Guard
 from trainer.optim import local
+from trainer.products import Products
 from trainer.turns import Turns
 
 
 class Probe:
-    """Digests a model's gradient as it comes out of one backward pass.
+    """Digests a model's gradient as it comes out of one backward pass, and what it comes from.
 
     Args:
         guard: of what is not to break off that pass, in which other ranks add up with this one.
+        compiled: whether layers are, which can not be looked into: then the gradient is all.
+
+    Attributes:
+        products: what it comes from, if that is looked at.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, *, compiled: bool) -> None:
         self._guard = guard
+        self.products = None if compiled else Products(guard)
         self._hooked: set[int] = set()
         self._total: Tensor | None = None
         self._active = False
+
+    def following(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a block whose products are looked at, and those of the backward pass of it."""
+        return self.products.following(model) if self.products else contextlib.nullcontext()
 
     def begin(self, model: nn.Module) -> None:
         """Digest what the next backward pass gives."""
@@ -46,7 +57,7 @@ class Probe:
                 weight.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
 
     def end(self, loss: Tensor | None = None) -> Tensor:
-        """Return the digest of the gradient, and the loss; int64, nobody has waited for it.
+        """Return the digest of all that was looked at, and the loss; int64, nobody waited for it.
 
         It means nothing if the guard says that the detector is off.
         """
@@ -54,6 +65,8 @@ class Probe:
         total = torch.zeros((), dtype=torch.int64)
         if loss is not None:
             total = self._guard.call(lambda: digest(loss, "loss"), total.to(loss.device))
+        if (products := self.products) is not None:
+            total = self._guard.call(lambda: total + digest(products.sums(), "products"), total)
         return total if self._total is None else total + self._total
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:

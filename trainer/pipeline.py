@@ -8,6 +8,7 @@ borders of documents. Names of weights are those of the whole model.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -283,8 +284,9 @@ class _Staged(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: object, **more: object) -> object:
         """Compute a micro-batch forward."""
         self._part.micro = self._pipeline.feed(RankPhase.FORWARD, fwd_chunk_id)
-        self._part.trace = self._pipeline.looking(fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
+        self._part.trace = trace = self._pipeline.looking(fwd_chunk_id)
+        with trace.following(self._part.index, self._part) if trace else contextlib.nullcontext():
+            return super().forward_one_chunk(fwd_chunk_id, *rest, **more)  # type: ignore[arg-type]
 
     def backward_one_chunk(self, bwd_chunk_id: int, *rest: object, **more: object) -> None:
         """Compute a micro-batch backward."""

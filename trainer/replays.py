@@ -10,12 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer import processors
+from trainer import apply, processors
+from trainer.blame import Verdict
 from trainer.data import Batches
 from trainer.doubts import Doubts
 from trainer.gradients import Probe
 from trainer.guard import Guard
 from trainer.pipeline import Micro
+from trainer.products import Seen
 from trainer.readings import Readings
 from trainer.replay import Pace
 from trainer.ring import Ring, Stepping, Told
@@ -63,9 +65,12 @@ class Replays:
         self.sums = Sums(self.ring, layout.dp_replicate, possible=by_itself)
         self.pace = Pace(share, training.share, layout.pp, watched=watched)
         self._guard = Guard("replays")
-        self._probe = Probe(self._guard)
+        compiled = apply.compiles(training.job, training.world.device)
+        self._probe, self._seen = Probe(self._guard, compiled=compiled), Seen()
         pipeline = training.pipeline
-        self._trace = Trace(self._guard, pipeline.numbers) if pipeline is not None else None
+        self._trace: Trace | None = None
+        if pipeline is not None:
+            self._trace = Trace(self._guard, pipeline.numbers, compiled=compiled)
         self._due = self._tested = False
         self._number = self.passed = 0
         self._micro: Micro | None = None
@@ -94,6 +99,12 @@ class Replays:
             due and processors.repeat(self._training.world.device) and not self._guard.stopped
         )
 
+    def following(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which a micro-batch of this rank is computed forward."""
+        if self._due and last:
+            return self._probe.following(self._training.stages[0])
+        return contextlib.nullcontext()
+
     def before(self, *, last: bool) -> None:
         """Watch the gradient of the micro-batch that comes next."""
         self.doubts.before(self._training.stages[0], last=last)
@@ -117,6 +128,8 @@ class Replays:
         self.doubts.after(loss, micro)
         if self._due and last:
             self._own, self._micro = self._probe.end(loss), micro
+            self._seen.begin()
+            self._see(self._training.world.rank)
 
     def differ(self, step: int, reporter: T, mended: Callable[[int, T], bool]) -> bool:
         """Compute another rank's micro-batch; return whether the step is to be thrown away.
@@ -144,7 +157,10 @@ class Replays:
         if self._guard.given_up:
             self.doubts.give_up(self._guard.reason)
         if found is not None:
+            where = self._where(found)
             if not mended(step, reporter):
+                if where:
+                    found = found._replace(evidence=f"{found.evidence}; {where}")
                 self.ring.throw_away(step, found, reporter)
             return True
         if not self._guard.stopped:
@@ -220,8 +236,24 @@ class Replays:
             self._trace.begin()
             self.ring.follow(micro, self._trace, reporter)
             return self._trace.end()
-        losses = self.ring.compute(self._guard, [micro], self._look, reporter)
-        return self._probe.end(losses[0] if losses else torch.zeros(()))
+        follows = self._probe.following
+        losses = self.ring.compute(self._guard, [micro], self._look, reporter, follows)
+        came = self._probe.end(losses[0] if losses else torch.zeros(()))
+        self._see(of)
+        return came
+
+    def _see(self, of: int) -> None:
+        if (products := self._probe.products) is not None:
+            self._guard.call(lambda: self._seen.take(of, products), None)
+
+    def _where(self, found: Verdict) -> str:
+        """Say where ranks that were wrong first differed; "" where nobody knows.
+
+        Where several ranks compute a micro-batch together, each has other products of it.
+        """
+        if self._probe.products is None or self.ring.chain.together > 1 or not self.ring.tried:
+            return ""
+        return self._seen.where(self._training.world, self.ring.tried, found.ranks)
 
     def _look(self, model: nn.Module, _: int) -> None:
         self._probe.begin(model)

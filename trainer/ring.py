@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from trainer.tracing import Trace
 
 T = TypeVar("T")
 Looks: TypeAlias = Callable[[nn.Module, int], None]
+Follows: TypeAlias = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 RETRIES_MAX = 3
 TELLERS = 2
 """Ranks that report what all know; if one of them is lost, the other has said it."""
@@ -94,6 +97,7 @@ class Ring:
             is until the step is `done`, whoever finds nothing wrong in it meanwhile.
         aside: reads samples of other ranks.
         chain: how ranks follow from each other that compute a micro-batch.
+        tried: whose micro-batches all ranks have computed once more, when some last differed.
     """
 
     def __init__(self, training: Stepping, samples: Batches) -> None:
@@ -101,6 +105,7 @@ class Ring:
         self.aside, self._wait_s = Aside(), runfile.seconds(settings(training.job.data).wait_max)
         self.chain = Chain.of(training.world.layout, len(training.stages))
         self._place = self.chain.ranks.index(training.world.rank)
+        self.tried: list[int] = []
         self.again = False
         self._tries, self._told = 0, False
         self._verified: int | None = None
@@ -165,7 +170,12 @@ class Ring:
         return asked
 
     def compute(
-        self, guard: Guard, micros: Sequence[Micro], looks: Looks, reporter: Told
+        self,
+        guard: Guard,
+        micros: Sequence[Micro],
+        looks: Looks,
+        reporter: Told,
+        follows: Follows = lambda _: contextlib.nullcontext(),
     ) -> list[Tensor]:
         """Compute micro-batches once more; return their losses, or fewer if that raises.
 
@@ -174,6 +184,7 @@ class Ring:
             micros: in order.
             looks: is called before each backward pass with the model and the pass's number.
             reporter: hears of each, since it takes as long as one of the step.
+            follows: returns a block of the model, in which it computes a micro-batch forward.
 
         Raises:
             Exception: whatever is wrong, where other ranks would wait for this one in vain.
@@ -182,7 +193,7 @@ class Ring:
         try:
             for number, micro in enumerate(micros):
                 reporter.phase(RankPhase.FORWARD, micro_batch=number)
-                loss = self._guarded(guard, micro, number, looks)
+                loss = self._guarded(guard, partial(self._pass, micro, number, looks, follows))
                 if loss is None:
                     break
                 losses.append(loss)
@@ -221,20 +232,21 @@ class Ring:
             parallel.let_go(stage)
         reporter.phase(RankPhase.OPTIMIZER)
 
-    def _guarded(self, guard: Guard, micro: Micro, number: int, looks: Looks) -> Tensor | None:
+    def _guarded(self, guard: Guard, computes: Callable[[], Tensor]) -> Tensor | None:
         if not self._guards_passes:
-            return self._pass(micro, number, looks)
-        loss = guard.call(lambda: self._pass(micro, number, looks), None)
+            return computes()
+        loss = guard.call(computes, None)
         if loss is None:
             for stage in self._training.stages:
                 parallel.recover(stage)
         return loss
 
-    def _pass(self, micro: Micro, number: int, looks: Looks) -> Tensor:
+    def _pass(self, micro: Micro, number: int, looks: Looks, follows: Follows) -> Tensor:
         training = self._training
         (model,) = training.stages
         with tensor.losses(training.world.layout.tp):
-            loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
+            with follows(model):
+                loss = training.loss(model(micro.inputs, micro.cuts), micro.targets)
             looks(model, number)
             parallel.not_to_be_added_up(model, training.world)
             torch.autograd.backward(loss / training.tokens)
@@ -293,7 +305,8 @@ class Ring:
         if not self.repeats(guard, compute(rank), compute(rank), how):
             return None
         again: dict[int, list[tuple[int, ...]]] = {}
-        for of in tried(mismatches(pairs, shift), self.chain.together):
+        self.tried = [ranks[of] for of in tried(mismatches(pairs, shift), self.chain.together)]
+        for of in map(ranks.index, self.tried):
             if (columns := self.exchange(guard, compute(ranks[of]))) is None:
                 return None
             again[of] = [columns[each][0] for each in ranks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -477,9 +478,10 @@ class Training:
             self._announce(reporter, RankPhase.DATA, micro)
             batch = self._micro(step, micro, reporter)
             self._announce(reporter, RankPhase.FORWARD, micro)
-            loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
-            self._announce(reporter, RankPhase.BACKWARD, micro)
             last = micro == len(self.share.micro_batches) - 1
+            with self._following(last=last):
+                loss = self.loss(model(batch.inputs, batch.cuts), batch.targets)
+            self._announce(reporter, RankPhase.BACKWARD, micro)
             if self._replays is not None:
                 self._replays.before(last=last)
             parallel.last_of_step(model, self.world, last=last, apart=fixed)
@@ -495,6 +497,10 @@ class Training:
             return torch.cat((of_each, of_each.new_zeros(self.share.most - len(losses))))
         # Exact whatever the order: a float64 has 29 bits more than a loss.
         return of_each.sum().view(1)
+
+    def _following(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which a micro-batch is computed forward, with who looks at that."""
+        return self._replays.following(last=last) if self._replays else contextlib.nullcontext()
 
     def _add_round(self) -> None:
         assert self.reduction is not None

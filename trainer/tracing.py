@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,17 +23,22 @@ class Trace:
     Args:
         guard: of what is not to break off a pass, in which other ranks wait for this one.
         stages: the numbers of this rank's stages.
+        compiled: as of a `Probe`.
     """
 
-    def __init__(self, guard: Guard, stages: Sequence[int]) -> None:
+    def __init__(self, guard: Guard, stages: Sequence[int], *, compiled: bool) -> None:
         self._guard = guard
         self._found: dict[int, list[Tensor]] = {stage: [] for stage in stages}
-        self._probes = {stage: Probe(guard) for stage in stages}
+        self._probes = {stage: Probe(guard, compiled=compiled) for stage in stages}
 
     def begin(self) -> None:
         """Begin with a micro-batch."""
         for stage in self._found:
             self._found[stage] = [torch.zeros((), dtype=torch.int64)] * len(LINKS)
+
+    def following(self, stage: int, part: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which a stage computes; as of a `Probe`."""
+        return self._probes[stage].following(part)
 
     def forward(self, stage: int, x: Tensor, out: Tensor) -> None:
         """Digest what a stage computes from what, and both again on the way back.

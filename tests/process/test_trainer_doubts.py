@@ -79,6 +79,20 @@ def test_a_rank_that_was_wrong_once_is_named_and_its_step_moves_nothing(
     assert f"in step {at}, rank {WRONG}'s loss or gradient of a weight is" in evidence
 
 
+def test_a_bit_that_is_rounded_away_before_any_gradient_is_found_and_said_where(
+    found: Found,
+) -> None:
+    way = "a low bit once, and replayed"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    told = [rank["diverged_"] for rank in found[way]]
+    assert [len(each) for each in told] == [1, 0, 1]
+    ((step, _, ranks, proven, evidence),) = told[0]
+    assert (step, ranks, proven) == (AT - 1, [WRONG], True)
+    where = "what came out of layers.0.attention.wo, forward"
+    assert evidence.endswith(f"rank {WRONG} differs from rank 0 first in {where}")
+
+
 def test_a_rank_that_was_handed_other_samples_is_named_before_they_move_anything(
     found: Found,
 ) -> None:
@@ -189,6 +203,7 @@ SLIPS = {
     "the last stage, back": 1,
     "interleaved, the last stage, back": 1,
     "deterministic, the first stage, forward": 0,
+    "a low bit once, and replayed": 1,
 }
 BLIND = ("nothing looks", "interleaved, and nothing looks", "deterministic, and nothing looks")
 

@@ -87,6 +87,11 @@ WAYS: dict[str, dict[str, Any]] = {
         "call": OWN,
         "detection": REPLAYING,
     },
+    "a low bit once, and replayed": {
+        "low bit": "attention.wo",
+        "ranks": {WRONG},
+        "detection": REPLAYING,
+    },
     "the first stage, forward": {"slips": "forward", "ranks": {0}, "detection": REPLAYING},
     "the last stage, forward": {"slips": "forward", "ranks": {WRONG}, "detection": REPLAYING},
     "the first stage, back": {"slips": "back", "ranks": {0}, "detection": REPLAYING},
@@ -262,6 +267,31 @@ class Slip:
         return out
 
 
+class LowBit:
+    """A product that is wrong once, by a bit that is rounded away before any gradient shows it."""
+
+    def __init__(self, model: nn.Module, layer: str, loss: Loss) -> None:
+        self._loss, self._calls, self._step = loss, 0, 0
+        last = [module for name, module in model.named_modules() if name.endswith(layer)][-1]
+        last.register_forward_hook(lambda _, __, out: self._strike(out.data))
+
+    def _strike(self, out: Tensor) -> None:
+        if self._loss.step != self._step:
+            self._step, self._calls = self._loss.step, 0
+        self._calls += 1
+        if self._step == AT and self._calls == OWN:
+            flat = out.view(-1)
+            flat.view(torch.int32)[flat.abs().argmin()] ^= 1
+
+
+def go_wrong(stage: nn.Module, way: dict[str, Any], loss: Loss) -> None:
+    """Have layers of this rank be wrong once, if that is the way."""
+    if "slips" in way:
+        Slip(stage, way, loss)
+    if "low bit" in way:
+        LowBit(stage, way["low bit"], loss)
+
+
 class OtherTokens:
     """Samples of which a rank is handed other ones than it should be, or none to look at."""
 
@@ -312,8 +342,8 @@ def taken(name: str, world: parallel.World) -> dict[str, Any]:
     training = Training(job, config, Samples(TOKENS, job), world, detection=detection)
     heard, loss = Heard(), Loss(training, world.rank, way)
     training.loss = loss
-    if world.rank in way.get("ranks", ()) and "slips" in way:
-        Slip(training.stages[-1], way, loss)
+    if world.rank in way.get("ranks", ()):
+        go_wrong(training.stages[-1], way, loss)
     if world.rank in way.get("ranks", ()) and "tokens" in way:
         other: Any = OtherTokens(training.samples, loss, way["tokens"])
         assert training._replays is not None

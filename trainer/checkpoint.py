@@ -242,7 +242,7 @@ class Checkpointer:
         self._require_ours(index)
         chunks = {chunk.name: chunk for chunk in index.chunks}
         # The largest first, so that no thread has one to read when all others are done.
-        tensors = sorted(self._tensors(), key=lambda one: -one[1].nbytes)
+        tensors = sorted(self.tensors(), key=lambda one: -one[1].nbytes)
         parallel.each(
             lambda one: fill(one[1], partial(filling.read_chunk, index, chunks[one[0]], read)),
             tensors,
@@ -290,14 +290,15 @@ class Checkpointer:
             parts.append(partial_digest("cursor", np.frombuffer(cursor, np.uint8)))
         return combine(parts)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of this rank's state with the names of their chunks."""
         for s in self._shards:
             for state, tensor in zip(STATES, s[2:], strict=True):
                 yield f"{state}/{s.name}", tensor
 
     def _ordered(self) -> Iterator[Tensor]:
         """Yield them in the order of the plan's chunks."""
-        tensors = dict(self._tensors())
+        tensors = dict(self.tensors())
         return (tensors[chunk.name] for chunk in self._plan.chunks)
 
     def _stage(

@@ -162,6 +162,12 @@ class World:
                 self.counts.call(partial(groups.wait_in_python, group), None)
 
     @property
+    def store(self) -> Store:
+        """Where ranks leave word for each other that is no collective's."""
+        assert self._store is not None
+        return self._store
+
+    @property
     def twins(self) -> dist.ProcessGroup:
         """The ranks with the same shard, one of each replica, by replica."""
         assert self.mesh is not None

@@ -7,6 +7,7 @@ tier.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from orchestrator.protocol.rank import Restore, Whole
@@ -18,16 +19,22 @@ from storage.contents import Contents, read_contents
 from storage.errors import ForeignCheckpointError, StorageError
 from storage.manifest import describe, parse_commit_key, read_manifest
 from storage.wrappers import RetryingStore
+from trainer import passing
 from trainer.checkpoint import Checkpointer, any_index
 from trainer.feed import Feed
+from trainer.parallel import World
 
 ATTEMPTS_MAX = 10
 """Of what may succeed later, for half a minute: thousands of ranks ask a store that slows them
 down. One that is away is for the controller to wait for, which asks it once for all of them."""
 
 
-def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed: Feed) -> int:
+def restored(
+    worker: Worker, restore: Restore, checkpointer: Checkpointer, feed: Feed, world: World
+) -> int:
     """Fill the state of this rank; return the steps behind it.
+
+    Of a state that is cut anew one of those that hold the same shard reads, for all of them.
 
     Raises:
         MisconfiguredError: if it is of another run, model, sharding or data set.
@@ -36,7 +43,7 @@ def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed:
     """
     if restore.whole is not None:
         try:
-            return _cut_anew(worker, restore.whole, restore.step, checkpointer, feed)
+            return _cut_anew(worker, restore, restore.whole, checkpointer, feed, world)
         except StorageError as error:
             message = f"{type(error).__name__}: {error}"
             raise UnrestorableError(message, hint=error.hint) from error
@@ -46,18 +53,39 @@ def restored(worker: Worker, restore: Restore, checkpointer: Checkpointer, feed:
 
 
 def _cut_anew(
-    worker: Worker, whole: Whole, step: int, checkpointer: Checkpointer, feed: Feed
+    worker: Worker,
+    restore: Restore,
+    whole: Whole,
+    checkpointer: Checkpointer,
+    feed: Feed,
+    world: World,
 ) -> int:
-    def alive(_: int) -> None:
+    def alive(_: int = 0) -> None:
         # Now and then it says that it gets on, and hears whether it is to leave.
         worker.phase(RankPhase.RESTORING)
 
-    store, held = _opened(whole, alive)
-    feed.require_same(any_index(held))
-    done = checkpointer.recut(store, held, alive)
-    if done != step:
-        raise ForeignCheckpointError(f"shards are of step {done}, expected {step}")
-    return done
+    def read() -> None:
+        store, held = _opened(whole, alive)
+        feed.require_same(any_index(held))
+        done = checkpointer.recut(store, held, alive)
+        if done != restore.step:
+            raise ForeignCheckpointError(f"shards are of step {done}, expected {restore.step}")
+
+    if world.layout.dp_replicate == 1:
+        read()
+        return restore.step
+    if passing.reads(world):
+        read()
+        passing.announce(world)
+    else:
+        passing.await_reader(world, alive)
+    if not passing.pass_on(world, list(checkpointer.tensors())):
+        print(  # noqa: T201 - the rank's log
+            f"reads step {restore.step}, as replica {passing.reader(world)} did: it came damaged",
+            file=sys.stderr,
+        )
+        read()
+    return restore.step
 
 
 def _opened(whole: Whole, alive: Callable[[int], object]) -> tuple[BlobStore, Contents]:

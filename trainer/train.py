@@ -68,7 +68,7 @@ def train(worker: Worker, seat: Seat) -> None:
         )
         training.until_copied = until_copied(checkpointer, worker)
         if seat.restore is not None:
-            done = restored(worker, seat.restore, checkpointer, feed)
+            done = restored(worker, seat.restore, checkpointer, feed, world)
             training.optimizer.set_steps(done)
         else:
             done = job.begin(training, stamp.start, worker.check)

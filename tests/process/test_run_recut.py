@@ -56,7 +56,8 @@ def ended(root: Path, run: dict[str, Any], *faults: dict[str, Any]) -> tuple[int
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks with dpShard 2 that has failed behind its first checkpoint."""
     root = tmp_path_factory.mktemp("former") / "job"
-    at = {"when": {"step": SAVED + 2}, "fault": "exit-rank", "rank": 1}
+    # Late enough for the commit, and early enough for the next save not to begin.
+    at = {"when": {"step": SAVED + 3}, "fault": "exit-rank", "rank": 1}
     code, report, _ = ended(root, sized({"dpShard": 2}), at)
     assert code == 3, report.reason
     assert [found.step for found in report.checkpoints] == [SAVED]
@@ -132,6 +133,7 @@ def test_what_is_cut_anew_is_the_state_that_was_saved_to_the_bit(
             ({"dpShard": 2}, 2, str(tmp_path / "same")),
             ({"dpShard": 1}, 1, bucket),
             ({"pp": 2, "tp": 2}, 4, str(tmp_path / "cut")),
+            ({"dpReplicate": 2, "dpShard": 1}, 2, str(tmp_path / "twice")),
         )
     ):
         copied(str(failed / "run/checkpoints"), uri)

@@ -3,90 +3,33 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from orchestrator.protocol.ids import Step
 from orchestrator.protocol.layout import Layout
-from orchestrator.protocol.rank import Restore, Whole
-from orchestrator.worker import MisconfiguredError, UnrestorableError, Worker
-from storage import recut, shard
+from orchestrator.worker import MisconfiguredError, UnrestorableError
+from storage import recut
 from storage.blob import BlobStore
-from storage.commit import commit, write_shard
-from storage.contents import Contents, read_contents
-from storage.digest import combine
+from storage.contents import Contents
 from storage.errors import ForeignCheckpointError, ShardCorruptError
 from storage.local import LocalStore
-from storage.manifest import body_key, commit_key, make_manifest
+from storage.manifest import body_key, commit_key
 from storage.memory import MemoryStore
+from tests.cuts import CURSOR, STAMP, WEIGHTS, Same, Seated, digest, ranks, stored, whole
 from trainer import landing, parallel
 from trainer.checkpoint import Checkpointer
-from trainer.feed import Feed
-from trainer.optim import STATES, ShardState
+from trainer.optim import STATES
 from trainer.restoring import restored
-from trainer.staging import bytes_of
-from trainer.stamp import Cursor, Stamp
-
-CURSOR = Cursor(samples=0, seed=0, seq_len=8, global_batch=2, data="d16e57000000")
-STAMP = Stamp("run", "model", 3, CURSOR)
-WEIGHTS = {"a": torch.arange(30.0).reshape(5, 6), "b": torch.arange(7.0), "c": torch.ones(1, 1)}
-
-
-class Rank(NamedTuple):
-    shards: list[ShardState]
-    checkpointer: Checkpointer
+from trainer.stamp import Stamp
 
 
 @pytest.fixture
 def ends() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def ranks(cut: int, ends: ExitStack, *, stamp: Stamp = STAMP, empty: bool = False) -> list[Rank]:
-    """The ranks of a replica, with the state or with zeros."""
-    made = []
-    for rank in range(cut):
-        world = parallel.World(rank, Layout(dp_shard=cut), torch.device("cpu"))
-        ends.callback(world.close)
-        shards = []
-        for name, weight in WEIGHTS.items():
-            parts = weight.chunk(cut)
-            part = (parts[rank] if rank < len(parts) else weight[:0]).clone()
-            states = [part * 0 if empty else part + number for number in range(len(STATES))]
-            shards.append(ShardState(name, torch.nn.Parameter(weight), *states))
-        made.append(Rank(shards, Checkpointer(shards, world, stamp)))
-    return made
-
-
-def digest(of: list[Rank]) -> tuple[int, int]:
-    return combine([rank.checkpointer.lanes(5) for rank in of])
-
-
-def stored(of: list[Rank], store: BlobStore) -> Contents:
-    receipts = []
-    for number, rank in enumerate(of):
-        plan = shard.plan(rank.checkpointer.chunks)
-        body = bytearray(plan.size)
-        for state in STATES:
-            for each in rank.shards:
-                plan.views(body)[f"{state}/{each.name}"][:] = bytes_of(getattr(each, state))
-        meta = shard.ShardMeta(
-            run_id="run",
-            model="model",
-            step=5,
-            epoch=2,
-            shard=number,
-            shards=len(of),
-            extra=msgspec.to_builtins(CURSOR.after(5)),
-        )
-        receipts.append(write_shard(store, shard.seal(plan, body, meta), body))
-    manifest = make_manifest(receipts, run_id="run", model="model", step=5, epoch=2)
-    commit(store, manifest, newest_epoch_known=2)
-    return read_contents(store, manifest)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6])
@@ -130,28 +73,6 @@ def test_a_state_of_something_else_is_refused_and_nothing_is_touched(
     assert other.checkpointer.lanes(0) == before
 
 
-class Seated(Worker):
-    """As far as it takes to restore."""
-
-    def __init__(self) -> None:
-        self.alive = 0
-
-    def phase(self, *_: object, **__: object) -> None:
-        self.alive += 1
-
-
-class Same(Feed):
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def require_same(self, index: shard.ShardIndex) -> None:
-        self.asked.append(index.step)
-
-
-def whole(uri: str, key: str) -> Restore:
-    return Restore(step=Step(5), path="", index="", whole=Whole(uri=uri, commit=key))
-
-
 def test_what_is_for_a_device_takes_no_more_of_the_host_at_a_time_than_it_may(
     ends: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +106,9 @@ def test_a_rank_is_told_where_the_checkpoint_is_and_says_that_it_lives_while_it_
     (after,) = ranks(1, ends, empty=True)
     worker, feed = Seated(), Same()
 
-    done = restored(worker, whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, feed)
+    done = restored(
+        worker, whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, feed, after.world
+    )
 
     assert (done, feed.asked, worker.alive) == (5, [5], 3)
     assert digest([after]) == digest(before)
@@ -202,8 +125,9 @@ def test_damage_is_told_as_a_fault_of_the_store_so_that_another_checkpoint_is_lo
     path.write_bytes(damaged)
     (after,) = ranks(1, ends, empty=True)
 
+    told = whole(str(tmp_path), commit_key(5, 2))
     with pytest.raises(UnrestorableError, match="ShardCorruptError: crc32c") as caught:
-        restored(Seated(), whole(str(tmp_path), commit_key(5, 2)), after.checkpointer, Same())
+        restored(Seated(), told, after.checkpointer, Same(), after.world)
     assert caught.value.hint == ShardCorruptError.hint
 
 
@@ -212,7 +136,7 @@ def test_what_is_no_key_of_a_commit_is_not_read(key: str, tmp_path: Path, ends: 
     (after,) = ranks(1, ends, empty=True)
 
     with pytest.raises(ValueError, match="no key of a commit"):
-        restored(Seated(), whole(str(tmp_path), key), after.checkpointer, Same())
+        restored(Seated(), whole(str(tmp_path), key), after.checkpointer, Same(), after.world)
 
 
 def test_a_checkpoint_of_another_type_of_numbers_is_refused(ends: ExitStack) -> None:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +34,23 @@ much of products stay in a core's second-level cache."""
 OFFSET = (1 << 32) + 1
 """Added to every word, so that none counts as 0: words are from -2**31 to below 2**31."""
 PIECE_WORDS = 1 << 20
-"""Items that are looked at at once: what is made of them on the way is several times as large."""
+"""Items that are looked at at once, where they are not fused: what is made of them on the way is
+several times as large."""
+ROWS = 8
+"""Blocks that a fused digest adds up before it multiplies by the keys in a block: those are 8 bytes
+each, as much as two words, and would be read for every one."""
+FUSED_WORDS = 1 << 30
+"""What it takes at once: places in it are 32 bits wide on the device."""
 _GOLDEN = 0x9E3779B97F4A7C15
+_ODD = 0x9E3779B1
 _MASK = (1 << 64) - 1
 _WORD = torch.int32
+
+
 _own = threading.local()
+
+Fused: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+_fused: dict[tuple[torch.device, torch.dtype], Fused] = {}
 
 
 def digest(tensor: Tensor, name: str, start: int = 0) -> Tensor:
@@ -52,12 +66,43 @@ def digest(tensor: Tensor, name: str, start: int = 0) -> Tensor:
         A scalar, int64, on the tensor's device: nobody has waited for it. Add shares up as they
         are: int64 wraps around.
     """
-    flat = tensor.detach().contiguous().reshape(-1)
-    pieces = torch.split(flat, PIECE_WORDS) if flat.numel() > PIECE_WORDS else (flat,)
-    if not flat.numel():
-        return torch.zeros((), dtype=torch.int64, device=flat.device)
-    shares = (_share(piece, name, start + PIECE_WORDS * at) for at, piece in enumerate(pieces))
+    bits = _bits(tensor.detach().contiguous().reshape(-1))
+    first = start * max(bits.numel() // max(tensor.numel(), 1), 1)
+    if not bits.numel():
+        return torch.zeros((), dtype=torch.int64, device=bits.device)
+    fused = _fused.get((bits.device, bits.dtype))
+    at_once, share = PIECE_WORDS, _share
+    if fused is not None and bits.numel() > ROWS * BLOCK:
+        at_once, share = FUSED_WORDS, functools.partial(_in_one_pass, fused)
+    pieces = torch.split(bits, at_once) if bits.numel() > at_once else (bits,)
+    shares = (share(piece, name, first + at_once * at) for at, piece in enumerate(pieces))
     return functools.reduce(torch.add, shares)
+
+
+def fuse(device: torch.device, types: Iterable[torch.dtype]) -> None:
+    """Take digests of large tensors on a device in one pass from now on, which reads them once.
+
+    Compiles if that has not happened in this process, which takes seconds, or minutes: it is for
+    whoever has announced that. Until then a digest on a GPU is made operation by operation, which
+    moves some 70 bytes for each word.
+
+    Args:
+        device: where tensors are.
+        types: of tensors that are to be digested so.
+
+    Raises:
+        RuntimeError: if what was compiled comes to another sum.
+        Exception: whatever compiling raises. Digests are then taken as before.
+    """
+    for bits in {_bits(torch.empty(0, dtype=each)).dtype for each in types}:
+        example = torch.arange(2 * ROWS * BLOCK + 3, device=device).mul(-_ODD).to(bits)
+        if (example.device, bits) in _fused:
+            continue
+        fused = _compiled()
+        found = int(_in_one_pass(fused, example, "example", BLOCK - 5))
+        if found != int(_share(example, "example", BLOCK - 5)):
+            raise RuntimeError(f"compiled for {device}, the digest of {bits} is another one")
+        _fused[example.device, bits] = fused
 
 
 def unsigned(digest: int) -> int:
@@ -65,24 +110,22 @@ def unsigned(digest: int) -> int:
     return digest & _MASK
 
 
-def _share(flat: Tensor, name: str, start: int) -> Tensor:
-    words = _words(flat)
-    per_item = max(words.numel() // max(flat.numel(), 1), 1)
-    first = start * per_item
+def _share(bits: Tensor, name: str, first: int) -> Tensor:
+    words = bits.to(_WORD)
     if words.is_cuda:
         return _on_device(words, name, first)
     return torch.tensor(_signed(_on_host(words.numpy(), name, first)), dtype=torch.int64)
 
 
-def _words(flat: Tensor) -> Tensor:
-    """Return the items' bits as int32 words; those of 8 bytes as two."""
+def _bits(flat: Tensor) -> Tensor:
+    """Return the items' bits as integers of as many bytes; those of 8 and more as several of 4."""
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     match flat.element_size():
         case 1:
-            return flat.view(torch.uint8).to(_WORD)
+            return flat.view(torch.uint8)
         case 2:
-            return flat.view(torch.int16).to(_WORD)
+            return flat.view(torch.int16)
         case _:
             return flat.view(_WORD)
 
@@ -105,18 +148,56 @@ def _on_host(words: npt.NDArray[np.int32], name: str, first: int) -> int:
 
 
 def _on_device(words: Tensor, name: str, first: int) -> Tensor:
-    """The same sum, of whole blocks at once."""
+    """The same sum, of whole blocks at once, operation by operation."""
     block, place = divmod(first, BLOCK)
-    keys = _keys_on(words.device)
     blocks = -(-(place + words.numel()) // BLOCK)
-    block_keys = torch.tensor(
-        [_signed(_block_key(name, block + number)) for number in range(blocks)],
-        device=words.device,
-    )
     wide = words.to(torch.int64) + OFFSET
     padded = torch.nn.functional.pad(wide, (place, blocks * BLOCK - place - words.numel()))
-    sums = (padded.view(blocks, BLOCK) * keys).sum(1)
-    return (sums * block_keys).sum()
+    sums = (padded.view(blocks, BLOCK) * _keys_on(words.device)).sum(1)
+    return (sums * _block_keys_on(words.device, name, block, blocks)).sum()
+
+
+def _in_one_pass(fused: Fused, bits: Tensor, name: str, first: int) -> Tensor:
+    block, place = divmod(first, BLOCK)
+    blocks = -(-(place + bits.numel()) // (ROWS * BLOCK)) * ROWS
+    device = bits.device
+    of_blocks = _block_keys_on(device, name, block, blocks)
+    added = _offset_on(device, name, first, bits.numel())
+    # Compiled code is made for 0 and for 1 apart, as if they were no numbers like others.
+    return fused(bits, _keys_on(device), of_blocks, added, BLOCK + place)
+
+
+def _sum(bits: Tensor, keys: Tensor, of_blocks: Tensor, added: Tensor, beyond: int) -> Tensor:
+    """The same sum, in a form of which a compiler makes one loop over the bits as they lie there.
+
+    Args:
+        bits: of some items, as integers that may be narrower than a word.
+        keys: in a block.
+        of_blocks: keys of all blocks that have to do with it, and of some more: a multiple of
+            `ROWS`, and not just that.
+        added: what the offsets of all words come to.
+        beyond: the first one's place in its block, and a block.
+    """
+    blocks, before = of_blocks.numel(), beyond - BLOCK
+    padded = torch.nn.functional.pad(bits, (before, blocks * BLOCK - before - bits.numel()))
+    rows = padded.view(blocks // ROWS, ROWS, BLOCK)
+    of_rows = of_blocks.view(blocks // ROWS, ROWS, 1)
+    products = [rows[:, row].to(torch.int64) * of_rows[:, row] for row in range(ROWS)]
+    return (functools.reduce(torch.add, products) * keys).sum() + added
+
+
+def _compiled() -> Fused:
+    options: dict[str, Any] = {
+        # The many loads of one product are what is wanted; else rows are written out, as int64.
+        "realize_opcount_threshold": 10_000,
+        "realize_acc_reads_threshold": 10_000,
+        # A sum of integers is the same in any mode: modes are no reason to compile anew.
+        "guard_filter_fn": lambda guards: [
+            guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") for guard in guards
+        ],
+    }
+    compiled: Fused = torch.compile(_sum, fullgraph=True, dynamic=True, options=options)
+    return compiled
 
 
 def _scratch() -> npt.NDArray[np.int64]:
@@ -142,6 +223,26 @@ def _offsets() -> npt.NDArray[np.int64]:
 @functools.lru_cache(maxsize=8)
 def _keys_on(device: torch.device) -> Tensor:
     return torch.from_numpy(_keys_in_block()).to(device)
+
+
+# Kept for good: 8 bytes for 16,384 words of each piece of the state. This thread waits until it is
+# there, for whatever stream reads it later.
+@functools.cache
+def _block_keys_on(device: torch.device, name: str, block: int, blocks: int) -> Tensor:
+    keys = (_signed(_block_key(name, block + number)) for number in range(blocks))
+    return torch.tensor(list(keys)).to(device)
+
+
+@functools.cache
+def _offset_on(device: torch.device, name: str, first: int, words: int) -> Tensor:
+    """Return what the offsets of so many words come to."""
+    offsets, total, end = _offsets(), 0, first + words
+    while first < end:
+        block, place = divmod(first, BLOCK)
+        upto = min(BLOCK, place + end - first)
+        total += _block_key(name, block) * OFFSET * (int(offsets[upto]) - int(offsets[place]))
+        first += upto - place
+    return torch.tensor(_signed(total & _MASK)).to(device)
 
 
 def _block_key(name: str, block: int) -> int:

@@ -20,6 +20,7 @@ from trainer import apply, parallel, readings, sums, tensor, waiting
 from trainer.aside import Aside
 from trainer.config import ModelConfig
 from trainer.data import Batch, Batches, settings
+from trainer.digest import fuse
 from trainer.documents import pairs, sent
 from trainer.flops import train_flops
 from trainer.guard import Guard
@@ -128,7 +129,7 @@ class Training:
         self._waited = waiting.count()
         self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
         self.injected = Injected(self.stages, samples)
-        self._guard = Guard("digests")
+        self._guard, self._fusing = Guard("digests"), Guard("digests in one pass")
         self._watch: Watch | None = None
         self.repairs: Repairs | None = None
         self.until_copied: Callable[[], float] = _at_once
@@ -176,6 +177,7 @@ class Training:
             if self._replays is not None:
                 self._replays.doubts.forget()
         self._announce(reporter, RankPhase.DATA)
+        self._fuse_digests(reporter)
         if self.repairs is not None:
             self.repairs.begin(step)
         word: Word | None = None
@@ -220,6 +222,18 @@ class Training:
             work=self._flops,
         )
         return [Word(*map(int, row[WORD_AT:OFF_AT])) for row in rows]
+
+    def _fuse_digests(self, reporter: Reporter) -> None:
+        """Compile digests with all else that is compiled in a first step, which may take its time.
+
+        They are slower where that fails, and the same.
+        """
+        looks = self._watch is not None or self._replays is not None
+        if self.warm or not looks or not apply.compiles(self.job, self.world.device):
+            return
+        types = {torch.float32, apply.precision(self.job, self.world.device)}
+        self._fusing.call(lambda: fuse(self.world.device, types), None)
+        self._fusing.tell(reporter)
 
     def _say_what_was_found(
         self, step: int, digests: dict[Kind, Tensor], reporter: Reporter
@@ -396,7 +410,9 @@ class Training:
     def _watch_of(self, share: float) -> Watch:
         words = len(SHARED) * self.config.parameters / self.world.layout.shard_count
         device = self.world.device.type
-        period = period_of(words, self._flops_each, device, share)
+        fused = apply.compiles(self.job, self.world.device)
+        how = device if fused or device == "cpu" else f"{device}, not fused"
+        period = period_of(words, self._flops_each, how, share)
         held = self._held([shard.param for shard in self.optimizer.shards])
         return Watch(held, Turns(share, period, measured=device == "cpu"))
 

@@ -1,16 +1,44 @@
 """The digest of a tensor depends on every bit and place, and on nothing else."""
 
-from collections.abc import Callable
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.digest import BLOCK, PIECE_WORDS, _on_device, _words, digest
+from trainer import digest as digests
+from trainer.digest import BLOCK, PIECE_WORDS, _bits, _on_device, digest, fuse
 
 SIZE = 3 * BLOCK + 77
+CPU = torch.device("cpu")
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def words_of(tensor: torch.Tensor) -> torch.Tensor:
+    return _bits(tensor).to(torch.int32)
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
+def fused() -> Iterator[list[str]]:
+    """Compiled for a CPU, as for whatever device there is: the code that this made."""
+    known, digests._fused = digests._fused, {}
+    with torch._inductor.utils.fresh_cache(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own doings while it compiles
+        _, code = run_and_get_code(lambda: fuse(CPU, TYPES))
+    yield code
+    digests._fused = known
 
 
 def drawn(seed: int = 0, size: int = SIZE) -> torch.Tensor:
@@ -37,7 +65,7 @@ def test_pieces_add_up_to_the_whole_however_it_is_cut(borders: tuple[int, ...]) 
 
 @pytest.mark.parametrize("start", [0, 3, BLOCK - 1, 5 * BLOCK + 9])
 def test_the_form_for_a_gpu_gives_the_same(start: int) -> None:
-    assert int(_on_device(_words(drawn()), "w", start)) == int(digest(drawn(), "w", start))
+    assert int(_on_device(words_of(drawn()), "w", start)) == int(digest(drawn(), "w", start))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8])
@@ -128,4 +156,67 @@ def test_a_large_tensor_is_never_widened_as_a_whole() -> None:
         found = digest(large, "w")
 
     assert made.most == PIECE_WORDS
-    assert int(found) == int(_on_device(_words(large), "w", 0))
+    assert int(found) == int(_on_device(words_of(large), "w", 0))
+
+
+@pytest.mark.usefixtures("fused")
+@settings(max_examples=40)
+@given(data=st.data())
+def test_what_takes_one_pass_gives_what_the_host_gives(data: st.DataObject) -> None:
+    """Whatever size, place, type and mode; and nothing is compiled anew while a step waits."""
+    kind = data.draw(st.sampled_from((*TYPES, torch.float16, torch.float64, torch.complex64)))
+    size = data.draw(st.sampled_from((1, 5, 8 * BLOCK, 8 * BLOCK + 1, 300_000)))
+    size += data.draw(st.integers(0, 3 * BLOCK))
+    start = data.draw(st.sampled_from((0, 1, BLOCK - 1, BLOCK, 77 * BLOCK))) + data.draw(
+        st.integers(0, 2 * BLOCK)
+    )
+    seed = data.draw(st.integers(0, 9))
+    drawn = np.random.default_rng(seed).integers(0, 256, 16 * size + 64, dtype=np.uint8)
+    skipped = data.draw(st.sampled_from((0, 16)))
+    tensor = torch.from_numpy(drawn)[skipped:].view(kind)[:size]
+    before = graphs()
+
+    with torch.set_grad_enabled(data.draw(st.booleans())):
+        found = int(digest(tensor, "w", start))
+
+    per_item = _bits(tensor).numel() // size
+    host = digests._on_host(words_of(tensor).numpy(), "w", start * per_item)
+    assert found == digests._signed(host)
+    assert graphs() == before
+
+
+def test_one_pass_keeps_nothing_but_the_sum(fused: list[str]) -> None:
+    """No word is written again, let alone in 8 bytes."""
+    assert len(fused) == len(TYPES)
+    for code in fused:
+        sizes = re.findall(r"= empty_strided_cpu\((.*)\)", code)
+        assert sizes
+        assert set(sizes) == {"(), (), torch.int64"}, "scalars"
+        assert len(re.findall(r"^        cpp_fused_\w+\(", code, re.MULTILINE)) == 1, "one kernel"
+
+
+@pytest.mark.usefixtures("fused")
+def test_another_thread_and_a_backward_pass_compile_nothing() -> None:
+    """Gradients are digested where they come to be: a thread of their own, on a GPU."""
+    large = drawn(size=20 * BLOCK).requires_grad_()
+    found, before = [], graphs()
+    twice = large * 2
+    twice.register_hook(lambda gradient: found.append(int(digest(gradient, "w"))))  # type: ignore[no-untyped-call]
+
+    twice.sum().backward()
+    thread = threading.Thread(target=lambda: found.append(int(digest(torch.ones_like(large), "w"))))
+    thread.start()
+    thread.join()
+
+    assert found[0] == found[1] == int(_on_device(words_of(torch.ones(20 * BLOCK)), "w", 0))
+    assert graphs() == before
+
+
+def test_what_compiles_to_another_sum_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_fused", {})
+    monkeypatch.setattr(torch, "compile", lambda of, **_: lambda *inputs: of(*inputs) + 1)
+
+    with pytest.raises(RuntimeError, match="compiled for cpu, the digest of"):
+        fuse(CPU, TYPES[:1])
+
+    assert not digests._fused

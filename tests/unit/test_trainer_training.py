@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.protocol import runfile
 from orchestrator.protocol.layout import Layout
-from orchestrator.worker import MisconfiguredError
+from orchestrator.worker import MisconfiguredError, RankPhase
 from trainer import apply, parallel
 from trainer.config import ModelConfig
 from trainer.data import Samples, Tokens
@@ -20,6 +20,8 @@ from trainer.optim import BETAS, EPSILON, learning_rate
 from trainer.reporter import Unheard
 from trainer.step import Training, Word
 from trainer.train import rehearse
+from trainer.turns import Turns
+from trainer.watch import Watch
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48, vocab=64)
 IDS = np.random.default_rng(3).integers(0, 64, 2000).astype(np.uint32)
@@ -205,6 +207,70 @@ def test_a_model_is_compiled_once_for_all_layers_and_all_worlds_of_a_process(
 
     assert graphs[0] == graphs[1] > 0
     assert losses == pytest.approx(plain, rel=1e-5)
+
+
+class Hearing(Recorder):
+    """Hears of phases, and of what is switched off in which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = RankPhase.WAITING
+        self.off: list[tuple[str, str]] = []
+
+    def phase(self, phase: RankPhase, *, micro_batch: int = 0) -> None:
+        self.now = phase
+
+    def detector_failed(self, detector: str, reason: str) -> None:
+        self.off.append((detector, reason))
+
+
+def watching(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch, fuse: Callable[..., None], **how: object
+) -> Hearing:
+    """Train for two steps in which state is digested; other layers compile in no time."""
+    monkeypatch.setattr(apply, "COMPILING", {"fullgraph": True, "backend": "eager"})
+    monkeypatch.setattr("trainer.step.fuse", fuse)
+    trainer = job(**how)
+    training = Training(trainer, CONFIG, Samples(SAMPLES_OF, trainer), world)
+    training._watch = Watch(training.state(), Turns.fixed(1))
+    hearing = Hearing()
+    for number in (1, 2):
+        training.step(number, hearing)
+        hearing.off.append((f"step {number}", hearing.now.name))
+    return hearing
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own doings while it compiles
+def test_digests_are_compiled_where_layers_are_and_while_the_first_step_may_take_its_time(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.device, set[torch.dtype]]] = []
+
+    def fuse(device: torch.device, types: set[torch.dtype]) -> None:
+        asked.append((device, types))
+
+    plain = watching(world, monkeypatch, fuse)
+    assert asked == []
+    compiled = watching(world, monkeypatch, fuse, compile=True, precision="bf16")
+
+    assert asked == [(torch.device("cpu"), {torch.float32, torch.bfloat16})]
+    for hearing in (plain, compiled):
+        assert hearing.off == [("step 1", "WARMING"), ("step 2", "OPTIMIZER")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_digests_do_not_compile_that_is_said_once_and_training_goes_on(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fuse(*_: object) -> None:
+        raise OSError("no compiler")
+
+    hearing = watching(world, monkeypatch, fuse, compile=True)
+
+    (said, *rest) = hearing.off
+    assert said == ("digests in one pass", "OSError: no compiler")
+    assert [name for name, _ in rest] == ["step 1", "step 2"]
+    assert len(hearing.steps) == 2
 
 
 def test_ranks_that_read_different_text_are_refused_before_a_weight_moves(

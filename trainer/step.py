@@ -62,7 +62,9 @@ OFF_AT = WORD_AT + len(Word._fields)
 """And behind that, whether it digests nothing any more; then doubts, digests and losses."""
 DIGESTING_AT = OFF_AT + 1
 """What digesting takes it (trainer.turns)."""
-DOUBT_AT = DIGESTING_AT + 1
+CLAIM_AT = DIGESTING_AT + 1
+"""Whether it has something against its own device (trainer.updates)."""
+DOUBT_AT = CLAIM_AT + 1
 """What it says of its own numbers in this step (trainer.doubts), and what such looks cost it."""
 COSTS_AT = DOUBT_AT + 1
 READ_AT = COSTS_AT + COSTS
@@ -198,6 +200,8 @@ class Training:
             if not self._is_thrown_away(step, rows, loss, grad_norm, reporter):
                 break
         self._anew = False
+        if self._updates is not None:
+            self._updates.agree([row[CLAIM_AT] for row in rows], reporter)
         self._say_what_was_found(step, digests, reporter)
         if self._watch is not None:
             self._hold(told, lambda: self._announce(reporter, RankPhase.OPTIMIZER))
@@ -291,7 +295,8 @@ class Training:
             )
             self._announce(reporter, RankPhase.OPTIMIZER)
         digesting = self._watch.turns.word() if self._watch is not None else 0.0
-        own_words = [self.samples.mark, *word, self._guard.off, digesting, *words]
+        claim = self._updates.word() if self._updates is not None else 0.0
+        own_words = [self.samples.mark, *word, self._guard.off, digesting, claim, *words]
         said = torch.tensor(own_words, dtype=torch.float64)
         shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
@@ -378,6 +383,8 @@ class Training:
 
     def look_at_the_end(self, steps: int, reporter: Reporter) -> None:
         """Report digests of all that the run ends with, after its last step."""
+        if self._updates is not None:
+            self._updates.tell(reporter)
         if self._watch is not None:
             taken = Taken(step=Step(steps + 1), period=self._watch.period(steps + 1))
             self._report(taken, self._digest(steps + 1, list(self._held()), whole=True), reporter)

@@ -13,6 +13,9 @@ found out at first (trainer/lanes.py).
 Beside that, what is true of any state that AdamW has made must be true of it: second moments are
 not negative, and first moments are bounded by them, and thereby updates by the learning rate.
 
+What a rank has against its own device it tells with the next step, once it knows how many others
+have something against theirs: if most do it is what looks that is wrong, and all go on without.
+
 Letters: N numbers of the slice.
 """
 
@@ -46,6 +49,8 @@ TINY = 1e-18
 """First moments below this say nothing: their squares are below what a float32 can be."""
 TOLD_MAX = 8
 """Repairs of a generation that are told: a unit that is always wrong is wrong in every step."""
+TELLERS = 2
+"""Ranks that report what all know; if one of them is lost, the other has said it."""
 
 
 class Told(Protocol):
@@ -63,6 +68,14 @@ class Told(Protocol):
 
     def detector_failed(self, detector: str, reason: str) -> None:
         """Hear that this rank goes on without a detector."""
+
+
+class Claim(NamedTuple):
+    """What a rank has against its own device."""
+
+    step: int
+    since: int
+    evidence: str
 
 
 class Pace(NamedTuple):
@@ -128,6 +141,46 @@ class Updates:
         self._found: list[Part] = []
         """What the update of this step finds, of those that decay, and of the others."""
         self._told = 0
+        self._claims: list[Claim] = []
+        """That are not told yet."""
+
+    def forget(self) -> None:
+        """Begin as after a restore: the state is another one than a moment ago."""
+        self._claims = []
+
+    def word(self) -> float:
+        """Return what this rank tells the others in a step: whether it has a claim."""
+        return float(bool(self._claims))
+
+    def agree(self, words: Sequence[float], reporter: Told) -> None:
+        """Tell what this rank has against its own device, unless most have.
+
+        Args:
+            words: of all ranks, alike everywhere: all go on without looking, or none.
+            reporter: hears of it.
+        """
+        count = sum(map(bool, words))
+        if count > 1 and 2 * count > len(words):
+            self._claims = []
+            self._guard.give_up(
+                f"{count} of {len(words)} ranks have something against their own devices at once, "
+                "which is rather against what looks at updates",
+                tells=self._rank < TELLERS,
+            )
+            self._guard.tell(reporter)
+        self.tell(reporter)
+
+    def tell(self, reporter: Told) -> None:
+        """Tell what this rank has against its own device, with nobody left to ask."""
+        claims, self._claims = self._claims, []
+        for claim in claims:
+            reporter.diverged(
+                claim.step,
+                since=claim.since,
+                ranks=(self._rank,),
+                proven=False,
+                evidence=claim.evidence,
+            )
 
     @torch.no_grad()
     def before(self, step: int) -> None:
@@ -147,14 +200,9 @@ class Updates:
         found, self._found = self._found, []
         if found:
             fault = self._guard.call(lambda: self._test(step), "")
+            since = max(step - self.period - 1, 0)
             if fault:
-                reporter.diverged(
-                    step,
-                    since=max(step - self.period - 1, 0),
-                    ranks=(self._rank,),
-                    proven=False,
-                    evidence=fault,
-                )
+                self._claims.append(Claim(step, since, fault))
             wrong = self._guard.call(lambda: self._settle(found, step, grad_norm), None)
             if wrong is not None:
                 self._tell(step, wrong, reporter)
@@ -162,13 +210,7 @@ class Updates:
                 broken = self._guard.call(lambda: self._broken(found, step), "")
                 if broken:
                     self._told += 1
-                    reporter.diverged(
-                        step,
-                        since=max(step - self.period - 1, 0),
-                        ranks=(self._rank,),
-                        proven=False,
-                        evidence=broken,
-                    )
+                    self._claims.append(Claim(step, since, broken))
         self._guard.tell(reporter)
 
     def _test(self, step: int) -> str:
@@ -214,14 +256,11 @@ class Updates:
             return
         own = self._rank
         if found.undecided:
-            reporter.diverged(
-                step,
-                since=step - 1,
-                ranks=(own,),
-                proven=False,
-                evidence=f"in step {step}, {found.undecided} numbers of an update came out in "
-                "three ways, and nobody can say which is right",
+            words = (
+                f"in step {step}, {found.undecided} numbers of an update came out in three ways, "
+                "and nobody can say which is right"
             )
+            self._claims.append(Claim(step, step - 1, words))
         else:
             reporter.repaired(step, rank=own, source=own, tensors=found.wrong, seconds=0.0)
 

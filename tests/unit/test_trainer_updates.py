@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from orchestrator.protocol import runfile
+from trainer import parallel
+from trainer.config import ModelConfig
+from trainer.data import Samples, Tokens
 from trainer.injected import flip_bit
 from trainer.lanes import LANES
 from trainer.optim import Optimizer
-from trainer.updates import Pace, Updates, bound_of_moments
+from trainer.reporter import Unheard
+from trainer.step import Training
+from trainer.updates import Claim, Pace, Updates, bound_of_moments
 
 STEPS = 6
 
@@ -73,6 +78,7 @@ def steps(
         wrong(optimizer, step)
         if updates is not None:
             updates.after(step, norm, heard)
+            updates.agree([0.0, updates.word(), 0.0], heard)
     return [tensor for shard in optimizer.shards for tensor in shard[2:]], heard
 
 
@@ -279,6 +285,65 @@ def test_moments_that_no_gradients_can_have_led_to_are_told_and_prove_nothing() 
         assert heard.repairs == []
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([1.0], True),
+        ([1.0, 0.0], True),
+        ([1.0, 1.0], False),
+        ([1.0, 1.0, 0.0, 0.0], True),
+        ([0.0, 1.0, 1.0], False),
+    ],
+    ids=["alone", "one of two", "two of two", "two of four", "two of three"],
+)
+def test_what_most_ranks_have_against_their_devices_is_held_against_what_looks(
+    words: list[float], *, told: bool
+) -> None:
+    torch.manual_seed(3)
+    model, heard = Small(), Heard()
+    optimizer = Optimizer([model], runfile.Trainer(steps=STEPS, warmup_steps=1))
+    updates = Updates(optimizer, Pace(10**9, 1), 0)
+    updates._claims.append(Claim(4, 2, "can not be"))
+
+    assert updates.word() == 1.0
+    updates.agree(words, heard)
+
+    assert heard.accused == ["can not be"] * told
+    assert [reason[:23] for reason in heard.off] == [f"2 of {len(words)} ranks have somet"] * (
+        not told
+    )
+    assert updates.word() == 0.0
+
+
+class Steps(Unheard):
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def diverged(self, step: int, *, ranks: Sequence[int], **_: object) -> None:  # type: ignore[override]
+        self.said.append((step, list(ranks)))
+
+    def step_done(self, step: int, **_: object) -> None:  # type: ignore[override]
+        self.said.append(step)
+
+
+def test_a_step_tells_what_the_one_before_it_has_shown_and_the_end_what_the_last_has() -> None:
+    job = runfile.Trainer(steps=STEPS, seq_len=8, global_batch=2, warmup_steps=1)
+    tokens = Tokens(np.arange(512, dtype=np.uint32) % 16, "d16e57000000", 15)
+    config = ModelConfig(dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=16, vocab=16)
+    heard = Steps()
+    with parallel.alone() as world:
+        detection = runfile.Detection(digest_share=0.0, replay_share=0.0, update_share=1.0)
+        training = Training(job, config, Samples(tokens, job), world, detection=detection)
+        assert training._updates is not None
+        training.step(1, heard)
+        training._updates._claims.append(Claim(1, 0, "can not be"))
+        training.step(2, heard)
+        training._updates._claims.append(Claim(2, 0, "can not be"))
+        training.look_at_the_end(2, heard)
+
+    assert heard.said == [1, (1, [0]), 2, (2, [0])]
+
+
 def steps_with(wrong: Callable[[Any, int], None]) -> tuple[list[torch.Tensor], Heard]:
     """Take some steps in which something goes wrong behind the look at an update."""
     torch.manual_seed(3)
@@ -293,6 +358,7 @@ def steps_with(wrong: Callable[[Any, int], None]) -> tuple[list[torch.Tensor], H
         updates.before(step)
         optimizer.step(step, norm)
         updates.after(step, norm, heard)
+        updates.agree([0.0, updates.word(), 0.0], heard)
         with torch.no_grad():
             wrong(optimizer, step)
     return [tensor for shard in optimizer.shards for tensor in shard[2:]], heard

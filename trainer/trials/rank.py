@@ -54,6 +54,7 @@ from trainer.step import Training
 from trainer.train import stamp_of
 from trainer.trials import copies, drift
 from trainer.trials.striking import Striking, replace, striking
+from trainer.updates import Updates
 
 TIMEOUT_S = 60.0
 """Of a collective: nobody is ever away from this world for long."""
@@ -260,6 +261,8 @@ class TrialRank:
             replays.doubts.remember(self._known[order.snapshot])
         if self._training.repairs is not None:
             self._training.repairs.forget()
+        if (updates := _updates(self._training)) is not None:
+            updates.forget()
         how = order.injection
         if how is None:
             return Said()
@@ -386,6 +389,10 @@ class TrialRank:
 
 def _replays(training: Training) -> Replays | None:
     return training._replays  # noqa: SLF001 - trials reach into a training from outside
+
+
+def _updates(training: Training) -> Updates | None:
+    return training._updates  # noqa: SLF001 - the same
 
 
 def serve(setup: Setup, rank: int, connection: socket.socket) -> None:

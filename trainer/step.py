@@ -130,6 +130,7 @@ class Training:
         self._flops = 0.0
         self._waited = waiting.count()
         self._nothing = torch.zeros((), dtype=torch.int64, device=world.device)
+        self._not_shown = halves(self._nothing.repeat(len(SHARED)))
         self.injected = Injected(self.stages, samples)
         self._guard, self._fusing = Guard("digests"), Guard("digests in one pass")
         self._watch: Watch | None = None
@@ -178,6 +179,7 @@ class Training:
             self._share(now)
             if self._replays is not None:
                 self._replays.doubts.forget()
+                self._replays.readings.forget()
         self._announce(reporter, RankPhase.DATA)
         self._fuse_digests(reporter)
         if self.repairs is not None:
@@ -247,7 +249,7 @@ class Training:
         if self._replays is not None:
             self._replays.done()
             replayed = self._replays.passed
-        if self._watch is not None or replayed:
+        if (self._watch is not None and self._watch.due(step)) or replayed:
             period = self._watch.period(step) if self._watch is not None else 1
             self._report(Taken(step=Step(step), period=period, shift=replayed), digests, reporter)
 
@@ -298,7 +300,9 @@ class Training:
         claim = self._updates.word() if self._updates is not None else 0.0
         own_words = [self.samples.mark, *word, self._guard.off, digesting, claim, *words]
         said = torch.tensor(own_words, dtype=torch.float64)
-        shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
+        shown = self._not_shown
+        if digests:
+            shown = halves(torch.stack([digests.get(k, self._nothing) for k in SHARED]))
         own = torch.cat((squares.view(1), self._sent(said), shown, losses))
         # On a GPU, this is where the host waits for the step, and the only place.
         rows = self.world.gather(own)
@@ -391,7 +395,7 @@ class Training:
 
     def _digest(self, step: int, held: list[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
         watch = self._watch
-        if watch is None:
+        if watch is None or not (whole or watch.due(step)):
             return {}
         return self._guard.call(lambda: watch.look(step, held, whole=whole), {})
 

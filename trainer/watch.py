@@ -32,6 +32,9 @@ PIECE_WORDS_ON_GPUS = 1 << 24
 on the way."""
 CALL_WORDS = 20_000
 """What takes as long to be asked for as so many words to be digested: a piece, of any size."""
+TURN_WORDS = 1 << 20
+"""Fewer are not digested in a step, but more in another one: for the first piece of a step nothing
+of this program is in the core's caches, and it takes as long as 200,000 words."""
 
 
 class Held(NamedTuple):
@@ -77,10 +80,15 @@ class Watch:
         self._slots = self._cut()
 
     def _cut(self) -> list[list[_Piece]]:
-        slots: list[list[_Piece]] = [[] for _ in range(self.turns.every)]
-        loads = [0] * len(slots)
+        every = self.turns.every
+        slots: list[list[_Piece]] = [[] for _ in range(every)]
+        words = sum(piece.words + CALL_WORDS for piece in self._pieces)
+        filled = min(max(words // TURN_WORDS, 1), every)
+        # From the first step of a run on.
+        begins = ((1 + number * every // filled) % every for number in range(filled))
+        loads = dict.fromkeys(begins, 0)
         for piece in self._pieces:
-            slot = loads.index(min(loads))
+            slot = min(loads, key=loads.__getitem__)
             slots[slot].append(piece)
             loads[slot] += piece.words + CALL_WORDS
         return slots
@@ -96,6 +104,10 @@ class Watch:
         if self.turns.agree(costs):
             self._changed_at, self._before = step, before
             self._slots = self._cut()
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be digested before a step moves the weights."""
+        return bool(self._slots[step % len(self._slots)])
 
     def look(self, step: int, held: Iterable[Held], *, whole: bool = False) -> dict[Kind, Tensor]:
         """Return the digests that are due before `step` moves the weights, or of everything.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from orchestrator.protocol.digests import Kind, Taken
+from trainer import watch
 from trainer.digest import digest
 from trainer.injected import flip_bit
 from trainer.turns import Turns
@@ -46,32 +47,59 @@ def test_replicas_of_a_program_have_the_same_digests_until_a_bit_flips_in_one() 
     ]
 
 
+@pytest.fixture
+def each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have pieces spread over all steps, however few words they have."""
+    monkeypatch.setattr(watch, "TURN_WORDS", 1)
+
+
+@pytest.mark.usefixtures("each_step")
 def test_each_piece_is_looked_at_once_in_a_period() -> None:
     held = [Held("weights", [("a", torch.ones(30)), ("b", torch.ones(20)), ("c", torch.ones(9))])]
-    watch = Watch(held, Turns.fixed(3))
+    looks = Watch(held, Turns.fixed(3))
 
-    seen = [read(watch.look(step, held)).get("weights", 0) for step in (1, 2, 3)]
+    seen = [read(looks.look(step, held)).get("weights", 0) for step in (1, 2, 3)]
 
     assert len(set(seen)) == 3
-    assert sum(seen) % (1 << 64) == read(watch.look(1, held, whole=True))["weights"]
-    assert read(watch.look(4, held)) == read(watch.look(1, held))
+    assert sum(seen) % (1 << 64) == read(looks.look(1, held, whole=True))["weights"]
+    assert read(looks.look(4, held)) == read(looks.look(1, held))
 
 
+def test_few_words_are_looked_at_together_and_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody has looked at for a while takes long to begin with: half of it at a time."""
+    sizes = (300, 200, 180, 100)
+    held = [Held("weights", [(str(size), torch.ones(size)) for size in sizes])]
+    monkeypatch.setattr(watch, "CALL_WORDS", 0)
+    monkeypatch.setattr(watch, "TURN_WORDS", sum(sizes) // 2)
+    looks = Watch(held, Turns.fixed(8))
+
+    slots = [{int(piece.name) for piece in slot} for slot in looks._slots]
+
+    assert [step for step, slot in enumerate(slots) if slot] == [1, 5]
+    assert slots[1] | slots[5] == set(sizes)
+    assert looks.period(1) == 8
+    assert [step for step in range(8) if looks.due(step)] == [1, 5]
+    assert looks.look(8, held) == {}
+    shares = [read(looks.look(step, held))["weights"] for step in (9, 13)]
+    assert sum(shares) % (1 << 64) == read(looks.look(1, held, whole=True))["weights"]
+
+
+@pytest.mark.usefixtures("each_step")
 def test_no_piece_is_out_of_sight_for_longer_than_is_said_while_turns_change() -> None:
     held = [Held("weights", [(str(n), torch.full((40 + n,), 1.0 + n)) for n in range(23)])]
-    watch, seen = Watch(held, Turns(0.5, 4)), {str(n): 0 for n in range(23)}
+    looks, seen = Watch(held, Turns(0.5, 4)), {str(n): 0 for n in range(23)}
     for step in range(1, 120):
-        slot = watch._slots[step % len(watch._slots)]
+        slot = looks._slots[step % len(looks._slots)]
         names = {piece.name for piece in slot}
         due = ((name, tensor) for name, tensor in held[0].tensors if name in names)
         shares = [digest(tensor, f"weights/{name}") for name, tensor in due]
-        assert read(watch.look(step, held)) == read({"weights": torch.stack(shares).sum()})
+        assert read(looks.look(step, held)) == read({"weights": torch.stack(shares).sum()})
         seen |= dict.fromkeys(names, step)
-        assert step - min(seen.values()) < max(watch.period(step), 4)
+        assert step - min(seen.values()) < max(looks.period(step), 4)
         costs = {20: 5.5, 30: 8.0, 60: 1.0, 90: 4.0}.get(step, 0.0)
-        watch.agree(step, [costs] * 3)
+        looks.agree(step, [costs] * 3)
 
-    assert watch.period(119) == 8
+    assert looks.period(119) == 8
 
 
 @pytest.mark.parametrize(("share", "period"), [(1.0, 1), (0.01, 10)])

@@ -6,6 +6,7 @@ Letters: K numbers of a step, S steps that are remembered.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -26,12 +27,13 @@ NEWEST = 4
 """A number has to be as many times the largest of so many steps, too, the last that there were:
 those of some weights grow to 30 times what they began with while a run learns, and where numbers
 are looked at in every eighth step, most of what there is to compare with is of long ago."""
-FRESH_FOR = 8
-"""Steps for which medians are good: of many numbers they take as long as the norms themselves."""
 ABOVE_KNOWN = 2.0
 """How many times what was found to be true a number has to be, to stand out once more."""
-LARGEST = math.log(np.finfo(np.float64).max)
-_SMALLEST = math.log(np.finfo(np.float64).tiny)
+SURELY = 0.999
+"""Leaves room for rounding where a number is compared, instead of its logarithm."""
+_MOST, _LEAST = float(np.finfo(np.float64).max), float(np.finfo(np.float64).tiny)
+LARGEST = math.log(_MOST)
+_SMALLEST = math.log(_LEAST)
 """Stands for the logarithm of 0."""
 _NORMAL = 1.4826
 """Standard deviations of normal noise in its median absolute deviation."""
@@ -52,36 +54,41 @@ class Outliers:
     """
 
     def __init__(self) -> None:
-        self._logs: list[npt.NDArray[np.float64]] = []
-        self._limits: npt.NDArray[np.float64] | None = None
+        self._steps: list[Sequence[float]] = []
+        self._usual: list[float] = []
+        """What is no larger does not stand out, whatever the median is: a number for each."""
         self._known: npt.NDArray[np.float64] | None = None
-        self._known_for = self._admitted = 0
+        self._known_for = 0
 
     def forget(self) -> None:
         """Begin anew: numbers to come are of another kind."""
-        self._logs, self._limits, self._known, self._known_for = [], None, None, 0
+        self._steps, self._usual, self._known, self._known_for = [], [], None, 0
 
     def standing_out(self, values: Sequence[float]) -> list[int]:
         """Return which of the numbers of a step stand out, ascending."""
-        logs_K = _logs(values)
+        # In nearly every step this is all, and done before numpy would have begun.
+        if len(self._usual) == len(values) and all(map(operator.le, values, self._usual)):
+            return []
         out_K = ~np.isfinite(values)
-        if len(self._logs) >= FEW:
-            out_K |= logs_K > self._limits_of()
+        if len(self._steps) >= FEW:
+            out_K |= _logs(values) > self._limits()
         return np.flatnonzero(out_K).tolist()
 
     def times_usual(self, values: Sequence[float], number: int) -> float:
         """Return how many times its usual size one of the numbers is; not finite if it is not."""
-        if not (self._logs and math.isfinite(values[number])):
+        if not (self._steps and math.isfinite(values[number])):
             return math.inf
-        above = float(_logs(values)[number] - np.median(np.stack(self._logs)[:, number]))
+        above = float(_logs(values)[number] - np.median(_logs(self._steps)[:, number]))
         return math.exp(above) if above < LARGEST else math.inf
 
     def admit(self, values: Sequence[float]) -> None:
         """Compare later steps with this one, too, in which nothing stood out."""
-        self._logs = [*self._logs[-WINDOW + 1 :], _logs(values)]
-        self._admitted += 1
-        if len(self._logs) <= LEAST or self._admitted % FRESH_FOR == 0:
-            self._limits = None
+        self._steps = [*self._steps[-WINDOW + 1 :], values]
+        largest = map(max, zip(*self._steps[-NEWEST:], strict=True))
+        self._usual = [
+            min(SURELY * times * each, _MOST)
+            for (_, times), each in zip(_rules(len(values)), largest, strict=True)
+        ]
         self._known_for = max(self._known_for - 1, 0)
         if not self._known_for:
             self._known = None
@@ -94,15 +101,15 @@ class Outliers:
             return
         known_K[out] = _logs(values)[out] + math.log(ABOVE_KNOWN)
         self._known = known_K if self._known is None else np.maximum(self._known, known_K)
-        self._known_for, self._limits = WINDOW, None
+        self._known_for = WINDOW
 
-    def _limits_of(self) -> npt.NDArray[np.float64]:
-        if self._limits is None:
-            limits_K = _limits(np.stack(self._logs))
-            self._limits = limits_K if self._known is None else np.maximum(limits_K, self._known)
-        newest_K = np.stack(self._logs[-NEWEST:]).max(0)
-        times_K: npt.NDArray[np.float64] = newest_K + np.log(_rules(len(newest_K))[:, 1])
-        return np.maximum(self._limits, times_K)
+    def _limits(self) -> npt.NDArray[np.float64]:
+        logs_SK = _logs(self._steps)
+        times_K = np.log([times for _, times in _rules(logs_SK.shape[1])])
+        newest_K = logs_SK[-NEWEST:].max(0)
+        known_K = newest_K if self._known is None else self._known
+        limits_K: npt.NDArray[np.float64] = np.maximum(_limits(logs_SK), newest_K + times_K)
+        return np.maximum(limits_K, known_K)
 
 
 def _limits(logs_SK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -111,15 +118,15 @@ def _limits(logs_SK: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return _unless_nothing(largest_K, largest_K + math.log(EARLY))
     usual_K = np.median(logs_SK, 0)
     spread_K = _NORMAL * np.median(np.abs(logs_SK - usual_K), 0)
-    rules_K = _rules(len(usual_K))
-    limits_K: npt.NDArray[np.float64] = np.log(rules_K[:, 1])
-    return _unless_nothing(usual_K, usual_K + np.maximum(rules_K[:, 0] * spread_K, limits_K))
+    rules_K2 = np.array(_rules(len(usual_K)))
+    limits_K: npt.NDArray[np.float64] = np.log(rules_K2[:, 1])
+    return _unless_nothing(usual_K, usual_K + np.maximum(rules_K2[:, 0] * spread_K, limits_K))
 
 
 @lru_cache(maxsize=4)
-def _rules(count: int) -> npt.NDArray[np.float64]:
-    """Return deviations and times of each number of a step, shape [K, 2]."""
-    return np.array([LOSS, *[NORM] * (count - 1)])
+def _rules(count: int) -> tuple[tuple[float, float], ...]:
+    """Return deviations and times of each number of a step."""
+    return (LOSS, *[NORM] * (count - 1))
 
 
 def _unless_nothing(
@@ -132,8 +139,9 @@ def _unless_nothing(
     return np.where(usual_K <= _SMALLEST, np.inf, limits_K)
 
 
-def _logs(values: Sequence[float]) -> npt.NDArray[np.float64]:
+def _logs(values: Sequence[float] | Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     """Return logarithms; of what is not finite, the largest there is."""
-    array_K = np.asarray(values, np.float64)
-    finite_K = np.where(np.isfinite(array_K), array_K, np.finfo(np.float64).max)
-    return np.log(np.maximum(finite_K, np.finfo(np.float64).tiny))
+    array = np.asarray(values, np.float64)
+    positive = np.maximum(np.where(np.isfinite(array), array, _MOST), _LEAST)
+    logs: npt.NDArray[np.float64] = np.log(positive)
+    return logs

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.outliers import FEW, LEAST, WINDOW, Outliers
+from trainer.outliers import EARLY, FEW, LEAST, LOSS, NEWEST, NORM, WINDOW, Outliers
 
 
 def used_to(scale: float = 1.0, steps: int = WINDOW) -> Outliers:
@@ -107,3 +107,58 @@ def test_numbers_that_grow_as_a_run_learns_do_not_stand_out_where_they_are_seldo
 
         assert known.standing_out(values) == [], f"at step {step}"
         known.admit(values)
+
+
+def by_the_rule(steps: list[list[float]], values: list[float]) -> list[int]:
+    """Say what stands out, from all that is to be compared with, as the rule is written down."""
+    logs, new = np.log(steps[-WINDOW:]), np.log(values)
+    rules = np.array([LOSS, *[NORM] * (len(values) - 1)])
+    usual, largest = np.median(logs, 0), logs[-NEWEST:].max(0)
+    spread = 1.4826 * np.median(np.abs(logs - usual), 0)
+    above = (new > usual + np.log(rules[:, 1])) & (new > usual + rules[:, 0] * spread)
+    if len(logs) < LEAST:
+        above = new > logs.max(0) + math.log(EARLY)
+    return np.flatnonzero(above & (new > largest + np.log(rules[:, 1]))).tolist()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_what_is_usual_is_told_at_a_glance_and_the_rule_is_still_the_same(seed: int) -> None:
+    """Medians are asked for only where the newest steps do not settle it."""
+    chance, known, steps = np.random.default_rng(seed), Outliers(), list[list[float]]()
+    found = 0
+    for _ in range(300):
+        values = np.exp(chance.standard_t(3, 6) * [0.03, *[0.1] * 5])
+        values[chance.integers(6)] *= np.exp(3.0 * chance.random() ** 4)
+        values = values.tolist()
+        out = known.standing_out(values)
+        if len(steps) >= FEW:
+            assert out == by_the_rule(steps, values)
+            found += len(out)
+        if not out:
+            known.admit(values)
+            steps.append(values)
+    assert found > 5
+
+
+def test_steps_as_usual_ask_for_no_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    median = np.median
+    monkeypatch.setattr(np, "median", lambda *of: asked.append(1) or median(*of))
+    known = used_to()
+    for _ in range(50):
+        assert known.standing_out([5.0, 1.2]) == []
+        known.admit([5.0, 1.2])
+    assert not asked
+
+    assert known.standing_out([5.0, 60.0]) == [1]
+    assert asked
+    assert known.standing_out([5.0, math.inf]) == [1]
+
+
+def test_a_number_of_no_size_at_all_stands_out_beside_the_largest_there_are() -> None:
+    known = Outliers()
+    for _ in range(LEAST):
+        known.admit([1e308, 1e308])
+
+    assert known.standing_out([math.inf, 1e308]) == [0]
+    assert known.standing_out([1e308, math.nan]) == [1]

@@ -9,12 +9,14 @@ compared.
 
 Who reads the same other samples each time has them on its disk, or in what its node keeps of them:
 then it is the data, for which no device is to blame.
+
+Samples of some steps are read at once: a thread that was idle finds nothing of its program in the
+core's caches, and takes four times as long for the first of them as for each further one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,13 +40,8 @@ follow do not wait. It was begun with the step, and takes milliseconds. A source
 holds up all ranks for as long before the one that reads from it is looked at (detect/hang.py)."""
 WORDS = 4
 """Numbers that a rank says in a step: its own digest, and that of another rank's samples."""
-
-
-class _Reading(NamedTuple):
-    """What is read for one step."""
-
-    step: int
-    asked: Asked[int]
+AT_ONCE = 8
+"""Steps whose samples are asked for at once."""
 
 
 class Readings:
@@ -57,29 +54,37 @@ class Readings:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._guard = Guard("readings")
-        self._own = xxhash.xxh3_64()
+        self._handed: list[Batch] = []
         chain = ring.chain
-        self._reading: _Reading | None = None
+        self._step = 0
+        self._asked: dict[int, Asked[int]] = {}
+        """What is read for each step, this one and some to come."""
+        self._late: Asked[int] | None = None
+        """What a step has waited for in vain."""
         # Samples do not follow from each other, whatever is computed from them.
         self._chain = chain._replace(links=[[1]] * chain.together)
 
     def forget(self) -> None:
-        """Begin as after a restore: steps to come may have the numbers of others."""
-        self._reading = None
+        """Begin as after a restore: steps to come may have other samples, or others' numbers."""
+        self._asked = {}
 
     def begin(self, step: int) -> None:
         """Begin to compute a step, or begin anew."""
-        self._own.reset()
-        known = self._reading
-        if self._guard.stopped or (known is not None and (known.step == step or known.asked.busy)):
+        self._handed, self._step = [], step
+        if self._guard.stopped or step in self._asked:
             return
+        if any(asked.busy for asked in self._asked.values()):
+            return
+        self._asked = {each: self._ask(each) for each in range(step, step + AT_ONCE)}
+
+    def _ask(self, step: int) -> Asked[int]:
         ahead = self._ring.ahead(self._shift(step))
-        self._reading = _Reading(step, self._ring.aside.ask(lambda: self._digest(step, ahead)))
+        # Where reading is slower than steps, those that are over by then are not read for.
+        return self._ring.aside.ask(lambda: self._digest(step, ahead) if step >= self._step else 0)
 
     def read(self, batch: Batch) -> None:
         """Take note of samples that this rank trains on, in order."""
-        if not self._guard.stopped:
-            self._guard.call(lambda: _add(self._own, batch), None)
+        self._handed.append(batch)
 
     def words(self, step: int, alive: Callable[[], None]) -> tuple[float, ...]:
         """Return what this rank tells the others in a step: `WORDS` numbers.
@@ -88,16 +93,25 @@ class Readings:
             step: its number.
             alive: is called now and then while this waits.
         """
-        reading = self._reading
         if self._guard.stopped:
             return (OFF,) * WORDS
-        if reading is None or reading.step != step or not reading.asked.over(alive, WITHIN_S):
+        asked = self._asked.get(step)
+        if asked is None or (self._late is not None and self._late.busy):
+            return (LATE,) * WORDS
+        if not asked.over(alive, WITHIN_S):
+            self._late = asked
             return (LATE,) * WORDS
 
         def both() -> tuple[float, ...]:
-            return (*split(self._own.intdigest()), *split(reading.asked.result()))
+            return (*split(self._own()), *split(asked.result()))
 
         return self._guard.call(both, (OFF,) * WORDS)
+
+    def _own(self) -> int:
+        total = xxhash.xxh3_64()
+        for batch in self._handed:
+            _add(total, batch)
+        return total.intdigest()
 
     def differ(self, step: int, words: Sequence[Sequence[float]], reporter: Told) -> bool:
         """Find out who was handed other samples; return whether the step is to be thrown away.

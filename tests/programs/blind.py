@@ -73,6 +73,7 @@ def spoil(how: str, training: Training) -> Any:
         case "chance":
             return mock.patch.object(gradients, "digest", other_each_time)
         case "samples":
+            training._replays.readings.forget()  # those of this step were read before
             return mock.patch.object(training._replays.ring, "samples", Unreadable())
         case _:
             return mock.patch.object(digest, "digest", digest.digest)

@@ -1,6 +1,7 @@
 """What is read of other ranks keeps neither a step nor a world for long, and looks like no hang."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
 from trainer.guard import Guard
 from trainer.prefetch import DataStalledError
+from trainer.readings import Readings
 from trainer.reporter import Unheard
 from trainer.ring import Ring
 from trainer.step import Training
@@ -148,3 +150,88 @@ def test_samples_that_do_not_come_for_longest_are_gone_without(world: parallel.W
 
     assert micro is own
     assert "DataStalledError" in guard.reason
+
+
+class Counted:
+    """Counts what was read of each step, and waits where it is told to."""
+
+    mark = 0.0
+
+    def __init__(self, samples: Samples, slow: int | None = None) -> None:
+        self._samples, self._slow, self.let = samples, slow, threading.Event()
+        self.read: list[int] = []
+
+    def batch(self, step: int, indices: range) -> Batch:
+        if step == self._slow:
+            assert self.let.wait(10)
+        self.read.append(step)
+        return self._samples.batch(step, indices)
+
+
+def readings_of(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch, slow: int | None = None
+) -> tuple[Readings, Counted]:
+    """Return what reads the samples of the only rank there is."""
+    ring, _, source = ring_of(world)
+    counted = Counted(source._samples, slow)
+    ring.samples = counted
+    monkeypatch.setattr(Readings, "_shift", lambda *_: 0)
+    return Readings(ring), counted
+
+
+def told(readings_: Readings, source: Counted, step: int) -> tuple[float, ...]:
+    """Take a step on the samples that there are, and return what is said of them."""
+    readings_.begin(step)
+    readings_.read(source._samples.batch(step, range(2)))
+    readings_.read(source._samples.batch(step, range(2, 4)))
+    return readings_.words(step, lambda: None)
+
+
+def test_samples_of_some_steps_are_asked_for_at_once_and_each_is_compared_in_its_own(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, source = readings_of(world, monkeypatch)
+    said = []
+    for step in range(1, 2 * readings.AT_ONCE + 1):
+        looks.begin(step)
+        waiting = looks._ring.aside._orders.qsize() + len(source.read)
+        assert waiting <= readings.AT_ONCE * -(-step // readings.AT_ONCE)
+        said.append(told(looks, source, step))
+
+    assert source.read == list(range(1, 2 * readings.AT_ONCE + 1))
+    assert all(words[:2] == words[2:] for words in said), "it reads what it was handed"
+    assert len(set(said)) == len(said)
+
+
+def test_what_was_asked_for_before_a_restore_or_another_length_is_read_anew(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, source = readings_of(world, monkeypatch)
+    told(looks, source, 1)
+    told(looks, source, 1)
+    assert source.read.count(1) == 1, "begun anew is none of the two"
+
+    looks.forget()
+    told(looks, source, 1)
+
+    assert source.read.count(1) == 2
+
+
+def test_a_source_that_has_stopped_keeps_one_step_waiting_and_is_asked_no_more(
+    world: parallel.World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readings, "WITHIN_S", 0.05)
+    looks, source = readings_of(world, monkeypatch, slow=2)
+    first = told(looks, source, 1)
+    assert first[:2] == first[2:]
+
+    begun = time.monotonic()
+    late = [told(looks, source, step) for step in range(2, 40)]
+    assert late == [(readings.LATE,) * readings.WORDS] * len(late)
+    assert time.monotonic() - begun < 1.0, "one of them waits"
+
+    source.let.set()
+    monkeypatch.setattr(readings, "WITHIN_S", 10.0)
+    said = [told(looks, source, step) for step in range(40, 60)]
+    assert all(words[:2] == words[2:] for words in said[1:])
+    assert not set(range(3, 39)) & set(source.read), "steps that were over are not read for"

@@ -343,7 +343,9 @@ class TrialRank:
                 garbage = Garbage(self._samples, self._vocab, order.garbage_every)
                 undone.callback(replace(training, "samples", garbage))
                 if (replays := _replays(training)) is not None:
+                    undone.callback(replays.readings.forget)
                     undone.callback(replace(replays.ring, "samples", garbage))
+                    replays.readings.forget()
             if not order.detectors:
                 undone.enter_context(self._unwatched())
             yield

@@ -91,26 +91,11 @@ class PutIn(NamedTuple):
     """Sum over weights of the size of each one's sum."""
 
 
-class _Group:
-    """Weights that FSDP adds up together, and which of their gradients have come by.
+class _Group(NamedTuple):
+    """Weights that FSDP adds up together, and which of their gradients have come by."""
 
-    Args:
-        size: how many there are.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._came: list[tuple[int, Tensor]] = []
-
-    def take(self, place: int, gradient: Tensor) -> bool:
-        """Take in the gradient of a weight; return whether it was the last one."""
-        self._came.append((place, gradient))
-        return len(self._came) == self._size
-
-    def all(self) -> list[tuple[int, Tensor]]:
-        """Return what has come by, and let go of it."""
-        came, self._came = self._came, []
-        return came
+    size: int
+    came: list[tuple[int, Tensor | None]]
 
 
 class Norms:
@@ -134,6 +119,7 @@ class Norms:
         self._norms: dict[int, list[Tensor]] = {}
         self._sums: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._known: tuple[nn.Module | None, list[list[nn.Parameter]]] = (None, [])
 
     def begin(self) -> None:
         """Begin with a step, or with one that is computed once more."""
@@ -177,18 +163,27 @@ class Norms:
     def _hook_to(self, model: nn.Module) -> None:
         with self._turns.looking():
             place = 0
-            for weights in _whole_weights_by_group(model):
-                group = _Group(len(weights))
+            for weights in self._weights_of(model):
+                group = _Group(len(weights), [])
                 self._groups.append(group)
+                look = partial(self._look, group)
                 for weight in weights:
-                    hook = self._hook(group, place)
+                    hook = self._hook(group, place, look)
                     self._hooks.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
                     place += 1
+
+    def _weights_of(self, model: nn.Module) -> list[list[nn.Parameter]]:
+        known, weights = self._known
+        if known is not model:
+            weights = list(_whole_weights_by_group(model))
+            self._known = (model, weights)
+        return weights
 
     def _finish(self) -> None:
         """Look at what groups have of which some weights had no part in the pass; let go of all."""
         for group in self._groups:
-            self._guard.call(partial(self._look, group), None)
+            if group.came:
+                self._guard.call(partial(self._look, group), None)
         self._unhook()
 
     def _unhook(self) -> None:
@@ -197,23 +192,26 @@ class Norms:
             hook.remove()
         self._groups, self._hooks = [], []
 
-    def _hook(self, group: _Group, place: int) -> Callable[[Tensor], None]:
-        def take(weight: Tensor) -> None:
-            self._guard.call(lambda: self._take(group, place, weight), None)
+    def _hook(
+        self, group: _Group, place: int, look: Callable[[], None]
+    ) -> Callable[[nn.Parameter], None]:
+        size, came = group
+
+        def take(weight: nn.Parameter) -> None:
+            # Called for each weight, so no more than this.
+            came.append((place, weight.grad))
+            if len(came) == size:
+                self._guard.call(look, None)
 
         return take
 
-    def _take(self, group: _Group, place: int, weight: Tensor) -> None:
-        assert weight.grad is not None
-        if group.take(place, local(weight.grad)):
-            self._look(group)
-
     def _look(self, group: _Group) -> None:
-        if not (came := group.all()):
-            return
+        came = list(group.came)
+        group.came.clear()
         with self._turns.looking():
-            norms = torch._foreach_norm([gradient for _, gradient in came])  # noqa: SLF001 - torch's own name
-            for (place, gradient), norm in zip(came, norms, strict=True):
+            gradients = [local(gradient) for _, gradient in came if gradient is not None]
+            norms = torch._foreach_norm(gradients)  # noqa: SLF001 - torch's own name
+            for (place, _), gradient, norm in zip(came, gradients, norms, strict=True):
                 self._norms.setdefault(place, []).append(norm)
                 self._sums.append(gradient.sum(dtype=torch.float32))
 

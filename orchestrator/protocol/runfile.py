@@ -267,7 +267,7 @@ class Detection(_Section, frozen=True, kw_only=True):
     """A fault is to be noticed within this time, wherever it is; 0.5s to 1h."""
     warmup_limit: Duration = "10m"
     """How long a rank may compile, restore or start before that counts as hung."""
-    digest_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    digest_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0075
     """About which part of a step's time goes into digests of the training state, by which ranks
     that hold the same are compared: with less, each part of the state is looked at more rarely.
     0: none. Of the embedded trainer, where there are replicas."""

@@ -118,6 +118,8 @@ class Verdict(NamedTuple):
     """Whether it is what they are given to read, and not what they compute on."""
     divided: bool = False
     """Whether no majority agrees on what is right: one that is wrong would have left one."""
+    same: bool = False
+    """Whether one of them came to the same when it computed that once more."""
 
 
 def judge(
@@ -141,6 +143,7 @@ def judge(
     found = mismatches(rows, shift)
     guilty: dict[int, str] = {}
     torn: dict[int, str] = {}
+    same: set[int] = set()
     for first in tried(found, chain.together):
         members = range(first, first + chain.together)
         computed = again(first)
@@ -149,14 +152,18 @@ def judge(
         groups = [list(enumerate(computed))[at.start : at.stop] for at in _groups(rows, chain)]
         for telling in (own, replayed, *groups):
             time, accused = _outvoted(chain, chain.ranks[first], telling, computed)
+            if telling is own or telling is replayed:
+                so = [place for place, said in telling if tuple(said) == tuple(computed[place])]
+                same |= {chain.ranks[place] for place in so} & accused.keys()
             for rank, words in accused.items():
                 (guilty if time % 2 else torn).setdefault(rank, words)
-    words = f"micro-batches came out otherwise when {how} once more ({_shown(found, chain)})"
+    words = f"micro-batches came out otherwise when {how} once more ({shown(found, chain)})"
     if guilty:
         evidence = "; ".join(
             [words, *(guilty[r] for r in sorted(guilty)), *_abreast(guilty, chain)]
         )
-        return Verdict(tuple(sorted(guilty)), proven=True, evidence=evidence)
+        ranks = tuple(sorted(guilty))
+        return Verdict(ranks, proven=True, evidence=evidence, same=bool(same & guilty.keys()))
     if torn:
         evidence = "; ".join([words, *(torn[rank] for rank in sorted(torn))])
         return Verdict(tuple(sorted(torn)), proven=False, evidence=evidence)
@@ -228,7 +235,8 @@ def _first_to_differ(
     return {place for _, places in begun.values() for place in places}
 
 
-def _shown(found: Sequence[Mismatch], chain: Chain) -> str:
+def shown(found: Sequence[Mismatch], chain: Chain) -> str:
+    """Return in words whose micro-batches came out otherwise, and where."""
     edges = [f"{chain.ranks[edge.producer]} by {chain.ranks[edge.replayer]}" for edge in found]
     more = [f"{len(edges) - SHOWN_MAX} more"] if len(edges) > SHOWN_MAX else []
     return f"of rank {', '.join([*edges[:SHOWN_MAX], *more])}"

@@ -54,6 +54,7 @@ class Doubts:
     def __init__(self, training: Stepping, ring: Ring, turns: Turns) -> None:
         self._training, self._ring, self._turns = training, ring, turns
         self._guard = Guard("outliers")
+        self._possible = processors.known_to_repeat(training.world.device)
         self._norms = Norms(self._guard, turns, each=not training.adds_up_in_place)
         self.due = False
         """Whether this rank looks at its own gradient in this step."""
@@ -193,7 +194,8 @@ class Doubts:
 
     def give_up(self, reason: str) -> None:
         """Look at nothing any more, on all ranks: what is computed once more shows nothing."""
-        self._guard.give_up(reason, tells=self._ring.tells)
+        if self._possible:
+            self._guard.give_up(reason, tells=self._ring.tells)
 
     @property
     def _looking(self) -> bool:
@@ -203,7 +205,7 @@ class Doubts:
         if not training.warm or training.pipeline is not None:
             return False
         stopped = self._guard.off or self._guard.stopped
-        return processors.repeat(training.world.device) and not stopped
+        return self._possible and not stopped
 
     def _largest_factor(self) -> float:
         self._values = values = self._norms.found()

@@ -11,11 +11,14 @@ import torch
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def kind() -> str:
+def kind(device: torch.device) -> str:
     """Return the kind in words: what torch makes use of, and the model's name if it is known.
 
     Libraries choose their kernels by both.
     """
+    if device.type == "cuda":
+        libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        return f"{torch.cuda.get_device_name(device)}, {libraries}"
     capability = torch.backends.cpu.get_cpu_capability()
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
@@ -31,6 +34,9 @@ def number(of: str) -> torch.Tensor:
     return torch.tensor(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def repeat(device: torch.device) -> bool:
-    """Return whether two of a kind get the same bits, which GPUs were seen not to do."""
+def known_to_repeat(device: torch.device) -> bool:
+    """Return whether two of a kind get the same bits, which GPUs were seen not to do.
+
+    Of those, a test says whether they seem to.
+    """
     return device.type == "cpu"

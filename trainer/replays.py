@@ -21,6 +21,7 @@ from trainer.products import Seen
 from trainer.readings import Readings
 from trainer.replay import Pace
 from trainer.ring import Ring, Stepping, Told
+from trainer.strikes import Strikes
 from trainer.sums import Sums
 from trainer.tracing import Trace
 from trainer.turns import Turns
@@ -40,6 +41,8 @@ class Replays:
         share: of the time of a step, that they may take.
         norms: of the time of a step, that norms and sums of this rank's own gradient may take.
         watched: whether both come in every step, whatever they take.
+        untested: whether there are replays where ranks are not known to come to the same bits, if
+            a test says that they do.
 
     Attributes:
         passed: how much further on the rank is whose last micro-batch came out the same here, if
@@ -54,6 +57,7 @@ class Replays:
         norms: float,
         *,
         watched: bool = False,
+        untested: bool = False,
     ) -> None:
         self._training = training
         self.ring = Ring(training, samples)
@@ -65,12 +69,18 @@ class Replays:
         self.sums = Sums(self.ring, layout.dp_replicate, possible=by_itself)
         self.pace = Pace(share, training.share, layout.pp, watched=watched)
         self._guard = Guard("replays")
-        compiled = apply.compiles(training.job, training.world.device)
+        device = training.world.device
+        compiled = apply.compiles(training.job, device)
         self._probe, self._seen = Probe(self._guard, compiled=compiled), Seen()
         pipeline = training.pipeline
         self._trace: Trace | None = None
         if pipeline is not None:
-            self._trace = Trace(self._guard, pipeline.numbers, compiled=compiled)
+            self._trace = Trace(self._guard, pipeline.numbers, device, compiled=compiled)
+        known = processors.known_to_repeat(device)
+        self._possible = known or untested
+        self._strikes: Strikes | None = None
+        if not known:
+            self._strikes = Strikes(max(layout.readers, 2))
         self._due = self._tested = False
         self._number = self.passed = 0
         self._micro: Micro | None = None
@@ -95,9 +105,7 @@ class Replays:
         regular = step % self.pace.every == 0 or not self._tested
         # What was thrown away is looked at however it came to that, or it is taken on trust.
         due = self._training.warm and (regular or self.ring.again)
-        self._due = (
-            due and processors.repeat(self._training.world.device) and not self._guard.stopped
-        )
+        self._due = due and self._possible and not self._guard.stopped
 
     def following(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Return a block in which a micro-batch of this rank is computed forward."""
@@ -144,10 +152,7 @@ class Replays:
             return False
         if not self._tested:
             self._test(step, reporter)
-        # Another neighbour each time: two that err in the same way are not always paired.
-        readers = self._training.world.layout.readers
-        shift = self.ring.chain.together * (1 + self._number % (readers - 1))
-        self._number += 1
+        shift = self._next_shift()
         found, begun = None, time.monotonic()
         if not self._guard.stopped:
             found = self.ring.compare(
@@ -158,16 +163,37 @@ class Replays:
             self.doubts.give_up(self._guard.reason)
         if found is not None:
             where = self._where(found)
-            if not mended(step, reporter):
-                if where:
-                    found = found._replace(evidence=f"{found.evidence}; {where}")
-                self.ring.throw_away(step, found, reporter)
-            return True
+            if where:
+                found = found._replace(evidence=f"{found.evidence}; {where}")
+            return mended(step, reporter) or self._thrown_away(step, found, reporter)
         if not self._guard.stopped:
             self.ring.sound(step)
             self.passed = shift
             self._took_s = time.monotonic() - begun
         return False
+
+    def _next_shift(self) -> int:
+        """Return another neighbour each time: two that err alike are not always paired."""
+        readers = self._training.world.layout.readers
+        shift = self.ring.chain.together * (1 + self._number % (readers - 1))
+        self._number += 1
+        return shift
+
+    def _thrown_away(self, step: int, found: Verdict, reporter: Told) -> bool:
+        """Throw a step away, and say who was wrong as far as that is evidence; it may be none."""
+        if self._strikes is None:
+            self.ring.throw_away(step, found, reporter)
+            return True
+        believed = self._strikes.hear(found)
+        if self._strikes.reason:
+            self._guard.give_up(self._strikes.reason, tells=self.ring.tells)
+            self._guard.tell(reporter)
+            return False
+        if believed is None:
+            self.ring.add_up_again(step, found.evidence, reporter, found.ranks)
+        else:
+            self.ring.throw_away(step, believed, reporter)
+        return True
 
     def done(self) -> None:
         """Hear that a step is over, and moves something."""
@@ -219,13 +245,19 @@ class Replays:
         """Find out if bits mean anything here: if a micro-batch comes out the same twice.
 
         Where it does not, on most ranks, or can not elsewhere, nothing that is computed once more
-        is evidence.
+        is evidence. Where it is not known to come out the same elsewhere, it has to once.
         """
         self._tested = True
         own = self._training.world.rank
         if self.ring.alike(self._guard):
             again = self._replay(step, own, reporter)
-            self.ring.repeats(self._guard, self._own, again)
+            if self.ring.repeats(self._guard, self._own, again) and self._strikes is not None:
+                self.ring.agree(
+                    self._guard,
+                    self._own,
+                    lambda of: self._replay(step, of, reporter),
+                    self._next_shift(),
+                )
 
     def _replay(self, step: int, of: int, reporter: Told) -> Tensor:
         """Return what the last micro-batch of a rank comes to here."""

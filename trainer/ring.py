@@ -16,7 +16,16 @@ from orchestrator.protocol.ramp import Stage, at_stage
 from orchestrator.worker import RankPhase
 from trainer import parallel, processors, tensor
 from trainer.aside import Aside, Asked
-from trainer.blame import VOTERS_MIN, Chain, Digests, Verdict, judge, mismatches, tried
+from trainer.blame import (
+    VOTERS_MIN,
+    Chain,
+    Digests,
+    Verdict,
+    judge,
+    mismatches,
+    shown,
+    tried,
+)
 from trainer.data import Batch, Batches, settings
 from trainer.gradients import drop
 from trainer.guard import Guard
@@ -368,12 +377,37 @@ class Ring:
         Args:
             guard: of the detector that asks for it.
         """
-        own = processors.kind()
+        own = processors.kind(self._training.world.device)
         rows = self.exchange(guard, processors.number(own))
         if rows is not None and (kinds := len({number for (number,) in rows})) > 1:
             reason = (
                 f"ranks compute on {kinds} kinds of processors, this one on {own}: what differs "
                 "elsewhere shows nothing"
+            )
+            guard.give_up(reason, tells=self.tells)
+        return not guard.stopped
+
+    def agree(
+        self, guard: Guard, own: Tensor, compute: Callable[[int], Tensor], shift: int
+    ) -> bool:
+        """Return whether ranks come to what others do, in a test; if not, the guard gives up.
+
+        Collective. Whoever differs may have other kernels, and is not accused of anything.
+
+        Args:
+            guard: of the detector that asks for it.
+            own: as in `compare`, and so are the others.
+            compute: see there.
+            shift: see there.
+        """
+        rows = self.exchange(guard, own, compute(self.ahead(shift)))
+        if rows is None:
+            return False
+        pairs = [(rows[rank][0], rows[rank][1]) for rank in self.chain.ranks]
+        if found := mismatches(pairs, shift):
+            reason = (
+                f"{len(found)} of {len(pairs)} micro-batches come out otherwise in another process "
+                f"({shown(found, self.chain)}): what differs later shows nothing"
             )
             guard.give_up(reason, tells=self.tells)
         return not guard.stopped
@@ -417,10 +451,18 @@ class Ring:
         if self._tries > RETRIES_MAX:
             await_orders(reporter)
 
-    def add_up_again(self, step: int, evidence: str, reporter: Told) -> None:
-        """Have a step computed again whose gradient is not what ranks put in, whoever did that.
+    def add_up_again(
+        self, step: int, evidence: str, reporter: Told, ranks: tuple[int, ...] = ()
+    ) -> None:
+        """Have a step computed again that is wrong, nobody knows by whose fault.
 
         What came out wrong once moves nothing and is noted; what stays wrong is told.
+
+        Args:
+            step: its number.
+            evidence: what is wrong with it.
+            reporter: hears of it.
+            ranks: that are suspected.
 
         Raises:
             Aborted: by the reporter, if it does not come out well, and orders have come.
@@ -432,7 +474,7 @@ class Ring:
             return
         if self.tells and not self._told:
             words = f"in step {step}, at last in the {self._tries}th attempt, {evidence}"
-            reporter.diverged(step - 1, since=step - 1, ranks=(), proven=False, evidence=words)
+            reporter.diverged(step - 1, since=step - 1, ranks=ranks, proven=False, evidence=words)
         await_orders(reporter)
 
     def exchange(self, guard: Guard, *digests: Tensor) -> list[list[tuple[int, ...]]] | None:
@@ -444,7 +486,9 @@ class Ring:
             guard: of the detector that asks for it.
             digests: of this rank; int64, of one size.
         """
-        own = halves(torch.stack([each.reshape(-1) for each in digests]))
+        # Where a detector has stopped, there is a zero on the host in place of what a GPU came to.
+        device = self._training.world.device
+        own = halves(torch.stack([each.reshape(-1).to(device) for each in digests]))
         rows = self._training.world.gather(torch.cat((own.new_tensor([guard.off]), own)))
         if any(row[0] for row in rows):
             guard.stop()

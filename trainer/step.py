@@ -156,7 +156,12 @@ class Training:
         self._replays: Replays | None = None
         if detection.replay_share and world.layout.readers > 1:
             self._replays = Replays(
-                self, samples, detection.replay_share, detection.norm_share, watched=watched
+                self,
+                samples,
+                detection.replay_share,
+                detection.norm_share,
+                watched=watched,
+                untested=detection.replays_on_gpus,
             )
 
     def step(self, step: int, reporter: Reporter, say: Callable[[], Word] = Word) -> list[Word]:

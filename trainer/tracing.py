@@ -23,18 +23,22 @@ class Trace:
     Args:
         guard: of what is not to break off a pass, in which other ranks wait for this one.
         stages: the numbers of this rank's stages.
+        device: on which they are.
         compiled: as of a `Probe`.
     """
 
-    def __init__(self, guard: Guard, stages: Sequence[int], *, compiled: bool) -> None:
-        self._guard = guard
+    def __init__(
+        self, guard: Guard, stages: Sequence[int], device: torch.device, *, compiled: bool
+    ) -> None:
+        self._guard, self._device = guard, device
         self._found: dict[int, list[Tensor]] = {stage: [] for stage in stages}
         self._probes = {stage: Probe(guard, compiled=compiled) for stage in stages}
 
     def begin(self) -> None:
         """Begin with a micro-batch."""
         for stage in self._found:
-            self._found[stage] = [torch.zeros((), dtype=torch.int64)] * len(LINKS)
+            nothing = torch.zeros((), dtype=torch.int64, device=self._device)
+            self._found[stage] = [nothing] * len(LINKS)
 
     def following(self, stage: int, part: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Return a block in which a stage computes; as of a `Probe`."""

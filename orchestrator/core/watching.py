@@ -12,6 +12,7 @@ _REPLAYS_ON = {
     "cuda": f"off: {_BITS}; samples are read twice all the same",
     "auto": f"on where ranks compute on CPUs; off on GPUs: {_BITS}; samples are read twice",
 }
+_TESTED = "on; on GPUs as long as tests say that ranks come to the same bits"
 
 
 def looks(run: TrainingRun, replicas: int) -> bool:
@@ -23,7 +24,8 @@ def looks(run: TrainingRun, replicas: int) -> bool:
     """
     if digests(run, replicas).startswith("on"):
         return True
-    # Which device `auto` takes is known on the ranks alone; it would be GPUs on most nodes.
+    # Which device `auto` takes is known on the ranks alone; it would be GPUs on most nodes, and
+    # there it takes a test.
     told = replays(run, replicas)
     return told == "on"
 
@@ -60,4 +62,6 @@ def replays(run: TrainingRun, replicas: int) -> str:
         return "off: spec.detection.replayShare is 0"
     if replicas * run.layout.dp_shard == 1:
         return "off: there is nobody else to compute it"
+    if spec.detection.replays_on_gpus and spec.trainer.device != "cpu":
+        return _TESTED
     return _REPLAYS_ON[spec.trainer.device]

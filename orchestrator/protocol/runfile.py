@@ -280,7 +280,11 @@ class Detection(_Section, frozen=True, kw_only=True):
     replay_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
     """About which part of a step's time goes into computing other ranks' micro-batches once more:
     with less, or if they are seen to take more, it is done more rarely. 0: never; 1: in every step,
-    whatever it takes. Of the embedded trainer on CPUs, without pp."""
+    whatever it takes. Of the embedded trainer, on CPUs; on GPUs see replaysOnGpus."""
+    replays_on_gpus: bool = False
+    """Whether there are replays on GPUs, too, where two processes are not known to come to the same
+    bits: if a test in the second step says that they do, and until it shows that they do not. There
+    a rank is held to be wrong only once that was seen of it alone, several times."""
     signals: str | None = None
     """A file whose entries take the place of those of the same name in the table that says what
     follows from what hardware says of itself (orchestrator/agent/signals.yaml), code by code where

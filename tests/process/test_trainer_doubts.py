@@ -1,11 +1,16 @@
 """A step that stands out is computed once more elsewhere: it was a device, or it is the data."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.programs import replayed
 from tests.programs.doubted import AT, REPLICAS, STEPS, WAYS, WRONG
 from tests.programs.forked import found_by
 
@@ -56,6 +61,13 @@ def test_looking_changes_no_bit_and_says_nothing_of_steps_as_usual(found: Found,
         ("nothing stands out", [2]),
         ("other bits each time", []),
         ("another processor", []),
+        ("not known to repeat", range(2, STEPS + 1)),
+        ("not known to repeat, a little off once", range(2, STEPS + 1)),
+        ("not known to repeat, other kernels on a rank", []),
+        ("not known to repeat, other kernels later on", range(2, AT)),
+        ("not known to repeat, others off each time", range(2, 7)),
+        ("not known to repeat, other bits each time", []),
+        ("not known to repeat, and not asked for", []),
     ],
 )
 def test_ranks_say_in_which_steps_they_came_to_the_same_as_others(
@@ -362,6 +374,70 @@ def test_ranks_on_processors_of_two_kinds_are_not_compared(found: Found) -> None
         assert all(reason.startswith("ranks compute on 2 kinds of processors") for _, reason in off)
 
 
+def test_where_bits_are_not_known_to_repeat_what_differs_once_is_noted_and_accuses_nobody(
+    found: Found,
+) -> None:
+    way = "not known to repeat, a little off once"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert not any(rank["diverged_"] or rank["off"] for rank in found[way])
+    *told, silent = (rank["thrown"] for rank in found[way])
+    assert silent == []
+    for thrown in told:
+        ((step, because),) = thrown
+        assert step == AT
+        assert f"rank {WRONG} has" in because
+
+
+def test_there_a_rank_is_named_once_it_differed_from_itself_again_and_again_and_nobody_else_did(
+    found: Found,
+) -> None:
+    way = "not known to repeat, a little off again and again"
+
+    assert losses(found, way) == losses(found, "nothing looks")
+    assert [step for step, _ in found[way][0]["thrown"]] == [3, 5]
+    told = [rank["diverged_"] for rank in found[way]]
+    assert [len(each) for each in told] == [1, 0, 1]
+    ((step, _, ranks, proven, evidence),) = told[0]
+    assert (step, ranks, proven) == (6, [WRONG], True)
+    assert evidence.endswith("; so it was 3 times, and never another's")
+
+
+@pytest.mark.parametrize(
+    ("way", "thrown", "reason"),
+    [
+        (
+            "not known to repeat, other kernels on a rank",
+            [],
+            "2 of 3 micro-batches come out otherwise in another process (of rank 1 by 0, 2 by 1)",
+        ),
+        (
+            "not known to repeat, other kernels later on",
+            [AT, AT],
+            "micro-batches came out otherwise 3 times, the same each time, of which a",
+        ),
+        (
+            "not known to repeat, others off each time",
+            [3, 5],
+            "micro-batches came out otherwise 3 times, now and then, of which a device",
+        ),
+        ("not known to repeat, other bits each time", [], "on 3 of 3 ranks the same micro-batch"),
+    ],
+)
+def test_what_devices_are_not_known_to_cause_ends_replays_and_accuses_nobody(
+    found: Found, way: str, thrown: list[int], reason: str
+) -> None:
+    assert not any(rank["diverged_"] or rank["waits"] for rank in found[way])
+    assert len(found[way][0]["losses"]) == STEPS
+    assert [step for step, _ in found[way][0]["thrown"]] == thrown
+    *told, silent = (rank["off"] for rank in found[way])
+    assert silent == [], "two say what all know"
+    for off in told:
+        ((detector, why),) = off
+        assert detector == "replays"
+        assert why.startswith(reason)
+
+
 def test_a_rank_that_can_not_be_tested_ends_replays_and_not_what_looks_at_outliers(
     found: Found,
 ) -> None:
@@ -383,3 +459,13 @@ def test_a_step_that_never_comes_out_well_is_never_taken(found: Found, way: str,
     assert [len(each) for each in told] == [1, 0, 1]
     ((step, _, ranks, proven, _),) = told[0]
     assert (step, ranks, proven) == (at - 1, [WRONG], True)
+
+
+def test_what_replicas_on_gpus_are_tried_with_works_on_cpus(tmp_path: Path) -> None:
+    """tests/gpu/test_replays.py does the same where there are GPUs."""
+    command = [sys.executable, "-m", "tests.programs.replayed", tmp_path, "cpu", "2"]
+    subprocess.run(command, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, timeout=140, check=True)
+
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["replayed"] for rank in found] == [list(range(2, replayed.STEPS + 1))] * 2
+    assert not any(rank["diverged_"] or rank["off"] for rank in found)

@@ -29,7 +29,7 @@ from orchestrator.protocol.digests import Kind, Taken
 from orchestrator.protocol.layout import Layout
 from orchestrator.worker import RankPhase
 from tests.programs import forked
-from trainer import digest, gradients, parallel, processors, readings, train
+from trainer import digest, gradients, parallel, processors, readings, strikes, train
 from trainer.config import ModelConfig
 from trainer.data import Batch, Samples, Tokens
 from trainer.prefetch import Prefetch
@@ -52,6 +52,10 @@ LOOKING = runfile.Detection(digest_share=1.0, replay_share=0.001, norm_share=1.0
 REPLAYING = runfile.Detection(digest_share=1.0, replay_share=1.0, norm_share=1.0)
 """They come in every step."""
 BLIND = runfile.Detection(digest_share=0.0, replay_share=0.0)
+UNKNOWN = runfile.Detection(
+    digest_share=1.0, replay_share=1.0, norm_share=1.0, replays_on_gpus=True
+)
+"""As on GPUs."""
 UNDIGESTED = runfile.Detection(digest_share=0.0, replay_share=1.0)
 INTERLEAVED = {"pipeline_schedule": "interleaved"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -142,6 +146,42 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "huge once, read ahead": {"factor": 1e6, "ranks": {WRONG}, "ahead": True},
     "another processor": {"processor": True, "detection": REPLAYING},
+    "not known to repeat": {"unknown": True},
+    "not known to repeat, a little off once": {
+        "unknown": True,
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "call": OWN,
+    },
+    "not known to repeat, a little off again and again": {
+        "unknown": True,
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "call": OWN,
+        "steps": {3, 5, 7},
+    },
+    "not known to repeat, others off each time": {
+        "unknown": True,
+        "factor": 1.001,
+        "ranks": {3: 0, 5: 1, 7: 2},
+        "call": OWN,
+        "steps": {3, 5, 7},
+    },
+    "not known to repeat, other kernels on a rank": {
+        "unknown": True,
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "always": True,
+        "at": 2,
+    },
+    "not known to repeat, other kernels later on": {
+        "unknown": True,
+        "factor": 1.001,
+        "ranks": {WRONG},
+        "always": True,
+    },
+    "not known to repeat, other bits each time": {"unknown": True, "chance": True},
+    "not known to repeat, and not asked for": {"unknown": True, "detection": REPLAYING},
     "blind when tested": {"blind_at": 2, "factor": 1e6, "ranks": {WRONG}},
     "always wrong from the test on": {
         "factor": 1.001,
@@ -236,7 +276,7 @@ class Loss:
         if self._calls == 1:
             self._first = targets.clone()
         loss, way = self._real(logits, targets), self._way
-        if self.step != way.get("at", AT) or "factor" not in way:
+        if self.step not in way.get("steps", {way.get("at", AT)}) or "factor" not in way:
             return loss
         if way.get("raises") and self._rank == 0 and self._calls > OWN:
             if way["raises"] == "backward":
@@ -244,7 +284,9 @@ class Loss:
             raise RuntimeError("no second time")
         call = way.get("call", 1)
         called = torch.equal(targets, self._first) if call == "first" else self._calls == call
-        wrong = self._rank in way["ranks"] and (way.get("always") or called)
+        ranks = way["ranks"]
+        here = ranks[self.step] == self._rank if isinstance(ranks, dict) else self._rank in ranks
+        wrong = here and (way.get("always") or called)
         return loss * way["factor"] if wrong else loss
 
 
@@ -332,12 +374,22 @@ def bits_of(rank: int, *args: Any) -> Tensor:
 
 
 def taken(name: str, world: parallel.World) -> dict[str, Any]:
+    if not WAYS[name].get("unknown"):
+        return took(name, world)
+    with (
+        mock.patch.object(processors, "known_to_repeat", return_value=False),
+        mock.patch.object(strikes, "ODDS", REPLICAS**2),  # so that three are proof
+    ):
+        return took(name, world)
+
+
+def took(name: str, world: parallel.World) -> dict[str, Any]:
     way = WAYS[name]
     own = {field: getattr(JOB, field) for field in JOB.__struct_fields__}
     # Each rank has as many micro-batches, whatever the layout.
     own["global_batch"] *= world.layout.dp_shard
     job = runfile.Trainer(**own | way.get("job", {}))
-    detection = way.get("detection", LOOKING)
+    detection = way.get("detection", UNKNOWN if way.get("unknown") else LOOKING)
     config = STAGED if world.layout.pp > 1 else CONFIG
     training = Training(job, config, Samples(TOKENS, job), world, detection=detection)
     heard, loss = Heard(), Loss(training, world.rank, way)

@@ -51,7 +51,9 @@ def found_by(
     return {way: [rank[way] for rank in ranks] for way in ways}
 
 
-def conduct(folder: Path, layout: Layout, find: Callable[[parallel.World], Any]) -> int:
+def conduct(
+    folder: Path, layout: Layout, find: Callable[[parallel.World], Any], device: str = "cpu"
+) -> int:
     """Have each rank of a world find something, and write it to a file; return 0 if all did."""
     children = []
     for rank in range(layout.world_size):
@@ -59,7 +61,7 @@ def conduct(folder: Path, layout: Layout, find: Callable[[parallel.World], Any])
         if children[-1] == 0:
             try:
                 torch.set_num_threads(1)
-                world = parallel.World(rank, layout, parallel.device_of("cpu", 0))
+                world = parallel.World(rank, layout, parallel.device_of(device, rank))
                 world.join(FileStore(str(folder / "meeting"), layout.world_size), 60.0)
                 (folder / f"{rank}.json").write_text(json.dumps(find(world)))
                 world.gather([0.0])  # nobody leaves while others still need it

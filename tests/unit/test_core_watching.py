@@ -46,4 +46,7 @@ def test_what_is_switched_off_names_the_field() -> None:
 def test_gpus_are_not_replayed_since_two_processes_on_them_may_differ() -> None:
     assert said(trainer={"device": "cuda"})[1].startswith("off: two processes are not known")
     assert said(trainer={"device": "auto"})[1].startswith("on where ranks compute on CPUs; off on")
+    asked = {"replaysOnGpus": True}
+    assert said(trainer={"device": "cuda"}, detection=asked)[1].startswith("on; on GPUs as long as")
+    assert said(trainer={"device": "cpu"}, detection=asked)[1] == "on"
     assert said(trainer={"device": "cpu"})[1] == "on"

@@ -14,10 +14,10 @@ def test_the_model_is_named_where_the_system_says_it(
     capability = torch.backends.cpu.get_cpu_capability()
     said = tmp_path / "cpuinfo"
     monkeypatch.setattr(processors, "CPUINFO", said)
-    assert processors.kind() == capability
+    assert processors.kind(torch.device("cpu")) == capability
 
     said.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t: x\n", encoding="utf-8")
-    assert processors.kind() == f"{capability}, Some CPU"
+    assert processors.kind(torch.device("cpu")) == f"{capability}, Some CPU"
 
 
 def test_another_kind_has_another_number() -> None:

@@ -29,10 +29,8 @@ class Ordered(Unheard):
 
 
 @pytest.mark.parametrize(("device", "repeats"), [("cpu", True), ("cuda", False)])
-def test_nothing_is_computed_once_more_where_two_processes_differ(
-    device: str, *, repeats: bool
-) -> None:
-    assert processors.repeat(torch.device(device)) == repeats
+def test_only_cpus_are_known_to_come_to_the_same_bits(device: str, *, repeats: bool) -> None:
+    assert processors.known_to_repeat(torch.device(device)) == repeats
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ class Ring:
     def _apart(self) -> int:
         """How many there are that can be wrong while the others are right."""
         layout, chain = self._training.world.layout, self.chain
-        if layout.dp_shard > 1 and layout.dp_replicate > 1:
+        if layout.dp_shard > 1:
             return layout.dp_replicate  # ranks of a replica share their weights
         return len(chain.ranks) // chain.together
 
@@ -452,7 +452,13 @@ class Ring:
             await_orders(reporter)
 
     def add_up_again(
-        self, step: int, evidence: str, reporter: Told, ranks: tuple[int, ...] = ()
+        self,
+        step: int,
+        evidence: str,
+        reporter: Told,
+        ranks: tuple[int, ...] = (),
+        *,
+        since: int | None = None,
     ) -> None:
         """Have a step computed again that is wrong, nobody knows by whose fault.
 
@@ -463,6 +469,7 @@ class Ring:
             evidence: what is wrong with it.
             reporter: hears of it.
             ranks: that are suspected.
+            since: as in `throw_away`.
 
         Raises:
             Aborted: by the reporter, if it does not come out well, and orders have come.
@@ -474,7 +481,8 @@ class Ring:
             return
         if self.tells and not self._told:
             words = f"in step {step}, at last in the {self._tries}th attempt, {evidence}"
-            reporter.diverged(step - 1, since=step - 1, ranks=ranks, proven=False, evidence=words)
+            good = (self._verified or 0) if since is None else since
+            reporter.diverged(step - 1, since=good, ranks=ranks, proven=False, evidence=words)
         await_orders(reporter)
 
     def exchange(self, guard: Guard, *digests: Tensor) -> list[list[tuple[int, ...]]] | None:

@@ -118,7 +118,7 @@ class Sums:
             )
             self._guard.tell(reporter)
             return False
-        self._ring.add_up_again(step, evidence, reporter)
+        self._ring.add_up_again(step, evidence, reporter, since=step - 1)
         return True
 
     def _was_off_by(self, step: int, off_by: Sequence[float], bound: float) -> bool:

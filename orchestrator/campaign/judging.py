@@ -8,7 +8,7 @@ anybody reads it does not exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -18,6 +18,7 @@ from orchestrator.protocol.ids import Rank
 from orchestrator.protocol.injections import Injection
 from orchestrator.protocol.messages import StateDiverged
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Named = Literal["exact", "among others", "wrong", "nobody"]
 """Whether the culprit was named: alone and as proven, as one of several or without proof, or
 another one was."""
@@ -57,17 +58,17 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     weight_gap: float | None = None
     baselines: dict[str, int | None] = {}
     """Of each, the same steps that it took; None if it noticed nothing."""
-    steps: int = 0
+    steps: Count = 0
     """That were watched."""
     expected: Blame = ""
     """Of a slow rank: what makes it slow."""
     verdict: Blame = ""
     """And what it was said to be."""
-    accused: int = 0
+    accused: Count = 0
     """Of a run with a slow rank: how often a device was said to be slow."""
-    rightly: int = 0
+    rightly: Count = 0
     """And how often it was that of the rank which had a slow one."""
-    false_kills: int = 0
+    false_kills: Count = 0
     """Of a run that is a trial: how often it was begun again for nothing."""
     alarms: tuple[str, ...] = ()
     """What detectors said of its steps before the fault was let loose, or of a fault that had left

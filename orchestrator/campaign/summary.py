@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.campaign.baselines import BASELINES
 from orchestrator.campaign.catalogue import GROUPS, Group
 from orchestrator.campaign.intervals import LEVEL, clopper_pearson, of_median, of_quantile
-from orchestrator.campaign.judging import Result
+from orchestrator.campaign.judging import Count, Result
 from orchestrator.campaign.timed import WITHIN_STEPS
 
 TIMED: tuple[Group, ...] = ("hang", "straggler")
@@ -60,12 +60,12 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 class Resized(msgspec.Struct, frozen=True, kw_only=True):
     """What was said of a run without a fault of a rank, whose world shrank and grew back."""
 
-    steps: int
+    steps: Count
     resized: bool
     """Whether it did: a node that comes back too late has nobody wait for it."""
     alarms: tuple[str, ...] = ()
     """What detectors said of it."""
-    false_triggers: int = 0
+    false_triggers: Count = 0
     """Steps that were computed once more, for nothing."""
 
 

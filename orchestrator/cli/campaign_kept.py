@@ -15,8 +15,9 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
+from orchestrator.campaign.baselines import BASELINES
 from orchestrator.campaign.catalogue import SELECTABLE, Group
-from orchestrator.campaign.judging import Result
+from orchestrator.campaign.judging import Count, Result
 from orchestrator.campaign.summary import Clean, Resized
 from orchestrator.cli import whole
 from orchestrator.cli.errors import CliError, Exit
@@ -26,7 +27,6 @@ Kind = Literal["corruption", "hang", "straggler"]
 CORRUPTION: Kind = "corruption"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NAME = "campaign.jsonl"
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Time = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -87,7 +87,8 @@ class Kept:
 
     def add(self, came: Came) -> None:
         """Keep what came of a piece of work, whatever becomes of this process. Raises OSError."""
-        with self._file.open("ab", buffering=0) as file:
+        with self._file.open("ab") as file:
+            # As often as it takes: the system takes as much of a line as a disk has room for.
             file.write(msgspec.json.encode(came) + b"\n")
         self.take(came)
 
@@ -129,12 +130,19 @@ def kept(folder: Path, which: Which, numbers: Callable[[Which], Collection[int]]
             known.take(msgspec.json.decode(line, type=Came))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _no_results(f"{error}", file) from error
+    if not all(map(_adds_up, known.results)):
+        raise _no_results("it has a result that can not be", file)
     done = Counter(result.number for result in known.results)
     if done.total() > len(done) or not done.keys() <= set(numbers(which)):
         raise _no_results("it has trials twice, or some that it does not consist of", file)
     if torn:
         os.truncate(file, len(text) + 1)
     return known
+
+
+def _adds_up(result: Result) -> bool:
+    rules = set(result.baselines) in (set(), set(BASELINES))
+    return rules and result.rightly <= result.accused
 
 
 def _require_same(there: Which, asked: Which, file: Path) -> None:

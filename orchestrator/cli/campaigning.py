@@ -93,7 +93,7 @@ def _room(out: Path) -> Iterator[Path]:
     """Hold a campaign's folder, and yield one in it that is gone afterwards.
 
     Raises:
-        CliError: if another process is at the same campaign.
+        CliError: if another process is at the same campaign, or the folder is somebody else's.
     """
     try:
         held = lock(out / LOCK)
@@ -102,7 +102,8 @@ def _room(out: Path) -> Iterator[Path]:
         raise CliError(f"a campaign is under way there already: {out}", hint) from error
     room = out / ROOM
     try:
-        if room.exists():  # of one that was killed
+        if room.exists():
+            _require_own(out, room)
             shutil.rmtree(room)
         room.mkdir()
         try:
@@ -111,6 +112,17 @@ def _room(out: Path) -> Iterator[Path]:
             shutil.rmtree(room)
     finally:
         os.close(held)
+
+
+def _require_own(out: Path, room: Path) -> None:
+    """Refuse a folder that no campaign that was killed can have left. Raises CliError."""
+    # Who was killed before anything was known has put nothing into it.
+    if not (out / campaign_kept.NAME).exists() and any(room.iterdir()):
+        raise CliError(
+            f"a folder of another kind is in the way: {room}",
+            "choose another --out, or move it elsewhere",
+            Exit.USAGE,
+        )
 
 
 class _Work:

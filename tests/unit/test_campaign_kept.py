@@ -1,6 +1,7 @@
 """What is known of a campaign goes on from its file, or is refused with a hint."""
 
 import io
+import resource
 from pathlib import Path
 
 import msgspec
@@ -49,6 +50,9 @@ def test_a_campaign_that_is_done_is_told_from_its_file_alone(tmp_path: Path) -> 
         lines({"pair": (1.0, 0.0)}),
         lines({"clean_steps": -5}),
         lines({"another": 5}),
+        lines(*results(msgspec.structs.replace(DONE[0], steps=-1))),
+        lines(*results(msgspec.structs.replace(DONE[0], rightly=1))),
+        lines(*results(msgspec.structs.replace(DONE[0], baselines={"a guess": 1}))),
     ],
     ids=[
         "torn",
@@ -61,6 +65,9 @@ def test_a_campaign_that_is_done_is_told_from_its_file_alone(tmp_path: Path) -> 
         "no time",
         "fewer than none",
         "not known",
+        "less than no step",
+        "right more often than said",
+        "a rule that there is not",
     ],
 )
 def test_a_file_that_is_damaged_is_refused(tmp_path: Path, file: bytes) -> None:
@@ -94,6 +101,35 @@ def test_a_result_costs_a_line_and_a_line_that_is_torn_never_came(tmp_path: Path
         third = campaign_kept.kept(tmp_path, WHICH, lambda _: range(2))
         assert (third.results, third.clean.steps) == (list(DONE), 107)
         assert third.calm_steps == 100
+
+
+def test_a_line_of_which_a_disk_takes_a_part_is_an_error_and_never_came(tmp_path: Path) -> None:
+    """Else the next one would be written behind it, and nothing could be read any more."""
+    known = campaign_kept.kept(tmp_path, WHICH, lambda _: range(2))
+    size = (tmp_path / campaign_kept.NAME).stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            known.add(Came(result=DONE[0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert known.results == []
+    again = campaign_kept.kept(tmp_path, WHICH, lambda _: range(2))
+    again.add(Came(result=DONE[0]))
+    assert campaign_kept.kept(tmp_path, WHICH, lambda _: range(2)).results == [DONE[0]]
+
+
+def test_a_folder_that_no_campaign_has_left_is_not_swept(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "thesis").write_text("all of it")
+
+    with pytest.raises(CliError, match="of another kind is in the way") as refused:
+        campaigning.run(None, ASKED, tmp_path, progress=io.StringIO())
+
+    assert refused.value.code is Exit.USAGE
+    assert (tmp_path / "room" / "thesis").read_text() == "all of it"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from orchestrator.protocol.trials import Quiet, Return, Train
 
 WARM_STEPS = 64
 """In which looks that cost more than their share come to be as rare as they stay."""
-STRETCH_STEPS = 8
-"""In which every detector that does not look at each step has been at work."""
+STRETCH_STEPS = 50
+"""In which every detector that does not look at each step has been at work: replays come once."""
 
 
 def cost(run: TrainingRun, folder: Path, pairs: int) -> Iterator[tuple[float, float]]:

@@ -31,10 +31,19 @@ def undisturbed(root: Path, run: dict[str, Any] = RUN) -> Report:
     try:
         code, report = job.conduct("--quiet", timeout_s=150)
         assert code == 0, report.reason
-        assert report.incidents == []
+        assert_nothing_broke(report)
         return report
     finally:
         job.close()
+
+
+def assert_nothing_broke(report: Report) -> None:
+    """Nothing was restarted, and no device or network blamed.
+
+    Where processes wait for cores, a sound rank may be measured, and found as fast as others are.
+    """
+    cleared = ("straggler", "none", "software")
+    assert [i for i in report.incidents if (i.kind, i.rung, i.cause) != cleared] == []
 
 
 def assert_same_bits(report: Report, twin: Report, words: str) -> None:

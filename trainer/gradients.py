@@ -119,7 +119,6 @@ class Norms:
         self._norms: dict[int, list[Tensor]] = {}
         self._sums: list[Tensor] = []
         self._losses: list[Tensor] = []
-        self._known: tuple[nn.Module | None, list[list[nn.Parameter]]] = (None, [])
 
     def begin(self) -> None:
         """Begin with a step, or with one that is computed once more."""
@@ -163,7 +162,8 @@ class Norms:
     def _hook_to(self, model: nn.Module) -> None:
         with self._turns.looking():
             place = 0
-            for weights in self._weights_of(model):
+            # Asked for each time: who keeps weights whose hooks lead back here keeps their world.
+            for weights in _whole_weights_by_group(model):
                 group = _Group(len(weights), [])
                 self._groups.append(group)
                 look = partial(self._look, group)
@@ -171,13 +171,6 @@ class Norms:
                     hook = self._hook(group, place, look)
                     self._hooks.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
                     place += 1
-
-    def _weights_of(self, model: nn.Module) -> list[list[nn.Parameter]]:
-        known, weights = self._known
-        if known is not model:
-            weights = list(_whole_weights_by_group(model))
-            self._known = (model, weights)
-        return weights
 
     def _finish(self) -> None:
         """Look at what groups have of which some weights had no part in the pass; let go of all."""

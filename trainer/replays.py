@@ -81,6 +81,8 @@ class Replays:
         self._strikes: Strikes | None = None
         if not known:
             self._strikes = Strikes(max(layout.readers, 2))
+        self._before_strikes: int | None = None
+        """The last step that was known to be good when a device first came to other bits."""
         self._due = self._tested = False
         self._number = self.passed = 0
         self._micro: Micro | None = None
@@ -184,6 +186,8 @@ class Replays:
         if self._strikes is None:
             self.ring.throw_away(step, found, reporter)
             return True
+        if self._before_strikes is None:
+            self._before_strikes = self.ring.good
         believed = self._strikes.hear(found)
         if self._strikes.reason:
             self._guard.give_up(self._strikes.reason, tells=self.ring.tells)
@@ -192,7 +196,8 @@ class Replays:
         if believed is None:
             self.ring.add_up_again(step, found.evidence, reporter, found.ranks)
         else:
-            self.ring.throw_away(step, believed, reporter)
+            # Replays that came out well in between vouch for nothing of what errs at times.
+            self.ring.throw_away(step, believed, reporter, since=self._before_strikes)
         return True
 
     def done(self) -> None:

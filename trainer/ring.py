@@ -412,6 +412,11 @@ class Ring:
             guard.give_up(reason, tells=self.tells)
         return not guard.stopped
 
+    @property
+    def good(self) -> int:
+        """The last step whose state is known to be good; 0 if it is known of none."""
+        return self._verified or 0
+
     def sound(self, step: int) -> None:
         """Hear that nothing was found wrong in a step; what led to it is vouched for."""
         self._verified = max(step - 1, self._verified or 0)
@@ -441,7 +446,7 @@ class Ring:
         if world.rank in tellers and not self._told:
             reporter.diverged(
                 step - 1,
-                since=(self._verified or 0) if since is None else since,
+                since=self.good if since is None else since,
                 ranks=found.ranks,
                 proven=found.proven,
                 evidence=f"in step {step}, {found.evidence}",
@@ -481,7 +486,7 @@ class Ring:
             return
         if self.tells and not self._told:
             words = f"in step {step}, at last in the {self._tries}th attempt, {evidence}"
-            good = (self._verified or 0) if since is None else since
+            good = self.good if since is None else since
             reporter.diverged(step - 1, since=good, ranks=ranks, proven=False, evidence=words)
         await_orders(reporter)
 

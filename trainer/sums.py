@@ -5,9 +5,10 @@ of the gradient that came out, but for rounding. A sum that arrives wrong on all
 link, a switch or a buffer, differs from that, and no comparison of replicas would show it. Nobody
 is named: the step is computed again.
 
-A fault comes out otherwise then, or not at all. What is off by the same once more is none that can
-be told from a bound that does not hold for this model: ranks go on without looking, and say so.
-What looks must not end what it looks at.
+A fault comes out otherwise then, or not at all, or as far off as no rounding is. What is off by the
+same once more, and by a few times the bound, is none that can be told from a bound that does not
+hold for this model: ranks go on without looking, and say so. What looks must not end what it looks
+at.
 
 Letters: r a rank, R ranks, g_r what r puts in.
 """
@@ -33,6 +34,10 @@ ROOM = 32.0
 """Times the deviation that rounding is expected to make: an estimate from above, so that chance
 never comes near. What is seen of a single number is a 1e-5th of the norm with two ranks, and less
 with more: a 1e-3rd with 64."""
+
+FAR = 8.0
+"""Times the bound that a model may be off by, each time, before it is no matter of the bound: with
+`ROOM`, 256 times what rounding is expected to make."""
 
 
 def explained(put_in: Sequence[PutIn]) -> float:
@@ -122,7 +127,7 @@ class Sums:
         return True
 
     def _was_off_by(self, step: int, off_by: Sequence[float], bound: float) -> bool:
-        """Return whether a step was off by the same in another attempt, but for rounding."""
+        """Return whether a step was off by as little, and the same, in another attempt."""
         if step != self._step:
             self._step, self._off_by = step, []
         before = self._off_by
@@ -130,6 +135,7 @@ class Sums:
         return any(
             all(abs(now - then) <= bound for now, then in zip(off_by, each, strict=True))
             for each in before
+            if max(map(abs, off_by)) <= FAR * bound
         )
 
 

@@ -174,10 +174,10 @@ def test_sums_that_are_off_by_the_same_again_end_what_looks_at_them_and_not_the_
         assert reason.startswith(f"in step {AT}, also when it is computed again, the gradient adds")
 
 
-def test_a_sum_that_is_wrong_in_other_ways_is_never_learned_from_and_names_nobody(
-    found: Found,
+@pytest.mark.parametrize("way", ["sums that are wrong in other ways", "sums that stay far off"])
+def test_a_sum_that_no_rounding_explains_is_never_learned_from_and_names_nobody(
+    found: Found, way: str
 ) -> None:
-    way = "sums that are wrong in other ways"
 
     assert losses(found, way) == losses(found, "nothing looks")[: AT - 1]
     assert [rank["waits"] for rank in found[way]] == [1] * REPLICAS
@@ -398,8 +398,9 @@ def test_there_a_rank_is_named_once_it_differed_from_itself_again_and_again_and_
     assert [step for step, _ in found[way][0]["thrown"]] == [3, 5]
     told = [rank["diverged_"] for rank in found[way]]
     assert [len(each) for each in told] == [1, 0, 1]
-    ((step, _, ranks, proven, evidence),) = told[0]
+    ((step, since, ranks, proven, evidence),) = told[0]
     assert (step, ranks, proven) == (6, [WRONG], True)
+    assert since < 3, "the device was wrong in step 3 already"
     assert evidence.endswith("; so it was 3 times, and never another's")
 
 

@@ -124,8 +124,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "a wrong sum once": {"sums": 1},
     "a wrong sum once, deterministic": {"sums": 1, "job": {"reduction": "deterministic"}},
     "sums that are wrong in other ways": {"sums": 100, "factor_each": 4.0},
-    "sums that stay wrong": {"sums": 100},
-    "sums that stay wrong, and nothing looks": {"sums": 100, "detection": BLIND},
+    "sums that stay far off": {"sums": 100},
+    "sums that stay wrong": {"sums": 100, "off_by": 1e-4},
+    "sums that stay wrong, and nothing looks": {"sums": 100, "off_by": 1e-4, "detection": BLIND},
     "blind": {"blind": True},
     "other bits each time": {"chance": True},
     "other bits on each rank": {"own_bits": True, "detection": REPLAYING},
@@ -351,10 +352,11 @@ class OtherTokens:
         return batch._replace(inputs=batch.inputs[:, ::-1].copy())
 
 
-def deliver_wrong(training: Training, loss: Loss, times: int, each: float) -> None:
+def deliver_wrong(training: Training, loss: Loss, way: dict[str, Any]) -> None:
     """Have one number of the gradient be another one on all ranks alike, so many times."""
-    real, left = training.optimizer.set_gradients, [times]
-    off = itertools.accumulate(itertools.repeat(each), lambda by, each: by * each, initial=1e-3)
+    real, left = training.optimizer.set_gradients, [way["sums"]]
+    each, first = way.get("factor_each", 1.0), way.get("off_by", 1e-3)
+    off = itertools.accumulate(itertools.repeat(each), lambda by, each: by * each, initial=first)
 
     def arrived(gradients: list[Tensor]) -> Tensor:
         if loss.step == AT and left[0]:
@@ -404,7 +406,7 @@ def took(name: str, world: parallel.World) -> dict[str, Any]:
         if way["tokens"] != "once":
             training._replays.ring.samples = other
     if "sums" in way:
-        deliver_wrong(training, loss, way["sums"], way.get("factor_each", 1.0))
+        deliver_wrong(training, loss, way)
     if training._replays is not None:
         training._replays.pace.fixed = True  # how busy the machine is does not matter here
         if "turns" in way:
